@@ -20,10 +20,10 @@ from jaxlm import spec
 from jaxlm.data.tokenizers import ROLES, Tokenizer
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
+from jaxlm.interop.formats.format import NATIVE_PREFIX
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.registry import FAMILIES, family, family_names
 
-_MODEL_TYPE_PREFIX = "jaxlm-"
 _LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
@@ -51,19 +51,20 @@ def format_of(model: Model) -> Format:
     """The format in which a model is saved.
 
     This is the loaded format if it can represent the model, otherwise the first format that can represent the model.
-    In a family without a published format, the paths of the parameters are the tensor names.
+    In a family without a published format, the paths of the parameters are the tensor names; see also
+    ``formats.native_if_unpublished``.
 
     Raises:
         ValueError: no format of the family can represent the model.
     """
     choices = formats.of(model.family)
-    if not choices:
-        return _native_format(model)
     loaded = None if model.metadata is None else model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
         fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
         if _has_values(model, fixed) and any(_has_values(model, implied) for implied in table.architectures.values()):
             return table
+    if not choices or formats.native_if_unpublished(model.family):
+        return _native_format(model)
     names = ", ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in choices)
     raise ValueError(f"no Hugging Face class can represent {model.config}: tried {names}")
 
@@ -83,7 +84,7 @@ def _native_format(model: Model) -> Format:
         path, layer = spec.split_layer(path)
         names[path] = name(path, is_layer=layer is not None or leaf.is_stacked)
     return Format(
-        architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
+        architectures={}, model_type=NATIVE_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
         renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
     )  # fmt: skip
 
@@ -103,8 +104,8 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         ValueError: the architecture or a setting is not supported.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type.startswith(_MODEL_TYPE_PREFIX):
-        name, fields = model_type.removeprefix(_MODEL_TYPE_PREFIX), _native_fields(config, path)
+    if isinstance(model_type, str) and model_type.startswith(NATIVE_PREFIX):
+        name, fields = model_type.removeprefix(NATIVE_PREFIX), _native_fields(config, path)
         implied: Mapping[str, Any] = {}
         table = None
     else:
@@ -133,7 +134,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
 
 
 def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    name = config["model_type"].removeprefix(_MODEL_TYPE_PREFIX)
+    name = config["model_type"].removeprefix(NATIVE_PREFIX)
     content = config.get("config", {})
     if isinstance(content, dict) and content.get("task") == "tagging":  # the name of the task in jaxlm 0.1
         content = {**content, "task": "token_classification"}
@@ -266,7 +267,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         result |= {field: token if token < vocabulary else None for field, token in table.token_ids.items()}
     if tokenizer is not None:
         result |= _tokenizer_fields(model, table, tokenizer, result)
-    if not table.model_type.startswith(_MODEL_TYPE_PREFIX):
+    if not table.is_native:
         # Since version 4.56, transformers writes "dtype" and reads both names.
         names = [name for name in ("dtype", "torch_dtype") if name in loaded] or ["torch_dtype"]
         result |= dict.fromkeys(names, str(dtype))
@@ -276,11 +277,11 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
 def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     """The fields of ``config.json`` that describe the model, without special token ids and dtype."""
     fields: dict[str, Any] = {}
-    if model.task in _LABEL_TASKS and (formats.of(model.family) or model.labels is not None):
+    if model.task in _LABEL_TASKS and (not table.is_native or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
-    if not formats.of(model.family):
+    if table.is_native:
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
     for name, hf_name in table.hf_name_of_field.items():
         value = getattr(model.config, name)

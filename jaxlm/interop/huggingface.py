@@ -35,7 +35,6 @@ from safetensors.numpy import save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
-from jaxlm.interop import formats
 from jaxlm.interop.config_json import (
     Description,
     describe,
@@ -440,7 +439,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     locations = locations_of(model, table, prefix)
     stored: dict[str, Location] = {}  # the locations of the saved model, without the overrides
     if description.saved_model is not None:
-        stored_table = table if formats.of(model.family) else format_of(description.saved_model)
+        stored_table = format_of(description.saved_model) if table.is_native else table
         stored = locations_of(description.saved_model, stored_table, prefix)
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
     initialized = _missing_paths(description, locations, stored, tensors) if stored else []

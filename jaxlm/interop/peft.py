@@ -315,9 +315,12 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     Raises:
         ValueError: the family has no transformers class.
     """
-    if not formats.of(model.family):
-        raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters for it")
     table = format_of(model)
+    if table.is_native:
+        with_config = " with this config" if formats.of(model.family) else ""
+        raise ValueError(
+            f"family {model.family!r}{with_config} has no class in transformers, so PEFT has no adapters for it"
+        )
     locations = locations_of(model, table, table.prefix if with_prefix else "")
     return {
         path: _Weight(

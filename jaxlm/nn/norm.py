@@ -35,6 +35,17 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     return (normalised * scale + bias).astype(x.dtype)
 
 
+def multi_head_layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+    """:func:`layer_norm` of each head of ``x`` [..., heads, width], without a bias.
+
+    ``scale`` [heads * width] has the specs of :func:`rms_norm_specs`.
+    """
+    ones = jnp.ones((x.shape[-1],), jnp.float32)
+    normalised = layer_norm({"scale": ones, "bias": jnp.zeros_like(ones)}, x, epsilon)
+    scale = params["scale"].astype(x.dtype).reshape(x.shape[-2:])
+    return normalised * lax.broadcast_in_dim(scale, x.shape, (x.ndim - 2, x.ndim - 1))
+
+
 def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpec]:
     """Specs of ``scale`` [width], initialized with ones.
 

@@ -203,6 +203,17 @@ RECIPES: dict[str, Recipe] = {
         "These values have not been checked a second time against the paper. The paper does not state the betas, "
         "epsilon and the last learning rate. Small models use a larger learning rate.",
     ),
+    "xlstm": Recipe(
+        OptimizerConfig(
+            learning_rate=5e-4, schedule="cosine", warmup_steps=3_000, final_fraction=0.0, beta1=0.99, beta2=0.95,
+            epsilon=1e-8, weight_decay=0.1, clip_norm=0.5,
+        ),
+        550_000, "512 rows of 8,192 tokens",
+        "Beck et al. 2025 (xLSTM 7B), section on pre-training",
+        "The paper decays the learning rate exponentially, by a factor of 10 in 500,000 steps, and then linearly to 0 "
+        "in 7,000 steps; here it is a cosine. These values have not been checked a second time against the paper. "
+        "Small models use a larger learning rate.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -20,8 +20,8 @@ CLASSES = [
 
 
 def declare_tied_head(torch_model: Any) -> None:
-    """Declare the tied head of a Mamba-2. Without this, transformers 4.57 raises an error when it saves the model."""
-    if torch_model.config.model_type == "mamba2" and torch_model.config.tie_word_embeddings:
+    """Declare the tied head of a Mamba-2 or xLSTM. Without it, transformers 4.57 raises an error when it saves."""
+    if torch_model.config.model_type in ("mamba2", "xlstm") and torch_model.config.tie_word_embeddings:
         torch_model._dynamic_tied_weights_keys = ["lm_head.weight"]
 
 

@@ -93,6 +93,10 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "lru_width": 12, "attention_window_size": 32, "logits_soft_cap": 5.0,
     },
+    "xlstm": {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 2.0,
+        "gate_soft_cap": 4.0, "norm_eps": 1e-3, "use_cache": False,
+    },
 }  # fmt: skip
 """Fields of the tiny configurations that differ from the defaults of their class."""
 
@@ -160,6 +164,10 @@ _WORDS: dict[str, list[Any]] = {
     "expand": [1, 3, None],
     "num_heads": [4, 16, None],
     "n_groups": [1, 4, 3, None],
+    "qk_dim_factor": [1.0, 0.51, 3, 0.1, None],
+    "ffn_round_up_to_multiple_of": [1, 10, 0, None],
+    "weight_mode": ["fused"],
+    "mode": ["train_with_padding"],
 }
 """Values of fields whose valid values do not follow from their type."""
 
@@ -189,7 +197,8 @@ _UNREAD = {
         "return_dict output_hidden_states output_attentions torchscript use_cache use_mems_eval",
     "details or the dtype of the computation, or no effect":
         "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx "
-        "chunk_size time_step_rank",
+        "chunk_size time_step_rank norm_reduction_force_float32 chunkwise_kernel sequence_kernel step_kernel mode "
+        "return_last_states autocast_kernel_dtype inference_state_dtype max_inference_chunksize",
     "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
         "initializer_factor init init_range w_init_variance_scale final_w_init_variance_scale problem_type "
         "tf_legacy_loss use_mems_train trainer_compatible summary_first_dropout summary_last_dropout "

@@ -2,7 +2,8 @@
 
 The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
 such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
-(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``.
+(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. If the module has an attribute
+``NATIVE_IF_UNPUBLISHED = True``, jaxlm's own names are also written for configs that no published format can represent.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from typing import Any
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
 from jaxlm.models.registry import FAMILIES
 from jaxlm.models.registry import family as family_module
 
-__all__ = ["TRANSPOSED", "Format", "Layout", "of"]
+__all__ = ["TRANSPOSED", "Format", "Layout", "native_if_unpublished", "of"]
 
 
 @functools.cache
@@ -26,9 +28,17 @@ def of(family: str) -> tuple[Format, ...]:
         >>> [table.model_type for table in of("gpt")]
         ['gpt2', 'openai-gpt']
     """
+    return tuple(getattr(_module(family), "FORMATS", ()))
+
+
+def native_if_unpublished(family: str) -> bool:
+    """Whether configs that no published format can represent are saved with jaxlm's own names; otherwise an error."""
+    return bool(getattr(_module(family), "NATIVE_IF_UNPUBLISHED", False))
+
+
+def _module(family: str) -> Any:
+    """The module or object with the formats of a family; None if it has no published format."""
     if family not in FAMILIES:
-        return tuple(getattr(family_module(family), "FORMATS", ()))
-    module = f"{__name__}.{family}"
-    if importlib.util.find_spec(module) is None:
-        return ()
-    return importlib.import_module(module).FORMATS
+        return family_module(family)
+    name = f"{__name__}.{family}"
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)

@@ -19,6 +19,9 @@ shape [D, H * K], and ((1, 2), (0,)) if the HF tensor has the shape [H * K, D].
 TRANSPOSED: Layout = ((1,), (0,))
 """The layout of a jaxlm matrix [in, out] that HF files store as [out, in]."""
 
+NATIVE_PREFIX = "jaxlm-"
+"""Start of ``model_type`` in jaxlm's own format, whose tensor names are the paths of the parameters."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -76,6 +79,11 @@ class Format:
     tied_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this is jaxlm's own format."""
+        return self.model_type.startswith(NATIVE_PREFIX)
 
 
 DECODER_HEADS = {

@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``) and RG-LRU."""
+"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``), RG-LRU and sLSTM."""
 
 from jaxlm.nn.recurrence.cells import (
     GRUReset,
@@ -14,6 +14,7 @@ from jaxlm.nn.recurrence.cells import (
 )
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm, lstm_states
 from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
+from jaxlm.nn.recurrence.slstm import slstm, slstm_cell, slstm_specs, slstm_state_specs
 
 __all__ = [
     "GRUReset",
@@ -33,4 +34,8 @@ __all__ = [
     "rg_lru_cell",
     "rg_lru_specs",
     "select_state",
+    "slstm",
+    "slstm_cell",
+    "slstm_specs",
+    "slstm_state_specs",
 ]

@@ -1,0 +1,114 @@
+"""Format of :mod:`jaxlm.models.xlstm`: xLSTM 7B. transformers has no sLSTM layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.models.xlstm import Config
+
+NATIVE_IF_UNPUBLISHED = True
+"""A model with sLSTM layers is saved with jaxlm's own names."""
+
+_SAME = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
+"""Second name of a field -> its first name. transformers reads both, in different places."""
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    embed_dim = config.get("hidden_size", Config.embed_dim)
+    sizes = {"hidden_size": embed_dim, "num_hidden_layers": config.get("num_hidden_layers", Config.num_layers)}
+    for second, first in _SAME.items():
+        value = config.get(second)
+        if value is not None and value != sizes[first]:
+            raise ValueError(f"{second}={value!r} must be null or equal to {first}={sizes[first]!r}")
+    factors = {"qk_dim_factor": 0.5, "v_dim_factor": 1.0, "ffn_proj_factor": 2.667}
+    for name, default in factors.items():
+        factors[name] = config.get(name, default)
+        if type(factors[name]) not in (int, float) or not 0 < factors[name] < math.inf:
+            raise ValueError(f"{name}={factors[name]!r} must be a positive number")
+    multiple = config.get("ffn_round_up_to_multiple_of", 64)
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"ffn_round_up_to_multiple_of={multiple!r} must be a positive integer")
+    return {
+        "key_dim": int(embed_dim * factors["qk_dim_factor"]),
+        "value_dim": int(embed_dim * factors["v_dim_factor"]),
+        "mlp_dim": int((embed_dim * factors["ffn_proj_factor"] + multiple - 1) // multiple * multiple),
+    }
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    return {
+        "embedding_dim": cfg.embed_dim,
+        "num_blocks": cfg.num_layers,
+        "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
+        "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
+        # Two fields give the width of the MLP. Both change if the width changes, so that neither keeps a loaded value.
+        "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
+        "ffn_round_up_to_multiple_of": cfg.mlp_dim,
+    }
+
+
+def _factor(width: int, embed_dim: int) -> float:
+    """The factor with ``int(embed_dim * factor) == width``. The quotient may be slightly too small."""
+    factor = width / embed_dim
+    return factor if int(embed_dim * factor) == width else math.nextafter(factor, math.inf)
+
+
+_MLSTM = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "output_gate": "ogate_preact",
+    "input_gate": "igate_preact",
+    "forget_gate": "fgate_preact",
+    "output": "out_proj",
+}
+_MLP = {"gate": "proj_up_gate", "up": "proj_up", "down": "proj_down"}
+_LAYER = "blocks.{layer}."
+
+FORMATS = (
+    Format(
+        architectures={"xLSTMForCausalLM": {"task": "causal"}, "xLSTMModel": {"task": "none"}},
+        model_type="xlstm",
+        prefix="backbone.",
+        default_fields={"pattern": ("mlstm",)},
+        hf_name_of_field={
+            "vocab_size": "vocab_size",
+            "num_layers": "num_hidden_layers",
+            "embed_dim": "hidden_size",
+            "num_heads": "num_heads",
+            "gate_soft_cap": "gate_soft_cap",
+            "logits_soft_cap": "output_logit_soft_cap",
+            "norm_epsilon": "norm_eps",
+            "mlstm_epsilon": "eps",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        read_fields=_read_fields,
+        write_fields=_write_fields,
+        required={"use_bias": False, "add_out_norm": True, "weight_mode": "single"},
+        token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+        tensors={
+            "token_embedding": "embeddings.weight",
+            "layers/mixer_norm/scale": _LAYER + "norm_mlstm.weight",
+            **{
+                f"layers/mlstm/{name}/{kind}": f"{_LAYER}mlstm_layer.{hf_name}.{kind}"
+                for name, hf_name in _MLSTM.items()
+                for kind in ("weight", "bias")
+            },
+            "layers/mlstm/norm/scale": _LAYER + "mlstm_layer.multihead_norm.weight",
+            "layers/mlp_norm/scale": _LAYER + "norm_ffn.weight",
+            **{f"layers/mlp/{name}/weight": f"{_LAYER}ffn.{hf_name}.weight" for name, hf_name in _MLP.items()},
+            "final_norm/scale": "out_norm.weight",
+        },
+        unprefixed_tensors={"head": "lm_head.weight"},
+        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+        layouts={
+            **{f"layers/mlstm/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value", "output_gate")},
+            **{f"layers/mlstm/{name}/weight": TRANSPOSED for name in ("input_gate", "forget_gate")},
+            "layers/mlstm/output/weight": ((2,), (0, 1)),
+            **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
+        },
+    ),
+)

@@ -1,0 +1,279 @@
+"""xLSTM (Beck et al. 2024), and xLSTM 7B (Beck et al. 2025), which has only mLSTM layers.
+
+A causal model with pre-norm blocks: a recurrent layer, then a gated MLP. The recurrent layer is an mLSTM, whose state
+is a matrix per head, or an sLSTM, whose heads read their own previous output, in the order of ``pattern``. The block is
+that of xLSTM 7B for both: the mLSTM has no convolution and no projection to a larger width, and its gates are
+soft-capped. The sLSTM layer is that of the first paper: a convolution before its input and forget gate, block-diagonal
+matrices, and a norm per head.
+
+Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
+P = D / H width of a head of an sLSTM, Q the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import common, heads
+from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
+from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
+from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
+from jaxlm.nn.scan import mlstm, mlstm_state_specs
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
+from jaxlm.sharding import constrain
+from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Uniform
+
+Mixer = Literal["mlstm", "slstm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.LayeredConfig):
+    """Shape and behaviour of an xLSTM. The defaults are xLSTM 7B."""
+
+    vocab_size: int = 50304
+    """Number of token ids."""
+    num_layers: int = 32
+    """Number of blocks."""
+    pattern: tuple[Mixer, ...] = ("mlstm",)
+    """Recurrent layers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete.
+    The paper's xLSTM[7:1] has seven mLSTMs and one sLSTM."""
+    embed_dim: int = 4096
+    """Model width."""
+    mlp_dim: int = 10944
+    """Hidden width of the MLP."""
+    num_heads: int = 8
+    """Number of heads of an mLSTM and of an sLSTM."""
+    key_dim: int = 2048
+    """Width of the queries, and of the keys, of all heads of an mLSTM together."""
+    value_dim: int = 4096
+    """Width of the values of all heads of an mLSTM together."""
+    conv_width: int = 4
+    """Number of tokens that the convolution of an sLSTM layer reads, the current token included."""
+    gate_soft_cap: float | None = 15.0
+    """The pre-activations of the input and forget gate of an mLSTM are c * tanh(x / c), with this c; None: no cap."""
+    logits_soft_cap: float | None = 30.0
+    """The logits are c * tanh(logits / c), with this c; None: no cap."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMS norms, and to the variance in the norm per head."""
+    mlstm_epsilon: float = 1e-6
+    """Added to the divisor of the output of an mLSTM."""
+    tie_embeddings: bool = False
+    """Use the token table as the output head."""
+    task: Literal["causal", "none"] = "causal"
+    """Output head: next token (causal) or none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(
+            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "key_dim", "value_dim"
+        )
+        common.check_choices(self, task=("causal", "none"))
+        common.check_pattern(self, get_args(Mixer))
+        for width in ("key_dim", "value_dim", *(["embed_dim"] if "slstm" in self.pattern else [])):
+            common.check_divides(self, "num_heads", width)
+        if self.conv_width < 2:
+            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
+        for name in ("gate_soft_cap", "logits_soft_cap"):
+            cap = getattr(self, name)
+            if cap is not None and cap <= 0.0:
+                raise ValueError(f"{name}={cap} must be positive, or None for no cap")
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        key: not used, because the model has no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    past = None if state is None else state["past"]
+    tokens, stream = open_stream(tokens, segment_ids, past)
+    masks: dict[str, Any] = {}
+    if stream.segment_ids is not None:
+        reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
+        masks = {"reset_BT": reset, "keep_BT": keep}
+
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, layer_state, _ = layer
+        normed = rms_norm(weights["mixer_norm"], x, cfg.norm_epsilon)
+        if "mlstm" in weights:
+            mixed, layer_state = _mlstm(cfg, weights["mlstm"], normed, layer_state, masks)
+        else:
+            mixed, layer_state = _slstm(cfg, weights["slstm"], normed, layer_state, stream, masks)
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+        return constrain(x, ("batch", "seq", "activation_embed")), layer_state
+
+    layers = None if state is None else state["layers"]
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return hidden, None if state is None else {"layers": layers, "past": past}
+
+
+def _mlstm(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, masks: dict[str, Any]
+) -> tuple[jax.Array, Any]:
+    """The output of an mLSTM layer, [B, T, D], and its new state."""
+    q, k, v, o = (
+        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv"))
+        for name in ("query", "key", "value", "output_gate")
+    )
+    log_input, forget = (
+        _soft_cap(linear(weights[name], x).astype(jnp.float32), cfg.gate_soft_cap)
+        for name in ("input_gate", "forget_gate")
+    )
+    q = q * (cfg.key_dim // cfg.num_heads) ** -0.5
+    x, last = mlstm(
+        q, k, v, log_input, jax.nn.log_sigmoid(forget), state, **masks, epsilon=cfg.mlstm_epsilon
+    )  # fmt: skip
+    x = multi_head_layer_norm(weights["norm"], x, cfg.norm_epsilon) * jax.nn.sigmoid(o)
+    return linear(weights["output"], x, num_input_axes=2), None if state is None else last
+
+
+def _slstm(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
+) -> tuple[jax.Array, Any]:
+    """The output of an sLSTM layer, [B, T, D], and its new state."""
+    B, T, D = x.shape
+    tail = None if state is None else state["tail"]
+    local, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
+    projected = [  # the gates i, f of the convolved input, and z, o of the input
+        jnp.einsum("BTHP,HPGQ->BTHGQ", y.reshape(B, T, cfg.num_heads, -1), weights[name]["weight"].astype(y.dtype))
+        for name, y in (("input_forget", jax.nn.silu(local)), ("cell_output", x))
+    ]
+    x, last = slstm(
+        weights["cell"], jnp.concatenate(projected, axis=3), None if state is None else state["cell"], **masks
+    )
+    x = multi_head_layer_norm(weights["norm"], x, cfg.norm_epsilon).reshape(B, T, D)
+    return x, None if state is None else {"tail": tail, "cell": last}
+
+
+def _soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetBias:
+    """Initial biases of forget gates: ``low`` to ``high`` in equal steps along the last axis, the same for all heads.
+
+    Args:
+        gate: index of the forget gate on the axis before the last axis, whose other gates get 0; None: no such axis.
+    """
+
+    low: float = 3.0
+    high: float = 6.0
+    gate: int | None = None
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        bias = jnp.broadcast_to(jnp.linspace(self.low, self.high, shape[-1], dtype=dtype), shape)
+        if self.gate is None:
+            return bias
+        return jnp.where(jnp.arange(shape[-2])[:, None] == self.gate, bias, jnp.zeros_like(bias))
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters, with initial values as in transformers.
+
+    Two differences: output gates and MLP gates have random weights (transformers: zeros), and the biases of an sLSTM
+    are those of an option of the authors' code (``small_init``).
+    """
+    D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
+    K, V, P, rows = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    small, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)
+
+    def gate(bias_init: Any) -> dict[str, ArraySpec]:
+        return {
+            "weight": ArraySpec((D, H), ("embed", "heads"), ZEROS, decay=True),
+            "bias": ArraySpec((H,), ("heads",), bias_init),
+        }
+
+    mlstm_layer = {
+        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), small, bias=False),
+        "key": linear_specs((D, H, K), ("embed", "heads", "kv"), small, bias=False),
+        "value": linear_specs((D, H, V), ("embed", "heads", "kv"), small, bias=False),
+        "output_gate": linear_specs((D, H, V), ("embed", "heads", "kv"), small, bias=False),
+        "input_gate": gate(Constant(-10.0)),
+        "forget_gate": gate(ForgetBias()),
+        "norm": rms_norm_specs(cfg.value_dim),
+        "output": linear_specs(
+            (H, V, D), ("heads", "kv", "embed"), Normal(2 / L * D**-0.5), num_input_axes=2, bias=False
+        ),
+    }
+    block_diagonal = linear_specs((H, P, 2, P), ("heads", None, None, None), small, bias=False)
+    slstm_layer = {
+        "convolution": depthwise_convolution_specs((cfg.conv_width, D), ("mlp",), Uniform(cfg.conv_width**-0.5)),
+        "input_forget": block_diagonal,
+        "cell_output": block_diagonal,
+        "cell": slstm_specs(H, P, ZEROS, ForgetBias(gate=1)),
+        "norm": norm,
+    }
+    mlp = {
+        **swiglu_specs(D, F, small),
+        "down": linear_specs((F, D), ("mlp", "embed"), Normal(2 / L * F**-0.5), bias=False),
+    }
+    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
+    mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
+    table = ArraySpec((rows, D), ("vocab", "embed"), small, decay=True)
+    tree = {
+        "token_embedding": table,
+        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
+        "final_norm": norm,
+    }
+    return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state of ``batch`` rows for any ``length``: the states of the recurrent layers.
+
+    An sLSTM layer also has the last inputs of its convolution (``tail``).
+    """
+    H, reach = cfg.num_heads, cfg.conv_width - 1
+    layer_specs = {
+        "mlstm": mlstm_state_specs(batch, H, cfg.key_dim // H, cfg.value_dim // H),
+        "slstm": {
+            "tail": tail_specs(batch, reach, cfg.embed_dim, jnp.dtype(cfg.dtype)),
+            "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
+        },
+    }
+    layers = tuple(layer_specs[mixer] for mixer in common.mixers(cfg))
+    return {"layers": layers, "past": past_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
+
+
+def carried_state_length(cfg: Config) -> int:
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    return 1
+
+
+_TINY = Config(vocab_size=128, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, key_dim=64, value_dim=64)
+VARIANTS = {
+    "xlstm-7b": Config(),
+    "xlstm-tiny": _TINY,
+    "xlstm-slstm-tiny": dataclasses.replace(_TINY, pattern=("slstm", "mlstm")),
+}

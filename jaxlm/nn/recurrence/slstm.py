@@ -1,0 +1,274 @@
+"""The sLSTM (Beck et al. 2024, section 2.2): an LSTM with exponential gates, a normalizer and memory mixing per head.
+
+    z_t = tanh(z~_t),  o_t = sigmoid(o~_t),  log i_t = i~_t,  log f_t = log_sigmoid(f~_t)
+    m_t = max(log f_t + m_{t-1}, log i_t)             stabilizer (eq. 15)
+    i'_t = exp(log i_t - m_t)                         stabilized input gate (eq. 16)
+    f'_t = exp(log f_t + m_{t-1} - m_t)               stabilized forget gate (eq. 17)
+    c_t = f'_t c_{t-1} + i'_t z_t                     cell (eq. 8)
+    n_t = f'_t n_{t-1} + i'_t                         normalizer (eq. 9)
+    h_t = o_t c_t / n_t                               hidden state and output (eq. 10)
+
+Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R_z h_{t-1}`` plus a bias. The matrices R
+are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the authors' code (the
+paper also allows an exponential).
+
+At the first step of a document, m is -inf before the step, so that ``m_1 = log i_1``. Then n is at least 1 at all
+steps. A state with ``n = 0`` marks this, as in the authors' code; all states of a new document are 0.
+
+The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
+and computes the gradient of R in one matmul per chunk.
+
+Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q for the second one), C
+chunks, L steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn import choices
+from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.sharding import constrain
+from jaxlm.spec import ZEROS, ArraySpec, Initializer
+
+Implementation = Literal["reference", "chunked"]
+State = dict[str, jax.Array]
+
+STATES = ("hidden", "cell", "normalizer", "stabilizer")
+"""The names of h, c, n and m."""
+
+
+def slstm_specs(
+    heads: int, width: int, init: Initializer = ZEROS, bias_init: Initializer = ZEROS
+) -> dict[str, ArraySpec]:
+    """Specs of ``weight_hidden`` [H, P, G, Q], the matrices R, and ``bias`` [H, G, Q]."""
+    return {
+        "weight_hidden": ArraySpec((heads, width, 4, width), ("heads", None, None, None), init, decay=True),
+        "bias": ArraySpec((heads, 4, width), ("heads", None, None), bias_init),
+    }
+
+
+def slstm_state_specs(batch: int, heads: int, width: int) -> dict[str, ArraySpec]:
+    """Specs of the state: ``hidden``, ``cell``, ``normalizer`` and ``stabilizer``, [B, H, P] float32 each."""
+    return dict.fromkeys(STATES, ArraySpec((batch, heads, width), ("batch", "heads", None)))
+
+
+def slstm_cell(params: dict[str, Any], projected_BHGP: jax.Array, state: State) -> State:
+    """The state after one step. Its ``hidden`` is the output.
+
+    Args:
+        params: see :func:`slstm_specs`.
+        projected_BHGP: the contribution of the input to the pre-activations.
+        state: the state before the step (:func:`slstm_state_specs`).
+    """
+    weight = params["weight_hidden"].astype(projected_BHGP.dtype)
+    return _advance(_preactivations(weight, params["bias"], projected_BHGP, state["hidden"]), state)
+
+
+def slstm(
+    params: dict[str, Any],
+    projected_BTHGP: jax.Array,
+    state: State | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, State]:
+    """The hidden state after each step, [B, T, H, P] in the dtype of the input, and the last state.
+
+    The state is float32. The matmul with R has inputs in the dtype of ``projected``; everything else is float32.
+
+    Args:
+        params: see :func:`slstm_specs`.
+        projected_BTHGP: the contribution of the inputs to the pre-activations of the gates i, f, z, o, without bias.
+        state: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
+            None: no resets.
+        keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
+        chunk: steps of a chunk, used only by ``chunked``; None: a default for the shape.
+        implementation: ``reference`` is a ``lax.scan`` over :func:`slstm_cell`; ``chunked`` is the same loop with a
+            custom gradient (see the module), the default.
+
+    Raises:
+        ValueError: shapes that do not match, or an unknown implementation.
+
+    Example:
+        >>> params = {"weight_hidden": jnp.zeros((1, 1, 4, 1)), "bias": jnp.zeros((1, 4, 1))}
+        >>> out, state = slstm(params, jnp.ones((1, 3, 1, 4, 1)))
+        >>> out.shape, sorted(state)
+        ((1, 3, 1, 1), ['cell', 'hidden', 'normalizer', 'stabilizer'])
+    """
+    _check(params, projected_BTHGP, state, reset_BT, keep_BT, chunk)
+    B, T = projected_BTHGP.shape[:2]
+    if implementation not in (None, *get_args(Implementation)):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no slstm implementation {implementation!r}: choose from {choice}")
+    # The time axis is not sharded, because the steps are sequential.
+    projected_BTHGP = constrain(projected_BTHGP, ("batch", None, "heads", None, None))
+    masks = both_masks(reset_BT, keep_BT, (B, T))
+    if masks is not None:  # inputs at padding may be NaN
+        projected_BTHGP = jnp.where(masks[1][:, :, None, None, None], projected_BTHGP, 0)
+    if state is None:
+        state = dict.fromkeys(STATES, jnp.zeros_like(projected_BTHGP[:, 0, :, 0], jnp.float32))
+    state = {name: state[name].astype(jnp.float32) for name in STATES}
+    weight = params["weight_hidden"].astype(projected_BTHGP.dtype)
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTHGP, masks))
+    if implementation == "reference":
+        step = functools.partial(_step, weight, params["bias"])
+        last, hidden_TBHP = lax.scan(lambda state, inputs: _with_output(step(state, inputs)), state, time_major)
+    else:
+        L = min(T, choices.recurrence_chunk(B, T) if chunk is None else chunk)
+        hidden_TBHP, last = _chunked(L, weight, params["bias"], *time_major, state)
+    return jnp.swapaxes(hidden_TBHP, 0, 1).astype(projected_BTHGP.dtype), last
+
+
+def _check(params: dict[str, Any], projected: jax.Array, state: Any, reset: Any, keep: Any, chunk: int | None) -> None:
+    H, P = params["weight_hidden"].shape[:2]
+    if projected.ndim != 5 or projected.shape[2:] != (H, 4, P) or not projected.shape[1]:
+        raise ValueError(
+            f"the input {list(projected.shape)} must be [batch, time, heads, gates, width] with at least one step and "
+            f"{[H, 4, P]} heads, gates and width of the parameters"
+        )
+    for name in STATES if state is not None else ():
+        shape = (projected.shape[0], H, P)
+        if name not in state or state[name].shape != shape:
+            got = list(state[name].shape) if name in state else "missing"
+            raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")
+    check_masks(reset, keep, projected.shape[:2])
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
+
+
+def _preactivations(weight: jax.Array, bias: jax.Array, projected: jax.Array, hidden: jax.Array) -> jax.Array:
+    """The pre-activations of all gates, [B, H, G, P] float32."""
+    return projected.astype(jnp.float32) + bias[None] + _product(weight, hidden)
+
+
+def _product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Array:
+    """``R h`` of all gates, [B, H, G, Q] float32."""
+    hidden_BHP = hidden_BHP.astype(weight_HPGQ.dtype)
+    return jnp.einsum("BHP,HPGQ->BHGQ", hidden_BHP, weight_HPGQ, preferred_element_type=jnp.float32)
+
+
+def _advance(total_BHGP: jax.Array, state: State) -> State:
+    """The state after a step with these pre-activations."""
+    log_i, f, z, o = (total_BHGP[:, :, gate] for gate in range(4))
+    log_f_m = jax.nn.log_sigmoid(f) + jnp.where(state["normalizer"] == 0.0, -jnp.inf, state["stabilizer"])
+    m = jnp.maximum(log_f_m, log_i)
+    f, i = jnp.exp(log_f_m - m), jnp.exp(log_i - m)
+    c = f * state["cell"] + i * jnp.tanh(z)
+    n = f * state["normalizer"] + i
+    return {"hidden": jax.nn.sigmoid(o) * c / n, "cell": c, "normalizer": n, "stabilizer": m}
+
+
+def _reset(mask: Any, state: State) -> State:
+    return state if mask is None else jax.tree.map(lambda x: jnp.where(mask[0][:, None, None], 0.0, x), state)
+
+
+def _restore_at_padding(mask: Any, new: State, old: State) -> State:
+    return new if mask is None else jax.tree.map(lambda x, y: jnp.where(mask[1][:, None, None], x, y), new, old)
+
+
+def _step(weight: jax.Array, bias: jax.Array, state: State, inputs: Any) -> State:
+    projected_BHGP, mask = inputs
+    state = _reset(mask, state)
+    return _restore_at_padding(
+        mask, _advance(_preactivations(weight, bias, projected_BHGP, state["hidden"]), state), state
+    )
+
+
+def _with_output(state: State) -> tuple[State, jax.Array]:
+    return state, state["hidden"]
+
+
+# ------------------------------------------------------------------------------------------------------ chunked
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State
+) -> tuple[jax.Array, State]:
+    """The hidden states [T, B, H, P] float32, and the last state."""
+    return _forward(L, weight, bias, projected_TBHGP, masks, state)[0]
+
+
+def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State) -> Any:
+    T = projected_TBHGP.shape[0]
+
+    def chunk(state: State, inputs: Any) -> Any:
+        last, hidden_LBHP = lax.scan(
+            lambda state, inputs: _with_output(_step(weight, bias, state, inputs)), state, inputs
+        )
+        return last, (hidden_LBHP, state)
+
+    last, (hidden_CLBHP, states) = lax.scan(chunk, state, _chunks(L, projected_TBHGP, masks))
+    hidden_TBHP = hidden_CLBHP.reshape(-1, *hidden_CLBHP.shape[2:])[:T]
+    return (hidden_TBHP, last), (weight, bias, projected_TBHGP, masks, states)
+
+
+def _chunks(L: int, projected_TBHGP: jax.Array, masks: Any) -> Any:
+    """The inputs and masks of the chunks, [C, L, ...]. The last chunk is filled with padding steps."""
+    if projected_TBHGP.shape[0] % L and masks is None:
+        keep_TB = jnp.ones_like(projected_TBHGP[:, :, 0, 0, 0], bool)
+        masks = (jnp.zeros_like(keep_TB), keep_TB)
+    return jax.tree.map(functools.partial(_split, L), (projected_TBHGP, masks))
+
+
+def _split(L: int, x: jax.Array) -> jax.Array:
+    """``x`` [T, ...] in chunks, [C, L, ...]. The last chunk is filled with zeros."""
+    return jnp.pad(x, ((0, -x.shape[0] % L), *((0, 0),) * (x.ndim - 1))).reshape(-1, L, *x.shape[1:])
+
+
+def _backward(L: int, saved: Any, cotangents: Any) -> Any:
+    weight, bias, projected_TBHGP, masks, states = saved
+    dhidden_TBHP, dlast = cotangents
+    T, dtype = projected_TBHGP.shape[0], projected_TBHGP.dtype
+
+    def step(dstate: State, inputs: Any) -> Any:
+        """The gradient of the state before a step; the gradient of its pre-activations."""
+        (projected_BHGP, mask), before, dhidden_BHP = inputs
+        dstate = {**dstate, "hidden": dstate["hidden"] + dhidden_BHP}
+        state = _reset(mask, before)
+        total_BHGP = _preactivations(weight, bias, projected_BHGP, state["hidden"])
+
+        def advance(total_BHGP: jax.Array, state: State) -> State:
+            return _restore_at_padding(mask, _advance(total_BHGP, state), state)
+
+        dtotal_BHGP, dbefore = jax.vjp(advance, total_BHGP, state)[1](dstate)
+        through_R = jnp.einsum(
+            "BHGQ,HPGQ->BHP", dtotal_BHGP.astype(weight.dtype), weight, preferred_element_type=jnp.float32
+        )
+        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + through_R}), dtotal_BHGP
+
+    def chunk(carry: Any, inputs: Any) -> Any:
+        dstate, dweight, dbias = carry
+        (projected_LBHGP, chunk_masks), dhidden_LBHP, first = inputs
+        _, before = lax.scan(
+            lambda state, inputs: (_step(weight, bias, state, inputs), state), first, (projected_LBHGP, chunk_masks)
+        )
+        dstate, dtotal_LBHGP = lax.scan(
+            step, dstate, ((projected_LBHGP, chunk_masks), before, dhidden_LBHP), reverse=True
+        )
+        hidden_LBHP = before["hidden"]
+        if chunk_masks is not None:
+            hidden_LBHP = jnp.where(chunk_masks[0][:, :, None, None], 0.0, hidden_LBHP)
+        dweight += jnp.einsum(
+            "LBHP,LBHGQ->HPGQ", hidden_LBHP.astype(dtype), dtotal_LBHGP.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return (dstate, dweight, dbias + jnp.sum(dtotal_LBHGP, axis=(0, 1))), dtotal_LBHGP.astype(dtype)
+
+    zeros = jnp.zeros_like(weight, jnp.float32), jnp.zeros_like(bias, jnp.float32)
+    inputs = (_chunks(L, projected_TBHGP, masks), _split(L, dhidden_TBHP), states)
+    (dstate, dweight, dbias), dprojected_CLBHGP = lax.scan(chunk, (dlast, *zeros), inputs, reverse=True)
+    dprojected_TBHGP = dprojected_CLBHGP.reshape(-1, *dprojected_CLBHGP.shape[2:])[:T]
+    return dweight.astype(weight.dtype), dbias.astype(bias.dtype), dprojected_TBHGP, None, dstate
+
+
+_chunked.defvjp(_forward, _backward)

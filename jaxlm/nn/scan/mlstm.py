@@ -1,0 +1,210 @@
+"""The mLSTM cell (Beck et al. 2024, section 2.3): linear attention with an exponential input gate and a normalizer.
+
+    m_t = max(log f_t + m_{t-1}, log i_t)                       stabilizer (eq. 15)
+    f'_t = exp(log f_t + m_{t-1} - m_t)                         stabilized forget gate (eq. 17)
+    i'_t = exp(log i_t - m_t)                                   stabilized input gate (eq. 16)
+    C_t = f'_t C_{t-1} + i'_t k_t v_t.T                         cell state (eq. 19)
+    n_t = f'_t n_{t-1} + i'_t k_t                               normalizer state (eq. 20)
+    h_t = q_t @ C_t / (max(|q_t @ n_t|, exp(-m_t)) + epsilon)   output (eq. 21)
+
+C, n and m of a new document are 0. The paper writes the transposed C. Without the stabilizer, the states are
+``exp(m) * C`` and ``exp(m) * n``, which can overflow, because the input gate has no upper bound. The stabilizer scales
+them, and the output stays the same, except that ``epsilon`` (of the authors' code; 0 in the paper) is not scaled.
+
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values (W = V + 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn import choices
+from jaxlm.nn.scan.matrix_state import linear_attention
+from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.spec import ArraySpec
+
+Implementation = Literal["reference", "chunked"]
+
+MIN_STABILIZER = -80.0
+"""Below this m, ``exp(-m)`` would overflow. The output is then below 1e-34 times the values, and so is its error."""
+
+
+def mlstm_state_specs(batch: int, heads: int, key_width: int, value_width: int) -> dict[str, ArraySpec]:
+    """Specs of the state: ``cell`` C [B, H, K, V], ``normalizer`` n [B, H, K] and ``stabilizer`` m [B, H], float32."""
+    return {
+        "cell": ArraySpec((batch, heads, key_width, value_width), ("batch", "heads", None, None)),
+        "normalizer": ArraySpec((batch, heads, key_width), ("batch", "heads", None)),
+        "stabilizer": ArraySpec((batch, heads), ("batch", "heads")),
+    }
+
+
+def mlstm(
+    query_BTHK: jax.Array,
+    key_BTHK: jax.Array,
+    value_BTHV: jax.Array,
+    log_input_BTH: jax.Array,
+    log_forget_BTH: jax.Array,
+    state: dict[str, Any] | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    epsilon: float = 1e-6,
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The output h_t of each step (equations: see the module), and the last state (:func:`mlstm_state_specs`).
+
+    The output is [B, T, H, V] in the dtype of the values; the state is float32. Queries and keys are not scaled. Matmul
+    inputs have the dtype of the values; everything else is float32.
+
+    Args:
+        log_input_BTH: the logarithm of the input gate, which is the pre-activation of an exponential gate.
+        log_forget_BTH: the logarithm of the forget gate: ``log_sigmoid`` of the pre-activation, or the pre-activation
+            itself if the gate is exponential.
+        state: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
+            None: no resets.
+        keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
+        epsilon: added to the divisor of the output.
+        chunk: steps of a chunk, a power of two, used only by ``chunked``; None: a default for the platform.
+        implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
+            stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
+            and saves one state per chunk for the backward pass. None selects the fastest known implementation.
+
+    Raises:
+        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+
+    Example:
+        >>> ones, gate = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1))
+        >>> values = jnp.array([4.0, 8.0, 6.0]).reshape(1, 3, 1, 1)
+        >>> out, state = mlstm(ones, ones, values, gate, gate, epsilon=0.0)  # means of the values up to each step
+        >>> out.ravel().tolist(), state["normalizer"].ravel().tolist()
+        ([4.0, 6.0, 6.0], [3.0])
+    """
+    _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
+    B, T = query_BTHK.shape[:2]
+    if implementation is None:
+        implementation = choices.linear_attention(T)
+    if implementation not in get_args(Implementation):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no mlstm implementation {implementation!r}: choose from {choice}")
+    # The time axis is not sharded, because the steps are sequential.
+    q, k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (query_BTHK, key_BTHK, value_BTHV))
+    log_input_BTH, log_forget_BTH = (
+        sharding.constrain(x.astype(jnp.float32), ("batch", None, "heads")) for x in (log_input_BTH, log_forget_BTH)
+    )
+    masks = both_masks(reset_BT, keep_BT, (B, T))
+    if masks is not None:  # inputs at padding may be NaN
+        keep = masks[1]
+        q, k, v = (jnp.where(keep[:, :, None, None], x, 0) for x in (q, k, v))
+        log_input_BTH, log_forget_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_input_BTH, log_forget_BTH))
+    if state is None:
+        like = k[:, 0].astype(jnp.float32)  # an array with the sharding of the state
+        cell = jnp.zeros_like(like[..., None] * v[:, 0, :, None, :])
+        state = {"cell": cell, "normalizer": jnp.zeros_like(like), "stabilizer": jnp.zeros_like(like[..., 0])}
+    state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
+    if implementation == "reference":
+        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
+    return _chunked(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk)
+
+
+def _check(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_input: jax.Array, log_forget: jax.Array, state: Any,
+    reset: Any, keep: Any,
+) -> None:  # fmt: skip
+    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
+            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
+        )
+    for name, x in (("log_input", log_input), ("log_forget", log_forget)):
+        if x.shape != query.shape[:-1]:
+            raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
+    (B, _, H, K), V = query.shape, value.shape[-1]
+    if state is not None:
+        for name, leaf in mlstm_state_specs(B, H, K, V).items():
+            if name not in state or state[name].shape != leaf.shape:
+                got = list(state[name].shape) if name in state else "missing"
+                raise ValueError(f"{name!r} of the state is {got}: it must be {list(leaf.shape)}")
+    check_masks(reset, keep, query.shape[:2], "query")
+
+
+def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: float) -> Any:
+    def step(state: dict[str, jax.Array], inputs: Any) -> Any:
+        (q, k, v, log_i, log_f), mask = inputs
+        q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        if mask is not None:
+            state = _where(mask[0], jax.tree.map(jnp.zeros_like, state), state)
+        C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
+        new_m = jnp.maximum(log_f + m, log_i)
+        f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
+        new_n = f * n + i * k
+        new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
+        out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
+        new = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
+        return (new if mask is None else _where(mask[1], new, state)), out.astype(v.dtype)
+
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
+    last, out_TBHV = lax.scan(step, state, time_major)
+    return jnp.swapaxes(out_TBHV, 0, 1), last
+
+
+def _where(mask_B: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(jnp.expand_dims(mask_B, range(1, x.ndim)), x, y), new, old)
+
+
+def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: float) -> jax.Array:
+    """``numerator [..., V] / (max(|normalizer|, exp(-m)) + epsilon)``, with normalizer and m [...]."""
+    lower_bound = jnp.exp(-jnp.maximum(m, MIN_STABILIZER))
+    return numerator / (jnp.maximum(jnp.abs(normalizer), lower_bound) + epsilon)[..., None]
+
+
+# ------------------------------------------------------------------------------------------------------ chunked
+
+
+def _chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
+    masks: Any, epsilon: float, chunk: int | None,
+) -> Any:  # fmt: skip
+    reset, keep = (None, None) if masks is None else masks
+    m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], masks)
+    before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
+    log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # the reset sets the decay to 0
+    if keep is not None:
+        log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
+    # A value that is always 1 makes n the last column of the state.
+    key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(k.dtype)
+    value_BTHW = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    state_BHKW = jnp.concatenate([state["cell"], state["normalizer"][..., None]], axis=-1)
+    out_BTHW, last_BHKW = linear_attention(
+        q, key_BTHK, value_BTHW, log_decay_BTH, state_BHKW, reset_BT=reset, keep_BT=keep, chunk=chunk,
+        implementation="chunked",
+    )  # fmt: skip
+    out_BTHW = out_BTHW.astype(jnp.float32)
+    out_BTHV = _output(out_BTHW[..., :-1], out_BTHW[..., -1], m_BTH, epsilon).astype(v.dtype)
+    return out_BTHV, {"cell": last_BHKW[..., :-1], "normalizer": last_BHKW[..., -1], "stabilizer": m_BTH[:, -1]}
+
+
+def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, masks: Any) -> jax.Array:
+    """The stabilizer m of each step, [B, T, H].
+
+    A step maps m to ``max(a + m, b)``. Two such maps in sequence are a map of the same form, so a parallel scan
+    combines them. It only adds numbers along paths, so that no difference of large sums loses digits.
+    """
+    a_BTH, b_BTH = log_f_BTH, log_i_BTH
+    if masks is not None:
+        reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
+        b_BTH = jnp.where(reset_BT1, jnp.maximum(log_f_BTH, log_i_BTH), b_BTH)  # from m = 0
+        a_BTH = jnp.where(reset_BT1, -jnp.inf, a_BTH)
+        a_BTH, b_BTH = jnp.where(keep_BT1, a_BTH, 0.0), jnp.where(keep_BT1, b_BTH, -jnp.inf)
+
+    def combine(earlier: Any, later: Any) -> Any:
+        return earlier[0] + later[0], jnp.maximum(later[0] + earlier[1], later[1])
+
+    a_BTH, b_BTH = lax.associative_scan(combine, (a_BTH, b_BTH), axis=1)
+    return jnp.maximum(a_BTH + m_BH[:, None], b_BTH)

@@ -1,0 +1,184 @@
+"""Tests of the sLSTM against the paper's equations without a stabilizer in float64, with gradients of all inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.recurrence import slstm, slstm_cell, slstm_specs, slstm_state_specs
+from jaxlm.nn.recurrence.slstm import STATES
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.spec import Normal
+from jaxlm.testing.helpers import assert_trees_close, relative_error
+
+B, T, H, P = 2, 11, 2, 3
+
+
+def arguments(strength=1.0):
+    """Parameters, inputs, and a state. The normalizer of a state is positive."""
+    params = spec.init(slstm_specs(H, P, Normal(0.7), Normal(0.5)), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 5)
+    state = {name: jax.random.normal(key, (B, H, P)) for name, key in zip(STATES, keys[1:], strict=True)}
+    state["normalizer"] = 1.0 + jnp.abs(state["normalizer"])
+    return params, strength * jax.random.normal(keys[0], (B, T, H, 4, P)), state
+
+
+def masks():
+    rng = np.random.default_rng(4)
+    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
+    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+
+
+def equations(params, projected, state, reset_BT=None, keep_BT=None):
+    """Equations 8 to 10 of the paper with the gates themselves, and full matrices instead of blocks.
+
+    The cell and the normalizer are those without a stabilizer. Equation 15 gives the stabilizer of the last state.
+    """
+    R = [jax.scipy.linalg.block_diag(*(params["weight_hidden"][h, :, gate] for h in range(H))) for gate in range(4)]
+    h, m = state["hidden"], state["stabilizer"]
+    c, n = jnp.exp(m) * state["cell"], jnp.exp(m) * state["normalizer"]
+    steps = []
+    for t in range(projected.shape[1]):
+        old = (h, c, n, m)
+        if reset_BT is not None:
+            h, c, n, m = (jnp.where(reset_BT[:, t, None, None], 0.0, x) for x in old)
+        total = projected[:, t] + params["bias"][None]
+        gates = (total[:, :, gate] + (h.reshape(B, H * P) @ R[gate]).reshape(B, H, P) for gate in range(4))
+        log_i, f, z, o = gates
+        m = jnp.where(n == 0.0, log_i, jnp.maximum(jax.nn.log_sigmoid(f) + m, log_i))
+        c = jax.nn.sigmoid(f) * c + jnp.exp(log_i) * jnp.tanh(z)
+        n = jax.nn.sigmoid(f) * n + jnp.exp(log_i)
+        h = jax.nn.sigmoid(o) * c / n
+        if keep_BT is not None:
+            new = (h, c, n, m)
+            h, c, n, m = (jnp.where(keep_BT[:, t, None, None], x, y) for x, y in zip(new, old, strict=True))
+        steps.append(h)
+    return jnp.stack(steps, axis=1), {
+        "hidden": h, "cell": jnp.exp(-m) * c, "normalizer": jnp.exp(-m) * n, "stabilizer": m,
+    }  # fmt: skip
+
+
+def results(function, arguments, **options):
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
+
+    def loss(*arguments):
+        outputs = function(*arguments, **options)
+        leaves = jax.tree.leaves(outputs)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), outputs
+
+    compile_ = jax.jit if function is not equations else lambda f: f  # compiling an unrolled loop is slow
+    (_, outputs), gradients = compile_(jax.value_and_grad(loss, range(3), has_aux=True))(*arguments)
+    return outputs, gradients
+
+
+def float64_results(arguments, **options):
+    with jax.enable_x64(True):
+        return results(equations, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments), **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_all_gradients_equal_those_of_the_equations(masked):
+    options = masks() if masked else {}
+    want = float64_results(arguments(), **options)
+    assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
+    assert_trees_close(results(slstm, arguments(), **options, implementation="reference"), want, 3e-6)
+    for chunk in (4, None):  # two full chunks and a partial chunk; one chunk
+        assert_trees_close(results(slstm, arguments(), **options, chunk=chunk), want, 3e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_strong_gates(implementation):
+    """Gates from exp(-100) to exp(100). The state is computed without a stabilizer in float64."""
+    params, projected, state = arguments(40.0)
+    got = results(slstm, (params, projected, state), implementation=implementation, chunk=4)
+    assert_trees_close(got, float64_results((params, projected, state)), 1e-5, floor=0.1)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("gate", [-1e4, 1e4])
+def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
+    params, projected, state = arguments()
+    signs = np.random.default_rng(1).choice([0.0, 1.0], projected.shape)
+    state = jax.tree.map(jnp.zeros_like, state)
+    got = results(slstm, (params, projected + gate * signs, state), implementation=implementation, chunk=4, **masks())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+def test_the_first_output_of_a_document_does_not_depend_on_its_gates():
+    """``c_1 / n_1`` is z_1, also if both gates are nearly 0: then a stabilizer of 0 would give 0 / 0."""
+    params, projected, _ = arguments()
+    projected = projected.at[:, :, :, 0].add(-1000.0)
+    reset_BT = jnp.zeros((B, T), bool).at[:, 5].set(True)
+    hidden, _ = slstm(params, projected, reset_BT=reset_BT)
+    total = projected + params["bias"][None, None]
+    first = jax.nn.sigmoid(total[:, :, :, 3]) * jnp.tanh(total[:, :, :, 2])
+    assert relative_error(hidden[:, [0, 5]], first[:, [0, 5]]) < 1e-6
+
+
+def test_the_cell_gives_the_same_states():
+    params, projected, state = arguments()
+    want, want_last = slstm(params, projected, state)
+    for t in range(T):
+        state = slstm_cell(params, projected[:, t], state)
+        assert relative_error(state["hidden"], want[:, t]) < 1e-6
+    assert_trees_close(state, want_last, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
+    segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0], [1, 0, 1, 1, 1, 2, 0, 2, 2, 2, 0]])
+    reset_BT, keep_BT, _ = segment_boundaries(segments)
+    params, without_nan, _ = arguments()
+    with_nan = jnp.where(keep_BT[:, :, None, None, None], without_nan, jnp.nan)
+    layer = jax.jit(functools.partial(slstm, implementation=implementation, chunk=4))
+
+    def loss(params, projected):
+        out, last = layer(params, projected, reset_BT=reset_BT, keep_BT=keep_BT)
+        return jnp.sum(jnp.sin(jnp.where(keep_BT[:, :, None, None], out, 0.0))), (out, last)
+
+    gradients, (out, last) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, with_nan)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
+    assert (np.asarray(gradients[1])[~np.asarray(keep_BT)] == 0.0).all()
+    assert np.array_equal(out[:, -1], last["hidden"]), "at padding, the output is the unchanged hidden state"
+    for row in range(B):
+        for document in (1, 2):
+            index = np.flatnonzero(segments[row] == document)
+            separate, separate_last = layer(params, without_nan[row : row + 1, index])
+            assert relative_error(out[row, index], separate[0]) < 1e-6
+        assert_trees_close(jax.tree.map(lambda x, row=row: x[row : row + 1], last), separate_last, 1e-6)
+
+
+def test_bfloat16_keeps_a_float32_state():
+    params, projected, state = arguments()
+    (out, last), gradients = results(slstm, (params, projected.astype(jnp.bfloat16), state), chunk=4)
+    assert out.dtype == gradients[1].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((last, gradients[0]))} == {jnp.dtype("float32")}
+    rounded = projected.astype(jnp.bfloat16).astype(jnp.float32)
+    assert_trees_close(((out, last), gradients), float64_results((params, rounded, state)), 0.05)
+
+
+def test_only_inputs_and_one_state_per_chunk_are_saved():
+    params, projected, state = arguments()
+    layer = functools.partial(slstm, chunk=4)
+    residuals = jax.eval_shape(lambda *arguments: jax.vjp(layer, *arguments)[1], params, projected, state)
+    saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
+    assert saved <= projected.size + spec.count(params) + 4 * spec.count(slstm_state_specs(B, H, P))
+
+
+def test_bad_inputs_raise():
+    params, projected, state = arguments()
+    with pytest.raises(ValueError, match=r"the input \[2, 11, 2, 3, 3\] must be .* \[2, 4, 3\] heads, gates and width"):
+        slstm(params, projected[:, :, :, :3])
+    with pytest.raises(ValueError, match="at least one step"):
+        slstm(params, projected[:, :0])
+    with pytest.raises(ValueError, match=r"'cell' of the state is \[2, 2, 2\]: it must be \[2, 2, 3\]"):
+        slstm(params, projected, {**state, "cell": state["cell"][..., :2]})
+    with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the input, \[2, 11\]"):
+        slstm(params, projected, reset_BT=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        slstm(params, projected, chunk=0)
+    with pytest.raises(ValueError, match="no slstm implementation 'fast': choose from 'reference', 'chunked'"):
+        slstm(params, projected, implementation="fast")
