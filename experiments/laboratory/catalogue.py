@@ -134,7 +134,7 @@ _FORMAL_LANGUAGES = Experiment(
         ),
         Claim(
             "No linear recurrence with eigenvalues in [0, 1] solves parity", _GRAZZI,
-            ("mamba2", "hawk", "gated_deltanet"), "lengths 41 to 100", maximum=0.8, cases=("parity",),
+            ("mamba2", "hawk", "mlstm", "gated_deltanet"), "lengths 41 to 100", maximum=0.8, cases=("parity",),
         ),
         Claim(
             "The delta rule with eigenvalues in [-1, 1] solves parity", _GRAZZI, ("gated_deltanet [-1, 1]",),

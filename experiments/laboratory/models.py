@@ -18,6 +18,7 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "pattern": ("delta_rule",), "max_positions": None, "mlp_dim": mlp, "delta_key_heads": heads,
         "delta_value_heads": heads, "delta_key_dim": width // heads, "delta_value_dim": width // heads,
     }  # fmt: skip
+    xlstm = {"num_heads": heads, "mlp_dim": mlp, "key_dim": width, "value_dim": 2 * width}
     recurrent = {"hidden_dim": width, "init_bound": 0.5}
     return {
         "gpt": ("gpt2", attention),
@@ -29,6 +30,8 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "mamba2": ("mamba2", {"head_dim": 2 * width // heads, "state_size": 64}),
         "griffin": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "window": 64}),
         "hawk": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "pattern": ("recurrent",)}),
+        "mlstm": ("xlstm", xlstm),
+        "slstm": ("xlstm", {**xlstm, "pattern": ("slstm",)}),
         "gated_deltanet": ("gated_deltanet", delta_rule),
         "gated_deltanet [-1, 1]": ("gated_deltanet", {**delta_rule, "negative_eigenvalues": True}),
     }
