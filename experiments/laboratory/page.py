@@ -151,8 +151,8 @@ def write(results: Mapping[str, Iterable[Result]], machine: str, directory: Path
         "`python -m experiments.laboratory --page`; do not edit it.\n\n"
         f"All runs: {machine}. All models have no dropout and are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
-        "`hawk` is `griffin` without attention; `mlstm` and `slstm` are `xlstm` with one kind of layer; `[-1, 1]` means\n"
-        "that the eigenvalues of a step may be negative.\n"
+        "`hawk` is `griffin` without attention; `mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
+        "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"
     ]
     for name, experiment in EXPERIMENTS.items():
         runs = list(results.get(name, ()))
