@@ -1,12 +1,12 @@
 """Linear recurrences.
 
 ``linear_scan`` has a vector as its state; ``linear_attention``, ``ssd`` (the state space model of Mamba-2, which is a
-linear attention) and ``gated_delta_rule`` have a matrix.
+linear attention), ``gated_delta_rule`` and ``generalized_delta_rule`` have a matrix.
 """
 
-from jaxlm.nn.scan.delta_rule import gated_delta_rule
+from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule
 from jaxlm.nn.scan.matrix_state import linear_attention, linear_attention_step
 from jaxlm.nn.scan.state_space import ssd
 from jaxlm.nn.scan.vector_state import linear_scan
 
-__all__ = ["gated_delta_rule", "linear_attention", "linear_attention_step", "linear_scan", "ssd"]
+__all__ = ["gated_delta_rule", "generalized_delta_rule", "linear_attention", "linear_attention_step", "linear_scan", "ssd"]
