@@ -13,6 +13,7 @@ _FAMILIES = {
     "mamba2": "Mamba-2",
     "griffin": "Griffin",
     "gated_deltanet": "Gated DeltaNet",
+    "rwkv7": "RWKV-7",
 }  # fmt: skip
 _HEADS = {
     "causal": "a next-token head",

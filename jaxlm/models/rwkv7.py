@@ -200,7 +200,7 @@ class Ramp:
 
     def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         ramp = jnp.linspace(0.0, 1.0, math.prod(shape), dtype=dtype).reshape(shape) ** self.power
-        y = jnp.linspace(-1.0, 1.0, shape[-1], dtype=dtype)
+        y = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, shape[-1], dtype=dtype), shape)
         return self.offset + self.slope * ramp + self.zigzag * y * jnp.abs(y)
 
 

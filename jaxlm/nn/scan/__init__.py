@@ -9,4 +9,11 @@ from jaxlm.nn.scan.matrix_state import linear_attention, linear_attention_step
 from jaxlm.nn.scan.state_space import ssd
 from jaxlm.nn.scan.vector_state import linear_scan
 
-__all__ = ["gated_delta_rule", "generalized_delta_rule", "linear_attention", "linear_attention_step", "linear_scan", "ssd"]
+__all__ = [
+    "gated_delta_rule",
+    "generalized_delta_rule",
+    "linear_attention",
+    "linear_attention_step",
+    "linear_scan",
+    "ssd",
+]

@@ -85,7 +85,7 @@ def gated_delta_rule(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([2.0, 5.0, 6.5], [6.5])
     """
-    _check_query_key_value(query_BTHK, key_BTHK, value_BTHV)
+    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
     for name, x in (("log_decay", log_decay_BTH), ("beta", beta_BTH)):
         if x.shape != query_BTHK.shape[:-1]:
             expected = f"[batch, time, heads], {list(query_BTHK.shape[:-1])}"
@@ -95,9 +95,7 @@ def gated_delta_rule(
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
     inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1)
     chunk = choices.gated_delta_rule_chunk() if chunk is None else chunk
-    return _run(
-        "gated_delta_rule", _gated_step, _gated_chunk, inputs, state_BHKV, reset_BT, keep_BT, chunk, implementation
-    )
+    return _run("gated_delta_rule", _gated_step, _gated_chunk, inputs, state_BHKV, keep_BT, chunk, implementation)
 
 
 def generalized_delta_rule(
@@ -134,7 +132,7 @@ def generalized_delta_rule(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([4.0, 10.0, 13.0], [13.0])
     """
-    _check_query_key_value(query_BTHK, key_BTHK, value_BTHV)
+    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
@@ -145,17 +143,21 @@ def generalized_delta_rule(
     inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK)
     chunk = choices.generalized_delta_rule_chunk() if chunk is None else chunk
     return _run(
-        "generalized_delta_rule", _generalized_step, _generalized_chunk, inputs, state_BHKV, reset_BT, keep_BT, chunk,
+        "generalized_delta_rule", _generalized_step, _generalized_chunk, inputs, state_BHKV, keep_BT, chunk,
         implementation,
     )  # fmt: skip
 
 
-def _check_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
     if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
             f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
         )
+    (B, T, H, K), V = query.shape, value.shape[-1]
+    if state is not None and state.shape != (B, H, K, V):
+        raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
+    check_masks(reset, keep, (B, T), "query")
 
 
 def _run(
@@ -164,7 +166,6 @@ def _run(
     chunk_steps: Callable[..., Any],
     inputs: Any,
     state_BHKV: jax.Array | None,
-    reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
     chunk: int,
     implementation: Implementation | None,
@@ -176,14 +177,9 @@ def _run(
         chunk_steps: the same for all steps of a chunk.
         inputs: queries, keys, values, and the other inputs of the rule, which already contain the resets.
     """
-    (B, T, H, K), V = inputs[0].shape, inputs[2].shape[-1]
-    if state_BHKV is not None and state_BHKV.shape != (B, H, K, V):
-        raise ValueError(
-            f"state {list(state_BHKV.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}"
-        )
-    check_masks(reset_BT, keep_BT, (B, T), "query")
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
+    T = inputs[0].shape[1]
     if implementation is None:
         implementation = choices.delta_rule(T)
     if implementation not in get_args(Implementation):
@@ -296,7 +292,8 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    The scores of q_t and a_t differ only in the last step: if step t - 1 has the query a_t, they have the same decays.
+    The decays D(s, t-1) of a_t are those of a query of step t - 1. So the scores of a_t are computed as scores of a
+    second query ``a_{t+1}`` at each step t, and then shifted by one step.
     """
     dtype = v_BHLV.dtype
     product = _product_in(dtype)
