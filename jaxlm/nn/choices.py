@@ -196,7 +196,13 @@ def gated_delta_rule_chunk() -> int:
 
 
 GENERALIZED_DELTA_RULE_CHUNK = 16
-"""Steps of a chunk of ``generalized_delta_rule``. The decays of each channel make larger chunks more expensive."""
+"""Steps of a chunk of ``generalized_delta_rule``. The decays of each channel make larger chunks more expensive.
+
+CPU time in ms, forward / forward and backward (B 1, T 512, H 8, K 64; jaxlib 0.10.2, two busy cores; best of six):
+
+    reference    chunk 8    chunk 16    chunk 32
+    11/2140      36/228     38/216      59/240
+"""
 
 
 def generalized_delta_rule_chunk() -> int:

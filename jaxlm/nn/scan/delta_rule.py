@@ -39,6 +39,7 @@ from jaxlm.nn.scan.matrix_state import (
     pair_scores_and_decays,
     split_into_chunks,
 )
+from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import check_masks
 
 Implementation = Literal["reference", "chunked"]
@@ -241,7 +242,7 @@ def _gated_chunk(
     decay_BHLM, prefix_BHL1, suffix_BHL1 = decay_products(jnp.exp(log_BHL1))
     overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
     old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
-    new_BHLV = _solve(overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
+    new_BHLV = solve_unit_lower(overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
     out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
     state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
@@ -255,11 +256,6 @@ def _product_in(dtype: Any) -> Callable[..., jax.Array]:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
     return product
-
-
-def _solve(lower_BHLM: jax.Array, right_BHLV: jax.Array) -> jax.Array:
-    """The solution u of ``u + lower @ u = right`` for a strictly lower triangular matrix."""
-    return lax.linalg.triangular_solve(lower_BHLM, right_BHLV, left_side=True, lower=True, unit_diagonal=True)
 
 
 # ---------------------------------------------------------------------------------------- generalized delta rule
@@ -315,7 +311,7 @@ def _generalized_chunk(
     ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, number]) for number in (2, 3))
     before_BHLK = _shift_steps(prefix_BHLK, 1.0)
     right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * before_BHLK, state_BHKV)
-    old_BHLV = _solve(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
+    old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
     out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)
     state_BHKV = jnp.swapaxes(prefix_BHLK[:, :, -1:], 2, 3) * state_BHKV

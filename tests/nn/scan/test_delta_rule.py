@@ -121,8 +121,8 @@ def test_the_generalized_rule_can_swap_two_entries_of_the_state(implementation):
     q, _, v, _, _, _, state = arrays("generalized")
     zeros, swap = jnp.zeros_like(q), jnp.broadcast_to(jnp.array([1.0, -1.0, 0.0])[None, None, None], q.shape)
     out, last = generalized_delta_rule(q, zeros, v, zeros, -swap, swap, state, implementation=implementation)
-    assert relative_error(last, state[:, :, jnp.array([1, 0, 2])]) < 1e-6  # an odd number of steps
-    assert relative_error(out[:, 1], jnp.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 1e-6
+    assert relative_error(last, state[:, :, jnp.array([1, 0, 2])]) < 2e-6  # an odd number of steps
+    assert relative_error(out[:, 1], jnp.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 2e-6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
