@@ -142,7 +142,9 @@ def _time_mix(
     rate = jax.nn.sigmoid(_low_rank(weights["rate"], shifted["rate"]))
     gate = _low_rank(weights["gate"], shifted["gate"], jax.nn.sigmoid)
 
-    removal, replacement, bonus = (weights[name].astype(x.dtype)[None, None] for name in _PER_CHANNEL)
+    removal, replacement, bonus = (
+        weights[name].astype(x.dtype)[None, None] for name in ("removal", "replacement", "bonus")
+    )
     removal_key = l2_norm(k * removal, L2_EPSILON)
     k = k * (1.0 + (rate - 1.0) * replacement)
     out, memory = generalized_delta_rule(r, k, v, log_decay, -removal_key, rate * removal_key, memory, **masks)
@@ -174,9 +176,6 @@ def _low_rank(
     """``bias + activation(x @ down) @ up``, [B, T, H, K]; ``bias`` is optional."""
     up = linear(weights["up"], activation(linear(weights["down"], x)))
     return constrain(up, ("batch", "seq", "heads", "kv"))
-
-
-_PER_CHANNEL = ("removal", "replacement", "bonus")
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:

@@ -195,18 +195,17 @@ def _run(
         state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
     state_BHKV = state_BHKV.astype(jnp.float32)
     if implementation == "reference":
-        state_BHKV, out_TBHV = lax.scan(
-            lambda state, inputs: step(state, *inputs), state_BHKV, [jnp.swapaxes(x, 0, 1) for x in inputs]
-        )
-        return jnp.swapaxes(out_TBHV, 0, 1), state_BHKV
+        steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
+        last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
+        return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
     L = min(chunk, 1 << (T - 1).bit_length())
     # The backward pass recomputes each chunk and differentiates it by autodiff, including the products of decays.
     # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
     # this difference would be inaccurate for strong decays.
     recomputed = jax.checkpoint(chunk_steps, prevent_cse=False)
     chunks = [split_into_chunks(x, L) for x in inputs]
-    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
-    return join_chunks(out_CBHLV, T), state_BHKV
+    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
+    return join_chunks(out_CBHLV, T), last_BHKV
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule

@@ -46,9 +46,9 @@ solve_unit_lower.defvjp(_forward, _backward)
 def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     """The inverse of ``1 + lower``, [B, H, L, L], for a strictly lower triangular matrix.
 
-    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. The inverse of the block [[E, 0], [C, F]] has the same
-    diagonal blocks as the matrix, inverted, and below them ``-inverse(F) @ C @ inverse(E)``. No powers of the matrix are
-    needed, which could overflow.
+    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. The inverse of a pair [[E, 0], [C, F]] is
+    ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. No powers of the matrix are needed, which could
+    overflow.
     """
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
