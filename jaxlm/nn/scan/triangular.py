@@ -53,7 +53,8 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        pairs = lower_BHLL.reshape(B, H, L // (2 * size), 2 * size, L // (2 * size), 2 * size)
+        P, S2 = L // (2 * size), 2 * size
+        pairs = lower_BHLL.reshape(B, H, P, S2, L).reshape(B, H, P, S2, P, S2)  # one axis at a time, to keep shardings
         below_BHPSS = jnp.moveaxis(jnp.diagonal(pairs[:, :, :, size:, :, :size], axis1=2, axis2=4), -1, 2)
         first, second = inverse_BHPSS[:, :, 0::2], inverse_BHPSS[:, :, 1::2]
         below_BHPSS = -_product(_product(second, below_BHPSS), first)
