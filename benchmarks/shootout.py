@@ -69,6 +69,7 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "alexnet": lambda u: {"embed_dim": 8 * u, "channels": 16 * u, "fc_dim": 32 * u},
     "mamba2": lambda u: {"embed_dim": 16 * u},
     "griffin": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
+    "rwkv7": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
 }
 _WIDEST = 64
 

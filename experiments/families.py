@@ -8,7 +8,7 @@ The tokens are the characters of the included corpus. Its last 10 % is for valid
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
                                                                transformer_xl lstm gru mamba2 griffin
-                                                               gated_deltanet xlstm
+                                                               gated_deltanet xlstm rwkv7
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
@@ -184,6 +184,12 @@ RECIPES = {
     "xlstm": Recipe(
         "xlstm",
         {"num_layers": 4, "embed_dim": 128, "mlp_dim": 352, "num_heads": 4, "key_dim": 64, "value_dim": 128},
+        "causal", 600, state_length=1, optimizer_changes=SMALL,
+    ),
+    "rwkv7": Recipe(
+        "rwkv7",
+        {"num_layers": 4, "embed_dim": 128, "mlp_dim": 384, "head_dim": 16, "decay_rank": 16, "rate_rank": 16,
+         "value_rank": 16, "gate_rank": 32},
         "causal", 600, state_length=1, optimizer_changes=SMALL,
     ),
 }  # fmt: skip

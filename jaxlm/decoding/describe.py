@@ -14,6 +14,7 @@ _FAMILIES = {
     "griffin": "Griffin",
     "gated_deltanet": "Gated DeltaNet",
     "xlstm": "xLSTM",
+    "rwkv7": "RWKV-7",
 }  # fmt: skip
 _HEADS = {
     "causal": "a next-token head",

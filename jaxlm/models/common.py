@@ -57,22 +57,22 @@ class TransformerConfig(LayeredConfig):
 
 
 def run_layers(
-    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
+    block: Callable[[Any, Any], tuple[Any, Any]],
+    x: Any,
     weights: Any,
     state: Any,
     key: jax.Array | None,
     *,
     remat: Remat,
     in_place: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """The activations after all layers, and the new state of the layers.
 
     Layer i computes ``x, state[i] = block(x, (weights[i], state[i], key[i]))``.
 
     Args:
         block: the function of one layer.
-        x: the input of the first layer.
+        x: the input of the first layer: an array, or a tree of everything that one layer passes to the next.
         weights: parameters of all layers (``spec.layers``): stacked for a ``lax.scan``, or a tuple with one tree per
             layer for a Python loop.
         state: state of all layers, in the same layout as ``weights``; None: the layers have no state.

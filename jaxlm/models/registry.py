@@ -11,6 +11,7 @@ from typing import Any
 FAMILIES = (
     "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
     "attention_rnn_lm", "resnet", "resnet_lm", "alexnet", "mamba2", "griffin", "gated_deltanet", "xlstm",
+    "rwkv7",
 )  # fmt: skip
 """Names of the families of this package, each of which is a module of ``jaxlm.models``."""
 

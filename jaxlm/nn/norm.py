@@ -19,7 +19,11 @@ def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
-    """Layer normalisation over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``."""
+    """Layer normalisation over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``.
+
+    If the parameters have several axes, such as [groups, width], they belong to the last axes of ``x``. This is a group
+    norm (Wu and He 2018) over the channels of each group.
+    """
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centred = x32 - mean
@@ -31,7 +35,8 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     else:
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normalised = centred * lax.rsqrt(variance + epsilon)
-    scale, bias = (lax.broadcast_in_dim(params[name], x.shape, (x.ndim - 1,)) for name in ("scale", "bias"))
+    axes = tuple(range(x.ndim - params["scale"].ndim, x.ndim))
+    scale, bias = (lax.broadcast_in_dim(params[name], x.shape, axes) for name in ("scale", "bias"))
     return (normalised * scale + bias).astype(x.dtype)
 
 

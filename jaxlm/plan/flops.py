@@ -62,7 +62,7 @@ def matmul_parameters(model: Model) -> int:
     """
     leaves = spec.flatten(model.specs)
     looked_up = set(_LOOKED_UP_EMBEDDINGS)
-    tied = getattr(model.config, "tie_embeddings", True)
+    tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up.add("token_embedding")
     return sum(leaf.size for name, leaf in leaves.items() if name not in looked_up)

@@ -214,6 +214,16 @@ RECIPES: dict[str, Recipe] = {
         "in 7,000 steps; here it is a cosine. These values have not been checked a second time against the paper. "
         "Small models use a larger learning rate.",
     ),
+    "rwkv7": Recipe(
+        OptimizerConfig(
+            learning_rate=6e-4, schedule="cosine", warmup_steps=10, final_fraction=0.1, beta1=0.9, beta2=0.99,
+            epsilon=1e-18, weight_decay=0.001, clip_norm=1.0,
+        ),
+        182_889, "16 rows of 512 tokens (MiniPile)",
+        "RWKV-LM, RWKV-v7/train_temp (the authors' code): demo-training-run.sh, for 191 M parameters",
+        "The authors recommend a learning rate of 4e-4 for 0.4 B parameters and 3e-4 for 1.5 B. They double the "
+        "learning rate of the decay biases, which this recipe does not.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -1,4 +1,4 @@
-"""The Hugging Face classes of all published formats, and a small model for each class."""
+"""The classes of all published formats, and a small model for each class."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ CLASSES = [
     for table in formats.of(name)
     for architecture in table.architectures
 ]
+
+
+TRANSFORMERS_CLASSES = [case for case in CLASSES if case[0] != "rwkv7"]
+"""The classes that transformers has."""
 
 
 def declare_tied_head(torch_model: Any) -> None:

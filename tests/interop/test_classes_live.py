@@ -16,7 +16,7 @@ import pytest
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.testing.helpers import add_noise, assert_trees_equal
-from tests.interop.classes import CLASSES, declare_tied_head, model_of_class
+from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head, model_of_class
 
 pytestmark = pytest.mark.live
 
@@ -54,7 +54,9 @@ def check(name: str, table: Format, architecture: str, directory: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The output of TransfoXL will be updated:DeprecationWarning")
-@pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "table", "architecture"), TRANSFORMERS_CLASSES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_a_model_round_trips_through_the_torch_class(
     name: str, table: Format, architecture: str, tmp_path: Path
 ) -> None:
@@ -63,7 +65,7 @@ def test_a_model_round_trips_through_the_torch_class(
 
 if __name__ == "__main__":
     print("| family | class | ours opens in torch | torch's opens in ours |\n|---|---|---|---|")
-    for case in CLASSES:
+    for case in TRANSFORMERS_CLASSES:
         with tempfile.TemporaryDirectory() as folder:
             check(*case, Path(folder))
         print(f"| {case[0]} | `{case[2]}` | yes, byte for byte | yes, byte for byte |", flush=True)

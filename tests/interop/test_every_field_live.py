@@ -23,7 +23,7 @@ from jaxlm.interop import config_json, formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import FAMILIES, Model
 from jaxlm.testing.helpers import relative_error
-from tests.interop.classes import CLASSES, declare_tied_head
+from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head
 from tests.interop.test_classes_live import torch_class
 from tests.oracles.xlnet import perm_mask, target_mapping
 
@@ -440,7 +440,7 @@ HEAD = ("label", "problem", "summary", "classifier", "pad_token", "finetuning", 
 
 TESTED_CLASSES = [
     (table.model_type, architecture)
-    for _, table, architecture in CLASSES
+    for _, table, architecture in TRANSFORMERS_CLASSES
     if architecture == next(iter(TABLES[table.model_type].architectures))
     or architecture.endswith("ForSequenceClassification")
 ]

@@ -196,7 +196,10 @@ def test_a_saved_base_class_can_be_loaded(torch_model: Any, tokens: np.ndarray, 
     assert relative_error(forward(model, params, tokens)[0], expected) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, n) for name in FAMILIES for n in range(len(formats.of(name)))])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(name, n) for name in FAMILIES if name != "rwkv7" for n in range(len(formats.of(name)))],  # not in transformers
+)
 def test_defaults_of_missing_fields_equal_transformers(name: str, number: int) -> None:
     """For a field that ``config.json`` lacks, each format has the default of the transformers config class."""
     from transformers import AutoConfig

@@ -17,7 +17,7 @@ from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
 from jaxlm.testing.helpers import add_noise, relative_error, tiny_model
-from tests.interop.classes import CLASSES, declare_tied_head, model_of_class
+from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head, model_of_class
 from tests.interop.test_classes_live import torch_class
 from tests.interop.test_every_field_live import cases_of
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 GENERATORS = [
     case
-    for case in CLASSES
+    for case in TRANSFORMERS_CLASSES
     if case[2].endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and case[0] != "transformer_xl"
 ]
 """The classes that can generate. The class of Transformer-XL cannot generate in this version."""
@@ -43,7 +43,9 @@ def config_fields(config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "_name_or_path": ""}
 
 
-@pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "table", "architecture"), TRANSFORMERS_CLASSES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_transformers_reads_the_same_config_after_load_and_save(
     name: str, table: Format, architecture: str, tmp_path: Path
 ) -> None:
@@ -73,7 +75,9 @@ def test_transformers_reads_the_same_config_after_load_and_save(
         assert after.generation_config.eos_token_id == 17
 
 
-@pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "table", "architecture"), TRANSFORMERS_CLASSES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_every_field_of_transformers_survives_every_value(name: str, table: Format, architecture: str) -> None:
     """Change each field of the config class, one at a time. The written config must equal the config that was read."""
     num_unsupported, problems = 0, []

@@ -52,6 +52,7 @@ def rewrite(directory, config, tensors):
         ("mamba2", {}, LoRA(2, targets=("mixer/output/weight",), full_training_patterns=("mixer/norm",))),
         ("griffin", {}, LoRA(2, targets=("attention/", "recurrent/(gate|input)/", "mlp/"))),
         ("griffin", {"pattern": ("recurrent",)}, LoRA(2, targets=("mlp/",))),
+        ("rwkv7", {}, LoRA(2, targets=("time_mix/(key|output)/", "channel_mix/value/"))),
         (
             "roberta",
             {"task": "token_classification", "num_labels": 5},

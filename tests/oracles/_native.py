@@ -84,10 +84,29 @@ def results(
         logits: [B, labels] or [B, T, V]; None for a model without a head.
         real: mask of the compared positions.
     """
+    save(model, tensors, directory)
+    named = {path.replace("/", "."): tensor for path, tensor in tensors.items()}
+    return results_of_named(named, tokens, segment_ids, hidden, logits, real, seed)
+
+
+def save(model: Model, tensors: dict[str, Any], directory: Path) -> None:
+    """Write the files of a model with the parameters ``tensors``, torch tensors by path."""
+    leaves = [tensor.detach().numpy() for tensor in tensors.values()]
+    save_pretrained(directory, model, jax.tree.unflatten(jax.tree.structure(model.specs), leaves))
+
+
+def results_of_named(
+    tensors: dict[str, Any],
+    tokens: np.ndarray,
+    segment_ids: np.ndarray | None,
+    hidden: Any,
+    logits: Any,
+    real: np.ndarray,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """As :func:`results`, for parameters with the names of the tensors in files, which are already written."""
     import torch
 
-    tree = jax.tree.unflatten(jax.tree.structure(model.specs), [x.detach().numpy() for x in tensors.values()])
-    save_pretrained(directory, model, tree)
     result = {"input/tokens": tokens, "hidden": hidden, "real": real}
     if segment_ids is not None:
         result["input/segment_ids"] = segment_ids
@@ -103,7 +122,6 @@ def results(
         loss = (losses * torch.from_numpy(weights.reshape(-1))).sum() / weights.sum()
         loss.backward()
         result |= {"logits": logits, "targets": targets, "weights": weights, "loss": loss}
-        for path, tensor in tensors.items():
-            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            result[f"gradient/{path.replace('/', '.')}"] = gradient
+        for name, tensor in tensors.items():
+            result[f"gradient/{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
     return {key: x if isinstance(x, np.ndarray) else x.detach().numpy() for key, x in result.items()}

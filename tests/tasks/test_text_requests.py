@@ -110,7 +110,7 @@ def test_all_families_that_decode_are_tested() -> None:
     families = {model_and_params(name)[0].family for name in NAMES}
     assert families == {
         "gpt", "llama", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn", "attention_rnn_lm",
-        "resnet_lm", "mamba2", "griffin", "gated_deltanet", "xlstm",
+        "resnet_lm", "mamba2", "griffin", "gated_deltanet", "xlstm", "rwkv7",
     }  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Linear recurrences.
 
 ``linear_scan`` has a vector as its state; ``linear_attention``, ``ssd`` (the state space model of Mamba-2, which is a
-linear attention), ``mlstm`` and ``gated_delta_rule`` have a matrix.
+linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` have a matrix.
 """
 
-from jaxlm.nn.scan.delta_rule import gated_delta_rule
+from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule
 from jaxlm.nn.scan.matrix_state import linear_attention, linear_attention_step
 from jaxlm.nn.scan.mlstm import mlstm, mlstm_state_specs
 from jaxlm.nn.scan.state_space import ssd
@@ -12,6 +12,7 @@ from jaxlm.nn.scan.vector_state import linear_scan
 
 __all__ = [
     "gated_delta_rule",
+    "generalized_delta_rule",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

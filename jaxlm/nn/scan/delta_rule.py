@@ -1,18 +1,29 @@
-"""The gated delta rule (Yang, Kautz and Hatamizadeh 2024, eq. 10), a recurrence whose state S is a matrix.
+"""Delta rules: recurrences whose state S is a matrix that maps keys to values. The output of a step is ``q_t @ S_t``.
+
+The gated delta rule (Yang, Kautz and Hatamizadeh 2024, eq. 10) has one decay per head:
 
     S_t = exp(g_t) * (I - beta_t k_t k_t.T) @ S_{t-1} + beta_t k_t v_t.T
-    out_t = q_t @ S_t
 
-The state maps keys to values. A step first decays the state. Then it replaces the old value of the key, ``k_t @ S``, by
-``(1 - beta_t) * old value + beta_t * v_t`` (for keys of length 1). The paper writes the transposed state. With
-``g = 0``, this is the delta rule (Schlag et al. 2021; Yang et al. 2024). For keys of length 1, the eigenvalues of
-``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in [-1, 1] (Grazzi et al. 2024).
+A step first decays the state. Then it replaces the old value of the key, ``k_t @ S``, by ``(1 - beta_t) * old value +
+beta_t * v_t`` (for keys of length 1). With ``g = 0``, this is the delta rule (Schlag et al. 2021; Yang et al. 2024).
+For keys of length 1, the eigenvalues of ``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in
+[-1, 1] (Grazzi et al. 2024).
+
+The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. The vector that reads the
+old value, the vector that receives it, and the key of the new value are independent:
+
+    S_t = (diag(exp(g_t)) + b_t a_t.T) @ S_{t-1} + k_t v_t.T
+
+It contains the gated delta rule: ``a = -k``, ``b = exp(g) * beta * k`` and the key ``beta * k``. RWKV-7 has ``a = -c``
+and ``b = rate * c`` with a vector c of length 1 and rates in [0, 1] for each channel. The papers write the transposed
+states.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -21,7 +32,14 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan.matrix_state import decay_products, join_chunks, split_into_chunks
+from jaxlm.nn.scan.matrix_state import (
+    block_pairs,
+    decay_products,
+    join_chunks,
+    pair_scores_and_decays,
+    split_into_chunks,
+)
+from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import check_masks
 
 Implementation = Literal["reference", "chunked"]
@@ -68,77 +86,140 @@ def gated_delta_rule(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([2.0, 5.0, 6.5], [6.5])
     """
-    _check(query_BTHK, key_BTHK, value_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, keep_BT)
-    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
-        raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
-    T = query_BTHK.shape[1]
-    if implementation is None:
-        implementation = choices.gated_delta_rule(T)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no gated_delta_rule implementation {implementation!r}: choose from {choice}")
+    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
+    for name, x in (("log_decay", log_decay_BTH), ("beta", beta_BTH)):
+        if x.shape != query_BTHK.shape[:-1]:
+            expected = f"[batch, time, heads], {list(query_BTHK.shape[:-1])}"
+            raise ValueError(f"{name} {list(x.shape)} must be {expected}")
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
     if reset_BT is not None:
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
-    # The time axis is not sharded, because the steps are sequential.
-    axes = ("batch", None, "heads", None)
-    inputs = [sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1)]
-    if keep_BT is not None:
-        inputs = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in inputs]
-    if state_BHKV is None:
-        _, k, v, _, _ = inputs
-        state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
-    if implementation == "reference":
-        return _reference(inputs, state_BHKV.astype(jnp.float32))
-    if chunk is None:
-        chunk = choices.gated_delta_rule_chunk()
-    return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
+    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1)
+    chunk = choices.gated_delta_rule_chunk() if chunk is None else chunk
+    return _run("gated_delta_rule", _gated_step, _gated_chunk, inputs, state_BHKV, keep_BT, chunk, implementation)
 
 
-def _check(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, beta: jax.Array, state: Any, reset: Any,
-    keep: Any,
-) -> None:  # fmt: skip
+def generalized_delta_rule(
+    query_BTHK: jax.Array,
+    key_BTHK: jax.Array,
+    value_BTHV: jax.Array,
+    log_decay_BTHK: jax.Array,
+    a_BTHK: jax.Array,
+    b_BTHK: jax.Array,
+    state_BHKV: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs ``q_t @ S_t`` of the generalized delta rule (equations: see the module), and the last state.
+
+    Dtypes are as in :func:`gated_delta_rule`. For a state that stays bounded, the eigenvalues of ``diag(exp(g)) +
+    b a.T`` must be in [-1, 1].
+
+    Args:
+        log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
+        a_BTHK: a step reads ``a_t @ S_{t-1}`` from the state.
+        b_BTHK: what is read is added to the state with this key.
+        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`.
+
+    Raises:
+        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+
+    Example:
+        >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
+        >>> out, state = generalized_delta_rule(key, key, value, 0 * key, -key, 0.5 * key)
+        >>> out.ravel().tolist(), state.ravel().tolist()
+        ([4.0, 10.0, 13.0], [13.0])
+    """
+    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
+    for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
+        if x.shape != query_BTHK.shape:
+            raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
+    log_BTHK = log_decay_BTHK.astype(jnp.float32)
+    if reset_BT is not None:
+        log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
+        a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
+    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK)
+    chunk = choices.generalized_delta_rule_chunk() if chunk is None else chunk
+    return _run(
+        "generalized_delta_rule", _generalized_step, _generalized_chunk, inputs, state_BHKV, keep_BT, chunk,
+        implementation,
+    )  # fmt: skip
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
     if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
             f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
         )
-    for name, x in (("log_decay", log_decay), ("beta", beta)):
-        if x.shape != query.shape[:-1]:
-            raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
     (B, T, H, K), V = query.shape, value.shape[-1]
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
     check_masks(reset, keep, (B, T), "query")
 
 
-def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
-        q_BHK, k_BHK, v_BHV, log_BH1, beta_BH1 = (x.astype(jnp.float32) for x in inputs)
-        state_BHKV = jnp.exp(log_BH1)[..., None] * state_BHKV
-        old_BHV = jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
-        state_BHKV = state_BHKV + k_BHK[..., None] * (beta_BH1 * (v_BHV - old_BHV))[:, :, None, :]
-        return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV).astype(inputs[2].dtype)
+def _run(
+    name: str,
+    step: Callable[..., Any],
+    chunk_steps: Callable[..., Any],
+    inputs: Any,
+    state_BHKV: jax.Array | None,
+    keep_BT: jax.Array | None,
+    chunk: int,
+    implementation: Implementation | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs and the last state of the rule ``name``.
 
-    state_BHKV, out_TBHV = lax.scan(step, state_BHKV, [jnp.swapaxes(x, 0, 1) for x in inputs])
-    return jnp.swapaxes(out_TBHV, 0, 1), state_BHKV
-
-
-# ------------------------------------------------------------------------------------------------------ chunked
-
-
-def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
+    Args:
+        step: the equation of one step: ``step(state, *inputs)`` returns the new state and the output.
+        chunk_steps: the same for all steps of a chunk.
+        inputs: queries, keys, values, and the other inputs of the rule, which already contain the resets.
+    """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
+    T = inputs[0].shape[1]
+    if implementation is None:
+        implementation = choices.delta_rule(T)
+    if implementation not in get_args(Implementation):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no {name} implementation {implementation!r}: choose from {choice}")
+    # The time axis is not sharded, because the steps are sequential.
+    inputs = [sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs]
+    if keep_BT is not None:
+        inputs = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in inputs]
+    if state_BHKV is None:
+        _, k, v, *_ = inputs
+        state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
+    state_BHKV = state_BHKV.astype(jnp.float32)
+    if implementation == "reference":
+        steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
+        last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
+        return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
+    L = min(chunk, 1 << (T - 1).bit_length())
     # The backward pass recomputes each chunk and differentiates it by autodiff, including the products of decays.
     # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
     # this difference would be inaccurate for strong decays.
-    chunk = jax.checkpoint(_chunk, prevent_cse=False)
+    recomputed = jax.checkpoint(chunk_steps, prevent_cse=False)
     chunks = [split_into_chunks(x, L) for x in inputs]
-    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: chunk(state, *inputs), state_BHKV, chunks)
-    return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
+    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
+    return join_chunks(out_CBHLV, T), last_BHKV
 
 
-def _chunk(
+# ---------------------------------------------------------------------------------------------- gated delta rule
+
+
+def _gated_step(state_BHKV: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_BHK, k_BHK, v_BHV, log_BH1, beta_BH1 = (x.astype(jnp.float32) for x in inputs)
+    state_BHKV = jnp.exp(log_BH1)[..., None] * state_BHKV
+    old_BHV = jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
+    state_BHKV = state_BHKV + k_BHK[..., None] * (beta_BH1 * (v_BHV - old_BHV))[:, :, None, :]
+    return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV).astype(inputs[2].dtype)
+
+
+def _gated_chunk(
     state_BHKV: jax.Array,
     q_BHLK: jax.Array,
     k_BHLK: jax.Array,
@@ -156,19 +237,88 @@ def _chunk(
 
         u_t + beta_t * sum_{s < t} D(s, t) * (k_t @ k_s) * u_s = beta_t * (v_t - D(0, t) * k_t @ S)
     """
-    dtype = v_BHLV.dtype
+    product = _product_in(v_BHLV.dtype)
     decay_BHLM, prefix_BHL1, suffix_BHL1 = decay_products(jnp.exp(log_BHL1))
+    overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
+    old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
+    new_BHLV = solve_unit_lower(overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
+    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
+    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
+    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
+    return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
+
+
+def _product_in(dtype: Any) -> Callable[..., jax.Array]:
+    """``einsum`` with inputs of the dtype and a float32 result."""
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
-    old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
-    new_BHLV = lax.linalg.triangular_solve(
-        overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV), left_side=True, lower=True,
-        unit_diagonal=True,
-    )  # fmt: skip
-    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
-    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
-    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
+    return product
+
+
+# ---------------------------------------------------------------------------------------- generalized delta rule
+
+
+def _generalized_step(state_BHKV: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_BHK, k_BHK, v_BHV, log_BHK, a_BHK, b_BHK = (x.astype(jnp.float32) for x in inputs)
+    old_BHV = jnp.einsum("BHK,BHKV->BHV", a_BHK, state_BHKV)
+    state_BHKV = jnp.exp(log_BHK)[..., None] * state_BHKV + b_BHK[..., None] * old_BHV[:, :, None]
+    state_BHKV = state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
+    return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV).astype(inputs[2].dtype)
+
+
+def _generalized_chunk(
+    state_BHKV: jax.Array,
+    q_BHLK: jax.Array,
+    k_BHLK: jax.Array,
+    v_BHLV: jax.Array,
+    log_BHLK: jax.Array,
+    a_BHLK: jax.Array,
+    b_BHLK: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk, and the outputs of its steps.
+
+    The steps of the chunk are 1 to L. Let D(s, t) be the products of the decays of steps s + 1 to t for each channel,
+    and S the state before the chunk. Let ``u_t = a_t @ S_{t-1}``. Then the state after step t is
+    ``D(0, t) * S + sum_{s <= t} (D(s, t) * b_s) u_s.T + (D(s, t) * k_s) v_s.T``. The vectors u solve a triangular
+    system:
+
+        u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
+            (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
+
+    The decays D(s, t-1) of a_t are those of a query of step t - 1. So the scores of a_t are computed as scores of a
+    second query ``a_{t+1}`` at each step t, and then shifted by one step.
+    """
+    dtype = v_BHLV.dtype
+    product = _product_in(dtype)
+    queries = (q_BHLK, jnp.pad(a_BHLK[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))))  # q_t and a_{t+1}
+    keys = (k_BHLK, b_BHLK)
+
+    def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
+        size = later.shape[3]
+        later_XBHPSK = jnp.stack([(block_pairs(x, size)[1] * later).astype(dtype) for x in queries])
+        earlier_YBHPSK = jnp.stack([(block_pairs(x, size)[0] * earlier).astype(dtype) for x in keys])
+        scores = product("XBHPSK,YBHPRK->BHPXYSR", later_XBHPSK, earlier_YBHPSK)
+        return scores.reshape(*scores.shape[:3], 4, size, size)
+
+    diagonal = [jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1) for q in queries for k in keys]
+    scores_BHNLM, prefix_BHLK, suffix_BHLK = pair_scores_and_decays(
+        jnp.exp(log_BHLK), jnp.stack(diagonal, axis=-1), pair_scores
+    )
+    qk_BHLM, qb_BHLM = scores_BHNLM[:, :, 0], scores_BHNLM[:, :, 1]
+    ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, number]) for number in (2, 3))
+    before_BHLK = _shift_steps(prefix_BHLK, 1.0)
+    right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * before_BHLK, state_BHKV)
+    old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
+    out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
+    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)
+    state_BHKV = jnp.swapaxes(prefix_BHLK[:, :, -1:], 2, 3) * state_BHKV
+    state_BHKV += product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLK, v_BHLV)
+    state_BHKV += product("BHLK,BHLV->BHKV", b_BHLK * suffix_BHLK, old_BHLV)
     return state_BHKV, out_BHLV.astype(dtype)
+
+
+def _shift_steps(x_BHLX: jax.Array, first: float = 0.0) -> jax.Array:
+    """``x`` with each step replaced by the step before it, and the first step by ``first``."""
+    return jnp.concatenate([jnp.full_like(x_BHLX[:, :, :1], first), x_BHLX[:, :, :-1]], axis=2)

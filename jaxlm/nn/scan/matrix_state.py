@@ -279,11 +279,11 @@ def _float32_chunk(
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             size = later.shape[3]
-            q_BHPSK, k_BHPSK = _block_pairs(q_BGLK, size)[1], _block_pairs(k_BGLK, size)[0]
+            q_BHPSK, k_BHPSK = block_pairs(q_BGLK, size)[1], block_pairs(k_BGLK, size)[0]
             return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
 
         diagonal_BHL = jnp.sum(q_BGLK.astype(jnp.float32) * k_BGLK.astype(jnp.float32), axis=-1)
-        scores_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+        scores_BHLM, prefix_BHLE, suffix_BHLE = pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
         from_state_BHLV = product("BHLK,BHKV->BHLV", q_BGLK * prefix_BHLE, state_BHKV)
         new_BHKV = product("BHLK,BHLV->BHKV", k_BGLK * suffix_BHLE, v_BHLV)
     out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV) + from_state_BHLV
@@ -304,10 +304,10 @@ def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
         return later * jnp.swapaxes(earlier, -1, -2)
 
     diagonal_BHL = jnp.ones_like(decay_BHL1[..., 0])  # keeps the sharding
-    return _pair_scores_and_decays(decay_BHL1, diagonal_BHL, pair_scores)
+    return pair_scores_and_decays(decay_BHL1, diagonal_BHL, pair_scores)
 
 
-def _pair_scores_and_decays(
+def pair_scores_and_decays(
     decay_BHLE: jax.Array, diagonal_BHL: jax.Array, pair_scores: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scores of all pairs of steps of a chunk, and the products of decays before and after each step.
@@ -318,13 +318,13 @@ def _pair_scores_and_decays(
     needed.
 
     Args:
-        diagonal_BHL: the score of each step with itself.
+        diagonal_BHL: the score of each step with itself. For several kinds of scores, [B, H, L, N kinds].
         pair_scores: function from ``later`` and ``earlier`` [B, H, P pairs, S, E] to the scores between the steps of
-            the later and of the earlier block of each pair, [B, H, P, S, S].
+            the later and of the earlier block of each pair, [B, H, P, S, S], or [B, H, P, N, S, S].
 
     Returns:
-        The scores [B, H, L, L], which are 0 for keys of later steps; the product of all decays up to and including each
-        step [B, H, L, E]; and the product of all decays after each step [B, H, L, E].
+        The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up
+        to and including each step [B, H, L, E]; and the product of all decays after each step [B, H, L, E].
     """
     B, H, L, E = decay_BHLE.shape
     prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
@@ -343,7 +343,7 @@ def _pair_scores_and_decays(
     return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
 
 
-def _block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
     pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, size, x_BHLK.shape[-1])
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

@@ -1,4 +1,4 @@
-"""Tests of the gated delta rule against a loop over steps in float64: gradients, state, documents, padding."""
+"""Tests of both delta rules against a loop over steps in float64: gradients, state, documents, padding."""
 
 import functools
 
@@ -7,20 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import gated_delta_rule, linear_attention
+from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
+IMPLEMENTATIONS = ("reference", "chunked")
+RULES = {"gated": gated_delta_rule, "generalized": generalized_delta_rule}
+every_rule = pytest.mark.parametrize("name", RULES)
 
 
-def arrays(strength=1.0, seed=0):
-    """Queries, keys of length 1, values, log decays, betas in [0, 2], and an initial state."""
+def arrays(name="gated", strength=1.0, seed=0):
+    """The arguments of a rule: queries, keys, values, log decays, the other inputs, and an initial state.
+
+    The gated rule has keys of length 1, and betas in [0, 2]. The generalized rule has ``a = -c`` and ``b = rate * c``
+    with c of length 1, and rates in [0, 2].
+    """
     keys = jax.random.split(jax.random.key(seed), 6)
     shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H), (B, H, K, V)]
+    if name == "generalized":
+        shapes[3:5] = [(B, T, H, K)] * 2
     q, k, v, g, b, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-    return q, k, v, -strength * jnp.exp(g), 2 * jax.nn.sigmoid(2 * b), state
+    unit = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    log_decay, rate = -strength * jnp.exp(g), 2 * jax.nn.sigmoid(2 * b)
+    if name == "gated":
+        return q, unit, v, log_decay, rate, state
+    return q, k[:, ::-1], v, log_decay, -unit, rate * unit, state
 
 
 def masks():
@@ -29,15 +41,20 @@ def masks():
     return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
 
 
-def reference_loop(q, k, v, log_decay, beta, state, reset_BT=None, keep_BT=None):
-    """The equation with the matrix ``exp(g) * (I - beta k k.T)``, as a loop over steps."""
+def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
+    """The equation with a matrix by which each step multiplies the state, as a loop over steps."""
+    *others, state = others
+    if len(others) == 1:  # gated: exp(g) * (I - beta k k.T)
+        new_key = others[0][..., None] * k
+        matrix = jnp.exp(log_decay)[..., None, None] * (jnp.eye(K) - new_key[..., :, None] * k[..., None, :])
+    else:  # generalized: diag(exp(g)) + b a.T
+        a, b = others
+        new_key, matrix = k, jnp.exp(log_decay)[..., None] * jnp.eye(K) + b[..., :, None] * a[..., None, :]
     steps = []
     for t in range(T):
         before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
-        weighted_key = beta[:, t, :, None] * k[:, t]
-        erase = jnp.eye(K)[None, None] - weighted_key[..., :, None] * k[:, t, :, None, :]
-        new = jnp.exp(log_decay[:, t])[..., None, None] * jnp.einsum("BHKL,BHLV->BHKV", erase, before)
-        new = new + weighted_key[..., None] * v[:, t, :, None, :]
+        new = jnp.einsum("BHKL,BHLV->BHKV", matrix[:, t], before)
+        new = new + new_key[:, t, ..., None] * v[:, t, :, None, :]
         out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
         real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
         state = jnp.where(real[:, None, None, None], new, state)
@@ -52,39 +69,63 @@ def results(rule, arguments, **options):
         outputs = rule(*arguments, **options)
         return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
 
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, range(6), has_aux=True))(*arguments)
+    gradient = jax.value_and_grad(weighted, range(len(arguments)), has_aux=True)
+    (_, outputs), gradients = jax.jit(gradient)(*arguments)
     return outputs, gradients
 
 
 def float64_results(arguments, **options):
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
 
+@every_rule
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_all_gradients_equal_those_of_the_loop(masked):
-    arguments, options = arrays(), masks() if masked else {}
+def test_values_and_all_gradients_equal_those_of_the_loop(name, masked):
+    arguments, options = arrays(name), masks() if masked else {}
     want = float64_results(arguments, **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
-    assert_trees_close(results(gated_delta_rule, arguments, **options, implementation="reference"), want, 2e-6)
+    assert_trees_close(results(RULES[name], arguments, **options, implementation="reference"), want, 2e-6)
     for chunk in (1, 4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
-        got = results(gated_delta_rule, arguments, **options, chunk=chunk, implementation="chunked")
+        got = results(RULES[name], arguments, **options, chunk=chunk, implementation="chunked")
         assert_trees_close(got, want, 2e-6)
 
 
-def test_strong_and_weak_decays():
+@every_rule
+def test_strong_and_weak_decays(name):
     """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
-    q, k, v, log_decay, beta, state = arrays()
+    q, k, v, log_decay, *others = arrays(name)
     log_decay = log_decay * jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
-    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), beta, state)
+    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), *others)
     want = float64_results(arguments)
     for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
-        got = results(gated_delta_rule, arguments, **options)
+        got = results(RULES[name], arguments, **options)
         assert_trees_close(got, want, 2e-6)
         assert (got[1][3][:, 5] == 0.0).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_generalized_rule_contains_the_gated_rule(implementation):
+    q, k, v, log_decay, beta, state = arrays()
+    decay, beta_BTH1 = jnp.exp(log_decay)[..., None], beta[..., None]
+    per_channel = jnp.broadcast_to(log_decay[..., None], k.shape)
+    got = generalized_delta_rule(
+        q, beta_BTH1 * k, v, per_channel, -k, decay * beta_BTH1 * k, state, implementation=implementation, chunk=4
+    )
+    assert_trees_close(got, gated_delta_rule(q, k, v, log_decay, beta, state, implementation="reference"), 2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_generalized_rule_can_swap_two_entries_of_the_state(implementation):
+    """An eigenvalue of -1: ``I - c c.T`` with c = (1, -1, 0) exchanges the first two rows of the state."""
+    q, _, v, _, _, _, state = arrays("generalized")
+    zeros, swap = jnp.zeros_like(q), jnp.broadcast_to(jnp.array([1.0, -1.0, 0.0])[None, None, None], q.shape)
+    out, last = generalized_delta_rule(q, zeros, v, zeros, -swap, swap, state, implementation=implementation)
+    assert relative_error(last, state[:, :, jnp.array([1, 0, 2])]) < 2e-6  # an odd number of steps
+    assert relative_error(out[:, 1], jnp.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 2e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_step_with_beta_one_stores_the_value_and_with_beta_two_reflects_the_state(implementation):
     q, k, v, _, _, state = arrays()
     k = jnp.broadcast_to(k[:, :1], k.shape)  # the same key in all steps
@@ -98,7 +139,7 @@ def test_a_step_with_beta_one_stores_the_value_and_with_beta_two_reflects_the_st
     assert relative_error(out, signs[None, :, None, None] * old[:, None]) < 1e-5  # |k| is 1 only up to rounding
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_orthogonal_keys_give_linear_attention(implementation):
     """With orthogonal keys and an empty state, no step finds an old value: the rule adds ``beta k v.T``."""
     keys = jnp.broadcast_to(jnp.eye(8)[None, :, None], (B, 8, H, 8))
@@ -109,10 +150,11 @@ def test_orthogonal_keys_give_linear_attention(implementation):
     assert_trees_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_several_calls_equal_one_call(implementation):
-    *inputs, state = arrays()
-    rule = functools.partial(gated_delta_rule, implementation=implementation)
+@every_rule
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_several_calls_equal_one_call(name, implementation):
+    *inputs, state = arrays(name)
+    rule = functools.partial(RULES[name], implementation=implementation)
     want, want_last = rule(*inputs, state)
     outputs = []
     for steps in (slice(0, 1), slice(1, 2), slice(2, 9), slice(9, T)):
@@ -122,19 +164,20 @@ def test_several_calls_equal_one_call(implementation):
     assert relative_error(state, want_last) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
+@every_rule
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, implementation):
     segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
     reset_BT, keep_BT, _ = segment_boundaries(segments)
-    without_nan = arrays()[:5]
+    without_nan = arrays(name)[:-1]
     with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in without_nan]
-    rule = functools.partial(gated_delta_rule, implementation=implementation, chunk=4)
+    rule = functools.partial(RULES[name], implementation=implementation, chunk=4)
 
     def loss(*arguments):
         out, last = rule(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
         return jnp.sum(jnp.sin(out)), (out, last)
 
-    gradients, (out, last) = jax.grad(loss, range(5), has_aux=True)(*with_nan)
+    gradients, (out, last) = jax.grad(loss, range(len(with_nan)), has_aux=True)(*with_nan)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
     assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
     for row in range(B):
@@ -145,12 +188,13 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implem
         assert relative_error(last[row], separate_last[0]) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_bfloat16_keeps_a_float32_state(implementation):
-    arguments = arrays()
+@every_rule
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_keeps_a_float32_state(name, implementation):
+    arguments = arrays(name)
     bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
     rounded = [x.astype(jnp.float32) for x in bfloat16_arguments]
-    (out, last), gradients = results(gated_delta_rule, bfloat16_arguments, implementation=implementation, chunk=4)
+    (out, last), gradients = results(RULES[name], bfloat16_arguments, implementation=implementation, chunk=4)
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
@@ -171,13 +215,28 @@ def test_a_long_text_with_reflections_keeps_its_precision():
     assert relative_error(chunked, reference) < 1e-5
 
 
-def test_only_inputs_and_one_state_per_chunk_are_saved():
-    arguments = arrays()
-    rule = functools.partial(gated_delta_rule, implementation="chunked", chunk=4)
+def test_a_long_text_with_the_decays_and_rates_of_rwkv7_keeps_its_precision():
+    rng = np.random.default_rng(0)
+    q, k, v, c = (rng.standard_normal((1, 3000, 1, 8)).astype(np.float32) for _ in range(4))
+    c /= np.linalg.norm(c, axis=-1, keepdims=True)
+    rate = rng.uniform(0.0, 1.0, c.shape).astype(np.float32)
+    log_decay = np.float32(-np.exp(-0.5)) * rng.uniform(0.0, 1.0, c.shape).astype(np.float32) ** 8  # most are weak
+    (reference, _), (chunked, _) = (
+        jax.jit(functools.partial(generalized_delta_rule, implementation=name))(q, k, v, log_decay, -c, rate * c)
+        for name in IMPLEMENTATIONS
+    )
+    assert np.abs(reference).max() < 200
+    assert relative_error(chunked, reference) < 1e-5
+
+
+@every_rule
+def test_only_inputs_and_one_state_per_chunk_are_saved(name):
+    arguments = arrays(name)
+    rule = functools.partial(RULES[name], implementation="chunked", chunk=4)
     _, vjp_fn = jax.vjp(rule, *arguments)
-    padded = B * 16 * H
+    inputs = sum(x.size for x in arguments[:-1]) * 16 // T
     saved = sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
-    assert saved <= padded * (2 * K + V + 2) + 4 * arguments[-1].size + B * T
+    assert saved <= inputs + 4 * arguments[-1].size + B * T
 
 
 def test_bad_inputs_raise():
@@ -200,3 +259,24 @@ def test_bad_inputs_raise():
         ValueError, match="no gated_delta_rule implementation 'fast': choose from 'reference', 'chunked'"
     ):
         gated_delta_rule(q, k, v, log_decay, beta, implementation="fast")
+
+
+def test_bad_inputs_of_the_generalized_rule_raise():
+    q, k, v, log_decay, a, b, state = arrays("generalized")
+    rule = generalized_delta_rule
+    with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2\] must have the shape of the query, \[2, 13, 2, 3\]"):
+        rule(q, k, v, log_decay[..., 0], a, b)
+    with pytest.raises(ValueError, match=r"a \[2, 12, 2, 3\] must have the shape of the query"):
+        rule(q, k, v, log_decay, a[:, 1:], b)
+    with pytest.raises(ValueError, match=r"b \[2, 13, 2, 2\] must have the shape of the query"):
+        rule(q, k, v, log_decay, a, b[..., 1:])
+    with pytest.raises(ValueError, match=r"value \[2, 13, 4\] \[batch, time, heads, value width\]"):
+        rule(q, k, v[:, :, 0], log_decay, a, b)
+    with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
+        rule(q, k, v, log_decay, a, b, state[..., :3])
+    with pytest.raises(ValueError, match=r"keep_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
+        rule(q, k, v, log_decay, a, b, keep_BT=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="chunk=0 must be a power of two"):
+        rule(q, k, v, log_decay, a, b, chunk=0)
+    with pytest.raises(ValueError, match="no generalized_delta_rule implementation 'fast': choose from 'reference'"):
+        rule(q, k, v, log_decay, a, b, implementation="fast")

@@ -1,0 +1,80 @@
+"""Format of :mod:`jaxlm.models.rwkv7`: the tensors of the authors' ``.pth`` files, with their names and shapes.
+
+transformers has no such class, and the authors' files have no config. So ``model_type``, the architectures and the
+names of the config fields are jaxlm's own.
+"""
+
+from __future__ import annotations
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+
+_ATT, _FFN = "blocks.{layer}.att.", "blocks.{layer}.ffn."
+_LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
+_LOW_RANK = {"decay": "w", "rate": "a", "value_residual": "v", "gate": "g"}
+_PER_CHANNEL = {"removal": "k_k", "replacement": "k_a", "bonus": "r_k"}
+_NORMS = {"time_mix_norm": "ln1", "channel_mix_norm": "ln2"}
+_KINDS = {"scale": "weight", "bias": "bias"}
+
+_VECTOR: Layout = ((), (), (0,))  # [D] is [1, 1, D] in files
+_HEADS: Layout = ((), (), (0, 1))  # [H, K] is [1, 1, D] in files
+
+FORMATS = (
+    Format(
+        architectures={"RWKV_x070": {"task": "causal"}, "RWKV_x070Model": {"task": "none"}},
+        model_type="rwkv7",
+        prefix="",
+        hf_name_of_field={
+            "vocab_size": "vocab_size",
+            "num_layers": "num_hidden_layers",
+            "embed_dim": "hidden_size",
+            "mlp_dim": "intermediate_size",
+            "head_dim": "head_dim",
+            "decay_rank": "decay_low_rank_dim",
+            "rate_rank": "a_low_rank_dim",
+            "value_rank": "v_low_rank_dim",
+            "gate_rank": "gate_low_rank_dim",
+            "norm_epsilon": "norm_eps",
+            "group_norm_epsilon": "group_norm_eps",
+        },
+        token_ids={"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+        tensors={
+            "token_embedding": "emb.weight",
+            **{f"embedding_norm/{kind}": f"blocks.0.ln0.{name}" for kind, name in _KINDS.items()},
+            **{
+                f"layers/{norm}/{kind}": f"blocks.{{layer}}.{norm_name}.{name}"
+                for norm, norm_name in _NORMS.items()
+                for kind, name in _KINDS.items()
+            },
+            **{f"layers/time_mix/shift/{name}": f"{_ATT}x_{letter}" for name, letter in _LETTERS.items()},
+            **{
+                f"layers/time_mix/{name}/{part}": f"{_ATT}{letter}{number}"
+                for name, letter in _LOW_RANK.items()
+                for number, part in enumerate(("up/bias", "down/weight", "up/weight"))
+            },
+            **{f"layers/time_mix/{name}": f"{_ATT}{tensor}" for name, tensor in _PER_CHANNEL.items()},
+            **{
+                f"layers/time_mix/{name}/weight": f"{_ATT}{name}.weight"
+                for name in ("receptance", "key", "value", "output")
+            },
+            **{f"layers/time_mix/norm/{kind}": f"{_ATT}ln_x.{name}" for kind, name in _KINDS.items()},
+            "layers/channel_mix/shift/key": f"{_FFN}x_k",
+            "layers/channel_mix/key/weight": f"{_FFN}key.weight",
+            "layers/channel_mix/value/weight": f"{_FFN}value.weight",
+            **{f"final_norm/{kind}": f"ln_out.{name}" for kind, name in _KINDS.items()},
+            "head": "head.weight",
+        },
+        layouts={
+            **{f"layers/time_mix/shift/{name}": _VECTOR for name in _LETTERS},
+            **{f"layers/time_mix/{name}/up/bias": _HEADS for name in _LOW_RANK},
+            **{f"layers/time_mix/{name}/up/weight": ((0,), (1, 2)) for name in _LOW_RANK},
+            **{f"layers/time_mix/{name}": _HEADS for name in ("removal", "replacement")},
+            **{f"layers/time_mix/{name}/weight": ((1, 2), (0,)) for name in ("receptance", "key", "value")},
+            "layers/time_mix/output/weight": ((2,), (0, 1)),
+            **{f"layers/time_mix/norm/{kind}": ((0, 1),) for kind in _KINDS},
+            "layers/channel_mix/shift/key": _VECTOR,
+            **{f"layers/channel_mix/{name}/weight": TRANSPOSED for name in ("key", "value")},
+        },
+        # Some files of the authors have weights of a value residual in the first block, which are not used.
+        ignored=(r"blocks\.0\.att\.v[012]",),
+    ),
+)

@@ -1,0 +1,300 @@
+"""RWKV-7 "Goose" (Peng et al. 2025).
+
+A causal model without attention and without positions. Each block has a time mix, whose state is a matrix for each head
+(generalized delta rule), and a channel mix, an MLP with squared ReLU. Both mixes first interpolate each token with the
+token before it (token shift). From the second block on, the values of the time mix are interpolated with the values of
+the first block (value residual). The size of the state does not depend on the length of the text.
+
+Names in the paper and in published files: receptance (r, the query), decay (w), rate (a, the in-context learning rate),
+removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
+
+Shapes: B batch, T time, D model width, H heads, K width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import common, heads
+from jaxlm.nn.convolution.window import Stream, causal_windows, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
+from jaxlm.nn.scan import generalized_delta_rule
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.sharding import constrain
+from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Uniform
+
+Task = Literal["causal", "none"]
+L2_EPSILON = 1e-24
+"""Added to the sum of squares in the L2 norm of removal keys. The authors' code has the minimum 1e-12 of the norm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.LayeredConfig):
+    """Shape and behaviour of an RWKV-7. The defaults are the published model with 191M parameters ("0.1B")."""
+
+    vocab_size: int = 65536
+    """Number of token ids."""
+    num_layers: int = 12
+    """Number of blocks."""
+    embed_dim: int = 768
+    """Model width."""
+    mlp_dim: int = 3072
+    """Hidden width of the channel mix."""
+    head_dim: int = 64
+    """Width of a head of the time mix. There are embed_dim / head_dim heads."""
+    decay_rank: int = 64
+    """Rank of the matrix that computes the decays."""
+    rate_rank: int = 64
+    """Rank of the matrix that computes the in-context learning rates."""
+    value_rank: int = 32
+    """Rank of the matrix that computes the weights of the value residual."""
+    gate_rank: int = 128
+    """Rank of the matrix that computes the output gates of the time mix."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in layer norms."""
+    group_norm_epsilon: float = 64e-5
+    """Added to the variance in the norm of each head's output."""
+    task: Task = "causal"
+    """Output head: next token (causal) or none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(
+            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "decay_rank", "rate_rank",
+            "value_rank", "gate_rank",
+        )  # fmt: skip
+        common.check_choices(self, task=get_args(Task))
+        common.check_divides(self, "head_dim", "embed_dim")
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        key: not used, because the model has no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    past = None if state is None else state["segment_ids"]
+    tokens, stream = open_stream(tokens, segment_ids, past)
+    masks: dict[str, Any] = {}
+    if stream.segment_ids is not None:
+        reset_BT, keep_BT, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
+        masks = {"reset_BT": reset_BT, "keep_BT": keep_BT}
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
+    x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
+
+    def block(carry: Any, layer: Any) -> tuple[Any, Any]:
+        x, first_value = carry  # the value of the first block; None in the first block
+        weights, layer_state, _ = layer
+        normed = layer_norm(weights["time_mix_norm"], x, cfg.norm_epsilon)
+        mixed, first_value, new_state = _time_mix(
+            cfg, weights["time_mix"], normed, first_value, layer_state, stream, masks
+        )
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        normed = layer_norm(weights["channel_mix_norm"], x, cfg.norm_epsilon)
+        tail = None if layer_state is None else layer_state["channel_mix_tail"]
+        mixed, tail = _channel_mix(weights["channel_mix"], normed, tail, stream)
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        return (x, first_value), None if layer_state is None else {**new_state, "channel_mix_tail": tail}
+
+    layers = None if state is None else state["layers"]
+    (x, _), layers = common.run_layers(block, (x, None), params["layers"], layers, key, remat=cfg.remat)
+    hidden, past = close_stream(stream, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return hidden, None if state is None else {"layers": layers, "segment_ids": past}
+
+
+def _time_mix(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, first_value: Any, state: Any, stream: Stream, masks: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The output of a time mix [B, T, D], the values of the first block [B, T, H, K], and the new state."""
+    tail, memory = (None, None) if state is None else (state["time_mix_tail"], state["memory"])
+    shifted, tail = _token_shift(weights["shift"], x, tail, stream)
+    r, k, v = (
+        constrain(linear(weights[name], shifted[name]), ("batch", "seq", "heads", "kv"))
+        for name in ("receptance", "key", "value")
+    )
+    if first_value is None:
+        first_value = v
+    else:
+        residual = jax.nn.sigmoid(_low_rank(weights["value_residual"], shifted["value"]))
+        v = v + (first_value - v) * residual
+    decay = _low_rank(weights["decay"], shifted["decay"], jnp.tanh)
+    log_decay = -math.exp(-0.5) * jax.nn.sigmoid(decay.astype(jnp.float32))
+    rate = jax.nn.sigmoid(_low_rank(weights["rate"], shifted["rate"]))
+    gate = _low_rank(weights["gate"], shifted["gate"], jax.nn.sigmoid)
+
+    removal, replacement, bonus = (
+        weights[name].astype(x.dtype)[None, None] for name in ("removal", "replacement", "bonus")
+    )
+    removal_key = l2_norm(k * removal, L2_EPSILON)
+    k = k * (1.0 + (rate - 1.0) * replacement)
+    out, memory = generalized_delta_rule(r, k, v, log_decay, -removal_key, rate * removal_key, memory, **masks)
+    out = layer_norm(weights["norm"], out, cfg.group_norm_epsilon)
+    out = out + jnp.sum(r * k * bonus, axis=-1, keepdims=True) * v
+    new_state = None if state is None else {"time_mix_tail": tail, "memory": memory}
+    return linear(weights["output"], out * gate, num_input_axes=2), first_value, new_state
+
+
+def _channel_mix(weights: dict[str, Any], x: jax.Array, tail: Any, stream: Stream) -> tuple[jax.Array, Any]:
+    """The output of a channel mix [B, T, D], and the tail of its token shift."""
+    shifted, tail = _token_shift(weights["shift"], x, tail, stream)
+    hidden = constrain(linear(weights["key"], shifted["key"]), ("batch", "seq", "mlp"))
+    return linear(weights["value"], jnp.square(jax.nn.relu(hidden))), tail
+
+
+def _token_shift(
+    weights: dict[str, jax.Array], x: jax.Array, tail: Any, stream: Stream
+) -> tuple[dict[str, jax.Array], Any]:
+    """For each weight mu [D], ``(1 - mu) * x_t + mu * x_{t-1}`` [B, T, D]; and the tail, the last token of each row."""
+    windows, tail = causal_windows(stream, x, tail, 2)
+    difference = windows[:, :, 0] - x
+    return {name: x + difference * mu.astype(x.dtype)[None, None] for name, mu in weights.items()}, tail
+
+
+def _low_rank(
+    weights: dict[str, Any], x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> jax.Array:
+    """``bias + activation(x @ down) @ up``, [B, T, H, K]; ``bias`` is optional."""
+    up = linear(weights["up"], activation(linear(weights["down"], x)))
+    return constrain(up, ("batch", "seq", "heads", "kv"))
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
+    return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D.
+
+    z increases from -1 to 1 along the last axis: it is ``y * abs(y)`` for y linear in the index.
+    """
+
+    offset: float
+    slope: float
+    power: float = 1.0
+    zigzag: float = 0.0
+
+    def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        ramp = jnp.linspace(0.0, 1.0, math.prod(shape), dtype=dtype).reshape(shape) ** self.power
+        y = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, shape[-1], dtype=dtype), shape)
+        return self.offset + self.slope * ramp + self.zigzag * y * jnp.abs(y)
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters. Initial values are those of the authors' code, with Gaussian matrices.
+
+    The authors draw orthogonal matrices. The Gaussian matrices have the same variance. As in the authors' code, weight
+    decay applies only to linear layers, the head and the token table, but not to the matrices of low rank.
+    """
+    D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
+    tree = {
+        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Uniform(1e-4), decay=True),
+        "embedding_norm": layer_norm_specs(D),
+        "layers": tuple(_layer_specs(cfg, layer) for layer in range(cfg.num_layers)),
+        "final_norm": layer_norm_specs(D),
+    }
+    if cfg.task == "causal":
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), Normal(0.5 * normal.stddev), decay=True)
+    return tree
+
+
+def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
+    D, M, K, stddev = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, cfg.embed_dim**-0.5
+    shape, axes = (D // K, K), ("heads", "kv")
+    late, early = layer / max(cfg.num_layers - 1, 1), 1.0 - layer / cfg.num_layers
+
+    def shift(power: float) -> ArraySpec:  # 1 - (i / D) ** power for channel i
+        return ArraySpec((D,), ("norm",), Ramp(1.0, -((1.0 - 1.0 / D) ** power), power))
+
+    def projection(stddev: float) -> dict[str, ArraySpec]:
+        return linear_specs((D, *shape), ("embed", *axes), Normal(stddev), bias=False)
+
+    def low_rank(rank: int, bias: Ramp | None) -> dict[str, Any]:
+        up = {"weight": ArraySpec((rank, *shape), (None, *axes), Normal(0.1 * stddev))}
+        up |= {} if bias is None else {"bias": ArraySpec(shape, axes, bias)}
+        return {"down": {"weight": ArraySpec((D, rank), ("embed", None))}, "up": up}
+
+    powers = {"receptance": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
+    time_mix = {
+        "shift": {name: shift(power * early) for name, power in powers.items()},
+        "receptance": projection(stddev),
+        "key": projection(0.1 * stddev),
+        "value": projection(stddev),
+        "decay": low_rank(cfg.decay_rank, Ramp(-5.5, 6.0, 1.0 + late**0.3, 2.5)),
+        "rate": low_rank(cfg.rate_rank, Ramp(-0.39, 0.4, zigzag=0.3)),
+        "gate": low_rank(cfg.gate_rank, None),
+        "removal": ArraySpec(shape, axes, Ramp(0.76, -0.1)),
+        "replacement": ArraySpec(shape, axes, Constant(1.02)),
+        "bonus": ArraySpec(shape, axes, Constant(-0.04)),
+        "norm": {
+            "scale": ArraySpec(shape, axes, Constant(((layer + 1) / cfg.num_layers) ** 0.7)),
+            "bias": ArraySpec(shape, axes),
+        },
+        "output": linear_specs((*shape, D), (*axes, "embed"), ZEROS, num_input_axes=2, bias=False),
+    }
+    if layer > 0:
+        time_mix["value_residual"] = low_rank(cfg.value_rank, Ramp(0.93, -0.4))
+    channel_mix = {
+        "shift": {"key": shift(early**4)},
+        "key": linear_specs((D, M), ("embed", "mlp"), Normal(max(D, M) ** -0.5), bias=False),
+        "value": linear_specs((M, D), ("mlp", "embed"), ZEROS, bias=False),
+    }
+    norms = {"time_mix_norm": layer_norm_specs(D), "channel_mix_norm": layer_norm_specs(D)}
+    return {**norms, "time_mix": time_mix, "channel_mix": channel_mix}
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state for any ``length``.
+
+    ``memory`` [B, H, K, K] is the state of the delta rule. The tails are the last inputs of the two token shifts.
+    ``segment_ids`` is the segment id of the last token.
+    """
+    tail = tail_specs(batch, 1, cfg.embed_dim, jnp.dtype(cfg.dtype))
+    shape = (batch, cfg.embed_dim // cfg.head_dim, cfg.head_dim, cfg.head_dim)
+    memory = ArraySpec(shape, ("batch", "heads", None, None))
+    layer = {"time_mix_tail": tail, "memory": memory, "channel_mix_tail": tail}
+    return {"layers": (layer,) * cfg.num_layers, "segment_ids": past_specs(batch, 1)}
+
+
+def carried_state_length(cfg: Config) -> int:
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    return 1
+
+
+VARIANTS = {
+    "rwkv7-0.1b": Config(),
+    "rwkv7-0.4b": Config(num_layers=24, embed_dim=1024, mlp_dim=4096),
+    "rwkv7-1.5b": Config(
+        num_layers=24, embed_dim=2048, mlp_dim=8192, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=256
+    ),
+    "rwkv7-2.9b": Config(
+        num_layers=32, embed_dim=2560, mlp_dim=10240, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320
+    ),
+    "rwkv7-tiny": Config(
+        vocab_size=128, num_layers=2, embed_dim=32, mlp_dim=64, head_dim=8, decay_rank=6, rate_rank=5, value_rank=4,
+        gate_rank=10, group_norm_epsilon=1e-3,
+    ),
+}  # fmt: skip
