@@ -50,6 +50,9 @@ def rewrite(directory, config, tensors):
         ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
         ("mamba2", {}, LoRA(2, targets=("mixer/output/weight",), full_training_patterns=("mixer/norm",))),
+        ("mixtral-tiny", {}, LoRA(2, targets=("experts/", "query"), full_training_patterns=("mlp_norm",))),
+        ("mixtral-tiny", {"scan_layers": True}, LoRA(2, full_training_patterns=("experts/up",))),
+        ("mixtral-tiny", {"qk_norm": True, "dense_layers": (0,)}, LoRA(2, targets=("experts/(down|router)", "mlp/"))),
         ("griffin", {}, LoRA(2, targets=("attention/", "recurrent/(gate|input)/", "mlp/"))),
         ("griffin", {"pattern": ("recurrent",)}, LoRA(2, targets=("mlp/",))),
         (
