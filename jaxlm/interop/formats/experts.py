@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats.format import TRANSPOSED, Layout, integer
+from jaxlm.models.experts import ExpertsConfig
 
 HF_NAME_OF_FIELD = {
     "expert_dim": "moe_intermediate_size",
@@ -33,7 +34,7 @@ LAYOUTS: dict[str, Layout] = {f"layers/experts/{name}/weight": TRANSPOSED for na
 def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
     """The fields ``num_experts``, ``expert_interval`` and ``dense_layers``.
 
-    ``num_experts`` is None if all layers have MLPs.
+    If all layers have MLPs, ``num_experts`` is None, and the other fields of experts have their defaults.
 
     Args:
         config: the contents of ``config.json``.
@@ -51,7 +52,8 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
         raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers below {num_layers}")
     dense_of_interval = {layer for layer in dense if (layer + 1) % interval == 0}
     if experts == 0 or num_layers // interval == len(dense_of_interval):
-        return {"num_experts": None}
+        names = ("num_experts", "expert_interval", "dense_layers", *HF_NAME_OF_FIELD)
+        return {name: getattr(ExpertsConfig, name) for name in names}
     return {"num_experts": experts, "expert_interval": interval, "dense_layers": tuple(dense)}
 
 
