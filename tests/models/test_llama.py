@@ -15,7 +15,16 @@ from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_fro
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 
 def setup(batch=2, length=12, **overrides):
@@ -116,6 +125,30 @@ def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
         (positions,) = np.nonzero(segments[0] == document)
         alone = apply(tokens[:, positions], np.ones((1, positions.size), np.int32))
         assert relative_error(packed[:, positions], alone) < 2e-5
+
+
+@pytest.mark.parametrize("fields", [{}, {"experts_implementation": "blocks"}, {"capacity_factor": 0.75}])
+def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
+    model = tiny_model("mixtral-tiny", **fields)
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    segments = np.ones((8, 10), np.int32)
+    segments[1, 7:] = segments[4, :2] = 0
+    batch = causal.batch(random_tokens(model, 8, 10), segments)
+    sharding = Sharding(make_mesh("data=2,tensor=2,expert=2"))
+
+    def mean_loss(params):
+        total, weight, _ = causal.loss_with_load_balance(0.5)(model, params, batch)
+        return total / weight
+
+    def sharded_mean_loss(params):
+        with sharding.scope():
+            return mean_loss(params)
+
+    split_params = jax.device_put(params, sharding.tree(model.specs))
+    gate = split_params["layers"][0]["experts"]["gate"]["weight"]
+    assert gate.sharding.shard_shape(gate.shape) == (2, 32, 24)
+    got = jax.jit(jax.value_and_grad(sharded_mean_loss))(split_params)
+    assert_trees_close(jax.device_get(got), jax.jit(jax.value_and_grad(mean_loss))(params), 2e-5)
 
 
 def test_only_differences_of_positions_matter():
