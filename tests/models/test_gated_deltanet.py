@@ -171,6 +171,14 @@ def test_experts_in_files():
     assert read(num_experts=8, mlp_only_layers=[1]) == (8, 1, (1,), 512)
     for dense in ({"mlp_only_layers": [0, 1]}, {"decoder_sparse_step": 3}, {"num_experts": 0}):
         assert read(**dense) == (None, 1, (), None)
+    with pytest.raises(ValueError, match="shared_expert_intermediate_size=None must be an integer"):
+        read(shared_expert_intermediate_size=None)
+
+
+def test_experts_without_a_shared_expert_have_no_published_format():
+    model = tiny_model(HYBRID, num_experts=4)
+    with pytest.raises(ValueError, match="qwen3_next' has a shared expert: set shared_expert_dim"):
+        save_pretrained("unused", model, model.init(jax.random.key(0)))
 
 
 def test_the_shared_expert_computes_every_token():

@@ -20,6 +20,8 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = experts.read_experts(config, num_layers, 512)
     if fields["num_experts"] is not None:
         fields["shared_expert_dim"] = integer(config, "shared_expert_intermediate_size", 512)
+        if fields["shared_expert_dim"] is None:
+            raise ValueError("shared_expert_intermediate_size=None must be an integer")
     return {**fields, "pattern": _pattern(config, num_layers), **read_rotary(config, None)}
 
 
