@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.spec import LAYERS, ZEROS, ArraySpec, Initializer, Uniform
+from jaxlm.spec import EXPERT, LAYERS, ZEROS, ArraySpec, Initializer, Uniform
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 """Keys of the two factors that :class:`LoRA` puts at the path of a weight."""
@@ -57,7 +57,7 @@ class Adaptation(Protocol):
 
 
 def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
-    """Number of leading axes (without ``layers``) that form the rows of a leaf's matrix; None if it is not a matrix.
+    """Number of leading axes (without ``layers`` and ``expert``) that form the rows of a matrix; None: it is not one.
 
     A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
     ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are matrices too. Biases
@@ -70,7 +70,7 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
         2
         >>> matrix_rows("attention/query/bias", ArraySpec((4, 8), ("heads", "kv")))
     """
-    axes = leaf.axes[1:] if leaf.is_stacked else leaf.axes
+    axes = leaf.axes[num_stack_axes(leaf) :]
     last_key = name.rsplit("/", 1)[-1]
     if len(axes) < 2:
         return None
@@ -82,6 +82,12 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
         is_kernel = axes[0] is None and len(axes) > 2
         return 2 if is_kernel or axes[:2] == ("heads", "kv") else 1
     return None
+
+
+def num_stack_axes(leaf: ArraySpec) -> int:
+    """The number of leading axes ``layers`` and ``expert``. Each index has its own matrix."""
+    first = int(leaf.is_stacked)
+    return first + 1 if leaf.axes[first : first + 1] == (EXPERT,) else first
 
 
 def is_table(name: str, leaf: ArraySpec) -> bool:
@@ -180,10 +186,10 @@ class LoRA:
     """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
 
     W may have any number of axes. :func:`matrix_rows` defines which of them are the rows of the matrix [in, out].
-    A [in..., rank] and B [rank, out...] keep the axes of W, and the axis ``layers`` if W is stacked. A fused projection
-    (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B with zeros
-    (PEFT's default), so that the merged parameters are equal to the base parameters at first. For a table or head
-    [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
+    A [in..., rank] and B [rank, out...] keep the axes of W, and the axes ``layers`` and ``expert`` if W has them. A
+    fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B
+    with zeros (PEFT's default), so that the merged parameters are equal to the base parameters at first. For a table or
+    head [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
     parameters except those in ``full_training_patterns``. The merged weights are computed in each step, so the
@@ -274,7 +280,7 @@ class LoRA:
     def _weight_factor_specs(self, name: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
         rows = matrix_rows(name, leaf)
         assert rows is not None
-        first = 1 if leaf.is_stacked else 0  # the first axis of the matrix
+        first = num_stack_axes(leaf)  # the first axis of the matrix
         shape, axes = leaf.shape, leaf.axes
         row_axes, column_axes = slice(first, first + rows), slice(first + rows, None)
         a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)
@@ -295,8 +301,10 @@ class LoRA:
         def product(a: jax.Array, b: jax.Array) -> jax.Array:
             return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
 
-        is_stacked = a.ndim + b.ndim - 2 > weight.ndim
-        delta = jax.vmap(product)(a, b) if is_stacked else product(a, b)
+        # Each stack axis (``layers``, ``expert``) is in both factors, so it counts twice.
+        for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
+            product = jax.vmap(product)
+        delta = product(a, b)
         return (weight + self.scale * delta).astype(weight.dtype)
 
 

@@ -9,7 +9,8 @@ For example:
 
 The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Full
 sharding needs both: it splits the width of parameters and the batch of activations over the same mesh axis, so this
-axis cannot also split the width of activations.
+axis cannot also split the width of activations. For the same reason, the batch of an array that also has the axis
+``expert`` is called ``expert_batch``: it is split only over the mesh axes of ``batch`` that do not split ``expert``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import contextvars
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ Axes = Sequence[str | None]
 
 LOGICAL_AXES = (
     "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", "slots",
-    spec_lib.LAYERS,
+    spec_lib.EXPERT, "expert_batch", spec_lib.LAYERS,
 )  # fmt: skip
 
 
@@ -56,9 +57,11 @@ class Rules:
         """Rules from keyword arguments, for example ``Rules.of(batch=("data", "fsdp"), heads="tensor")``.
 
         Raises:
-            ValueError: a keyword is not a logical axis.
+            ValueError: a keyword is not a logical axis that can have a rule.
         """
         for logical in rules:
+            if logical == "expert_batch":
+                raise ValueError("expert_batch has no rule of its own: it follows from the rules of batch and expert")
             if logical not in LOGICAL_AXES:
                 hint = _closest(logical, LOGICAL_AXES)
                 raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(LOGICAL_AXES)}")
@@ -83,6 +86,8 @@ class Rules:
             ValueError: the rules map two of the axes to one mesh axis, or a name is not a logical axis.
         """
         table = dict(self.table)
+        experts = table.get(spec_lib.EXPERT, ())
+        table["expert_batch"] = tuple(axis for axis in table.get("batch", ()) if axis not in experts)
         used_by: dict[str, str | None] = {}
         entries: list[str | tuple[str, ...] | None] = []
         for name in axes:
@@ -106,8 +111,10 @@ DATA_PARALLEL = Rules.of(batch="data")
 FULLY_SHARDED = Rules.of(batch="fsdp", embed="fsdp")
 TENSOR_PARALLEL = Rules.of(heads="tensor", mlp="tensor", vocab="tensor")
 SEQUENCE_PARALLEL = Rules.of(seq="sequence")
-DEFAULT_RULES = DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | SEQUENCE_PARALLEL
-"""All four tables. Only the rules whose mesh axes exist in the mesh have an effect."""
+EXPERT_PARALLEL = Rules.of(batch="expert", expert="expert")
+"""Outside of mixtures of experts, the mesh axis splits the batch, so that no two devices compute the same."""
+DEFAULT_RULES = DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | SEQUENCE_PARALLEL | EXPERT_PARALLEL
+"""All five tables. Only the rules whose mesh axes exist in the mesh have an effect."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -320,12 +327,57 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.named_sharding(axes, x.shape, "activation"))
 
 
+def map_shards(
+    function: Callable[..., jax.Array], in_axes: Sequence[Axes], out_axes: Axes, *, sum_over: Axes
+) -> Callable[..., jax.Array]:
+    """The function in which each device applies ``function`` to its shards of the arguments (``shard_map``).
+
+    Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` must not call :func:`constrain`,
+    and is called outside of any scope.
+
+    Args:
+        in_axes: the logical axes of each argument.
+        out_axes: the logical axes of the result.
+        sum_over: logical axes of arguments over which ``function`` sums. The sums of all their shards are added.
+    """
+    sharding = _active.get()
+    if sharding is None:
+        return function
+    mesh_axes = tuple(
+        axis for entry in sharding.rules.partition(sum_over, sharding.mesh) for axis in _entry_axes(entry)
+    )
+
+    def function_of_shards(*shards: jax.Array) -> jax.Array:
+        token = _active.set(None)
+        try:
+            result = function(*shards)
+        finally:
+            _active.reset(token)
+        return jax.lax.psum(result, mesh_axes) if mesh_axes else result
+
+    def apply(*arguments: jax.Array) -> jax.Array:
+        specs = [
+            sharding.named_sharding(axes, x.shape, "argument").spec for axes, x in zip(in_axes, arguments, strict=True)
+        ]
+        return jax.shard_map(
+            function_of_shards, mesh=sharding.mesh, in_specs=tuple(specs), check_vma=False,
+            out_specs=sharding.rules.partition(out_axes, sharding.mesh),
+        )(*arguments)  # fmt: skip
+
+    return apply
+
+
+def has_explicit_axes(x: jax.Array) -> bool:
+    """Whether ``x`` is on a mesh with Explicit axes."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def gather_sharding(ids: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of ``table.at[ids].get(...)``: the sharding of ``ids``, and an unsharded last axis.
 
     None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for them.
     """
-    sharding = jax.typeof(ids).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    if not has_explicit_axes(ids):
         return None
+    sharding = jax.typeof(ids).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))

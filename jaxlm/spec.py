@@ -102,6 +102,9 @@ ONES = Constant(1.0)
 LAYERS = "layers"
 """The dict key of the layers of a model, and the name of the axis that :func:`stack` adds."""
 
+EXPERT = "expert"
+"""The name of the axis of the experts. As with ``layers``, each index has its own matrix."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:

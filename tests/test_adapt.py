@@ -1,6 +1,7 @@
 """Tests of Freeze and LoRA: which parameters are trained or frozen, and that both layer layouts agree."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,9 @@ def test_errors_name_the_bad_adaptation(make, message):
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny", "attention-rnn-tiny", "lstm-tiny", "resnet-tiny"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-tiny", "mixtral-tiny", "t5-tiny", "attention-rnn-tiny", "lstm-tiny", "resnet-tiny"]
+)
 def test_lora_factors_multiply_to_the_matrix_for_any_number_of_axes(name):
     model = with_stacked_layers(tiny_model(name))
     lora = LoRA(3, alpha=5.0, targets=("weight", "embedding"))
@@ -209,13 +212,14 @@ def test_lora_factors_multiply_to_the_matrix_for_any_number_of_axes(name):
     trained = random_like(trained)
     factors, after = spec.flatten(trained), spec.flatten(lora.merge(trained, frozen))
     for path, leaf in lora.target_paths(model.specs).items():
-        layers = leaf.shape[0] if leaf.axes[0] == spec.LAYERS else 1
-        a, b, weight = (np.asarray(x, np.float64).reshape(layers, -1) for x in (
+        axes = zip(leaf.axes, leaf.shape, strict=True)
+        matrices = math.prod(size for axis, size in axes if axis in (spec.LAYERS, spec.EXPERT))
+        a, b, weight = (np.asarray(x, np.float64).reshape(matrices, -1) for x in (
             factors[f"{path}/lora_a"], factors[f"{path}/lora_b"], before[path]
         ))  # fmt: skip
-        for layer, changed in enumerate(np.asarray(after[path]).reshape(layers, -1)):
-            matrix = a[layer].reshape(-1, 3) @ b[layer].reshape(3, -1)
-            np.testing.assert_allclose(changed, weight[layer] + 5 / 3 * matrix.reshape(-1), atol=1e-4)
+        for index, changed in enumerate(np.asarray(after[path]).reshape(matrices, -1)):
+            matrix = a[index].reshape(-1, 3) @ b[index].reshape(3, -1)
+            np.testing.assert_allclose(changed, weight[index] + 5 / 3 * matrix.reshape(-1), atol=1e-4)
 
 
 def test_initial_factors_equal_those_of_peft():
@@ -265,7 +269,7 @@ def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
     """Biases, scales and gains are not matrices, even with two or more axes. All other parameters are matrices."""
     for path, leaf in spec.flatten(tiny_model(name).specs).items():
         rows = matrix_rows(path, leaf)
-        axes = leaf.axes[1:] if leaf.axes[0] == spec.LAYERS else leaf.axes
+        axes = [axis for axis in leaf.axes if axis not in (spec.LAYERS, spec.EXPERT)]
         last = path.rsplit("/", 1)[-1]
         if len(axes) < 2:
             assert rows is None, path
@@ -281,6 +285,7 @@ def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
     [
         ("layers/attention/output/weight", (2, 4, 8, 32), ("layers", "heads", "kv", "embed"), 2, False),
         ("layers/attention/qkv/weight", (2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"), 1, False),
+        ("layers/experts/up/weight", (2, 4, 32, 48), ("layers", "expert", "embed", "mlp"), 1, False),
         ("layer_0/weight", (5, 64, 32), (None, "embed", "mlp"), 2, False),
         ("output/state/weight", (32, 24, 2), ("embed", "mlp", None), 1, False),
         ("head", (128, 32), ("vocab", "embed"), 1, True),

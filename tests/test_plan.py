@@ -285,7 +285,28 @@ def test_counted_flops():
     assert flops.counted_flops(mapped, jnp.ones((16, 8))).amount == 2 * 16 * 8 * 8
 
 
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "bert-tiny", "roberta-tiny"])
+def test_counted_flops_of_a_grouped_matmul():
+    """Each row is multiplied by the matrix of its group only. The two gradients are as large as the matmul."""
+    x, w, sizes = jnp.ones((8, 4)), jnp.ones((3, 4, 5)), jnp.array([3, 2, 3])
+    product = lambda x, w: jnp.sum(jax.lax.ragged_dot(x, w, sizes))  # noqa: E731
+    assert flops.counted_flops(product, x, w).amount == 2 * 8 * 4 * 5
+    assert flops.counted_flops(jax.value_and_grad(product, (0, 1)), x, w).amount == 3 * 2 * 8 * 4 * 5
+
+
+def test_only_selected_experts_count():
+    dense, mixture = (get_model("llama-tiny", num_experts=experts) for experts in (None, 8))
+    mlp, router, layers = 3 * 32 * 48, 32 * 8, 2
+    assert flops.matmul_parameters(mixture) == flops.matmul_parameters(dense) + layers * (7 * mlp + router)
+    assert flops.active_matmul_parameters(mixture) == flops.matmul_parameters(dense) + layers * (mlp + router)
+    assert flops.active_matmul_parameters(dense) == flops.matmul_parameters(dense)
+    step = flops.decoding_flops(mixture, 3)
+    assert step.amount == 6 * flops.active_matmul_parameters(mixture)
+    assert f"active of {flops.matmul_parameters(mixture):,} parameters" in step.formula
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None), mixture.specs)
+    assert program.bytes_read_by_a_token(mixture, abstract) == 4 * (mixture.num_parameters - layers * 6 * mlp)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny", "roberta-tiny"])
 def test_the_flops_formula_agrees_with_the_counted_flops(name):
     """They differ in the masked half of causal attention, and in biases and norms, which the formula's N includes."""
     model = tiny_model(name)

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.sharding import (
     DATA_PARALLEL,
     DEFAULT_RULES,
+    EXPERT_PARALLEL,
     FULLY_SHARDED,
     TENSOR_PARALLEL,
     Rules,
@@ -27,6 +28,16 @@ def test_rules_map_logical_axes_to_mesh_axes():
     assert FULLY_SHARDED.partition(("vocab", "embed"), mesh) == P(None, "fsdp")
     assert TENSOR_PARALLEL.partition(("vocab", "embed"), mesh) == P("tensor", None)
     assert DEFAULT_RULES.partition(("batch", "mlp"), make_mesh("data=8")) == P("data", None)
+
+
+def test_the_batch_of_experts_is_split_over_the_other_mesh_axes_of_the_batch():
+    mesh = make_mesh("data=2,fsdp=2,expert=2")
+    assert DEFAULT_RULES.partition(("batch", None), mesh) == P(("data", "fsdp", "expert"), None)
+    assert DEFAULT_RULES.partition(("expert_batch", "expert", None), mesh) == P(("data", "fsdp"), "expert", None)
+    assert EXPERT_PARALLEL.partition(("expert_batch", "expert"), mesh) == P(None, "expert")
+    assert DATA_PARALLEL.partition(("expert_batch", "expert"), mesh) == P("data", None)
+    with pytest.raises(ValueError, match="expert_batch has no rule of its own"):
+        Rules.of(expert_batch="data")
 
 
 def test_error_for_two_logical_axes_on_one_mesh_axis():
@@ -95,7 +106,8 @@ def test_abstract_arrays_carry_their_sharding():
 
 
 def test_rules_are_hashable_and_merge():
-    assert hash(DEFAULT_RULES) == hash(DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | Rules.of(seq="sequence"))
+    sequence, expert = Rules.of(seq="sequence"), Rules.of(batch="expert", expert="expert")
+    assert hash(DEFAULT_RULES) == hash(DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | sequence | expert)
     assert dict((DATA_PARALLEL | FULLY_SHARDED).table)["batch"] == ("data", "fsdp")
 
 

@@ -108,12 +108,13 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
-        num_layers = getattr(model.config, "num_layers", 0)
         # Checked before the specs are built, because the specs of a wrong, huge number of layers would fill memory.
-        if num_layers > len(tensors):
-            raise ValueError(
-                f"{directory}: {num_layers} layers in {CONFIG}, but only {len(tensors)} tensors in its files"
-            )
+        for what in ("layers", "experts"):
+            number = getattr(model.config, f"num_{what}", None) or 0
+            if number > len(tensors):
+                raise ValueError(
+                    f"{directory}: {number} {what} in {CONFIG}, but only {len(tensors)} tensors in its files"
+                )
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match_tensors(description, tensors, directory)
@@ -246,12 +247,9 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
     """
     flat, locations = spec.flatten(tree), locations_of(model, format_of(model))
     for names, paths in tensor_groups(locations).items():
-        arrays = [processes.gather_to_host(flat[path]) for path in paths]
+        arrays = [locations[path].matrices(processes.gather_to_host(flat[path])) for path in paths]
         for number, name in enumerate(names):
-            layers = [
-                array[number] if locations[path].stacked else array for path, array in zip(paths, arrays, strict=True)
-            ]
-            parts = [locations[path].to_file(layer) for path, layer in zip(paths, layers, strict=True)]
+            parts = [locations[path].to_file(array[number]) for path, array in zip(paths, arrays, strict=True)]
             yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -273,8 +271,8 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
         location = locations[path]
         arrays = [np.asarray(tensors[name]) for name in location.names]
         array = np.zeros(leaf.shape, np.result_type(*arrays))
-        for layer, tensor in zip(array if leaf.is_stacked else [array], arrays, strict=True):
-            layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor[location.rows])
+        for matrix, tensor in zip(location.matrices(array), arrays, strict=True):
+            matrix[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor[location.rows])
         leaves.append(jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
@@ -576,10 +574,10 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
 def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
     """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
     array = np.zeros(leaf.shape, dtype)
-    for name, layer in zip(location.names, array if leaf.is_stacked else [array], strict=True):
+    for name, matrix in zip(location.names, location.matrices(array), strict=True):
         tensor = tensors[name]
         values = (
             tensor.read() if location.num_rows is None else tensor.read_rows(location.rows.start, location.rows.stop)
         )
-        layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(values)
+        matrix[tuple(slice(size) for size in location.model_shape)] = location.to_model(values)
     return array

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -17,17 +17,19 @@ from jaxlm.models.model import Model
 class Location:
     """The tensor names and the layout of one parameter in files.
 
+    A parameter with leading axes of layers or experts is a stack of matrices, and files have a tensor for each of them.
+
     Attributes:
-        names: the tensor name for each layer; a single name if the parameter is not stacked.
-        stacked: whether the parameter has a leading axis of layers.
-        model_shape: shape of one layer in the model, without vocabulary padding.
+        names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is no stack.
+        stack: sizes of the leading axes of layers and experts; empty if there are none.
+        model_shape: shape of one matrix in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
         first_row: index of the parameter's first row in the tensor.
         num_rows: number of rows of a tensor that contains several parameters; None: it contains only this parameter.
     """
 
     names: tuple[str, ...]
-    stacked: bool
+    stack: tuple[int, ...]
     model_shape: tuple[int, ...]
     layout: Layout
     first_row: int = 0
@@ -55,13 +57,17 @@ class Location:
     def _file_axis_order(self) -> list[int]:
         return [axis for group in self.layout for axis in group]
 
+    def matrices(self, array: np.ndarray) -> np.ndarray:
+        """A view of the parameter in the model with one leading axis, whose entries belong to :attr:`names`."""
+        return array.reshape(len(self.names), *array.shape[len(self.stack) :])
+
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The :attr:`rows` of the tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
+        """The :attr:`rows` of the tensor in files, from one of the :attr:`matrices`, without vocabulary padding."""
         array = array[tuple(slice(size) for size in self.model_shape)]
         return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the parameter, without vocabulary padding, from the :attr:`rows` of its tensor in files."""
+        """One of the :attr:`matrices`, without vocabulary padding, from the :attr:`rows` of its tensor in files."""
         sizes = [self.model_shape[axis] for axis in self._file_axis_order]
         return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 
@@ -80,11 +86,16 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
         name, layer = spec.split_layer(path)
         if name not in names:
             raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
-        shape = leaf.shape[1:] if leaf.is_stacked else leaf.shape
         layers = range(leaf.shape[0]) if leaf.is_stacked else [layer]
-        layer_names = tuple(names[name].format(layer=layer) for layer in layers)
+        num_stack_axes = int(leaf.is_stacked)
+        experts: Iterable[int | None] = [None]
+        if "{expert}" in names[name]:
+            assert leaf.axes[num_stack_axes] == spec.EXPERT, path
+            experts, num_stack_axes = range(leaf.shape[num_stack_axes]), num_stack_axes + 1
+        matrix_names = tuple(names[name].format(layer=layer, expert=expert) for layer in layers for expert in experts)
+        shape = leaf.shape[num_stack_axes:]
         layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
-        locations[path] = Location(layer_names, leaf.is_stacked, shape, layout)
+        locations[path] = Location(matrix_names, leaf.shape[:num_stack_axes], shape, layout)
     order = {name: number for number, name in enumerate(names)}
     for paths in tensor_groups(locations).values():
         if len(paths) > 1:

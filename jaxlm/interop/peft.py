@@ -98,8 +98,9 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             "as all tensor names in PEFT files do"
         )
     tensors = {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
-    per_layer = not getattr(model.config, "scan_layers", True)
-    model = model.with_fields(scan_layers=True)  # so that one _Weight describes a parameter in all layers
+    per_layer = _has_equal_layers(model) and not model.config.scan_layers
+    if per_layer:
+        model = model.with_fields(scan_layers=True)  # so that one _Weight describes a parameter in all layers
     weights = _weights(model, with_prefix=_has_prefix(model, tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
@@ -138,7 +139,7 @@ def save_adapter(
             module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
-    if hasattr(model.config, "scan_layers"):  # so that one _Weight describes a parameter in all layers
+    if _has_equal_layers(model):  # so that one _Weight describes a parameter in all layers
         model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     weights = _weights(model, with_prefix=model.task != "none")
     flat = {
@@ -193,7 +194,7 @@ class _Weight:
     Attributes:
         path: path of the parameter in the model.
         location: its names and its layout in the files of a transformers class.
-        padded_shape: shape of one layer in the model, with vocabulary padding.
+        padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
         row_axes: number of leading axes of the shape that form the rows of the weight matrix (see ``matrix_rows``);
             None: the parameter is not a matrix.
         is_table: whether the parameter is a token embedding or an output head, whose rows are the vocabulary.
@@ -212,12 +213,12 @@ class _Weight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensor name for each layer; a single name if the parameter is not stacked."""
+        """The tensor name of each matrix of the parameter."""
         return self.location.names
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one layer in the model, without vocabulary padding."""
+        """Shape of one matrix in the model, without vocabulary padding."""
         return self.location.model_shape
 
     @property
@@ -257,7 +258,9 @@ class _Weight:
         """PEFT's ``{name: tensor}``, from jaxlm's two factors, which are stacked if the weight is stacked."""
         self.require_linear()
         tensors = {}
-        for name, a_layer, b_layer in zip(self.names, self._layers(a), self._layers(b), strict=True):
+        for name, a_layer, b_layer in zip(
+            self.names, self.location.matrices(a), self.location.matrices(b), strict=True
+        ):
             module = name.removesuffix(".weight")
             a_layer = a_layer[: self.shape[0]] if self.is_table else a_layer
             left, right = a_layer.reshape(-1, a_layer.shape[-1]), b_layer.reshape(b_layer.shape[0], -1)
@@ -268,7 +271,7 @@ class _Weight:
         return tensors
 
     def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """jaxlm's ``{path: factor}``, from PEFT's A and B of each layer."""
+        """jaxlm's ``{path: factor}``, from PEFT's A and B of each matrix."""
         row_axes = self.row_axes
         assert row_axes is not None
         rank = peft_a[0].shape[0]
@@ -279,12 +282,13 @@ class _Weight:
         if self.is_table:
             lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
         factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
-        return factors if self.location.stacked else {path: x[0] for path, x in factors.items()}
+        return {path: self._stack(x) for path, x in factors.items()}
 
     def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
         self._require_own_tensor()
-        return {name: self.location.to_file(layer) for name, layer in zip(self.names, self._layers(x), strict=True)}
+        matrices = zip(self.names, self.location.matrices(x), strict=True)
+        return {name: self.location.to_file(matrix) for name, matrix in matrices}
 
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
         """jaxlm's parameter that is trained in full, from the tensor of each layer."""
@@ -292,7 +296,7 @@ class _Weight:
         x = np.stack([self.location.to_model(tensor) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
         x = np.pad(x, [(0, 0), *padding])
-        return x if self.location.stacked else x[0]
+        return self._stack(x)
 
     def _require_own_tensor(self) -> None:
         """Raise ``ValueError`` if the tensor contains several parameters, because an adapter describes only one."""
@@ -302,8 +306,15 @@ class _Weight:
                 "in PEFT's format"
             )
 
-    def _layers(self, x: np.ndarray) -> np.ndarray:
-        return x if self.location.stacked else x[None]
+    def _stack(self, matrices: np.ndarray) -> np.ndarray:
+        """The inverse of ``Location.matrices``."""
+        return matrices.reshape(*self.location.stack, *matrices.shape[1:])
+
+
+def _has_equal_layers(model: Model) -> bool:
+    """Whether the layers of the model can be stacked. Otherwise, each layer has its own :class:`_Weight`."""
+    paths = spec.flatten(spec.restack(model.specs))
+    return hasattr(model.config, "scan_layers") and all(spec.split_layer(path)[1] is None for path in paths)
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
@@ -326,7 +337,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
         path: _Weight(
             path=path,
             location=locations[path],
-            padded_shape=leaf.shape[1:] if locations[path].stacked else leaf.shape,
+            padded_shape=leaf.shape[len(locations[path].stack) :],
             row_axes=matrix_rows(path, leaf),
             is_table=is_table(path, leaf),
         )

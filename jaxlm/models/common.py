@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
+from jaxlm.nn.experts import dropless
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec
 
@@ -38,8 +39,8 @@ class LayeredConfig(ModelConfig):
     """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may differ."""
 
     remat: Remat = "dots"
-    """Activations that the backward pass recomputes: none, all except outputs of matmuls and attention (dots), or all
-    inside a block (full)."""
+    """Activations that the backward pass recomputes: none, all except outputs of matmuls, attention and experts (dots),
+    or all inside a block (full)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +85,26 @@ def run_layers(
     Raises:
         ValueError: the state and the parameters have different layouts.
     """
+    x, new_state, _ = run_layers_with_outputs(
+        lambda x, layer: (*block(x, layer), None), x, weights, state, key, remat=remat, in_place=in_place
+    )
+    return x, new_state
+
+
+def run_layers_with_outputs(
+    block: Callable[[jax.Array, Any], tuple[jax.Array, Any, Any]],
+    x: jax.Array,
+    weights: Any,
+    state: Any,
+    key: jax.Array | None,
+    *,
+    remat: Remat,
+    in_place: bool = False,
+) -> tuple[jax.Array, Any, Any]:
+    """As :func:`run_layers`, for a block with a third result: ``x, state[i], outputs[i] = block(x, ...)``.
+
+    Also returns the outputs of all layers, stacked. A layer whose output is None has no entry. None: no layer has one.
+    """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:
         layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
@@ -95,24 +116,33 @@ def run_layers(
     num_layers = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
     if per_layer:
-        new_states = []
+        new_states, outputs = [], []
         for i in range(num_layers):
             layer = weights[i], None if state is None else state[i], None if keys is None else keys[i]
-            x, new_state = block(x, layer)
+            x, new_state, output = block(x, layer)
             new_states.append(new_state)
-        return x, None if new_states[0] is None else tuple(new_states)
-    if not in_place:
-        return jax.lax.scan(block, x, (weights, state, keys))
+            outputs += [] if output is None else [output]
+        stacked_outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None
+        return x, None if new_states[0] is None else tuple(new_states), stacked_outputs
 
-    def block_in_place(carry: Any, layer: Any) -> tuple[Any, None]:
+    def scanned_block(x: jax.Array, layer: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        x, new_state, output = block(x, layer)
+        return x, (new_state, output)
+
+    if not in_place:
+        x, (new_state, stacked_outputs) = jax.lax.scan(scanned_block, x, (weights, state, keys))
+        return x, new_state, stacked_outputs
+
+    def block_in_place(carry: Any, layer: Any) -> tuple[Any, Any]:
         """Run one layer, which updates its slice of the stacked state in place."""
         x, state = carry
         layer_weights, index, layer_key = layer
         views = jax.tree.map(lambda stack: cache.CacheView(stack, index), state)
-        x, views = block(x, (layer_weights, views, layer_key))
-        return (x, jax.tree.map(lambda _, view: view.stack, state, views)), None
+        x, views, output = block(x, (layer_weights, views, layer_key))
+        return (x, jax.tree.map(lambda _, view: view.stack, state, views)), output
 
-    return jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(num_layers), keys))[0]
+    (x, new_state), stacked_outputs = jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(num_layers), keys))
+    return x, new_state, stacked_outputs
 
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
@@ -123,7 +153,8 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
     if remat == "dots":
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(tile_scores.SAVED)
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(tile_scores.SAVED, dropless.SAVED),
         )
         return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     return block

@@ -3,7 +3,8 @@
 A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
 attention. The queries, keys and values of the delta rule pass through a short convolution, and its queries and keys
 are scaled to length 1. Attention normalizes queries and keys, rotates only a part of each head (rotary positions), and
-has an output gate (Qiu et al. 2025).
+has an output gate (Qiu et al. 2025). The second part of a block is a SwiGLU MLP, or, in Qwen3-Next, a mixture of such
+MLPs (experts), to which a gated shared expert is added.
 
 Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
 K width of queries and keys, V width of values, C channels of the convolution.
@@ -17,17 +18,17 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import common, heads
+from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
 
@@ -38,7 +39,7 @@ L2_EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.LayeredConfig):
+class Config(experts.ExpertsConfig):
     """Shape and behaviour of a Gated DeltaNet. The defaults are those of Qwen3-Next, with MLPs instead of experts."""
 
     vocab_size: int = 151936
@@ -53,6 +54,8 @@ class Config(common.LayeredConfig):
     """Model width."""
     mlp_dim: int = 5632
     """Hidden width of the MLP."""
+    shared_expert_dim: int | None = None
+    """Hidden width of the shared expert, which layers with experts add to their output; None: there is none."""
     delta_key_heads: int = 16
     """Query and key heads of the delta rule, each shared by delta_value_heads / delta_key_heads value heads."""
     delta_value_heads: int = 32
@@ -99,7 +102,7 @@ class Config(common.LayeredConfig):
         common.check_positive(
             self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "delta_key_heads", "delta_value_heads",
             "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
-            *(["max_positions"] if self.max_positions is not None else []),
+            *(name for name in ("max_positions", "shared_expert_dim") if getattr(self, name) is not None),
         )  # fmt: skip
         common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
@@ -132,6 +135,20 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
+    hidden, state, _ = apply_with_routing(cfg, params, tokens, state=state, segment_ids=segment_ids, key=key)
+    return hidden, state
+
+
+def apply_with_routing(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any, RouterStatistics | None]:
+    """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
     past = None if state is None else state["past"]
     tokens, stream = open_stream(tokens, segment_ids, past)
@@ -148,7 +165,7 @@ def apply(
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any, RouterStatistics | None]:
         weights, layer_state, _ = layer
         normed = rms_norm(weights["mixer_norm"], x, cfg.norm_epsilon)
         if "attention" in weights:
@@ -156,15 +173,16 @@ def apply(
         else:
             mixed, layer_state = _delta_rule(cfg, weights["delta_rule"], normed, layer_state, stream, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
-        x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
-        return constrain(x, ("batch", "seq", "activation_embed")), layer_state
+        normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
+        y, statistics = experts.mlp(cfg, weights, normed, stream.segment_ids)
+        return constrain(x + y, ("batch", "seq", "activation_embed")), layer_state, statistics
 
     layers = None if state is None else state["layers"]
-    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
     hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     if "attention" in common.mixers(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
-    return hidden, None if state is None else {**state, "layers": layers, "past": past}
+    return hidden, None if state is None else {**state, "layers": layers, "past": past}, statistics
 
 
 def _delta_rule(
@@ -250,11 +268,19 @@ def specs(cfg: Config) -> dict[str, Any]:
         "key_norm": rms_norm_specs(K, minus_one=True),
         "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=bias),
     }
-    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, normal)}
     mixer_specs = {"delta_rule": delta_rule, "attention": attention}
+    layers = tuple(
+        {
+            "mixer_norm": norm,
+            mixer: mixer_specs[mixer],
+            "mlp_norm": norm,
+            **experts.mlp_specs(cfg, layer, normal, shared_dim=cfg.shared_expert_dim),
+        }
+        for layer, mixer in enumerate(common.mixers(cfg))
+    )
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
+        "layers": layers,
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -295,6 +321,15 @@ _TINY = Config(  # larger norm_epsilon than in published models: with random wei
     norm_epsilon=1e-3,
 )  # fmt: skip
 VARIANTS = {
+    "qwen3-next-80b-a3b": Config(
+        max_positions=262144,
+        mlp_dim=5120,
+        rotary_base=1e7,
+        num_experts=512,
+        experts_per_token=10,
+        expert_dim=512,
+        shared_expert_dim=512,
+    ),
     "gated_deltanet-tiny": dataclasses.replace(_TINY, max_positions=None, num_layers=2, pattern=("delta_rule",)),
     "gated_deltanet-hybrid-tiny": _TINY,
 }

@@ -1,8 +1,9 @@
-"""Llama (Touvron et al. 2023) and models with the same architecture: Mistral, Qwen2, SmolLM.
+"""Llama (Touvron et al. 2023) and models with the same architecture: Mistral, Mixtral, Qwen2, Qwen3, SmolLM.
 
 A causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP and no
 biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys and
-values.
+values; Qwen3 (Yang et al. 2025) adds an RMS norm of each query and key. Mixtral (Jiang et al. 2024) and Qwen3-MoE have
+a mixture of experts (SwiGLU MLPs) instead of the MLP.
 
 Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
 width of the MLP, V vocabulary.
@@ -17,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, heads
+from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
-from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -32,7 +33,7 @@ Task = Literal["causal", "classification", "token_classification", "span_qa", "n
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.TransformerConfig):
+class Config(experts.ExpertsConfig, common.TransformerConfig):
     """Shape and behaviour of a Llama. The defaults are the first published version with 6.7B parameters."""
 
     vocab_size: int = 32000
@@ -54,6 +55,8 @@ class Config(common.TransformerConfig):
     """Hidden width of the MLP."""
     qkv_bias: bool = False
     """Whether queries, keys and values have biases (Qwen2)."""
+    qk_norm: bool = False
+    """Whether an RMS norm is applied to each query and key, before rotary positions (Qwen3)."""
     window: int | None = None
     """Number of tokens that a token attends to, itself included (Mistral); None means all earlier tokens."""
     rotary_base: float = 10000.0
@@ -120,6 +123,23 @@ def apply(
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
     """
+    hidden, state, _ = apply_with_routing(
+        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key
+    )
+    return hidden, state
+
+
+def apply_with_routing(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any, RouterStatistics | None]:
+    """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     if cfg.window is not None:
@@ -131,22 +151,22 @@ def apply(
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any, RouterStatistics | None]:
         weights, kv, layer_key = layer
         normed = rms_norm(weights["attention_norm"], x, cfg.norm_epsilon)
         attended, kv = _attention(cfg, weights["attention"], normed, kv, context, angles, layer_key)
         x = constrain(x + attended, ("batch", "seq", "activation_embed"))
         normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-        x = x + swiglu(weights["mlp"], normed)
-        return constrain(x, ("batch", "seq", "activation_embed")), kv
+        y, statistics = experts.mlp(cfg, weights, normed, segment_ids)
+        return constrain(x + y, ("batch", "seq", "activation_embed")), kv, statistics
 
     kv = None if state is None else state["layers"]
-    x, kv = common.run_layers(
+    x, kv, statistics = common.run_layers_with_outputs(
         block, x, params["layers"], kv, key, remat=cfg.remat,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = rms_norm(params["final_norm"], x, cfg.norm_epsilon)
-    return common.decoder_outputs(x, kv, context, state)
+    return *common.decoder_outputs(x, kv, context, state), statistics
 
 
 def _attention(
@@ -161,6 +181,8 @@ def _attention(
     q, k, v = (
         constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
     )
+    if cfg.qk_norm:
+        q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
     q, k = rotate(q, angles), rotate(k, angles)
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
@@ -194,9 +216,8 @@ def head_sizes(cfg: Config) -> tuple[int, int, int]:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    D, F, (H, G, K) = cfg.embed_dim, cfg.mlp_dim, head_sizes(cfg)
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
-    normal = Normal(cfg.init_stddev)
+    D, V, (H, G, K) = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), head_sizes(cfg)
+    normal, qk_norm = Normal(cfg.init_stddev), {name: rms_norm_specs(K) for name in ("query_norm", "key_norm")}
     block = {
         "attention_norm": rms_norm_specs(D),
         "attention": {
@@ -204,13 +225,14 @@ def specs(cfg: Config) -> dict[str, Any]:
             "key": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "value": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
+            **(qk_norm if cfg.qk_norm else {}),
         },
         "mlp_norm": rms_norm_specs(D),
-        "mlp": swiglu_specs(D, F, normal),
     }
+    blocks = [{**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers)]
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
+        "layers": spec.stack(cfg.num_layers, blocks[0]) if cfg.scan_layers else tuple(blocks),
         "final_norm": rms_norm_specs(D),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -241,10 +263,22 @@ VARIANTS = {
         rotary_base=500000.0, rotary_scaling=RotaryScaling("llama3", 32.0, original_positions=8192),
         norm_epsilon=1e-5, tie_embeddings=True,
     ),
+    "mixtral-8x7b": Config(
+        max_positions=32768, num_kv_heads=8, mlp_dim=14336, num_experts=8, rotary_base=1e6, norm_epsilon=1e-5
+    ),
     "mistral-7b": Config(max_positions=32768, num_kv_heads=8, mlp_dim=14336, window=4096, norm_epsilon=1e-5),
     "qwen2-0.5b": Config(
         vocab_size=151936, max_positions=131072, num_layers=24, num_heads=14, num_kv_heads=2, embed_dim=896,
         mlp_dim=4864, qkv_bias=True, rotary_base=1e6, tie_embeddings=True,
+    ),
+    "qwen3-0.6b": Config(
+        vocab_size=151936, max_positions=40960, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
+        embed_dim=1024, mlp_dim=3072, qk_norm=True, rotary_base=1e6, tie_embeddings=True,
+    ),
+    "qwen3-30b-a3b": Config(
+        vocab_size=151936, max_positions=40960, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128,
+        embed_dim=2048, mlp_dim=6144, qk_norm=True, rotary_base=1e6, num_experts=128, experts_per_token=8,
+        expert_dim=768,
     ),
     "smollm2-135m": Config(
         vocab_size=49152, max_positions=8192, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, mlp_dim=1536,
@@ -256,5 +290,9 @@ VARIANTS = {
     ),
     "llama-tiny": Config(
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48
+    ),
+    "mixtral-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48,
+        num_experts=4,
     ),
 }  # fmt: skip

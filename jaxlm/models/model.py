@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxlm import spec
 from jaxlm.config import check_value
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
+from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
 
@@ -137,6 +138,32 @@ class Model:
             return self._apply_to_empty_batch(params, tokens, inputs)
         self._check_source(inputs.get("source"))
         return self.module.apply(self.config, params, tokens, **inputs)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers of the model are mixtures of experts."""
+        return getattr(self.config, "num_experts", None) is not None and hasattr(self.module, "apply_with_routing")
+
+    def apply_with_routing(
+        self, params: spec.Tree, tokens: jax.Array, **inputs: Any
+    ) -> tuple[jax.Array, Any, RouterStatistics]:
+        """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all experts.
+
+        The statistics are stacked: one entry per layer with experts (``jaxlm.nn.experts.RouterStatistics``).
+
+        Raises:
+            TypeError: the model has no experts.
+            ValueError: see :meth:`apply`.
+        """
+        if not self.has_experts:
+            raise TypeError(
+                f"this model of family {self.family!r} has no experts (num_experts), so it has no router statistics"
+            )
+        if 0 not in jnp.shape(tokens):
+            return self.module.apply_with_routing(self.config, params, tokens, **inputs)
+        _, _, statistics = self._eval_shape(self.module.apply_with_routing, params, tokens, inputs)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
+        return *self.apply(params, tokens, **inputs), zeros
 
     def _apply_to_empty_batch(
         self, params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]

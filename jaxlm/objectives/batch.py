@@ -5,6 +5,7 @@ Shapes: B batch, T time, P target positions (T, or fewer if the batch or the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm.models import Model
+from jaxlm.nn.experts import load_balance_loss, router_z_loss
 from jaxlm.nn.loss import chunked_argmax
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
@@ -62,8 +64,20 @@ def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None
 
     No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
     """
-    inputs = dict(batch.inputs) if state is None else {**batch.inputs, "state": jax.lax.stop_gradient(state)}
-    return model.apply(params, batch.tokens, segment_ids=batch.segment_ids, key=key, **inputs)
+    return model.apply(params, batch.tokens, **_inputs(batch, key, state))
+
+
+def _inputs(batch: Batch, key: jax.Array | None, state: Any) -> dict[str, Any]:
+    """The keyword arguments of ``Model.apply`` for a batch."""
+    inputs = {**batch.inputs, "segment_ids": batch.segment_ids, "key": key}
+    return inputs if state is None else {**inputs, "state": jax.lax.stop_gradient(state)}
+
+
+def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
+    """The hidden states at the target positions, [B, P, D]."""
+    if batch.target_positions is None:
+        return hidden
+    return jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
 
 
 def predicted_states(
@@ -71,9 +85,7 @@ def predicted_states(
 ) -> tuple[jax.Array, Any]:
     """The hidden states at the target positions, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
-    if batch.target_positions is not None:
-        hidden = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
-    return hidden, state
+    return _at_targets(batch, hidden), state
 
 
 def token_loss(
@@ -102,6 +114,42 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
         hidden, state = predicted_states(model, params, batch, key, state)
         total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
         return total, jnp.sum(batch.weights), state
+
+    return loss
+
+
+def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0.0) -> Loss:
+    """Make a loss function like :func:`token_loss` for a model with experts, with losses of their routers.
+
+    The mean loss, ``total / weight``, is the mean negative log-likelihood plus ``coefficient`` times the load-balance
+    loss and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The losses of the routers are those of
+    all tokens of the batch except padding. With gradient accumulation or ``pmap``, each part of the batch has its own.
+
+    Args:
+        coefficient: weight of the load-balance loss, which is N for a uniform router of N experts per token. Fedus et
+            al. 2022 use 0.01 with N = 1.
+        z_coefficient: weight of the z-loss. Zoph et al. 2022 use 0.001.
+
+    Raises:
+        ValueError: a coefficient is negative or not finite.
+        TypeError: in the loss function: the model has no experts.
+
+    Example:
+        >>> model = get_model("mixtral-tiny")                                              # doctest: +SKIP
+        >>> trainer = Trainer(model, optimizer, causal.loss_with_load_balance(0.01))       # doctest: +SKIP
+    """
+    for name, value in (("coefficient", coefficient), ("z_coefficient", z_coefficient)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number of at least 0")
+
+    def loss(
+        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        hidden, state, statistics = model.apply_with_routing(params, batch.tokens, **_inputs(batch, key, state))
+        total = model.cross_entropy(params, _at_targets(batch, hidden), batch.targets, batch.weights)
+        router_loss = coefficient * load_balance_loss(statistics) + z_coefficient * router_z_loss(statistics)
+        weight = jnp.sum(batch.weights)
+        return total + weight * router_loss, weight, state
 
     return loss
 

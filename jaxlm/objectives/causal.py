@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.objectives.batch import Batch, token_loss, token_loss_with_load_balance
 
 loss = token_loss
+loss_with_load_balance = token_loss_with_load_balance
 
 
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.ndarray | None = None) -> Batch:

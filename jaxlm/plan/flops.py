@@ -33,7 +33,7 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     """FLOPs of a training step by the closed formula of the family, or None if the family has none."""
     if model.family not in FAMILIES_WITH_FORMULA:
         return None
-    weights = matmul_parameters(model)
+    weights = active_matmul_parameters(model)
     causal = model.family in ("gpt", "llama")
     tokens, cfg = batch * sequence, model.config
     (layer, *_) = spec.unstack(model.specs)["layers"]
@@ -42,17 +42,24 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     attention_text = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
     return Flops(
         6.0 * weights * tokens + attention,
-        f"6*N*tokens + {attention_text}, N = {weights:,} parameters in matmuls; recomputation is not counted",
+        f"6*N*tokens + {attention_text}, N = {weights:,} {_what(model)}; recomputation is not counted",
     )
 
 
 def decoding_flops(model: Model, batch: int) -> Flops:
     """FLOPs of one new token in each of ``batch`` rows, without the attention to earlier tokens."""
-    weights = matmul_parameters(model)
+    weights = active_matmul_parameters(model)
     return Flops(
         2.0 * weights * batch,
-        f"2*N*rows, N = {weights:,} parameters in matmuls; attention to the cache is not counted",
+        f"2*N*rows, N = {weights:,} {_what(model)}; attention to the cache is not counted",
     )
+
+
+def _what(model: Model) -> str:
+    """A text for N: the parameters that :func:`active_matmul_parameters` counts."""
+    if active_fraction_of_experts(model) == 1.0:
+        return "parameters in matmuls"
+    return f"active of {matmul_parameters(model):,} parameters in matmuls"
 
 
 def matmul_parameters(model: Model) -> int:
@@ -66,6 +73,18 @@ def matmul_parameters(model: Model) -> int:
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up.add("token_embedding")
     return sum(leaf.size for name, leaf in leaves.items() if name not in looked_up)
+
+
+def active_matmul_parameters(model: Model) -> int:
+    """:func:`matmul_parameters`, of which only the experts that a token selects count."""
+    experts = sum(leaf.size for leaf in jax.tree.leaves(model.specs) if spec.EXPERT in leaf.axes)
+    return matmul_parameters(model) - experts + round(experts * active_fraction_of_experts(model))
+
+
+def active_fraction_of_experts(model: Model) -> float:
+    """The fraction of the experts of a layer that a token selects; 1 for a model without experts."""
+    num_experts = getattr(model.config, "num_experts", None)
+    return model.config.experts_per_token / num_experts if num_experts else 1.0
 
 
 def counted_flops(function: Any, *arguments: Any) -> Flops:
@@ -91,6 +110,13 @@ def _count_equation(equation: Any) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "ragged_dot_general":
+        # Each row of the left array is multiplied by one matrix of the right array, or is part of one product.
+        (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        lhs, output = equation.invars[0].aval, equation.outvars[0].aval
+        if params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions[0] in contracted:
+            return 2.0 * lhs.size * output.shape[-1]
+        return 2.0 * output.size * math.prod(lhs.shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]

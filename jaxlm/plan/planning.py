@@ -108,8 +108,8 @@ class Plan:
         communication: seconds of the collectives, if all links are used and no collective overlaps computation.
         mfu: model FLOPs divided by the peak FLOPs of the devices in ``seconds``; None if the peak is unknown.
         mfu_exposed: the MFU if the step takes ``seconds + communication``.
-        memory_bound: seconds to read the parameters and the state once, a lower bound of the step time; None for
-            training or an unknown device.
+        memory_bound: seconds to read the parameters and the state once, a lower bound of the step time; of experts,
+            only those of one token. None for training or an unknown device.
         notes: costs that the numbers do not include.
     """
 
@@ -194,7 +194,10 @@ def plan(
         "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
         "flops": step.flops.amount, "flops_formula": step.flops.formula,
     }  # fmt: skip
-    memory_bound = _memory_bound(parts, devices.device) if decode else None
+    memory_bound = None
+    if decode and devices.device is not None:
+        parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
+        memory_bound = (parameters + parts["state"]) / devices.device.bandwidth
     try:
         compiled = _compile(traced, dict(compiler_options or {}))
     except _DoesNotFitError as error:
@@ -229,11 +232,6 @@ def _check_arguments(param_dtype: str, **numbers: int | None) -> None:
             raise ValueError(f"{name}={value} must be at least 1")
     if param_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
-
-
-def _memory_bound(parts: dict[str, int], device: Device | None) -> float | None:
-    """Seconds to read the parameters and the state once; None for an unknown device."""
-    return None if device is None else (parts["parameters"] + parts["state"]) / device.bandwidth
 
 
 class _DoesNotFitError(Exception):

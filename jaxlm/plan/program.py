@@ -55,6 +55,17 @@ def device_bytes(tree: Any) -> int:
     return total
 
 
+def bytes_read_by_a_token(model: Model, params: Any) -> float:
+    """Bytes per device of the parameters that one decoding step must read at least: one token's share of the experts.
+
+    Args:
+        params: a tree of ``jax.ShapeDtypeStruct`` with shardings, for :attr:`Model.specs`.
+    """
+    fraction = flops_lib.active_fraction_of_experts(model)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(model.specs), strict=True)
+    return sum(device_bytes(leaf) * (fraction if spec.EXPERT in leaf_spec.axes else 1.0) for leaf, leaf_spec in leaves)
+
+
 def default_sequence(model: Model) -> int:
     """The default number of tokens per row: ``max_positions`` of the model (512 if it has none), at most 1024."""
     return min(getattr(model.config, "max_positions", None) or 512, 1024)
@@ -130,7 +141,12 @@ def _layout_note(model: Model) -> str:
 
 
 def without_recomputation(model: Model) -> Model:
-    """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation."""
+    """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation.
+
+    Experts compute only their tokens, unless they have a capacity, which determines their FLOPs.
+    """
+    if getattr(model.config, "capacity_factor", None) is None:
+        model = model.with_fields(experts_implementation="ragged_dot")
     return model.with_fields(remat="none", attention_implementation="reference")
 
 

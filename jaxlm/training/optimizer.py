@@ -15,7 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
-from jaxlm.adapt import is_table, matrix_rows
+from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
 from jaxlm.config import check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
@@ -211,9 +211,9 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The axis ``layers`` and unnamed
-    output axes (queries, keys and values of a fused projection; gates of a recurrence) index independent matrices. The
-    tree is also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The axes ``layers`` and
+    ``expert``, and unnamed output axes (queries, keys and values of a fused projection; gates of a recurrence) index
+    independent matrices. The tree is also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -228,14 +228,14 @@ def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | Non
     is_head = name.split("/")[0] in (*HEADS.values(), "next_sentence")
     if rows is None or is_head or is_table(name, leaf):
         return None
-    first = 1 if leaf.is_stacked else 0
+    first = num_stack_axes(leaf)
     outputs = tuple(range(first + rows, len(leaf.axes)))
     named_outputs = tuple(axis for axis in outputs if leaf.axes[axis] is not None)
     return MuonDimensionNumbers(tuple(range(first, first + rows)), named_outputs or outputs)
 
 
 def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
-    """Muon for one weight of one layer (without the axis ``layers``); None if Muon does not update this parameter."""
+    """Muon for one weight without the axes ``layers`` and ``expert``; None if Muon does not update this parameter."""
     numbers = _dimension_numbers(name, leaf)
     if numbers is None:
         return None
@@ -251,44 +251,45 @@ def _for_each_matrix(
 ) -> optax.GradientTransformation:
     """A transformation that updates each leaf with its own transformation ``choose(path, spec)``.
 
-    Each layer of a stacked leaf is updated separately. The state is a tree with the structure of the parameters, whose
-    leaves are the states of the transformations.
+    Each layer of a stacked leaf and each expert is updated separately. The state is a tree with the structure of the
+    parameters, whose leaves are the states of the transformations.
 
     Args:
-        choose: a function of a path without layer number and the spec of one layer; it returns a transformation.
+        choose: a function of a path without layer number and the spec of one layer and expert; it returns a
+            transformation.
         flatten: whether to reshape matrices to [rows, columns] and all other leaves to vectors.
     """
     leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
-    stacked_names = {name for name, leaf in leaves.items() if leaf.is_stacked}
-    layer_specs = {}
+    matrix_specs = {}
     for name, leaf in leaves.items():
-        if name in stacked_names:
-            leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:])
-        layer_specs[name] = leaf
-    transforms = {name: choose(name, leaf) for name, leaf in layer_specs.items()}
+        first = num_stack_axes(leaf)
+        matrix_specs[name] = dataclasses.replace(leaf, shape=leaf.shape[first:], axes=leaf.axes[first:])
+    transforms = {name: choose(name, leaf) for name, leaf in matrix_specs.items()}
 
     def reshape(name: str, x: Any) -> Any:
-        rows = matrix_rows(name, layer_specs[name])
+        rows = matrix_rows(name, matrix_specs[name])
         if not flatten:
             return x
         return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)
 
-    def map_layers(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
-        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over the layers of stacked leaves.
+    def map_matrices(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
+        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over layers and experts.
 
         ``leaves`` are the leaves of ``like`` and ``trees`` at the path."""
-        leaves = jax.tree_util.tree_leaves_with_path(like)
+        leaves_of_like = jax.tree_util.tree_leaves_with_path(like)
         structure: Any = jax.tree.structure(like)
         others = [structure.flatten_up_to(tree) for tree in trees]
         results = []
-        for (path, leaf), *rest in zip(leaves, *others, strict=True):
+        for (path, leaf), *rest in zip(leaves_of_like, *others, strict=True):
             name, _ = spec.split_layer(spec.path_name(path))
             apply = functools.partial(function, name)
-            results.append((jax.vmap(apply) if name in stacked_names else apply)(leaf, *rest))
+            for _ in range(num_stack_axes(leaves[name])):
+                apply = jax.vmap(apply)
+            results.append(apply(leaf, *rest))
         return results
 
     def init(params: Any) -> Any:
-        states = map_layers(lambda name, param: transforms[name].init(reshape(name, param)), params)
+        states = map_matrices(lambda name, param: transforms[name].init(reshape(name, param)), params)
         return jax.tree.unflatten(jax.tree.structure(params), states)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -296,7 +297,7 @@ def _for_each_matrix(
             new_update, state = transforms[name].update(reshape(name, update), state, reshape(name, param))
             return new_update.reshape(update.shape), state
 
-        results = map_layers(update_leaf, updates, state, params)
+        results = map_matrices(update_leaf, updates, state, params)
         structure = jax.tree.structure(updates)
         return tuple(jax.tree.unflatten(structure, leaves) for leaves in zip(*results, strict=True))
 

@@ -36,6 +36,12 @@ def model_of_class(name: str, table: Format, architecture: str) -> Model:
         field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field
     }
     config = dataclasses.replace(model.config, **{**implied_fields, **table.architectures[architecture]})
+    if table.model_type in ("mixtral", "qwen3_moe", "qwen3_next"):
+        config = dataclasses.replace(config, num_experts=3)
+    if table.model_type in ("qwen3_moe", "qwen3_next"):
+        config = dataclasses.replace(config, experts_per_token=1, expert_dim=20, dense_layers=(0,), head_dim=8)
+    if table.model_type == "qwen3_next":
+        config = dataclasses.replace(config, shared_expert_dim=12)
     if table.model_type == "mistral":
         config = dataclasses.replace(config, window=4)
     if getattr(config, "task", "") in ("classification", "token_classification"):

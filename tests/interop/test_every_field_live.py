@@ -57,7 +57,8 @@ _LLAMA: dict[str, Any] = {
 _QWEN3_NEXT: dict[str, Any] = {
     **_LLAMA, "full_attention_interval": 2, "head_dim": 8, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6, "num_experts": 4,
-    "mlp_only_layers": [0, 1], "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "rms_norm_eps": 0.03,
+    "num_experts_per_tok": 2, "mlp_only_layers": [0], "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+    "rms_norm_eps": 0.03,
     "use_cache": False,  # the cache of transformers needs layers of both kinds
 }  # fmt: skip
 _BERT: dict[str, Any] = {
@@ -74,6 +75,12 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "sliding_window": 6},
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "sliding_window": 6},
+    "qwen3": {**_LLAMA, "head_dim": 6, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    "qwen3_moe": {
+        **_LLAMA, "head_dim": 6, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "use_sliding_window": True, "sliding_window": 6,
+    },
     "qwen3_next": _QWEN3_NEXT,
     "bert": _BERT,
     "roberta": {**_BERT, "type_vocab_size": 1},
@@ -140,7 +147,7 @@ _WORDS: dict[str, list[Any]] = {
         ["linear_attention"] * 2,
     ],
     "full_attention_interval": [1, 3, 0, None],
-    "mlp_only_layers": [[0], [], [1, 0]],
+    "mlp_only_layers": [[1], [], [1, 0]],
     "id2label": [{"0": "a", "1": "b", "2": "c"}, {"0": "only"}],
     "label2id": [{"a": 0, "b": 1}],
     "num_labels": [3, 1, 2],
@@ -181,7 +188,10 @@ UNDECLARED: dict[str, tuple[str, ...]] = {
     "gpt2": ("classifier_dropout", "hidden_dropout", "summary_last_dropout", "n_ctx"),
     "llama": ("partial_rotary_factor",),
     "mistral": ("rope_scaling", "partial_rotary_factor", "layer_types"),
+    "mixtral": ("rope_scaling", "partial_rotary_factor", "layer_types"),
     "qwen2": ("head_dim", "partial_rotary_factor"),
+    "qwen3": ("partial_rotary_factor",),
+    "qwen3_moe": ("head_dim", "partial_rotary_factor", "layer_types", "max_window_layers"),
     "qwen3_next": ("full_attention_interval",),
     "xlnet": ("d_head", "summary_proj_to_labels", "summary_first_dropout", "use_cache"),
 }
@@ -200,7 +210,8 @@ _UNREAD = {
         "chunk_size time_step_rank norm_reduction_force_float32 chunkwise_kernel sequence_kernel step_kernel mode "
         "return_last_states autocast_kernel_dtype inference_state_dtype max_inference_chunksize",
     "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
-        "initializer_factor init init_range w_init_variance_scale final_w_init_variance_scale problem_type "
+        "output_router_logits router_aux_loss_coef initializer_factor init init_range w_init_variance_scale "
+        "final_w_init_variance_scale problem_type "
         "tf_legacy_loss use_mems_train trainer_compatible summary_first_dropout summary_last_dropout "
         "classifier_dropout hidden_dropout rescale_prenorm_residual",
     "metadata for tokenization or generation, which jaxlm keeps":
@@ -209,10 +220,7 @@ _UNREAD = {
     "read by other classes of transformers, but not by the tested class":
         "id2label num_labels is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
         "pruned_heads summary_type summary_use_proj summary_activation summary_proj_to_labels start_n_top end_n_top "
-        "layer_types partial_rotary_factor",
-    "details of experts, which no supported model has":
-        "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok norm_topk_prob output_router_logits "
-        "router_aux_loss_coef",
+        "layer_types partial_rotary_factor max_window_layers",
     "the length of the memory (an argument of init_state), and the number of reused tokens": "mem_len reuse_len",
 }  # fmt: skip
 EXPLAINED = {field: reason for reason, fields in _UNREAD.items() for field in fields.split()}

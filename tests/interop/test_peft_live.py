@@ -42,6 +42,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         },
         {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "lm_head"], "use_rslora": True},
     ),
+    "mixtral": (
+        "MixtralForCausalLM", "MixtralConfig",
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 20, "vocab_size": 50, "max_position_embeddings": 32, "num_local_experts": 4,
+        },
+        {"target_modules": ["q_proj", "gate", "w1", "w2", "w3"]},
+    ),
     "t5": (
         "T5ForConditionalGeneration", "T5Config",
         {"d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,

@@ -17,7 +17,14 @@ from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.nn.scan import gated_delta_rule
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 HYBRID = "gated_deltanet-hybrid-tiny"
 
@@ -114,11 +121,13 @@ def test_a_config_round_trips_through_json():
 
 # ---------------------------------------------------------------------------------------------------------- files
 
+EXPERTS = {"num_experts": 4, "expert_dim": 10, "shared_expert_dim": 12}
 SHAPES = {
     "hybrid": {"tie_embeddings": True, "rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
     "pure": {"pattern": ("delta_rule",), "max_positions": None, "task": "none"},
     "biases": {"attention_bias": True, "task": "classification", "num_labels": 3},
     "attention": {"pattern": ("attention", "attention", "delta_rule"), "task": "span_qa"},
+    "experts": {**EXPERTS, "dense_layers": (1,)},
 }
 
 
@@ -131,7 +140,7 @@ def test_files_round_trip(name, tmp_path):
     assert loaded_model == model
     assert_trees_equal(loaded_params, params)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["mlp_only_layers"] == [0, 1, 2]
+    assert config["mlp_only_layers"] == ([1] if name == "experts" else [0, 1, 2])
     assert len(config["layer_types"]) == 3
 
 
@@ -151,9 +160,64 @@ def test_patterns_in_files():
     )  # fmt: skip
 
 
-def test_layers_without_experts_are_read():
-    assert read_pattern(num_hidden_layers=2, num_experts=8, mlp_only_layers=[0, 1]) == ("delta_rule",)
-    assert read_pattern(num_hidden_layers=2, num_experts=8, decoder_sparse_step=3) == ("delta_rule",)
+def test_experts_in_files():
+    def read(**fields):
+        result = formats.of("gated_deltanet")[-1].read_fields({"num_hidden_layers": 2, **fields})
+        names = ("num_experts", "expert_interval", "dense_layers", "shared_expert_dim")
+        return tuple(result.get(name) for name in names)
+
+    assert read() == (512, 1, (), 512)
+    assert read(num_experts=8, decoder_sparse_step=2, shared_expert_intermediate_size=6) == (8, 2, (), 6)
+    assert read(num_experts=8, mlp_only_layers=[1]) == (8, 1, (1,), 512)
+    for dense in ({"mlp_only_layers": [0, 1]}, {"decoder_sparse_step": 3}, {"num_experts": 0}):
+        assert read(**dense) == (None, 1, (), None)
+    with pytest.raises(ValueError, match="shared_expert_intermediate_size=None must be an integer"):
+        read(shared_expert_intermediate_size=None)
+
+
+def test_experts_without_a_shared_expert_have_no_published_format():
+    model = tiny_model(HYBRID, num_experts=4)
+    with pytest.raises(ValueError, match="qwen3_next' has a shared expert: set shared_expert_dim"):
+        save_pretrained("unused", model, model.init(jax.random.key(0)))
+
+
+def test_the_shared_expert_computes_every_token():
+    """With a gate of sigmoid(0) = 1/2 and experts of 0, the output is half of that of the shared expert as an MLP."""
+    model = tiny_model(HYBRID, **EXPERTS, num_layers=1)
+    params = add_noise(model.init(jax.random.key(0)))
+    (layer,) = params["layers"]
+    layer["experts"]["shared_gate"]["weight"] *= 0.0
+    layer["experts"]["down"]["weight"] *= 0.0
+    dense = tiny_model(HYBRID, num_layers=1, mlp_dim=12)
+    shared = jax.tree.map(lambda x: x, layer["experts"]["shared"])
+    shared["down"]["weight"] = shared["down"]["weight"] / 2
+    dense_layer = {name: value for name, value in layer.items() if name != "experts"} | {"mlp": shared}
+    tokens = random_tokens(model, 2, 9)
+    got, want = (
+        jax.jit(model.apply)(params, tokens)[0],
+        jax.jit(dense.apply)({**params, "layers": (dense_layer,)}, tokens)[0],
+    )
+    assert relative_error(got, want) < 1e-6
+
+
+def test_padding_has_no_statistics():
+    """Padding is moved to the end of each row before the first layer."""
+    model = tiny_model(HYBRID, **EXPERTS, dense_layers=(1,))
+    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
+    segments = np.ones((2, 9), np.int32)
+    segments[0, :4] = segments[1, 2] = 0
+    apply = jax.jit(model.apply_with_routing)
+    _, _, padded = apply(params, tokens, segment_ids=segments)
+    row, other = (apply(params, tokens[r : r + 1, segments[r] > 0])[2] for r in (0, 1))
+    assert padded.tokens.tolist() == [13, 13]
+    assert_trees_close(padded, jax.tree.map(jnp.add, row, other), 1e-5)
+
+
+def test_published_parameter_counts():
+    model = get_model("qwen3-next-80b-a3b")
+    assert model.num_parameters == 79674391296
+    experts = sum(leaf.size for leaf in jax.tree.leaves(model.specs) if "expert" in leaf.axes)
+    assert model.num_parameters - experts * 502 // 512 == 3874929408  # A3B: about 3 billion active parameters
 
 
 def save_with_fields(tmp_path: Path, **fields) -> Path:
@@ -169,10 +233,8 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mlp_only_layers": ...}, r"layers 0, 1, 2 are mixtures of experts \(num_experts=512"),
-        ({"mlp_only_layers": [0, 2]}, "layers 1 are mixtures of experts"),
         ({"mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list of layer numbers"),
-        ({"num_experts": None}, "num_experts=None and decoder_sparse_step=1 must be integers"),
+        ({"num_experts": None}, "num_experts=None must be an integer"),
         (
             {"layer_types": ["linear_attention"] * 2},
             "layer_types=.* must name the mixer of each of num_hidden_layers=3",

@@ -20,7 +20,9 @@ def test_cached_decoding_equals_torch(prompt: int, tmp_path: Path) -> None:
     import transformers
 
     config = transformers.Qwen3NextConfig(
-        vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_experts=0, num_attention_heads=4,
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, shared_expert_intermediate_size=8,
+        mlp_only_layers=[1],
         num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
         linear_value_head_dim=6, max_position_embeddings=32, rms_norm_eps=0.03,
     )  # fmt: skip

@@ -11,11 +11,20 @@ import pytest
 from jaxlm import spec
 from jaxlm.config import from_json, to_json
 from jaxlm.interop import formats
-from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 
 def setup(batch=2, length=12, **overrides):
@@ -30,7 +39,10 @@ def setup(batch=2, length=12, **overrides):
         ("llama-3-8b", 8030261248),
         ("llama-3.2-1b", 1235814400),
         ("mistral-7b", 7241732096),
+        ("mixtral-8x7b", 46702792704),
         ("qwen2-0.5b", 494032768),
+        ("qwen3-0.6b", 596049920),
+        ("qwen3-30b-a3b", 30532122624),
         ("smollm2-135m", 134515008),
         ("smollm2-360m", 361821120),
     ],
@@ -91,6 +103,54 @@ def test_a_window_does_not_count_padding_in_the_cache(side):
         assert relative_error(jnp.stack(outputs, axis=1)[row], want) < 2e-5
 
 
+def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
+    model, params, tokens = setup(qk_norm=True, norm_epsilon=1e-12)
+    for name in ("query", "key"):
+        for layer in params["layers"]:
+            layer["attention"][name]["weight"] *= 3.0
+    want = jax.jit(model.apply)(setup(qk_norm=True)[1], tokens)[0]
+    assert relative_error(jax.jit(model.apply)(params, tokens)[0], want) < 1e-4
+    assert [params["layers"][0]["attention"][f"{name}_norm"]["scale"].shape for name in ("query", "key")] == [(8,)] * 2
+
+
+@pytest.mark.parametrize("fields", [{"experts_implementation": "blocks"}, {"capacity_factor": 4.0}])
+def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
+    """With the implementations that the contract test does not choose for its small model."""
+    model = tiny_model("mixtral-tiny", **fields)
+    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 1, 14)
+    segments = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0]], np.int32)
+    apply = jax.jit(lambda t, s: model.apply(params, t, segment_ids=s)[0])
+    packed = apply(tokens, segments)
+    for document in (1, 2):
+        (positions,) = np.nonzero(segments[0] == document)
+        alone = apply(tokens[:, positions], np.ones((1, positions.size), np.int32))
+        assert relative_error(packed[:, positions], alone) < 2e-5
+
+
+@pytest.mark.parametrize("fields", [{}, {"experts_implementation": "blocks"}, {"capacity_factor": 0.75}])
+def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
+    model = tiny_model("mixtral-tiny", **fields)
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    segments = np.ones((8, 10), np.int32)
+    segments[1, 7:] = segments[4, :2] = 0
+    batch = causal.batch(random_tokens(model, 8, 10), segments)
+    sharding = Sharding(make_mesh("data=2,tensor=2,expert=2"))
+
+    def mean_loss(params):
+        total, weight, _ = causal.loss_with_load_balance(0.5)(model, params, batch)
+        return total / weight
+
+    def sharded_mean_loss(params):
+        with sharding.scope():
+            return mean_loss(params)
+
+    split_params = jax.device_put(params, sharding.tree(model.specs))
+    gate = split_params["layers"][0]["experts"]["gate"]["weight"]
+    assert gate.sharding.shard_shape(gate.shape) == (2, 32, 24)
+    got = jax.jit(jax.value_and_grad(sharded_mean_loss))(split_params)
+    assert_trees_close(jax.device_get(got), jax.jit(jax.value_and_grad(mean_loss))(params), 2e-5)
+
+
 def test_only_differences_of_positions_matter():
     model, params, tokens = setup()
     base_positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
@@ -128,6 +188,21 @@ def test_task_none_has_no_head():
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"head_dim": 5}, "a head width of 5 is odd"),
         ({"window": 0}, "window=0 must be at least 1"),
+        ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token=5 must be at most num_experts=4"),
+        ({"num_experts": 4, "dense_layers": (2,)}, r"dense_layers=\(2,\) must be in \[0, num_layers=2\)"),
+        ({"num_experts": 4, "dense_layers": (0, 1)}, "no layer has experts with expert_interval=1"),
+        ({"num_experts": 4, "expert_interval": 3}, "no layer has experts with expert_interval=3"),
+        ({"num_experts": 4, "expert_interval": 0}, "expert_interval=0 must be at least 1"),
+        (
+            {"num_experts": 4, "dense_layers": (1,), "scan_layers": True},
+            "scan_layers=True needs equal layers, but only 1 of 2 layers have experts",
+        ),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
+        (
+            {"capacity_factor": 1.0, "experts_implementation": "blocks"},
+            "experts_implementation='blocks' has no capacity",
+        ),
         ({"task": "masked"}, "task='masked' is unknown: choose from 'causal'"),
     ],
 )
@@ -152,6 +227,8 @@ def test_a_config_with_rope_scaling_round_trips_through_json():
 # ---------------------------------------------------------------------------------------------------------- files
 
 YARN = RotaryScaling("yarn", 4.0, 16, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=0.8)
+MIXTRAL = {"num_experts": 4}
+QWEN3_MOE = {"num_experts": 4, "qk_norm": True, "head_dim": 6, "expert_dim": 10}
 SHAPES = {
     "llama": {"tie_embeddings": True},
     "llama3": {"rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
@@ -160,6 +237,10 @@ SHAPES = {
     "mistral": {"window": 5, "rotary_scaling": YARN, "task": "token_classification", "num_labels": 4},
     "qwen2": {"qkv_bias": True, "task": "classification", "num_labels": 3},
     "qwen2 with a window": {"qkv_bias": True, "window": 7, "task": "none"},
+    "mixtral": {**MIXTRAL, "window": 5, "num_experts": 3},
+    "qwen3": {"qk_norm": True, "head_dim": 6, "task": "classification", "num_labels": 3},
+    "qwen3_moe": {**QWEN3_MOE, "dense_layers": (0,), "window": 3},
+    "qwen3_moe with an interval": {**QWEN3_MOE, "expert_interval": 2, "renormalize_experts": False, "task": "span_qa"},
 }
 
 
@@ -171,8 +252,64 @@ def test_files_round_trip(name, tmp_path):
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
     assert_trees_equal(loaded_params, params)
-    expected = {"mistral": "mistral", "qwen2": "qwen2"}.get(name.split()[0], "llama")
+    expected = name.split()[0] if name.startswith(("mi", "qwen")) else "llama"
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
+
+
+def test_files_have_one_tensor_for_each_expert(tmp_path):
+    """In both layouts of layers. The tensors of a layer and an expert are the transposed matrices."""
+    model = tiny_model("mixtral-tiny")
+    params = add_noise(model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, params)
+    stacked_model, stacked_params = load_pretrained(tmp_path, scan_layers=True)
+    assert_trees_equal(stacked_params, spec.restack(params))
+    tensors = dict(named_tensors(stacked_model, stacked_params))
+    assert len([name for name in tensors if ".experts." in name]) == 2 * 4 * 3
+    down = params["layers"][1]["experts"]["down"]["weight"][2]
+    assert np.array_equal(tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"], down.T)
+    assert_trees_equal(params_from_tensors(stacked_model, tensors), stacked_params)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": 10**9}))
+    (tmp_path / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="1000000000 experts in config.json, but only 41 tensors"):
+        load_pretrained(tmp_path)
+
+
+def read_experts(**fields):
+    table = next(table for table in formats.of("llama") if table.model_type == "qwen3_moe")
+    read = table.read_fields({"num_hidden_layers": 4, **fields})
+    return read["num_experts"], read.get("expert_interval"), read.get("dense_layers")
+
+
+def test_experts_in_files():
+    assert read_experts() == (128, 1, ())
+    assert read_experts(num_experts=8, decoder_sparse_step=2, mlp_only_layers=[1]) == (8, 2, (1,))
+    for dense in ({"num_experts": 0}, {"mlp_only_layers": [3, 2, 1, 0]}, {"decoder_sparse_step": 5}):
+        assert read_experts(**dense)[0] is None
+    assert read_experts(decoder_sparse_step=2, mlp_only_layers=[1, 3])[0] is None
+    for wrong, message in (
+        ({"num_experts": -1}, "num_experts=-1 must be an integer"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 an integer of at least 1"),
+        ({"mlp_only_layers": [4]}, r"mlp_only_layers=\[4\] must be a list of layer numbers below 4"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_experts(**wrong)
+
+
+def test_a_loaded_model_that_changes_its_layers_writes_them(tmp_path):
+    """A loaded config keeps fields that did not change, and they must still describe the model."""
+    model = tiny_model("llama-tiny", **QWEN3_MOE, num_layers=4, expert_interval=2)
+    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+    loaded, _ = load_pretrained(tmp_path)
+    for change in ({"expert_interval": 1, "dense_layers": (2,)}, {"num_layers": 6}, {"num_experts": None}):
+        changed = loaded.with_fields(**change)
+        save_pretrained(tmp_path, changed, changed.init(jax.random.key(0)))
+        reloaded, _ = load_pretrained(tmp_path)
+        assert reloaded.specs == changed.specs
+    dense = reloaded.with_fields(num_layers=5)
+    save_pretrained(tmp_path, dense, dense.init(jax.random.key(0)))
+    assert load_pretrained(tmp_path)[0].specs == dense.specs
 
 
 def test_tensor_prefix_of_question_answering_classes():
@@ -180,6 +317,9 @@ def test_tensor_prefix_of_question_answering_classes():
         model = tiny_model("llama-tiny", task="span_qa", **fields)
         names = dict(named_tensors(model, spec.init(model.specs, jax.random.key(0))))
         assert {name for name in names if not name.startswith(prefix)} == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+MIXTRAL_FILE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 
 
 def save_with_fields(tmp_path: Path, **fields) -> Path:
@@ -202,6 +342,9 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 of yarn rope_scaling"),
+        ({**MIXTRAL_FILE, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ({**MIXTRAL_FILE, "num_local_experts": 0}, "num_experts=0 must be at least 1"),
+        ({**MIXTRAL_FILE, "num_experts_per_tok": 9}, "experts_per_token=9 must be at most num_experts=8"),
     ],
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):

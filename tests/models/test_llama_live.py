@@ -14,13 +14,20 @@ import pytest
 import jaxlm
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.decoding.text import GenerationConfig, generate_text
+from jaxlm.interop.huggingface import named_tensors
+from jaxlm.nn.experts import load_balance_loss
+from jaxlm.objectives import causal
+from jaxlm.objectives.batch import Batch
 from jaxlm.testing.helpers import relative_error
 from tests.models import smollm2
 
 pytestmark = pytest.mark.live
 
 
-@pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize(
+    "name",
+    ["MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"],
+)
 def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -> None:
     import torch
     import transformers
@@ -28,7 +35,8 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
     window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
     shape = {
         "vocab_size": 31, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 32,
+        "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 6, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     }  # fmt: skip
     torch.manual_seed(0)
     torch_model = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
@@ -47,6 +55,54 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
         past = output.past_key_values
         hidden, state = step(params, tokens[:, start:stop], state)
         assert relative_error(model.logits(params, hidden), output.logits) < 1e-5
+
+
+@pytest.mark.parametrize("mask_side", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_load_balance_loss_and_gradients_equal_torch(name: str, mask_side: str | None, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    config = getattr(transformers, name).config_class(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, head_dim=6,
+        num_key_value_heads=2, max_position_embeddings=32, output_router_logits=True, router_aux_loss_coef=0.7,
+        num_local_experts=5, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch_model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape))
+    torch_model.save_pretrained(tmp_path)
+    model, params = jaxlm.load_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 31, (3, 14)).astype(np.int32)
+    mask = np.ones_like(tokens)
+    if mask_side is not None:
+        for row, pads in enumerate((0, 5, 2)):
+            mask[row, slice(0, pads) if mask_side == "left" else slice(14 - pads, 14)] = 0
+    labels = np.where((mask == 1) & (np.roll(mask, 1, axis=1) == 1), tokens, -100)
+    output = torch_model.eval()(
+        torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels).long(),
+        attention_mask=None if mask_side is None else torch.from_numpy(mask),
+        position_ids=torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0)),
+    )  # fmt: skip
+    output.loss.backward()
+    weights = np.zeros(tokens.shape, np.float32)
+    weights[:, :-1] = labels[:, 1:] != -100
+    batch = Batch(tokens, np.roll(tokens, -1, axis=1), weights, None if mask_side is None else mask)
+
+    def mean_loss(params: Any) -> Any:
+        total, weight, _ = causal.loss_with_load_balance(0.7)(model, params, batch)
+        return total / weight
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
+    _, _, statistics = model.apply_with_routing(params, tokens, segment_ids=batch.segment_ids)
+    assert relative_error(load_balance_loss(statistics), output.aux_loss.detach()) < 1e-6
+    assert relative_error(loss, output.loss.detach()) < 1e-6
+    expected = {name: parameter.grad for name, parameter in torch_model.named_parameters()}
+    actual = dict(named_tensors(model, gradients))
+    assert actual.keys() == expected.keys()
+    assert max(relative_error(actual[name], expected[name]) for name in expected) < 2e-5
 
 
 @pytest.fixture(scope="module")

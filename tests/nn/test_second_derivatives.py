@@ -11,6 +11,7 @@ from jaxlm import spec
 from jaxlm.nn.attention import attention
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.convolution import depthwise_convolution
+from jaxlm.nn.experts import expert_specs, mixture_of_experts
 from jaxlm.nn.linear import linear
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
@@ -80,6 +81,12 @@ def convolution_loss(implementation):
     return lambda tree: sum_of_sines(depthwise_convolution({"weight": tree["weight"]}, tree["x"], **options))
 
 
+def experts_loss(**options):
+    return lambda tree: sum_of_sines(
+        mixture_of_experts(tree["params"], tree["x"], num_selected=2, renormalize=True, **options)[0]
+    )
+
+
 q, k, v, x, weight, bias, hidden, head = normal(
     (2, 5, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), (2, 4, 3), (3, 5), (5,), (2, 4, 3), (3, 6)
 )
@@ -123,6 +130,14 @@ CASES = {
         linear_attention_loss("reference"),
         {"qkv": (q[:, :, :1], k[:, :, :1], v), "decay": (v + q)[..., 0]},
     ),
+    **{
+        f"mixture_of_experts {name}": (
+            experts_loss(**options),
+            experts_loss(implementation="reference"),
+            {"params": spec.init(expert_specs(3, 4, 3, spec.Normal(1.0)), jax.random.key(1)), "x": x},
+        )
+        for name, options in (("blocks", {"implementation": "blocks"}), ("capacity", {"capacity_factor": 3.0}))
+    },
     "depthwise_convolution": (
         convolution_loss("shifts"),
         convolution_loss("reference"),

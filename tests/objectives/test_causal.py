@@ -1,12 +1,22 @@
 """The causal objective: targets, weights and loss."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import spec
+from jaxlm.nn.experts import load_balance_loss, router_z_loss
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import causal
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 
 def test_targets_are_the_next_tokens_within_a_document():
@@ -32,3 +42,86 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
 def test_a_window_of_one_token_raises_an_error():
     with pytest.raises(ValueError, match=r"time at least 2, got \[4, 1\]"):
         causal.batch(np.zeros((4, 1), np.int32))
+
+
+# -------------------------------------------------------------------------------------------------------- experts
+
+SEGMENTS = np.array([[1] * 6 + [2] * 5, [1] * 8 + [0] * 3])
+
+
+def mixtral(**fields):
+    model = tiny_model("mixtral-tiny", **fields)
+    return model, add_noise(jax.jit(tiny_model("mixtral-tiny").init)(jax.random.key(0)))
+
+
+def mean_loss_and_gradients(model, params, loss):
+    def mean(params):
+        total, weight, _ = loss(model, params, causal.batch(random_tokens(model, 2, 11), SEGMENTS))
+        return total / weight
+
+    return jax.jit(jax.value_and_grad(mean))(params)
+
+
+def test_the_mean_loss_is_cross_entropy_plus_the_losses_of_the_routers():
+    model, params = mixtral()
+    batch = causal.batch(random_tokens(model, 2, 11), SEGMENTS)
+
+    def expected(params):
+        hidden, _, statistics = model.apply_with_routing(params, batch.tokens, segment_ids=batch.segment_ids)
+        losses = cross_entropy(model.logits(params, hidden), batch.targets)
+        router = 0.5 * load_balance_loss(statistics) + 0.25 * router_z_loss(statistics)
+        return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights) + router
+
+    got = mean_loss_and_gradients(model, params, causal.loss_with_load_balance(0.5, z_coefficient=0.25))
+    assert_trees_close(got, jax.jit(jax.value_and_grad(expected))(params), 1e-5)
+    plain = mean_loss_and_gradients(model, params, causal.loss)
+    assert got[0] > plain[0] + 0.5
+    assert_trees_close(mean_loss_and_gradients(model, params, causal.loss_with_load_balance(0.0)), plain, 1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"scan_layers": True}, {"remat": "full"}, {"remat": "none", "scan_layers": True}])
+def test_statistics_do_not_depend_on_the_loop_over_layers(fields):
+    loss = causal.loss_with_load_balance(0.5)
+    want = mean_loss_and_gradients(*mixtral(), loss)
+    model, params = mixtral(**fields)
+    got = mean_loss_and_gradients(model, spec.restack(params) if "scan_layers" in fields else params, loss)
+    assert_trees_close(spec.restack(got), spec.restack(want), 1e-5)
+
+
+def test_router_statistics_of_each_layer_with_experts():
+    for fields, layers in (({}, 2), ({"scan_layers": True}, 2), ({"dense_layers": (0,)}, 1)):
+        model = tiny_model("mixtral-tiny", **fields)
+        params, batch = model.init(jax.random.key(0)), causal.batch(random_tokens(model, 2, 11), SEGMENTS)
+        hidden, state, statistics = jax.jit(model.apply_with_routing)(
+            params, batch.tokens, segment_ids=batch.segment_ids, state=model.init_state(2, 10)
+        )
+        want = jax.jit(model.apply)(params, batch.tokens, segment_ids=batch.segment_ids, state=model.init_state(2, 10))
+        assert_trees_close((hidden, state), want, 1e-6)
+        assert statistics.tokens.tolist() == [18] * layers
+        assert statistics.selections.shape == (layers, 4)
+        np.testing.assert_allclose(statistics.selections.sum(axis=1), 2 * 18)
+        np.testing.assert_allclose(statistics.probabilities.sum(axis=1), 18, rtol=1e-5)
+
+
+def test_an_empty_batch_has_empty_statistics():
+    model, params = mixtral()
+    for shape in ((0, 5), (2, 0)):
+        tokens = np.zeros(shape, np.int32)
+        hidden, state, statistics = model.apply_with_routing(params, tokens)
+        assert_trees_equal((hidden, state), model.apply(params, tokens))
+        assert statistics.selections.tolist() == [[0.0] * 4] * 2
+        batch = causal.batch(np.zeros((shape[0], shape[1] + 1), np.int32)) if shape[1] else None
+        if batch is not None:
+            total, weight, _ = causal.loss_with_load_balance(0.5)(model, params, batch)
+            assert (total, weight) == (0.0, 0.0)
+
+
+def test_a_model_without_experts_is_refused():
+    for name in ("llama-tiny", "gpt2-tiny", "gated_deltanet-tiny"):
+        model = tiny_model(name)
+        assert not model.has_experts
+        with pytest.raises(TypeError, match=rf"family '{model.family}' has no experts \(num_experts\)"):
+            causal.loss_with_load_balance(0.01)(model, spec.abstract(model.specs), causal.batch(np.ones((1, 3), int)))
+    for coefficients in ((-0.1, 0.0), (0.1, float("nan"))):
+        with pytest.raises(ValueError, match="must be a finite number of at least 0"):
+            causal.loss_with_load_balance(coefficients[0], z_coefficient=coefficients[1])

@@ -1,4 +1,4 @@
-"""Reference of gated_deltanet: Qwen3-Next of transformers, with all heads, and without attention layers."""
+"""Reference of gated_deltanet: Qwen3-Next of transformers, with all heads, without attention, and with experts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ _WIDE: dict[str, Any] = {
 # The cache of transformers needs layers of both kinds.
 _PURE: dict[str, Any] = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2, "use_cache": False}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 5,
+}  # fmt: skip
 _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
     "base": ("Qwen3NextForCausalLM", _TINY, "left"),
     "pure": ("Qwen3NextForCausalLM", {**_TINY, **_PURE, "tie_word_embeddings": True}, "right"),
@@ -38,8 +41,13 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
     "long": ("Qwen3NextForCausalLM", {**_WIDE, "rope_theta": 100.0, "linear_conv_kernel_dim": 7}, None),
     "span_qa": ("Qwen3NextForQuestionAnswering", _TINY, None),
     "tagging": ("Qwen3NextForTokenClassification", {**_WIDE, "num_labels": 5}, "left"),
-}
-CASES = ("base", "pure", "classification")
+    "experts": ("Qwen3NextForCausalLM", {**_TINY, **_EXPERTS, "mlp_only_layers": [1]}, "left"),
+    "experts_step": (
+        "Qwen3NextForCausalLM",
+        {**_WIDE, **_EXPERTS, "mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": False}, "right"
+    ),
+}  # fmt: skip
+CASES = ("base", "pure", "classification", "experts")
 LIVE = tuple(case for case in _CASES if case not in CASES)
 
 

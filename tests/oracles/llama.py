@@ -1,4 +1,7 @@
-"""Reference of llama: Llama, Mistral and Qwen2 of transformers, with all heads and all kinds of rotary scaling."""
+"""Reference of llama: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE of transformers.
+
+The cases have all heads, all kinds of rotary scaling, and experts in all or some layers.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,10 @@ _LLAMA3 = {
 _YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0, "beta_slow": 0.2,
 }  # fmt: skip
+_MIXTRAL = {"num_local_experts": 4, "intermediate_size": 8}
+_QWEN3_MOE = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "mlp_only_layers": [0], "head_dim": 4,
+}  # fmt: skip
 _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
     "base": ("LlamaForCausalLM", {**_TINY, "rms_norm_eps": 1e-3}, "left"),
     "mistral": ("MistralForCausalLM", {**_TINY, "sliding_window": 4, "head_dim": 4}, "right"),
@@ -53,8 +60,23 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
     ),
     "qwen2_span_qa": ("Qwen2ForQuestionAnswering", _WIDE, None),
     "qwen2_tagging": ("Qwen2ForTokenClassification", {**_WIDE, "num_labels": 4}, "right"),
+    "mixtral": ("MixtralForCausalLM", {**_TINY, **_MIXTRAL}, "left"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_TINY, **_QWEN3_MOE, "norm_topk_prob": False}, "right"),
+    "mixtral_window": ("MixtralForCausalLM", {**_WIDE, "num_local_experts": 6, "sliding_window": 5}, "right"),
+    "mixtral_classification": ("MixtralForSequenceClassification", {**_WIDE, **_MIXTRAL, "num_labels": 3}, "left"),
+    "qwen3": ("Qwen3ForCausalLM", {**_WIDE, "head_dim": 12, "tie_word_embeddings": True}, "left"),
+    "qwen3_window": (
+        "Qwen3Model",
+        {**_WIDE, "head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "right",
+    ),
+    "qwen3_moe_step": (
+        "Qwen3MoeForCausalLM",
+        {**_WIDE, "num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 10, "decoder_sparse_step": 2,
+         "norm_topk_prob": True, "head_dim": 8, "use_sliding_window": True, "sliding_window": 7}, "left",
+    ),
+    "qwen3_moe_span_qa": ("Qwen3MoeForQuestionAnswering", {**_TINY, **_QWEN3_MOE}, None),
 }  # fmt: skip
-CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa")
+CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa", "mixtral", "qwen3_moe")
 LIVE = tuple(case for case in _CASES if case not in CASES)
 
 

@@ -96,10 +96,29 @@ def test_adafactor_factors_the_flattened_matrices_of_each_layer():
     assert factored["layers/output/weight/0/v_col"].shape == (3, 140)
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_each_expert_is_its_own_matrix(name):
+    """The updates of the experts of each layer equal those of a model with one parameter per expert."""
+    shape, axes = (130, 140), ("embed", "mlp")
+    stacked = {"layers": {"up": {"weight": spec.ArraySpec((2, 3, *shape), ("layers", "expert", *axes))}}}
+    separate = {f"expert_{e}": {"weight": spec.ArraySpec(shape, axes)} for e in range(6)}
+    params = {"layers": {"up": {"weight": jax.random.normal(jax.random.key(0), (2, 3, *shape))}}}
+    gradients = [jax.tree.map(lambda p, n=n: jnp.sin(p * n) * (1 + n), params) for n in (1, 2)]
+
+    def split(tree):
+        matrices = tree["layers"]["up"]["weight"].reshape(6, *shape)
+        return {f"expert_{e}": {"weight": matrices[e]} for e in range(6)}
+
+    config = OptimizerConfig(name, **PLAIN)
+    updates, _ = run_optimizer(make_optimizer(config, stacked, 10), params, gradients)
+    expected, _ = run_optimizer(make_optimizer(config, separate, 10), split(params), list(map(split, gradients)))
+    assert_trees_close(split(updates), expected, 1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------- Muon
 
 
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "t5-tiny", "lstm-tiny", "resnet-tiny"])
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "mixtral-tiny", "t5-tiny", "lstm-tiny", "resnet-tiny"])
 def test_muon_updates_every_matrix_except_embeddings_and_heads(name):
     model = with_stacked_layers(tiny_model(name))
     specs = spec.flatten(model.specs)

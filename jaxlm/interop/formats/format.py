@@ -44,9 +44,10 @@ class Format:
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
             function raises a ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
-        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the number of the layer. If a model
-            has no parameter with this path, its files do not contain the tensor. If several parameters of a model have
-            the same tensor, the tensor is their concatenation along the first axis, in the order of this mapping.
+        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the number of the layer, and
+            ``{expert}`` the number of the expert, if files have one tensor for each expert. If a model has no parameter
+            with this path, its files do not contain the tensor. If several parameters of a model have the same tensor,
+            the tensor is their concatenation along the first axis, in the order of this mapping.
         values: HF config field -> {HF value: jaxlm value} of all supported values, for fields whose values differ.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
@@ -55,7 +56,8 @@ class Format:
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
         unprefixed_tensors: as ``tensors``, for tensors whose names never have the ``prefix``.
-        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer, if the HF tensor has another shape.
+        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, if the HF tensor has another
+            shape.
         tied_tensors: name of a tensor (without ``prefix``) that a file may additionally contain -> path of the jaxlm
             parameter that must be equal to the tensor.
         renamed: suffix of a tensor name in old files -> suffix of the current name.

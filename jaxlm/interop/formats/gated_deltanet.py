@@ -1,4 +1,4 @@
-"""Format of :mod:`jaxlm.models.gated_deltanet`: Qwen3-Next without experts."""
+"""Format of :mod:`jaxlm.models.gated_deltanet`: Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.interop.formats import experts
 from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import mixers
@@ -16,29 +17,12 @@ _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attent
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     num_layers = integer(config, "num_hidden_layers", Config.num_layers)
-    _check_no_experts(config, num_layers)
-    return {"pattern": _pattern(config, num_layers), **read_rotary(config, None)}
-
-
-def _check_no_experts(config: Mapping[str, Any], num_layers: int) -> None:
-    """Raise ``ValueError`` if any layer is a mixture of experts in transformers."""
-    num_experts, sparse_step = integer(config, "num_experts", 512), integer(config, "decoder_sparse_step", 1)
-    dense = config.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers")
-    if num_experts is None or sparse_step is None or sparse_step < 1:
-        raise ValueError(
-            f"num_experts={num_experts} and decoder_sparse_step={sparse_step} must be integers, and "
-            "decoder_sparse_step must be at least 1"
-        )
-    sparse = [i for i in range(num_layers) if i not in dense and num_experts > 0 and (i + 1) % sparse_step == 0]
-    if sparse:
-        raise ValueError(
-            f"layers {', '.join(map(str, sparse[:8]))}{', ...' if len(sparse) > 8 else ''} are mixtures of experts "
-            f"(num_experts={num_experts}, decoder_sparse_step={sparse_step}, mlp_only_layers={dense}, "
-            f"num_hidden_layers={num_layers}). gated_deltanet has no mixtures of experts: every layer must have an "
-            "MLP (num_experts=0, or all layers in mlp_only_layers)"
-        )
+    fields = experts.read_experts(config, num_layers, 512)
+    if fields["num_experts"] is not None:
+        fields["shared_expert_dim"] = integer(config, "shared_expert_intermediate_size", 512)
+        if fields["shared_expert_dim"] is None:
+            raise ValueError("shared_expert_intermediate_size=None must be an integer")
+    return {**fields, "pattern": _pattern(config, num_layers), **read_rotary(config, None)}
 
 
 def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
@@ -59,16 +43,19 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:
+    shared = {} if cfg.shared_expert_dim is None else {"shared_expert_intermediate_size": cfg.shared_expert_dim}
+    if cfg.num_experts is not None and not shared:
+        raise ValueError("model_type='qwen3_next' has a shared expert: set shared_expert_dim, or num_experts to None")
     name_of = {mixer: name for name, mixer in _LAYER_TYPES.items()}
     return {
         "layer_types": [name_of[mixer] for mixer in mixers(cfg)],
-        "mlp_only_layers": list(range(cfg.num_layers)),
+        **experts.write_experts(cfg),
+        **shared,
         **write_rotary(cfg.rotary_scaling, cfg.max_positions),
     }
 
 
 _ATTENTION = {"query_gate": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _QWEN3_NEXT = Format(
     architectures={
         "Qwen3NextForCausalLM": {"task": "causal"},
@@ -78,13 +65,14 @@ _QWEN3_NEXT = Format(
     },
     model_type="qwen3_next",
     prefix="model.",
-    default_fields={"negative_eigenvalues": False},
+    default_fields={"negative_eigenvalues": False, "expert_dim": 512, "experts_per_token": 10},
     hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
         "num_layers": "num_hidden_layers",
         "embed_dim": "hidden_size",
         "mlp_dim": "intermediate_size",
+        **experts.HF_NAME_OF_FIELD,
         "delta_key_heads": "linear_num_key_heads",
         "delta_value_heads": "linear_num_value_heads",
         "delta_key_dim": "linear_key_head_dim",
@@ -121,7 +109,13 @@ _QWEN3_NEXT = Format(
         "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
         "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
         "layers/mlp_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
-        **{f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf_name}.weight" for name, hf_name in _MLP.items()},
+        **{f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf}.weight" for name, hf in experts.SWIGLU.items()},
+        **experts.TENSORS,
+        **{
+            f"layers/experts/shared/{name}/weight": f"layers.{{layer}}.mlp.shared_expert.{hf}.weight"
+            for name, hf in experts.SWIGLU.items()
+        },
+        "layers/experts/shared_gate/weight": "layers.{layer}.mlp.shared_expert_gate.weight",
         "final_norm/scale_minus_one": "norm.weight",
     },
     unprefixed_tensors=DECODER_HEADS,
@@ -135,7 +129,9 @@ _QWEN3_NEXT = Format(
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("key", "value")},
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("key", "value")},
         **{f"layers/{mixer}/output/weight": ((2,), (0, 1)) for mixer in ("delta_rule", "attention")},
-        **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
+        **{f"layers/{mlp}/{name}/weight": TRANSPOSED for mlp in ("mlp", "experts/shared") for name in experts.SWIGLU},
+        **experts.LAYOUTS,
+        "layers/experts/shared_gate/weight": TRANSPOSED,
         **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
     ignored=(r"mtp\..*",),  # multi-token prediction layers, which transformers also ignores

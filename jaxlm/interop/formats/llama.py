@@ -1,4 +1,4 @@
-"""Formats of :mod:`jaxlm.models.llama`: Llama, Mistral and Qwen2."""
+"""Formats of :mod:`jaxlm.models.llama`: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.interop.formats import experts
 from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, head_sizes
@@ -32,6 +33,16 @@ def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
     return {**_write_fields(cfg), "sliding_window": cfg.window}
+
+
+def _write_mixtral(cfg: Config) -> dict[str, Any]:
+    if cfg.num_experts is None:
+        raise ValueError("model_type='mixtral' needs num_experts: a model without experts has another model_type")
+    return _write_mistral(cfg)
+
+
+def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _read_mistral({"sliding_window": None, **config})  # Mixtral's default
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +72,36 @@ def _write_qwen2(cfg: Config) -> dict[str, Any]:
     return fields if cfg.window is None else {**fields, "sliding_window": cfg.window, "max_window_layers": 0}
 
 
+def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _read_qwen2({"head_dim": 128, **config})  # Qwen3's default
+
+
+def _write_qwen3(cfg: Config) -> dict[str, Any]:
+    return {**_write_qwen2(cfg), "head_dim": head_sizes(cfg)[2]}
+
+
+def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 4, **config}  # Qwen3-MoE's default
+    num_layers = integer(config, "num_hidden_layers", 24)
+    uses_window = config.get("use_sliding_window", False)
+    return {
+        **_read_fields(config),
+        **experts.read_experts(config, num_layers, 128),
+        "window": integer(config, "sliding_window", 4096) if uses_window else None,
+    }
+
+
+def _write_qwen3_moe(cfg: Config) -> dict[str, Any]:
+    fields = {
+        **_write_fields(cfg),
+        **experts.write_experts(cfg),
+        "head_dim": head_sizes(cfg)[2],
+        "use_sliding_window": cfg.window is not None,
+    }
+    return fields if cfg.window is None else {**fields, "sliding_window": cfg.window}
+
+
+_DENSE = {"qk_norm": False, "num_experts": None}
 _LLAMA = Format(
     architectures={
         "LlamaForCausalLM": {"task": "causal"},
@@ -70,7 +111,7 @@ _LLAMA = Format(
     },
     model_type="llama",
     prefix="model.",
-    default_fields={"qkv_bias": False, "window": None},
+    default_fields={**_DENSE, "qkv_bias": False, "window": None},
     hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
@@ -99,9 +140,10 @@ _LLAMA = Format(
         "layers/attention/value/bias": "layers.{layer}.self_attn.v_proj.bias",
         "layers/attention/output/weight": "layers.{layer}.self_attn.o_proj.weight",
         "layers/mlp_norm/scale": "layers.{layer}.post_attention_layernorm.weight",
-        "layers/mlp/gate/weight": "layers.{layer}.mlp.gate_proj.weight",
-        "layers/mlp/up/weight": "layers.{layer}.mlp.up_proj.weight",
-        "layers/mlp/down/weight": "layers.{layer}.mlp.down_proj.weight",
+        **{
+            f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf_name}.weight"
+            for name, hf_name in experts.SWIGLU.items()
+        },
         "final_norm/scale": "norm.weight",
     },
     unprefixed_tensors=DECODER_HEADS,
@@ -110,7 +152,7 @@ _LLAMA = Format(
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
         "layers/attention/output/weight": ((2,), (0, 1)),
-        **{f"layers/mlp/{name}/weight": TRANSPOSED for name in ("gate", "up", "down")},
+        **{f"layers/mlp/{name}/weight": TRANSPOSED for name in experts.SWIGLU},
         **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
@@ -125,10 +167,46 @@ _MISTRAL = dataclasses.replace(
         "MistralForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="mistral",
-    default_fields={"qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
+    default_fields={**_DENSE, "qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
     read_fields=_read_mistral,
     write_fields=_write_mistral,
     required={"hidden_act": "silu"},
+)
+_MIXTRAL = dataclasses.replace(
+    _MISTRAL,
+    architectures={name.replace("Mistral", "Mixtral"): fields for name, fields in _MISTRAL.architectures.items()},
+    model_type="mixtral",
+    default_fields={
+        "qkv_bias": False,
+        "qk_norm": False,
+        "expert_dim": None,
+        "expert_interval": 1,
+        "dense_layers": (),
+        "renormalize_experts": True,
+        "num_experts": 8,
+        "experts_per_token": 2,
+        "mlp_dim": 14336,
+        "max_positions": 131072,
+        "rotary_base": 1e6,
+        "norm_epsilon": 1e-5,
+    },
+    hf_name_of_field={
+        **_LLAMA.hf_name_of_field,
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+    },
+    read_fields=_read_mixtral,
+    write_fields=_write_mixtral,
+    required={"hidden_act": "silu", "router_jitter_noise": 0.0},
+    tensors={
+        **_LLAMA.tensors,
+        "layers/experts/router/weight": "layers.{layer}.block_sparse_moe.gate.weight",
+        **{
+            f"layers/experts/{name}/weight": f"layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{hf_name}.weight"
+            for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        },
+    },
+    layouts={**_LLAMA.layouts, **experts.LAYOUTS},
 )
 _QWEN2 = dataclasses.replace(
     _LLAMA,
@@ -139,11 +217,54 @@ _QWEN2 = dataclasses.replace(
         "Qwen2ForTokenClassification": {"task": "token_classification"},
     },
     model_type="qwen2",
-    default_fields={"qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
+    default_fields={**_DENSE, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
     read_fields=_read_qwen2,
     write_fields=_write_qwen2,
     required={"hidden_act": "silu"},
     token_ids={},
+)
+_QWEN3 = dataclasses.replace(
+    _QWEN2,
+    architectures={name.replace("Qwen2", "Qwen3"): fields for name, fields in _QWEN2.architectures.items()},
+    model_type="qwen3",
+    default_fields={
+        "qk_norm": True,
+        "num_experts": None,
+        "qkv_bias": False,
+        "vocab_size": 151936,
+        "mlp_dim": 22016,
+        "max_positions": 32768,
+    },
+    read_fields=_read_qwen3,
+    write_fields=_write_qwen3,
+    required={"hidden_act": "silu", "attention_bias": False},
+    tensors={
+        **_LLAMA.tensors,
+        "layers/attention/query_norm/scale": "layers.{layer}.self_attn.q_norm.weight",
+        "layers/attention/key_norm/scale": "layers.{layer}.self_attn.k_norm.weight",
+    },
+)
+_QWEN3_MOE = dataclasses.replace(
+    _QWEN3,
+    architectures={name.replace("Qwen2", "Qwen3Moe"): fields for name, fields in _QWEN2.architectures.items()},
+    model_type="qwen3_moe",
+    default_fields={
+        "qk_norm": True,
+        "qkv_bias": False,
+        "vocab_size": 151936,
+        "num_layers": 24,
+        "embed_dim": 2048,
+        "mlp_dim": 6144,
+        "max_positions": 32768,
+        "expert_dim": 768,
+        "experts_per_token": 8,
+        "renormalize_experts": False,
+    },
+    hf_name_of_field={**_LLAMA.hf_name_of_field, **experts.HF_NAME_OF_FIELD},
+    read_fields=_read_qwen3_moe,
+    write_fields=_write_qwen3_moe,
+    tensors={**_QWEN3.tensors, **experts.TENSORS},
+    layouts={**_LLAMA.layouts, **experts.LAYOUTS},
 )
 
 
@@ -159,6 +280,11 @@ FORMATS = (
     _span_qa(_LLAMA, "LlamaForQuestionAnswering"),
     _LLAMA,
     _MISTRAL,
+    _MIXTRAL,
     _span_qa(_QWEN2, "Qwen2ForQuestionAnswering"),
     _QWEN2,
+    _span_qa(_QWEN3, "Qwen3ForQuestionAnswering"),
+    _QWEN3,
+    _span_qa(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering"),
+    _QWEN3_MOE,
 )

@@ -1,0 +1,70 @@
+"""Mixtures of experts in config files and weights of Qwen models (Qwen3-MoE, Qwen3-Next)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.interop.formats.format import TRANSPOSED, Layout, integer
+from jaxlm.models.experts import ExpertsConfig
+
+HF_NAME_OF_FIELD = {
+    "expert_dim": "moe_intermediate_size",
+    "experts_per_token": "num_experts_per_tok",
+    "renormalize_experts": "norm_topk_prob",
+}
+"""``Format.hf_name_of_field`` of the fields that need no computation."""
+
+SWIGLU = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+"""Name of a SwiGLU matrix -> its name in files."""
+
+TENSORS = {
+    "layers/experts/router/weight": "layers.{layer}.mlp.gate.weight",
+    **{
+        f"layers/experts/{name}/weight": f"layers.{{layer}}.mlp.experts.{{expert}}.{hf_name}.weight"
+        for name, hf_name in SWIGLU.items()
+    },
+}
+"""``Format.tensors`` of the experts."""
+
+LAYOUTS: dict[str, Layout] = {f"layers/experts/{name}/weight": TRANSPOSED for name in ("router", *SWIGLU)}
+"""``Format.layouts`` of the experts."""
+
+
+def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
+    """The fields ``num_experts``, ``expert_interval`` and ``dense_layers``.
+
+    If all layers have MLPs, ``num_experts`` is None, and the other fields of experts have their defaults.
+
+    Args:
+        config: the contents of ``config.json``.
+        num_experts: the default of the field.
+    """
+    experts = integer(config, "num_experts", num_experts)
+    interval = integer(config, "decoder_sparse_step", 1)
+    if experts is None or experts < 0 or interval is None or interval < 1:
+        raise ValueError(
+            f"num_experts={experts} must be an integer of at least 0, and decoder_sparse_step={interval} an integer of "
+            "at least 1"
+        )
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers below {num_layers}")
+    dense_of_interval = {layer for layer in dense if (layer + 1) % interval == 0}
+    if experts == 0 or num_layers // interval == len(dense_of_interval):
+        names = ("num_experts", "expert_interval", "dense_layers", *HF_NAME_OF_FIELD)
+        return {name: getattr(ExpertsConfig, name) for name in names}
+    return {"num_experts": experts, "expert_interval": interval, "dense_layers": tuple(dense)}
+
+
+def write_experts(cfg: Any) -> dict[str, Any]:
+    """The fields of ``config.json`` for :func:`read_experts`, and the hidden width of an expert."""
+    fields = {"moe_intermediate_size": cfg.mlp_dim if cfg.expert_dim is None else cfg.expert_dim}
+    if cfg.num_experts is None:
+        return {**fields, "num_experts": 0, "mlp_only_layers": list(range(cfg.num_layers))}
+    return {
+        **fields,
+        "num_experts": cfg.num_experts,
+        "decoder_sparse_step": cfg.expert_interval,
+        "mlp_only_layers": list(cfg.dense_layers),
+    }

@@ -1,0 +1,106 @@
+"""Layers that have a mixture of experts instead of an MLP, in any family: config fields, specs, and the computation.
+
+A block has the parameters ``mlp`` (a SwiGLU MLP) or ``experts`` (``jaxlm.nn.experts``). A family whose config has these
+fields also has a function ``apply_with_routing``, which is ``apply`` with a third result: the router statistics of the
+layers with experts, stacked (None without experts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import jax
+
+from jaxlm.models import common
+from jaxlm.nn.experts import Implementation, RouterStatistics, expert_specs, mixture_of_experts
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
+from jaxlm.spec import Initializer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(common.LayeredConfig):
+    """Base class for the ``Config`` of a family whose layers may have experts. It needs ``num_layers``, ``mlp_dim``."""
+
+    num_experts: int | None = None
+    """Number of experts of a layer; None: every layer has an MLP."""
+    experts_per_token: int = 2
+    """Number of experts that each token selects."""
+    expert_dim: int | None = None
+    """Hidden width of an expert; None means mlp_dim."""
+    renormalize_experts: bool = True
+    """Whether the weights of a token's experts sum to 1; otherwise, they are the probabilities of the router."""
+    expert_interval: int = 1
+    """Only every expert_interval-th layer has experts. The other layers have MLPs."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers of further layers that have an MLP instead of experts, counted from 0."""
+    capacity_factor: float | None = None
+    """Experts accept at most this multiple of their mean number of tokens in a row; they add nothing to other tokens.
+    None: they accept all tokens. This is an option for training, which Hugging Face files do not contain: cached
+    decoding does not know the whole row, so its results differ."""
+    experts_implementation: Implementation | None = None
+    """Name of the implementation of experts without a capacity; None selects one for the device and the shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(self, "experts_per_token", "expert_interval")
+        common.check_positive(
+            self, *(name for name in ("num_experts", "expert_dim") if getattr(self, name) is not None)
+        )
+        common.check_choices(self, experts_implementation=(None, *get_args(Implementation)))
+        if self.capacity_factor is not None and not self.capacity_factor > 0.0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")
+        if self.capacity_factor is not None and self.experts_implementation is not None:
+            raise ValueError(
+                f"experts_implementation={self.experts_implementation!r} has no capacity: set capacity_factor or "
+                "experts_implementation to None"
+            )
+        if self.num_experts is None:
+            return
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}"
+            )
+        num_layers: int = self.num_layers  # type: ignore[attr-defined]
+        if not all(0 <= layer < num_layers for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must be in [0, num_layers={num_layers})")
+        dense = {layer for layer in self.dense_layers if (layer + 1) % self.expert_interval == 0}
+        num_with_experts = num_layers // self.expert_interval - len(dense)
+        which = f"expert_interval={self.expert_interval} and dense_layers={self.dense_layers}"
+        if num_with_experts == 0:
+            raise ValueError(f"no layer has experts with {which}: set num_experts to None")
+        if getattr(self, "scan_layers", False) and num_with_experts < num_layers:
+            raise ValueError(
+                f"scan_layers=True needs equal layers, but only {num_with_experts} of {num_layers} layers have experts "
+                f"with {which}: set scan_layers to False"
+            )
+
+
+def has_experts(cfg: Any, layer: int) -> bool:
+    """Whether a layer has experts instead of an MLP."""
+    return cfg.num_experts is not None and (layer + 1) % cfg.expert_interval == 0 and layer not in cfg.dense_layers
+
+
+def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None = None) -> dict[str, Any]:
+    """``{"experts": specs}`` or ``{"mlp": specs}`` of a layer.
+
+    Args:
+        shared_dim: hidden width of a shared expert; None: there is none.
+    """
+    if not has_experts(cfg, layer):
+        return {"mlp": swiglu_specs(cfg.embed_dim, cfg.mlp_dim, init)}
+    hidden = cfg.mlp_dim if cfg.expert_dim is None else cfg.expert_dim
+    return {"experts": expert_specs(cfg.embed_dim, hidden, cfg.num_experts, init, shared_hidden=shared_dim)}
+
+
+def mlp(
+    cfg: Any, weights: dict[str, Any], x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+) -> tuple[jax.Array, RouterStatistics | None]:
+    """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP)."""
+    if "mlp" in weights:
+        return swiglu(weights["mlp"], x_BTD), None
+    return mixture_of_experts(
+        weights["experts"], x_BTD, num_selected=cfg.experts_per_token, renormalize=cfg.renormalize_experts,
+        keep_BT=None if segment_ids_BT is None else segment_ids_BT > 0, capacity_factor=cfg.capacity_factor,
+        implementation=cfg.experts_implementation,
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Mixture of experts with a capacity (Lepikhin et al. 2021, Fedus et al. 2022): experts have a fixed number of slots.
+
+All arrays have static shapes, so that tokens and experts can be on different devices: on a mesh whose axis splits the
+batch and the experts, tokens move to the devices of their experts and back with an all-to-all.
+
+Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert, C slots
+of an expert in a row, A = T * N assignments of a row, P = E * C slots of a row.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.nn.experts.dropless import SAVED
+from jaxlm.nn.experts.router import Routing
+from jaxlm.nn.experts.rows import permute_rows
+from jaxlm.sharding import constrain
+
+
+def with_capacity(
+    weights: dict[str, jax.Array], x_BTD: jax.Array, routing: Routing, keep_BT: jax.Array | None, factor: float
+) -> jax.Array:
+    """The weighted sum of the outputs of the experts that accepted the token, [B, T, D].
+
+    In each row, an expert accepts at most ``factor * (tokens of the row) * N / E`` tokens, rounded up. Earlier tokens
+    come first, so the result for a token depends on later tokens only through the number of tokens. An expert that did
+    not accept a token adds 0 to its output. So a token that no expert accepted has the output 0, and only the residual
+    connection carries it. Padding tokens get no slot and have the output 0.
+    """
+    (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
+    limits = np.minimum(np.ceil(factor * np.arange(T + 1) * N / E), T).astype(np.int32)  # by the number of tokens
+    C, A, P = int(limits[T]), T * N, E * int(limits[T])
+    # The position of a token in its row decides about its slot, so all tokens of a row must be on one device.
+    x_BTD = constrain(x_BTD, ("batch", None, "activation_embed"))
+    keep_BT = jnp.ones_like(routing.experts[:, :, 0], bool) if keep_BT is None else keep_BT
+    limit_B = jnp.asarray(limits)[jnp.sum(keep_BT, axis=1)]
+    is_expert_BAE = jax.nn.one_hot(routing.experts, E, dtype=jnp.int32).reshape(B, A, E)
+    is_expert_BAE = is_expert_BAE * jnp.repeat(keep_BT, N, axis=1)[..., None]
+    position_BA = jnp.sum(jnp.cumsum(is_expert_BAE, axis=1) * is_expert_BAE, axis=2) - 1  # -1 at padding
+    is_accepted_BA = (position_BA >= 0) & (position_BA < limit_B[:, None])
+    slot_BA = jnp.where(is_accepted_BA, routing.experts.reshape(B, A) * C + position_BA, P)
+
+    def assignments_of(slot_A: jax.Array) -> jax.Array:
+        return jnp.full(P, A, jnp.int32).at[slot_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
+
+    assignment_BP = jax.vmap(assignments_of)(slot_BA)
+    x_BAD = jnp.broadcast_to(x_BTD[:, :, None], (B, T, N, D)).reshape(B, A, D)
+    x_BECD = jax.vmap(permute_rows)(x_BAD, assignment_BP, slot_BA).reshape(B, E, C, D)
+    y_BECD = _run_experts(weights, x_BECD)
+    y_BAD = jax.vmap(permute_rows)(y_BECD.reshape(B, P, D), slot_BA, assignment_BP)
+    return jnp.einsum("BTND,BTN->BTD", y_BAD.reshape(B, T, N, D), routing.weights.astype(x_BTD.dtype))
+
+
+def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
+    """The output of expert e for the tokens in its slots ``x[:, e]``. Both changes of sharding are all-to-alls."""
+    x_BECD = constrain(x_BECD, ("batch", None, None, "activation_embed"))
+    x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
+
+    def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        return checkpoint_name(jnp.einsum(equation, x, w), SAVED)
+
+    gate, up = (matmul("BECD,EDF->BECF", x_BECD, weights[name]) for name in ("gate", "up"))
+    hidden_BECF = constrain(jax.nn.silu(gate) * up, ("expert_batch", "expert", None, "mlp"))
+    y_BECD = matmul("BECF,EFD->BECD", hidden_BECF, weights["down"])
+    y_BECD = constrain(y_BECD, ("expert_batch", "expert", None, "activation_embed"))
+    return constrain(y_BECD, ("batch", None, None, "activation_embed"))

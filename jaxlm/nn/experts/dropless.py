@@ -1,0 +1,125 @@
+"""Mixture of experts in which each expert computes exactly its tokens, however many there are (Gale et al. 2023).
+
+The assignments of tokens to experts are sorted by expert. Then one grouped matmul computes all experts.
+
+Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
+A = B * T * N assignments, S rows of a block, P slots (rows of all blocks), C and D' inputs and outputs of a matmul.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.nn import choices
+from jaxlm.nn.experts.router import Routing
+from jaxlm.nn.experts.rows import Groups, group_by_expert, permute_rows
+from jaxlm.sharding import map_shards
+
+GroupedMatmul = Literal["ragged_dot", "blocks"]
+SAVED = "experts"
+"""Name of the outputs of grouped matmuls, so that rematerialization can save them (``jax.ad_checkpoint``)."""
+
+
+def dropless(
+    weights: dict[str, jax.Array],
+    x_BTD: jax.Array,
+    routing: Routing,
+    keep_BT: jax.Array | None,
+    grouped_matmul: GroupedMatmul,
+) -> jax.Array:
+    """The weighted sum of the selected experts' outputs for each token, [B, T, D]; zeros at padding.
+
+    On a mesh, each device sorts its tokens. If experts or their hidden width are split, each device computes its part
+    of the experts for the tokens of all devices that have the other parts, and the results are added.
+    """
+    num_experts = weights["gate"].shape[0]
+    experts_BTN = routing.experts
+    if keep_BT is not None:
+        experts_BTN = jnp.where(keep_BT[..., None], experts_BTN, num_experts)
+    tokens = ("expert_batch", "seq", None)
+    run = map_shards(
+        functools.partial(_run_experts, grouped_matmul=grouped_matmul),
+        in_axes=(
+            tokens, tokens, tokens, ("expert",), ("expert", None, "mlp"), ("expert", None, "mlp"),
+            ("expert", "mlp", None),
+        ),
+        out_axes=tokens,
+        sum_over=("expert", "mlp"),
+    )  # fmt: skip
+    numbers_E = jnp.arange(num_experts, dtype=jnp.int32)
+    weights_BTN = routing.weights.astype(x_BTD.dtype)
+    return run(x_BTD, weights_BTN, experts_BTN, numbers_E, weights["gate"], weights["up"], weights["down"])
+
+
+def _run_experts(
+    x_BTD: jax.Array,
+    weights_BTN: jax.Array,
+    experts_BTN: jax.Array,
+    numbers_E: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    grouped_matmul: GroupedMatmul,
+) -> jax.Array:
+    """The output of the experts whose numbers are ``numbers_E``, which are consecutive."""
+    (B, T, D), N, E = x_BTD.shape, experts_BTN.shape[2], numbers_E.shape[0]
+    expert_A = experts_BTN.reshape(-1) - numbers_E[0]
+    S = choices.expert_block_rows(expert_A.shape[0], E) if grouped_matmul == "blocks" else 1
+    groups = group_by_expert(expert_A, E, S)
+    matmul = functools.partial(_MATMULS[grouped_matmul], groups=groups)
+    x_AD = jnp.broadcast_to(x_BTD.reshape(B * T, 1, D), (B * T, N, D)).reshape(-1, D)
+    x_PD = permute_rows(x_AD, groups.assignments, groups.slots)
+    hidden_PF = jax.nn.silu(matmul(x_PD, gate_EDF)) * matmul(x_PD, up_EDF)
+    y_AD = permute_rows(matmul(hidden_PF, down_EFD), groups.slots, groups.assignments)
+    return jnp.einsum("BTND,BTN->BTD", y_AD.reshape(B, T, N, D), weights_BTN)
+
+
+def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
+    return checkpoint_name(lax.ragged_dot(x_PC, w_ECD, groups.sizes), SAVED)
+
+
+def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
+    """The grouped matmul as a loop over blocks of rows that have the same expert."""
+    blocks = groups.block_experts.shape[0]
+    y = _block_matmul(x_PC.reshape(blocks, -1, x_PC.shape[1]), w_ECD, groups.block_experts)
+    return checkpoint_name(y.reshape(-1, y.shape[2]), SAVED)
+
+
+_MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
+
+
+@jax.custom_vjp
+def _block_matmul(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> jax.Array:
+    """``x[n] @ w[expert[n]]`` for each of N blocks. The gradient of ``w`` is summed in place, block by block."""
+    return _multiply_blocks(x_NSC, w_ECD, expert_N)
+
+
+def _multiply_blocks(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> jax.Array:
+    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_NSC, expert_N))
+
+
+def _block_matmul_forward(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> tuple[jax.Array, Any]:
+    return _multiply_blocks(x_NSC, w_ECD, expert_N), (x_NSC, w_ECD, expert_N)
+
+
+def _block_matmul_backward(saved: Any, dy_NSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_NSC, w_ECD, expert_N = saved
+
+    def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+        x_SC, dy_SD, expert = block
+        dw_CD = jnp.matmul(x_SC.T, dy_SD, preferred_element_type=jnp.float32)
+        dw_ECD = lax.dynamic_update_index_in_dim(dw_ECD, dw_ECD[expert] + dw_CD, expert, 0)
+        return dw_ECD, dy_SD @ w_ECD[expert].T
+
+    dw_ECD, dx_NSC = lax.scan(step, jnp.zeros(w_ECD.shape, jnp.float32), (x_NSC, dy_NSD, expert_N))
+    return dx_NSC, dw_ECD.astype(w_ECD.dtype), None
+
+
+_block_matmul.defvjp(_block_matmul_forward, _block_matmul_backward)

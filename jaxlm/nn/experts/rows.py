@@ -1,0 +1,85 @@
+"""Permutations of rows whose gradient is a gather, and the order of the rows that a grouped matmul needs.
+
+An assignment is a pair of a token and one of its selected experts.
+
+Shapes: R and Q numbers of rows, A assignments, E experts, S rows of a block, P slots (rows of all blocks).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
+
+    Args:
+        index_Q: for each row of the result, its row in ``x``. No row of ``x`` occurs twice.
+        inverse_R: for each row of ``x``, its row in the result; out of range if it has none. The gradient is a gather
+            with ``inverse_R``, because the scatter of autodiff is slow.
+    """
+    return _gather_rows(x_RD, index_Q)
+
+
+def _gather_rows(x_RD: jax.Array, index_Q: jax.Array) -> jax.Array:
+    return x_RD.at[index_Q].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _permute_forward(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _gather_rows(x_RD, index_Q), inverse_R
+
+
+def _permute_backward(inverse_R: jax.Array, dy_QD: jax.Array) -> tuple[jax.Array, None, None]:
+    return _gather_rows(dy_QD, inverse_R), None, None
+
+
+permute_rows.defvjp(_permute_forward, _permute_backward)
+
+
+class Groups(NamedTuple):
+    """The assignments in the order of their experts. The slots of each expert begin at a multiple of S.
+
+    Attributes:
+        assignments: [P], the assignment in each slot; A for an empty slot.
+        slots: [A], the slot of each assignment; P for an assignment without an expert.
+        sizes: [E], the number of assignments of each expert.
+        block_experts: [P / S], the expert of each block.
+    """
+
+    assignments: jax.Array
+    slots: jax.Array
+    sizes: jax.Array
+    block_experts: jax.Array
+
+
+def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> Groups:
+    """The assignments, sorted by their expert, with ``block_rows`` slots per block.
+
+    Args:
+        expert_A: the expert of each assignment. An assignment with another number than 0 to E - 1 gets no slot.
+
+    Example:
+        >>> groups = group_by_expert(jnp.array([1, 0, 1, 1]), num_experts=2, block_rows=2)
+        >>> groups.assignments.tolist(), groups.slots.tolist(), groups.block_experts.tolist()
+        ([1, 4, 0, 2, 3, 4], [2, 0, 3, 4], [0, 1, 1])
+    """
+    A, E, S = expert_A.shape[0], num_experts, block_rows
+    num_blocks = min(A, (A + E * (S - 1)) // S)  # enough for every routing
+    P = num_blocks * S
+    expert_A = jnp.where((expert_A >= 0) & (expert_A < E), expert_A, E)
+    order_A = jnp.argsort(expert_A, stable=True)
+    sorted_A = expert_A[order_A]
+    start_E = jnp.searchsorted(sorted_A, jnp.arange(E + 1, dtype=sorted_A.dtype)).astype(jnp.int32)
+    size_E = jnp.diff(start_E)
+    blocks_E = -(-size_E // S)
+    end_E = jnp.cumsum(blocks_E)
+    first_slot_E = jnp.append((end_E - blocks_E) * S, P)
+    rank_A = jnp.arange(A, dtype=jnp.int32) - start_E[sorted_A]
+    slot_A = jnp.where(sorted_A < E, first_slot_E[sorted_A] + rank_A, P)
+    assignments_P = jnp.full(P, A, jnp.int32).at[slot_A].set(order_A.astype(jnp.int32), mode="drop")
+    block_experts = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right"), E - 1)
+    return Groups(assignments_P, jnp.zeros(A, jnp.int32).at[order_A].set(slot_A), size_E, block_experts)
