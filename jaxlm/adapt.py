@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.spec import EXPERT, LAYERS, ZEROS, ArraySpec, Initializer, Uniform
+from jaxlm.spec import EXPERT, LAYERS, ZEROS, ArraySpec, Initializer, Params, Uniform
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 """Keys of the two factors that :class:`LoRA` puts at the path of a weight."""
@@ -44,7 +44,7 @@ class Adaptation(Protocol):
         """Specs of the frozen tree."""
         ...
 
-    def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
+    def split(self, model_specs: spec.Tree, params: Params, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
         """The trained and the frozen tree. ``key`` initializes parameters that ``params`` does not contain."""
         ...
 
@@ -139,7 +139,7 @@ class Freeze:
         return self._select_frozen(model_specs, self._matched_paths(model_specs))
 
     def split(
-        self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array | None = None
+        self, model_specs: spec.Tree, params: Params, key: jax.Array | None = None
     ) -> tuple[spec.Tree, spec.Tree]:
         """The trained and the frozen tree of ``params``. ``key`` is not used."""
         matched = self._matched_paths(model_specs)
@@ -235,7 +235,7 @@ class LoRA:
         """Specs of the frozen tree."""
         return self.frozen(model_specs, model_specs)
 
-    def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
+    def split(self, model_specs: spec.Tree, params: Params, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
         """The trained tree, with new factors drawn from ``key``, and the frozen tree.
 
         The values of the factors of a weight depend neither on the layer layout nor on the other targets.
@@ -245,7 +245,7 @@ class LoRA:
         trained = _union(factors, _filter(params, lambda name: name in fully_trained))
         return trained, self.frozen(model_specs, params)
 
-    def frozen(self, model_specs: spec.Tree, params: spec.Tree) -> spec.Tree:
+    def frozen(self, model_specs: spec.Tree, params: Params) -> spec.Tree:
         """The frozen tree of ``params``. :meth:`merge` needs it together with a saved trained tree."""
         fully_trained = self._fully_trained_paths(model_specs)
         return _filter(params, lambda name: name not in fully_trained)

@@ -23,6 +23,18 @@ import numpy as np
 Tree = Any
 """A pytree (nested dicts) of arrays or of specs."""
 
+Array = jax.Array | np.ndarray
+"""An array on a device or on the host."""
+
+Params = dict[str, Any]
+"""Parameters of a model or of a layer: nested dicts of arrays. Layers are a tuple of dicts, or one dict of stacks."""
+
+LayerTrees = tuple[dict[str, Any], ...] | dict[str, Any]
+"""Parameters or states of all layers (:func:`layers`): a tuple with one tree per layer, or one dict of stacks."""
+
+State = dict[str, Any]
+"""A model state between two calls: nested dicts of arrays with the structure of ``state_specs``."""
+
 # --------------------------------------------------------------------------------------------- initializers
 # Initializers are frozen dataclasses instead of closures, so that a spec is hashable and compares by value.
 
@@ -293,7 +305,7 @@ smaller than with one operation per array. Each larger array is drawn in its own
 """
 
 
-def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
+def _draw(specs: dict[str, ArraySpec], key: jax.Array | None) -> dict[str, jax.Array]:
     """The initial values ``{path name: array}`` of ``{path name: spec}``; all initializers are random."""
     groups: dict[Any, list[str]] = {}
     for name, spec in specs.items():

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxlm.data.tokens import check_ids_1d, check_tokens
+from jaxlm.spec import State
 
 
 class Window(NamedTuple):
@@ -398,7 +399,7 @@ class Batches(Iterator[Any]):
         """The JSON-compatible state of the iterator."""
         return {"next": self._next, "source": dict(self._fingerprint)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Continue from a saved state.
 
         Raises:

@@ -20,10 +20,11 @@ from flax import struct
 from jaxlm import spec
 from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
 """A cache of at most twice this number of slots has its full size from the start. A larger cache grows in stages."""
@@ -77,7 +78,7 @@ class BeamConfig:
 
 def beam_search(
     model: Model,
-    params: Any,
+    params: Params,
     prompts: Array,
     segment_ids: Array | None = None,
     *,
@@ -85,7 +86,7 @@ def beam_search(
     beams: BeamConfig,
     end_id: EndId = None,
     allowed_ids: int | None = None,
-    state: Any = None,
+    state: State | None = None,
 ) -> Beams:
     """The best continuations of each prompt that a beam search finds.
 
@@ -133,7 +134,7 @@ def beam_search(
     return search.finished
 
 
-def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> list[int]:
+def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: int) -> list[int]:
     """The number of cache slots in each stage of the search.
 
     Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, or
@@ -198,7 +199,7 @@ class _Search:
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "slots", "first_slots"))
 def _start_search(
     model: Model,
-    params: Any,
+    params: Params,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     state: Any,
@@ -235,7 +236,7 @@ def _start_search(
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "prompt_length"))
 def _continue_search(
-    model: Model, params: Any, search: _Search, rules: _Rules, *, slots: int, prompt_length: int
+    model: Model, params: Params, search: _Search, rules: _Rules, *, slots: int, prompt_length: int
 ) -> _Search:
     """The search after it has ended or has filled a cache of ``slots`` slots."""
     B, K, N = search.live_tokens.shape

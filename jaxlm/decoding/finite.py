@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxlm import spec
 from jaxlm.models import Model
+from jaxlm.spec import Params, State
 
 MAX_NAMED = 3
 """Maximum number of parameters, and of rows, that an error message names. The message counts the others."""
@@ -40,7 +41,7 @@ def rows_finite(logits_BV: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(logits_BV), axis=-1)
 
 
-def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = None) -> None:
+def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State | None = None) -> None:
     """Raise :class:`NotFiniteError` if a flag of :func:`rows_finite` is False. During tracing nothing is checked.
 
     Args:
@@ -65,7 +66,7 @@ def rename_rows_in_errors(what: str, numbers: Sequence[int] | np.ndarray) -> Ite
         raise NotFiniteError(what, rows, error.cause) from None
 
 
-def _cause(model: Model, params: Any, state: Any) -> str:
+def _cause(model: Model, params: Params, state: State | None) -> str:
     """Text for an error message: the arrays that are not finite, and the fix."""
     found, largest = _not_finite(params)
     if found:

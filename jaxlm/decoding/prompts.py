@@ -16,8 +16,7 @@ import numpy as np
 from jaxlm import spec
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
-
-Array = jax.Array | np.ndarray
+from jaxlm.spec import Array, Params, State
 
 EndId = int | Sequence[int] | None
 """The token id or token ids that end a row. None: no id ends a row."""
@@ -44,7 +43,7 @@ def check_prompts(
     max_new_tokens: int,
     end_id: EndId,
     allowed_ids: int | None,
-    state: Any = None,
+    state: State | None = None,
 ) -> tuple[int, int]:
     """The number of ids that may be generated, and the number of cache slots, after a check of all arguments.
 
@@ -155,7 +154,12 @@ def _traced(x: Any) -> bool:
 
 
 def read_prompts(
-    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: jax.Array | None, slots: int, state: Any = None
+    model: Model,
+    params: Params,
+    prompts_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    slots: int,
+    state: State | None = None,
 ) -> tuple[Any, jax.Array]:
     """The model state after the prompts, and the logits [B, V] of the next token of each row.
 
@@ -170,7 +174,7 @@ def read_prompts(
 
 
 def read_tokens(
-    model: Model, params: Any, state: Any, tokens_B: jax.Array, reads_token_B: jax.Array | None = None
+    model: Model, params: Params, state: Any, tokens_B: jax.Array, reads_token_B: jax.Array | None = None
 ) -> tuple[Any, jax.Array]:
     """The model state after one more token in each row, and the logits [B, V] of the next token.
 

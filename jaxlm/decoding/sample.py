@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Array, Params, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Generation:
 
 def generate(
     model: Model,
-    params: Any,
+    params: Params,
     prompts: Array,
     segment_ids: Array | None = None,
     *,
@@ -178,7 +179,7 @@ def generate(
     key: jax.Array | None = None,
     end_id: EndId = None,
     allowed_ids: int | None = None,
-    state: Any = None,
+    state: State | None = None,
 ) -> Generation:
     """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends with ``end_id``.
 
@@ -222,7 +223,7 @@ def generate(
 
 def prefill(
     model: Model,
-    params: Any,
+    params: Params,
     prompts: Array,
     segment_ids: Array | None = None,
     *,
@@ -231,7 +232,7 @@ def prefill(
     key: jax.Array | None = None,
     end_id: EndId = None,
     allowed_ids: int | None = None,
-    state: Any = None,
+    state: State | None = None,
 ) -> Progress:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
@@ -243,7 +244,7 @@ def prefill(
     return progress
 
 
-def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Array) -> Progress:
+def advance(model: Model, params: Params, progress: Progress, steps: int | jax.Array) -> Progress:
     """The generation after up to ``steps`` more tokens in every row.
 
     The buffers of ``progress`` are donated, so ``progress`` must not be used afterwards.
@@ -320,7 +321,13 @@ def _has_row_keys(key: jax.Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _generate(
-    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: Any, key: Any, state: Any, settings: Settings
+    model: Model,
+    params: Params,
+    prompts_BT: jax.Array,
+    segment_ids_BT: Any,
+    key: jax.Array | None,
+    state: Any,
+    settings: Settings,
 ) -> Generation:
     progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, settings)
     progress = _advance(model, params, progress, settings.max_new_tokens - 1, sharding=settings.sharding)
@@ -330,7 +337,7 @@ def _generate(
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _prefill(
     model: Model,
-    params: Any,
+    params: Params,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     key: jax.Array | None,
@@ -393,7 +400,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="progress")
 def _advance(
-    model: Model, params: Any, progress: Progress, steps: int | jax.Array, *, sharding: Sharding | None
+    model: Model, params: Params, progress: Progress, steps: int | jax.Array, *, sharding: Sharding | None
 ) -> Progress:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])

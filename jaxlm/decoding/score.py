@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
-from jaxlm.decoding.prompts import Array, check_ids, source_vocab_size
+from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Array, Params
 
 CHUNK_LOGITS = 2**22
 """Maximum number of logits in memory at a time (16 MiB), unless one time step of the batch has more."""
@@ -37,7 +38,7 @@ class TokenScores(NamedTuple):
     greedy: jax.Array
 
 
-def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
+def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
     The value is 0 if the next token is padding or begins another document. Logits are computed in chunks, so the logits
@@ -61,7 +62,7 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
     return token_scores(model, params, tokens, segment_ids).log_probs
 
 
-def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> TokenScores:
+def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array | None = None) -> TokenScores:
     """The scores [B, T - 1] of ``tokens[:, t + 1]`` given ``tokens[:, :t + 1]``.
 
     The arguments and errors are the same as in :func:`log_likelihood`, which returns only the ``log_probs``.
@@ -76,7 +77,7 @@ def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | 
 
 def target_log_likelihood(
     model: Model,
-    params: Any,
+    params: Params,
     source: Array,
     targets: Array,
     *,
@@ -106,7 +107,7 @@ def target_log_likelihood(
 
 def target_token_scores(
     model: Model,
-    params: Any,
+    params: Params,
     source: Array,
     targets: Array,
     *,
@@ -134,7 +135,7 @@ def target_token_scores(
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def _token_scores(
     model: Model,
-    params: Any,
+    params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     *,
@@ -151,7 +152,7 @@ def _token_scores(
 
 
 def _scores(
-    model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, is_predicted_BT: jax.Array | None
+    model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, is_predicted_BT: jax.Array | None
 ) -> tuple[TokenScores, jax.Array]:
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 
@@ -179,7 +180,7 @@ def _scores(
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def _target_token_scores(
     model: Model,
-    params: Any,
+    params: Params,
     source_BS: jax.Array,
     targets_BT: jax.Array,
     decoder_BT: jax.Array,
@@ -214,7 +215,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: Model, params: Any, ids: np.ndarray, *, window: int, stride: int, batch_size: int = 8
+    model: Model, params: Params, ids: np.ndarray, *, window: int, stride: int, batch_size: int = 8
 ) -> Perplexity:
     """The perplexity of a long text, scored in overlapping windows of ``window`` tokens.
 

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import Array, EndId, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, draw_keys, filter_logits, settings_of
 from jaxlm.models import Model
+from jaxlm.spec import Array
 
 
 @struct.dataclass

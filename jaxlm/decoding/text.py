@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, pad_prompts, read_sources
 from jaxlm.models import Model
+from jaxlm.spec import Params
 
 CHUNK = 8
 """Number of tokens between two searches for stop strings."""
@@ -33,7 +33,7 @@ UNSET_CONFIG = GenerationConfig()
 
 def generate_text(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str] | Sequence[np.ndarray],
     config: GenerationConfig = UNSET_CONFIG,
@@ -83,7 +83,7 @@ def generate_text(
 
 def stream_text(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     text: str,
     config: GenerationConfig = UNSET_CONFIG,
@@ -155,7 +155,7 @@ class _TextGenerator:
     """Generates the texts of a request with a model and a tokenizer."""
 
     def __init__(
-        self, model: Model, params: Any, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
+        self, model: Model, params: Params, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
     ) -> None:
         require_task(
             model, ("causal", "permutation", "seq2seq"), "it generates no text",

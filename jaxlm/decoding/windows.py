@@ -19,6 +19,7 @@ from jaxlm.decoding.batches import bucket_length, pad_rows
 from jaxlm.decoding.sample import Progress, Sampling, advance, prefill, row_keys
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Params, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_sources(request: TokenRequest, sources: Sequence[np.ndarray], length: i
 @functools.partial(jax.jit, static_argnames=("model", "length", "sharding"))
 def _read_sources(
     model: Model,
-    params: Any,
+    params: Params,
     source_BS: jax.Array,
     segment_ids_BS: jax.Array,
     *,
@@ -111,7 +112,7 @@ class WindowedGeneration:
         state = None if sources is None else read_sources(request, sources, request.max_new_tokens)
         self.progress = self._open(self.rows, state)
 
-    def _open(self, prompts: Sequence[np.ndarray], state: Any = None) -> Progress:
+    def _open(self, prompts: Sequence[np.ndarray], state: State | None = None) -> Progress:
         """The generation in a new window, after it has read the prompts and drawn the first new token of each row."""
         request, limit = self._request, self._request.max_positions
         if state is None:

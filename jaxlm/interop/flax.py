@@ -18,6 +18,7 @@ from flax.core import unfreeze
 
 from jaxlm import spec
 from jaxlm.models import Model
+from jaxlm.spec import Params
 
 
 class LinenModel(linen.Module):
@@ -65,7 +66,7 @@ def as_linen(model: Model) -> LinenModel:
 class NNXModel(nnx.Module):
     """A model as a ``flax.nnx.Module``; see :func:`as_nnx`."""
 
-    def __init__(self, model: Model, params: spec.Tree) -> None:
+    def __init__(self, model: Model, params: Params) -> None:
         self.model = model
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
@@ -105,5 +106,6 @@ def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | No
         raise ValueError("pass exactly one of rngs (for new parameters) and params (existing parameters)")
     if rngs is not None:
         return NNXModel(model, model.init(rngs.params()))
+    assert params is not None
     spec.require_same(model.specs, params, f"parameters of {model.family}", dtypes=False)
     return NNXModel(model, params)

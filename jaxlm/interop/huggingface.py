@@ -50,6 +50,7 @@ from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 from jaxlm.sharding import Sharding
+from jaxlm.spec import Params
 
 __all__ = ["load_pretrained", "named_tensors", "params_from_tensors", "save_pretrained"]
 
@@ -138,7 +139,7 @@ def load_pretrained(
 def save_pretrained(
     directory: str | os.PathLike[str],
     model: Model,
-    params: spec.Tree,
+    params: Params,
     tokenizer: Tokenizer | None = None,
     *,
     max_shard_bytes: int = 5_000_000_000,
@@ -207,7 +208,7 @@ def save_pretrained(
         processes.barrier("saved")
 
 
-def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_bytes: int) -> list[str]:
+def _write_weights(directory: Path, model: Model, params: Params, max_shard_bytes: int) -> list[str]:
     """Write ``params`` to files, and return the file names. Several files need an index, which is the last name."""
     flat = spec.flatten(params)
     locations = locations_of(model, format_of(model))

@@ -32,7 +32,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Identity, Normal, fold_name
+from jaxlm.spec import ArraySpec, Identity, Normal, Params, State, fold_name
 
 Task = Literal["causal", "classification", "none"]
 Embedding = Literal["one_hot", "learned"]
@@ -88,10 +88,10 @@ class Config(common.ModelConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -118,7 +118,7 @@ def apply(
 
 
 def _text_features(
-    cfg: Config, params: dict[str, Any], table: jax.Array, tokens: jax.Array, segment_ids: Any
+    cfg: Config, params: Params, table: jax.Array, tokens: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
     """The features of the classifier after all convolutions and poolings, [B, S, C]."""
     tokens, is_real_BT, is_one_text_B = fixed_length(tokens, segment_ids, cfg.max_positions, reverse=cfg.reverse)
@@ -133,7 +133,13 @@ def _text_features(
 
 
 def _causal_hidden_states(
-    cfg: Config, params: dict[str, Any], table: jax.Array, tokens: jax.Array, state: Any, segment_ids: Any, key: Any
+    cfg: Config,
+    params: Params,
+    table: jax.Array,
+    tokens: jax.Array,
+    state: State | None,
+    segment_ids: jax.Array | None,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """The hidden states of the language model, [B, T, fc_dim], and its new state."""
     tails = {} if state is None else state
@@ -154,7 +160,7 @@ def _causal_hidden_states(
     }
 
 
-def _hidden_layers(cfg: Config, params: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _hidden_layers(cfg: Config, params: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     for name in ("fc_1", "fc_2"):
         x = dropout(jax.nn.relu(linear(params[name], x)), cfg.dropout, fold_name(key, name))
     return x
@@ -162,7 +168,7 @@ def _hidden_layers(cfg: Config, params: dict[str, Any], x: jax.Array, key: jax.A
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -174,7 +180,7 @@ def pool(
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     Logits of labels are [B, 1, num_labels]; ``hidden`` is then the output of :func:`pool`.

@@ -33,7 +33,7 @@ from jaxlm.nn.recurrence import project_time_major, select_state
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
 
 Attention = Literal["bahdanau", "luong"]
 Task = Literal["seq2seq", "none"]
@@ -92,12 +92,12 @@ class Config(common.ModelConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
     source: jax.Array | None = None,
     source_segment_ids: jax.Array | None = None,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -119,10 +119,11 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
-    initial = state
     if state is None:
         assert source is not None
         initial = init_decode_state(cfg, params, source, tokens.shape[1], segment_ids=source_segment_ids, key=key)
+    else:
+        initial = state
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
@@ -153,7 +154,7 @@ def apply(
 
 
 def _attend(
-    cfg: Config, params: dict[str, Any], source: dict[str, Any], segment_B: jax.Array, query_BH: jax.Array
+    cfg: Config, params: Params, source: dict[str, Any], segment_B: jax.Array, query_BH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Context vectors [B, C] and attention weights [B, S] of one query per row, over the row's current document.
 
@@ -178,7 +179,7 @@ def _attend(
 
 
 def _with_copied(
-    cfg: Config, params: dict[str, Any], features: jax.Array, x: jax.Array, outputs: Any, source_BS: jax.Array
+    cfg: Config, params: Params, features: jax.Array, x: jax.Array, outputs: Any, source_BS: jax.Array
 ) -> jax.Array:
     """The concatenation [features D; gate 1; copied V], from which :func:`logits` computes the mixture."""
     gate = copy_gate(params, outputs["state"], x, outputs["context"])
@@ -188,7 +189,7 @@ def _with_copied(
     return constrain(jnp.concatenate([features, gate, copied], axis=-1), ("batch", "seq", "activation_embed"))
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
 
     With ``copy``, these are log-probabilities of the mixture of generated and copied tokens.
@@ -207,7 +208,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 
 def encode(
-    cfg: Config, params: dict[str, Any], source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config, params: Params, source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
 
@@ -219,9 +220,7 @@ def encode(
     return _encode(cfg, params, source, segment_ids, key)["encoded"]
 
 
-def _encode(
-    cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: Any, key: jax.Array | None
-) -> dict[str, Any]:
+def _encode(cfg: Config, params: Params, source: jax.Array, segment_ids: Any, key: jax.Array | None) -> dict[str, Any]:
     """The encoded source: a dict with ``encoded`` (see :func:`encode`) and ``segment_ids``.
 
     For luong, it also has ``states``, the LSTM state of each layer after each token; with copy, also ``tokens``.
@@ -239,7 +238,7 @@ def _encode(
 
 
 def init_decode_state(
-    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: Any = None, key: Any = None
+    cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: Any = None, key: Any = None
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
 
@@ -255,9 +254,7 @@ def init_decode_state(
     return {"decoder": decoder, "document": first_B1[:, 0], "source": source_state}
 
 
-def _initial_states(
-    cfg: Config, params: dict[str, Any], source: dict[str, Any], documents_BT: jax.Array
-) -> dict[str, Any]:
+def _initial_states(cfg: Config, params: Params, source: dict[str, Any], documents_BT: jax.Array) -> dict[str, Any]:
     """The decoder's state before the first token of each given document, [B, T, ...].
 
     The state is zero for a document that the source does not contain. Several rows may share a source
@@ -323,7 +320,7 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 
-def _gather_weights(cfg: Config, params: dict[str, Any]) -> dict[str, Any]:
+def _gather_weights(cfg: Config, params: Params) -> dict[str, Any]:
     """The parameters, with all-gathered weights of the loops over time (``common.gather_weights``)."""
     names_in_loops = ("encoder", "decoder", "alignment", "output")
     loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}

@@ -41,7 +41,7 @@ from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
 
 Task = Literal["causal", "classification"]
 
@@ -90,10 +90,10 @@ class Config(common.ModelConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -133,7 +133,7 @@ def apply(
 
 def _attend(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     x_BTH: jax.Array,
     tokens_BT: jax.Array,
     old_memory: Any,
@@ -171,7 +171,7 @@ def _attend(
     return jnp.tanh(linear(output["found"], context_BTK) + linear(output["state"], prediction_BTK)), new_memory
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`pool`.
@@ -184,7 +184,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -197,7 +197,7 @@ def pool(
 
 
 def attention_weights(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
+    cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
     """The pooling weights of each hop for each token, [B, R, T] float32; they are 0 for padding and sum to 1.
 

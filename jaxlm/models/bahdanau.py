@@ -24,14 +24,14 @@ from jaxlm.nn import recurrence
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Uniform
+from jaxlm.spec import ArraySpec, Params, State, Uniform
 
 if TYPE_CHECKING:
     from jaxlm.models.attention_rnn import Config
 
 
 def encode(
-    cfg: Config, weights: dict[str, Any], x_BSE: jax.Array, segments_BS: jax.Array, key: jax.Array | None
+    cfg: Config, weights: Params, x_BSE: jax.Array, segments_BS: jax.Array, key: jax.Array | None
 ) -> dict[str, Any]:
     """The states of both directions at each source token: {"encoded": [B, S, C]}."""
     reset, keep, _ = segment_boundaries(segments_BS)
@@ -42,9 +42,7 @@ def encode(
     return {"encoded": constrain(encoded, ("batch", None, "activation_embed"))}
 
 
-def initial_states(
-    cfg: Config, weights: dict[str, Any], source: dict[str, Any], in_document_BTS: jax.Array
-) -> dict[str, Any]:
+def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's states [B, T, ...] from the backward states at the first source tokens of documents."""
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
     backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
@@ -54,10 +52,10 @@ def initial_states(
 
 def step(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     attend: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     projected_BGH: jax.Array,
-    state: dict[str, Any],
+    state: State,
     key: jax.Array | None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The next state, and s[t-1], c[t] and the attention weights (appendix A.2.2)."""
@@ -69,7 +67,7 @@ def step(
     return new_state, {"state": state_BH, "context": context_BC, "weights": weights_BS}
 
 
-def features(weights: dict[str, Any], x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
+def features(weights: Params, x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
     """The maximum of each pair of units of U s + V e + C c (Goodfellow et al. 2013), [B, T, D]."""
     inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
     pairs_BTD2 = sum(linear(weights[name], x) for name, x in inputs.items())

@@ -26,7 +26,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, fold_name
 
 TASKS = ("masked", "classification", "token_classification", "span_qa", "none")
 
@@ -90,7 +90,7 @@ class Config(common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
     state: None = None,
@@ -137,7 +137,7 @@ def apply(
 
 def _embed(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     segment_ids: jax.Array | None,
     positions: jax.Array | None,
@@ -159,7 +159,7 @@ def _embed(
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 
-def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
+def _attention(cfg: Config, weights: Params, x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
     q, k, v = (
         constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
     )
@@ -172,13 +172,13 @@ def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, k
     )
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = activation(cfg.activation)(linear(weights["up"], x))
     x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
     return dropout(x, cfg.hidden_dropout, fold_name(key, "mlp_output"))
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, num_labels] float32.
 
     For task masked, V is padded (``vocab_multiple``); pass only the masked positions. For task classification,
@@ -198,7 +198,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -221,7 +221,7 @@ def pool(
 
 
 def next_sentence_logits(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
+    cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
     """The logits of the next-sentence head, [B, 2] float32: the second sentence follows the first (0), or not (1).
 

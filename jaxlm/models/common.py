@@ -13,7 +13,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import Array, ArraySpec, LayerTrees, Params, State
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -60,8 +60,8 @@ class TransformerConfig(LayeredConfig):
 def run_layers(
     block: Callable[[Any, Any], tuple[Any, Any]],
     x: Any,
-    weights: Any,
-    state: Any,
+    weights: LayerTrees,
+    state: LayerTrees | None,
     key: jax.Array | None,
     *,
     remat: Remat,
@@ -94,8 +94,8 @@ def run_layers(
 def run_layers_with_outputs(
     block: Callable[[jax.Array, Any], tuple[jax.Array, Any, Any]],
     x: jax.Array,
-    weights: Any,
-    state: Any,
+    weights: LayerTrees,
+    state: LayerTrees | None,
     key: jax.Array | None,
     *,
     remat: Remat,
@@ -115,10 +115,11 @@ def run_layers_with_outputs(
     block = _with_remat(block, remat, unrolled=per_layer)
     num_layers = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
-    if per_layer:
+    if isinstance(weights, tuple):
         new_states, outputs = [], []
         for i in range(num_layers):
-            layer = weights[i], None if state is None else state[i], None if keys is None else keys[i]
+            layer_state = state[i] if isinstance(state, tuple) else None
+            layer = weights[i], layer_state, None if keys is None else keys[i]
             x, new_state, output = block(x, layer)
             new_states.append(new_state)
             outputs += [] if output is None else [output]
@@ -160,7 +161,7 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
     return block
 
 
-def gather_weights(specs: Any, params: Any) -> Any:
+def gather_weights(specs: Any, params: Params) -> Any:
     """The parameters, all-gathered over mesh axes that shard ``embed``; for weights that a loop over time uses.
 
     So the weights are gathered once, instead of in each step of the loop. This is also needed for correctness: if
@@ -174,7 +175,7 @@ def gather_weights(specs: Any, params: Any) -> Any:
     return jax.tree.map(gather, specs, params)
 
 
-def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: Any) -> tuple[jax.Array, Any]:
+def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: State | None) -> tuple[jax.Array, Any]:
     """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
     If the tokens of a row do not fit into its cache, the hidden states of the row are NaN.
@@ -185,7 +186,7 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: An
     return jnp.where(context.valid_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
 
 
-def segment_ids_or_ones(ids: jax.Array, segment_ids: Any) -> jax.Array:
+def segment_ids_or_ones(ids: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """``segment_ids`` as int32, [B, T]; all ones (one document per row) if ``segment_ids`` is None."""
     # ``ones_like`` keeps the sharding of the ids.
     return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
@@ -240,7 +241,12 @@ def check_start_id(cfg: Any) -> None:
 
 
 def check_tokens(
-    tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None, *, what: str = "tokens"
+    tokens: Array,
+    segment_ids: Array | None,
+    positions: Array | None,
+    max_positions: int | None,
+    *,
+    what: str = "tokens",
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
@@ -283,7 +289,7 @@ def check_state_length(cfg: Any, length: int) -> None:
         )
 
 
-def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
+def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:
     """Raise ``ValueError`` unless exactly one of ``source`` and ``state`` is given and the other inputs match it."""
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"

@@ -15,7 +15,7 @@ import jax
 from jaxlm.models import common
 from jaxlm.nn.experts import Implementation, RouterStatistics, expert_specs, mixture_of_experts
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
-from jaxlm.spec import Initializer
+from jaxlm.spec import Initializer, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None
 
 
 def mlp(
-    cfg: Any, weights: dict[str, Any], x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+    cfg: Any, weights: Params, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
 ) -> tuple[jax.Array, RouterStatistics | None]:
     """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP)."""
     if "mlp" in weights:

@@ -30,7 +30,7 @@ from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
+from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
 Mixer = Literal["delta_rule", "attention"]
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
@@ -119,10 +119,10 @@ class Config(experts.ExpertsConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -141,10 +141,10 @@ def apply(
 
 def apply_with_routing(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
@@ -186,7 +186,7 @@ def apply_with_routing(
 
 
 def _delta_rule(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, x: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a gated delta rule, [B, T, D], and its new state."""
     (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
@@ -211,7 +211,7 @@ def _delta_rule(
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Context, angles: Any
+    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, angles: Any
 ) -> tuple[jax.Array, Any]:
     """The output of gated attention, [B, T, D], and its new cache."""
     query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))

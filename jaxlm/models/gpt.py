@@ -27,7 +27,7 @@ from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 NormPosition = Literal["before", "after"]
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
@@ -86,10 +86,10 @@ class Config(common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -133,7 +133,7 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Context, key: jax.Array | None
+    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     q, k, v = _project_qkv(weights["qkv"], x)
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
@@ -145,18 +145,18 @@ def _attention(
     return dropout(x, cfg.residual_dropout, fold_name(key, "attention_output")), kv
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = activation(cfg.activation)(linear(weights["up"], x))
     x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
     return dropout(x, cfg.residual_dropout, fold_name(key, "mlp_output"))
 
 
-def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:
+def _norm(cfg: Config, position: NormPosition, weights: Params, x: jax.Array) -> jax.Array:
     """The layer norm of ``x`` if ``position`` is the ``norm_position`` of the config, else ``x``."""
     return layer_norm(weights, x, cfg.norm_epsilon) if cfg.norm_position == position else x
 
 
-def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project_qkv(weights: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, each [B, T, H, K]."""
     if choices.fused_qkv():
         qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))

@@ -27,7 +27,7 @@ from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 Mixer = Literal["recurrent", "attention"]
 
@@ -101,10 +101,10 @@ class Config(common.LayeredConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -149,7 +149,7 @@ def apply(
 
 
 def _recurrent(
-    weights: dict[str, Any], x: jax.Array, state: Any, stream: window.Stream, start: Any, keep: Any
+    weights: Params, x: jax.Array, state: State | None, stream: window.Stream, start: Any, keep: Any
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
@@ -162,7 +162,7 @@ def _recurrent(
 
 def _attention(
     cfg: Config,
-    weights: dict[str, Any],
+    weights: Params,
     x: jax.Array,
     kv: Any,
     context: window_cache.Context,
@@ -180,12 +180,12 @@ def _attention(
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
-def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+def _mlp(weights: Params, x: jax.Array) -> jax.Array:
     gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
     return linear(weights["down"], jax.nn.gelu(gate) * up)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 

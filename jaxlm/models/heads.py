@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxlm.nn.embedding import unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Initializer
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 Task = Literal[
     "causal", "masked", "permutation", "seq2seq", "classification", "token_classification", "span_qa", "none"
@@ -30,7 +30,7 @@ HEADS = {"classification": "classifier", "token_classification": "token_classifi
 """The name of each task's head in the parameters."""
 
 
-def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the head for labels, [B, T, num_labels] (span_qa: 2) float32.
 
     Raises:
@@ -41,7 +41,7 @@ def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Arr
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
 
 
-def decoder_logits(cfg: Any, params: dict[str, Any], hidden: jax.Array, *, soft_cap: float | None = None) -> jax.Array:
+def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: float | None = None) -> jax.Array:
     """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     The head for the next token is ``head``, or ``token_embedding`` if ``cfg.tie_embeddings``. See :func:`head_logits`
@@ -84,7 +84,7 @@ def last_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) ->
 
 def pool_last_token(
     cfg: Any,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,

@@ -27,7 +27,7 @@ from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
@@ -106,10 +106,10 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -131,10 +131,10 @@ def apply(
 
 def apply_with_routing(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -171,7 +171,7 @@ def apply_with_routing(
 
 def _attention(
     cfg: Config,
-    weights: dict[str, Any],
+    weights: Params,
     x: jax.Array,
     kv: Any,
     context: cache.Context,
@@ -192,7 +192,7 @@ def _attention(
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
-def _with_window(mask: Mask, window: int, state: Any) -> Mask:
+def _with_window(mask: Mask, window: int, state: State | None) -> Mask:
     """The mask with a sliding window.
 
     With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.

@@ -20,15 +20,13 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
 
 if TYPE_CHECKING:
     from jaxlm.models.attention_rnn import Config
 
 
-def encode(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, segments_BS: jax.Array, key: jax.Array | None
-) -> dict[str, Any]:
+def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, key: jax.Array | None) -> dict[str, Any]:
     """The hidden state of the last layer, ``encoded`` [B, S, H], and the ``states`` of all layers at each token."""
     reset, keep, _ = segment_boundaries(segments_BS)
     states: dict[str, Any] = {}
@@ -40,9 +38,7 @@ def encode(
     return {"encoded": x, "states": states}
 
 
-def initial_states(
-    cfg: Config, weights: dict[str, Any], source: dict[str, Any], in_document_BTS: jax.Array
-) -> dict[str, Any]:
+def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's states [B, T, ...] from the encoder's states at the last source tokens of documents."""
     last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
     states = jax.tree.map(
@@ -53,10 +49,10 @@ def initial_states(
 
 def step(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     attend: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     projected_BGH: jax.Array,
-    state: dict[str, Any],
+    state: State,
     key: jax.Array | None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The next state, and h[t], c[t], the attention weights and h~[t] (section 3)."""
@@ -74,7 +70,7 @@ def step(
     return {**new_state, "feed": attentional_BD.astype(jnp.float32)}, outputs
 
 
-def features(weights: dict[str, Any], x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
+def features(weights: Params, x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
     """The attentional states h~, [B, T, D]."""
     return outputs["attentional"]
 

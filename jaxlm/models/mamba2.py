@@ -28,7 +28,7 @@ from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
+from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
 Task = Literal["causal", "none"]
 
@@ -112,10 +112,10 @@ class Config(common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -152,7 +152,7 @@ def apply(
 
 
 def _mixer(
-    cfg: Config, weights: dict[str, Any], u_BTD: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, u_BTD: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a mixer, [B, T, D], and its new state (None without a state)."""
     B, T, _ = u_BTD.shape
@@ -177,7 +177,7 @@ def _mixer(
     return linear(weights["output"], y), None if state is None else {"x": x_tail, "BC": BC_tail, "hidden": hidden}
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``).
 
     Raises:

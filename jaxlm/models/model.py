@@ -18,6 +18,7 @@ from jaxlm.models.registry import family, family_names, family_of_variant, varia
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
+from jaxlm.spec import Params, State
 
 
 class NoAttentionWeightsError(TypeError):
@@ -124,7 +125,7 @@ class Model:
         """Newly initialised parameters."""
         return spec.init(self.specs, key)
 
-    def apply(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+    def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
         """The hidden states [B, T, D] and the new state, from the family's ``apply``.
 
         For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state is returned
@@ -145,7 +146,7 @@ class Model:
         return getattr(self.config, "num_experts", None) is not None and hasattr(self.module, "apply_with_routing")
 
     def apply_with_routing(
-        self, params: spec.Tree, tokens: jax.Array, **inputs: Any
+        self, params: Params, tokens: jax.Array, **inputs: Any
     ) -> tuple[jax.Array, Any, RouterStatistics]:
         """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all experts.
 
@@ -165,9 +166,7 @@ class Model:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
         return *self.apply(params, tokens, **inputs), zeros
 
-    def _apply_to_empty_batch(
-        self, params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]
-    ) -> tuple[jax.Array, Any]:
+    def _apply_to_empty_batch(self, params: Params, tokens: jax.Array, inputs: dict[str, Any]) -> tuple[jax.Array, Any]:
         """The outputs of ``apply`` for an empty batch, from the shapes of the inputs."""
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
@@ -182,7 +181,7 @@ class Model:
             state = {name: params[name] for name in new_state}  # an empty batch does not change the running statistics
         return jnp.zeros(shape, hidden.dtype), state
 
-    def _eval_shape(self, function: Callable[..., Any], params: spec.Tree, x: jax.Array, inputs: dict[str, Any]) -> Any:
+    def _eval_shape(self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any]) -> Any:
         """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by 1.
 
         The function is only traced, so that it checks its inputs without any computation.
@@ -194,7 +193,7 @@ class Model:
         arrays = {name: value for name, value in inputs.items() if is_array(value)}
         options = {name: value for name, value in inputs.items() if not is_array(value)}
 
-        def call_function(params: spec.Tree, x: jax.Array, arrays: dict[str, Any]) -> Any:
+        def call_function(params: Params, x: jax.Array, arrays: dict[str, Any]) -> Any:
             return function(self.config, params, x, **arrays, **options)
 
         return jax.eval_shape(call_function, params, *jax.tree.map(_with_nonzero_sizes, (x, arrays)))
@@ -203,13 +202,13 @@ class Model:
         if source is not None and 0 in jnp.shape(source):
             raise ValueError(f"source {list(jnp.shape(source))} is empty: give at least one row of at least one token")
 
-    def logits(self, params: spec.Tree, hidden: jax.Array) -> jax.Array:
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The logits [B, T, V] float32, from the family's ``logits``."""
         return self.module.logits(self.config, params, hidden)
 
     def cross_entropy(
         self,
-        params: spec.Tree,
+        params: Params,
         hidden: jax.Array,
         targets: jax.Array,
         weights: jax.Array,
@@ -238,7 +237,7 @@ class Model:
             return self.module.cross_entropy(self.config, params, hidden, targets, weights)
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
-    def pool(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
+    def pool(self, params: Params, hidden: jax.Array, **inputs: Any) -> jax.Array:
         """The pooled output of each row, [B, 1, D']; pass it to :meth:`logits` for the logits of the labels.
 
         Raises:
@@ -254,7 +253,7 @@ class Model:
             return jnp.zeros((0, *pooled.shape[1:]), pooled.dtype)
         return self.module.pool(self.config, params, hidden, **inputs)
 
-    def attention_weights(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
+    def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
 
         The result has the key "self", or, for an encoder-decoder, the keys "encoder", "decoder" and "cross" for each
@@ -272,7 +271,7 @@ class Model:
         model = self.with_fields(remat="none", scan_layers=False)
 
         @jax.jit
-        def compute_weights(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
+        def compute_weights(params: Params, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
             with recorded_weights() as records:
                 hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
                 if self.task == "classification" and hasattr(self.module, "pool"):
@@ -303,13 +302,13 @@ class Model:
         """Whether the family's ``apply`` takes ``token_types``."""
         return "token_types" in inspect.signature(self.module.apply).parameters
 
-    def encode(self, params: spec.Tree, source: jax.Array, **inputs: Any) -> jax.Array:
+    def encode(self, params: Params, source: jax.Array, **inputs: Any) -> jax.Array:
         """The hidden states of the source of an encoder-decoder, [B, S, D]."""
         self._require_encoder()
         self._check_source(source)
         return self.module.encode(self.config, params, source, **inputs)
 
-    def init_decode_state(self, params: spec.Tree, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
+    def init_decode_state(self, params: Params, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
         """The decode state of an encoder-decoder for a source [B, S], with room for ``length`` tokens per row."""
         self._require_encoder()
         self._check_source(source)
@@ -331,10 +330,10 @@ class Model:
 
     def rollback(
         self,
-        params: spec.Tree,
-        before: spec.Tree,
+        params: Params,
+        before: State,
         tokens: jax.Array,
-        after: spec.Tree,
+        after: State,
         count: jax.Array,
         segment_ids: jax.Array | None = None,
     ) -> spec.Tree:

@@ -24,7 +24,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Initializer, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_name
 
 Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
@@ -101,10 +101,10 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
 
 def apply(
     cfg: RecurrentConfig,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -122,10 +122,10 @@ def apply(
 
 def apply_with_outputs(
     cfg: RecurrentConfig,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
@@ -179,13 +179,13 @@ def _dropout(cfg: RecurrentConfig, x_BTD: jax.Array, rate: float, key: jax.Array
     return x_BTD * dropout(jnp.ones((B, 1, D), x_BTD.dtype), rate, key)
 
 
-def _drop_connect(cfg: RecurrentConfig, params: dict[str, Any], key: jax.Array | None) -> dict[str, Any]:
+def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -> dict[str, Any]:
     """The layer with DropConnect (Wan et al. 2013) on its hidden-to-hidden weights: one mask for a whole call."""
     dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_name(key, "weight_hidden"))
     return {**params, "weight_hidden": dropped}
 
 
-def logits(cfg: RecurrentConfig, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
@@ -202,7 +202,7 @@ def logits(cfg: RecurrentConfig, params: dict[str, Any], hidden: jax.Array) -> j
 
 def pool(
     cfg: RecurrentConfig,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,

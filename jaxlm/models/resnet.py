@@ -30,7 +30,7 @@ from jaxlm.nn.convolution.window import fixed_length
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal
+from jaxlm.spec import ArraySpec, Normal, Params
 
 Downsample = Literal["max_pool", "k_max_pool", "convolution"]
 Task = Literal["classification", "none"]
@@ -87,7 +87,7 @@ class Config(common.ModelConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
     state: None = None,
@@ -124,7 +124,7 @@ def apply(
 
 
 def _block(
-    cfg: Config, weights: dict[str, Any], statistics: dict[str, Any], x: jax.Array, halve: bool, training: bool
+    cfg: Config, weights: Params, statistics: dict[str, Any], x: jax.Array, halve: bool, training: bool
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The output of a block (two convolutions; figure 2 of the paper), and its new running statistics.
 
@@ -155,7 +155,7 @@ def _block(
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -171,7 +171,7 @@ def pool(
     return x
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the labels, [B, 1, num_labels] float32; ``hidden`` comes from :func:`pool`."""
     return heads.head_logits(cfg.task, params, hidden)
 

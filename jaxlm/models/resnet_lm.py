@@ -24,7 +24,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
@@ -70,10 +70,10 @@ class Config(common.ModelConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -110,7 +110,7 @@ def apply(
     return hidden, None if state is None else {"segment_ids": past_segment_ids, **new_state}
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)

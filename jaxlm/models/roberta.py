@@ -19,7 +19,7 @@ from jaxlm.models import bert, common, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear
 from jaxlm.nn.segments import positions_in_segments
-from jaxlm.spec import fold_name
+from jaxlm.spec import Params, fold_name
 
 FIRST_POSITION = 2
 """Row of the position table for the first token: the padding id plus 1."""
@@ -44,7 +44,7 @@ class Config(bert.Config):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
     state: None = None,
@@ -68,7 +68,7 @@ logits = bert.logits
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,

@@ -29,7 +29,7 @@ from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Uniform
+from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 
 Task = Literal["causal", "none"]
 L2_EPSILON = 1e-24
@@ -77,10 +77,10 @@ class Config(common.LayeredConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -123,7 +123,7 @@ def apply(
 
 
 def _time_mix(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, first_value: Any, state: Any, stream: Stream, masks: Any
+    cfg: Config, weights: Params, x: jax.Array, first_value: Any, state: State | None, stream: Stream, masks: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The output of a time mix [B, T, D], the values of the first block [B, T, H, K], and the new state."""
     tail, memory = (None, None) if state is None else (state["time_mix_tail"], state["memory"])
@@ -154,7 +154,7 @@ def _time_mix(
     return linear(weights["output"], out * gate, num_input_axes=2), first_value, new_state
 
 
-def _channel_mix(weights: dict[str, Any], x: jax.Array, tail: Any, stream: Stream) -> tuple[jax.Array, Any]:
+def _channel_mix(weights: Params, x: jax.Array, tail: Any, stream: Stream) -> tuple[jax.Array, Any]:
     """The output of a channel mix [B, T, D], and the tail of its token shift."""
     shifted, tail = _token_shift(weights["shift"], x, tail, stream)
     hidden = constrain(linear(weights["key"], shifted["key"]), ("batch", "seq", "mlp"))
@@ -170,15 +170,13 @@ def _token_shift(
     return {name: x + difference * mu.astype(x.dtype)[None, None] for name, mu in weights.items()}, tail
 
 
-def _low_rank(
-    weights: dict[str, Any], x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda x: x
-) -> jax.Array:
+def _low_rank(weights: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
     """``bias + activation(x @ down) @ up``, [B, T, H, K]; ``bias`` is optional."""
     up = linear(weights["up"], activation(linear(weights["down"], x)))
     return constrain(up, ("batch", "seq", "heads", "kv"))
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)

@@ -37,7 +37,7 @@ from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 Task = Literal["seq2seq", "none"]
 Mlp = Literal["relu", "gated_gelu"]
@@ -99,7 +99,7 @@ class Config(common.TransformerConfig):
 
 
 def encode(
-    cfg: Config, params: dict[str, Any], source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config, params: Params, source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The hidden states of the encoder after its final norm, [B, S, D].
 
@@ -129,12 +129,12 @@ def encode(
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
     source: jax.Array | None = None,
     source_segment_ids: jax.Array | None = None,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
@@ -199,7 +199,7 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
+    cfg: Config, weights: Params, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
     key, probabilities_key = fold_name(key, "output"), fold_name(key, "probabilities")
@@ -207,7 +207,7 @@ def _attention(
     return dropout(linear(weights["output"], x, num_input_axes=2), cfg.dropout, key)
 
 
-def _project_kv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project_kv(weights: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
     return k, v
 
@@ -216,7 +216,7 @@ def _project_source(encoded: jax.Array, weights: Any) -> tuple[jax.Array, jax.Ar
     return _project_kv(weights["cross_attention"], encoded)
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, residual_dtype: Any, key: jax.Array | None) -> jax.Array:
+def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: jax.Array | None) -> jax.Array:
     if cfg.mlp == "relu":
         x = activation("relu")(linear(weights["up"], x))
     else:
@@ -226,11 +226,11 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, residual_dtype: Any
     return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
 
 
-def _norm(cfg: Config, params: dict[str, Any], x: jax.Array) -> jax.Array:
+def _norm(cfg: Config, params: Params, x: jax.Array) -> jax.Array:
     return rms_norm(params, x, cfg.norm_epsilon).astype(cfg.dtype)
 
 
-def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
     # The residual stream is float32 instead of float16, in which it would overflow with the published weights.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
@@ -239,7 +239,7 @@ def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Arra
 
 
 def _bias_fn(
-    cfg: Config, params: dict[str, Any], length: int, positions: Any, *, bidirectional: bool
+    cfg: Config, params: Params, length: int, positions: Any, *, bidirectional: bool
 ) -> Callable[[Any], AttentionBias]:
     """A function from the weights of a layer to its position bias. A table that layers share is read once, here.
 
@@ -258,7 +258,7 @@ def _bias_fn(
     return bias if shared is None else lambda weights: shared
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
 
     Raises:
@@ -273,7 +273,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 
 def init_decode_state(
-    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
+    cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], with room for ``length`` target tokens per row, padding included.
 

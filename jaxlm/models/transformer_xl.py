@@ -29,7 +29,7 @@ from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Config(common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -160,7 +160,7 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
+    cfg: Config, weights: Params, biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
     mask: Any, key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """The residual sum of ``x`` and its attention to ``context`` [B, S, D], whose last T entries are ``x``."""
@@ -192,7 +192,7 @@ def _attention(
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     """The residual sum of ``x`` and the MLP."""
     mlp, norm = weights["mlp"], weights["mlp_norm"]
     hidden = jax.nn.relu(linear(mlp["up"], layer_norm(norm, x, cfg.norm_epsilon) if cfg.pre_norm else x))
@@ -201,7 +201,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The outputs of the task's head, float32: log-probabilities of the next token [B, T, V], or label logits.
 
     The log-probabilities are normalised. Label logits are described in ``heads.head_logits``; for classification,
@@ -215,16 +215,14 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, "vocab"))
 
 
-def cross_entropy(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
+def cross_entropy(cfg: Config, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """``sum(weights * -log p(target))``, a float32 scalar; see ``adaptive_softmax.cross_entropy``."""
     return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
 
 
 def pool(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     hidden: jax.Array,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,

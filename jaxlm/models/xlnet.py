@@ -33,7 +33,7 @@ from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Config(common.TransformerConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
     token_types: jax.Array | None = None,
@@ -161,7 +161,7 @@ def apply(
 
 def _attention(
     cfg: Config,
-    weights: dict[str, Any],
+    weights: Params,
     x_BQD: jax.Array,
     T: int,
     memory_BMD: jax.Array | None,
@@ -216,13 +216,13 @@ def _attention(
     return dropout(out, cfg.dropout, fold_name(key, "output"))
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     hidden = constrain(activation(cfg.activation)(linear(weights["up"], x)), ("batch", "seq", "mlp"))
     hidden = dropout(hidden, cfg.dropout, fold_name(key, "mlp_hidden"))
     return dropout(linear(weights["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: tokens [B, P, V] (V padded, see ``vocab_multiple``), or labels.
 
     Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
@@ -234,7 +234,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 
 def pool(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config, params: Params, hidden: jax.Array, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
@@ -255,7 +255,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
     return encoded_RD.astype(cfg.dtype)
 
 
-def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any, new_inputs: Any) -> Any:
+def _add_to_memory(state: State, tokens: Any, segment_ids: Any, token_types: Any, new_inputs: Any) -> Any:
     """The state with the segments and types of the tokens, and with their inputs of all layers."""
     context, new_state = memory.make_context(tokens, state, segment_ids)
     layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)

@@ -29,7 +29,7 @@ from jaxlm.nn.scan import mlstm, mlstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Uniform
+from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 
 Mixer = Literal["mlstm", "slstm"]
 
@@ -89,10 +89,10 @@ class Config(common.LayeredConfig):
 
 def apply(
     cfg: Config,
-    params: dict[str, Any],
+    params: Params,
     tokens: jax.Array,
     *,
-    state: Any = None,
+    state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -133,7 +133,7 @@ def apply(
 
 
 def _mlstm(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, masks: dict[str, Any]
+    cfg: Config, weights: Params, x: jax.Array, state: State | None, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of an mLSTM layer, [B, T, D], and its new state."""
     q, k, v, o = (
@@ -153,7 +153,7 @@ def _mlstm(
 
 
 def _slstm(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, x: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of an sLSTM layer, [B, T, D], and its new state."""
     B, T, D = x.shape
@@ -174,7 +174,7 @@ def _soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 

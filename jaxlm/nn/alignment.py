@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.spec import ArraySpec, Initializer
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 Score = Literal["dot", "general", "concat"]
 
@@ -55,7 +55,7 @@ def alignment_specs(
     return specs
 
 
-def alignment_keys(params: dict[str, Any], source_BSC: jax.Array) -> jax.Array:
+def alignment_keys(params: Params, source_BSC: jax.Array) -> jax.Array:
     """The part of the score that depends only on the source and is the same for all queries.
 
     The shape is [B, S, A] (concat), [B, S, Q] (general) or that of the source (dot).
@@ -64,7 +64,7 @@ def alignment_keys(params: dict[str, Any], source_BSC: jax.Array) -> jax.Array:
 
 
 def align(
-    params: dict[str, Any],
+    params: Params,
     query_BQ: jax.Array,
     keys_BSA: jax.Array,
     keep_BS: jax.Array | None = None,
@@ -124,7 +124,7 @@ def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict
     }
 
 
-def pooling_weights(params: dict[str, Any], source_BSC: jax.Array, keep_BS: jax.Array | None = None) -> jax.Array:
+def pooling_weights(params: Params, source_BSC: jax.Array, keep_BS: jax.Array | None = None) -> jax.Array:
     """Attention weights without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
 
     One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6), several hops that of Lin et al. 2017 (eq. 6).

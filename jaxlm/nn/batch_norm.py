@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.spec import ONES, ZEROS, ArraySpec
+from jaxlm.spec import ONES, ZEROS, ArraySpec, Params
 
 
 def batch_norm_specs(width: int) -> dict[str, ArraySpec]:
@@ -27,7 +27,7 @@ def statistics_specs(width: int) -> dict[str, ArraySpec]:
 
 
 def batch_norm(
-    params: dict[str, Any],
+    params: Params,
     statistics: dict[str, Any],
     x: jax.Array,
     epsilon: float,

@@ -8,7 +8,7 @@ Estimates of the TPU compiler are in docs/labbook.md.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -210,7 +210,7 @@ def generalized_delta_rule_chunk() -> int:
     return GENERALIZED_DELTA_RULE_CHUNK
 
 
-def depthwise_convolution(segment_ids: Any) -> Literal["reference", "shifts"]:
+def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:
     """The implementation of ``depthwise_convolution``. Only ``shifts`` supports segments."""
     return "shifts" if sharding.platform() == "cpu" or segment_ids is not None else "reference"
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.spec import ArraySpec, Constant, Initializer
+from jaxlm.spec import ArraySpec, Constant, Initializer, Params
 
 
 def copy_gate_specs(state: int, embedding: int, context: int, init: Initializer) -> dict[str, Any]:
@@ -25,9 +25,7 @@ def copy_gate_specs(state: int, embedding: int, context: int, init: Initializer)
     return {**weights, "bias": ArraySpec((1,), (None,), Constant(1.0))}
 
 
-def copy_gate(
-    params: dict[str, Any], state_BTH: jax.Array, embedding_BTE: jax.Array, context_BTC: jax.Array
-) -> jax.Array:
+def copy_gate(params: Params, state_BTH: jax.Array, embedding_BTE: jax.Array, context_BTC: jax.Array) -> jax.Array:
     """The logit of the probability that a token is generated, not copied, [B, T, 1]."""
     inputs = {"state": state_BTH, "embedding": embedding_BTE, "context": context_BTC}
     bias_BT1 = params["bias"].astype(state_BTH.dtype)[None, None, :]

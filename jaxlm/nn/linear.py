@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.spec import ZEROS, ArraySpec, Initializer
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
 
 
 def linear_specs(
@@ -37,7 +37,7 @@ def linear_specs(
     return {"weight": weight, "bias": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], ZEROS)}
 
 
-def linear(params: dict[str, Any], x: jax.Array, *, num_input_axes: int = 1) -> jax.Array:
+def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Array:
     """``x @ weight + bias`` over the last ``num_input_axes`` axes of ``x`` [..., in...], as [..., out...].
 
     The parameters are cast to the dtype of ``x``, which is also the dtype of the result.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.spec import ONES, ZEROS, ArraySpec
+from jaxlm.spec import ONES, ZEROS, ArraySpec, Params
 
 
 def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
@@ -18,7 +17,7 @@ def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer normalisation over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``.
 
     If the parameters have several axes, such as [groups, width], they belong to the last axes of ``x``. This is a group
@@ -40,7 +39,7 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     return (normalised * scale + bias).astype(x.dtype)
 
 
-def multi_head_layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+def multi_head_layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """:func:`layer_norm` of each head of ``x`` [..., heads, width], without a bias.
 
     ``scale`` [heads * width] has the specs of :func:`rms_norm_specs`.
@@ -63,7 +62,7 @@ def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpe
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``."""
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)

@@ -8,7 +8,7 @@ import jax
 
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import Initializer
+from jaxlm.spec import Initializer, Params
 
 
 def swiglu_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def swiglu_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
     }
 
 
-def swiglu(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+def swiglu(params: Params, x_BTD: jax.Array) -> jax.Array:
     """The output of the MLP, [B, T, D]."""
     gate, up = (constrain(linear(params[name], x_BTD), ("batch", "seq", "mlp")) for name in ("gate", "up"))
     return linear(params["down"], jax.nn.silu(gate) * up)

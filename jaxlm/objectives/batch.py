@@ -17,6 +17,7 @@ from flax import struct
 from jaxlm.models import Model
 from jaxlm.nn.experts import load_balance_loss, router_z_loss
 from jaxlm.nn.loss import chunked_argmax
+from jaxlm.spec import Params, State
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
 """``loss(model, params, batch, *, key, state) -> (total, weight, state)``: see ``jaxlm.objectives``."""
@@ -59,7 +60,9 @@ def count(batch: Batch) -> tuple[int, int]:
     return int(np.count_nonzero(examples)), int(sum(tokens))
 
 
-def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
+def hidden_states(
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
+) -> tuple[jax.Array, Any]:
     """The hidden states of a batch, [B, P, D], and the new model state.
 
     No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
@@ -67,7 +70,7 @@ def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None
     return model.apply(params, batch.tokens, **_inputs(batch, key, state))
 
 
-def _inputs(batch: Batch, key: jax.Array | None, state: Any) -> dict[str, Any]:
+def _inputs(batch: Batch, key: jax.Array | None, state: State | None) -> dict[str, Any]:
     """The keyword arguments of ``Model.apply`` for a batch."""
     inputs = {**batch.inputs, "segment_ids": batch.segment_ids, "key": key}
     return inputs if state is None else {**inputs, "state": jax.lax.stop_gradient(state)}
@@ -81,7 +84,7 @@ def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
 
 
 def predicted_states(
-    model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
 ) -> tuple[jax.Array, Any]:
     """The hidden states at the target positions, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
@@ -89,7 +92,7 @@ def predicted_states(
 
 
 def token_loss(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
     hidden, state = predicted_states(model, params, batch, key, state)
@@ -109,7 +112,7 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
 
     def loss(
-        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+        model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         hidden, state = predicted_states(model, params, batch, key, state)
         total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
@@ -143,7 +146,7 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
             raise ValueError(f"{name}={value} must be a finite number of at least 0")
 
     def loss(
-        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+        model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         hidden, state, statistics = model.apply_with_routing(params, batch.tokens, **_inputs(batch, key, state))
         total = model.cross_entropy(params, _at_targets(batch, hidden), batch.targets, batch.weights)
@@ -155,7 +158,7 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
 
 
 def token_accuracy(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of targets that have the highest logit, the sum of the weights, and the new model state.
 
@@ -164,7 +167,7 @@ def token_accuracy(
     """
     hidden, state = predicted_states(model, params, batch, key, state)
 
-    def logits(params: Any, hidden: jax.Array) -> jax.Array:
+    def logits(params: Params, hidden: jax.Array) -> jax.Array:
         return model.logits(params, hidden)[..., : model.config.vocab_size]
 
     predictions = chunked_argmax(logits, params, hidden)

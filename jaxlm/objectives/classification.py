@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.models import Model, common
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.objectives.batch import Batch, Loss, hidden_states
+from jaxlm.spec import Params, State
 
 IGNORED_LABEL = -100
 """The label of ignored targets, as in ``transformers`` and torch."""
@@ -58,7 +59,9 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
     return np.where(labels == IGNORED_LABEL, 0, labels).astype(np.int32), (labels != IGNORED_LABEL).astype(np.float32)
 
 
-def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
+def pooled_states(
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
+) -> tuple[jax.Array, Any]:
     """The input of the classifier for each row, [B, 1, D'], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
     return model.pool(params, hidden, segment_ids=batch.segment_ids, key=key), state
@@ -82,7 +85,7 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
         raise ValueError(f"class_weights={tuple(class_weights)} must be positive")
 
     def loss(
-        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+        model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
         pooled_B1D, state = pooled_states(model, params, batch, key, state)
@@ -103,7 +106,7 @@ loss = make_loss()
 
 
 def accuracy(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of rows whose label has the highest logit, the sum of the weights, and the new model state.
 

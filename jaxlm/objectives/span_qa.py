@@ -18,6 +18,7 @@ import numpy as np
 from jaxlm.models import Model, common
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives.batch import Batch, hidden_states
+from jaxlm.spec import Params, State
 
 
 def batch(
@@ -60,7 +61,7 @@ def batch(
 
 
 def loss(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted sum of the rows' losses in nats, the sum of the weights, and the new model state.
 

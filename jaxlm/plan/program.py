@@ -20,6 +20,7 @@ from jaxlm.objectives import objective, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.plan import flops as flops_lib
 from jaxlm.sharding import Sharding
+from jaxlm.spec import Params
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer, carry_size_of
 
@@ -55,7 +56,7 @@ def device_bytes(tree: Any) -> int:
     return total
 
 
-def bytes_read_by_a_token(model: Model, params: Any) -> float:
+def bytes_read_by_a_token(model: Model, params: Params) -> float:
     """Bytes per device of the parameters that one decoding step must read at least: one token's share of the experts.
 
     Args:
@@ -183,7 +184,7 @@ def decoding_step(
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
 
-    def step(params: Any, state: Any, tokens_B: jax.Array) -> tuple[Any, jax.Array]:
+    def step(params: Params, state: Any, tokens_B: jax.Array) -> tuple[Any, jax.Array]:
         with sharding.scope():
             state, logits_BV = read_tokens(model, params, state, tokens_B)
             return state, jnp.argmax(logits_BV[:, : model.config.vocab_size], axis=-1).astype(jnp.int32)

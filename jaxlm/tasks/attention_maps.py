@@ -20,6 +20,7 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.models import Model
 from jaxlm.models.model import NoAttentionWeightsError
+from jaxlm.spec import Params
 from jaxlm.training.report import AttentionMap, write_attention
 
 
@@ -37,7 +38,7 @@ def has_attention_maps(model: Model) -> bool:
 def write_attention_maps(
     run: str | Path,
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
@@ -55,7 +56,7 @@ def write_attention_maps(
 
 def attention_maps(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,

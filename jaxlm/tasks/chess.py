@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, proportion
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Params
 from jaxlm.tasks.chess_players import (
     EnginePlayer,
     MatchResult,
@@ -74,7 +74,7 @@ class NextMoves:
 
 
 def next_move_accuracy(
-    model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
+    model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
 ) -> NextMoves:
     """The next-move accuracy of the model in ``games``. Illegal moves are not masked.
 
@@ -125,7 +125,7 @@ class LegalMoveRate:
 
 def legal_move_rate(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: MoveTokenizer,
     *,
     games: int = 200,
@@ -190,7 +190,7 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
 
 
 def mate_in_one_accuracy(
-    model: Model, params: Any, tokenizer: MoveTokenizer, positions: Sequence[str], *, batch_size: int = 64
+    model: Model, params: Params, tokenizer: MoveTokenizer, positions: Sequence[str], *, batch_size: int = 64
 ) -> Score:
     """The fraction of ``positions`` in which the model's most probable legal move gives checkmate.
 
@@ -239,7 +239,7 @@ def _ratio_over_games(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
 
 
 def _predictions(
-    model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], batch_size: int
+    model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], batch_size: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield for each game: its index, the most probable id at each move, and the rank of each true move (0 is best)."""
     rows = [tokenizer.encode_inputs(line).ids for line in games]
@@ -269,7 +269,7 @@ def _predictions(
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size", "sharding"))
 def _best_id_and_rank(
     model: Model,
-    params: Any,
+    params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     *,

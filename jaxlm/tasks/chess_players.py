@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import Score
 from jaxlm.models import Model
+from jaxlm.spec import Params
 from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, gives_checkmate
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ModelPlayer:
     """
 
     def __init__(
-        self, model: Model, params: Any, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True
+        self, model: Model, params: Params, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True
     ) -> None:
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be finite and at least 0")

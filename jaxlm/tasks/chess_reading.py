@@ -26,6 +26,7 @@ from jaxlm.decoding.prompts import read_prompts, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Params
 from jaxlm.tasks.predict import max_positions
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LegalMoves:
 
 def next_move_probabilities(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: MoveTokenizer,
     games_so_far: Sequence[str],
     *,
@@ -158,7 +159,7 @@ class MoveReader:
         ValueError: the model does not predict next tokens, or the tokenizer has more tokens than the model.
     """
 
-    def __init__(self, model: Model, params: Any, tokenizer: MoveTokenizer) -> None:
+    def __init__(self, model: Model, params: Params, tokenizer: MoveTokenizer) -> None:
         check_model(model, tokenizer)
         model.state_specs(1, 1)
         self.model, self.params, self.tokenizer = model, params, tokenizer
@@ -299,7 +300,13 @@ class _Row:
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="state")
 def _read_moves(
-    model: Model, params: Any, state: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, *, sharding: Sharding | None
+    model: Model,
+    params: Params,
+    state: Any,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    sharding: Sharding | None,
 ) -> tuple[Any, jax.Array]:
     """The model state after the tokens, and the logits [B, V] of the token that follows each row."""
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
@@ -308,7 +315,7 @@ def _read_moves(
 @functools.partial(jax.jit, static_argnames=("model", "begin_id", "sharding"))
 def _last_logits(
     model: Model,
-    params: Any,
+    params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     *,
@@ -327,7 +334,7 @@ def _last_logits(
 
 
 def next_logits(
-    model: Model, params: Any, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
+    model: Model, params: Params, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
     """Yield the logits of the token that follows each row, [rows, V] per batch, in the order of the rows."""
     check_lengths(model, rows)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
+from jaxlm.spec import Params
 from jaxlm.tasks.chess_players import ModelPlayer
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def draw_board(board: chess.Board, *, white_below: bool = True) -> str:
 
 def play_on_terminal(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: MoveTokenizer,
     ask: Callable[[str], str] = input,
     say: Callable[[str], object] = print,

@@ -13,6 +13,7 @@ from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
+from jaxlm.spec import Params
 from jaxlm.tasks import seq2seq
 from jaxlm.tasks.chess_players import MatchResult
 from jaxlm.tasks.chess_reading import board_after, next_move_probabilities
@@ -111,7 +112,7 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
 
 
 def move_samples(
-    model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
+    model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
     """Yield the five most probable moves in the middle of the first ``count`` games, as rows for ``write_samples``."""
     games_words = [line.split() for line in games[:count]]

@@ -20,6 +20,7 @@ from jaxlm.metrics import Score, accuracy, confusion
 from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
+from jaxlm.spec import Params
 from jaxlm.training.report import write_confusion, write_samples
 
 
@@ -80,7 +81,7 @@ def batches(
     return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 
 
-def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
+def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
     """The label probabilities of N encoded examples, float32 [N, labels]."""
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
@@ -94,7 +95,7 @@ def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: i
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _probabilities(model: Model, params: Any, batch: Batch) -> jax.Array:
+def _probabilities(model: Model, params: Params, batch: Batch) -> jax.Array:
     """The label probabilities of each row, [B, labels]."""
     pooled_B1D, _ = classification.pooled_states(model, params, batch, None, None)
     return jax.nn.softmax(model.logits(params, pooled_B1D)[:, 0], axis=-1)

@@ -13,6 +13,7 @@ from typing import Any
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import Model
+from jaxlm.spec import Params
 from jaxlm.tasks.text_requests import TextRequests
 
 try:
@@ -39,7 +40,7 @@ class HarnessModel(LM):
         >>> results = lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])   # doctest: +SKIP
     """
 
-    def __init__(self, model: Model, params: Any, tokenizer: Tokenizer, **options: Any) -> None:
+    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, **options: Any) -> None:
         super().__init__()
         self.requests = TextRequests(model, params, tokenizer, **options)
 

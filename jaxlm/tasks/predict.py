@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxlm.decoding.score import target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Params
 
 BATCH_SIZE = 32
 
@@ -61,7 +62,7 @@ class Predictions:
 
 def classify(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     pairs: Sequence[str] | None = None,
@@ -118,7 +119,7 @@ class TokenLabel:
 
 def label_words(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -225,7 +226,7 @@ class TextScores:
 
 def score_texts(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     sources: Sequence[str] | None = None,
@@ -267,7 +268,9 @@ def _require_scores(model: Model) -> None:
     )  # fmt: skip
 
 
-def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> TextScores:
+def _score_causal(
+    model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int
+) -> TextScores:
     _check_texts(texts)
     rows = [tokenizer.encode(text) for text in texts]
     for number, ids in enumerate(rows):
@@ -280,7 +283,7 @@ def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequen
 
 
 def _score_targets(
-    model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], sources: Sequence[str], batch_size: int
+    model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], sources: Sequence[str], batch_size: int
 ) -> TextScores:
     _check_texts(texts)
     start_id, end_id = decoder_start_id(model, tokenizer), tokenizer.end_id
@@ -300,7 +303,7 @@ def _score_targets(
 
 def score_ids(
     model: Model,
-    params: Any,
+    params: Params,
     contexts: Sequence[np.ndarray],
     continuations: Sequence[np.ndarray],
     *,
@@ -425,7 +428,7 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
         yield _InputBatch(numbers, tokens, segment_ids, inputs)
 
 
-def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, pool: bool) -> np.ndarray:
+def _checked_probabilities(model: Model, params: Params, batch: _InputBatch, *, pool: bool) -> np.ndarray:
     """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
 
     Raises:
@@ -442,7 +445,7 @@ def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, poo
 @functools.partial(jax.jit, static_argnames=("model", "pool", "sharding"))
 def _label_probabilities(
     model: Model,
-    params: Any,
+    params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     inputs: dict[str, jax.Array],

@@ -31,6 +31,7 @@ from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
+from jaxlm.spec import Params
 from jaxlm.tasks.predict import BATCH_SIZE, input_batches, max_positions
 
 MAX_LENGTH = 384
@@ -165,7 +166,7 @@ class Answer:
 
 def answer(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     questions: Sequence[str],
     contexts: Sequence[str],
@@ -285,7 +286,7 @@ def _answer(window: Encoding, span: np.ndarray, score: float, context: str, thre
 
 
 def _score(
-    model: Model, params: Any, tokenizer: Tokenizer, windows: Sequence[Encoding], max_answer_tokens: int,
+    model: Model, params: Params, tokenizer: Tokenizer, windows: Sequence[Encoding], max_answer_tokens: int,
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """The best span of each window [W, 2], its logit [W], and the logit of "no answer" [W]."""
@@ -310,7 +311,7 @@ def _score(
 @functools.partial(jax.jit, static_argnames=("model", "max_answer_tokens", "sharding"))
 def _best_spans(
     model: Model,
-    params: Any,
+    params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     in_context_BT: jax.Array,

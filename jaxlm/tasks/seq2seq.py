@@ -19,6 +19,7 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
+from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.training.report import write_samples
 
@@ -89,7 +90,7 @@ METRICS: dict[str, Any] = {"loss": seq2seq.loss, "token_accuracy": token_accurac
 
 
 def write_test(
-    run: Path, model: Model, params: Any, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
+    run: Path, model: Model, params: Params, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
     """Write 40 random outputs to ``samples.jsonl`` of a run, and the attention maps of four of them."""

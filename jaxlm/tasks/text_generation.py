@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from jaxlm.metrics import Score
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
+from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.report import write_samples
@@ -127,7 +127,7 @@ def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
     return [causal.batch(padded[windows + start], segment_ids[windows + start]) for start in range(0, width, length)]
 
 
-def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) -> list[Score]:
+def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int) -> list[Score]:
     """Nats per character, bits per character, and perplexity per token, over all tokens of a split except the first.
 
     A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state. Other
@@ -161,7 +161,7 @@ def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) ->
     ]
 
 
-def write_sample(run: Path, model: Model, params: Any, tokenizer: Tokenizer, prompt: str, passage: str) -> None:
+def write_sample(run: Path, model: Model, params: Params, tokenizer: Tokenizer, prompt: str, passage: str) -> None:
     """Write a generated passage to ``sample.txt`` and ``samples.jsonl`` of a run, and its attention map.
 
     The attention map has the first :data:`MAP_TOKENS` tokens of the passage. Families without attention have no map.

@@ -25,6 +25,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, decoder_start_id, generate_text
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
+from jaxlm.spec import Params
 from jaxlm.tasks.predict import BATCH_SIZE, TextScores, score_ids
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class TextRequests:
     def __init__(
         self,
         model: Model,
-        params: Any,
+        params: Params,
         tokenizer: Tokenizer,
         *,
         batch_size: int = BATCH_SIZE,

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
+from jaxlm.spec import Params
 
 
 def tiny_variants(families: Sequence[str]) -> tuple[str, ...]:
@@ -95,7 +96,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     return Batch(inputs, spans, ones, input_segments, source)
 
 
-def add_noise(params: Any) -> Any:
+def add_noise(params: Params) -> Any:
     """The parameters plus noise. At initial values (biases 0, scales 1), a test could miss a wrong sign or term."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(99), len(leaves))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
+from jaxlm.spec import Params
 from jaxlm.training.trainer import CarrySize, to_global_batch
 
 
@@ -58,7 +59,7 @@ class Evaluator:
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
-        def add_batch(sums: dict[str, Any], params: Any, batch: Any, state: Any) -> Any:
+        def add_batch(sums: dict[str, Any], params: Params, batch: Any, state: Any) -> Any:
             with contextlib.nullcontext() if sharding is None else sharding.scope():
                 batch_sums, new_state = {}, None
                 for name, loss in self._losses.items():
@@ -75,7 +76,7 @@ class Evaluator:
         known = self._extra_metrics is None or self._extra_metric_names
         return (*self._losses, *self._extra_metric_names) if known else None
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Params) -> dict[str, float]:
         """A dict of the metrics of a model with these parameters.
 
         Raises:

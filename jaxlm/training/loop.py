@@ -24,6 +24,7 @@ from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, count
+from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
@@ -187,7 +188,7 @@ class Result:
 
 
 def train(
-    trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Any = None
+    trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Params | None = None
 ) -> Result:
     """Train a model, write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run, and return the result.
 
@@ -259,7 +260,7 @@ class _Loop:
         self._schedule_notice: str | None = None
         self.step = 0
 
-    def start(self, params: Any) -> None:
+    def start(self, params: Params | None) -> None:
         """Initialize the state, or restore it from a checkpoint."""
         self._abstract_state = self._checkpoint_state(self._trainer.abstract(params))
         self._checkpoints.remove_leftovers()

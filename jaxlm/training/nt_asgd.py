@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.spec import Params
+
 
 class AveragingState(NamedTuple):
     """The mean of the parameters after each of the last ``iterates`` updates.
@@ -57,10 +59,10 @@ def averaging() -> optax.GradientTransformation:
     start.) The state needs as much memory as one copy of the parameters.
     """
 
-    def init(params: Any) -> AveragingState:
+    def init(params: Params) -> AveragingState:
         return AveragingState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates: Any, state: AveragingState, params: Any = None) -> tuple[Any, AveragingState]:
+    def update(updates: Any, state: AveragingState, params: Params | None = None) -> tuple[Any, AveragingState]:
         if params is None:
             raise ValueError("averaging needs the parameters: optimizer.update(gradients, state, params)")
         iterates = jnp.where(state.iterates > 0, state.iterates + 1, 0)

@@ -19,7 +19,7 @@ from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
 from jaxlm.config import check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
-from jaxlm.spec import LAYERS, ArraySpec
+from jaxlm.spec import LAYERS, ArraySpec, Params
 from jaxlm.training.nt_asgd import averaging
 
 OptimizerName = Literal["adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta"]
@@ -288,11 +288,11 @@ def _for_each_matrix(
             results.append(apply(leaf, *rest))
         return results
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         states = map_matrices(lambda name, param: transforms[name].init(reshape(name, param)), params)
         return jax.tree.unflatten(jax.tree.structure(params), states)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
         def update_leaf(name: str, update: Any, state: Any, param: Any) -> Any:
             new_update, state = transforms[name].update(reshape(name, update), state, reshape(name, param))
             return new_update.reshape(update.shape), state
@@ -347,7 +347,7 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
     """A transformation that multiplies updates by the factors of :func:`layer_rates`."""
 
-    def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def scale(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda u, factor: u * factor, updates, factors), state
 
@@ -365,7 +365,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     """
 
     def clip(
-        updates: optax.Updates, state: Any, params: Any = None, *, gradient_norm: Any = None, **unused: Any
+        updates: optax.Updates, state: Any, params: Params | None = None, *, gradient_norm: Any = None, **unused: Any
     ) -> tuple[optax.Updates, Any]:
         del params, unused
         norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm

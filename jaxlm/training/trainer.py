@@ -20,6 +20,7 @@ from jaxlm.adapt import Adaptation
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
+from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
@@ -116,7 +117,7 @@ class Trainer:
         """Specs of the trained parameters."""
         return self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
 
-    def init(self, key: jax.Array, params: Any = None) -> TrainState:
+    def init(self, key: jax.Array, params: Params | None = None) -> TrainState:
         """The initial state, created with its shardings. The values do not depend on the number of devices.
 
         Args:
@@ -131,7 +132,7 @@ class Trainer:
             params = jax.tree.map(_to_host_if_distributed, params)
         return jax.jit(self._init, out_shardings=shardings)(key, params)
 
-    def _init(self, key: jax.Array, params: Any) -> TrainState:
+    def _init(self, key: jax.Array, params: Params) -> TrainState:
         init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
         # The step donates the buffers of the state. Without the copy, it would donate the caller's buffers.
         params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
@@ -157,7 +158,7 @@ class Trainer:
         """``TrainState.recent_losses`` before the first step."""
         return None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan)
 
-    def abstract(self, params: Any = None) -> TrainState:
+    def abstract(self, params: Params | None = None) -> TrainState:
         """Shapes (and shardings) of the state, to restore a checkpoint or to compile the step ahead of time.
 
         Args:
@@ -208,7 +209,7 @@ class Trainer:
             trained = nt_asgd.mean_params(state.optimizer)
         return self._merge(trained, state.frozen)
 
-    def _merge(self, params: Any, frozen: Any) -> Any:
+    def _merge(self, params: Params, frozen: Any) -> Any:
         return params if self.adaptation is None else self.adaptation.merge(params, frozen)
 
     # -------------------------------------------------------------------------------------------------- step
@@ -285,10 +286,10 @@ class Trainer:
         variance = jnp.sum((losses - mean) ** 2, where=is_used) / jnp.maximum(count - 1, 1)
         return (count >= SPIKE_WINDOW // 2) & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
 
-    def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
+    def _gradients(self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
         """The sums (gradient, loss, weight) over the batch, and the state that the loss returns."""
 
-        def loss_and_state(params: Any) -> tuple[jax.Array, Any]:
+        def loss_and_state(params: Params) -> tuple[jax.Array, Any]:
             model_params = self._merge(params, frozen)
             total, weight, new_state = self.loss(self.model, model_params, batch, key=key, state=model_state)
             return total, (weight, new_state)
@@ -297,7 +298,7 @@ class Trainer:
         return (grads, total, weight), new_state
 
     def _accumulated_gradients(
-        self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any
+        self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any
     ) -> tuple[Any, Any]:
         """The result of ``_gradients``, computed one micro-batch after the other."""
         if model_state is not None:

@@ -110,7 +110,7 @@ def _check_shapes(
 
 
 def _choose(
-    q_BTHK: jax.Array, keys: int, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...], key: Any,
+    q_BTHK: jax.Array, keys: int, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...], key: jax.Array | None,
     implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
     """The implementation to run: the given one, or the fastest that supports the arguments."""

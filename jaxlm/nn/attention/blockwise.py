@@ -81,7 +81,9 @@ def attention(
 # ------------------------------------------------------------------------------------------------ one block
 
 
-def _dropout_mask(static: _Static, key: Any, head: Any, queries: int, keys: int, tile: Tile) -> jax.Array | None:
+def _dropout_mask(
+    static: _Static, key: jax.Array | None, head: Any, queries: int, keys: int, tile: Tile
+) -> jax.Array | None:
     if key is None:
         return None
     rows = (head * queries + tile.row + jnp.arange(tile.rows)).astype(jnp.uint32)
@@ -105,7 +107,7 @@ class _Block(NamedTuple):
     keep: jax.Array | None
 
     @classmethod
-    def slice(cls, static: _Static, tile: Tile, key: Any, head: Any, floats: Any) -> _Block:
+    def slice(cls, static: _Static, tile: Tile, key: jax.Array | None, head: Any, floats: Any) -> _Block:
         """The block of a tile, from the arrays of a head."""
         q, k, v, bias_floats = floats
         bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
@@ -248,7 +250,9 @@ def _add_columns(x_KS: jax.Array, value_KE: jax.Array, tile: Tile) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x_KS, sums_KE, tile.column, 1)
 
 
-def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
+def _head_forward(
+    static: _Static, key: jax.Array | None, head: Any, floats: Any, integers: Any
+) -> tuple[jax.Array, jax.Array]:
     q, k, v, _ = floats
     T, S = q.shape[0], k.shape[0]
 
@@ -261,7 +265,7 @@ def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: A
 
 
 def _head_backward(
-    static: _Static, key: Any, head: Any, floats: Any, integers: Any, out: Any, lse: Any, dout: Any
+    static: _Static, key: jax.Array | None, head: Any, floats: Any, integers: Any, out: Any, lse: Any, dout: Any
 ) -> Any:
     q, k, v, bias_floats = floats
     T, S = q.shape[0], k.shape[0]
@@ -288,7 +292,7 @@ def _head_backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Array:
+def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> jax.Array:
     """The output [B, T, H, V] of attention.
 
     Args:
@@ -297,7 +301,7 @@ def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Arr
     return _forward(static, floats, integers, key)[0]
 
 
-def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax.Array, Any]:
+def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
     head_fn = functools.partial(_head_forward, static, key)
     (B, T, H, _), v = floats[0].shape, floats[2]
     if static.sequential:

@@ -167,14 +167,16 @@ class Context:
         valid_B: False for a row whose cache is too short for the new tokens; None without a state.
     """
 
-    segment_ids: jax.Array
+    segment_ids: jax.Array | None
     positions: jax.Array
     mask: Mask
     start_B: jax.Array | None
     valid_B: jax.Array | None
 
 
-def make_context(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Context, Any]:
+def make_context(
+    tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, positions: Any
+) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with these tokens, but not yet their keys and values.
 
     Args:

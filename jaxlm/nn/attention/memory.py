@@ -67,7 +67,7 @@ class Context:
 
 
 def make_context(
-    tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
+    tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, *, causal: bool = True, window: int | None = None
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with the segment ids of these tokens.
 

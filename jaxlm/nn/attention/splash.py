@@ -28,7 +28,7 @@ MAX_BLOCK = 1024
 _PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token has them
 
 
-def unsupported_reason(mask: Mask, bias: Any, key: Any) -> str | None:
+def unsupported_reason(mask: Mask, bias: Any, key: jax.Array | None) -> str | None:
     """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
     if bias is not None:
         return "takes no bias"

@@ -61,7 +61,7 @@ class Stream:
 def make_streams(
     tokens_BT: jax.Array,
     state: Any,
-    segment_ids: Any,
+    segment_ids: jax.Array | None,
     kind: Kind,
     *,
     token_types: Any = None,

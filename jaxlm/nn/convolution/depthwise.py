@@ -17,7 +17,7 @@ from jax import lax
 from jaxlm.nn import choices
 from jaxlm.nn.convolution.window import Padding, Stream, padding_and_count, prepend_tail
 from jaxlm.nn.linear import linear_specs
-from jaxlm.spec import ArraySpec, Initializer
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 DepthwiseImplementation = Literal["reference", "shifts"]
 
@@ -39,7 +39,7 @@ def depthwise_convolution_specs(
 
 
 def depthwise_convolution(
-    params: dict[str, Any],
+    params: Params,
     x_BTC: jax.Array,
     *,
     padding: Padding,
@@ -95,7 +95,7 @@ def depthwise_convolution(
 
 
 def causal_depthwise_convolution(
-    params: dict[str, Any], stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
+    params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal depthwise convolution over the real tokens of a stream, [B, T, C], and the tail for the next call.
 

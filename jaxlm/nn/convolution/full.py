@@ -12,7 +12,7 @@ import jax
 
 from jaxlm.nn.convolution.window import Padding, Stream, causal_windows, windows
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.spec import ArraySpec, Initializer
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 
 def convolution_specs(
@@ -29,7 +29,7 @@ def convolution_specs(
 
 
 def convolution(
-    params: dict[str, Any],
+    params: Params,
     x_BTC: jax.Array,
     *,
     padding: Padding,
@@ -47,7 +47,7 @@ def convolution(
     Windows can also be masked at segment boundaries, which ``lax.conv`` does not support.
     """
 
-    def convolve(params: Any, x: jax.Array, segment_ids: Any) -> jax.Array:
+    def convolve(params: Params, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         kernel = params["weight"].shape[0]
         windows_BTKC = windows(x, kernel, padding=padding, stride=stride, dilation=dilation, segment_ids=segment_ids)
         return linear(params, windows_BTKC, num_input_axes=2)
@@ -57,14 +57,14 @@ def convolution(
 
 
 def causal_convolution(
-    params: dict[str, Any], stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
+    params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal convolution over the real tokens of a stream, [B, T, D...], and the tail for the next call.
 
     See ``jaxlm.nn.convolution.window`` for streams and tails.
     """
 
-    def convolve(params: Any, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
+    def convolve(params: Params, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
         windows_BTKC, tail = causal_windows(stream, x, tail, params["weight"].shape[0], dilation=dilation)
         return linear(params, windows_BTKC, num_input_axes=2), tail
 

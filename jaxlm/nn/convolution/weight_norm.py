@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlm.spec import ArraySpec, Constant, Normal
+from jaxlm.spec import ArraySpec, Constant, Normal, Params
 
 
 def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
@@ -35,7 +35,7 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> di
     }
 
 
-def weight_norm(params: dict[str, Any], *, num_input_axes: int) -> dict[str, Any]:
+def weight_norm(params: Params, *, num_input_axes: int) -> dict[str, Any]:
     """Parameters for ``linear`` or ``convolution``, with the normalised weight.
 
     For each output, ``weight = gain * direction / norm(direction)`` (Salimans and Kingma 2016, eq. 2).

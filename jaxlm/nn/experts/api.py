@@ -17,7 +17,7 @@ from jaxlm.nn.experts.reference import reference
 from jaxlm.nn.experts.router import RouterStatistics, route, router_statistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
-from jaxlm.spec import EXPERT, ArraySpec, Initializer
+from jaxlm.spec import EXPERT, ArraySpec, Initializer, Params
 
 Implementation = choices.ExpertsImplementation
 
@@ -48,7 +48,7 @@ def expert_specs(
 
 
 def mixture_of_experts(
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
     *,
     num_selected: int,

@@ -5,10 +5,12 @@ Shapes: B batch, T time, D model width, E experts, N selected experts of a token
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.spec import Params
 
 
 class Routing(NamedTuple):
@@ -27,7 +29,7 @@ class Routing(NamedTuple):
     probabilities: jax.Array
 
 
-def route(params: dict[str, Any], x_BTD: jax.Array, num_selected: int, *, renormalize: bool) -> Routing:
+def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: bool) -> Routing:
     """The ``num_selected`` experts with the highest probabilities of each token, computed in float32.
 
     Args:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxlm.nn import embedding
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
 from jaxlm.nn.loss.selected import selected_cross_entropy
-from jaxlm.spec import ArraySpec, Initializer
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _projection(shape: tuple[int, int], init: Initializer) -> ArraySpec:
     return ArraySpec(shape, (None, "embed"), init, decay=True)
 
 
-def embed(clusters: Clusters, params: dict[str, Any], ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: Any) -> jax.Array:
     """The embeddings of the ids, [B, T, D] in ``dtype``. An id outside the vocabulary gives NaN."""
     if clusters.divisor == 1:
         rows = embedding.embed(params["token_embedding"], ids_BT, dtype, size=clusters.vocab_size)
@@ -156,7 +156,7 @@ def embed(clusters: Clusters, params: dict[str, Any], ids_BT: jax.Array, dtype: 
     return x
 
 
-def log_probabilities(clusters: Clusters, params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:
+def log_probabilities(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Normalised log-probabilities of the whole vocabulary, [B, T, V] float32."""
     head, *tails = (jax.nn.log_softmax(_logits(output, hidden_BTD)) for output in _softmax_parameters(clusters, params))
     head_words = clusters.ranges[0][1]
@@ -165,7 +165,7 @@ def log_probabilities(clusters: Clusters, params: dict[str, Any], hidden_BTD: ja
 
 
 def cross_entropy(
-    clusters: Clusters, params: dict[str, Any], hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    clusters: Clusters, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
     """``sum(weights * -log p(target))`` in nats, a float32 scalar. A target outside the vocabulary gives NaN.
 
@@ -191,7 +191,7 @@ def _logits(output: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
     return embedding.unembed(weight, x, weight.shape[0]) + output["bias"].astype(jnp.float32)[None, None]
 
 
-def _input_table_and_projection(params: dict[str, Any], i: int) -> tuple[jax.Array, Any]:
+def _input_table_and_projection(params: Params, i: int) -> tuple[jax.Array, Any]:
     """Input table and projection (or None) of cluster i, if each cluster has its own table."""
     if i == 0:
         return params["token_embedding"], params.get("token_projection")
@@ -199,7 +199,7 @@ def _input_table_and_projection(params: dict[str, Any], i: int) -> tuple[jax.Arr
     return tail["embedding"], tail["projection"]
 
 
-def _softmax_parameters(clusters: Clusters, params: dict[str, Any]) -> list[dict[str, jax.Array]]:
+def _softmax_parameters(clusters: Clusters, params: Params) -> list[dict[str, jax.Array]]:
     """``weight``, ``bias`` and (if there is one) ``projection`` of each cluster in the softmax.
 
     Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. The first item is the

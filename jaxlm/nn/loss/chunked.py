@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.spec import Params
 
 
 def chunked_cross_entropy(
     head: Head,
-    params: Any,
+    params: Params,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
@@ -54,7 +55,7 @@ def chunked_cross_entropy(
     return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
 
 
-def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
+def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
     """The id with the largest logit at each position, [B, T] int32, without an array [B, T, V].
 
     Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
@@ -68,7 +69,7 @@ def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logi
     return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
 
 
-def _used_leaf_indices(head: Head, params: Any, hidden: jax.Array) -> list[int]:
+def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[int]:
     """The indices of the leaves of ``params`` that ``head`` uses, found in its jaxpr."""
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
     used_indices = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
@@ -83,7 +84,7 @@ def _split_time(x: jax.Array, C: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _chunk_length(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Array) -> int:
+def _chunk_length(head: Head, chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
     """C, the number of steps per chunk, so that a chunk has at most ``chunk_logits`` logits."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
@@ -95,7 +96,7 @@ def _chunked(
     head: Head,
     chunk_logits: int,
     label_smoothing: float,
-    params: Any,
+    params: Params,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
@@ -113,7 +114,7 @@ def _forward(
     head: Head,
     chunk_logits: int,
     label_smoothing: float,
-    params: Any,
+    params: Params,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,

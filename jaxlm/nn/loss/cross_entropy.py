@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.spec import Params
+
 Head = Callable[[Any, jax.Array], jax.Array]
 """The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``."""
 
@@ -44,7 +46,7 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def loss_and_gradients(
-    head: Head, label_smoothing: float, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The weighted loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
     logits, head_vjp = jax.vjp(head, params, hidden)

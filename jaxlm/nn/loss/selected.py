@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.spec import Params
 
 
 def selected_cross_entropy(
-    head: Head, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    head: Head, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is nonzero.
 
@@ -35,7 +36,7 @@ def selected_cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _selected(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
         hidden, targets, weights = block
         return total + jnp.sum(jnp.where(weights > 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
@@ -44,7 +45,7 @@ def _selected(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, we
 
 
 def _fold_weighted_blocks(
-    head: Head, params: Any, position_arrays: Any, body: Callable[[Any, Any, Any], Any], init: Any
+    head: Head, params: Params, position_arrays: Any, body: Callable[[Any, Any, Any], Any], init: Any
 ) -> tuple[Any, jax.Array]:
     """Run a loop over blocks of R positions with nonzero weight.
 
@@ -78,7 +79,7 @@ def _fold_weighted_blocks(
     return jax.lax.fori_loop(0, blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
 
 
-def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
     def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
         loss, block_dparams, block_dhidden = loss_and_gradients(head, 0.0, params, *block)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform
 
 GRUReset = Literal["after", "before"]
 """The reset gate is applied ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that
@@ -62,7 +62,7 @@ def gru_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:
     return {"hidden": ArraySpec((batch, width), ("batch", "activation_embed"))}
 
 
-def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
+def project(params: Params, x: jax.Array) -> jax.Array:
     """The contribution of the inputs ``x`` [..., D] to all gates, with bias: [..., G, H] in the dtype of ``x``.
 
     Raises:
@@ -72,7 +72,7 @@ def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
 
 
-def project_time_major(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+def project_time_major(params: Params, x_BTD: jax.Array) -> jax.Array:
     """The result of :func:`project` for a loop over time, [T, B, G, H]. The time axis is not sharded."""
     return constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
 
@@ -82,14 +82,14 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), x, y)
 
 
-def check_width(params: dict[str, Any], x: jax.Array) -> None:
+def check_width(params: Params, x: jax.Array) -> None:
     """Check that the last axis of ``x`` matches ``weight_input``."""
     width = params["weight_input"].shape[0]
     if x.shape[-1] != width:
         raise ValueError(f"the input has width {x.shape[-1]}, but weight_input needs width {width}")
 
 
-def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
+def lstm_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[str, jax.Array]:
     """The state {"hidden", "cell"} after one token; its ``hidden`` is the output.
 
     Args:
@@ -103,7 +103,7 @@ def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str,
     return {"hidden": o * jnp.tanh(cell_BH), "cell": cell_BH}
 
 
-def gru_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
+def gru_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[str, jax.Array]:
     """The state {"hidden"} after one token; ``projected_BGH`` is the result of :func:`project` for the token.
 
     The reset gate is applied after the product with the hidden weights if the parameters contain ``bias_hidden``,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
+from jaxlm.spec import Params, State
 
 
 def lstm(
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None,
+    state: State | None,
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
     reverse: bool,

@@ -18,6 +18,7 @@ from jaxlm.nn.recurrence import chunked, cudnn
 from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major, select_state
 from jaxlm.nn.segments import both_masks, check_masks
 from jaxlm.sharding import constrain
+from jaxlm.spec import Params, State
 
 Implementation = Literal["reference", "chunked", "cudnn"]
 """``reference`` is a ``lax.scan`` over ``lstm_cell`` or ``gru_cell``; ``chunked`` is ``jaxlm.nn.recurrence.chunked``;
@@ -28,9 +29,9 @@ Implementation = Literal["reference", "chunked", "cudnn"]
 
 
 def lstm(
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: State | None = None,
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
@@ -63,9 +64,7 @@ def lstm(
     return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
 
 
-def lstm_states(
-    params: dict[str, Any], x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array
-) -> dict[str, jax.Array]:
+def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array) -> dict[str, jax.Array]:
     """The state of an LSTM layer after each token: ``hidden`` and ``cell``, [B, T, H] float32.
 
     :func:`lstm`, which is faster, returns the cell of the last token only. The masks are those of :func:`lstm`.
@@ -87,9 +86,9 @@ def lstm_states(
 
 
 def gru(
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: State | None = None,
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
@@ -114,7 +113,7 @@ def gru(
 
 
 def _check(
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
@@ -152,9 +151,9 @@ _GRU_BEFORE = _Cell(("hidden",), gru_cell, chunked.GRU_BEFORE)
 
 def _layer(
     cell: _Cell,
-    params: dict[str, Any],
+    params: Params,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None,
+    state: State | None,
     masks: tuple[jax.Array, jax.Array] | None,
     reverse: bool,
     implementation: Implementation | None,
@@ -182,11 +181,11 @@ def _layer(
 
 
 def _reference(
-    step: Any, params: dict[str, Any], x_BTD: jax.Array, state: dict[str, Any], masks: Any, reverse: bool
+    step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, reverse: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The hidden states and the last state of a ``lax.scan`` over the cell, with the gradient of autodiff."""
 
-    def scan_step(state: dict[str, Any], inputs: Any) -> Any:
+    def scan_step(state: State, inputs: Any) -> Any:
         projected_BGH, mask = inputs
         if mask is not None:
             state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}

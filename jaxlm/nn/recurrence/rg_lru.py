@@ -24,7 +24,7 @@ from jax import lax
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.scan.vector_state import Implementation
 from jaxlm.nn.segments import check_masks
-from jaxlm.spec import ZEROS, ArraySpec, Normal
+from jaxlm.spec import ZEROS, ArraySpec, Normal, Params
 
 LOG_DECAY_SCALE = 8.0
 """The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
@@ -68,9 +68,7 @@ def rg_lru_specs(width: int, num_blocks: int) -> dict[str, Any]:
     return {"recurrence_gate": gate, "input_gate": gate, "lambda": ArraySpec((width,), ("mlp",), DecayInit())}
 
 
-def rg_lru_cell(
-    params: dict[str, Any], x_BW: jax.Array, state_BW: jax.Array, first_B: jax.Array | None = None
-) -> jax.Array:
+def rg_lru_cell(params: Params, x_BW: jax.Array, state_BW: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
     """The state after one step, [B, W] float32.
 
     Args:
@@ -84,7 +82,7 @@ def rg_lru_cell(
 
 
 def rg_lru(
-    params: dict[str, Any],
+    params: Params,
     x_BTW: jax.Array,
     state_BW: jax.Array | None = None,
     *,
@@ -132,7 +130,7 @@ def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: An
     return starts_BT | (real_BT & (jnp.cumsum(real_BT, axis=1) == 1))
 
 
-def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
     softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
@@ -143,7 +141,7 @@ def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) 
     return 1.0 + minus_one, scale * (input_gate * x.astype(jnp.float32))
 
 
-def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
+def _gate(params: Params, x: jax.Array) -> jax.Array:
     """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
     weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
     # On a CPU, dot_general with the blocks as the first axis is twice as fast as einsum, also in the backward pass.

@@ -34,7 +34,7 @@ from jax import lax
 from jaxlm.nn import choices
 from jaxlm.nn.segments import both_masks, check_masks
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
 
 Implementation = Literal["reference", "chunked"]
 State = dict[str, jax.Array]
@@ -58,7 +58,7 @@ def slstm_state_specs(batch: int, heads: int, width: int) -> dict[str, ArraySpec
     return dict.fromkeys(STATES, ArraySpec((batch, heads, width), ("batch", "heads", None)))
 
 
-def slstm_cell(params: dict[str, Any], projected_BHGP: jax.Array, state: State) -> State:
+def slstm_cell(params: Params, projected_BHGP: jax.Array, state: State) -> State:
     """The state after one step. Its ``hidden`` is the output.
 
     Args:
@@ -71,7 +71,7 @@ def slstm_cell(params: dict[str, Any], projected_BHGP: jax.Array, state: State) 
 
 
 def slstm(
-    params: dict[str, Any],
+    params: Params,
     projected_BTHGP: jax.Array,
     state: State | None = None,
     *,
@@ -128,7 +128,7 @@ def slstm(
     return jnp.swapaxes(hidden_TBHP, 0, 1).astype(projected_BTHGP.dtype), last
 
 
-def _check(params: dict[str, Any], projected: jax.Array, state: Any, reset: Any, keep: Any, chunk: int | None) -> None:
+def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: Any, chunk: int | None) -> None:
     H, P = params["weight_hidden"].shape[:2]
     if projected.ndim != 5 or projected.shape[2:] != (H, 4, P) or not projected.shape[1]:
         raise ValueError(

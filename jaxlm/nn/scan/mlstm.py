@@ -26,7 +26,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan.matrix_state import linear_attention
 from jaxlm.nn.segments import both_masks, check_masks
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import ArraySpec, State
 
 Implementation = Literal["reference", "chunked"]
 
@@ -49,7 +49,7 @@ def mlstm(
     value_BTHV: jax.Array,
     log_input_BTH: jax.Array,
     log_forget_BTH: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: State | None = None,
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
