@@ -19,6 +19,7 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "delta_value_heads": heads, "delta_key_dim": width // heads, "delta_value_dim": width // heads,
     }  # fmt: skip
     xlstm = {"num_heads": heads, "mlp_dim": mlp, "key_dim": width, "value_dim": 2 * width}
+    rwkv_ranks = {"decay_rank": 32, "rate_rank": 32, "value_rank": 16, "gate_rank": 64}
     recurrent = {"hidden_dim": width, "init_bound": 0.5}
     return {
         "gpt": ("gpt2", attention),
@@ -32,6 +33,7 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "hawk": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "pattern": ("recurrent",)}),
         "mlstm": ("xlstm", xlstm),
         "slstm": ("xlstm", {**xlstm, "pattern": ("slstm",)}),
+        "rwkv7": ("rwkv7", {"mlp_dim": 4 * width, "head_dim": width // heads, **rwkv_ranks}),
         "gated_deltanet": ("gated_deltanet", delta_rule),
         "gated_deltanet [-1, 1]": ("gated_deltanet", {**delta_rule, "negative_eigenvalues": True}),
     }
