@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jaxlm import spec
 from jaxlm.config import check_value
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
-from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
+
+if typing.TYPE_CHECKING:  # `import jaxlm` loads only what it needs
+    from jaxlm.nn.experts import RouterStatistics
 
 
 class NoAttentionWeightsError(TypeError):
