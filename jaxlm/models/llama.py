@@ -359,9 +359,9 @@ VARIANTS = {
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48
     ),
     "gemma-3-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32,
-        mlp_dim=48, qk_norm=True, window=8, pattern=("window", "no_positions", "full"), window_rotary_base=100.0,
-        block="gemma", tie_embeddings=True,
+        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32,
+        mlp_dim=48, qk_norm=True, window=8, pattern=("window", "full"), window_rotary_base=100.0, block="gemma",
+        tie_embeddings=True,
     ),
     "mixtral-tiny": Config(
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48,
