@@ -92,8 +92,8 @@ def run_layers(
 
 
 def run_layers_with_outputs(
-    block: Callable[[jax.Array, Any], tuple[jax.Array, Any, Any]],
-    x: jax.Array,
+    block: Callable[[Any, Any], tuple[Any, Any, Any]] | tuple[Callable[[Any, Any], tuple[Any, Any, Any]], ...],
+    x: Any,
     weights: LayerTrees,
     state: LayerTrees | None,
     key: jax.Array | None,
@@ -104,6 +104,9 @@ def run_layers_with_outputs(
     """As :func:`run_layers`, for a block with a third result: ``x, state[i], outputs[i] = block(x, ...)``.
 
     Also returns the outputs of all layers, stacked. A layer whose output is None has no entry. None: no layer has one.
+
+    Args:
+        block: the function of one layer; or a tuple with the function of each layer, for parameters per layer.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:
@@ -112,7 +115,9 @@ def run_layers_with_outputs(
             f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
             "make both with the same config"
         )
-    block = _with_remat(block, remat, unrolled=per_layer)
+    functions = block if isinstance(block, tuple) else (block,)
+    remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}
+    block = remat_functions[functions[0]]
     num_layers = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
     if isinstance(weights, tuple):
@@ -120,7 +125,7 @@ def run_layers_with_outputs(
         for i in range(num_layers):
             layer_state = state[i] if isinstance(state, tuple) else None
             layer = weights[i], layer_state, None if keys is None else keys[i]
-            x, new_state, output = block(x, layer)
+            x, new_state, output = remat_functions[functions[i % len(functions)]](x, layer)
             new_states.append(new_state)
             outputs += [] if output is None else [output]
         stacked_outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if outputs else None

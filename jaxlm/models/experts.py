@@ -8,6 +8,7 @@ layers with experts, stacked (None without experts).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -94,11 +95,19 @@ def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None
 
 
 def mlp(
-    cfg: Any, weights: Params, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+    cfg: Any,
+    weights: Params,
+    x_BTD: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> tuple[jax.Array, RouterStatistics | None]:
-    """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP)."""
+    """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP).
+
+    Args:
+        activation: of the gate of an MLP. Experts have SiLU.
+    """
     if "mlp" in weights:
-        return swiglu(weights["mlp"], x_BTD), None
+        return swiglu(weights["mlp"], x_BTD, activation), None
     return mixture_of_experts(
         weights["experts"], x_BTD, num_selected=cfg.experts_per_token, renormalize=cfg.renormalize_experts,
         keep_BT=None if segment_ids_BT is None else segment_ids_BT > 0, capacity_factor=cfg.capacity_factor,

@@ -1,9 +1,10 @@
-"""Llama (Touvron et al. 2023) and models with the same architecture: Mistral, Mixtral, Qwen2, Qwen3, SmolLM.
+"""Llama (Touvron et al. 2023) and models with similar architectures: Mistral, Mixtral, Qwen2, Qwen3, SmolLM, Gemma 3.
 
 A causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP and no
 biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys and
 values; Qwen3 (Yang et al. 2025) adds an RMS norm of each query and key. Mixtral (Jiang et al. 2024) and Qwen3-MoE have
-a mixture of experts (SwiGLU MLPs) instead of the MLP.
+a mixture of experts (SwiGLU MLPs) instead of the MLP. SmolLM3 has no rotary positions in every fourth layer. Gemma 3
+(Gemma team 2025) has a window in five of six layers, and another kind of block (``block="gemma"``).
 
 Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
 width of the MLP, V vocabulary.
@@ -12,6 +13,7 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common, experts, heads
+from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
@@ -29,6 +32,8 @@ from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
+Block = Literal["llama", "gemma"]
+LayerKind = Literal["full", "window", "no_positions"]
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
 
@@ -59,6 +64,17 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
     """Whether an RMS norm is applied to each query and key, before rotary positions (Qwen3)."""
     window: int | None = None
     """Number of tokens that a token attends to, itself included (Mistral); None means all earlier tokens."""
+    pattern: tuple[LayerKind, ...] | None = None
+    """Attention of the first layers: to all earlier tokens (full), within the window (window; Gemma 3), or to all
+    earlier tokens without rotary positions (no_positions; SmolLM3). The other layers repeat the pattern. None: all
+    layers are equal; they have a window if ``window`` is set."""
+    window_rotary_base: float | None = None
+    """Base of rotary positions in layers with a window, without scaling (Gemma 3); None means that of other layers."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None means 1 / sqrt(head width)."""
+    block: Block = "llama"
+    """Kind of the blocks. gemma: norms also on the outputs of attention and MLP, tanh-GELU instead of SiLU, norms whose
+    parameter is the scale minus one, and token vectors multiplied by sqrt(embed_dim)."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
@@ -84,12 +100,14 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
         common.check_positive(
             self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
         )
-        optional_fields = [name for name in ("num_kv_heads", "head_dim", "window") if getattr(self, name) is not None]
-        common.check_positive(self, *optional_fields)
+        common.check_positive(self, "num_kv_heads", "head_dim", "window")
         common.check_rates(self, "attention_dropout")
         common.check_choices(
-            self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation))
-        )  # fmt: skip
+            self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)), block=get_args(Block)
+        )
+        if self.block == "gemma":
+            common.check_values(self, "block='gemma'", num_experts=None)
+        _check_pattern(self)
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them, or set "
@@ -142,30 +160,33 @@ def apply_with_routing(
     """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
-    if cfg.window is not None:
-        context = dataclasses.replace(context, mask=_with_window(context.mask, cfg.window, state))
-    angles = rotary_angles(
-        context.positions, head_sizes(cfg)[2], cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions
-    )
+    is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
+    attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in set(kinds)}
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = constrain(x, ("batch", "seq", "activation_embed"))
+    x = constrain(x * cfg.embed_dim**0.5 if is_gemma else x, ("batch", "seq", "activation_embed"))
 
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any, RouterStatistics | None]:
+    def norm(weights: Params, x: jax.Array) -> jax.Array:
+        return rms_norm(weights, x, cfg.norm_epsilon)
+
+    def block(kind: LayerKind, x: jax.Array, layer: Any) -> tuple[jax.Array, Any, RouterStatistics | None]:
         weights, kv, layer_key = layer
-        normed = rms_norm(weights["attention_norm"], x, cfg.norm_epsilon)
-        attended, kv = _attention(cfg, weights["attention"], normed, kv, context, angles, layer_key)
-        x = constrain(x + attended, ("batch", "seq", "activation_embed"))
-        normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-        y, statistics = experts.mlp(cfg, weights, normed, segment_ids)
+        normed = norm(weights["attention_norm"], x)
+        y, kv = _attention(cfg, weights["attention"], normed, kv, *attention_inputs[kind], layer_key)
+        y = norm(weights["attention_output_norm"], y) if is_gemma else y
+        x = constrain(x + y, ("batch", "seq", "activation_embed"))
+        gate = activation("gelu_tanh") if is_gemma else jax.nn.silu
+        y, statistics = experts.mlp(cfg, weights, norm(weights["mlp_norm"], x), segment_ids, gate)
+        y = norm(weights["mlp_output_norm"], y) if is_gemma else y
         return constrain(x + y, ("batch", "seq", "activation_embed")), kv, statistics
 
+    blocks = {kind: functools.partial(block, kind) for kind in set(kinds)}
     kv = None if state is None else state["layers"]
     x, kv, statistics = common.run_layers_with_outputs(
-        block, x, params["layers"], kv, key, remat=cfg.remat,
+        tuple(blocks[kind] for kind in kinds), x, params["layers"], kv, key, remat=cfg.remat,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
-    x = rms_norm(params["final_norm"], x, cfg.norm_epsilon)
+    x = norm(params["final_norm"], x)
     return *common.decoder_outputs(x, kv, context, state), statistics
 
 
@@ -175,7 +196,7 @@ def _attention(
     x: jax.Array,
     kv: Any,
     context: cache.Context,
-    angles: tuple[jax.Array, jax.Array],
+    angles: tuple[jax.Array, jax.Array] | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     q, k, v = (
@@ -183,13 +204,29 @@ def _attention(
     )
     if cfg.qk_norm:
         q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
-    q, k = rotate(q, angles), rotate(k, angles)
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
-        q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
-        implementation=cfg.attention_implementation,
+        q, k, v, context.mask, scale=cfg.attention_scale, dropout=cfg.attention_dropout,
+        key=fold_name(key, "attention"), implementation=cfg.attention_implementation,
     )  # fmt: skip
     return linear(weights["output"], x, num_input_axes=2), kv
+
+
+def _attention_inputs(
+    cfg: Config, kind: LayerKind, context: cache.Context, state: State | None
+) -> tuple[cache.Context, tuple[jax.Array, jax.Array] | None]:
+    """The context with the mask of a kind of layers, and their rotary angles (None for no_positions)."""
+    base, scaling = cfg.rotary_base, cfg.rotary_scaling
+    if kind == "window":
+        assert cfg.window is not None
+        context = dataclasses.replace(context, mask=_with_window(context.mask, cfg.window, state))
+        if cfg.window_rotary_base is not None:
+            base, scaling = cfg.window_rotary_base, None
+    if kind == "no_positions":
+        return context, None
+    return context, rotary_angles(context.positions, head_sizes(cfg)[2], base, scaling, cfg.max_positions)
 
 
 def _with_window(mask: Mask, window: int, state: State | None) -> Mask:
@@ -214,26 +251,47 @@ def head_sizes(cfg: Config) -> tuple[int, int, int]:
     return cfg.num_heads, kv_heads, cfg.embed_dim // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
 
 
+def layer_kinds(cfg: Config) -> tuple[LayerKind, ...]:
+    """The kind of attention of each layer."""
+    if cfg.pattern is None:
+        return ("full" if cfg.window is None else "window",) * cfg.num_layers
+    return common.mixers(cfg)
+
+
+def _check_pattern(cfg: Config) -> None:
+    if cfg.pattern is not None:
+        common.check_pattern(cfg, get_args(LayerKind))
+    kinds = set(layer_kinds(cfg))
+    if ("window" in kinds) != (cfg.window is not None):
+        raise ValueError(f"window={cfg.window} and pattern={cfg.pattern}: set both, or no window in either of them")
+    if cfg.window_rotary_base is not None and "window" not in kinds:
+        raise ValueError(f"window_rotary_base={cfg.window_rotary_base} needs layers with a window")
+    if cfg.scan_layers and len(kinds) > 1:
+        raise ValueError(f"scan_layers=True needs equal layers, but pattern={cfg.pattern}: set scan_layers to False")
+
+
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, V, (H, G, K) = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), head_sizes(cfg)
-    normal, qk_norm = Normal(cfg.init_stddev), {name: rms_norm_specs(K) for name in ("query_norm", "key_norm")}
+    normal, is_gemma = Normal(cfg.init_stddev), cfg.block == "gemma"
+    norm, head_norm = (rms_norm_specs(width, minus_one=is_gemma) for width in (D, K))
     block = {
-        "attention_norm": rms_norm_specs(D),
+        "attention_norm": norm,
         "attention": {
             "query": linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "key": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "value": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
-            **(qk_norm if cfg.qk_norm else {}),
+            **({"query_norm": head_norm, "key_norm": head_norm} if cfg.qk_norm else {}),
         },
-        "mlp_norm": rms_norm_specs(D),
+        "mlp_norm": norm,
+        **({"attention_output_norm": norm, "mlp_output_norm": norm} if is_gemma else {}),
     }
     blocks = [{**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers)]
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "layers": spec.stack(cfg.num_layers, blocks[0]) if cfg.scan_layers else tuple(blocks),
-        "final_norm": rms_norm_specs(D),
+        "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
@@ -280,6 +338,11 @@ VARIANTS = {
         embed_dim=2048, mlp_dim=6144, qk_norm=True, rotary_base=1e6, num_experts=128, experts_per_token=8,
         expert_dim=768,
     ),
+    "gemma-3-1b": Config(
+        vocab_size=262144, max_positions=32768, num_layers=26, num_heads=4, num_kv_heads=1, head_dim=256,
+        embed_dim=1152, mlp_dim=6912, qk_norm=True, window=512, pattern=("window",) * 5 + ("full",), rotary_base=1e6,
+        window_rotary_base=10000.0, block="gemma", tie_embeddings=True,
+    ),
     "smollm2-135m": Config(
         vocab_size=49152, max_positions=8192, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, mlp_dim=1536,
         rotary_base=100000.0, norm_epsilon=1e-5, init_stddev=1 / 24, tie_embeddings=True,
@@ -288,8 +351,17 @@ VARIANTS = {
         vocab_size=49152, max_positions=8192, num_layers=32, num_heads=15, num_kv_heads=5, embed_dim=960, mlp_dim=2560,
         rotary_base=100000.0, norm_epsilon=1e-5, tie_embeddings=True,
     ),
+    "smollm3-3b": Config(
+        vocab_size=128256, max_positions=65536, num_layers=36, num_heads=16, num_kv_heads=4, embed_dim=2048,
+        mlp_dim=11008, pattern=("full",) * 3 + ("no_positions",), rotary_base=5e6, tie_embeddings=True,
+    ),
     "llama-tiny": Config(
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48
+    ),
+    "gemma-3-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32,
+        mlp_dim=48, qk_norm=True, window=8, pattern=("window", "full"), window_rotary_base=100.0, block="gemma",
+        tie_embeddings=True,
     ),
     "mixtral-tiny": Config(
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48,

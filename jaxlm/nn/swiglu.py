@@ -1,7 +1,8 @@
-"""The SwiGLU MLP (Shazeer 2020): ``(silu(x @ gate) * (x @ up)) @ down``, without biases."""
+"""Gated MLPs (Shazeer 2020): SwiGLU ``(silu(x @ gate) * (x @ up)) @ down``, and GeGLU with another activation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ def swiglu_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
     }
 
 
-def swiglu(params: Params, x_BTD: jax.Array) -> jax.Array:
-    """The output of the MLP, [B, T, D]."""
+def swiglu(params: Params, x_BTD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu) -> jax.Array:
+    """The output of the MLP, [B, T, D]. ``activation`` is applied to the gate."""
     gate, up = (constrain(linear(params[name], x_BTD), ("batch", "seq", "mlp")) for name in ("gate", "up"))
-    return linear(params["down"], jax.nn.silu(gate) * up)
+    return linear(params["down"], activation(gate) * up)

@@ -66,7 +66,13 @@ def for_variants(condition):
 
 def has_layers(model):
     """Whether the model has equal layers, whose parameters can be stacked."""
-    return hasattr(model.config, "scan_layers")
+    if not hasattr(model.config, "scan_layers"):
+        return False
+    try:
+        model.with_fields(scan_layers=True)
+    except ValueError:  # a pattern of different layers
+        return False
+    return True
 
 
 every_variant = for_variants(lambda model: True)

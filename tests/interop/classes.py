@@ -52,4 +52,6 @@ def model_of_class(name: str, table: Format, architecture: str) -> Model:
         name == "t5"
     ):  # a field that a loaded config lacks is not written, and without this field transformers cannot generate
         loaded_config["decoder_start_token_id"] = config.decoder_start_id
+    if table.model_type == "smollm3":  # its default ids are outside the small vocabulary
+        loaded_config |= dict.fromkeys(table.token_ids)
     return Model(name, config, Metadata(config=loaded_config))

@@ -43,12 +43,41 @@ def setup(batch=2, length=12, **overrides):
         ("qwen2-0.5b", 494032768),
         ("qwen3-0.6b", 596049920),
         ("qwen3-30b-a3b", 30532122624),
+        ("gemma-3-1b", 999885952),
         ("smollm2-135m", 134515008),
         ("smollm2-360m", 361821120),
+        ("smollm3-3b", 3075098624),
     ],
 )
 def test_published_parameter_counts(name, count):
     assert spec.count(get_model(name).specs) == count
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": ("window",)}, r"window=None and pattern=\('window',\): set both, or no window in either of them"),
+        ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\): set both"),
+        ({"pattern": ("local",)}, r"each entry must be full or window or no_positions"),
+        ({"window_rotary_base": 100.0}, "window_rotary_base=100.0 needs layers with a window"),
+        ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs equal layers"),
+        ({"block": "gemma", "num_experts": 4}, "block='gemma' needs num_experts=None, got 4"),
+        ({"block": "phi"}, "block='phi' is unknown"),
+    ],
+)
+def test_bad_kinds_of_layers_raise(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model("llama-tiny", **fields)
+
+
+def test_layers_without_positions_do_not_depend_on_the_order_of_earlier_tokens():
+    model, params, tokens = setup(num_layers=1, pattern=("no_positions",))
+    swapped = tokens[:, [1, 0, *range(2, 12)]]
+    apply = jax.jit(lambda t: model.apply(params, t)[0][:, 2:])
+    assert relative_error(apply(swapped), apply(tokens)) < 1e-6
+    rotary = tiny_model("llama-tiny", num_layers=1)
+    apply = jax.jit(lambda t: rotary.apply(params, t)[0][:, 2:])
+    assert relative_error(apply(swapped), apply(tokens)) > 1e-3
 
 
 def test_the_cache_has_only_key_value_heads():
@@ -229,6 +258,10 @@ def test_a_config_with_rope_scaling_round_trips_through_json():
 YARN = RotaryScaling("yarn", 4.0, 16, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=0.8)
 MIXTRAL = {"num_experts": 4}
 QWEN3_MOE = {"num_experts": 4, "qk_norm": True, "head_dim": 6, "expert_dim": 10}
+GEMMA3 = {
+    "block": "gemma", "num_layers": 3, "qk_norm": True, "window": 5, "pattern": ("window", "window", "full"),
+    "window_rotary_base": 100.0, "attention_scale": 0.25, "head_dim": 6, "tie_embeddings": True,
+}  # fmt: skip
 SHAPES = {
     "llama": {"tie_embeddings": True},
     "llama3": {"rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
@@ -240,6 +273,9 @@ SHAPES = {
     "mixtral": {**MIXTRAL, "window": 5, "num_experts": 3},
     "qwen3": {"qk_norm": True, "head_dim": 6, "task": "classification", "num_labels": 3},
     "qwen3_moe": {**QWEN3_MOE, "dense_layers": (0,), "window": 3},
+    "smollm3": {"num_layers": 3, "pattern": ("full", "no_positions")},
+    "gemma3_text": GEMMA3,
+    "gemma3_text with equal layers": {**GEMMA3, "pattern": None, "tie_embeddings": False},
     "qwen3_moe with an interval": {**QWEN3_MOE, "expert_interval": 2, "renormalize_experts": False, "task": "span_qa"},
 }
 
@@ -252,7 +288,7 @@ def test_files_round_trip(name, tmp_path):
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
     assert_trees_equal(loaded_params, params)
-    expected = name.split()[0] if name.startswith(("mi", "qwen")) else "llama"
+    expected = name.split()[0] if name.startswith(("mi", "qwen", "smol", "gemma")) else "llama"
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
 
 

@@ -26,7 +26,14 @@ pytestmark = pytest.mark.live
 
 @pytest.mark.parametrize(
     "name",
-    ["MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"],
+    [
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Gemma3ForCausalLM",
+    ],
 )
 def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -> None:
     import torch
@@ -38,6 +45,8 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
         "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 6, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     }  # fmt: skip
+    if name.startswith("Gemma3"):
+        shape |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 9, "rope_theta": 1000.0}  # the last has no window
     torch.manual_seed(0)
     torch_model = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
     with torch.no_grad():

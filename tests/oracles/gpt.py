@@ -61,7 +61,10 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     # No real token has the padding id: classifiers search for this id, and its embedding may get no gradient in torch.
     tokens = torch.randint(1, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    result = {"input/tokens": tokens.int(), "hidden": model.base_model(**inputs).last_hidden_state}
+    result = {
+        "input/tokens": tokens.int(),
+        "hidden": getattr(model, "model", model.base_model)(**inputs).last_hidden_state,
+    }
     if padding is not None:
         result["input/segment_ids"] = mask.int()
 

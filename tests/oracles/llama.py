@@ -1,4 +1,4 @@
-"""Reference of llama: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE of transformers.
+"""Reference of llama: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, SmolLM3 and Gemma 3 of transformers.
 
 The cases have all heads, all kinds of rotary scaling, and experts in all or some layers.
 """
@@ -36,6 +36,11 @@ _MIXTRAL = {"num_local_experts": 4, "intermediate_size": 8}
 _QWEN3_MOE = {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "mlp_only_layers": [0], "head_dim": 4,
 }  # fmt: skip
+_GEMMA3 = {
+    "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 11, "rope_theta": 1000.0,
+    "rope_local_base_freq": 100.0,
+}  # fmt: skip
+_GEMMA3_LAYERS = ["sliding_attention", "full_attention"]
 _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
     "base": ("LlamaForCausalLM", {**_TINY, "rms_norm_eps": 1e-3}, "left"),
     "mistral": ("MistralForCausalLM", {**_TINY, "sliding_window": 4, "head_dim": 4}, "right"),
@@ -75,8 +80,15 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
          "norm_topk_prob": True, "head_dim": 8, "use_sliding_window": True, "sliding_window": 7}, "left",
     ),
     "qwen3_moe_span_qa": ("Qwen3MoeForQuestionAnswering", {**_TINY, **_QWEN3_MOE}, None),
+    "gemma3": ("Gemma3ForCausalLM", {**_TINY, **_GEMMA3, "layer_types": _GEMMA3_LAYERS}, "left"),
+    "gemma3_wide": (
+        "Gemma3ForCausalLM",
+        {**_WIDE, **_GEMMA3, "num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "right",
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {**_WIDE, "no_rope_layer_interval": 3}, "left"),
+    "smollm3_classification": ("SmolLM3ForSequenceClassification", {**_WIDE, "num_labels": 3}, "right"),
 }  # fmt: skip
-CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa", "mixtral", "qwen3_moe")
+CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa", "mixtral", "qwen3_moe", "gemma3")
 LIVE = tuple(case for case in _CASES if case not in CASES)
 
 

@@ -1,4 +1,4 @@
-"""Formats of :mod:`jaxlm.models.llama`: Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE."""
+"""Formats of :mod:`jaxlm.models.llama`: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, SmolLM3 and Gemma 3."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm.interop.formats import experts
 from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
-from jaxlm.models.llama import Config, head_sizes
+from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,82 @@ def _write_qwen3_moe(cfg: Config) -> dict[str, Any]:
     return fields if cfg.window is None else {**fields, "sliding_window": cfg.window}
 
 
-_DENSE = {"qk_norm": False, "num_experts": None}
+def _shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
+    """The shortest pattern whose repetition gives these kinds; None if all layers are equal and have positions."""
+    num_layers = len(kinds)
+    lengths = (n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
+    pattern = tuple(kinds[: next(lengths, 0)])
+    return None if pattern in ((), ("full",), ("window",)) else pattern
+
+
+def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[Any] | None:
+    """A list with one entry per layer from ``config.json``; None if it is missing or null."""
+    values = config.get(name)
+    if values is not None and (not isinstance(values, list) or len(values) < num_layers):
+        raise ValueError(f"{name}={values!r} must be a list with one entry for each of {num_layers} layers")
+    return None if values is None else values[:num_layers]
+
+
+def _read_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 4, **config}  # SmolLM3's default
+    num_layers, interval = integer(config, "num_hidden_layers", 36), integer(config, "no_rope_layer_interval", 4)
+    has_rotary = _layer_list(config, "no_rope_layers", num_layers)  # 1: the layer has rotary positions
+    if has_rotary is None:
+        has_rotary = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    kinds: list[LayerKind] = ["full" if rotary else "no_positions" for rotary in has_rotary]
+    return {**_read_fields(config), "pattern": _shortest_pattern(kinds)}
+
+
+def _write_smollm3(cfg: Config) -> dict[str, Any]:
+    kinds = layer_kinds(cfg)
+    if "window" in kinds:
+        raise ValueError("a model with a window cannot be written as model_type='smollm3'")
+    fields = {**_write_fields(cfg), "layer_types": ["full_attention"] * cfg.num_layers}
+    return {**fields, "no_rope_layers": [int(kind == "full") for kind in kinds]}
+
+
+_GEMMA3_PERIOD = 6
+"""In Gemma 3, every sixth layer has no window."""
+
+
+def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 4, "head_dim": 256, **config}  # Gemma 3's defaults
+    num_layers, scalar = integer(config, "num_hidden_layers", 26), config.get("query_pre_attn_scalar", 256)
+    types = _layer_list(config, "layer_types", num_layers)
+    if types is None:
+        period = integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
+        types = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(num_layers)]
+    names: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "window"}
+    if unknown := set(types) - set(names):
+        raise ValueError(f"layer_types has {unknown}: choose from {', '.join(names)}")
+    kinds = [names[name] for name in types]
+    window = integer(config, "sliding_window", 4096) if "window" in kinds else None
+    base = config.get("rope_local_base_freq", 10000.0)
+    return {
+        **_read_fields(config), "pattern": _shortest_pattern(kinds), "window": window,
+        "window_rotary_base": None if window is None else base, "attention_scale": scalar**-0.5,
+    }  # fmt: skip
+
+
+def _write_gemma3(cfg: Config) -> dict[str, Any]:
+    kinds, width = layer_kinds(cfg), head_sizes(cfg)[2]
+    if "no_positions" in kinds:
+        raise ValueError("a model with layers without positions cannot be written as model_type='gemma3_text'")
+    if "window" in kinds and cfg.window_rotary_base is None:
+        raise ValueError("model_type='gemma3_text' needs window_rotary_base: set it to rotary_base")
+    fields: dict[str, Any] = {
+        "head_dim": width,
+        "query_pre_attn_scalar": width if cfg.attention_scale is None else cfg.attention_scale**-2,
+        "layer_types": ["full_attention" if kind == "full" else "sliding_attention" for kind in kinds],
+    }
+    if cfg.window is not None:
+        fields |= {"sliding_window": cfg.window, "rope_local_base_freq": cfg.window_rotary_base}
+    return {**_write_fields(cfg), **fields}
+
+
+_LLAMA_BLOCK = {"block": "llama", "attention_scale": None, "window_rotary_base": None}
+_PLAIN = {**_LLAMA_BLOCK, "pattern": None}
+_DENSE = {**_PLAIN, "qk_norm": False, "num_experts": None}
 _LLAMA = Format(
     architectures={
         "LlamaForCausalLM": {"task": "causal"},
@@ -177,6 +252,7 @@ _MIXTRAL = dataclasses.replace(
     architectures={name.replace("Mistral", "Mixtral"): fields for name, fields in _MISTRAL.architectures.items()},
     model_type="mixtral",
     default_fields={
+        **_PLAIN,
         "qkv_bias": False,
         "qk_norm": False,
         "expert_dim": None,
@@ -228,6 +304,7 @@ _QWEN3 = dataclasses.replace(
     architectures={name.replace("Qwen2", "Qwen3"): fields for name, fields in _QWEN2.architectures.items()},
     model_type="qwen3",
     default_fields={
+        **_PLAIN,
         "qk_norm": True,
         "num_experts": None,
         "qkv_bias": False,
@@ -249,6 +326,7 @@ _QWEN3_MOE = dataclasses.replace(
     architectures={name.replace("Qwen2", "Qwen3Moe"): fields for name, fields in _QWEN2.architectures.items()},
     model_type="qwen3_moe",
     default_fields={
+        **_PLAIN,
         "qk_norm": True,
         "qkv_bias": False,
         "vocab_size": 151936,
@@ -265,6 +343,73 @@ _QWEN3_MOE = dataclasses.replace(
     write_fields=_write_qwen3_moe,
     tensors={**_QWEN3.tensors, **experts.TENSORS},
     layouts={**_LLAMA.layouts, **experts.LAYOUTS},
+)
+
+
+_SMOLLM3 = dataclasses.replace(
+    _LLAMA,
+    architectures={name.replace("Llama", "SmolLM3"): fields for name, fields in _LLAMA.architectures.items()},
+    model_type="smollm3",
+    default_fields={
+        **_LLAMA_BLOCK,
+        "qk_norm": False,
+        "num_experts": None,
+        "qkv_bias": False,
+        "window": None,
+        "vocab_size": 128256,
+        "num_layers": 36,
+        "num_heads": 16,
+        "embed_dim": 2048,
+        "max_positions": 32768,
+        "rotary_base": 2e6,
+        "tie_embeddings": True,
+    },
+    read_fields=_read_smollm3,
+    write_fields=_write_smollm3,
+    required={**_LLAMA.required, "use_sliding_window": False, "sliding_window": None},
+    token_ids={"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001},
+)
+_GEMMA3 = dataclasses.replace(
+    _LLAMA,
+    architectures={
+        "Gemma3ForCausalLM": {"task": "causal"},
+        "Gemma3TextForSequenceClassification": {"task": "classification"},
+    },
+    model_type="gemma3_text",
+    default_fields={
+        "block": "gemma",
+        "qk_norm": True,
+        "num_experts": None,
+        "qkv_bias": False,
+        "vocab_size": 262208,
+        "num_layers": 26,
+        "num_heads": 8,
+        "embed_dim": 2304,
+        "mlp_dim": 9216,
+        "max_positions": 131072,
+        "rotary_base": 1e6,
+        "tie_embeddings": True,
+    },
+    read_fields=_read_gemma3,
+    write_fields=_write_gemma3,
+    required={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+    tensors={
+        **{path: name for path, name in _LLAMA.tensors.items() if "norm" not in path},
+        "layers/attention_norm/scale_minus_one": "layers.{layer}.input_layernorm.weight",
+        "layers/attention_output_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
+        "layers/mlp_norm/scale_minus_one": "layers.{layer}.pre_feedforward_layernorm.weight",
+        "layers/mlp_output_norm/scale_minus_one": "layers.{layer}.post_feedforward_layernorm.weight",
+        "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
+        "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
+        "final_norm/scale_minus_one": "norm.weight",
+    },
 )
 
 
@@ -287,4 +432,13 @@ FORMATS = (
     _QWEN3,
     _span_qa(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering"),
     _QWEN3_MOE,
+    _span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
+    _SMOLLM3,
+    _GEMMA3,
+    dataclasses.replace(  # tensors of the base class have no prefix
+        _GEMMA3,
+        architectures={"Gemma3TextModel": {"task": "none"}},
+        prefix="",
+        default_fields={**_GEMMA3.default_fields, "task": "none"},
+    ),
 )
