@@ -23,7 +23,6 @@ from jaxlm import spec
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
-from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.experts import RouterStatistics
@@ -221,24 +220,12 @@ def _attention_inputs(
     base, scaling = cfg.rotary_base, cfg.rotary_scaling
     if kind == "window":
         assert cfg.window is not None
-        context = dataclasses.replace(context, mask=_with_window(context.mask, cfg.window, state))
+        context = cache.with_window(context, cfg.window, state)
         if cfg.window_rotary_base is not None:
             base, scaling = cfg.window_rotary_base, None
     if kind == "no_positions":
         return context, None
     return context, rotary_angles(context.positions, head_sizes(cfg)[2], base, scaling, cfg.max_positions)
-
-
-def _with_window(mask: Mask, window: int, state: State | None) -> Mask:
-    """The mask with a sliding window.
-
-    With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.
-    """
-    if state is None:
-        return dataclasses.replace(mask, window=window)
-    count_BS = jnp.cumsum(state["segment_ids"] > 0, axis=1, dtype=jnp.int32)
-    query_order = jnp.take_along_axis(count_BS, mask.query_order, axis=1)
-    return dataclasses.replace(mask, window=window, query_order=query_order, key_order=count_BS)
 
 
 logits = heads.decoder_logits

@@ -174,6 +174,22 @@ class Context:
     valid_B: jax.Array | None
 
 
+def with_window(context: Context, window: int, state: Any) -> Context:
+    """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
+
+    With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.
+
+    Args:
+        state: the state that :func:`make_context` returned.
+    """
+    mask = context.mask
+    if state is not None:
+        count_BS = jnp.cumsum(state["segment_ids"] > 0, axis=1, dtype=jnp.int32)
+        query_order = jnp.take_along_axis(count_BS, mask.query_order, axis=1)
+        mask = dataclasses.replace(mask, query_order=query_order, key_order=count_BS)
+    return dataclasses.replace(context, mask=dataclasses.replace(mask, window=window))
+
+
 def make_context(
     tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[Context, Any]:
