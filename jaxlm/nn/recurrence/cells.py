@@ -77,11 +77,6 @@ def project_time_major(params: Params, x_BTD: jax.Array) -> jax.Array:
     return constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
 
 
-def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
-    """``jnp.where(condition, x, y)`` for trees ``x`` and ``y`` with leaves [..., H] and a condition of shape [...]."""
-    return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), x, y)
-
-
 def check_width(params: Params, x: jax.Array) -> None:
     """Check that the last axis of ``x`` matches ``weight_input``."""
     width = params["weight_input"].shape[0]

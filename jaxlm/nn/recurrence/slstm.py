@@ -32,12 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
 Implementation = Literal["reference", "chunked"]
-State = dict[str, jax.Array]
 
 STATES = ("hidden", "cell", "normalizer", "stabilizer")
 """The names of h, c, n and m."""
@@ -168,11 +167,11 @@ def _advance(total_BHGP: jax.Array, state: State) -> State:
 
 
 def _reset(mask: Any, state: State) -> State:
-    return state if mask is None else jax.tree.map(lambda x: jnp.where(mask[0][:, None, None], 0.0, x), state)
+    return state if mask is None else select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
 
 
 def _restore_at_padding(mask: Any, new: State, old: State) -> State:
-    return new if mask is None else jax.tree.map(lambda x, y: jnp.where(mask[1][:, None, None], x, y), new, old)
+    return new if mask is None else select_state(mask[1], new, old)
 
 
 def _step(weight: jax.Array, bias: jax.Array, state: State, inputs: Any) -> State:

@@ -25,7 +25,7 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan.matrix_state import linear_attention
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.spec import ArraySpec, State
 
 Implementation = Literal["reference", "chunked"]
@@ -139,7 +139,7 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         (q, k, v, log_i, log_f), mask = inputs
         q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         if mask is not None:
-            state = _where(mask[0], jax.tree.map(jnp.zeros_like, state), state)
+            state = select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
         C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
         new_m = jnp.maximum(log_f + m, log_i)
         f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
@@ -147,15 +147,11 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
         out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
         new = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
-        return (new if mask is None else _where(mask[1], new, state)), out.astype(v.dtype)
+        return (new if mask is None else select_state(mask[1], new, state)), out.astype(v.dtype)
 
     time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
     last, out_TBHV = lax.scan(step, state, time_major)
     return jnp.swapaxes(out_TBHV, 0, 1), last
-
-
-def _where(mask_B: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(jnp.expand_dims(mask_B, range(1, x.ndim)), x, y), new, old)
 
 
 def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: float) -> jax.Array:
