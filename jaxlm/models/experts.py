@@ -43,10 +43,7 @@ class ExpertsConfig(common.LayeredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "experts_per_token", "expert_interval")
-        common.check_positive(
-            self, *(name for name in ("num_experts", "expert_dim") if getattr(self, name) is not None)
-        )
+        common.check_positive(self, "num_experts", "experts_per_token", "expert_dim", "expert_interval")
         common.check_choices(self, experts_implementation=(None, *get_args(Implementation)))
         if self.capacity_factor is not None and not self.capacity_factor > 0.0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")

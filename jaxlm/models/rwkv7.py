@@ -27,7 +27,6 @@ from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 
@@ -93,12 +92,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    past = None if state is None else state["segment_ids"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset_BT, keep_BT, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset_BT, "keep_BT": keep_BT}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    masks = stream.masks()
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
 

@@ -26,7 +26,6 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.scan import mlstm, mlstm_state_specs
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
@@ -105,12 +104,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    past = None if state is None else state["past"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset, "keep_BT": keep}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    masks = stream.masks()
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
