@@ -30,8 +30,13 @@ from jaxlm.spec import ArraySpec, State
 
 Implementation = Literal["reference", "chunked"]
 
-MIN_STABILIZER = -80.0
-"""Below this m, ``exp(-m)`` would overflow. The output is then below 1e-34 times the values, and so is its error."""
+STABILIZER_LIMITS = (-80.0, 40.0)
+"""The output uses ``exp(-m)`` with m in these limits.
+
+Below -80, ``exp(-m)`` would overflow; the output and its error are then less than 1e-34 times the values. Above 40, the
+limit matters only if ``|q @ n|`` is less than 1e-17. The output of a query of zeros is then zeros also with ``epsilon =
+0``; without the limit, it would be 0 / 0.
+"""
 
 
 def mlstm_state_specs(batch: int, heads: int, key_width: int, value_width: int) -> dict[str, ArraySpec]:
@@ -156,7 +161,7 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
 
 def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: float) -> jax.Array:
     """``numerator [..., V] / (max(|normalizer|, exp(-m)) + epsilon)``, with normalizer and m [...]."""
-    lower_bound = jnp.exp(-jnp.maximum(m, MIN_STABILIZER))
+    lower_bound = jnp.exp(-jnp.clip(m, *STABILIZER_LIMITS))
     return numerator / (jnp.maximum(jnp.abs(normalizer), lower_bound) + epsilon)[..., None]
 
 
