@@ -261,7 +261,7 @@ def _initial_states(cfg: Config, params: Params, source: dict[str, Any], documen
     (``jaxlm.nn.attention.source``).
     """
     shape, documents_BT = documents_BT.shape, group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
-    in_document_BTS = source["segment_ids"][:, None, :] == documents_BT[:, :, None]
+    in_document_BTS = (source["segment_ids"][:, None, :] == documents_BT[:, :, None]) & (documents_BT > 0)[:, :, None]
     has_source_BT = jnp.any(in_document_BTS, axis=-1)
     state = _FORMS[cfg.attention].initial_states(cfg, params["decoder"], source, in_document_BTS)
     state = select_state(has_source_BT, state, jax.tree.map(jnp.zeros_like, state))
