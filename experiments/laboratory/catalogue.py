@@ -21,8 +21,8 @@ class Claim:
         text: the statement.
         source: where it is published.
         models: the models of this experiment that it is about.
-        test: the test that decides about it; for each case the mean accuracy over the seeds is compared.
-        minimum, maximum: the accuracies that agree with the statement; None: no limit.
+        test: the test whose accuracy is compared with the statement: the mean over the seeds, for each case and width.
+        minimum, maximum: the limits of accuracies that agree with the statement; None: no limit.
         cases, widths: the cases and model widths that it is about; None: all.
     """
 

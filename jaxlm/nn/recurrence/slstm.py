@@ -12,8 +12,8 @@ Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R
 are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the authors' code (the
 paper also allows an exponential).
 
-At the first step of a document, m is -inf before the step, so that ``m_1 = log i_1``. Then n is at least 1 at all
-steps. A state with ``n = 0`` marks this, as in the authors' code; all states of a new document are 0.
+At the first step of a document, m before the step is -inf, so that ``m_1 = log i_1``. The state of a new document is 0.
+As in the authors' code, ``n = 0`` identifies this state, because n is at least 1 after each step.
 
 The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
 and computes the gradient of R in one matmul per chunk.

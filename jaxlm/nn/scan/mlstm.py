@@ -195,7 +195,7 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, ma
     """The stabilizer m of each step, [B, T, H].
 
     A step maps m to ``max(a + m, b)``. Two such maps in sequence are a map of the same form, so a parallel scan
-    combines them. It only adds numbers along paths, so that no difference of large sums loses digits.
+    combines them. It subtracts no sums over many steps, because such differences would be inaccurate.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if masks is not None:
