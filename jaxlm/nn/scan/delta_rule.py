@@ -34,6 +34,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan.matrix_state import (
     block_pairs,
+    check_equal_heads,
     decay_products,
     join_chunks,
     pair_scores_and_decays,
@@ -150,11 +151,7 @@ def generalized_delta_rule(
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
-        )
+    check_equal_heads(query, key, value)
     (B, T, H, K), V = query.shape, value.shape[-1]
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")

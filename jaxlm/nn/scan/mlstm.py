@@ -24,7 +24,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan.matrix_state import linear_attention
+from jaxlm.nn.scan.matrix_state import check_equal_heads, linear_attention
 from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.spec import ArraySpec, State
 
@@ -122,11 +122,7 @@ def _check(
     query: jax.Array, key: jax.Array, value: jax.Array, log_input: jax.Array, log_forget: jax.Array, state: Any,
     reset: Any, keep: Any,
 ) -> None:  # fmt: skip
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
-        )
+    check_equal_heads(query, key, value)
     for name, x in (("log_input", log_input), ("log_forget", log_forget)):
         if x.shape != query.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
