@@ -1,4 +1,4 @@
-"""Train all causal models on experiments that others have published, and compare the results with the claims.
+"""Train the causal families on experiments that others have published, and compare the results with the claims.
 
     python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
     python -m experiments.laboratory recall --model gpt mamba2    some models
