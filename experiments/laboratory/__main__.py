@@ -1,4 +1,4 @@
-"""Train all causal models on experiments that others have published, and compare the results with the claims.
+"""Train the causal families on experiments that others have published, and compare the results with the claims.
 
     python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
     python -m experiments.laboratory recall --model gpt mamba2    some models
@@ -47,10 +47,9 @@ def processor() -> str:
     return f"{name}, Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
 
 
-def run(names: list[str], models: list[str], directory: Path, *, is_quick: bool = False) -> None:
+def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
     """Run the experiments with the models. Results are appended to the files in the directory."""
-    for name in names:
-        experiment = quick(EXPERIMENTS[name]) if is_quick else EXPERIMENTS[name]
+    for name, experiment in experiments.items():
         results = Results(directory / f"{name}.jsonl")
         for model in (model for model in experiment.models if model in models):
             for case_name, case in experiment.cases.items():
@@ -84,13 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     names = parsed.experiment or list(EXPERIMENTS)
     directory = parsed.output / "quick" if parsed.quick else parsed.output
+    experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     def command() -> int:
         if parsed.page is None:
-            run(names, parsed.model, directory, is_quick=parsed.quick)
+            run({name: experiments[name] for name in names}, parsed.model, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
-        print(page.write(results, processor(), parsed.page))
+        print(page.write(results, processor(), parsed.page, experiments))
         return 0
 
     return exit_status(command, "experiments.laboratory", debug=debug)

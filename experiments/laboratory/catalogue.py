@@ -21,9 +21,9 @@ class Claim:
         text: the statement.
         source: where it is published.
         models: the models of this experiment that it is about.
-        test: the test that decides about it; for each case the mean accuracy over the seeds is compared.
-        minimum, maximum: the accuracies that agree with the statement; None: no limit.
-        cases: the cases that it is about; None: all.
+        test: the test whose accuracy is compared with the statement: the mean over the seeds, for each case and width.
+        minimum, maximum: the limits of accuracies that agree with the statement; None: no limit.
+        cases, widths: the cases and model widths that it is about; None: all.
     """
 
     text: str
@@ -33,6 +33,15 @@ class Claim:
     minimum: float | None = None
     maximum: float | None = None
     cases: tuple[str, ...] | None = None
+    widths: tuple[int, ...] | None = None
+
+    def covers(self, case: str, model: str, width: int) -> bool:
+        """Whether the statement is about this model."""
+        return (
+            model in self.models
+            and (self.cases is None or case in self.cases)
+            and (self.widths is None or width in self.widths)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ _RECALL = Experiment(
         Claim(
             "Gated convolutions of width 64 do not solve 8 pairs in 128 tokens (BaseConv 0.37, Hyena 0.18)",
             "Arora et al. 2024 (Zoology), figure 2", ("resnet_lm",), VALIDATION, maximum=0.9,
-            cases=("128 tokens, 8 pairs",),
+            cases=("128 tokens, 8 pairs",), widths=(64,),
         ),
     ),
     chance={f"{length} tokens, {pairs} pairs": 1 / 4096 for length, pairs in ((64, 4), (128, 8))},

@@ -1,4 +1,8 @@
-"""Models of all causal families for a given width, number of layers and vocabulary."""
+"""Models of the causal families for a given width, number of layers and vocabulary.
+
+Two families are missing, because their memory or pooling needs rows of a certain length: ``transformer_xl`` and
+``alexnet``.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
     """Our accuracies as text, and "yes", "no" or "not measured": whether all of them agree with the claim."""
     means = {}
     for (case, model, width), group in runs.items():
-        if model in claim.models and (claim.cases is None or case in claim.cases):
+        if claim.covers(case, model, width):
             means[model, case, width] = statistics.mean(run.accuracy[claim.test] for run in group)
     if not means:
         return "", "not measured"
@@ -73,8 +73,9 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
     for claim in experiment.claims:
         limit = f"at least {claim.minimum}" if claim.minimum is not None else f"at most {claim.maximum}"
         ours, agrees = agreement(claim, runs)
-        models, cases = ", ".join(claim.models), "" if claim.cases is None else f" ({', '.join(claim.cases)})"
-        lines.append(f"| {claim.text} | {claim.source} | {models}{cases} | {limit}, {claim.test} | {ours} | {agrees} |")
+        limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
+        models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
+        lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
     if picture is not None:
         lines += ["", f"![{experiment.title}]({picture})"]
     tests = list(next(iter(experiment.cases.values())).tests)
@@ -137,12 +138,18 @@ def draw(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write(results: Mapping[str, Iterable[Result]], machine: str, directory: Path) -> Path:
+def write(
+    results: Mapping[str, Iterable[Result]],
+    machine: str,
+    directory: Path,
+    experiments: Mapping[str, Experiment] = EXPERIMENTS,
+) -> Path:
     """Write ``laboratory.md`` and its pictures to a directory, and return the path of the page.
 
     Args:
         results: the results of each experiment that was run.
         machine: the processor and the versions of the packages.
+        experiments: the experiments with the plans of these results.
     """
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -154,7 +161,7 @@ def write(results: Mapping[str, Iterable[Result]], machine: str, directory: Path
         "`hawk` is `griffin` without attention; `mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
         "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"
     ]
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in experiments.items():
         runs = list(results.get(name, ()))
         if not runs:
             continue

@@ -75,7 +75,7 @@ class Result:
         parameters: number of parameters.
         steps: number of updates.
         loss: training loss of the last update, in nats per target.
-        seconds: duration, with compilation.
+        seconds: duration of training and tests, with compilation.
     """
 
     experiment: str

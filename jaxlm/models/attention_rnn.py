@@ -257,11 +257,11 @@ def init_decode_state(
 def _initial_states(cfg: Config, params: Params, source: dict[str, Any], documents_BT: jax.Array) -> dict[str, Any]:
     """The decoder's state before the first token of each given document, [B, T, ...].
 
-    The state is zero for a document that the source does not contain. Several rows may share a source
-    (``jaxlm.nn.attention.source``).
+    The state is zero for a document that the source does not contain, and for document 0 (padding). Several rows may
+    share a source (``jaxlm.nn.attention.source``).
     """
     shape, documents_BT = documents_BT.shape, group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
-    in_document_BTS = source["segment_ids"][:, None, :] == documents_BT[:, :, None]
+    in_document_BTS = (source["segment_ids"][:, None, :] == documents_BT[:, :, None]) & (documents_BT > 0)[:, :, None]
     has_source_BT = jnp.any(in_document_BTS, axis=-1)
     state = _FORMS[cfg.attention].initial_states(cfg, params["decoder"], source, in_document_BTS)
     state = select_state(has_source_BT, state, jax.tree.map(jnp.zeros_like, state))
@@ -321,7 +321,7 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax
 
 
 def _gather_weights(cfg: Config, params: Params) -> dict[str, Any]:
-    """The parameters, with all-gathered weights of the loops over time (``common.gather_weights``)."""
+    """The parameters. Those that loops over time use are all-gathered (``common.gather_weights``)."""
     names_in_loops = ("encoder", "decoder", "alignment", "output")
     loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}
     return {**params, **common.gather_weights(loop_specs, {name: params[name] for name in loop_specs})}

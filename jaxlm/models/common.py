@@ -103,7 +103,8 @@ def run_layers_with_outputs(
 ) -> tuple[jax.Array, Any, Any]:
     """As :func:`run_layers`, for a block with a third result: ``x, state[i], outputs[i] = block(x, ...)``.
 
-    Also returns the outputs of all layers, stacked. A layer whose output is None has no entry. None: no layer has one.
+    Also returns the outputs of all layers, stacked. A layer whose output is None has no entry. If no layer has an
+    output, the stack is None.
 
     Args:
         block: the function of one layer; or a tuple with the function of each layer, for parameters per layer.

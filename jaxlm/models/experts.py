@@ -21,7 +21,10 @@ from jaxlm.spec import Initializer, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(common.LayeredConfig):
-    """Base class for the ``Config`` of a family whose layers may have experts. It needs ``num_layers``, ``mlp_dim``."""
+    """Base class for the ``Config`` of a family whose layers may have experts.
+
+    The ``Config`` must have the fields ``num_layers`` and ``mlp_dim``.
+    """
 
     num_experts: int | None = None
     """Number of experts of a layer; None: every layer has an MLP."""
@@ -34,20 +37,17 @@ class ExpertsConfig(common.LayeredConfig):
     expert_interval: int = 1
     """Only every expert_interval-th layer has experts. The other layers have MLPs."""
     dense_layers: tuple[int, ...] = ()
-    """Numbers of further layers that have an MLP instead of experts, counted from 0."""
+    """Indices, from 0, of further layers that have an MLP instead of experts."""
     capacity_factor: float | None = None
-    """Experts accept at most this multiple of their mean number of tokens in a row; they add nothing to other tokens.
-    None: they accept all tokens. This is an option for training, which Hugging Face files do not contain: cached
-    decoding does not know the whole row, so its results differ."""
+    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds nothing to
+    other tokens. None: experts accept all tokens. This option is for training. Hugging Face files do not contain it.
+    Results of cached decoding differ, because the whole row is not known."""
     experts_implementation: Implementation | None = None
     """Name of the implementation of experts without a capacity; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "experts_per_token", "expert_interval")
-        common.check_positive(
-            self, *(name for name in ("num_experts", "expert_dim") if getattr(self, name) is not None)
-        )
+        common.check_positive(self, "num_experts", "experts_per_token", "expert_dim", "expert_interval")
         common.check_choices(self, experts_implementation=(None, *get_args(Implementation)))
         if self.capacity_factor is not None and not self.capacity_factor > 0.0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")

@@ -28,7 +28,6 @@ from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
@@ -102,7 +101,7 @@ class Config(experts.ExpertsConfig):
         common.check_positive(
             self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "delta_key_heads", "delta_value_heads",
             "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
-            *(name for name in ("max_positions", "shared_expert_dim") if getattr(self, name) is not None),
+            "max_positions", "shared_expert_dim",
         )  # fmt: skip
         common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
@@ -129,7 +128,7 @@ def apply(
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         state: the state after earlier tokens (``state_specs``), continued by ``tokens``. If the model has attention,
             rows that exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
@@ -150,12 +149,8 @@ def apply_with_routing(
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
     """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
-    past = None if state is None else state["past"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset, "keep_BT": keep}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    masks = stream.masks()
     if "attention" in common.mixers(cfg):
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
         angles = rotary_angles(

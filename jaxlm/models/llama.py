@@ -97,9 +97,9 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
-        )
-        common.check_positive(self, "num_kv_heads", "head_dim", "window")
+            self, "vocab_size", "max_positions", "num_layers", "num_heads", "num_kv_heads", "head_dim", "embed_dim",
+            "mlp_dim", "window", "num_labels",
+        )  # fmt: skip
         common.check_rates(self, "attention_dropout")
         common.check_choices(
             self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)), block=get_args(Block)

@@ -26,7 +26,6 @@ from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
@@ -128,12 +127,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    past = None if state is None else state["segment_ids"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset_BT, keep_BT, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset_BT, "keep_BT": keep_BT}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    masks = stream.masks()
     dtype = jnp.dtype(cfg.dtype)
     residual_dtype = jnp.float32 if cfg.residual_in_float32 else dtype
     x = embed(params["token_embedding"], tokens, residual_dtype, size=cfg.vocab_size)

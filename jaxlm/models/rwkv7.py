@@ -5,8 +5,8 @@ A causal model without attention and without positions. Each block has a time mi
 token before it (token shift). From the second block on, the values of the time mix are interpolated with the values of
 the first block (value residual). The size of the state does not depend on the length of the text.
 
-Names in the paper and in published files: receptance (r, the query), decay (w), rate (a, the in-context learning rate),
-removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
+Names in this module, with the symbols of the paper and of published files: receptance (r, the query), decay (w), rate
+(a, the in-context learning rate), removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
 
 Shapes: B batch, T time, D model width, H heads, K width of a head, V vocabulary.
 """
@@ -27,13 +27,12 @@ from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 
 Task = Literal["causal", "none"]
 L2_EPSILON = 1e-24
-"""Added to the sum of squares in the L2 norm of removal keys. The authors' code has the minimum 1e-12 of the norm."""
+"""Added to the sum of squares in the L2 norm of removal keys. In the authors' code, the norm is at least 1e-12."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +92,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    past = None if state is None else state["segment_ids"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset_BT, keep_BT, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset_BT, "keep_BT": keep_BT}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    masks = stream.masks()
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
 
@@ -187,7 +182,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 class Ramp:
     """``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D.
 
-    z increases from -1 to 1 along the last axis: it is ``y * abs(y)`` for y linear in the index.
+    z is ``y * abs(y)``, where y increases linearly from -1 to 1 along the last axis.
     """
 
     offset: float
@@ -205,7 +200,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. Initial values are those of the authors' code, with Gaussian matrices.
 
     The authors draw orthogonal matrices. The Gaussian matrices have the same variance. As in the authors' code, weight
-    decay applies only to linear layers, the head and the token table, but not to the matrices of low rank.
+    decay applies only to linear layers, the head and the token table, but not to low-rank matrices.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
     tree = {
@@ -222,7 +217,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
     D, M, K, stddev = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, cfg.embed_dim**-0.5
     shape, axes = (D // K, K), ("heads", "kv")
-    late, early = layer / max(cfg.num_layers - 1, 1), 1.0 - layer / cfg.num_layers
+    late = layer / max(cfg.num_layers - 1, 1)  # from 0 in the first layer to 1 in the last layer
+    early = 1.0 - layer / cfg.num_layers  # from 1 in the first layer to 1 / num_layers in the last layer
 
     def shift(power: float) -> ArraySpec:  # 1 - (i / D) ** power for channel i
         return ArraySpec((D,), ("norm",), Ramp(1.0, -((1.0 - 1.0 / D) ** power), power))

@@ -1,13 +1,13 @@
 """xLSTM (Beck et al. 2024), and xLSTM 7B (Beck et al. 2025), which has only mLSTM layers.
 
 A causal model with pre-norm blocks: a recurrent layer, then a gated MLP. The recurrent layer is an mLSTM, whose state
-is a matrix per head, or an sLSTM, whose heads read their own previous output, in the order of ``pattern``. The block is
-that of xLSTM 7B for both: the mLSTM has no convolution and no projection to a larger width, and its gates are
-soft-capped. The sLSTM layer is that of the first paper: a convolution before its input and forget gate, block-diagonal
-matrices, and a norm per head.
+is a matrix per head, or an sLSTM, in which each head reads its own previous output. ``Config.pattern`` gives the order
+of the two kinds. Both are in the block of xLSTM 7B. The mLSTM is that of xLSTM 7B too: it has no convolution and no
+projection to a larger width, and its gates are soft-capped. The sLSTM is that of the first paper: its input and forget
+gates read the output of a convolution, its matrices are block diagonal, and it has a norm per head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
-P = D / H width of a head of an sLSTM, Q the same.
+P = D / H width of a head of an sLSTM (Q for the second such axis).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.scan import mlstm, mlstm_state_specs
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
@@ -52,9 +51,9 @@ class Config(common.LayeredConfig):
     num_heads: int = 8
     """Number of heads of an mLSTM and of an sLSTM."""
     key_dim: int = 2048
-    """Width of the queries, and of the keys, of all heads of an mLSTM together."""
+    """Width of the queries of an mLSTM, summed over its heads; also the width of the keys."""
     value_dim: int = 4096
-    """Width of the values of all heads of an mLSTM together."""
+    """Width of the values of an mLSTM, summed over its heads."""
     conv_width: int = 4
     """Number of tokens that the convolution of an sLSTM layer reads, the current token included."""
     gate_soft_cap: float | None = 15.0
@@ -99,18 +98,14 @@ def apply(
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    past = None if state is None else state["past"]
-    tokens, stream = open_stream(tokens, segment_ids, past)
-    masks: dict[str, Any] = {}
-    if stream.segment_ids is not None:
-        reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
-        masks = {"reset_BT": reset, "keep_BT": keep}
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    masks = stream.masks()
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -159,7 +154,7 @@ def _slstm(
     B, T, D = x.shape
     tail = None if state is None else state["tail"]
     local, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
-    projected = [  # the gates i, f of the convolved input, and z, o of the input
+    projected = [  # gates i and f read the convolved input; z and o read the input itself
         jnp.einsum("BTHP,HPGQ->BTHGQ", y.reshape(B, T, cfg.num_heads, -1), weights[name]["weight"].astype(y.dtype))
         for name, y in (("input_forget", jax.nn.silu(local)), ("cell_output", x))
     ]
@@ -184,7 +179,8 @@ class ForgetBias:
     """Initial biases of forget gates: ``low`` to ``high`` in equal steps along the last axis, the same for all heads.
 
     Args:
-        gate: index of the forget gate on the axis before the last axis, whose other gates get 0; None: no such axis.
+        gate: index of the forget gate on the second-to-last axis, the axis of gates. The other gates get 0. None: the
+            shape has no axis of gates.
     """
 
     low: float = 3.0
@@ -201,8 +197,8 @@ class ForgetBias:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with initial values as in transformers.
 
-    Two differences: output gates and MLP gates have random weights (transformers: zeros), and the biases of an sLSTM
-    are those of an option of the authors' code (``small_init``).
+    Output gates and MLP gates are an exception: their weights are random here and zeros in transformers. transformers
+    has no sLSTM. The biases of an sLSTM are those of the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P, rows = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)

@@ -91,6 +91,15 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
 
 
+def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
+    """``jnp.where(condition, x, y)`` for trees of arrays; ``condition`` has the first axes of each array."""
+
+    def select(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(condition, range(condition.ndim, x.ndim)), x, y)
+
+    return jax.tree.map(select, x, y)
+
+
 def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
     """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None."""
     if reset_BT is None and keep_BT is None:

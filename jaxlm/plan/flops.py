@@ -15,7 +15,6 @@ from jax.extend import core as jax_core
 
 from jaxlm import spec
 from jaxlm.models import Model
-from jaxlm.spec import Params
 
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
@@ -134,7 +133,7 @@ def _count_equation(equation: Any) -> float:
     return repetitions * sum(inner)
 
 
-def _inner_jaxprs(params: Params) -> list[Any]:
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The inner jaxprs in the parameters of an equation."""
     jaxprs = []
     for value in params.values():
@@ -157,6 +156,6 @@ def kernel_grids(jaxpr: Any) -> dict[str, int]:
     return grids
 
 
-def _kernel_name(params: Params) -> str:
+def _kernel_name(params: dict[str, Any]) -> str:
     info = params.get("name_and_src_info")
     return str(params.get("name")) if info is None else str(info.name)

@@ -50,8 +50,8 @@ def recall(
         raise ValueError(f"vocab_size={vocab_size} must exceed length={length} and 2 * pairs={2 * pairs}")
     keys = _distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
     values = _distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
-    slots = (length - 2 * pairs) // 2
-    gaps = _distinct(rng, rows, pairs, np.arange(1, slots + 1) ** (power - 1.0))
+    num_gaps = (length - 2 * pairs) // 2
+    gaps = _distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0))
     positions = 2 * pairs + 2 * gaps
     tokens = rng.integers(0, vocab_size, (rows, length))
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
@@ -151,8 +151,8 @@ FORMAL_LANGUAGES = {
 def formal_language(name: str, rng: np.random.Generator, rows: int, length: int, padded_length: int) -> Batch:
     """A batch of a formal language: inputs of one length, each followed by one token for every symbol of the answer.
 
-    These tokens are all equal, so the model writes the answer without seeing its own symbols, as in the paper. Rows are
-    padded on the right. So batches of several lengths can have the same shape.
+    These tokens are all equal, so the model does not read symbols of the answer, as in the paper. Rows are padded on
+    the right. So batches of several lengths can have the same shape.
 
     Args:
         name: a key of :data:`FORMAL_LANGUAGES`.

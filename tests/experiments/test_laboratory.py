@@ -77,6 +77,7 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     experiment = EXPERIMENTS["recall"]
     measured = [result(rate=1e-2, accuracy=0.2), *(result(seed=seed, accuracy=0.9 + seed / 100) for seed in range(3))]
     measured += [result(model="resnet_lm", case="128 tokens, 8 pairs", accuracy=0.3)]
+    measured += [result(model="resnet_lm", case="128 tokens, 8 pairs", width=128, accuracy=1.0)]  # not in the claim
     chosen = page.selected(experiment, measured)
     assert [run.seed for run in chosen["64 tokens, 4 pairs", "gpt", 64]] == [0, 1, 2]
     assert page.mean_and_interval([0.90, 0.91, 0.92]) == "0.910 ± 0.025"  # 4.30 * 0.01 / sqrt(3)
@@ -97,7 +98,9 @@ def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, mo
     assert command.main(["state_tracking", *output]) == 0
     assert capsys.readouterr().out.count("\n") == 3  # one line per group
     assert command.main(["--page", str(tmp_path / "docs"), *output]) == 0
-    assert "| S5 | gru | 128 |" in (tmp_path / "docs/laboratory.md").read_text()
+    text = (tmp_path / "docs/laboratory.md").read_text()
+    assert "| S5 | gru | 128 |" in text
+    assert "2 layers; 2 steps;" in text
 
 
 def test_unknown_names_are_refused(capsys):

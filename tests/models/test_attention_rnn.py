@@ -115,6 +115,8 @@ def test_a_document_without_source_has_no_context(name):
     assert np.isfinite(np.asarray(first)).all()
     np.testing.assert_array_equal(first[:, 3:], second[:, 3:])
     assert relative_error(first[:, :3], second[:, :3]) > 1e-3
+    no_source = {"source": sources[0], "source_segment_ids": np.zeros((1, 5), np.int32)}  # only padding
+    assert relative_error(hidden_of(model, params, tokens[:, 3:], no_source)[0], first[:, 3:]) < TOLERANCE
 
 
 def test_the_encoder_of_luong_equals_flax():

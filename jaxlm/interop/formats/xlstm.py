@@ -12,17 +12,17 @@ from jaxlm.models.xlstm import Config
 NATIVE_IF_UNPUBLISHED = True
 """A model with sLSTM layers is saved with jaxlm's own names."""
 
-_SAME = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
-"""Second name of a field -> its first name. transformers reads both, in different places."""
+_DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
+"""HF field -> HF field of the same meaning. Both must be equal, because transformers reads both."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     embed_dim = config.get("hidden_size", Config.embed_dim)
     sizes = {"hidden_size": embed_dim, "num_hidden_layers": config.get("num_hidden_layers", Config.num_layers)}
-    for second, first in _SAME.items():
-        value = config.get(second)
-        if value is not None and value != sizes[first]:
-            raise ValueError(f"{second}={value!r} must be null or equal to {first}={sizes[first]!r}")
+    for duplicate, name in _DUPLICATES.items():
+        value = config.get(duplicate)
+        if value is not None and value != sizes[name]:
+            raise ValueError(f"{duplicate}={value!r} must be null or equal to {name}={sizes[name]!r}")
     factors = {"qk_dim_factor": 0.5, "v_dim_factor": 1.0, "ffn_proj_factor": 2.667}
     for name, default in factors.items():
         factors[name] = config.get(name, default)

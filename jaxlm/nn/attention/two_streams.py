@@ -102,7 +102,7 @@ def make_streams(
         return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
 
     def stream(select: Callable[[Any], Any], offset: int, order_BT: Any) -> Stream:
-        """A stream.
+        """The queries of one stream.
 
         Args:
             select: a function that gets an array with one entry per token and returns the entries of the queries.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
@@ -100,6 +101,17 @@ class Stream:
     order: Any
     past: Any
     count_B: Any
+
+    def masks(self) -> dict[str, jax.Array]:
+        """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
+
+        The dict is empty without segment ids and state, because each row is then one document without padding.
+        """
+        if self.segment_ids is None:
+            return {}
+        last_segment_B = None if self.past is None else self.past[:, -1]
+        reset_BT, keep_BT, _ = segment_boundaries(self.segment_ids, last_segment_B)
+        return {"reset_BT": reset_BT, "keep_BT": keep_BT}
 
 
 def past_specs(batch: int, reach: int) -> ArraySpec:

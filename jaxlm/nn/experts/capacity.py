@@ -28,12 +28,12 @@ def with_capacity(
     In each row, an expert accepts at most ``factor * (tokens of the row) * N / E`` tokens, rounded up. Earlier tokens
     come first, so the result for a token depends on later tokens only through the number of tokens. An expert that did
     not accept a token adds 0 to its output. So a token that no expert accepted has the output 0, and only the residual
-    connection carries it. Padding tokens get no slot and have the output 0.
+    connection carries it. Padding tokens get no slot. Their output is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
     limits = np.minimum(np.ceil(factor * np.arange(T + 1) * N / E), T).astype(np.int32)  # by the number of tokens
     C, A, P = int(limits[T]), T * N, E * int(limits[T])
-    # The position of a token in its row decides about its slot, so all tokens of a row must be on one device.
+    # The slot of a token depends on all earlier tokens of its row, so all tokens of a row must be on one device.
     x_BTD = constrain(x_BTD, ("batch", None, "activation_embed"))
     keep_BT = jnp.ones_like(routing.experts[:, :, 0], bool) if keep_BT is None else keep_BT
     limit_B = jnp.asarray(limits)[jnp.sum(keep_BT, axis=1)]

@@ -33,7 +33,7 @@ def dropless(
     keep_BT: jax.Array | None,
     grouped_matmul: GroupedMatmul,
 ) -> jax.Array:
-    """The weighted sum of the selected experts' outputs for each token, [B, T, D]; zeros at padding.
+    """The weighted sum of the selected experts' outputs for each token, [B, T, D]; not defined at padding.
 
     On a mesh, each device sorts its tokens. If experts or their hidden width are split, each device computes its part
     of the experts for the tokens of all devices that have the other parts, and the results are added.
@@ -68,7 +68,7 @@ def _run_experts(
     *,
     grouped_matmul: GroupedMatmul,
 ) -> jax.Array:
-    """The output of the experts whose numbers are ``numbers_E``, which are consecutive."""
+    """The output of the experts with the consecutive numbers ``numbers_E``; other experts add 0."""
     (B, T, D), N, E = x_BTD.shape, experts_BTN.shape[2], numbers_E.shape[0]
     expert_A = experts_BTN.reshape(-1) - numbers_E[0]
     S = choices.expert_block_rows(expert_A.shape[0], E) if grouped_matmul == "blocks" else 1

@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """The experts of each token.
 
     Attributes:
-        experts: [B, T, N] int32, the experts with the highest probabilities, in descending order.
+        experts: [B, T, N] int32, the experts with the highest probabilities, in descending order of probability.
         weights: [B, T, N] float32, the weight of each selected expert in the output.
         logits: [B, T, E] float32.
         probabilities: [B, T, E] float32, the softmax of the logits.

@@ -60,7 +60,7 @@ def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> G
     """The assignments, sorted by their expert, with ``block_rows`` slots per block.
 
     Args:
-        expert_A: the expert of each assignment. An assignment with another number than 0 to E - 1 gets no slot.
+        expert_A: the expert of each assignment. An assignment whose expert is not in [0, E) gets no slot.
 
     Example:
         >>> groups = group_by_expert(jnp.array([1, 0, 1, 1]), num_experts=2, block_rows=2)

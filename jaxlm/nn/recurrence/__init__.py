@@ -10,11 +10,11 @@ from jaxlm.nn.recurrence.cells import (
     lstm_state_specs,
     project,
     project_time_major,
-    select_state,
 )
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm, lstm_states
 from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
 from jaxlm.nn.recurrence.slstm import slstm, slstm_cell, slstm_specs, slstm_state_specs
+from jaxlm.nn.segments import select_state
 
 __all__ = [
     "GRUReset",

@@ -10,7 +10,7 @@ for the second hidden axis).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,6 @@ def project(params: Params, x: jax.Array) -> jax.Array:
 def project_time_major(params: Params, x_BTD: jax.Array) -> jax.Array:
     """The result of :func:`project` for a loop over time, [T, B, G, H]. The time axis is not sharded."""
     return constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
-
-
-def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
-    """``jnp.where(condition, x, y)`` for trees ``x`` and ``y`` with leaves [..., H] and a condition of shape [...]."""
-    return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), x, y)
 
 
 def check_width(params: Params, x: jax.Array) -> None:

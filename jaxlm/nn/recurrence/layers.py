@@ -15,8 +15,8 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.recurrence import chunked, cudnn
-from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major, select_state
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major
+from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import Params, State
 

@@ -12,8 +12,8 @@ Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R
 are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the authors' code (the
 paper also allows an exponential).
 
-At the first step of a document, m is -inf before the step, so that ``m_1 = log i_1``. Then n is at least 1 at all
-steps. A state with ``n = 0`` marks this, as in the authors' code; all states of a new document are 0.
+At the first step of a document, m before the step is -inf, so that ``m_1 = log i_1``. The state of a new document is 0.
+As in the authors' code, ``n = 0`` identifies this state, because n is at least 1 after each step.
 
 The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
 and computes the gradient of R in one matmul per chunk.
@@ -32,12 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
 Implementation = Literal["reference", "chunked"]
-State = dict[str, jax.Array]
 
 STATES = ("hidden", "cell", "normalizer", "stabilizer")
 """The names of h, c, n and m."""
@@ -168,11 +167,11 @@ def _advance(total_BHGP: jax.Array, state: State) -> State:
 
 
 def _reset(mask: Any, state: State) -> State:
-    return state if mask is None else jax.tree.map(lambda x: jnp.where(mask[0][:, None, None], 0.0, x), state)
+    return state if mask is None else select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
 
 
 def _restore_at_padding(mask: Any, new: State, old: State) -> State:
-    return new if mask is None else jax.tree.map(lambda x, y: jnp.where(mask[1][:, None, None], x, y), new, old)
+    return new if mask is None else select_state(mask[1], new, old)
 
 
 def _step(weight: jax.Array, bias: jax.Array, state: State, inputs: Any) -> State:

@@ -9,8 +9,8 @@ beta_t * v_t`` (for keys of length 1). With ``g = 0``, this is the delta rule (S
 For keys of length 1, the eigenvalues of ``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in
 [-1, 1] (Grazzi et al. 2024).
 
-The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. The vector that reads the
-old value, the vector that receives it, and the key of the new value are independent:
+The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. A step reads the old value
+with a vector a, adds it to the state with a key b, and adds the new value with another key k:
 
     S_t = (diag(exp(g_t)) + b_t a_t.T) @ S_{t-1} + k_t v_t.T
 
@@ -34,6 +34,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan.matrix_state import (
     block_pairs,
+    check_equal_heads,
     decay_products,
     join_chunks,
     pair_scores_and_decays,
@@ -121,7 +122,7 @@ def generalized_delta_rule(
     Args:
         log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
         a_BTHK: a step reads ``a_t @ S_{t-1}`` from the state.
-        b_BTHK: what is read is added to the state with this key.
+        b_BTHK: the key with which the value that was read is added to the state.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`.
 
     Raises:
@@ -150,11 +151,7 @@ def generalized_delta_rule(
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
-        )
+    check_equal_heads(query, key, value)
     (B, T, H, K), V = query.shape, value.shape[-1]
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
@@ -295,6 +292,7 @@ def _generalized_chunk(
     queries = (q_BHLK, jnp.pad(a_BHLK[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))))  # q_t and a_{t+1}
     keys = (k_BHLK, b_BHLK)
 
+    # X is the axis of the two queries, Y the axis of the two keys.
     def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
         size = later.shape[3]
         later_XBHPSK = jnp.stack([(block_pairs(x, size)[1] * later).astype(dtype) for x in queries])

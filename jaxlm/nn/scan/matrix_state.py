@@ -130,6 +130,19 @@ def _check(
     check_masks(reset, keep, (B, T), "query")
 
 
+def check_equal_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Check the shapes of queries and keys [B, T, H, K] and values [B, T, H, V]; T is at least 1.
+
+    Raises:
+        ValueError: an array has another shape.
+    """
+    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
+            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
+        )
+
+
 def linear_attention_step(
     query_BGK: jax.Array, key_BGK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -24,14 +24,19 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan.matrix_state import linear_attention
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.scan.matrix_state import check_equal_heads, linear_attention
+from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.spec import ArraySpec, State
 
 Implementation = Literal["reference", "chunked"]
 
-MIN_STABILIZER = -80.0
-"""Below this m, ``exp(-m)`` would overflow. The output is then below 1e-34 times the values, and so is its error."""
+STABILIZER_LIMITS = (-80.0, 40.0)
+"""The output uses ``exp(-m)`` with m in these limits.
+
+Below -80, ``exp(-m)`` would overflow; the output and its error are then less than 1e-34 times the values. Above 40, the
+limit matters only if ``|q @ n|`` is less than 1e-17. The output of a query of zeros is then zeros also with ``epsilon =
+0``; without the limit, it would be 0 / 0.
+"""
 
 
 def mlstm_state_specs(batch: int, heads: int, key_width: int, value_width: int) -> dict[str, ArraySpec]:
@@ -117,11 +122,7 @@ def _check(
     query: jax.Array, key: jax.Array, value: jax.Array, log_input: jax.Array, log_forget: jax.Array, state: Any,
     reset: Any, keep: Any,
 ) -> None:  # fmt: skip
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
-        )
+    check_equal_heads(query, key, value)
     for name, x in (("log_input", log_input), ("log_forget", log_forget)):
         if x.shape != query.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
@@ -139,7 +140,7 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         (q, k, v, log_i, log_f), mask = inputs
         q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         if mask is not None:
-            state = _where(mask[0], jax.tree.map(jnp.zeros_like, state), state)
+            state = select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
         C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
         new_m = jnp.maximum(log_f + m, log_i)
         f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
@@ -147,20 +148,16 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
         out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
         new = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
-        return (new if mask is None else _where(mask[1], new, state)), out.astype(v.dtype)
+        return (new if mask is None else select_state(mask[1], new, state)), out.astype(v.dtype)
 
     time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
     last, out_TBHV = lax.scan(step, state, time_major)
     return jnp.swapaxes(out_TBHV, 0, 1), last
 
 
-def _where(mask_B: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(jnp.expand_dims(mask_B, range(1, x.ndim)), x, y), new, old)
-
-
 def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: float) -> jax.Array:
     """``numerator [..., V] / (max(|normalizer|, exp(-m)) + epsilon)``, with normalizer and m [...]."""
-    lower_bound = jnp.exp(-jnp.maximum(m, MIN_STABILIZER))
+    lower_bound = jnp.exp(-jnp.clip(m, *STABILIZER_LIMITS))
     return numerator / (jnp.maximum(jnp.abs(normalizer), lower_bound) + epsilon)[..., None]
 
 
@@ -194,7 +191,7 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, ma
     """The stabilizer m of each step, [B, T, H].
 
     A step maps m to ``max(a + m, b)``. Two such maps in sequence are a map of the same form, so a parallel scan
-    combines them. It only adds numbers along paths, so that no difference of large sums loses digits.
+    combines them. It subtracts no sums over many steps, because such differences would be inaccurate.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if masks is not None:

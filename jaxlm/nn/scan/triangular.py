@@ -44,7 +44,7 @@ solve_unit_lower.defvjp(_forward, _backward)
 
 
 def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
-    """The inverse of ``1 + lower``, [B, H, L, L], for a strictly lower triangular matrix.
+    """The inverse of ``I + lower``, [B, H, L, L], for a strictly lower triangular matrix.
 
     Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. The inverse of a pair [[E, 0], [C, F]] is
     ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. No powers of the matrix are needed, which could

@@ -133,6 +133,20 @@ def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_padding_after_large_gates_is_zero_without_epsilon(implementation):
+    q, k, v, log_i, log_f, _ = arrays()
+    keep = masks()["keep_BT"]
+
+    def loss(*arguments):
+        out, _ = mlstm(*arguments, keep_BT=keep, epsilon=0.0, chunk=4, implementation=implementation)
+        return jnp.sum(out**2), out
+
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True)(q, k, v, log_i + 150.0, log_f)
+    assert not out[~keep].any()
+    assert all(np.isfinite(leaf).all() for leaf in (out, *gradients))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_small_input_gates_give_linear_attention(implementation):
     """If ``|q @ n|`` is below 1, the divisor is 1 and the mLSTM is linear attention with keys ``i k``."""
     q, k, v, log_i, log_f, _ = arrays()
