@@ -13,11 +13,8 @@ interrupted command continues when it is repeated.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import sys
 from pathlib import Path
-
-import jax
 
 from experiments.laboratory import page
 from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
@@ -36,15 +33,6 @@ def quick(experiment: Experiment) -> Experiment:
         plan, steps=QUICK_STEPS, widths=plan.widths[:1], learning_rates=plan.learning_rates[:1], seeds=1, test_batches=2
     )
     return dataclasses.replace(experiment, plan=plan)
-
-
-def processor() -> str:
-    """The name of the processor, and the versions of Python and JAX."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
 
 
 def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
@@ -90,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             run({name: experiments[name] for name in names}, parsed.model, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
-        print(page.write(results, processor(), parsed.page, experiments))
+        print(page.write(results, parsed.page, experiments))
         return 0
 
     return exit_status(command, "experiments.laboratory", debug=debug)

@@ -21,11 +21,12 @@ Group = tuple[str, str, int]
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
     """The runs of each case, model and width with the learning rate that has the most runs.
 
-    After all runs, this is the learning rate that validation selected.
+    After all runs, this is the learning rate that validation selected. Runs of another plan are left out.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        if result.case in experiment.cases and result.model in experiment.models:
+        is_planned = (result.layers, result.planned_steps) == (experiment.plan.layers, experiment.plan.steps)
+        if is_planned and result.case in experiment.cases and result.model in experiment.models:
             groups[result.case, result.model, result.width][result.learning_rate].append(result)
 
     def preference(runs: list[Result]) -> tuple[int, float]:
@@ -97,7 +98,8 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
                     f"{group[0].learning_rate:g} | {len(group)} | {minutes:.1f} |"
                 )
         lines.append(f"| {case} | guessing | | | {' | '.join([f'{experiment.chance[case]:.3f}'] * len(tests))} | | | |")
-    return "\n".join(lines) + "\n"
+    machines = sorted({run.machine for group in runs.values() for run in group})
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."]) + "\n"
 
 
 def draw(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
@@ -140,7 +142,6 @@ def draw(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
 
 def write(
     results: Mapping[str, Iterable[Result]],
-    machine: str,
     directory: Path,
     experiments: Mapping[str, Experiment] = EXPERIMENTS,
 ) -> Path:
@@ -148,7 +149,6 @@ def write(
 
     Args:
         results: the results of each experiment that was run.
-        machine: the processor and the versions of the packages.
         experiments: the experiments with the plans of these results.
     """
     pictures = directory / "pictures"
@@ -156,7 +156,7 @@ def write(
     parts = [
         "# Laboratory\n\nThe same causal models on published experiments. This page is written by\n"
         "`python -m experiments.laboratory --page`; do not edit it.\n\n"
-        f"All runs: {machine}. All models have no dropout and are trained with AdamW,\n"
+        "All models have no dropout and are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`hawk` is `griffin` without attention; `mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
         "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"

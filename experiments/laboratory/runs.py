@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -65,17 +66,22 @@ class Plan:
     test_batches: int = 8
 
 
+Key = tuple[str, str, str, int, float, int, int, int]
+"""Experiment, case, model, width, learning rate, seed, number of layers and planned number of steps of a run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The result of a run.
 
     Attributes:
-        experiment, case, model, width, learning_rate, seed: what was trained.
+        experiment, case, model, width, learning_rate, seed, layers, planned_steps: what was trained.
         accuracy: accuracy of each test, in [0, 1].
         parameters: number of parameters.
         steps: number of updates.
         loss: training loss of the last update, in nats per target.
         seconds: duration of training and tests, with compilation.
+        machine: the processor and the versions of the packages.
     """
 
     experiment: str
@@ -84,16 +90,22 @@ class Result:
     width: int
     learning_rate: float
     seed: int
+    layers: int
+    planned_steps: int
     accuracy: dict[str, float]
     parameters: int
     steps: int
     loss: float
     seconds: float
+    machine: str
 
     @property
-    def key(self) -> tuple[str, str, str, int, float, int]:
+    def key(self) -> Key:
         """What identifies a run."""
-        return self.experiment, self.case, self.model, self.width, self.learning_rate, self.seed
+        return (
+            self.experiment, self.case, self.model, self.width, self.learning_rate, self.seed, self.layers,
+            self.planned_steps,
+        )  # fmt: skip
 
 
 def train(
@@ -135,9 +147,18 @@ def train(
     loss = float(metrics["loss"])
     accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in evaluators.items()}
     return Result(
-        experiment, case_name, model_name, width, learning_rate, seed, accuracy, model.num_parameters, count, loss,
-        time.perf_counter() - start,
+        experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps, accuracy,
+        model.num_parameters, count, loss, time.perf_counter() - start, machine(),
     )  # fmt: skip
+
+
+def machine() -> str:
+    """The name of the processor, and the versions of Python and JAX."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
 
 
 def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list[Batch]:
@@ -162,7 +183,7 @@ class Results:
     def __iter__(self) -> Iterator[Result]:
         return iter(self._results.values())
 
-    def get(self, key: tuple[str, str, str, int, float, int]) -> Result | None:
+    def get(self, key: Key) -> Result | None:
         """The result of a run, or None."""
         return self._results.get(key)
 
@@ -187,7 +208,7 @@ def run_model(
     """Run one model on one case: all learning rates with seed 0, then the other seeds with the best learning rate."""
 
     def run(learning_rate: float, seed: int) -> Result:
-        key = experiment, case_name, model_name, width, learning_rate, seed
+        key = experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps
         result = results.get(key)
         if result is None:
             result = train(experiment, case_name, case, plan, model_name, width, learning_rate, seed)

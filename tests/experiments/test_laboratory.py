@@ -15,8 +15,11 @@ from jaxlm.models import FAMILIES, get_model
 PLAN = runs.Plan(steps=4, widths=(32,), layers=1, learning_rates=(1e-3, 1e-2), seeds=2, test_batches=1)
 
 
-def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, accuracy=0.5):
-    return runs.Result("recall", case, model, width, rate, seed, {"validation": accuracy}, 1000, 4, 1.0, 60.0)
+def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, accuracy=0.5, layers=2, steps=3000):
+    accuracies = {"validation": accuracy, "test": accuracy}
+    return runs.Result(
+        "recall", case, model, width, rate, seed, layers, steps, accuracies, 1000, steps, 1.0, 60.0, "a processor"
+    )
 
 
 def test_every_causal_family_has_a_model():
@@ -56,7 +59,9 @@ def test_results_are_kept_and_not_computed_again(tmp_path, monkeypatch):
 
     def train(experiment, case_name, case, plan, model, width, rate, seed):
         trained.append((rate, seed))
-        return result(model=model, width=width, rate=rate, seed=seed, accuracy=rate)
+        return result(
+            model=model, width=width, rate=rate, seed=seed, accuracy=rate, layers=plan.layers, steps=plan.steps
+        )
 
     monkeypatch.setattr(runs, "train", train)
     case = EXPERIMENTS["recall"].cases["64 tokens, 4 pairs"]
@@ -85,9 +90,9 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     assert judged == [("0.91", "no"), ("0.30", "yes")]
     other = Claim("", "", ("lstm",), "validation", minimum=0.5)
     assert page.agreement(other, chosen) == ("", "not measured")
-    path = page.write({"recall": measured}, "a processor", tmp_path)
+    path = page.write({"recall": measured}, tmp_path)
     text = path.read_text()
-    assert "| 64 tokens, 4 pairs | gpt | 64 | 1,000 | 0.910 ± 0.025 | 0.001 | 3 | 1.0 |" in text
+    assert "| 64 tokens, 4 pairs | gpt | 64 | 1,000 | 0.910 ± 0.025 | 0.910 ± 0.025 | 0.001 | 3 | 1.0 |" in text
     assert "Formal languages" not in text
     assert (tmp_path / "pictures/laboratory_recall.png").stat().st_size > 5000
 
