@@ -266,7 +266,8 @@ def test_merging_trees_with_the_same_parameter_raises():
 
 @pytest.mark.parametrize("name", TINY)
 def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
-    """Biases, scales and gains are not matrices, even with two or more axes. All other parameters are matrices."""
+    """Parameters with one number per channel are not matrices, even with two or more axes. All others are matrices."""
+    per_channel = ("gain", "scale", "removal", "replacement", "bonus")
     for path, leaf in spec.flatten(tiny_model(name).specs).items():
         rows = matrix_rows(path, leaf)
         axes = [axis for axis in leaf.axes if axis not in (spec.LAYERS, spec.EXPERT)]
@@ -274,7 +275,7 @@ def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
         if len(axes) < 2:
             assert rows is None, path
         elif rows is None:
-            assert "bias" in last or last == "gain", path
+            assert "bias" in last or last in per_channel, path
         else:
             assert 1 <= rows < len(axes), path
             assert "bias" not in last, path

@@ -247,12 +247,7 @@ def check_start_id(cfg: Any) -> None:
 
 
 def check_tokens(
-    tokens: Array,
-    segment_ids: Array | None,
-    positions: Array | None,
-    max_positions: int | None,
-    *,
-    what: str = "tokens",
+    tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, what: str = "tokens"
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
