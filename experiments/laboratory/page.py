@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim, Experiment
-from experiments.laboratory.runs import Result
+from experiments.laboratory.runs import VALIDATION, Result
 
 # 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
 _T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -30,7 +30,7 @@ def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, l
             groups[result.case, result.model, result.width][result.learning_rate].append(result)
 
     def preference(runs: list[Result]) -> tuple[int, float]:
-        return len(runs), max(run.accuracy["validation"] for run in runs)
+        return len(runs), max(run.accuracy[VALIDATION] for run in runs)
 
     return {group: max(rates.values(), key=preference) for group, rates in groups.items()}
 
@@ -57,9 +57,8 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
     return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", "yes" if agrees else "no"
 
 
-def section(name: str, experiment: Experiment, results: Iterable[Result], picture: str | None) -> str:
-    """The Markdown of one experiment."""
-    runs = selected(experiment, results)
+def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], picture: str) -> str:
+    """The Markdown of one experiment with its :func:`selected` runs."""
     command = f"python -m experiments.laboratory {name}"
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
@@ -77,8 +76,7 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
         limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
-    if picture is not None:
-        lines += ["", f"![{experiment.title}]({picture})"]
+    lines += ["", f"![{experiment.title}]({picture})"]
     tests = list(next(iter(experiment.cases.values())).tests)
     lines += [
         "",
@@ -102,12 +100,12 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."]) + "\n"
 
 
-def draw(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
+def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: Path) -> None:
     """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs, plan = selected(experiment, results), experiment.plan
+    plan = experiment.plan
     tests = list(next(iter(experiment.cases.values())).tests)
     shown_tests = tests if len(tests) == 1 else tests[:2]
     columns = [(case, width, test) for case in experiment.cases for width in plan.widths for test in shown_tests]
@@ -162,7 +160,7 @@ def write(
         "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"
     ]
     for name, experiment in experiments.items():
-        runs = list(results.get(name, ()))
+        runs = selected(experiment, results.get(name, ()))
         if not runs:
             continue
         path = pictures / f"laboratory_{name}.png"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from experiments.laboratory.models import model_of
 from jaxlm.objectives.batch import Batch, token_accuracy, token_loss
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.report import machine_info
 from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
@@ -101,7 +101,7 @@ class Result:
 
     @property
     def key(self) -> Key:
-        """What identifies a run."""
+        """The values that distinguish a run from all other runs."""
         return (
             self.experiment, self.case, self.model, self.width, self.learning_rate, self.seed, self.layers,
             self.planned_steps,
@@ -148,17 +148,13 @@ def train(
     accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in evaluators.items()}
     return Result(
         experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps, accuracy,
-        model.num_parameters, count, loss, time.perf_counter() - start, machine(),
+        model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
     )  # fmt: skip
 
 
-def machine() -> str:
-    """The name of the processor, and the versions of Python and JAX."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
+def _machine() -> str:
+    info = machine_info()
+    return ", ".join([info["processor"], *(f"{name} {version}" for name, version in info["versions"].items())])
 
 
 def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list[Batch]:

@@ -22,19 +22,18 @@ outputs of such layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm.nn.recurrence import GRUReset
-from jaxlm.spec import Params
 
-LayerParams = dict[str, np.ndarray]
+Params = dict[str, np.ndarray]
 """The parameters of one layer and direction, as in ``recurrence.lstm_specs`` or ``recurrence.gru_specs``."""
 
 
-def from_torch(weights: Params, *, layer: int = 0, reverse: bool = False) -> LayerParams:
+def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> Params:
     """The parameters of one layer of a ``torch.nn.LSTM`` or ``torch.nn.GRU``, or of an ``LSTMCell`` or ``GRUCell``.
 
     Args:
@@ -61,7 +60,7 @@ def from_torch(weights: Params, *, layer: int = 0, reverse: bool = False) -> Lay
     return _params(weight_input, weight_hidden, bias, bias_hidden)
 
 
-def to_torch(params: Params, *, layer: int = 0, reverse: bool = False) -> dict[str, np.ndarray]:
+def to_torch(params: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> dict[str, np.ndarray]:
     """The arrays of one layer of a ``torch.nn.LSTM`` or ``torch.nn.GRU``, by torch's names.
 
     Raises:
@@ -82,7 +81,7 @@ def to_torch(params: Params, *, layer: int = 0, reverse: bool = False) -> dict[s
     }
 
 
-def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> LayerParams:
+def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Params:
     """The parameters of a Keras ``LSTM``, ``GRU``, ``CuDNNLSTM`` or ``CuDNNGRU``.
 
     ``get_weights()`` of a ``Bidirectional`` layer returns the arrays of the forward layer, then the arrays of the
@@ -116,7 +115,7 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Laye
     return {name: _swap_reset_and_update_gates(name, x) for name, x in params.items()} if gates == 3 else params
 
 
-def to_keras(params: Params) -> list[np.ndarray]:
+def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
     """The arrays for ``set_weights`` of a Keras ``LSTM`` or ``GRU``.
 
     If ``params`` contains ``bias_hidden``, the Keras layer must have ``reset_after=True``.
@@ -138,7 +137,7 @@ def _from_cudnn(matrix: np.ndarray, gates: int) -> np.ndarray:
     return np.concatenate(gate_matrices, axis=1)
 
 
-def _suffix(weights: Params, layer: int, reverse: bool) -> str:
+def _suffix(weights: Mapping[str, Any], layer: int, reverse: bool) -> str:
     """The suffix of torch's names, such as ``_l0_reverse``; empty for a cell."""
     if "weight_ih" in weights:
         return ""
@@ -163,7 +162,7 @@ def _gates(weight_input: np.ndarray, weight_hidden: np.ndarray) -> tuple[int, in
 
 def _params(
     weight_input: np.ndarray, weight_hidden: np.ndarray, bias: np.ndarray, bias_hidden: np.ndarray | None
-) -> LayerParams:
+) -> Params:
     """The parameters from weights [D, G * H] and biases [G, H]. The order of the gates does not change."""
     gates, width = bias.shape
     params = {

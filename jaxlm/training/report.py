@@ -152,7 +152,7 @@ def write_results(
         "minutes": round(minutes, 2),
         "scores": [dataclasses.asdict(score) for score in scores],
     }
-    _write_json(Path(run) / RESULTS, {**content, **_machine_info(), **details})
+    _write_json(Path(run) / RESULTS, {**content, **machine_info(), **details})
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
     return {**content, "scores": _make_entries(Score, content.get("scores", []), path)}
 
 
-def _machine_info() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """The processor and the package versions of this machine."""
     import jaxlm
 
