@@ -15,6 +15,7 @@ The token ids are the ids of fairseq's dictionary: ``<s>`` 0, ``<pad>`` 1, ``</s
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import params_from_tensors
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.roberta import FIRST_POSITION
-from jaxlm.spec import Params
 
 _ENCODER = "encoder.sentence_encoder."
 _LAYER = rf"{re.escape(_ENCODER)}layers\.(\d+)\."
@@ -50,7 +50,7 @@ _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 
 
 def roberta_from_fairseq(
-    weights: Params, *, num_heads: int, head: str | None = None, **overrides: Any
+    weights: Mapping[str, Any], *, num_heads: int, head: str | None = None, **overrides: Any
 ) -> tuple[Model, spec.Tree]:
     """The model and the parameters of a fairseq RoBERTa checkpoint.
 
@@ -103,7 +103,7 @@ def roberta_from_fairseq(
     return Model(model.family, model.config, metadata), params_from_tensors(model, tensors)
 
 
-def _hugging_face_tensors(weights: Params) -> dict[str, np.ndarray]:
+def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays by their names in Hugging Face files. Arrays of classification heads keep fairseq's names."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():

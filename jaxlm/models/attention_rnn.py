@@ -29,8 +29,8 @@ from jaxlm.nn.attention.source import group_rows_by_source
 from jaxlm.nn.copying import copied_tokens, copy_gate, copy_gate_specs, mix_copied
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
-from jaxlm.nn.recurrence import project_time_major, select_state
-from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.recurrence import project_time_major
+from jaxlm.nn.segments import segment_boundaries, select_state
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name

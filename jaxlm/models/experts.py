@@ -65,8 +65,7 @@ class ExpertsConfig(common.LayeredConfig):
         num_layers: int = self.num_layers  # type: ignore[attr-defined]
         if not all(0 <= layer < num_layers for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must be in [0, num_layers={num_layers})")
-        dense = {layer for layer in self.dense_layers if (layer + 1) % self.expert_interval == 0}
-        num_with_experts = num_layers // self.expert_interval - len(dense)
+        num_with_experts = sum(has_experts(self, layer) for layer in range(num_layers))
         which = f"expert_interval={self.expert_interval} and dense_layers={self.dense_layers}"
         if num_with_experts == 0:
             raise ValueError(f"no layer has experts with {which}: set num_experts to None")

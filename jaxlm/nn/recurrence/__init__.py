@@ -14,7 +14,6 @@ from jaxlm.nn.recurrence.cells import (
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm, lstm_states
 from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
 from jaxlm.nn.recurrence.slstm import slstm, slstm_cell, slstm_specs, slstm_state_specs
-from jaxlm.nn.segments import select_state
 
 __all__ = [
     "GRUReset",
@@ -33,7 +32,6 @@ __all__ = [
     "rg_lru",
     "rg_lru_cell",
     "rg_lru_specs",
-    "select_state",
     "slstm",
     "slstm_cell",
     "slstm_specs",
