@@ -42,6 +42,8 @@ def _write_mixtral(cfg: Config) -> dict[str, Any]:
 
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("num_local_experts", 8) is None:
+        raise ValueError("num_local_experts=null: set the number of experts, as model_type='mixtral' has experts")
     return _read_mistral({"sliding_window": None, **config})  # Mixtral's default
 
 
@@ -152,6 +154,8 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [names[name] for name in types]
     window = integer(config, "sliding_window", 4096) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
+    if base is None:
+        raise ValueError("rope_local_base_freq=null: set the base of the rotary positions in layers with a window")
     return {
         **_read_fields(config), "pattern": _shortest_pattern(kinds), "window": window,
         "window_rotary_base": None if window is None else base, "attention_scale": scalar**-0.5,
