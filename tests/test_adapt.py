@@ -19,6 +19,7 @@ from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_close,
     assert_trees_equal,
+    initial_params,
     random_tokens,
     tiny_model,
     with_stacked_layers,
@@ -40,7 +41,7 @@ ADAPTATIONS = (
 
 
 def params_of(model):
-    return add_noise(model.init(jax.random.key(0)))
+    return add_noise(initial_params(model))
 
 
 def random_like(trained):

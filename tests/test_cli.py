@@ -17,7 +17,7 @@ from jaxlm.cli import doctor
 from jaxlm.data import ByteTokenizer, CharTokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.tasks.predict import classify, score_texts
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import MetricsFile
 
 TOKENIZER = CharTokenizer.from_text("To be, or not to be: that is the question.\n")
@@ -190,7 +190,7 @@ def model_directory(tmp_path_factory):
         if (name, *fields.items()) not in directories:
             path = tmp_path_factory.mktemp(name)
             model = tiny_model(name, vocab_size=264, **fields)
-            jaxlm.save_pretrained(path, model, jax.jit(model.init)(jax.random.key(0)))
+            jaxlm.save_pretrained(path, model, initial_params(model))
             ByteTokenizer().save(path)
             directories[name, *fields.items()] = path
         return directories[name, *fields.items()]

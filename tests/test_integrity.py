@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from jaxlm import integrity
 from jaxlm.data import CharTokenizer, load_tokenizer
 from jaxlm.integrity import CHECKSUMS, install_files, staging_directory, verify_checksums, write_checksums
 from jaxlm.models import get_model
+from jaxlm.testing.helpers import initial_params
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def exported(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export")
     tokenizer = CharTokenizer.from_text("abc def")
     model = get_model("gpt2-tiny", vocab_size=tokenizer.vocab_size)
-    jaxlm.save_pretrained(directory, model, model.init(jax.random.key(0)), tokenizer)
+    jaxlm.save_pretrained(directory, model, initial_params(model), tokenizer)
     return directory
 
 

@@ -23,7 +23,7 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, ContiguousStreams, PackedDocuments, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, tiny_model
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -83,7 +83,7 @@ def program(
 
 
 def initial_lstm_params():
-    return jax.jit(tiny_model("lstm").init)(jax.random.key(3))
+    return initial_params(tiny_model("lstm"), 3)
 
 
 class InterruptedBatches(Batches):

@@ -3,7 +3,6 @@
 import importlib.metadata
 import types
 
-import jax
 import pytest
 
 import jaxlm
@@ -14,7 +13,7 @@ from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import family_names, registry, variant_names
 from jaxlm.tasks import text_generation
 from jaxlm.testing.contract import *  # noqa: F403
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
 from jaxlm.training.trainer import carry_size_of
@@ -36,7 +35,7 @@ def test_a_registered_family_has_its_name_and_variants():
 def test_files_generation_and_training_settings_of_a_registered_family(tmp_path, capsys):
     tokenizer = CharTokenizer.from_text("to be, or not to be")
     model = jaxlm.get_model("mingru-tiny", vocab_size=tokenizer.vocab_size)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     jaxlm.save_pretrained(tmp_path, model, params, tokenizer)
     loaded, loaded_params = jaxlm.load_pretrained(tmp_path)
     assert loaded == model
@@ -98,7 +97,7 @@ def test_a_package_that_cannot_be_loaded_is_named_and_does_not_break_other_famil
 
 def test_files_of_an_unknown_family_name_the_fix(tmp_path):
     model = jaxlm.get_model("mingru-tiny")
-    jaxlm.save_pretrained(tmp_path, model, jax.jit(model.init)(jax.random.key(0)))
+    jaxlm.save_pretrained(tmp_path, model, initial_params(model))
     path = tmp_path / "config.json"
     path.write_text(path.read_text(encoding="utf-8").replace("jaxlm-mingru", "jaxlm-hawk"), encoding="utf-8")
     (tmp_path / "checksums.json").unlink()

@@ -6,7 +6,6 @@ from itertools import chain
 from pathlib import Path
 
 import chess
-import jax
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ import jaxlm
 from jaxlm.data import CharTokenizer, MoveTokenizer, read_games
 from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import train_tokenizer
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.pages import ROOT, TASKS, command_lines, parse, run_page
 
 OTHER_PROGRAMS = {"--no-all-versions"}  # option of apt-cache
@@ -23,7 +22,7 @@ SENTENCES = [f"a {color} {thing} is here" for color in ("red", "blue") for thing
 
 def save(directory, model, tokenizer):
     """Save a model with random weights and its tokenizer."""
-    jaxlm.save_pretrained(directory, model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
+    jaxlm.save_pretrained(directory, model, initial_params(model), tokenizer)
 
 
 def write_lines(path, lines):

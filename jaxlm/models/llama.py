@@ -108,17 +108,12 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
             common.check_values(self, "block='gemma'", num_experts=None)
         _check_pattern(self)
         if self.head_dim is None and self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them, or set "
-                "head_dim"
-            )
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: set head_dim")
         _, kv_heads, head_dim = head_sizes(self)
         if self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
         if head_dim % 2:
-            raise ValueError(
-                f"a head width of {head_dim} is odd, but rotary positions need an even width: change head_dim"
-            )
+            raise ValueError(f"the head width {head_dim} is odd, but rotary positions need an even one: set head_dim")
 
 
 def apply(
@@ -289,10 +284,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     common.check_state_length(cfg, length)
-    _, kv_heads, head_dim = head_sizes(cfg)
-    return cache.cache_specs(
-        cfg.num_layers, batch, length, kv_heads, head_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
-    )
+    shape = cfg.num_layers, batch, length, *head_sizes(cfg)[1:]
+    return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
 
 
 rollback = cache.rollback

@@ -38,6 +38,7 @@ from jaxlm.testing.helpers import (
     assert_trees_equal,
     batch_of,
     decodes,
+    initial_params,
     random_tokens,
     relative_error,
     source_of,
@@ -96,16 +97,6 @@ def pytest_generate_tests(metafunc):
 def setup(name, batch=2, length=24, **overrides):
     model = tiny_model(name, **overrides)
     return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
-
-
-@functools.cache
-def initial_params(model, seed=0):
-    return _init(model)(jax.random.key(seed))
-
-
-@functools.cache
-def _init(model):
-    return jax.jit(model.init)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -171,7 +162,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     for start in (0, 1):  # each half of the leaves is initialized without the other half
         half = dict(list(flat.items())[start::2])
         expected |= jax.jit(functools.partial(spec.init, half))(jax.random.key(0))
-    assert_trees_equal(spec.flatten(initial_params(model)), {path: expected[path] for path in flat})
+    assert_trees_equal(spec.flatten(jax.jit(model.init)(jax.random.key(0))), {path: expected[path] for path in flat})
     seeds = zip(*(jax.tree.leaves(initial_params(model, seed)) for seed in (0, 1)), strict=True)
     assert any(not np.array_equal(*pair) for pair in seeds)
     if not any(leaf.is_stacked for leaf in flat.values()):

@@ -1,13 +1,16 @@
 """Functions and constants that several test modules use."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import spec
 from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
@@ -96,14 +99,27 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     return Batch(inputs, spans, ones, input_segments, source)
 
 
+def initial_params(model: Model, seed: int = 0) -> Any:
+    """The initial parameters of the model, as new arrays. Models with equal specs share one compiled program."""
+    named_specs, tree = jax.tree_util.tree_flatten_with_path(model.specs)
+    return jax.tree.map(jnp.array, _host_params(tuple(named_specs), tree, seed))
+
+
+@functools.lru_cache(maxsize=64)
+def _host_params(named_specs: tuple[Any, ...], tree: Any, seed: int) -> Any:
+    return jax.device_get(_init_of(named_specs, tree)(jax.random.key(seed)))
+
+
+@functools.lru_cache(maxsize=64)
+def _init_of(named_specs: tuple[Any, ...], tree: Any) -> Any:
+    specs = jax.tree.unflatten(tree, [array for _, array in named_specs])
+    return jax.jit(functools.partial(spec.init, specs))
+
+
 def add_noise(params: Params) -> Any:
     """The parameters plus noise. At initial values (biases 0, scales 1), a test could miss a wrong sign or term."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(99), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(99)  # NumPy: JAX would compile a program for each shape
+    return jax.tree.map(lambda x: jnp.array(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)), params)
 
 
 def random_tokens(model: Model, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ import pytest
 import jaxlm
 from jaxlm import spec
 from jaxlm.spec import ArraySpec, Normal
+from jaxlm.testing.helpers import initial_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Recurrent:
 
 def context_sensitive_params(model: Any, seed: int = 0) -> Any:
     """Random parameters whose weights are large enough that the most likely token depends on the context."""
-    params = jax.jit(model.init)(jax.random.key(seed))
+    params = initial_params(model, seed)
     return jax.tree.map(lambda x, weight: 20 * x if weight else x, params, spec.decay_mask(model.specs))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import BeamConfig, GenerationConfig, NotFiniteError, beam_search, generate_text
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.decoding.conftest import Recurrent, context_sensitive_params
 
 MODEL = Recurrent()
@@ -38,7 +38,7 @@ def test_a_late_nan_is_detected_after_other_hypotheses_finished() -> None:
 
 def test_error_names_the_source() -> None:
     model = tiny_model("t5-tiny", vocab_size=264)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     bad = {**params, "token_embedding": params["token_embedding"].at[ord("*"), 0].set(jnp.inf)}
     with pytest.raises(NotFiniteError, match=r"the logits of source \d.* token_embedding \(1 of"):
         generate_text(model, bad, ByteTokenizer(), ["abc", "a*"], GenerationConfig(4, num_beams=2))

@@ -16,6 +16,7 @@ from jaxlm.testing.helpers import (
     TINY,
     add_noise,
     decodes,
+    initial_params,
     random_tokens,
     relative_error,
     source_of,
@@ -32,7 +33,7 @@ every_decoder = pytest.mark.parametrize("name", variant_params(name for name in 
 @functools.cache
 def pair(name: str) -> tuple[Any, Any]:
     model = tiny_model(name)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -26,7 +26,7 @@ from jaxlm.decoding import (
     target_log_likelihood,
 )
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
 
 MODEL = Recurrent()
@@ -150,7 +150,7 @@ def test_errors_of_scores(params: Any) -> None:
 
 def test_errors_of_target_scores() -> None:
     model = tiny_model("t5-tiny")
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     bad = {**params, "token_embedding": params["token_embedding"].at[9].set(jnp.nan)}
     with pytest.raises(NotFiniteError, match=r"token_embedding \(\d+ of \d+ values\)"):
         target_log_likelihood(model, bad, PROMPTS, PROMPTS, start_id=0)

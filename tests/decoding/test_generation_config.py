@@ -23,6 +23,7 @@ from jaxlm.decoding import (
     stream_text,
 )
 from jaxlm.models.model import Metadata
+from jaxlm.testing.helpers import initial_params
 
 TOKENIZER = ByteTokenizer()
 
@@ -91,7 +92,7 @@ def test_sampling_fields_of_the_file() -> None:
     with pytest.raises(
         ValueError, match=r"generation_config.json sets do_sample=True: pass key, .* or sampling=GREEDY"
     ):
-        generate_text(model, jax.jit(model.init)(jax.random.key(0)), TOKENIZER, ["a"])
+        generate_text(model, initial_params(model), TOKENIZER, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ LETTERS = CharTokenizer("abcdefghij")
 @pytest.fixture(scope="module")
 def letter_model() -> tuple[jaxlm.Model, Any]:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=10, num_layers=1)
-    return model, jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
+    return model, jax.tree.map(lambda x: 8.0 * x, initial_params(model, 3))
 
 
 def test_max_length_counts_the_prompt_of_each_row(letter_model: Any) -> None:
@@ -240,7 +241,7 @@ def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model:
 
 def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None:
     model = jaxlm.get_model("t5-tiny", vocab_size=257)
-    params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(1)))
+    params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 1))
     config = GenerationConfig(6)
     other = jaxlm.get_model("t5-tiny", vocab_size=257, decoder_start_id=9)
     (expected,) = generate_text(other, params, TOKENIZER, ["ab"], config)

@@ -14,6 +14,7 @@ import pytest
 import jaxlm
 from jaxlm import sharding
 from jaxlm.decoding import GREEDY, Sampling, advance, filter_logits, generate, log_likelihood, prefill, sample
+from jaxlm.testing.helpers import initial_params
 
 Pair = tuple[Any, Any]
 Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
@@ -197,7 +198,7 @@ def test_the_loop_stops_when_all_rows_ended(gpt: Pair, pad: Pad) -> None:
 
 def test_only_allowed_ids_are_generated() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=100, vocab_multiple=64, num_layers=1)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     options = {"max_new_tokens": 2, "sampling": Sampling(3.0), "key": jax.random.key(0)}
     everything = generate(model, params, np.full((400, 2), 99), **options).tokens
     assert 90 < int(everything.max()) < 100, "the padded rows of the table are no ids"
@@ -270,7 +271,7 @@ def test_sharded_parameters_generate_the_same(gpt: Pair, pad: Pad) -> None:
 
 def test_a_long_cache_on_several_devices_gives_the_same_tokens() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=320)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     prompts = np.random.default_rng(0).integers(0, 128, (8, 300)).astype(np.int32)
     want = generate(model, params, prompts, max_new_tokens=8)
     mesh_sharding = sharding.Sharding(sharding.make_mesh("data=2,tensor=4"))

@@ -17,7 +17,7 @@ from jaxlm.decoding import (
     generate,
     speculative_generate,
 )
-from jaxlm.testing.helpers import add_noise, relative_error, source_of, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error, source_of, tiny_model
 
 PROMPTS = np.array([[5, 6, 7, 9], [0, 8, 9, 3], [0, 0, 0, 2]], np.int32)
 SEGMENTS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], np.int32)
@@ -27,7 +27,7 @@ END = 11
 @functools.cache
 def model_and_params(name, seed=0, **overrides):
     model = tiny_model(name, **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(seed)))
+    return model, add_noise(initial_params(model, seed))
 
 
 def models_of(target, draft, num_proposed=3, **overrides):

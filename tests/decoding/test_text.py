@@ -15,6 +15,7 @@ from jaxlm import spec
 from jaxlm.data import ByteTokenizer, CharTokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text, text, windows
 from jaxlm.spec import ArraySpec
+from jaxlm.testing.helpers import initial_params
 
 Pair = tuple[Any, Any]
 BYTES = ByteTokenizer()
@@ -145,7 +146,7 @@ def test_a_tokenizer_that_decodes_the_first_word_differently() -> None:
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     config, key = GenerationConfig(30, Sampling(top_k=100)), jax.random.key(3)
     (expected,) = generate_text(model, params, BYTES, ["To be"], config, key=key)
     assert len(expected) > 5
@@ -229,7 +230,7 @@ LETTERS = "abcdefghij"
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_text_can_be_longer_than_the_context(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
-    params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
+    params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 3))
     tokenizer = CharTokenizer(LETTERS)
     want = tokenizer.decode(greedy_by_forward_passes(model, params, tokenizer.encode("abc"), 40))
     assert len(set(want)) > 1
@@ -245,7 +246,7 @@ def test_text_can_be_longer_than_the_context(chunk: int) -> None:
 
 def test_rows_that_end_early_get_no_text_in_later_windows() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
-    params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
+    params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 3))
     tokenizer = CharTokenizer(LETTERS)
     separate = [generate_text(model, params, tokenizer, [prompt], GenerationConfig(40))[0] for prompt in ("abc", "jih")]
     stop = separate[0][2:4]

@@ -28,7 +28,7 @@ from jaxlm.decoding import (
     text,
     windows,
 )
-from jaxlm.testing.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 NUM_NEW = 6
@@ -41,7 +41,7 @@ every_family = pytest.mark.parametrize("name", [*CAUSAL, *SOURCE])
 def pair(name: str) -> tuple[Any, Any]:
     start = {"decoder_start_id": BYTES.end_id} if name == "attention-rnn-tiny" else {}
     model = tiny_model(name, vocab_size=264, **start)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 def config_of(**fields: Any) -> GenerationConfig:
@@ -148,7 +148,7 @@ def word_tokenizer() -> Any:
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> None:
     tokenizer, model = word_tokenizer(), tiny_model("t5-tiny", vocab_size=63)
-    params = add_noise(jax.jit(model.init)(jax.random.key(5)))
+    params = add_noise(initial_params(model, 5))
     ids = tokenizer.encode_inputs("w3 w9").ids
     assert ids[-1] == tokenizer.special_ids.eos == 1
     config = GenerationConfig(20, num_beams=num_beams)

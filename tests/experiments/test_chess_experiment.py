@@ -7,14 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 import jaxlm
 from experiments import chess
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer, MoveTokenizer, chess_games, load_tokenizer
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import read_boards, read_results, read_samples
 
 SMALL = (
@@ -140,7 +139,7 @@ def test_the_command_plays_a_game(
 
 def test_the_command_rejects_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("gpt2-tiny", vocab_size=257)
-    jaxlm.save_pretrained(tmp_path / "bytes", model, jax.jit(model.init)(jax.random.key(0)))
+    jaxlm.save_pretrained(tmp_path / "bytes", model, initial_params(model))
     ByteTokenizer().save(tmp_path / "bytes")
     assert cli.main(["chess", str(tmp_path / "bytes")]) == 2
     error = capsys.readouterr().err

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import jaxlm
 from experiments import text_generation
 from jaxlm import config as config_lib
 from jaxlm.data import ByteTokenizer, CharTokenizer, MoveTokenizer
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 
 TEXT = "To be, or not to be: that is the question.\n" * 60
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -154,7 +152,7 @@ class Directories(dict[str, Path]):
 
     def _model(self, path: Path, variant: str, tokenizer: Any, **fields: Any) -> None:
         model = tiny_model(variant, **fields)
-        jaxlm.save_pretrained(path, model, jax.jit(model.init)(jax.random.key(0)))
+        jaxlm.save_pretrained(path, model, initial_params(model))
         if tokenizer is not None:
             tokenizer.save(path)
 

@@ -18,6 +18,7 @@ import jaxlm
 from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import CharTokenizer, load_tokenizer
+from jaxlm.testing.helpers import initial_params
 from tests.faults.faults import Fault
 
 EXPECTED = "an error that names the file or its directory, or the same values"
@@ -87,7 +88,7 @@ def export_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
     """Flip bits in the files of ``save_pretrained``."""
     tokenizer = CharTokenizer.from_text("to be, or not to be")
     model = jaxlm.get_model("gpt2-tiny", vocab_size=tokenizer.vocab_size)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     jaxlm.save_pretrained(directory, model, params, tokenizer)
     ids = tokenizer.encode("not to be").tolist()
 

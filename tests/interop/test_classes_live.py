@@ -9,13 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
-from jaxlm.testing.helpers import add_noise, assert_trees_equal
+from jaxlm.testing.helpers import add_noise, assert_trees_equal, initial_params
 from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head, model_of_class
 
 pytestmark = pytest.mark.live
@@ -37,7 +36,7 @@ def check(name: str, table: Format, architecture: str, directory: Path) -> None:
     import torch
 
     model = model_of_class(name, table, architecture)
-    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
+    params = add_noise(initial_params(model))
     save_pretrained(directory / "ours", model, params)
     torch_model, info = torch_class(architecture).from_pretrained(directory / "ours", output_loading_info=True)
     problems = {kind: [name for name in names if not name.endswith("inv_freq")] for kind, names in info.items()}

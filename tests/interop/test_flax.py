@@ -13,7 +13,14 @@ from flax import nnx
 from jaxlm import spec
 from jaxlm.interop.flax import as_linen, as_nnx
 from jaxlm.nn.loss import cross_entropy
-from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    tiny_model,
+)
 
 SHAPE = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "remat": "none"}
 MODEL = tiny_model("gpt2-tiny", **SHAPE)
@@ -22,7 +29,7 @@ TOKENS = random_tokens(MODEL, 2, 8)
 
 @functools.cache
 def params():
-    return add_noise(jax.jit(MODEL.init)(jax.random.key(0)))
+    return add_noise(initial_params(MODEL))
 
 
 def mean_loss(logits):
@@ -127,7 +134,7 @@ def test_dropout_acts_only_with_a_dropout_key():
 
 def test_modules_support_state_and_pool():
     model = tiny_model("gpt2-tiny", **SHAPE, task="classification")
-    weights = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    weights = add_noise(initial_params(model))
     linen, module = as_linen(model), as_nnx(model, params=weights)
 
     @jax.jit

@@ -17,7 +17,7 @@ from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretr
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives import causal
-from jaxlm.testing.helpers import add_noise, relative_error
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error
 
 pytestmark = pytest.mark.live
 
@@ -170,7 +170,7 @@ def test_transformers_loads_a_saved_model(tied: bool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel, GPT2Model
 
     model = get_model("gpt2-tiny", tie_embeddings=tied, vocab_size=100, vocab_multiple=16)
-    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     tokens = np.random.default_rng(0).integers(0, 100, (2, 15)).astype(np.int32)
     ids = torch.from_numpy(tokens).long()

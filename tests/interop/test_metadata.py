@@ -22,7 +22,7 @@ from jaxlm.interop.locations import locations_of
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.interop.classes import CLASSES, model_of_class
 
 PARAMETERS = pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
             continue  # has no decoder
         overrides = {"num_labels": 5} if task in ("classification", "token_classification") else {}
         loaded, params = load_pretrained(tmp_path, task=task, seed=3, **overrides)
-        initial_params = loaded.init(jax.random.key(3))
+        new_params = initial_params(loaded, 3)
         assert loaded.metadata is not None
         expected = {
             path
@@ -385,7 +385,7 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
         }
         assert set(loaded.metadata.initialized) == expected
         for path, leaf in spec.flatten(params).items():
-            reference = spec.flatten(initial_params)[path] if path in expected else saved_params[path]
+            reference = spec.flatten(new_params)[path] if path in expected else saved_params[path]
             np.testing.assert_array_equal(leaf, reference, err_msg=path)
         dropped = set(saved_params) - set(spec.flatten(loaded.specs)) | (set(saved_params) & expected)
         locations = locations_of(model, config_json.format_of(model))
@@ -401,7 +401,7 @@ def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog
         model, params = load_pretrained(tmp_path, task="classification", num_labels=4)
     assert "initialised: classifier" in caplog.text
     tokens = np.ones((2, 5), np.int32)
-    hidden, _ = model.apply(model.init(jax.random.key(0)), tokens)
+    hidden, _ = model.apply(initial_params(model), tokens)
     assert model.logits(params, model.pool(params, hidden)).shape == (2, 1, 4)
     other_model, other_params = load_pretrained(tmp_path, task="classification", num_labels=4, seed=1)
     assert other_model == model

@@ -16,7 +16,7 @@ from jaxlm.interop import config_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
-from jaxlm.testing.helpers import add_noise, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error, tiny_model
 from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head, model_of_class
 from tests.interop.test_classes_live import torch_class
 from tests.interop.test_every_field_live import cases_of
@@ -36,7 +36,7 @@ TEXTS = ["to be or not to be that is the question", "whether tis nobler in the m
 
 
 def noisy_params(model: Model) -> Any:
-    return jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
+    return add_noise(initial_params(model))
 
 
 def config_fields(config: Any) -> dict[str, Any]:

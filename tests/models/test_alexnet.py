@@ -11,12 +11,12 @@ from jaxlm import spec
 from jaxlm.models import alexnet, get_model
 from jaxlm.nn.convolution import convolution
 from jaxlm.nn.convolution.pooling import max_pool
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 
 def setup(variant, length, **overrides):
     model = tiny_model(variant, **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, 2, length)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_texts_are_read_backwards_and_padding_has_no_effect():
 
 def test_dropout_of_hidden_layers_needs_a_key():
     model = get_model("alexnet-tiny", dropout=0.5)
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     hidden = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 32)))
     pool = jax.jit(lambda key: model.pool(params, hidden, key=key))
     without_key, first, repeated, different = (

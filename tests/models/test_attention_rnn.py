@@ -13,7 +13,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search
 from jaxlm.models import attention_rnn, get_model
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 VARIANTS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
 COPY = "attention-rnn-copy-tiny"
@@ -24,7 +24,7 @@ every_variant = pytest.mark.parametrize("name", VARIANTS)
 @functools.cache
 def small(name, **overrides):
     model = tiny_model(name, embed_dim=8, hidden_dim=10, output_dim=6, **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -254,7 +254,7 @@ def test_copying_learns_unseen_words():
     """The target is the source, with tokens that do not occur in training, so only copying can predict them."""
     model = tiny_model(COPY, vocab_size=40)
     rng = np.random.default_rng(0)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
 
     def loss(params, source):
         decoder_input = jnp.concatenate([jnp.zeros_like(source[:, :1]), source[:, :-1]], axis=1)

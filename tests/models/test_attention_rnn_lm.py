@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import attention_rnn_lm
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 LM, CLASSIFIER = "attention-rnn-lm-tiny", "attention-rnn-classifier-tiny"
 TOLERANCE = 2e-5
@@ -17,7 +17,7 @@ TOLERANCE = 2e-5
 @functools.cache
 def small(name, **overrides):
     model = tiny_model(name, **{"num_layers": 1, "embed_dim": 8, "hidden_dim": 12, **overrides})
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

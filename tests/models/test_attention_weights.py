@@ -1,11 +1,11 @@
 """``Model.attention_weights``: the attention weights of every layer."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.testing.helpers import initial_params
 
 SELF = {
     "gpt2-tiny": True, "llama-tiny": True, "bert-tiny": False, "roberta-tiny": False, "transformer-xl-tiny": True,
@@ -21,7 +21,7 @@ def tokens_of(model, batch, length, seed=0):
 @pytest.mark.parametrize("name", SELF)
 def test_weights_sum_to_one_and_are_zero_where_masked(name):
     model = jaxlm.get_model(name)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     tokens = tokens_of(model, 2, 7)
     segments = jnp.asarray([[1] * 7, [1] * 4 + [0] * 3])
     weights = model.attention_weights(params, tokens, segment_ids=segments)
@@ -41,7 +41,7 @@ def test_weights_sum_to_one_and_are_zero_where_masked(name):
 
 def test_an_encoder_decoder_has_three_kinds_of_weights():
     model = jaxlm.get_model("t5-tiny")
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     weights = model.attention_weights(params, tokens_of(model, 2, 5), source=tokens_of(model, 2, 8, 1))
     shapes = {kind: {layer.shape[2:] for layer in layers} for kind, layers in weights.items()}
     assert shapes == {"encoder": {(8, 8)}, "decoder": {(5, 5)}, "cross": {(5, 8)}}
@@ -52,7 +52,7 @@ def test_an_encoder_decoder_has_three_kinds_of_weights():
 @pytest.mark.parametrize("name", ["attention-rnn-tiny", "attention-rnn-luong-tiny"])
 def test_an_rnn_with_attention_has_one_array_of_weights(name):
     model = jaxlm.get_model(name)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     source = tokens_of(model, 2, 8, 1)
     segments = jnp.asarray([[1] * 8, [1] * 6 + [0] * 2])
     weights = model.attention_weights(params, tokens_of(model, 2, 5), source=source, source_segment_ids=segments)
@@ -63,7 +63,7 @@ def test_an_rnn_with_attention_has_one_array_of_weights(name):
 
 def test_attention_pooling_has_weights_of_each_hop():
     model = jaxlm.get_model("attention-rnn-classifier-tiny")
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     weights = model.attention_weights(params, tokens_of(model, 2, 6), segment_ids=jnp.ones((2, 6), jnp.int32))
     assert {kind: [layer.shape for layer in layers] for kind, layers in weights.items()} == {"pool": [(2, 2, 1, 6)]}
     np.testing.assert_allclose(weights["pool"][0].sum(-1), 1.0, rtol=1e-5)
@@ -72,12 +72,12 @@ def test_attention_pooling_has_weights_of_each_hop():
 def test_a_family_without_attention_raises():
     model = jaxlm.get_model("gru-tiny")
     with pytest.raises(TypeError, match="family 'gru' has no attention weights"):
-        model.attention_weights(model.init(jax.random.key(0)), tokens_of(model, 1, 4))
+        model.attention_weights(initial_params(model), tokens_of(model, 1, 4))
 
 
 def test_recording_does_not_change_later_calls():
     model = jaxlm.get_model("gpt2-tiny")
-    params, tokens = model.init(jax.random.key(0)), tokens_of(model, 1, 6)
+    params, tokens = initial_params(model), tokens_of(model, 1, 6)
     before, _ = model.apply(params, tokens)
     model.attention_weights(params, tokens)
     after, _ = model.apply(params, tokens)

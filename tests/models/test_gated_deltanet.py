@@ -21,6 +21,7 @@ from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_close,
     assert_trees_equal,
+    initial_params,
     random_tokens,
     relative_error,
     tiny_model,
@@ -53,7 +54,7 @@ def test_training_carries_a_state_only_without_attention():
 def test_texts_longer_than_a_chunk_can_be_read_in_pieces(name):
     """75 tokens with left padding are several chunks of the delta rule; the pieces end inside of chunks."""
     model = tiny_model(name, max_positions=None)
-    params, tokens = add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, 75)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 75)
     segments = np.ones((2, 75), np.int32)
     segments[1, :40] = 0
     want, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
@@ -79,7 +80,7 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
         model = tiny_model(
             "gated_deltanet-tiny", num_layers=1, remat="none", init_stddev=1.0, negative_eigenvalues=negative
         )
-        params = model.init(jax.random.key(0))
+        params = initial_params(model)
         model.apply(params, random_tokens(model, 1, 6))
     assert 0.5 < betas[0].max() < 1.0 < betas[1].max() < 2.0
     np.testing.assert_allclose(betas[1], 2.0 * betas[0], rtol=1e-6)
@@ -134,7 +135,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model(HYBRID, **SHAPES[name])
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
@@ -178,13 +179,13 @@ def test_experts_in_files():
 def test_experts_without_a_shared_expert_have_no_published_format():
     model = tiny_model(HYBRID, num_experts=4)
     with pytest.raises(ValueError, match="qwen3_next' has a shared expert: set shared_expert_dim"):
-        save_pretrained("unused", model, model.init(jax.random.key(0)))
+        save_pretrained("unused", model, initial_params(model))
 
 
 def test_the_shared_expert_computes_every_token():
     """With a gate of sigmoid(0) = 1/2 and experts of 0, the output is half of that of the shared expert as an MLP."""
     model = tiny_model(HYBRID, **EXPERTS, num_layers=1)
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     (layer,) = params["layers"]
     layer["experts"]["shared_gate"]["weight"] *= 0.0
     layer["experts"]["down"]["weight"] *= 0.0
@@ -203,7 +204,7 @@ def test_the_shared_expert_computes_every_token():
 def test_padding_has_no_statistics():
     """Padding is moved to the end of each row before the first layer."""
     model = tiny_model(HYBRID, **EXPERTS, dense_layers=(1,))
-    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 9)
     segments = np.ones((2, 9), np.int32)
     segments[0, :4] = segments[1, 2] = 0
     apply = jax.jit(model.apply_with_routing)

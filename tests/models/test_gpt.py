@@ -9,7 +9,14 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.nn import choices
-from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +35,7 @@ def test_published_parameter_counts(name, count):
 
 def test_gpt_1_is_post_norm_without_final_norm():
     model = tiny_model("openai-gpt-tiny")
-    params = model.init(jax.random.key(0))  # norms of scale 1 and bias 0
+    params = initial_params(model)  # norms of scale 1 and bias 0
     assert "final_norm" not in params
     hidden = jax.jit(model.apply)(params, random_tokens(model, 2, 9))[0]
     assert np.allclose(hidden.mean(axis=-1), 0.0, atol=1e-5)
@@ -46,7 +53,7 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_labelling_heads(name, task, outputs):
     model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
-    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 8)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 8)
     segments = np.ones_like(tokens)
     segments[1, :3], segments[0, 6:] = 0, 0
     hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
@@ -63,14 +70,14 @@ def test_labelling_heads(name, task, outputs):
 def test_task_none_has_no_head():
     model = tiny_model("gpt2-tiny", task="none")
     with pytest.raises(ValueError, match="task='none'"):
-        model.logits(model.init(jax.random.key(0)), jnp.zeros((1, 1, 32)))
+        model.logits(initial_params(model), jnp.zeros((1, 1, 32)))
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
 @pytest.mark.parametrize("task", ["causal", "none", "classification"])
 def test_files_round_trip(name, task, tmp_path):
     model = tiny_model(name, task=task, num_labels=5 if task == "classification" else 2)
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
@@ -94,12 +101,12 @@ def test_writing_unsupported_gpt_1_fields_raises(tmp_path):
     for fields in ({"mlp_dim": 7}, {"task": "token_classification"}):
         model = tiny_model("openai-gpt-tiny", **fields)
         with pytest.raises(ValueError, match="no Hugging Face class"):
-            save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+            save_pretrained(tmp_path, model, initial_params(model))
 
 
 def test_accelerators_project_queries_keys_and_values_separately(monkeypatch):
     model = tiny_model("gpt2-tiny")
-    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 9)
 
     def loss(params):
         return jnp.sum(jnp.sin(model.apply(params, tokens)[0]))

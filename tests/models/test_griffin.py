@@ -12,12 +12,19 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.common import mixers
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("griffin-tiny", **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 @pytest.mark.parametrize(("name", "count"), [("recurrentgemma-2b", 2682862080), ("recurrentgemma-9b", 8579977216)])
@@ -124,7 +131,7 @@ def test_errors_name_bad_fields(fields, message):
 )
 def test_files_round_trip(fields, tmp_path):
     model = tiny_model("griffin-tiny", **fields)
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model

@@ -21,6 +21,7 @@ from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_close,
     assert_trees_equal,
+    initial_params,
     random_tokens,
     relative_error,
     tiny_model,
@@ -29,7 +30,7 @@ from jaxlm.testing.helpers import (
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("llama-tiny", **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
 def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
     """With the implementations that the contract test does not choose for its small model."""
     model = tiny_model("mixtral-tiny", **fields)
-    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 1, 14)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 1, 14)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0]], np.int32)
     apply = jax.jit(lambda t, s: model.apply(params, t, segment_ids=s)[0])
     packed = apply(tokens, segments)
@@ -159,7 +160,7 @@ def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
 @pytest.mark.parametrize("fields", [{}, {"experts_implementation": "blocks"}, {"capacity_factor": 0.75}])
 def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
     model = tiny_model("mixtral-tiny", **fields)
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     segments = np.ones((8, 10), np.int32)
     segments[1, 7:] = segments[4, :2] = 0
     batch = causal.batch(random_tokens(model, 8, 10), segments)
@@ -215,7 +216,7 @@ def test_task_none_has_no_head():
     [
         ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=32"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
-        ({"head_dim": 5}, "a head width of 5 is odd"),
+        ({"head_dim": 5}, "the head width 5 is odd"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
         ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token=5 must be at most num_experts=4"),
@@ -283,7 +284,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model("llama-tiny", **SHAPES[name])
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
@@ -295,7 +296,7 @@ def test_files_round_trip(name, tmp_path):
 def test_files_have_one_tensor_for_each_expert(tmp_path):
     """In both layouts of layers. The tensors of a layer and an expert are the transposed matrices."""
     model = tiny_model("mixtral-tiny")
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
     stacked_model, stacked_params = load_pretrained(tmp_path, scan_layers=True)
     assert_trees_equal(stacked_params, spec.restack(params))
@@ -336,7 +337,7 @@ def test_experts_in_files():
 def test_a_loaded_model_that_changes_its_layers_writes_them(tmp_path):
     """A loaded config keeps fields that did not change, and they must still describe the model."""
     model = tiny_model("llama-tiny", **QWEN3_MOE, num_layers=4, expert_interval=2)
-    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, initial_params(model))
     loaded, _ = load_pretrained(tmp_path)
     for change in ({"expert_interval": 1, "dense_layers": (2,)}, {"num_layers": 6}, {"num_experts": None}):
         changed = loaded.with_fields(**change)

@@ -14,12 +14,19 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("mamba2-tiny", **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ def test_a_long_text_has_a_small_state():
 
 def test_initial_values_are_in_the_published_ranges():
     model = get_model("mamba2-tiny", embed_dim=512, num_layers=1)
-    (layer,) = jax.jit(model.init)(jax.random.key(0))["layers"]
+    (layer,) = initial_params(model)["layers"]
     mixer = layer["mixer"]
     decay_rates, dt = jnp.exp(mixer["A_log"]), jax.nn.softplus(mixer["dt_bias"])
     assert 1.0 <= decay_rates.min() < 2.0
@@ -130,7 +137,7 @@ def test_a_layer_equals_the_equations_of_the_paper(fields):
 def test_the_residual_stream_is_float32_by_default():
     """Each of 24 layers adds 0.003 to half of the channels, which are 1. In bfloat16, 1 + 0.003 is 1."""
     model = tiny_model("mamba2-tiny", num_layers=24, scan_layers=True, linear_bias=True, dtype="bfloat16")
-    params = jax.tree.map(jnp.ones_like, model.init(jax.random.key(0)))
+    params = jax.tree.map(jnp.ones_like, initial_params(model))
     mixer = params["layers"]["mixer"]
     output = {"weight": 0.0 * mixer["output"]["weight"], "bias": jnp.full((24, 32), 0.003).at[:, 16:].set(0.0)}
     params["layers"] = {**params["layers"], "mixer": {**mixer, "output": output}}
@@ -180,7 +187,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, scan_layers, tmp_path):
     model = tiny_model("mamba2-tiny", **SHAPES[name], scan_layers=scan_layers)
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params, max_shard_bytes=9000)
     loaded_model, loaded_params = load_pretrained(tmp_path, scan_layers=scan_layers)
     assert loaded_model == model

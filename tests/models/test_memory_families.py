@@ -7,7 +7,7 @@ import pytest
 from jaxlm import get_model
 from jaxlm.nn import choices
 from jaxlm.nn.attention import memory
-from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, random_tokens
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, random_tokens
 
 ROWS = 3
 XLNET = "xlnet-tiny", {}
@@ -30,7 +30,7 @@ def step(case, monkeypatch, absorbed, key=None, **rates):
     calls, attend = [], memory.attend
     monkeypatch.setattr(memory, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
     model = get_model(name, **fields, **rates)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     num_tokens = inputs["segment_ids"].shape[1] if "segment_ids" in inputs else 1
     tokens = random_tokens(model, ROWS, 9 + num_tokens)
     prefix_inputs = {name: jnp.broadcast_to(x[:, :1], (ROWS, 9)) if x.ndim == 2 else x for name, x in inputs.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import get_model, recurrent
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 TOLERANCE = 2e-6
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.parametrize("name", ["lstm", "gru"])
 
 
 @functools.cache
-def initial_params(model):
-    return add_noise(jax.jit(model.init)(jax.random.key(0)))
+def noisy_params(model):
+    return add_noise(initial_params(model))
 
 
 def setup(name, batch=2, length=9, **overrides):
@@ -25,7 +25,7 @@ def setup(name, batch=2, length=9, **overrides):
     shape = {
         field: value for field, value in overrides.items() if "dropout" not in field
     }  # without dropout rates, so that each shape is initialized only once
-    return model, initial_params(tiny_model(name, **shape)), random_tokens(model, batch, length)
+    return model, noisy_params(tiny_model(name, **shape)), random_tokens(model, batch, length)
 
 
 def hidden_of(model, params, tokens, **inputs):
@@ -135,7 +135,7 @@ def test_the_state_is_float32_and_of_constant_size(name):
 
 def test_an_encoder_reads_both_directions_and_has_no_state(name):
     model = get_model(f"{name}-encoder-tiny")
-    params, tokens = initial_params(model), random_tokens(model, 1, 6)
+    params, tokens = noisy_params(model), random_tokens(model, 1, 6)
     changed = tokens.copy()
     changed[0, 3] += 1
     change = np.abs(hidden_of(model, params, tokens) - hidden_of(model, params, changed)).max(axis=2)[0]

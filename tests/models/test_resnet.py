@@ -9,12 +9,12 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 
 def setup(**overrides):
     model = tiny_model("resnet-tiny", **overrides)
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     # The noise must not make variances negative.
     params["statistics"] = jax.tree.map(jnp.abs, params["statistics"])
     return model, params, random_tokens(model, 3, 40)

@@ -7,12 +7,12 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet_lm
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 
 def setup(length=20, **overrides):
     model = tiny_model("resnet-lm-tiny", **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, 2, length)
 
 
 def test_size_of_the_published_model_of_wikitext_103():

@@ -14,14 +14,21 @@ from jaxlm import spec
 from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 apply = jax.jit(lambda model, params, tokens, **inputs: model.apply(params, tokens, **inputs), static_argnums=0)
 
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("rwkv7-tiny", **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +52,7 @@ def test_a_long_text_has_a_small_state():
 def test_initial_values_are_those_of_the_authors_code():
     """The formulas of the authors' code, for channel i of D and layer n of N."""
     model = tiny_model("rwkv7-tiny", num_layers=3)
-    tensors = dict(named_tensors(model, jax.jit(model.init)(jax.random.key(0))))
+    tensors = dict(named_tensors(model, initial_params(model)))
     D, N, K = 32, 3, 8
     i = np.arange(D)
     linear, y = i / (D - 1) - 0.5, (i % K - (K - 1) / 2) / ((K - 1) / 2)

@@ -17,7 +17,7 @@ import pytest
 import jaxlm
 from jaxlm.interop.huggingface import named_tensors
 from jaxlm.models import get_model
-from jaxlm.testing.helpers import add_noise, relative_error
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error
 from tests.oracles.rwkv7 import hidden_of_text
 
 pytestmark = [
@@ -50,7 +50,7 @@ def tensors() -> dict[str, Any]:
     import torch
 
     model = get_model("rwkv7-tiny", **FIELDS)
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     unused = {"blocks.0.att.v0": (1, 1, 48), "blocks.0.att.v1": (48, 5), "blocks.0.att.v2": (5, 48)}
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in named_tensors(model, params)}
     return {**tensors, **{name: torch.full(shape, 0.3) for name, shape in unused.items()}}

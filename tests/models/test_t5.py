@@ -11,7 +11,14 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 GOLDEN = Path(__file__).parent / "goldens" / "t5_generate.npz"  # made by test_t5_live.py
 TOLERANCE = 1e-5
@@ -23,7 +30,7 @@ SMALL = {"num_layers": 1, "embed_dim": 16, "head_dim": 6, "mlp_dim": 20, "num_bu
 @functools.cache
 def small(**overrides):
     model = tiny_model("t5", **{**SMALL, **overrides})
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -159,7 +166,7 @@ def test_float16_residual_sums_do_not_overflow():
 def test_initial_scores_and_logits_have_variance_1(form):
     """Attention does not scale scores, so the initial query weights must be small."""
     model = tiny_model("t5", embed_dim=64, head_dim=48, mlp_dim=256, vocab_size=512, num_layers=1, **form)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     (layer,) = params["decoder"]["layers"]
     x = jax.random.normal(jax.random.key(1), (2, 64))
     q, k = (jnp.einsum("TD,DHK->HTK", x, layer["attention"][name]["weight"]) for name in ("query", "key"))

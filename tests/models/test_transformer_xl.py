@@ -14,7 +14,14 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 from tests.oracles import GOLDENS
 
 TOLERANCE = 1e-5  # float32, with different orders of summation
@@ -28,7 +35,7 @@ def apply(model, params, tokens, **inputs):
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("transformer_xl", **overrides)
-    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
+    params = add_noise(initial_params(model))
     return model, params, random_tokens(model, batch, length)
 
 

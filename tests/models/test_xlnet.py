@@ -11,14 +11,14 @@ from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
 
 
 @functools.cache
 def parameters(model):
-    return add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return add_noise(initial_params(model))
 
 
 def setup(batch=2, length=9, **overrides):

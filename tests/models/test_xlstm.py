@@ -14,14 +14,21 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.interop.peft import save_adapter
 from jaxlm.models import get_model
-from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 SLSTM = "xlstm-slstm-tiny"
 
 
 def setup(name="xlstm-tiny", batch=2, length=12, **overrides):
     model = tiny_model(name, **overrides)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 def test_published_parameter_count():
@@ -36,7 +43,7 @@ def test_a_long_text_has_a_small_state():
 
 def test_initial_values_of_gates_and_weights():
     model = get_model(SLSTM, embed_dim=64, num_layers=4, mlp_dim=256)
-    slstm, mlstm, *_ = jax.jit(model.init)(jax.random.key(0))["layers"]
+    slstm, mlstm, *_ = initial_params(model)["layers"]
     gates = [mlstm["mlstm"][f"{name}_gate"] for name in ("input", "forget")]
     assert all((gate["weight"] == 0.0).all() for gate in gates)
     assert gates[0]["bias"].tolist() == [-10.0] * 4
@@ -131,7 +138,7 @@ def test_errors_name_bad_fields(fields, message):
 )
 def test_files_round_trip(name, fields, model_type, tmp_path):
     model = tiny_model(name, **fields)
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
     loaded_model, loaded_params = load_pretrained(tmp_path)
@@ -141,7 +148,7 @@ def test_files_round_trip(name, fields, model_type, tmp_path):
 
 def test_a_saved_slstm_model_loads_without_its_head(tmp_path):
     model = tiny_model(SLSTM)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     save_pretrained(tmp_path, model, params)
     headless, loaded = load_pretrained(tmp_path, task="none")
     assert "head" not in loaded
@@ -193,7 +200,7 @@ def test_a_changed_mlp_width_replaces_the_loaded_fields(tmp_path):
 def save_with_fields(tmp_path: Path, **fields) -> Path:
     """Save a model and change fields of its ``config.json``; returns the directory."""
     model = tiny_model("xlstm-tiny")
-    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, initial_params(model))
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     (tmp_path / "checksums.json").unlink()

@@ -9,7 +9,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
 MODEL = MeanModel(VOCAB)
@@ -52,7 +52,7 @@ def test_token_accuracy_ignores_tokens_with_weight_0():
 @pytest.mark.parametrize("chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
 def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, chunk_logits):
     model = tiny_model("gpt2-tiny", vocab_size=101, vocab_multiple=8)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 12), 0, 101), np.int32)
     batch = causal.batch(tokens)
     hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)

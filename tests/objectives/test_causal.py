@@ -13,6 +13,7 @@ from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_close,
     assert_trees_equal,
+    initial_params,
     random_tokens,
     relative_error,
     tiny_model,
@@ -31,7 +32,7 @@ def test_targets_are_the_next_tokens_within_a_document():
 
 def test_loss_is_the_summed_cross_entropy_of_the_logits():
     model = tiny_model("gpt")
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     window = random_tokens(model, 3, 11)
     total, weight, _ = causal.loss(model, params, causal.batch(window))
     logits = model.logits(params, model.apply(params, window[:, :-1])[0])
@@ -51,7 +52,7 @@ SEGMENTS = np.array([[1] * 6 + [2] * 5, [1] * 8 + [0] * 3])
 
 def mixtral(**fields):
     model = tiny_model("mixtral-tiny", **fields)
-    return model, add_noise(jax.jit(tiny_model("mixtral-tiny").init)(jax.random.key(0)))
+    return model, add_noise(initial_params(tiny_model("mixtral-tiny")))
 
 
 def mean_loss_and_gradients(model, params, loss):
@@ -91,7 +92,7 @@ def test_statistics_do_not_depend_on_the_loop_over_layers(fields):
 def test_router_statistics_of_each_layer_with_experts():
     for fields, layers in (({}, 2), ({"scan_layers": True}, 2), ({"dense_layers": (0,)}, 1)):
         model = tiny_model("mixtral-tiny", **fields)
-        params, batch = model.init(jax.random.key(0)), causal.batch(random_tokens(model, 2, 11), SEGMENTS)
+        params, batch = initial_params(model), causal.batch(random_tokens(model, 2, 11), SEGMENTS)
         hidden, state, statistics = jax.jit(model.apply_with_routing)(
             params, batch.tokens, segment_ids=batch.segment_ids, state=model.init_state(2, 10)
         )

@@ -9,7 +9,7 @@ import pytest
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.objectives import permutation
 from jaxlm.objectives.permutation import PermutationConfig
-from jaxlm.testing.helpers import add_noise, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error, tiny_model
 from tests.objectives.permutation_oracle import CLS, SEP, dense_masks, join_parts, local_perm, sample_mask
 
 SMALL = {"reuse_length": 12, "permutation_length": 6, "num_predict": 8}
@@ -202,7 +202,7 @@ def test_invalid_numbers_raise_errors():
 
 def test_the_loss_is_the_cross_entropy_of_the_targets():
     model = tiny_model("xlnet")
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     tokens, right_to_left = permutation.both_directions(windows(2))
     batch = permutation.batch(tokens, np.random.default_rng(0), PermutationConfig(**SMALL), right_to_left=right_to_left)
     total, weight, state = jax.jit(lambda p, b: permutation.loss(model, p, b))(params, batch)

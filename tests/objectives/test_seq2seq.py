@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import seq2seq
-from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 
 def test_the_decoder_input_is_the_shifted_target():
@@ -34,7 +34,7 @@ def test_every_document_begins_with_the_start_id_and_padding_has_weight_0():
 
 def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
     model = tiny_model("t5")
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     source, targets = random_tokens(model, 1, 9), random_tokens(model, 1, 9, seed=1)
     segments = {
         "source_segment_ids": np.array([[1] * 4 + [2] * 4 + [0]]),

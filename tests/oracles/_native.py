@@ -16,6 +16,7 @@ import numpy as np
 from jaxlm import spec
 from jaxlm.interop.huggingface import save_pretrained
 from jaxlm.models import Model
+from jaxlm.testing.helpers import initial_params
 
 
 def parameters(model: Model, seed: int) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def parameters(model: Model, seed: int) -> dict[str, Any]:
 
     rng = np.random.default_rng(seed)
     tensors = {}
-    for path, leaf in spec.flatten(model.init(jax.random.key(seed))).items():
+    for path, leaf in spec.flatten(initial_params(model, seed)).items():
         array = np.asarray(leaf)
         if path.endswith("variance"):
             array = rng.uniform(0.5, 1.5, array.shape)

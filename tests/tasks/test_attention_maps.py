@@ -1,18 +1,18 @@
 """Attention maps: the tokens of both axes and the weights. Other texts in the batch do not change the weights."""
 
-import jax
 import numpy as np
 import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
 from jaxlm.tasks.attention_maps import attention_maps, write_attention_maps
+from jaxlm.testing.helpers import initial_params
 from jaxlm.training.report import read_attention
 
 
 def model_params_tokenizer(name, **changes):
     model = jaxlm.get_model(name, vocab_size=256, **changes)
-    return model, model.init(jax.random.key(0)), ByteTokenizer()
+    return model, initial_params(model), ByteTokenizer()
 
 
 def test_an_encoder_decoder_has_a_row_for_each_output_token():

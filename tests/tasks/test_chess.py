@@ -28,7 +28,7 @@ from jaxlm.tasks.chess import (
     next_move_probabilities,
 )
 from jaxlm.tasks.chess_reading import choose_ids
-from jaxlm.testing.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
 from tests.tasks.oracle import Oracle, oracle
 
 UCI = MoveTokenizer("uci")
@@ -47,7 +47,7 @@ def games(notation: str = "uci") -> tuple[str, ...]:
 def model_and_params(name: str, vocab_size: int = UCI.vocab_size) -> tuple[Any, Any]:
     sizes = {"max_positions": 64} if name == "gpt2-tiny" else {}
     model = tiny_model(name, vocab_size=vocab_size, **sizes)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 def prefixes(count: int, max_length: int = 40) -> list[str]:

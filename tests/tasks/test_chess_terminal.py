@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import chess
-import jax
 import pytest
 
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import board_after
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.tasks.oracle import oracle
 
 UCI = MoveTokenizer("uci")
@@ -120,7 +119,7 @@ def test_the_reason_of_a_draw_is_printed() -> None:
     assert (result, messages[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (third repetition)")
     messages = []
     model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=4, num_layers=1)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     input_lines = iter(["e4", "h4"])
     assert play_on_terminal(model, params, UCI, lambda _: next(input_lines), messages.append) == "1/2-1/2"
     assert messages[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves)"

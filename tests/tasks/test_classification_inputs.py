@@ -11,7 +11,7 @@ from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.objectives import classification as objective
 from jaxlm.tasks import classification
 from jaxlm.tasks.predict import classify
-from jaxlm.testing.helpers import FIRST_VARIANTS, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, initial_params, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -40,7 +40,7 @@ def test_training_and_prediction_encode_texts_in_the_same_way(name):
     """Training and ``classify`` compute equal probabilities, because they encode texts in the same way."""
     template = {"bert-tiny": "cls_sep", "xlnet-tiny": "sep_cls"}[name]
     model = tiny_model(name, task="classification", num_labels=2).with_labels(LABELS)
-    tokens, params = tokenizer(template), jax.jit(model.init)(jax.random.key(0))
+    tokens, params = tokenizer(template), initial_params(model)
     data = examples(10)
     encoded = classification.encode(data, tokens, LABELS, model)
     assert ("token_types" in encoded[0]) == model.reads_token_types == True  # noqa: E712
@@ -75,7 +75,7 @@ def test_empty_rows_do_not_change_loss_and_gradient(name):
     """Empty rows of an incomplete batch change neither the loss nor the gradient."""
     model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
     encoded = classification.encode(examples(3), tokenizer(), LABELS, model)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     evaluate = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
     results = []
     for rows in (3, 5):

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 import jaxlm
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer
-from jaxlm.testing.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]  # warnings of the harness and its libraries
 
@@ -179,7 +178,7 @@ def jaxlm_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     start = {"decoder_start_id": 7} if request.param == "attention-rnn-tiny" else {}
     model = tiny_model(request.param, vocab_size=264, **start)
     folder = tmp_path_factory.mktemp(request.param)
-    jaxlm.save_pretrained(folder, model, add_noise(jax.jit(model.init)(jax.random.key(0))), ByteTokenizer())
+    jaxlm.save_pretrained(folder, model, add_noise(initial_params(model)), ByteTokenizer())
     return folder
 
 

@@ -15,7 +15,7 @@ from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
@@ -25,7 +25,7 @@ CLASSIFIERS = tuple(name for name in FIRST_VARIANTS if hasattr(tiny_model(name).
 @functools.cache
 def model_and_params(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=264, **fields)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 def classifier(name: str = "bert-tiny") -> tuple[Any, Any]:

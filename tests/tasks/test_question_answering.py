@@ -19,7 +19,7 @@ from jaxlm.data.encodings import Encoding
 from jaxlm.decoding import NotFiniteError
 from jaxlm.tasks import question_answering
 from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, to_batch, training_windows
-from jaxlm.testing.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 CONTEXTS = (
@@ -72,7 +72,7 @@ QA_MODEL = tiny_model("bert-tiny", vocab_size=400, task="span_qa", max_positions
 @functools.cache
 def model_and_params(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=400, task="span_qa", **fields)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 def windows_of(name: str, example: dict[str, Any], max_length: int, stride: int) -> list[Encoding]:

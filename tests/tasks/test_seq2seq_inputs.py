@@ -11,7 +11,7 @@ from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.objectives import seq2seq as objective
 from jaxlm.tasks import seq2seq
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 
 PAIRS = Examples([{"source": "a b c", "target": "c b"}, {"source": "b", "target": "b a c a"}])
 
@@ -38,7 +38,7 @@ def test_the_batch_has_shifted_decoder_inputs_and_targets():
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
 def test_empty_rows_do_not_change_loss_and_gradient(name):
     model, tokens = tiny_model(name), tokenizer()
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     loss_and_gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
     (batch,), (padded_batch,) = (
         seq2seq.batches(seq2seq.encode(PAIRS, tokens), model, tokens, rows, num_buckets=1) for rows in (2, 4)

@@ -16,7 +16,7 @@ from jaxlm.data.tokenizers import PretrainedTokenizer
 from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, score
 from jaxlm.decoding.batches import bucket_length
 from jaxlm.tasks.text_requests import TextRequests, rolling_windows
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 PREFIX = BYTES.end_id
@@ -33,7 +33,7 @@ PAIRS = [("a man is ", "here"), ("the sea", " is"), ("", "o sea"), ("a man is he
 def model_and_params(name: str) -> tuple[Any, Any]:
     start = {"decoder_start_id": 7} if tiny_model(name).reads_source else {}
     model = tiny_model(name, vocab_size=264, **start)
-    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(initial_params(model))
 
 
 @functools.cache

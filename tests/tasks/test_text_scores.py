@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,7 +9,7 @@ from jaxlm.data import CharTokenizer, ContiguousStreams, RandomWindows
 from jaxlm.decoding import log_likelihood
 from jaxlm.tasks import text_generation
 from jaxlm.tasks.text_generation import Corpus, check_family, column_batches, scores
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.trainer import carry_size_of
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
@@ -51,7 +50,7 @@ def test_every_token_except_the_first_is_a_target_once(size: int, rows: int, len
 def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_generation, "NUM_COLUMNS", 1)
     model = tiny_model(name)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     ids = CORPUS.parts["test"][:25]
     corpus = Corpus("the text", {"test": ids}, 1.0)
     length = 6 if name == "lstm" else 24
@@ -65,7 +64,7 @@ def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pyt
 
 def test_windows_overlap_by_half() -> None:
     model = tiny_model("gpt")
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
     ids = CORPUS.parts["validation"][:33].astype(np.int32)
     nats = scores(model, params, Corpus("the text", {"validation": ids}, 2.0), "validation", 16)[0]
     first = log_likelihood(model, params, ids[None, :17])[0]

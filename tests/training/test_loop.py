@@ -22,7 +22,7 @@ from jaxlm.data import Batches, RandomWindows
 from jaxlm.data.buckets import Bucketed
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error, tiny_model
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, relative_error, tiny_model
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -265,7 +265,7 @@ def test_nonfinite_weights_are_never_saved(tmp_path):
 
 def test_initial_parameters_are_not_modified(tmp_path):
     model, _, _, evaluate = training_setup()
-    params = jax.jit(model.init)(jax.random.key(5))
+    params = initial_params(model, 5)
     params_copy = jax.tree.map(np.array, params)
     result = run(tmp_path, initial=params)
     assert_trees_equal(params, params_copy)
@@ -332,7 +332,7 @@ def test_bad_training_configs_raise_an_error_with_the_field(change, message):
 
 def test_the_evaluation_is_a_mean_over_tokens():
     model, _, tokens, _ = training_setup()
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initial_params(model)
     long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
     totals = [causal.loss(model, params, batch)[:2] for batch in (long, short)]
     expected = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)

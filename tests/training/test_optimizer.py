@@ -18,7 +18,14 @@ from jaxlm.adapt import LoRA
 from jaxlm.config import from_json, to_json
 from jaxlm.models import FAMILIES
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, tiny_model, with_stacked_layers
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    initial_params,
+    tiny_model,
+    with_stacked_layers,
+)
 from jaxlm.training.nt_asgd import mean_params, start_averaging
 from jaxlm.training.optimizer import (
     MUON_RMS,
@@ -38,7 +45,7 @@ PLAIN = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weigh
 
 def params_and_gradients(model, count=2):
     """Return parameters and a list of ``count`` gradients."""
-    params = add_noise(model.init(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     keys = jax.random.split(jax.random.key(7), count)
     return params, [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape) * (1 + x.size % 3), params) for k in keys]
 
@@ -141,7 +148,7 @@ def test_muon_updates_every_matrix_except_embeddings_and_heads(name):
 def test_optax_muon_accepts_the_dimension_numbers():
     """``optax.contrib.muon`` accepts the dimension numbers. Its default is all arrays with two axes."""
     model = tiny_model("gpt2-tiny", scan_layers=True)
-    params = model.init(jax.random.key(0))
+    params = initial_params(model)
 
     def handled(**options):
         state = optax.contrib.muon(1e-3, **options).init(params)

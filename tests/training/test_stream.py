@@ -21,6 +21,7 @@ from jaxlm.testing.helpers import (
     assert_trees_close,
     assert_trees_equal,
     decodes,
+    initial_params,
     random_tokens,
     relative_error,
     tiny_model,
@@ -43,7 +44,7 @@ def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
 @pytest.mark.parametrize("name", variant_params(DECODERS))
 def test_losses_of_chunks_sum_to_the_loss_of_the_text(name: str) -> None:
     model = tiny_model(name)
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     tokens = random_tokens(model, 2, 19)
     expected, _, _ = loss_of(model, params, causal.batch(tokens), model.init_state(2, MEMORY))
     chunk_losses, state = [], model.init_state(2, MEMORY)
@@ -55,7 +56,7 @@ def test_losses_of_chunks_sum_to_the_loss_of_the_text(name: str) -> None:
 
 def test_no_gradient_flows_into_the_model_state() -> None:
     model = tiny_model("lstm-tiny")
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     batch = causal.batch(random_tokens(model, 2, 7))
     state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), model.init_state(2, 1))
     floats, tree = jax.tree.flatten(state)
@@ -145,7 +146,7 @@ def test_grad_accum_steps_rejects_a_batch_with_carried_state() -> None:
 
 def test_the_evaluator_carries_the_model_state() -> None:
     model, _, batches = model_optimizer_batches("lstm-tiny")
-    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(initial_params(model))
     joined = causal.batch(
         np.concatenate([batches[0].tokens, batches[1].tokens, batches[1].targets[:, -1:]], axis=1)
     )  # fmt: skip

@@ -13,7 +13,14 @@ from jaxlm import spec
 from jaxlm.adapt import Freeze, LoRA
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    assert_trees_close,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
 
@@ -251,7 +258,7 @@ def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation
     batch.tokens[0, 0] = 3
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), adaptation.specs(model.specs), 20)
     trainer = Trainer(model, optimizer, causal.loss, ema_decay=0.5, adaptation=adaptation)
-    params = jax.jit(model.init)(jax.random.key(3))
+    params = initial_params(model, 3)
     state = trainer.init(jax.random.key(0), params)
     assert_trees_close(trainer.model_params(state), params, 1e-7)
     frozen = jax.tree.map(np.array, state.frozen)
