@@ -37,6 +37,7 @@ from jaxlm.testing.helpers import (
     assert_trees_close,
     assert_trees_equal,
     batch_of,
+    decode_state,
     decodes,
     initial_params,
     random_tokens,
@@ -113,7 +114,7 @@ def initial_state(model, params, batch_size, length):
     """The initial decoding state. For an encoder-decoder, it contains the encoded source."""
     if not model.reads_source:
         return model.init_state(batch_size, length)
-    return jax.jit(model.init_decode_state, static_argnums=2)(params, source_of(model, batch_size)["source"], length)
+    return decode_state(model, params, source_of(model, batch_size)["source"], length)
 
 
 def hidden_of_row(model, params, tokens, row, start=0, stop=None):

@@ -14,7 +14,7 @@ from jaxlm import spec
 from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
-from jaxlm.spec import Params
+from jaxlm.spec import Params, State
 
 
 def tiny_variants(families: Sequence[str]) -> tuple[str, ...]:
@@ -114,6 +114,14 @@ def _host_params(named_specs: tuple[Any, ...], tree: Any, seed: int) -> Any:
 def _init_of(named_specs: tuple[Any, ...], tree: Any) -> Any:
     specs = jax.tree.unflatten(tree, [array for _, array in named_specs])
     return jax.jit(functools.partial(spec.init, specs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode_state(
+    model: Model, params: Params, source: jax.Array, length: int, segment_ids: jax.Array | None = None
+) -> State:
+    """``model.init_decode_state``, compiled once for equal shapes."""
+    return model.init_decode_state(params, source, length, segment_ids=segment_ids)
 
 
 def add_noise(params: Params) -> Any:

@@ -7,7 +7,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from jaxlm.decoding import BeamConfig, beam_search, generate
 from jaxlm.testing.helpers import (
     TINY,
     add_noise,
+    decode_state,
     decodes,
     initial_params,
     random_tokens,
@@ -36,6 +36,10 @@ def pair(name: str) -> tuple[Any, Any]:
     return model, add_noise(initial_params(model))
 
 
+CONTINUATIONS = np.array(list(itertools.product(range(IDS), repeat=NUM_NEW)), np.int32)
+"""All texts of NUM_NEW tokens."""
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def next_log_probs(model: Any, params: Any, tokens: Any, inputs: Any) -> Any:
     """[B, T, IDS] log-probabilities over the ids that may be generated, by a forward pass without any state."""
@@ -43,15 +47,25 @@ def next_log_probs(model: Any, params: Any, tokens: Any, inputs: Any) -> Any:
     return jax.nn.log_softmax(model.logits(params, hidden)[..., :IDS], axis=-1)
 
 
-def source_of_row(model: Any, row: int, copies: int) -> dict[str, np.ndarray]:
-    return {key: np.repeat(x[row : row + 1], copies, axis=0) for key, x in source_of(model, 2).items()}
+def log_probs_after(model: Any, params: Any, row: int, continuations: np.ndarray) -> np.ndarray:
+    """[N, NUM_NEW, IDS] log-probabilities at each token of the continuations [N, NUM_NEW] of the prompt of a row.
+
+    The prompt has no padding. A short text ends with one more token, which does not change the earlier tokens of a
+    causal model. So the texts of all rows have one shape, and their program is compiled once.
+    """
+    prompt = PROMPTS[row][SEGMENTS[row] == 1]
+    texts = np.zeros((len(continuations), PROMPTS.shape[1] + NUM_NEW - 1), np.int32)
+    texts[:, : len(prompt)] = prompt
+    texts[:, len(prompt) : len(prompt) + NUM_NEW - 1] = continuations[:, :-1]
+    source = {key: np.repeat(x[row : row + 1], len(texts), axis=0) for key, x in source_of(model, 2).items()}
+    return np.asarray(next_log_probs(model, params, texts, source))[:, len(prompt) - 1 :][:, :NUM_NEW]
 
 
 def initial_state(model: Any, params: Any) -> Any:
     """The initial state with the encoded sources of both rows; None for a model without a source."""
     if not model.reads_source:
         return None
-    return model.init_decode_state(params, source_of(model, 2)["source"], PROMPTS.shape[1] + NUM_NEW)
+    return decode_state(model, params, source_of(model, 2)["source"], PROMPTS.shape[1] + NUM_NEW)
 
 
 @every_decoder
@@ -68,19 +82,13 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
         state=initial_state(model, params),
         beams=BeamConfig(num_beams=beams, length_penalty=0.0),
     )
-    continuations = np.array(list(itertools.product(range(IDS), repeat=NUM_NEW)), np.int32)
     for row in range(2):
-        prompt = PROMPTS[row][SEGMENTS[row] == 1]
-        texts = np.concatenate([np.tile(prompt, (len(continuations), 1)), continuations], axis=1)
-        log_probs = next_log_probs(model, params, texts[:, :-1], source_of_row(model, row, len(texts)))
-        token_log_probs = np.take_along_axis(
-            np.asarray(log_probs)[:, len(prompt) - 1 :], continuations[..., None], axis=-1
-        )
-        totals = token_log_probs[..., 0].sum(axis=1)
+        log_probs = log_probs_after(model, params, row, CONTINUATIONS)
+        totals = np.take_along_axis(log_probs, CONTINUATIONS[..., None], axis=-1)[..., 0].sum(axis=1)
         best = np.argsort(-totals, kind="stable")[:beams]
         np.testing.assert_allclose(out.scores[row], totals[best], rtol=1e-4, atol=1e-5)
-        assert out.tokens[row, 0].tolist() == continuations[best[0]].tolist()
-        assert {*map(tuple, out.tokens[row].tolist())} == {*map(tuple, continuations[best].tolist())}
+        assert out.tokens[row, 0].tolist() == CONTINUATIONS[best[0]].tolist()
+        assert {*map(tuple, out.tokens[row].tolist())} == {*map(tuple, CONTINUATIONS[best].tolist())}
 
 
 @every_decoder
@@ -90,11 +98,10 @@ def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: 
         model, params, PROMPTS, SEGMENTS, max_new_tokens=NUM_NEW, allowed_ids=IDS, state=initial_state(model, params)
     )  # fmt: skip
     for row in range(2):
-        text = [*PROMPTS[row][SEGMENTS[row] == 1], *np.asarray(out.tokens[row])]
-        prompt_length = len(text) - NUM_NEW
-        log_probs = next_log_probs(model, params, np.array([text[:-1]], np.int32), source_of_row(model, row, 1))
-        assert out.tokens[row].tolist() == jnp.argmax(log_probs[0, prompt_length - 1 :], axis=-1).tolist()
-        assert relative_error(out.log_probs[row], jnp.max(log_probs[0, prompt_length - 1 :], axis=-1)) < 1e-4
+        same_texts = np.tile(np.asarray(out.tokens[row]), (len(CONTINUATIONS), 1))  # the shape of the other test
+        log_probs = log_probs_after(model, params, row, same_texts)[0]
+        assert out.tokens[row].tolist() == np.argmax(log_probs, axis=-1).tolist()
+        assert relative_error(out.log_probs[row], np.max(log_probs, axis=-1)) < 1e-4
 
 
 def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
@@ -103,7 +110,7 @@ def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
         ValueError, match=r"t5 reads a source: .* state=model.init_decode_state\(params, source, length\)"
     ):
         generate(model, params, PROMPTS, max_new_tokens=NUM_NEW)
-    three_row_state = model.init_decode_state(params, random_tokens(model, 3, 5), 9)
+    three_row_state = decode_state(model, params, random_tokens(model, 3, 5), 9)
     with pytest.raises(ValueError, match=r"layers/0/key of the state is \[3, 9, 64\], but the prompts have 2 rows"):
         generate(model, params, PROMPTS, max_new_tokens=NUM_NEW, state=three_row_state)
     gpt, gpt_params = pair("gpt2-tiny")

@@ -28,7 +28,7 @@ from jaxlm.decoding import (
     text,
     windows,
 )
-from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
+from jaxlm.testing.helpers import add_noise, decode_state, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 NUM_NEW = 6
@@ -53,7 +53,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
     model, params = pair(name)
     ids, state = BYTES.encode(source)[None], None
     if model.reads_source:
-        state = model.init_decode_state(params, ids, NUM_NEW)
+        state = decode_state(model, params, ids, NUM_NEW)
         ids = np.array([[model.config.decoder_start_id]], np.int32)
     options: dict[str, Any] = {
         "max_new_tokens": NUM_NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
@@ -152,7 +152,7 @@ def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> No
     ids = tokenizer.encode_inputs("w3 w9").ids
     assert ids[-1] == tokenizer.special_ids.eos == 1
     config = GenerationConfig(20, num_beams=num_beams)
-    state = model.init_decode_state(params, ids[None], 20)
+    state = decode_state(model, params, ids[None], 20)
     out = beam_search(
         model,
         params,
@@ -221,7 +221,7 @@ def test_error_of_generate_shows_the_call_for_an_encoder_decoder() -> None:
         params,
         start,
         max_new_tokens=NUM_NEW,
-        state=model.init_decode_state(params, BYTES.encode("a man")[None], NUM_NEW),
+        state=decode_state(model, params, BYTES.encode("a man")[None], NUM_NEW),
     )
     assert out.tokens.shape == (1, NUM_NEW)
 

@@ -13,7 +13,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search
 from jaxlm.models import attention_rnn, get_model
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, decode_state, initial_params, random_tokens, relative_error, tiny_model
 
 VARIANTS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
 COPY = "attention-rnn-copy-tiny"
@@ -34,7 +34,7 @@ def hidden_of(model, params, tokens, inputs):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_decode_state(model, params, source, segment_ids=None):
-    return model.init_decode_state(params, source, 1, segment_ids=segment_ids)
+    return decode_state(model, params, source, 1, segment_ids)
 
 
 def test_published_sizes():
@@ -174,7 +174,7 @@ def test_errors_name_bad_fields(fields, message):
 def test_errors_name_bad_input(name):
     model, params = small(name)
     tokens, source = np.zeros((2, 3), np.int32), np.zeros((2, 4), np.int32)
-    state = model.init_decode_state(params, source, 3)
+    state = decode_state(model, params, source, 3)
     for inputs, message in (
         ({}, "source .to train. or state .to decode, from init_decode_state., got neither"),
         ({"source": source, "state": state}, "got both"),

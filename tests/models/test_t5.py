@@ -14,6 +14,7 @@ from jaxlm.models import t5
 from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_equal,
+    decode_state,
     initial_params,
     random_tokens,
     relative_error,
@@ -40,7 +41,7 @@ def apply(model, params, tokens, inputs):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def init_decode_state(model, params, source, length, segment_ids=None):
-    return t5.init_decode_state(model.config, params, source, length, segment_ids=segment_ids)
+    return decode_state(model, params, source, length, segment_ids)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, initial_params, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decode_state, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
@@ -230,7 +230,7 @@ def test_scores_equal_the_log_probabilities_of_generated_tokens() -> None:
         np.zeros((1, 1), np.int32),
         max_new_tokens=5,
         allowed_ids=128,
-        state=model.init_decode_state(params, source, 5),
+        state=decode_state(model, params, source, 5),
     )
     text = BYTES.decode(np.asarray(out.tokens)[0])
     actual = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
