@@ -7,7 +7,8 @@
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest numerical differences from torch, including gradients
     python -m benchmarks.shootout      all causal families, at equal parameter counts and at equal FLOPs
-    python -m benchmarks.report        one page of tables and plots from all results
+    python -m benchmarks.all           the benchmarks above that need no trained model, one after the other
+    python -m benchmarks.report        the page with tables and charts from all results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
 Each benchmark compares implementations: jaxlm and its baselines. The baselines need the extra ``reference``. Each

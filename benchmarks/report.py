@@ -1,221 +1,370 @@
-"""An HTML page from result files of benchmarks: tables, plots, and the rows in which jaxlm is slower than a baseline.
+"""The measured part of docs/benchmarks.md and its charts, from result files of benchmarks.
 
-    python -m benchmarks.report benchmarks/results/*.json --output report.html
+    python -m benchmarks.report --page docs/benchmarks.md
 
-The page is one file with inline plots and without scripts. All its content comes from the result files.
+The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
+section for each processor. If several files measured the same operation and shape, the section has the newest one.
+
+All charts show how many times as fast jaxlm is: the median over rounds of the time of a baseline divided by the time of
+jaxlm. Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
-import itertools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import OURS, UserError
 
+BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
+END = "<!-- end of measured -->"
+PICTURES = "pictures/benchmarks"
+"""Directory of the charts, relative to the page."""
+TITLES = "processors.json"
+"""File in the directory of the results with the title of each processor by the name of its directory."""
+SECTIONS = {
+    "training": "Training steps of whole models",
+    "decoding": "Decoding of whole models",
+    "texts": "Texts",
+    "attention": "Attention",
+    "recurrence": "Recurrent layers",
+    "scans": "Linear recurrences and convolution",
+}
+"""Heading by benchmark program, in the order of the page. Other programs write no rows with times of baselines."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the page."""
+    """Write the measured part of a page, and its charts."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that benchmarks wrote with --json."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """Output file."""
+    results: Path = Path("benchmarks/results")
+    """Directory with one directory of result files per processor."""
+    page: Path = Path("docs/benchmarks.md")
+    """Page whose part between the two marks is replaced. The charts are written to pictures/benchmarks beside it."""
 
 
-def read(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The measured rows of all files, each with its ``file``, ``program`` and ``machine``.
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One implementation, measured for one operation and shape in one file."""
+
+    program: str
+    operation: str
+    shape: str
+    implementation: str
+    seconds: float
+    """Median."""
+    ratio: float
+    """Time of this implementation divided by the time of jaxlm: the median over rounds."""
+    peak_percent: float | None
+    """Share of the peak of the machine that was measured in the same rounds. None: the program has no peak."""
+    gigabytes: float | None
+    """Peak memory of the process. None: not measured."""
+    file: str
+    machine: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Operation and shape."""
+        return f"{self.operation}, {self.shape}" if self.shape else self.operation
+
+
+def read(directory: Path) -> list[Measurement]:
+    """The newest measurements of a processor, in the order of the files.
 
     Raises:
-        UserError: there is no file, or a file was not written by a benchmark.
+        UserError: the directory has no result files, or a file was not written by a benchmark.
     """
+    files = sorted(directory.glob("*.json"))
     if not files:
-        raise UserError("there are no result files: give files that benchmarks wrote with --json")
-    rows = []
+        raise UserError(f"{directory} has no result files: run benchmarks with --json {directory}/NAME.json")
+    newest: dict[tuple[str, str, str], tuple[str, list[Measurement]]] = {}
     for file in files:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            for row in record["rows"]:
-                if "median" in row and "work" in row:  # fidelity and nanogpt write rows without times
-                    rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
-    if not rows:
-        raise UserError(
-            "the files have no timed rows: give files of the benchmarks training, decoding, attention, recurrence or "
-            "scans"
-        )
-    return rows
+        groups: dict[tuple[str, str, str], list[Measurement]] = {}
+        for measured in _measurements(file):
+            groups.setdefault((measured.program, measured.operation, measured.shape), []).append(measured)
+        for key, group in groups.items():
+            time = str(group[0].machine["time"])
+            if key not in newest or newest[key][0] < time:
+                newest[key] = time, group
+    return [measured for _, group in newest.values() for measured in group]
 
 
-def sizes(shape: str) -> dict[str, int]:
-    """The sizes in the description of a shape, by name.
+def _measurements(file: Path) -> list[Measurement]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in record["rows"] if isinstance(row, dict) and "ratio" in row and "seconds" in row]
+        if record.get("program") not in SECTIONS:
+            return []
+        common = {"program": record["program"], "file": file.name, "machine": record["machine"]}
+        return [measured for row in rows for measured in _of_row(row, common)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
 
-    Example:
-        >>> sizes("gpt2 B2 T512 heads=8")
-        {'B': 2, 'T': 512, 'heads': 8}
+
+def _of_row(row: dict[str, Any], common: dict[str, Any]) -> Iterable[Measurement]:
+    if "task" in row:  # benchmarks.texts: one row for all implementations
+        for name, seconds in row["seconds"].items():
+            ratio = 1.0 if name == OURS else row["ratio"]
+            shape = f"{row['sentences']} sentences"
+            yield Measurement(
+                operation=row["task"], shape=shape, implementation=name, seconds=statistics.median(seconds),
+                ratio=ratio, peak_percent=None, gigabytes=None, **common,
+            )  # fmt: skip
+        return
+    memory = row.get("facts", {}).get("peak_process_bytes")
+    yield Measurement(
+        operation=row["op"], shape=row["shape"], implementation=row["peer"], seconds=row["median"],
+        ratio=row["ratio"], peak_percent=row["roof_percent"], gigabytes=memory and memory / 1e9, **common,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- page
+
+
+def section(name: str, title: str, measurements: Sequence[Measurement], pictures: Path) -> str:
+    """The section of a processor as Markdown. Writes its charts.
+
+    Args:
+        name: name of the directory of its results.
+        pictures: directory of the charts.
     """
-    return {name.rstrip("="): int(size) for name, size in re.findall(r"\b([A-Z]|[a-z]+=)(\d+)\b", shape)}
+    baselines = [row for row in measurements if row.implementation != OURS]
+    slower = sorted((row for row in baselines if row.ratio < 1.0), key=lambda row: row.ratio)
+    parts = [f"### {title}", _summary(baselines, slower)]
+    for program, heading in SECTIONS.items():
+        rows = [row for row in measurements if row.program == program]
+        if not rows:
+            continue
+        parts.append(f"#### {heading}: {title}")
+        draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
+        parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
+        parts.append(_details("All numbers", _table(rows)))
+    if groups := curves(measurements):
+        draw_curves(groups).savefig(pictures / f"{name}_lengths.svg", metadata={"Date": None})
+        parts.append(f"#### Time as a function of length: {title}")
+        parts.append(f"![Time as a function of length]({PICTURES}/{name}_lengths.svg)")
+    parts.append(_details("Conditions of the measurements", _conditions(measurements)))
+    return "\n\n".join(parts)
 
 
-def slower_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of baselines that took less time than jaxlm in the same rounds. The lowest ratio comes first."""
-    return sorted((row for row in rows if row["peer"] != OURS and row["ratio"] < 1.0), key=lambda row: row["ratio"])
+def _summary(baselines: Sequence[Measurement], slower: Sequence[Measurement]) -> str:
+    text = f"jaxlm is faster in {len(baselines) - len(slower)} of {len(baselines)} comparisons."
+    if not slower:
+        return text
+    names = [f"{row.label}: {row.ratio:.2f} times as fast as {row.implementation}" for row in slower]
+    return f"{text}\n\n" + _details("Comparisons in which jaxlm is slower", "\n".join(f"- {name}" for name in names))
 
 
-def rows_by_size(
-    rows: Sequence[dict[str, Any]],
-) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """Groups of two or more rows that differ in one size: (file, operation, size name) -> name -> [(size, row)]."""
-    groups: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
+
+
+def _table(rows: Sequence[Measurement]) -> str:
+    has_memory = any(row.gigabytes for row in rows)
+    header = ["operation", "shape", "implementation", "ms", "jaxlm is ... times as fast", "% of the limit"]
+    lines = [header + ["peak memory, GB"] * has_memory]
     for row in rows:
-        for name, size in sizes(row["shape"]).items():
-            rest = re.sub(rf"\b{name}=?{size}\b", f"{name} ...", row["shape"])
-            lines = groups.setdefault((row["file"], f"{row['op']}, {rest}", name), {})
-            lines.setdefault(row["peer"], []).append((size, row))
+        ratio = "" if row.implementation == OURS else f"{row.ratio:.2f}"
+        percent = "" if row.peak_percent is None else f"{row.peak_percent:.1f}"
+        memory = "" if row.gigabytes is None else f"{row.gigabytes:.2f}"
+        cells = [row.operation, row.shape, row.implementation, f"{1e3 * row.seconds:,.4g}", ratio, percent]
+        lines.append(cells + [memory] * has_memory)
+    return _markdown_table(lines, num_text_columns=3)
+
+
+def _conditions(measurements: Sequence[Measurement]) -> str:
+    header = ["file", "time", "load before the run", "limits", "versions", "commit"]
+    lines = [header]
+    machines = {row.file: row.machine for row in measurements}
+    for file, machine in sorted(machines.items(), key=lambda item: str(item[1]["time"]), reverse=True):
+        limits = machine.get("peaks", machine.get("roofs", ""))  # the key of older files is "roofs"
+        commit = str(machine.get("commit") or "").replace("+changes", " with changes")
+        short_commit = re.sub(r"^(\w{10})\w+", r"\1", commit)
+        lines.append([file, machine["time"], machine["load"], limits, machine["versions"], short_commit])
+    return _markdown_table(lines, num_text_columns=len(header))
+
+
+def _markdown_table(lines: Sequence[Sequence[str]], num_text_columns: int) -> str:
+    width = len(lines[0])
+    rule = ["---"] * num_text_columns + ["---:"] * (width - num_text_columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+# ----------------------------------------------------------------------------------------------------- charts
+
+COLORS = {
+    OURS: "C0",
+    "torch": "C1",
+    "flax": "C2",
+    "torch-compile": "C3",
+    "lax.scan": "C4",
+    "lax.conv": "C5",
+    "associative_scan": "C6",
+}
+
+
+Bars = dict[str, dict[str, float]]
+"""Values by the name of a bar and the label of its group."""
+
+
+def draw(rows: Sequence[Measurement]) -> Any:
+    """Two charts of the same operations: how many times as fast jaxlm is, and its share of the limit of the machine."""
+    same_operation = len({row.operation for row in rows}) == 1
+    labels = {row.label: row.shape if same_operation else row.label for row in rows}
+    names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
+    ratios = {name: {labels[row.label]: row.ratio for row in rows if row.implementation == name} for name in names}
+    shares = {
+        labels[row.label]: row.peak_percent
+        for row in rows
+        if row.implementation == OURS and row.peak_percent is not None
+    }
+    groups = list(dict.fromkeys(labels.values()))
+    heights = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
+    figure, (left, right) = _new_figure(0.26 * sum(heights) + 0.16 * len(groups) + 1.3, 1, 2)
+    positions = _draw_bars(left, groups, ratios, "%.2f")
+    left.axvline(1.0, color="#444", linewidth=0.8)
+    left.set_xlabel("times as fast as the baseline")
+    right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[OURS])
+    for label, share in shares.items():
+        right.text(share + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
+    right.set(ylim=left.get_ylim(), xlim=(0, 1.15 * max([100.0, *shares.values()])), yticks=[], xlabel="% of the limit")
+    right.axvline(100.0, color="#444", linewidth=0.8)
+    return figure
+
+
+def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
+    """Bars of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor."""
+    ratios = {
+        processor: {f"{row.shape}, {row.implementation}": row.ratio for row in measured if row.implementation != OURS}
+        for processor, measured in rows.items()
+    }
+    groups = sorted({label for bars in ratios.values() for label in bars}, key=lambda label: label.split(", ")[::-1])
+    figure, (axes,) = _new_figure(0.26 * sum(map(len, ratios.values())) + 0.16 * len(groups) + 1.3)
+    _draw_bars(axes, groups, ratios, "%.2f")
+    axes.axvline(1.0, color="#444", linewidth=0.8)
+    axes.set_xlabel("times as fast as the baseline")
+    return figure
+
+
+def _draw_bars(axes: Any, groups: Sequence[str], bars: Bars, number_format: str) -> dict[str, float]:
+    """Draw grouped bars, the first group at the top. Returns the center of each group."""
+    start, positions, centers = 0.0, {}, {}
+    for label in groups:
+        names = [name for name, values in bars.items() if label in values]
+        for number, name in enumerate(names):
+            positions[name, label] = start + number
+        size = max(1, len(names))
+        centers[label] = start + (size - 1) / 2
+        start += size + 0.6
+    for number, (name, values) in enumerate(bars.items()):
+        drawn = axes.barh(
+            [positions[name, label] for label in values], list(values.values()), 0.9, label=name,
+            color=COLORS.get(name, f"C{number}"),
+        )  # fmt: skip
+        axes.bar_label(drawn, fmt=number_format, padding=3, fontsize=8)
+    axes.set_yticks(list(centers.values()), list(centers), fontsize=8)
+    axes.set_ylim(start - 0.6, -0.9)
+    axes.margins(x=0.12)
+    if max(value for values in bars.values() for value in values.values()) > 20:
+        axes.set_xscale("log")
+    axes.figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=4)
+    return centers
+
+
+Lines = dict[str, list[tuple[int, float]]]
+"""Pairs of a length and milliseconds, by implementation."""
+
+
+def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
+    """The measurements that differ only in the length T, with two or more lengths, by operation and other sizes."""
+    groups: dict[str, Lines] = {}
+    for row in rows:
+        if length := re.search(r"\bT(\d+)\b", row.shape):
+            group = f"{row.operation}, {row.shape.replace(length[0], 'T...')}"
+            line = groups.setdefault(group, {}).setdefault(row.implementation, [])
+            line.append((int(length[1]), 1e3 * row.seconds))
     return {
-        key: {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()}
-        for key, lines in groups.items()
+        group: {implementation: sorted(line) for implementation, line in lines.items()}
+        for group, lines in groups.items()
         if any(len(line) > 1 for line in lines.values())
     }
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """The page as HTML."""
-    parts = ["<h1>jaxlm: measured</h1>"]
-    for file, group in itertools.groupby(rows, key=lambda row: row["file"]):
-        file_rows = list(group)
-        machine = file_rows[0]["machine"]
-        description = " · ".join(f"{name} {value}" for name, value in machine.items() if name != "flags")
-        parts += [
-            f"<h2>{html.escape(file_rows[0]['program'])}</h2>",
-            f"<p class=machine>{html.escape(f'{file}: {description}')}</p>",
-        ]
-        parts.append(_table(file_rows))
-    slower = slower_rows(rows)
-    parts.append("<h2>Where jaxlm is slower</h2>")
-    if slower:
-        parts.append("<p>Every row in which a baseline took less time than jaxlm in the same rounds.</p>")
-        parts.append(_table(slower))
-    else:
-        parts.append("<p>In none of these rows is a baseline faster.</p>")
-    parts += [
-        "<h2>Share of the peak</h2>",
-        "<p>The peak is that of a matrix product or a copy in the same rounds.</p>",
-        _peak_plot(rows),
-    ]
-    groups = rows_by_size(rows)
-    if groups:
-        parts.append("<h2>Time as a function of size</h2>")
-        parts += [_curve(operation, name, lines) for (_, operation, name), lines in groups.items()]
-    body = "\n".join(parts)
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>jaxlm: measured</title>\n<style>{_STYLE}</style>\n{body}\n"
+def draw_curves(groups: dict[str, Lines]) -> Any:
+    """Milliseconds over the length, one plot per group. Both axes are logarithmic: equal slopes mean equal growth."""
+    num_rows = -(-len(groups) // 2)
+    figure, all_axes = _new_figure(2.8 * num_rows, num_rows, 2)
+    for axes in all_axes[len(groups) :]:
+        axes.remove()
+    for axes, (group, lines) in zip(all_axes, groups.items()):
+        for implementation, line in lines.items():
+            color = COLORS.get(implementation)
+            axes.plot(*zip(*line), marker="o", label=implementation, color=color)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+        axes.set_title(group, fontsize=8)
+        ticks = sorted({size for line in lines.values() for size, _ in line})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.2rem .7rem;"
-    "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child,td:nth-child(2),"
-    "td:nth-child(3){text-align:left}.slower{color:#b3261e;font-weight:600}.machine{color:#666;font-size:13px}"
-    "svg{max-width:100%;height:auto}"
-)
-_HEADER = (
-    "operation", "shape", "implementation", "ms", "p10", "p90", "tokens/s", "% of peak", "compile s",
-    "time / jaxlm's time",
-)  # fmt: skip
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["<table>", "<tr>" + "".join(f"<th>{name}</th>" for name in _HEADER) + "</tr>"]
-    for row in rows:
-        times = [f"{1e3 * row[name]:,.4g}" for name in ("median", "p10", "p90")]
-        ratio = "" if row["peer"] == OURS else f"{row['ratio']:.2f}"
-        css_class = " class=slower" if ratio and row["ratio"] < 1.0 else ""
-        cells = [row["op"], row["shape"], row["peer"], *times, f"{row['tokens_per_second']:,.0f}"]
-        cells += [f"{row['roof_percent']:.1f}", f"{row['compile_seconds']:.1f}"]
-        text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr>{text}<td{css_class}>{ratio}</td></tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-def _peak_plot(rows: Sequence[dict[str, Any]]) -> str:
-    names = [(row["file"], f"{row['op']}, {row['shape']}") for row in rows]
-    positions = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
-    implementations = list(dict.fromkeys(row["peer"] for row in rows))
-    figure, axes = new_figure(0.34 * len(positions) + 1.2)
-    height = 0.8 / len(implementations)
-    for index, implementation in enumerate(implementations):
-        bars = [
-            (positions[name] + 0.4 - height * (index + 0.5), row)
-            for name, row in zip(names, rows)
-            if row["peer"] == implementation
-        ]
-        axes.barh(
-            [y for y, _ in bars],
-            [row["roof_percent"] for _, row in bars],
-            height,
-            label=implementation,
-            color=COLORS.get(implementation, _OTHER_COLOR),
-        )
-    axes.set_yticks(list(positions.values()), [name for _, name in positions], fontsize=8)
-    axes.axvline(100, color="#888", linewidth=0.8)
-    axes.set_xlabel("% of the peak")
-    axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> str:
-    """A plot of milliseconds over one size. Both axes are logarithmic, so that equal slopes mean equal growth."""
-    figure, axes = new_figure(3.2)
-    for implementation, line in lines.items():
-        points = [size for size, _ in line]
-        low, high = ([1e3 * row[percentile] for _, row in line] for percentile in ("p10", "p90"))
-        color = COLORS.get(implementation, _OTHER_COLOR)
-        axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=implementation, color=color)
-        axes.fill_between(points, low, high, alpha=0.15, color=color)
-    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=operation)
-    ticks = sorted({size for line in lines.values() for size, _ in line})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-COLORS = {OURS: "C0", "torch": "C1", "flax": "C2", "torch-compile": "C3", "lax.scan": "C4", "lax.conv": "C5"}
-_OTHER_COLOR = "C7"
-
-
-def new_figure(height: float) -> tuple[Any, Any]:
-    """A figure of this height in inches, and its axes."""
+def _new_figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of this height in inches, and its axes. Equal content gives equal files."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    mpl.rcParams |= {"svg.hashsalt": "jaxlm", "svg.fonttype": "none"}
+    # The padding leaves room for the fonts of browsers, which may be wider.
+    figure = Figure(figsize=(9, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
+    all_axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, all_axes
 
 
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    return text.getvalue()[text.getvalue().index("<svg") :]
+# ------------------------------------------------------------------------------------------------ command line
 
 
 def run(options: Report) -> None:
-    """Read the files and write the page."""
-    options.output.write_text(page(read(options.files)), encoding="utf-8")
-    print(f"wrote {options.output}")
+    """Read the results, write the charts and replace the measured part of the page."""
+    if not options.results.is_dir():
+        raise UserError(f"--results {options.results} is not a directory")
+    if not options.page.is_file():
+        raise UserError(f"--page {options.page} is not a file")
+    before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{options.page} has no lines {BEGIN!r} and {END!r}: add both")
+    directories = sorted(path for path in options.results.iterdir() if path.is_dir())
+    if not directories:
+        raise UserError(f"{options.results} has no directories: write results to {options.results}/PROCESSOR/NAME.json")
+    titles_file = options.results / TITLES
+    titles = json.loads(titles_file.read_text(encoding="utf-8")) if titles_file.exists() else {}
+    measured = {directory.name: read(directory) for directory in directories}
+    newest_first = sorted(
+        measured, key=lambda name: max(str(row.machine["time"]) for row in measured[name]), reverse=True
+    )
+    pictures = options.page.parent / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    training = {
+        titles.get(name, name): [row for row in measured[name] if row.operation == "training step"]
+        for name in newest_first
+    }
+    if training := {title: rows for title, rows in training.items() if rows}:
+        draw_processors(training).savefig(pictures / "training.svg", metadata={"Date": None})
+    sections = [section(name, titles.get(name, name), measured[name], pictures) for name in newest_first]
+    text = "\n\n".join([begin, *sections, end])
+    options.page.write_text(before + text + after, encoding="utf-8")
+    print(f"wrote {options.page} and the charts in {pictures}")
 
 
 def main(arguments: list[str] | None = None) -> int:

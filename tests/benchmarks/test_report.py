@@ -1,23 +1,25 @@
-"""The HTML page that is generated from result files."""
+"""The measured part of the benchmark page, generated from result files."""
 
 import json
-import re
 
-from benchmarks import report
+import pytest
+
+from benchmarks import harness, report
+
+PAGE = f"# Benchmarks\n\n{report.BEGIN}\nold text\n{report.END}\n\nMore text.\n"
 
 
 def row(op="lstm forward", shape="T128 B32 H512", peer="jaxlm", median=0.1, ratio=1.0):
     return {
-        "op": op, "shape": shape, "peer": peer, "ratio": ratio, "work": {},
-        "median": median, "p10": 0.9 * median, "p90": 1.2 * median,
-        "tokens_per_second": 128 / median, "roof_percent": 5 / median, "compile_seconds": 0.5,
+        "op": op, "shape": shape, "peer": peer, "ratio": ratio, "work": {}, "seconds": [median], "median": median,
+        "roof_percent": 5 / median, "facts": {"peak_process_bytes": 3e9},
     }  # fmt: skip
 
 
-def write_results(directory, rows, name="a.json", **record):
-    path = directory / name
-    path.write_text(json.dumps({"program": "recurrence", "machine": {"cpu": "<some> CPU"}, "rows": rows, **record}))
-    return path
+def write_results(directory, rows, name="a.json", program="recurrence", time="2026-01-02"):
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = {"time": time, "load": "0.1", "versions": "jax 1", "commit": 40 * "a", "peaks": "9 GFLOP/s"}
+    (directory / name).write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
 
 
 ROWS = [
@@ -27,42 +29,111 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_the_page_lists_the_rows_where_jaxlm_is_slower(tmp_path, capsys):
-    output = tmp_path / "page.html"
-    assert report.main([str(write_results(tmp_path, ROWS)), "--output", str(output)]) == 0
-    assert str(output) in capsys.readouterr().out
-    page = output.read_text()
-    slower_section = page[page.index("Where jaxlm is slower") : page.index("Share of the peak")]
-    assert re.findall(r"<td class=slower>([\d.]+)</td>", slower_section) == ["0.10", "0.80"]  # the lowest ratio first
-    assert re.findall(r"<td class=slower>", page[: page.index("Where jaxlm is slower")]) == ["<td class=slower>"] * 2
-    assert "2.00" not in slower_section
-    assert "&lt;some&gt; CPU" in page
-    assert "<script" not in page
-    assert page.count("<svg") == 2  # the fraction of the peak, and the time as a function of T
+def write_page(directory):
+    """Run the command on ``directory/results`` and return its exit status and the page."""
+    page = directory / "page.md"
+    page.write_text(PAGE)
+    options = ["--results", str(directory / "results"), "--page", str(page)]
+    return report.main(options), page.read_text()
 
 
-def test_the_page_says_if_no_row_is_slower(tmp_path):
-    assert "In none of these rows" in report.page(report.read([write_results(tmp_path, ROWS[:2])]))
+def test_the_page_has_a_section_per_processor_with_the_newest_first(tmp_path):
+    results = tmp_path / "results"
+    write_results(results / "old", ROWS, time="2025-01-02")
+    write_results(results / "new", ROWS[:2])
+    (results / report.TITLES).write_text(json.dumps({"old": "Old processor"}))
+    status, page = write_page(tmp_path)
+    assert status == 0
+    assert page.startswith("# Benchmarks")
+    assert page.endswith("More text.\n")
+    assert "old text" not in page
+    assert page.index("### new") < page.index("### Old processor")
+    new, old = page.split("### Old processor")
+    assert "jaxlm is faster in 1 of 1 comparisons." in new
+    assert "slower" not in new
+    assert "jaxlm is faster in 1 of 3 comparisons." in old
+    lowest_first = (
+        old.index("T128 B1 H650: 0.10 times as fast as torch"),
+        old.index("T512 B32 H512: 0.80 times as fast"),
+    )
+    assert lowest_first == tuple(sorted(lowest_first))
+    assert "| lstm forward | T128 B32 H512 | torch | 200 | 2.00 | 25.0 | 3.00 |" in new
+    assert "aaaaaaaaaa |" in new
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[1].rstrip(")")).read_text().count("<svg") == 1
+    assert {path.name for path in (tmp_path / report.PICTURES).iterdir()} == {
+        "old_recurrence.svg", "new_recurrence.svg", "old_lengths.svg",
+    }  # fmt: skip
+    assert write_page(tmp_path)[1] == page
 
 
-def test_each_curve_has_rows_that_differ_in_one_size():
-    curves = report.rows_by_size([{**result, "file": "a.json"} for result in ROWS])
-    assert list(curves) == [("a.json", "lstm forward, T ... B32 H512", "T")]
-    (lines,) = curves.values()
-    assert {implementation: [size for size, _ in line] for implementation, line in lines.items()} == {
-        "jaxlm": [128, 512],
-        "torch": [128, 512],
+def test_the_committed_page_is_up_to_date(tmp_path):
+    """If this fails, run ``python -m benchmarks.report``."""
+    committed = harness.ROOT / "docs" / "benchmarks.md"
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.write_text(committed.read_text())
+    results = harness.ROOT / "benchmarks" / "results"
+    assert report.main(["--results", str(results), "--page", str(page)]) == 0
+    assert page.read_text() == committed.read_text()
+    written, pictures = (
+        {path.name for path in (folder / report.PICTURES).iterdir()} for folder in (page.parent, committed.parent)
+    )
+    assert written == pictures
+
+
+def test_the_newest_measurement_of_a_shape_is_used(tmp_path):
+    write_results(tmp_path, ROWS[:2], "b.json", time="2026-01-01")
+    write_results(tmp_path, [row(median=0.3), row(peer="torch", median=0.6, ratio=2.1)], "a.json")
+    write_results(tmp_path, ROWS[2:4], "c.json", time="2025-01-01")
+    measured = {(item.shape, item.implementation): item.ratio for item in report.read(tmp_path)}
+    assert measured == {
+        ("T128 B32 H512", "jaxlm"): 1.0, ("T128 B32 H512", "torch"): 2.1,
+        ("T512 B32 H512", "jaxlm"): 1.0, ("T512 B32 H512", "torch"): 0.8,
+    }  # fmt: skip
+
+
+def test_each_curve_has_measurements_that_differ_only_in_the_length(tmp_path):
+    write_results(tmp_path, ROWS)
+    assert report.curves(report.read(tmp_path)) == {
+        "lstm forward, T... B32 H512": {
+            "jaxlm": [(128, pytest.approx(100.0)), (512, pytest.approx(500.0))],
+            "torch": [(128, pytest.approx(200.0)), (512, pytest.approx(400.0))],
+        }
     }
-    assert report.sizes("gpt2 B2 T512 heads=8") == {"B": 2, "T": 512, "heads": 8}
 
 
-def test_other_files_print_an_error(tmp_path, capsys):
-    assert report.main([str(tmp_path / "none.json")]) == 2
-    assert "none.json is not a file that a benchmark wrote" in capsys.readouterr().err
-    (tmp_path / "b.json").write_text("[1]")
-    assert report.main([str(tmp_path / "b.json")]) == 2
-    assert "b.json is not a file that a benchmark wrote" in capsys.readouterr().err
-    assert report.main([str(write_results(tmp_path, [{"quantity": "loss"}]))]) == 2
-    assert "the files have no timed rows" in capsys.readouterr().err
-    assert report.main([]) == 2
-    assert "there are no result files" in capsys.readouterr().err
+def test_rows_of_the_benchmark_of_texts_are_read(tmp_path):
+    texts = {
+        "task": "classification",
+        "sentences": 7,
+        "seconds": {"jaxlm": [1.0, 3.0, 2.0], "torch": [1.0]},
+        "ratio": 0.5,
+    }
+    write_results(tmp_path, [texts], program="texts")
+    ours, torch = report.read(tmp_path)
+    assert (ours.implementation, ours.seconds, ours.ratio, ours.label) == (
+        "jaxlm",
+        2.0,
+        1.0,
+        "classification, 7 sentences",
+    )
+    assert (torch.implementation, torch.ratio) == ("torch", 0.5)
+
+
+def test_wrong_files_print_an_error(tmp_path, capsys):
+    results = tmp_path / "results"
+    for prepare, message in (
+        (lambda: None, "results is not a directory"),
+        (results.mkdir, "results has no directories"),
+        ((results / "cpu").mkdir, "cpu has no result files"),
+        (lambda: (results / "cpu" / "b.json").write_text("[1]"), "b.json is not a file that a benchmark wrote"),
+    ):
+        prepare()
+        assert write_page(tmp_path)[0] == 2
+        assert message in capsys.readouterr().err
+    page = tmp_path / "other.md"
+    page.write_text("# Text")
+    assert report.main(["--results", str(results), "--page", str(page)]) == 2
+    assert "other.md has no lines" in capsys.readouterr().err

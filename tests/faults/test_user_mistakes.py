@@ -171,7 +171,7 @@ def test_a_closed_pipe_prints_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["score {none} x", "experiments.text_generation --data {none}", "benchmarks.report"]
+    "command", ["score {none} x", "experiments.text_generation --data {none}", "benchmarks.report --results {none}"]
 )
 def test_debug_prints_the_traceback(command: str, directories: Directories) -> None:
     status, plain = outcome(command, directories)

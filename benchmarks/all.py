@@ -1,0 +1,155 @@
+"""All benchmarks on this machine, one after the other, and the page with their results.
+
+    python -m benchmarks.all --full                     about two hours on two cores
+    python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that all benchmarks work
+    python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
+
+Each benchmark writes ``NAME.json`` to the output directory, and its log to ``NAME.log``. If the command is interrupted,
+start it again: it continues with the benchmarks that have no result yet. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import harness, report
+from benchmarks.harness import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command, which writes a result file.
+
+    Attributes:
+        name: name of the result file.
+        arguments: the benchmark and its options.
+        minutes: expected duration on two cores. It is scaled by the durations of the finished jobs.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    minutes: float
+
+
+def _jobs() -> tuple[Job, ...]:
+    models = {
+        "gpt2": 3, "bert-base-uncased": 4, "t5-small": 3, "xlnet-base-cased": 5, "transformer-xl-base": 8, "vdcnn-9": 5,
+        "lstm-zaremba-medium": 2,
+    }  # fmt: skip
+    decoders = {"gpt2": 6, "t5-small": 4, "lstm-zaremba-medium": 3}
+    lengths = ("--prompt", "32,512", "--batch", "1,8")
+    return (
+        Job("attention", ("attention",), 6),
+        Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
+        Job("recurrence", ("recurrence",), 5),
+        Job("scans", ("scans",), 4),
+        *(Job(f"training_{name}", ("training", "--model", name), minutes) for name, minutes in models.items()),
+        *(
+            Job(f"decoding_{name}", ("decoding", "--model", name, *lengths), minutes)
+            for name, minutes in decoders.items()
+        ),
+        Job("decoding_xlnet-base-cased", ("decoding", "--model", "xlnet-base-cased", "--tokens", "16"), 4),
+    )
+
+
+JOBS = _jobs()
+"""The benchmarks that need no files of the user. ``texts`` and ``speculative`` need trained models."""
+
+
+@dataclasses.dataclass(frozen=True)
+class All:
+    """Run all benchmarks. Exactly one of --full and --quick must be given."""
+
+    full: bool = False
+    """Measure the sizes of the benchmark page."""
+    quick: bool = False
+    """Use tiny models and sizes. The times have no meaning, so they are not written to a page."""
+    only: str = ""
+    """Run only the benchmarks whose name contains this text."""
+    against: str | None = None
+    """Baselines, separated by commas; empty: only jaxlm is measured. None: the baselines of each benchmark."""
+    output: Path | None = None
+    """Directory of the results. None: benchmarks/results/PROCESSOR, or benchmarks/results-quick with --quick."""
+    page: Path | None = None
+    """Page whose measured part is replaced at the end, for example docs/benchmarks.md; None: no page."""
+
+
+def run(options: All) -> None:
+    """Run the jobs that have no result yet, then write the page.
+
+    Raises:
+        UserError: an option is wrong.
+        Failure: a job failed. The other jobs were run.
+    """
+    if options.full == options.quick:
+        raise UserError("give one of the options --full and --quick")
+    if options.quick and options.page is not None:
+        raise UserError(f"--page {options.page} needs --full: the times of --quick have no meaning")
+    jobs = [job for job in JOBS if options.only in job.name]
+    if not jobs:
+        raise UserError(
+            f"no benchmark has {options.only!r} in its name: choose from {', '.join(job.name for job in JOBS)}"
+        )
+    directory = options.output or _default_directory(options.quick)
+    directory.mkdir(parents=True, exist_ok=True)
+    waiting = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
+    print(f"{len(jobs)} benchmarks, {len(jobs) - len(waiting)} have results in {directory}")
+    extra = [*(["--quick"] if options.quick else [])]
+    extra += [] if options.against is None else ["--against", options.against]
+    failed = _run_all(waiting, directory, extra)
+    if failed:
+        logs = ", ".join(str(directory / f"{name}.log") for name in failed)
+        raise harness.Failure(f"{len(failed)} of {len(jobs)} benchmarks failed: see {logs}")
+    if options.page is not None:
+        report.run(report.Report(results=directory.parent, page=options.page))
+
+
+def _default_directory(quick: bool) -> Path:
+    if quick:
+        return harness.ROOT / "benchmarks" / "results-quick"
+    machine = harness.describe_machine()
+    processor = re.sub(r"\((r|tm)\)", "", str(machine["cpu"]).lower())
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor} {machine['cores']} cores").strip("-")
+    return harness.ROOT / "benchmarks" / "results" / name
+
+
+def _run_all(jobs: list[Job], directory: Path, extra: list[str]) -> list[str]:
+    """Run the jobs. Returns the names of those that failed."""
+    failed, start, expected = [], time.perf_counter(), 0.0
+    for number, job in enumerate(jobs, 1):
+        elapsed = (time.perf_counter() - start) / 60
+        left = sum(other.minutes for other in jobs[number - 1 :]) * (elapsed / expected if expected else 1.0)
+        bar = "#" * round(20 * (number - 1) / len(jobs))
+        print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min, about {left:.0f} min left", flush=True)
+        if not _run_job(job, directory, extra):
+            print(f"{job.name} failed: see {directory / job.name}.log")
+            failed.append(job.name)
+        expected += job.minutes
+    return failed
+
+
+def _run_job(job: Job, directory: Path, extra: list[str]) -> bool:
+    """Run a job. Returns whether it succeeded. Its result file appears only after success."""
+    unfinished = directory / f"{job.name}.json.unfinished"
+    command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:], *extra]
+    with (directory / f"{job.name}.log").open("w") as log:
+        status = subprocess.run(
+            [*command, "--json", str(unfinished.absolute())], stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT
+        ).returncode
+    if status == 0:
+        unfinished.replace(directory / f"{job.name}.json")
+    return status == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmarks and return the exit status."""
+    return harness.main(All, run, arguments, name="all", description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

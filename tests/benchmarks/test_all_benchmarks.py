@@ -1,0 +1,87 @@
+"""The command that runs all benchmarks: it resumes, continues after failures, and checks its options."""
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import all as all_benchmarks
+from benchmarks import report
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that were started instead of benchmarks. A benchmark with "decode" in its options fails."""
+    commands = []
+
+    def start(command, *, stdout, **options):
+        commands.append(command[2:])
+        stdout.write("a log line\n")
+        path = Path(command[command.index("--json") + 1])
+        machine = {"time": "2026-01-01", "load": "", "versions": "", "commit": None}
+        rows = [
+            {
+                "op": command[2],
+                "shape": "T4",
+                "peer": peer,
+                "ratio": 1.5,
+                "seconds": [1],
+                "median": 1,
+                "roof_percent": 9,
+            }
+            for peer in ("jaxlm", "torch")
+        ]
+        program = command[2].removeprefix("benchmarks.")
+        path.write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
+        return SimpleNamespace(returncode=int("decode" in command))
+
+    monkeypatch.setattr(subprocess, "run", start)
+    return commands
+
+
+def test_it_continues_after_a_failure_and_resumes(started, tmp_path, capsys):
+    output = tmp_path / "results" / "cpu"
+    arguments = ["--full", "--only", "attention", "--output", str(output), "--against", "torch"]
+    assert all_benchmarks.main(arguments) == 1
+    assert [command[0] for command in started] == ["benchmarks.attention"] * 2
+    assert all(command[-4:-2] == ["--against", "torch"] for command in started)
+    captured = capsys.readouterr()
+    assert "1 of 2 benchmarks failed" in captured.err
+    assert "attention_decode.log" in captured.err
+    assert "2/2 attention_decode" in captured.out
+    assert (output / "attention.json").exists()
+    assert not (output / "attention_decode.json").exists()
+    assert (output / "attention.log").read_text() == "a log line\n"
+    started.clear()
+    assert all_benchmarks.main(arguments) == 1
+    assert len(started) == 1  # only the failed one
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = ["--full", "--only", "scans", "--output", str(output), "--page", str(page)]
+    assert all_benchmarks.main(arguments) == 0
+    assert "### cpu" in page.read_text()
+
+
+def test_every_job_has_valid_options(started, tmp_path, monkeypatch):
+    """Each command line is parsed by its benchmark."""
+    assert all_benchmarks.main(["--quick", "--output", str(tmp_path)]) == 1
+    assert len(started) == len(all_benchmarks.JOBS)
+    for module, *options in started:
+        benchmark = __import__(module, fromlist=["main"])
+        parsed = []
+        monkeypatch.setattr(benchmark, "run", parsed.append)
+        assert benchmark.main(options) == 0
+        assert parsed[0].quick
+
+
+def test_wrong_options_print_an_error(tmp_path, capsys):
+    for arguments, message in (
+        ([], "give one of the options --full and --quick"),
+        (["--full", "--quick"], "give one of the options --full and --quick"),
+        (["--quick", "--page", "x.md"], "--page x.md needs --full"),
+        (["--full", "--only", "chess"], "no benchmark has 'chess' in its name"),
+    ):
+        assert all_benchmarks.main([*arguments, "--output", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
