@@ -4,4 +4,4 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model, register_family
 
 __all__ = ["Model", "get_model", "load_pretrained", "register_family", "save_pretrained"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
