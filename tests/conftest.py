@@ -36,14 +36,17 @@ _finished = 0
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for ``--dist loadgroup``: one process runs all tests of a group and compiles its models once.
 
-    A group is a module. In test_contract.py, a group is the tests of one variant. Contract tests that apply to no
-    variant of a module are removed.
+    A group is a module. In test_contract.py, a group is the tests of one variant. A live test is its own group: such
+    tests share few models, and a long module would keep one process busy while the other one has no tests left.
+    Contract tests that apply to no variant of a module are removed.
     """
     items[:] = [item for item in items if not _has_no_parameters(item)]
     for item in items:
         group = item.nodeid.split("::")[0]
         if group.endswith("test_contract.py"):
             group += str(item.callspec.params.get("name", "")) if hasattr(item, "callspec") else ""
+        elif item.get_closest_marker("live"):
+            group = item.nodeid
         item.add_marker(pytest.mark.xdist_group(group))
 
 
