@@ -5,7 +5,8 @@
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes
     python -m experiments.laboratory --page                       write docs/laboratory.md from the results
 
-Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products).
+Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
+pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is not run again, so an
 interrupted command continues when it is repeated.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from experiments.laboratory import page
 from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
-from experiments.laboratory.models import MODELS
+from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import Result, Results, run_model
 from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
@@ -62,20 +63,27 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m experiments.laboratory", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("experiment", nargs="*", choices=[*EXPERIMENTS, []], help="experiments (default: all)")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: all)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=(*MODELS, *ENCODER_DECODERS),
+        help="models (default: all)",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/laboratory"), help="directory of the results")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate and one seed")
     parser.add_argument(
         "--page", type=Path, nargs="?", const=Path("docs"), help="write laboratory.md to this directory"
     )
     parsed = parser.parse_args(arguments)
-    names = parsed.experiment or list(EXPERIMENTS)
+    if parsed.page is not None and (parsed.experiment or parsed.model):
+        parser.error("--page writes the results of all experiments and models: remove the names and --model")
+    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or [*MODELS, *ENCODER_DECODERS]
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     def command() -> int:
         if parsed.page is None:
-            run({name: experiments[name] for name in names}, parsed.model, directory)
+            run({name: experiments[name] for name in names}, models, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
         print(page.write(results, parsed.page, experiments))

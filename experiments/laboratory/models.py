@@ -1,4 +1,4 @@
-"""Models of the causal families for a given width, number of layers and vocabulary.
+"""Models of the causal families and of encoder-decoders for a given width, number of layers and vocabulary.
 
 Two families are missing, because their memory or pooling needs rows of a certain length: ``transformer_xl`` and
 ``alexnet``.
@@ -40,18 +40,22 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "rwkv7": ("rwkv7", {"mlp_dim": 4 * width, "head_dim": width // heads, **rwkv_ranks}),
         "gated_deltanet": ("gated_deltanet", delta_rule),
         "gated_deltanet [-1, 1]": ("gated_deltanet", {**delta_rule, "negative_eigenvalues": True}),
+        "t5": ("t5", {"num_heads": heads, "head_dim": width // heads, "mlp_dim": 4 * width}),
+        "attention_rnn": ("attention_rnn", {"source_vocab_size": None, "hidden_dim": width, "output_dim": width}),
     }
 
 
-MODELS = tuple(_sizes(64, 64))
-"""Names of the models: families, and families with another setting."""
+ENCODER_DECODERS = ("t5", "attention_rnn")
+"""Names of the encoder-decoders, for experiments whose rows have a source."""
+MODELS = tuple(name for name in _sizes(64, 64) if name not in ENCODER_DECODERS)
+"""Names of the causal models: families, and families with another setting."""
 
 
 def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length: int) -> Model:
     """The model without dropout.
 
     Args:
-        name: an entry of :data:`MODELS`.
+        name: an entry of :data:`MODELS` or :data:`ENCODER_DECODERS`.
         max_length: length of the longest row in training and tests, for models with a maximum number of positions.
     """
     variant, fields = _sizes(width, max_length)[name]

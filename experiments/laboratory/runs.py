@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from experiments.laboratory.models import model_of
-from jaxlm.objectives.batch import Batch, token_accuracy, token_loss
+from jaxlm.objectives import seq2seq
+from jaxlm.objectives.batch import Batch, Loss, token_accuracy, token_loss
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import machine_info
@@ -33,12 +34,14 @@ class Case:
         max_length: tokens of the longest row.
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
+        accuracy: the metric of the tests, in [0, 1].
     """
 
     vocab_size: int
     max_length: int
     training: Sample
     tests: Mapping[str, Sample]
+    accuracy: Loss = token_accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,8 @@ def train(
 ) -> Result:
     """Train a model, test it and return the result. Equal arguments give equal results on one machine.
 
+    Batches with a source are for encoder-decoders. Other models read the source as the beginning of the row.
+
     All models and learning rates of a seed see the same training batches. The batches of tests are the same for all
     runs of a case.
     """
@@ -132,13 +137,20 @@ def train(
     )
     trainer = Trainer(model, make_optimizer(optimizer, model.specs, plan.steps), token_loss)
     state, step = trainer.init(jax.random.key(seed)), trainer.jit_step()
+
+    def for_model(batch: Batch) -> Batch:
+        return seq2seq.decoder_only(batch) if "source" in batch.inputs and not model.reads_source else batch
+
     evaluators = {
-        name: Evaluator(model, {"accuracy": token_accuracy}, _test_batches(case_name, name, sample, plan.test_batches))
+        name: Evaluator(
+            model, {"accuracy": case.accuracy},
+            [for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)],
+        )
         for name, sample in case.tests.items()
-    }
+    }  # fmt: skip
     rng, loss, count = np.random.default_rng(seed), float("nan"), 0
     while count < plan.steps:
-        state, metrics = step(state, case.training(rng))
+        state, metrics = step(state, for_model(case.training(rng)))
         count += 1
         if plan.stop_at is None or count % plan.evaluate_every:
             continue

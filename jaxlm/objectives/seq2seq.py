@@ -50,6 +50,31 @@ def batch(
     return Batch(shift_right(targets, start_id, segment_ids), targets, weights, segment_ids, inputs)
 
 
+def decoder_only(batch: Batch) -> Batch:
+    """The same batch for a causal model without encoder: each row has the source, then the inputs of the decoder.
+
+    Only the targets of the decoder have a weight. The first input of the decoder, ``start_id``, separates the parts.
+    Padding may be anywhere in a row (``segment_ids`` are 0).
+
+    Raises:
+        ValueError: a row has several documents.
+    """
+    source = batch.inputs["source"]
+    segments = batch.inputs.get("source_segment_ids"), batch.segment_ids
+    source_segments, segment_ids = (
+        np.ones(x.shape, np.int32) if ids is None else ids for ids, x in zip(segments, (source, batch.tokens))
+    )
+    if max(source_segments.max(), segment_ids.max()) > 1:
+        raise ValueError("a row has several documents: a model without encoder needs one source and target per row")
+    no_target = np.zeros(source.shape, batch.targets.dtype)
+    return Batch(
+        np.concatenate([source, batch.tokens], axis=1),
+        np.concatenate([no_target, batch.targets], axis=1),
+        np.concatenate([no_target.astype(np.float32), batch.weights], axis=1),
+        np.concatenate([source_segments, segment_ids], axis=1),
+    )
+
+
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
     """The previous token of each target, [B, T]: ``start_id`` for the first target of each document and for padding.
 

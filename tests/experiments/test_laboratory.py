@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from experiments.laboratory import __main__ as command
-from experiments.laboratory import page, runs
+from experiments.laboratory import page, pronunciation, runs
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim
 from experiments.laboratory.models import MODELS, model_of
+from jaxlm.decoding import generate
 from jaxlm.models import FAMILIES, get_model
+from jaxlm.objectives import seq2seq
+from jaxlm.testing.helpers import initial_params
 
 PLAN = runs.Plan(steps=4, widths=(32,), layers=1, learning_rates=(1e-3, 1e-2), seeds=2, test_batches=1)
 
@@ -52,6 +55,42 @@ def test_a_run_ends_at_the_requested_accuracy():
     case = EXPERIMENTS["state_tracking"].cases["Z60"]
     plan = dataclasses.replace(PLAN, steps=50, stop_at=0.0, evaluate_every=5)
     assert runs.train("state_tracking", "Z60", case, plan, "gru", 32, 1e-3, 0).steps == 5
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt"])
+def test_pronunciations_are_learned_with_and_without_an_encoder(name):
+    case = EXPERIMENTS["pronunciation"].cases["CMUdict"]
+    trained = runs.train("pronunciation", "CMUdict", case, dataclasses.replace(PLAN, steps=3), name, 32, 1e-3, 0)
+    assert set(trained.accuracy) == {"validation", "test"}
+    assert trained.accuracy["test"] < 0.1
+    assert 2.0 < trained.loss < np.log(case.vocab_size) + 0.7
+
+
+def test_word_accuracy_equals_greedy_decoding():
+    """A word is right if one of its pronunciations is the greedily decoded one."""
+    model = model_of("lstm", vocab_size=pronunciation.CASE.vocab_size, width=32, layers=1, max_length=41)
+    params = initial_params(model)
+    letters = [5, 9, 4]
+    prompt = np.array([[*letters, pronunciation.START]], np.int32)
+    decoded = generate(model, params, prompt, max_new_tokens=3, allowed_ids=model.config.vocab_size).tokens[0].tolist()
+    others = [[40, 41, 42], [decoded[0], decoded[1], decoded[2] + 1], [decoded[0] + 1, *decoded[1:]]]
+
+    def accuracy(*pronunciations):
+        batch = seq2seq.batch(np.array([letters] * 4), np.array(pronunciations), start_id=pronunciation.START)
+        right, words, _ = pronunciation.word_accuracy(model, params, seq2seq.decoder_only(batch))
+        return float(right), float(words)
+
+    assert accuracy(decoded, *others) == (1.0, 1.0)
+    assert accuracy(*others, decoded) == (1.0, 1.0)
+    assert accuracy(*others, others[0]) == (0.0, 1.0)
+
+
+def test_words_of_the_splits_differ():
+    parts = pronunciation._parts()
+    words = [word for part in parts for word in part]
+    assert len(words) == len(set(words)) > 126_000
+    assert [len(part) / len(words) for part in parts] == pytest.approx([0.85, 0.05, 0.1], abs=1e-4)
+    assert max(len(p) for part in parts for p in part.values()) == pronunciation.MAX_PRONUNCIATIONS
 
 
 def test_results_are_kept_and_not_computed_again(tmp_path, monkeypatch):
@@ -99,13 +138,16 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
 
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "QUICK_STEPS", 2)
-    output = ["--quick", "--output", str(tmp_path), "--model", "gru"]
-    assert command.main(["state_tracking", *output]) == 0
+    output = ["--quick", "--output", str(tmp_path)]
+    assert command.main(["state_tracking", *output, "--model", "gru"]) == 0
     assert capsys.readouterr().out.count("\n") == 3  # one line per group
     assert command.main(["--page", str(tmp_path / "docs"), *output]) == 0
     text = (tmp_path / "docs/laboratory.md").read_text()
     assert "| S5 | gru | 128 |" in text
     assert "2 layers; 2 steps;" in text
+    with pytest.raises(SystemExit):
+        command.main(["--page", str(tmp_path / "docs"), "--model", "gru"])
+    assert "--page writes the results of all experiments and models" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(capsys):

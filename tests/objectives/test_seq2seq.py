@@ -32,6 +32,24 @@ def test_every_document_begins_with_the_start_id_and_padding_has_weight_0():
     assert batch.inputs["source_segment_ids"] is source_segments
 
 
+def test_a_model_without_encoder_reads_the_source_before_the_targets():
+    batch = seq2seq.batch(np.array([[7, 8, 1]]), np.array([[5, 6, 1]]), start_id=3)
+    causal = seq2seq.decoder_only(batch)
+    assert causal.tokens.tolist() == [[7, 8, 1, 3, 5, 6]]
+    assert causal.targets.tolist() == [[0, 0, 0, 5, 6, 1]]
+    assert causal.weights.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert causal.segment_ids.tolist() == [[1, 1, 1, 1, 1, 1]]
+    assert causal.inputs == {}
+    padded = seq2seq.batch(
+        np.array([[7, 8, 0]]), np.array([[5, 1, 0]]), start_id=3, source_segment_ids=np.array([[1, 1, 0]]),
+        segment_ids=np.array([[1, 1, 0]]),
+    )  # fmt: skip
+    assert seq2seq.decoder_only(padded).segment_ids.tolist() == [[1, 1, 0, 1, 1, 0]]
+    packed = padded.replace(segment_ids=np.array([[1, 2, 0]]))
+    with pytest.raises(ValueError, match="a row has several documents"):
+        seq2seq.decoder_only(packed)
+
+
 def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
     model = tiny_model("t5")
     params = add_noise(initial_params(model))

