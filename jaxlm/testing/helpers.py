@@ -116,6 +116,12 @@ def _init_of(named_specs: tuple[Any, ...], tree: Any) -> Any:
     return jax.jit(functools.partial(spec.init, specs))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: Model, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+    """``model.apply``, compiled once for equal shapes. Without jit, JAX compiles each operation for each shape."""
+    return model.apply(params, tokens, **inputs)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode_state(
     model: Model, params: Params, source: jax.Array, length: int, segment_ids: jax.Array | None = None

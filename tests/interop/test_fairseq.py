@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.interop.fairseq import roberta_from_fairseq
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import apply, relative_error
 
 V, D, H, F, LAYERS, ROWS = 19, 12, 3, 20, 2, 14
 TOKENS = np.random.default_rng(1).integers(4, V, (2, 9)).astype(np.int32)
@@ -92,7 +92,7 @@ def old_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def logits(model: Any, params: Any) -> np.ndarray:
-    hidden, _ = model.apply(params, TOKENS)
+    hidden, _ = apply(model, params, TOKENS)
     if model.config.task == "classification":
         return np.asarray(model.logits(params, model.pool(params, hidden)))[:, 0]
     return np.asarray(model.logits(params, hidden))

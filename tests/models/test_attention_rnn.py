@@ -13,7 +13,15 @@ import pytest
 from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search
 from jaxlm.models import attention_rnn, get_model
-from jaxlm.testing.helpers import add_noise, decode_state, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    apply,
+    decode_state,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 VARIANTS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
 COPY = "attention-rnn-copy-tiny"
@@ -242,7 +250,7 @@ def test_the_mixture_is_normalized_with_finite_gradients_at_probability_zero():
     np.testing.assert_allclose(jax.nn.logsumexp(log_p, axis=-1), 0.0, atol=1e-5)
 
     def loss(params):
-        hidden, _ = model.apply(params, tokens, source=source)
+        hidden, _ = apply(model, params, tokens, source=source)
         return model.cross_entropy(params, hidden, jnp.roll(tokens, -1, axis=1), jnp.ones(tokens.shape))
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
@@ -258,7 +266,7 @@ def test_copying_learns_unseen_words():
 
     def loss(params, source):
         decoder_input = jnp.concatenate([jnp.zeros_like(source[:, :1]), source[:, :-1]], axis=1)
-        hidden, _ = model.apply(params, decoder_input, source=source)
+        hidden, _ = apply(model, params, decoder_input, source=source)
         return model.cross_entropy(params, hidden, source, jnp.ones(source.shape)) / source.size
 
     optimizer = optax.adam(1e-2)

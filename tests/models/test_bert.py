@@ -15,7 +15,7 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import bert, get_model
 from jaxlm.nn.loss import cross_entropy
-from jaxlm.testing.helpers import assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import apply, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "bert_pretraining"
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 3e-5
@@ -178,7 +178,7 @@ def compare_pretraining(directory, reference):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params):
-        hidden, _ = model.apply(params, **inputs)
+        hidden, _ = apply(model, params, **inputs)
         pooled = model.pool(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
         masked = model.logits(params, hidden)
         following = bert.next_sentence_logits(model.config, params, hidden, inputs["segment_ids"])

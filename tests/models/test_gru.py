@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 
 def test_reset_before_the_product_has_no_hidden_bias():
@@ -23,7 +23,7 @@ def test_both_resets_decode_step_by_step_and_differ():
         model = tiny_model("gru", reset=reset)
         tokens = random_tokens(model, 2, 6)
         params = add_noise(initial_params(model))
-        hidden[reset] = model.apply(params, tokens)[0]
+        hidden[reset] = apply(model, params, tokens)[0]
         step = jax.jit(lambda t, s, model=model, params=params: model.apply(params, t, state=s))
         state, outputs = model.init_state(2, 6), []
         for position in range(6):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import get_model, recurrent
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 TOLERANCE = 2e-6
 
@@ -121,7 +121,7 @@ def test_documents_start_and_continue_over_calls(name):
     for row in range(3):
         for document in range(1, segments[row].max() + 1):
             positions = segments[row] == document
-            separate = model.apply(params, tokens[row : row + 1, positions])[0]
+            separate = apply(model, params, tokens[row : row + 1, positions])[0]
             assert relative_error(hidden[row, positions], separate[0]) < TOLERANCE
 
 

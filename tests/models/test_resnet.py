@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 
 def setup(**overrides):
@@ -23,7 +23,7 @@ def setup(**overrides):
 @jax.jit
 def labels_of_tiny(params, tokens, segment_ids):
     model = tiny_model("resnet-tiny")
-    hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
+    hidden, _ = apply(model, params, tokens, segment_ids=segment_ids)
     return model.logits(params, model.pool(params, hidden, segment_ids=segment_ids))
 
 

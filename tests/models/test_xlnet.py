@@ -11,7 +11,7 @@ from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
 
@@ -102,22 +102,22 @@ def test_reuse_length_limits_the_tokens_added_to_the_memory():
     model, params, tokens = setup(batch=1, length=16, reuse_length=5)
     order = np.arange(8, dtype=np.int32)[None]
     arrays = {"order": order, "targets": order[:, :2]}
-    _, state = model.apply(params, tokens[:, :8], state=model.init_state(1, 6), **arrays)
+    _, state = apply(model, params, tokens[:, :8], state=model.init_state(1, 6), **arrays)
     assert state["segment_ids"].tolist() == [[0, 1, 1, 1, 1, 1]]
-    after, _ = model.apply(params, tokens[:, 8:], state=state)
+    after, _ = apply(model, params, tokens[:, 8:], state=state)
     _, state = model.apply(
         params, tokens[:, :5], state=model.init_state(1, 6)
     )  # without an order, all tokens are added
     assert state["segment_ids"].sum() == 5
-    assert relative_error(model.apply(params, tokens[:, 8:], state=state)[0], after) < 1e-5
+    assert relative_error(apply(model, params, tokens[:, 8:], state=state)[0], after) < 1e-5
 
 
 def test_no_gradient_flows_into_the_memory():
     model, params, tokens = setup()
-    _, state = model.apply(params, tokens, state=model.init_state(2, 9))
+    _, state = apply(model, params, tokens, state=model.init_state(2, 9))
 
     def loss(layers):
-        new = model.apply(params, tokens, state={**state, "layers": layers})[1]["layers"]
+        new = apply(model, params, tokens, state={**state, "layers": layers})[1]["layers"]
         return sum(layer["hidden"].sum() for layer in new)
 
     assert not any(np.asarray(layer["hidden"]).any() for layer in jax.grad(loss)(state["layers"]))

@@ -16,6 +16,7 @@ from jaxlm.interop.peft import save_adapter
 from jaxlm.models import get_model
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_equal,
     initial_params,
     random_tokens,
@@ -93,7 +94,7 @@ def test_soft_caps_limit_gates_and_logits():
     large = jax.tree.map(lambda x: x, params)
     gate = large["layers"][0]["mlstm"]["input_gate"]
     gate["bias"] = gate["bias"] + 1e4
-    hidden, _ = model.apply(large, tokens)
+    hidden, _ = apply(model, large, tokens)
     assert np.isfinite(hidden).all()
     logits = model.logits(large, 100.0 * hidden)
     assert np.abs(logits).max() <= 0.5
@@ -101,7 +102,7 @@ def test_soft_caps_limit_gates_and_logits():
     assert np.abs(uncapped.logits(large, 100.0 * hidden)).max() > 5.0
     # Without a cap, the largest input gate is not limited, and the output changes.
     gate["bias"] = params["layers"][0]["mlstm"]["input_gate"]["bias"] + 14.0
-    capped, _ = model.apply(large, tokens)
+    capped, _ = apply(model, large, tokens)
     free, _ = model.with_fields(gate_soft_cap=None).apply(large, tokens)
     assert relative_error(capped, free) > 1e-4
 

@@ -9,7 +9,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
-from jaxlm.testing.helpers import initial_params, tiny_model
+from jaxlm.testing.helpers import apply, initial_params, tiny_model
 from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
 MODEL = MeanModel(VOCAB)
@@ -55,7 +55,7 @@ def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, chunk_l
     params = initial_params(model)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 12), 0, 101), np.int32)
     batch = causal.batch(tokens)
-    hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)
+    hidden, _ = apply(model, params, batch.tokens, segment_ids=batch.segment_ids)
     best = np.argmax(np.asarray(model.logits(params, hidden))[..., :101], axis=-1)
     batch = batch.replace(targets=np.where(np.arange(11) % 3 == 0, best, batch.targets))
     monkeypatch.setattr(choices, "max_logits", lambda: chunk_logits)

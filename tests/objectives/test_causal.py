@@ -11,6 +11,7 @@ from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import causal
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_close,
     assert_trees_equal,
     initial_params,
@@ -35,7 +36,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
     params = add_noise(initial_params(model))
     window = random_tokens(model, 3, 11)
     total, weight, _ = causal.loss(model, params, causal.batch(window))
-    logits = model.logits(params, model.apply(params, window[:, :-1])[0])
+    logits = model.logits(params, apply(model, params, window[:, :-1])[0])
     assert relative_error(total, cross_entropy(logits, window[:, 1:]).sum()) < 1e-6
     assert float(weight) == 30
 
@@ -109,7 +110,7 @@ def test_an_empty_batch_has_empty_statistics():
     for shape in ((0, 5), (2, 0)):
         tokens = np.zeros(shape, np.int32)
         hidden, state, statistics = model.apply_with_routing(params, tokens)
-        assert_trees_equal((hidden, state), model.apply(params, tokens))
+        assert_trees_equal((hidden, state), apply(model, params, tokens))
         assert statistics.selections.tolist() == [[0.0] * 4] * 2
         batch = causal.batch(np.zeros((shape[0], shape[1] + 1), np.int32)) if shape[1] else None
         if batch is not None:

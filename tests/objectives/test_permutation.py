@@ -9,7 +9,7 @@ import pytest
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.objectives import permutation
 from jaxlm.objectives.permutation import PermutationConfig
-from jaxlm.testing.helpers import add_noise, initial_params, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, relative_error, tiny_model
 from tests.objectives.permutation_oracle import CLS, SEP, dense_masks, join_parts, local_perm, sample_mask
 
 SMALL = {"reuse_length": 12, "permutation_length": 6, "num_predict": 8}
@@ -208,7 +208,7 @@ def test_the_loss_is_the_cross_entropy_of_the_targets():
     total, weight, state = jax.jit(lambda p, b: permutation.loss(model, p, b))(params, batch)
     assert state is None
     assert float(weight) == batch.weights.sum()
-    hidden, _ = model.apply(params, batch.tokens, **batch.inputs)
+    hidden, _ = apply(model, params, batch.tokens, **batch.inputs)
     log_probs = jax.nn.log_softmax(model.logits(params, hidden))
     losses = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], axis=-1)[..., 0]
     assert relative_error(total, (losses * batch.weights).sum()) < 1e-5
@@ -218,7 +218,7 @@ def test_the_loss_is_the_cross_entropy_of_the_targets():
     changed = batch.tokens.copy()
     for row, index in enumerate(last):
         changed[row, batch.inputs["targets"][row, index]] = 7
-    changed_hidden, _ = model.apply(params, changed, **batch.inputs)
+    changed_hidden, _ = apply(model, params, changed, **batch.inputs)
     last_targets = np.arange(4), last
     assert relative_error(changed_hidden[last_targets], hidden[last_targets]) < 1e-6
     assert dataclasses.replace(batch, tokens=changed).tokens is changed

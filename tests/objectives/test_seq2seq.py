@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import seq2seq
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 
 def test_the_decoder_input_is_the_shifted_target():
@@ -66,7 +66,7 @@ def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
 
     @jax.jit
     def loss_and_logits(params, pair):
-        hidden, _ = model.apply(params, pair.tokens, **pair.inputs)
+        hidden, _ = apply(model, params, pair.tokens, **pair.inputs)
         return seq2seq.loss(model, params, pair)[0], jnp.sum(cross_entropy(model.logits(params, hidden), pair.targets))
 
     expected = [loss_and_logits(params, pair) for pair in pairs]

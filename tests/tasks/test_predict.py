@@ -15,7 +15,7 @@ from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decode_state, initial_params, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, apply, decode_state, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
@@ -71,7 +71,7 @@ def test_every_classifier_predicts_the_same_with_and_without_a_batch(name: str) 
         if "token_types" not in inspect.signature(model.module.apply).parameters
         else {"token_types": np.zeros_like(ids)}
     )
-    hidden, _ = model.apply(params, ids, **types)
+    hidden, _ = apply(model, params, ids, **types)
     expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
     np.testing.assert_allclose(predictions.probabilities[1], expected, atol=2e-5)
 
@@ -96,7 +96,7 @@ def test_pairs_use_the_template_and_token_types_of_the_tokenizer() -> None:
     tokenizer, (model, params) = words_tokenizer(), classifier()
     actual = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
     ids, types = np.array([[2, 6, 7, 3, 4, 5, 8, 3]]), np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
-    hidden, _ = model.apply(params, ids, token_types=types)
+    hidden, _ = apply(model, params, ids, token_types=types)
     expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     single_text = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
@@ -169,7 +169,7 @@ def test_a_word_has_the_label_of_its_first_token() -> None:
     tokenizer, texts = words_tokenizer(), ["ann sings", "ann playing  sings."]
     ids = tokenizer.encode_inputs(texts[1]).ids
     assert ids.tolist() == [2, 6, 4, 5, 7, 8, 3]
-    hidden, _ = model.apply(params, ids[None], token_types=np.zeros((1, 7), np.int32))
+    hidden, _ = apply(model, params, ids[None], token_types=np.zeros((1, 7), np.int32))
     expected = np.asarray(jax.nn.softmax(model.logits(params, hidden)[0], axis=-1))
     _, labels = label_words(model, params, tokenizer, texts)
     assert [texts[1][label.start : label.end] for label in labels] == ["ann", "playing", "sings."]
@@ -235,7 +235,7 @@ def test_scores_equal_the_log_probabilities_of_generated_tokens() -> None:
     text = BYTES.decode(np.asarray(out.tokens)[0])
     actual = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
     assert actual.size == 6
-    hidden, _ = model.apply(params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source)
+    hidden, _ = apply(model, params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source)
     log_allowed_probability = jax.nn.logsumexp(model.logits(params, hidden)[0, :, :128], axis=-1) - jax.nn.logsumexp(
         model.logits(params, hidden)[0], axis=-1
     )
