@@ -21,7 +21,7 @@ from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
 VALIDATION = "validation"
-"""Name of the test whose batches are drawn like those of the training. It selects the learning rate."""
+"""Name of the test with the distribution of the training batches. Its accuracy selects the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         vocab_size: number of token ids.
-        max_length: tokens of the longest row.
+        max_length: number of tokens of the longest row.
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
     """
@@ -43,7 +43,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the models of an experiment are trained.
+    """The training settings of an experiment.
 
     Attributes:
         steps: number of updates.
@@ -75,7 +75,7 @@ class Result:
     """The result of a run.
 
     Attributes:
-        experiment, case, model, width, learning_rate, seed, layers, planned_steps: what was trained.
+        experiment, case, model, width, learning_rate, seed, layers, planned_steps: the settings of the run.
         accuracy: accuracy of each test, in [0, 1].
         parameters: number of parameters.
         steps: number of updates.
@@ -163,7 +163,7 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 
 
 class Results:
-    """The results in a file with one JSON object per line. A run that has a line is not run again."""
+    """The results in a file with one JSON object per line. A run that has a line is skipped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -212,7 +212,7 @@ def run_model(
             report(result)
         return result
 
-    first = [run(learning_rate, 0) for learning_rate in plan.learning_rates]
-    best = max(first, key=lambda result: result.accuracy[VALIDATION])
+    first_seed_results = [run(learning_rate, 0) for learning_rate in plan.learning_rates]
+    best = max(first_seed_results, key=lambda result: result.accuracy[VALIDATION])
     for seed in range(1, plan.seeds):
         run(best.learning_rate, seed)

@@ -122,7 +122,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -192,16 +192,16 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.expand * cfg.embed_dim
-    inputs, taps = Uniform(D**-0.5), Uniform(K**-0.5)
+    linear_init, conv_init = Uniform(D**-0.5), Uniform(K**-0.5)
     block = {
         "norm": rms_norm_specs(D),
         "mixer": {
             # B and C are not sharded like the heads, because several heads share them.
-            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
-            "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
-            "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
-            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
-            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
+            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), linear_init, bias=cfg.linear_bias),
+            "BC": linear_specs((D, BC), ("embed", None), linear_init, bias=cfg.linear_bias),
+            "dt": linear_specs((D, H), ("embed", "heads"), linear_init, bias=cfg.linear_bias),
+            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), conv_init, bias=cfg.conv_bias),
+            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), conv_init, bias=cfg.conv_bias),
             "dt_bias": ArraySpec(
                 (H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)
             ),
@@ -220,7 +220,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "final_norm": rms_norm_specs(D),
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), inputs, decay=True)
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), linear_init, decay=True)
     return tree
 
 
@@ -241,7 +241,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1
 
 

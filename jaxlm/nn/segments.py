@@ -56,7 +56,7 @@ def segment_boundaries(
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
         last_segment_B: the last segment of the previous call, 0 for none.
-        reverse: for a layer that reads from the last token to the first.
+        reverse: whether the masks are for a layer that reads from the last token to the first.
         include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 
     Example:

@@ -5,7 +5,7 @@ the contribution of the state. Other loops can use the cells too, such as a deco
 are those of torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
 
 The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width (K
-for the second hidden axis).
+is the same width as the output axis of a weight).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ one matmul computes all gates; or ``before`` it, to the state itself (Cho et al.
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. The default ``init`` is that of torch: uniform in ``+- 1 / sqrt(width)``."""
+    """The specs of one LSTM layer. The default ``init`` is as in torch: uniform in ``+- 1 / sqrt(width)``."""
     return _specs(4, inputs, width, init)
 
 
