@@ -1,4 +1,4 @@
-"""All benchmarks on this machine, one after the other, and the page with their results.
+"""Run all benchmarks on this machine, one after the other, and write the page with their results.
 
     python -m benchmarks.all --full                     about two hours on two cores
     python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that all benchmarks work

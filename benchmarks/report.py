@@ -5,8 +5,8 @@
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
 section for each processor. If several files contain the same operation and shape, the section shows the newest file.
 
-All charts show how many times as fast jaxlm is: the median over rounds of the time of a baseline divided by the time of
-jaxlm. Above 1, jaxlm is faster.
+All charts show how many times as fast as a baseline jaxlm is: the median over rounds of the time of the baseline,
+divided by the time of jaxlm. Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ Bars = dict[str, dict[str, float]]
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Two charts of the same operations: how many times as fast jaxlm is, and its share of the limit of the machine."""
+    """Two charts of the same operations: how many times as fast jaxlm is, and its percentage of the machine's limit."""
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))

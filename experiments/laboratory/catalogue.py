@@ -50,7 +50,7 @@ class Experiment:
 
     Attributes:
         title: heading of the page.
-        description: the task, and what differs from the published experiment.
+        description: the task, and the differences from the published experiment.
         cases: the data of each case.
         plan: the training.
         claims: published statements.

@@ -120,8 +120,8 @@ def train(
 ) -> Result:
     """Train a model, test it and return the result. Equal arguments give equal results on one machine.
 
-    All models and learning rates of a seed see the same training batches. The batches of tests are the same for all
-    runs of a case.
+    For one case and seed, all models and learning rates get the same training batches. All runs of a case get the same
+    test batches.
     """
     start = time.perf_counter()
     model = model_of(

@@ -107,7 +107,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
-            targets without the last target. An id outside the vocabulary gives NaN at its position and at later ones.
+            targets without the last target. An id outside the vocabulary gives NaN at its position and later positions.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.

@@ -36,7 +36,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayeredConfig(ModelConfig):
-    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may differ."""
+    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. Layers may have several kinds."""
 
     remat: Remat = "dots"
     """Activations that the backward pass recomputes: none; all except outputs of matmuls, attention and experts (dots);
@@ -114,7 +114,7 @@ def run_layers_with_outputs(
         layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
         raise ValueError(
             f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
-            "make both with the same config"
+            "create both with the same config"
         )
     functions = block if isinstance(block, tuple) else (block,)
     remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}

@@ -39,7 +39,7 @@ L2_EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Config(experts.ExpertsConfig):
-    """Shape and behaviour of a Gated DeltaNet. The defaults are those of Qwen3-Next, with MLPs instead of experts."""
+    """Shape and behaviour of a Gated DeltaNet. The defaults are Qwen3-Next with MLPs instead of experts."""
 
     vocab_size: int = 151936
     """Number of token ids."""
@@ -305,8 +305,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 def carried_state_length(cfg: Config) -> int | None:
     """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
 
-    Any ``length`` gives the same state. None: a layer is attention, so training cannot carry the state, because the
-    cache has a limited size.
+    Any ``length`` gives the same state. The result is None if a layer is attention: training then does not carry the
+    state, because the cache has a limited size.
     """
     return None if "attention" in common.mixers(cfg) else 1
 

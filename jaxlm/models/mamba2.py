@@ -3,7 +3,7 @@
 A causal model without attention and without positions. Each block has one mixer: a causal depthwise convolution, a
 selective state space model (SSD), and a gate. The size of the state does not depend on the length of the text.
 
-The names in the code are those of the paper: z is the gate, x the input of the state space model, B its input weights,
+The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
 
 Shapes: B batch, T time, D model width, I width of the mixer (expand * D), H heads, P width of a head, G groups of

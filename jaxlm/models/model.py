@@ -19,7 +19,7 @@ from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
 from jaxlm.spec import Params, State
 
-if typing.TYPE_CHECKING:  # `import jaxlm` loads only what it needs
+if typing.TYPE_CHECKING:  # not imported at run time, so that `import jaxlm` is fast
     from jaxlm.nn.experts import RouterStatistics
 
 

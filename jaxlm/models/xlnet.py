@@ -7,7 +7,7 @@ and values. So a block processes the concatenated streams, except that attention
 (``jaxlm.nn.attention.two_streams``).
 
 The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
-approximation of GELU, which ``VARIANTS`` use. Hugging Face uses the exact GELU, as do models loaded from its files.
+approximation of GELU, which ``VARIANTS`` use. Hugging Face and models loaded from its files use the exact GELU.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.

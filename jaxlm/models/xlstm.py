@@ -7,7 +7,7 @@ and no projection to a larger width, and its gates are soft-capped. The sLSTM is
 forget gates read the output of a convolution, its matrices are block diagonal, and it has a norm per head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
-P = D / H width of a head of an sLSTM (Q is the same width as the output axis of a matrix).
+P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ForgetBias:
-    """Initial biases of forget gates: ``low`` to ``high`` in equal steps along the last axis, the same for all heads.
+    """Initial biases of forget gates: from ``low`` to ``high`` in equal steps along the last axis, equal for all heads.
 
     Args:
         gate: index of the forget gate on the second-to-last axis, the axis of gates. The other gates get 0. None: the

@@ -84,7 +84,7 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
     """Check that the masks have the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape. The message names the array of this shape by ``what``.
+        ValueError: a mask has another shape. The message contains ``what``, the name of the array with this shape.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):

@@ -9,9 +9,9 @@ A test module imports all names of this module and has the names of its families
     jaxlm.register_family("hawk", hawk)
     FAMILIES = ("hawk",)
 
-Every test runs on all variants of these families whose name ends in ``-tiny``. The properties of a variant select what
-a test checks: a model with a state is causal and decodes, a model without a state is bidirectional, an encoder-decoder
-has a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
+Every test runs on all variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
+model with a state must be causal and decode, a model without a state must be bidirectional, and an encoder-decoder gets
+a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
 ``conftest.py`` to see the values of failed assertions.
 """
@@ -512,7 +512,7 @@ def has_unlimited_state(model):
 
 @every_variant
 def test_a_token_id_outside_the_vocabulary_gives_nan(name):
-    # The padding rows of the table are outside the vocabulary, too.
+    # The padding rows of the token table are also outside the vocabulary.
     model, params, tokens = setup(name, **_existing_fields(name, {"vocab_multiple": 48}))
     for bad_id in (model.config.vocab_size, -1):
         bad_tokens = tokens.copy()

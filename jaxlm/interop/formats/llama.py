@@ -43,7 +43,7 @@ def _write_mixtral(cfg: Config) -> dict[str, Any]:
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("num_local_experts", 8) is None:
-        raise ValueError("num_local_experts=null: set the number of experts, as model_type='mixtral' has experts")
+        raise ValueError("num_local_experts=null: set the number of experts, because model_type='mixtral' has experts")
     return _read_mistral({"sliding_window": None, **config})  # Mixtral's default
 
 
@@ -165,7 +165,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_gemma3(cfg: Config) -> dict[str, Any]:
     kinds, width = layer_kinds(cfg), head_sizes(cfg)[2]
     if "no_positions" in kinds:
-        raise ValueError("a model with layers without positions cannot be written as model_type='gemma3_text'")
+        raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
     if "window" in kinds and cfg.window_rotary_base is None:
         raise ValueError("model_type='gemma3_text' needs window_rotary_base: set it to rotary_base")
     fields: dict[str, Any] = {

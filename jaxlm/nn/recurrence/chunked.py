@@ -11,8 +11,8 @@ the states before the steps. These states are known, so the gates of a chunk are
 One ``tanh`` computes the nonlinearities of all gates of a step, with ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. XLA
 would recompute separate nonlinearities in every fusion that reads them.
 
-Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K is the same width
-as the output axis of a weight).
+Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K: the same width,
+on the output axis of a weight).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ are 0. As in the authors' code, ``n = 0`` identifies a new document, because n i
 The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
 and computes the gradient of R in one matmul per chunk.
 
-Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q is the same width as the
+Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q: the same width, on the
 output axis of R), C chunks, L steps of a chunk.
 """
 

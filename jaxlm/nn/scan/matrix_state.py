@@ -1,7 +1,7 @@
 """Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
 
-These are eq. 18 to 20 of Katharopoulos et al. 2020, without their normaliser. To get the normaliser, add a channel to
-the values that is always 1.
+The equations are eq. 18 to 20 of Katharopoulos et al. 2020 without their normaliser. To get the normaliser, add a
+channel to the values that is always 1.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
