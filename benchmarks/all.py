@@ -137,7 +137,7 @@ def _run_all(jobs: list[Job], directory: Path, extra: list[str]) -> list[str]:
 
 
 def _run_job(job: Job, directory: Path, extra: list[str]) -> bool:
-    """Run a job and return whether it succeeded. Only then its result file exists."""
+    """Run a job and return whether it succeeded. If the job fails, it leaves no result file."""
     unfinished = directory / f"{job.name}.json.unfinished"
     command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:], *extra]
     with (directory / f"{job.name}.log").open("w") as log:

@@ -376,7 +376,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
         copy: whether to transpose the weights once in advance.
     """
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
-        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose to contract two axes
+        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before it contracts two axes
 
         def multiply(dtotal: jax.Array) -> jax.Array:
             dtotal_NX = dtotal.reshape(-1, weight_DX.shape[1])
@@ -415,7 +415,7 @@ def _hidden_before(
 
 
 def _outer(x_BCH: jax.Array, dtotal_BCGK: jax.Array) -> jax.Array:
-    # Batch and time are merged into one axis, because XLA would transpose x to contract two axes.
+    # Batch and time are merged into one axis, because XLA would transpose x before it contracts two axes.
     x_NH, dtotal_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dtotal_BCGK))
     return jnp.einsum("NH,NGK->HGK", x_NH, dtotal_NGK).astype(jnp.float32)
 

@@ -278,7 +278,7 @@ def _float32_chunk(
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # one decay per head: a factor of whole scores and values
+    if decay_BHLE.shape[-1] == 1:  # one decay per head multiplies whole scores and values
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape

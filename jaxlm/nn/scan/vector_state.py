@@ -213,7 +213,7 @@ def _sequential_backward(
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step. Unsigned: for signed indices, JAX adds wrapping operations."""
+    """A function from loop iteration i to its time step (unsigned, because JAX wraps negative signed indices)."""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
@@ -313,11 +313,8 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     B, T, D = input_BTD.shape
     L = min(CHUNK, T)
     num_padding = -T % L
-    padding = (
-        (0, 0),
-        (num_padding, 0) if reverse else (0, num_padding),
-        (0, 0),
-    )  # padding follows the last step of the scan
+    # In the order of the scan, the padding comes after the last step.
+    padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
 
     def split(x_BTD: jax.Array) -> jax.Array:
         return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, -1, L, D), 0, 1)
