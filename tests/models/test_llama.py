@@ -58,7 +58,7 @@ def test_published_parameter_counts(name, count):
     ("fields", "message"),
     [
         ({"pattern": ("window",)}, r"window=None and pattern=\('window',\) contradict each other: set window if and"),
-        ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\): set both"),
+        ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\) contradict each other"),
         ({"pattern": ("local",)}, r"each entry must be full or window or no_positions"),
         ({"window_rotary_base": 100.0}, "window_rotary_base=100.0 needs layers with a window"),
         ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
