@@ -1,4 +1,4 @@
-"""All benchmarks on this machine, one after the other, and the page with their results.
+"""Run all benchmarks on this machine, one after the other, and write the page with their results.
 
     python -m benchmarks.all --full                     about two hours on two cores
     python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that all benchmarks work
@@ -28,7 +28,7 @@ class Job:
     Attributes:
         name: name of the result file.
         arguments: the benchmark and its options.
-        minutes: expected duration on two cores. It is scaled by the durations of the finished jobs.
+        minutes: expected duration on two cores. Estimates of the remaining time scale it by the time of finished jobs.
     """
 
     name: str
@@ -58,7 +58,7 @@ def _jobs() -> tuple[Job, ...]:
 
 
 JOBS = _jobs()
-"""The benchmarks that need no files of the user. ``texts`` and ``speculative`` need trained models."""
+"""The benchmarks that need no files from the user. ``texts`` and ``speculative`` need trained models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,11 @@ def run(options: All) -> None:
         )
     directory = options.output or _default_directory(options.quick)
     directory.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
-    print(f"{len(jobs)} benchmarks, {len(jobs) - len(waiting)} have results in {directory}")
+    remaining = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
+    print(f"{len(jobs)} benchmarks, {len(jobs) - len(remaining)} have results in {directory}")
     extra = [*(["--quick"] if options.quick else [])]
     extra += [] if options.against is None else ["--against", options.against]
-    failed = _run_all(waiting, directory, extra)
+    failed = _run_all(remaining, directory, extra)
     if failed:
         logs = ", ".join(str(directory / f"{name}.log") for name in failed)
         raise harness.Failure(f"{len(failed)} of {len(jobs)} benchmarks failed: see {logs}")
@@ -119,13 +119,16 @@ def _default_directory(quick: bool) -> Path:
 
 
 def _run_all(jobs: list[Job], directory: Path, extra: list[str]) -> list[str]:
-    """Run the jobs. Returns the names of those that failed."""
+    """Run the jobs and return the names of the failed jobs."""
     failed, start, expected = [], time.perf_counter(), 0.0
     for number, job in enumerate(jobs, 1):
         elapsed = (time.perf_counter() - start) / 60
-        left = sum(other.minutes for other in jobs[number - 1 :]) * (elapsed / expected if expected else 1.0)
+        minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * (elapsed / expected if expected else 1.0)
         bar = "#" * round(20 * (number - 1) / len(jobs))
-        print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min, about {left:.0f} min left", flush=True)
+        print(
+            f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min, about {minutes_left:.0f} min left",
+            flush=True,
+        )
         if not _run_job(job, directory, extra):
             print(f"{job.name} failed: see {directory / job.name}.log")
             failed.append(job.name)
@@ -134,7 +137,7 @@ def _run_all(jobs: list[Job], directory: Path, extra: list[str]) -> list[str]:
 
 
 def _run_job(job: Job, directory: Path, extra: list[str]) -> bool:
-    """Run a job. Returns whether it succeeded. Its result file appears only after success."""
+    """Run a job and return whether it succeeded. If the job fails, it leaves no result file."""
     unfinished = directory / f"{job.name}.json.unfinished"
     command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:], *extra]
     with (directory / f"{job.name}.log").open("w") as log:

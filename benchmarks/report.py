@@ -1,12 +1,12 @@
-"""The measured part of docs/benchmarks.md and its charts, from result files of benchmarks.
+"""Write the measured part of docs/benchmarks.md and its charts from the result files of benchmarks.
 
     python -m benchmarks.report --page docs/benchmarks.md
 
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
-section for each processor. If several files measured the same operation and shape, the section has the newest one.
+section for each processor. If several files contain the same operation and shape, the section shows the newest file.
 
-All charts show how many times as fast jaxlm is: the median over rounds of the time of a baseline divided by the time of
-jaxlm. Above 1, jaxlm is faster.
+All charts show how many times as fast as a baseline jaxlm is: the median over rounds of the time of the baseline,
+divided by the time of jaxlm. Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECTIONS = {
     "recurrence": "Recurrent layers",
     "scans": "Linear recurrences and convolution",
 }
-"""Heading by benchmark program, in the order of the page. Other programs write no rows with times of baselines."""
+"""Heading by benchmark program, in the order of the page. Results of other programs have no baselines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Measurement:
     shape: str
     implementation: str
     seconds: float
-    """Median."""
+    """Median time."""
     ratio: float
     """Time of this implementation divided by the time of jaxlm: the median over rounds."""
     peak_percent: float | None
-    """Share of the peak of the machine that was measured in the same rounds. None: the program has no peak."""
+    """Speed in percent of the peak of the machine, measured in the same rounds. None: the program has no peak."""
     gigabytes: float | None
     """Peak memory of the process. None: not measured."""
     file: str
@@ -87,13 +87,13 @@ def read(directory: Path) -> list[Measurement]:
     newest: dict[tuple[str, str, str], tuple[str, list[Measurement]]] = {}
     for file in files:
         groups: dict[tuple[str, str, str], list[Measurement]] = {}
-        for measured in _measurements(file):
-            groups.setdefault((measured.program, measured.operation, measured.shape), []).append(measured)
+        for row in _measurements(file):
+            groups.setdefault((row.program, row.operation, row.shape), []).append(row)
         for key, group in groups.items():
             time = str(group[0].machine["time"])
             if key not in newest or newest[key][0] < time:
                 newest[key] = time, group
-    return [measured for _, group in newest.values() for measured in group]
+    return [row for _, group in newest.values() for row in group]
 
 
 def _measurements(file: Path) -> list[Measurement]:
@@ -103,12 +103,12 @@ def _measurements(file: Path) -> list[Measurement]:
         if record.get("program") not in SECTIONS:
             return []
         common = {"program": record["program"], "file": file.name, "machine": record["machine"]}
-        return [measured for row in rows for measured in _of_row(row, common)]
+        return [measurement for row in rows for measurement in _row_measurements(row, common)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
 
 
-def _of_row(row: dict[str, Any], common: dict[str, Any]) -> Iterable[Measurement]:
+def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[Measurement]:
     if "task" in row:  # benchmarks.texts: one row for all implementations
         for name, seconds in row["seconds"].items():
             ratio = 1.0 if name == OURS else row["ratio"]
@@ -211,11 +211,11 @@ COLORS = {
 
 
 Bars = dict[str, dict[str, float]]
-"""Values by the name of a bar and the label of its group."""
+"""Values by the name of a bar, then by the label of its group."""
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Two charts of the same operations: how many times as fast jaxlm is, and its share of the limit of the machine."""
+    """Two charts of the same operations: how many times as fast jaxlm is, and its percentage of the machine's limit."""
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
@@ -240,7 +240,7 @@ def draw(rows: Sequence[Measurement]) -> Any:
 
 
 def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
-    """Bars of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor."""
+    """A bar chart of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor."""
     ratios = {
         processor: {f"{row.shape}, {row.implementation}": row.ratio for row in measured if row.implementation != OURS}
         for processor, measured in rows.items()
@@ -283,7 +283,7 @@ Lines = dict[str, list[tuple[int, float]]]
 
 
 def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
-    """The measurements that differ only in the length T, with two or more lengths, by operation and other sizes."""
+    """Groups of measurements that differ only in the length T and have two or more lengths, by operation and shape."""
     groups: dict[str, Lines] = {}
     for row in rows:
         if length := re.search(r"\bT(\d+)\b", row.shape):
@@ -298,7 +298,7 @@ def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
 
 
 def draw_curves(groups: dict[str, Lines]) -> Any:
-    """Milliseconds over the length, one plot per group. Both axes are logarithmic: equal slopes mean equal growth."""
+    """Plots of milliseconds against length, one per group. On the logarithmic axes, equal slopes mean equal growth."""
     num_rows = -(-len(groups) // 2)
     figure, all_axes = _new_figure(2.8 * num_rows, num_rows, 2)
     for axes in all_axes[len(groups) :]:
@@ -317,7 +317,7 @@ def draw_curves(groups: dict[str, Lines]) -> Any:
 
 
 def _new_figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of this height in inches, and its axes. Equal content gives equal files."""
+    """A figure of this height in inches, and its axes. Equal plots give equal files."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -1,4 +1,4 @@
-"""Compare the speed of speculative decoding with that of ``generate`` for the same target model, in one process.
+"""Compare the speed of speculative decoding and of ``generate`` for the same target model, in one process.
 
     python -m benchmarks.speculative --target runs/large --draft runs/small --prompt "ROMEO:"
 
@@ -50,13 +50,13 @@ class Speculative:
 def run(options: Speculative) -> None:
     """Measure and print the results."""
     proposed = harness.numbers("num-proposed", options.num_proposed)
-    for name, number, least in (
+    for name, number, minimum in (
         ("batch", options.batch, 1),
         ("tokens", options.tokens, 2),
         ("rounds", options.rounds, 1),
     ):
-        if number < least:
-            raise harness.UserError(f"--{name} {number} must be at least {least}")
+        if number < minimum:
+            raise harness.UserError(f"--{name} {number} must be at least {minimum}")
     functions = _functions(options, proposed)
     description = harness.describe_machine()
     for name, value in description.items():
@@ -115,8 +115,9 @@ def _record(
 ) -> dict[str, Any]:
     """The measurements of one function.
 
-    ``equal`` is the fraction of tokens that plain decoding generates, too. With greedy decoding, it is 1 except for
-    ties up to rounding. The prompt gives the first token of a row, so it is not in ``tokens_per_round``.
+    ``equal`` is the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1
+    only if rounding decides between two logits. The call for the prompt generates the first token of a row, so
+    ``tokens_per_round`` does not count this token.
     """
     median = statistics.median(seconds[name])
     record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Train the causal families on experiments that others have published, and compare the results with the claims.
+"""Train the causal families on published experiments, and compare the results with the published claims.
 
     python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
     python -m experiments.laboratory recall --model gpt mamba2    some models
@@ -7,8 +7,8 @@
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``).
-The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is not run again, so an
-interrupted command continues when it is repeated.
+The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
+interrupted command again to continue it.
 """
 
 from __future__ import annotations

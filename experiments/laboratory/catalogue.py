@@ -21,10 +21,10 @@ class Claim:
     Attributes:
         text: the statement.
         source: where it is published.
-        models: the models of this experiment that it is about.
-        test: the test whose accuracy is compared with the statement: the mean over the seeds, for each case and width.
+        models: the models of this experiment that the statement is about.
+        test: name of the test. For each case and width, its mean accuracy over the seeds is compared with the limits.
         minimum, maximum: the limits of accuracies that agree with the statement; None: no limit.
-        cases, widths: the cases and model widths that it is about; None: all.
+        cases, widths: the cases and model widths that the statement is about; None: all.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Claim:
     widths: tuple[int, ...] | None = None
 
     def covers(self, case: str, model: str, width: int) -> bool:
-        """Whether the statement is about this model."""
+        """Whether the statement is about this case, model and width."""
         return (
             model in self.models
             and (self.cases is None or case in self.cases)
@@ -51,7 +51,7 @@ class Experiment:
 
     Attributes:
         title: heading of the page.
-        description: the task, and what differs from the published experiment.
+        description: the task, and the differences from the published experiment.
         cases: the data of each case.
         plan: the training.
         claims: published statements.

@@ -15,7 +15,7 @@ HEAD_WIDTH = 32
 
 
 def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each model name, the family or variant and its config fields, without those that all models share."""
+    """For each model name, the family or variant and its config fields, without the fields that all models share."""
     heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
     attention = {"num_heads": heads, "max_positions": max_length}
     delta_rule = {

@@ -19,9 +19,9 @@ Group = tuple[str, str, int]
 
 
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """The runs of each case, model and width with the learning rate that has the most runs.
+    """For each case, model and width, the runs with the learning rate that has the most runs.
 
-    After all runs, this is the learning rate that validation selected. Runs of another plan are left out.
+    After all runs, this is the learning rate that validation selected. Runs of another plan are ignored.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -45,7 +45,7 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
-    """Our accuracies as text, and "yes", "no" or "not measured": whether all of them agree with the claim."""
+    """The range of our accuracies as text, and whether all of them agree with the claim: yes, no or not measured."""
     means = {}
     for (case, model, width), group in runs.items():
         if claim.covers(case, model, width):

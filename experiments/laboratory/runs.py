@@ -22,7 +22,7 @@ from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
 VALIDATION = "validation"
-"""Name of the test whose batches are drawn like those of the training. It selects the learning rate."""
+"""Name of the test with the distribution of the training batches. Its accuracy selects the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         vocab_size: number of token ids.
-        max_length: tokens of the longest row.
+        max_length: number of tokens of the longest row.
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
         accuracy: the metric of the tests, in [0, 1].
@@ -46,7 +46,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the models of an experiment are trained.
+    """The training settings of an experiment.
 
     Attributes:
         steps: number of updates.
@@ -78,7 +78,7 @@ class Result:
     """The result of a run.
 
     Attributes:
-        experiment, case, model, width, learning_rate, seed, layers, planned_steps: what was trained.
+        experiment, case, model, width, learning_rate, seed, layers, planned_steps: the settings of the run.
         accuracy: accuracy of each test, in [0, 1].
         parameters: number of parameters.
         steps: number of updates.
@@ -123,10 +123,9 @@ def train(
 ) -> Result:
     """Train a model, test it and return the result. Equal arguments give equal results on one machine.
 
-    Batches with a source are for encoder-decoders. Other models read the source as the beginning of the row.
-
-    All models and learning rates of a seed see the same training batches. The batches of tests are the same for all
-    runs of a case.
+    For one case and seed, all models and learning rates get the same training batches. All runs of a case get the same
+    test batches. Batches with a source are for encoder-decoders. Other models read the source as the beginning of the
+    row.
     """
     start = time.perf_counter()
     model = model_of(
@@ -175,7 +174,7 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 
 
 class Results:
-    """The results in a file with one JSON object per line. A run that has a line is not run again."""
+    """The results in a file with one JSON object per line. A run that has a line is skipped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -224,7 +223,7 @@ def run_model(
             report(result)
         return result
 
-    first = [run(learning_rate, 0) for learning_rate in plan.learning_rates]
-    best = max(first, key=lambda result: result.accuracy[VALIDATION])
+    first_seed_results = [run(learning_rate, 0) for learning_rate in plan.learning_rates]
+    best = max(first_seed_results, key=lambda result: result.accuracy[VALIDATION])
     for seed in range(1, plan.seeds):
         run(best.learning_rate, seed)

@@ -87,8 +87,8 @@ def speculative_generate(
 ) -> SpeculativeGeneration:
     """Up to ``max_new_tokens`` new tokens for each prompt, with the distribution of the target model.
 
-    The arguments are those of :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. As in ``generate``,
-    the random draws of a row depend only on ``key`` and the number of the row.
+    The arguments are as in :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. As in ``generate``,
+    the random draws of a row depend only on ``key`` and the index of the row.
 
     Args:
         states: the initial states of the target model and of the draft model; required if a model is an
@@ -185,8 +185,8 @@ def _generate(
     )
     ended_B = is_end(newest_B, settings.end_ids) | (N == 1)
     progress = _Progress((target_state, draft_state), newest_B, ended_B, keys_B, result)
-    round_ = functools.partial(_round, models, settings)
-    return jax.lax.while_loop(lambda progress: ~jnp.all(progress.ended), round_, progress).result
+    run_round = functools.partial(_round, models, settings)
+    return jax.lax.while_loop(lambda progress: ~jnp.all(progress.ended), run_round, progress).result
 
 
 def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -> _Progress:
@@ -201,7 +201,7 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
         drawn_B = _draw(settings, progress.keys, lengths_B + step, q_BV)
         return (state, drawn_B), (drawn_B, q_BV, rows_finite(logits_BV[:, : settings.num_ids]))
 
-    # Step K + 1 only reads the last proposal, so that the draft state contains the same tokens as the target state.
+    # Step K + 1 only reads the last proposal; after it, the draft state contains the same tokens as the target state.
     (draft_after, _), drawn = jax.lax.scan(propose, (draft_state, progress.newest), jnp.arange(K + 1))
     proposed_BK, q_BKV, draft_finite_BK = (jnp.swapaxes(x, 0, 1)[:, :K] for x in drawn)
     inputs_BT = jnp.concatenate([progress.newest[:, None], proposed_BK], axis=1)  # T = K + 1
@@ -228,20 +228,20 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
     result = _append(progress.result, new_BT, is_new_BT, jax.nn.log_softmax(logits_BTV))
-    used_finite_BT = rows_finite(logits_BTV) | (index_T > accepted_B[:, None])
-    used_draft_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
+    finite_or_unused_BT = rows_finite(logits_BTV) | (index_T > accepted_B[:, None])
+    draft_finite_or_unused_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
     result = dataclasses.replace(
         result,
         generation=dataclasses.replace(
-            result.generation, finite=result.generation.finite & (jnp.all(used_finite_BT, axis=1) | progress.ended)
+            result.generation, finite=result.generation.finite & (jnp.all(finite_or_unused_BT, axis=1) | progress.ended)
         ),
         rounds=result.rounds + active_B,
         accepted=result.accepted + jnp.where(active_B, jnp.minimum(accepted_B, count_B), 0),
-        draft_finite=result.draft_finite & (jnp.all(used_draft_BK, axis=1) | progress.ended),
+        draft_finite=result.draft_finite & (jnp.all(draft_finite_or_unused_BK, axis=1) | progress.ended),
     )
-    keep_B = jnp.where(active_B, accepted_B + 1, 0)
+    num_kept_B = jnp.where(active_B, accepted_B + 1, 0)
     target_state, draft_state = (
-        model.rollback(params, before, inputs_BT, after, keep_B, segments_BT)
+        model.rollback(params, before, inputs_BT, after, num_kept_B, segments_BT)
         for (model, params), before, after in zip(
             models.pairs, progress.states, (target_after, draft_after), strict=True
         )
@@ -258,18 +258,18 @@ def _append(
     generation = result.generation
     B, N = generation.tokens.shape
     index_BT = jnp.where(is_new_BT, generation.lengths[:, None] + jnp.arange(new_BT.shape[1])[None, :], N)
-    at = (jnp.arange(B)[:, None], index_BT)
+    row_and_index = (jnp.arange(B)[:, None], index_BT)
     generation = dataclasses.replace(
         generation,
-        tokens=generation.tokens.at[at].set(new_BT, mode="drop"),
-        log_probs=generation.log_probs.at[at].set(_at_tokens(log_probs_BTV, new_BT), mode="drop"),
+        tokens=generation.tokens.at[row_and_index].set(new_BT, mode="drop"),
+        log_probs=generation.log_probs.at[row_and_index].set(_at_tokens(log_probs_BTV, new_BT), mode="drop"),
         lengths=generation.lengths + jnp.sum(is_new_BT, axis=1, dtype=jnp.int32),
     )
     return dataclasses.replace(result, generation=generation)
 
 
 def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
-    """The log-probabilities from which tokens are drawn. Greedy: 0 for the most likely token, -inf for the others."""
+    """The log-probabilities of the sampling distribution. Greedy: 0 for the most likely token, -inf for the others."""
     filtered_BV = filter_logits(settings.sampling, logits_BV)
     if settings.sampling.temperature > 0.0:
         return jax.nn.log_softmax(filtered_BV)
@@ -299,10 +299,10 @@ def _is_accepted(
     p_BKV: jax.Array,
     q_BKV: jax.Array,
 ) -> jax.Array:
-    """Whether each proposal is accepted if all proposals before it are, bool [B, K]."""
+    """Whether each proposal is accepted if all proposals before it are accepted, bool [B, K]."""
     log_ratio_BK = _at_tokens(p_BKV, proposed_BK) - _at_tokens(q_BKV, proposed_BK)
     if keys_B is None:
-        return log_ratio_BK >= 0.0  # True if the proposal is the most likely token of the target model, too
+        return log_ratio_BK >= 0.0  # True if the proposal is also the target model's most likely token
     uniform_BK = jnp.stack(
         [
             jax.vmap(jax.random.uniform)(_token_keys(keys_B, lengths_B + index, 1))
@@ -318,7 +318,7 @@ def _residual(settings: Settings, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array
     if settings.sampling.temperature == 0.0:
         return p_BV
     residual_BV = jnp.maximum(jnp.exp(p_BV) - jnp.exp(q_BV), 0.0)
-    # If p = q, no token is rejected, except because of rounding. The residual is then 0, and p is used instead.
+    # If p = q, the residual is 0. A token is then rejected only because of rounding, and p replaces the residual.
     is_empty_B1 = jnp.sum(residual_BV, axis=-1, keepdims=True) <= 0.0
     return jnp.where(is_empty_B1, p_BV, jnp.log(residual_BV))
 

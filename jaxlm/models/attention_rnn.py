@@ -1,12 +1,12 @@
 """Recurrent encoder-decoders with attention: Bahdanau et al. 2015 ("RNNsearch") and Luong et al. 2015.
 
 ``jaxlm.models.bahdanau`` and ``jaxlm.models.luong`` have the encoder, the decoder step and the initial state of the two
-forms. This module has what they share: the loop over target tokens, attention, copying, the head and the state.
+forms. This module has the shared code: the loop over target tokens, attention, copying, the head and the state.
 
 Initial weights are uniform in both forms, as in Luong et al. Layers and heads have biases; attention scores have none.
 Luong's best models read the source backwards. To reproduce this, reverse the source before the call.
 
-With ``copy``, both forms can copy source tokens (``jaxlm.nn.copying``; all source ids are in the shared vocabulary).
+With ``copy``, both forms can copy source tokens (``jaxlm.nn.copying``), because source and target share the vocabulary.
 ``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the generation
 probability, and the distribution of copied tokens. ``logits`` computes the mixture from it.
 
@@ -107,11 +107,11 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
-            targets without the last target. An id outside the vocabulary gives NaN at its position and at later ones.
+            targets without the last target. An id outside the vocabulary gives NaN at its position and later positions.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
-        state: from :func:`init_decode_state`, or the state after earlier tokens, continued by ``tokens``. Several rows
+        state: the result of :func:`init_decode_state`, or the state after the tokens before ``tokens``. Several rows
             may share a source (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
@@ -126,8 +126,8 @@ def apply(
         initial = state
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = segment_boundaries(segments, initial["document"])
-    one_document = state is None and segment_ids is None and source_segment_ids is None
-    initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
+    is_one_document = state is None and segment_ids is None and source_segment_ids is None
+    initial_states = None if is_one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
     x = _embed(cfg, params["token_embedding"], tokens, cfg.vocab_size, key)
     steps_key = fold_name(key, "steps")
@@ -156,7 +156,7 @@ def apply(
 def _attend(
     cfg: Config, params: Params, source: dict[str, Any], segment_B: jax.Array, query_BH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Context vectors [B, C] and attention weights [B, S] of one query per row, over the row's current document.
+    """The context vectors [B, C] and attention weights [B, S] of one query per row for the row's current document.
 
     Args:
         source: the source state from :func:`init_decode_state`. Several rows may share a source
@@ -198,7 +198,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
         ValueError: the model has no head.
     """
     if cfg.task == "none":
-        raise ValueError("a model with task='none' has no head: set task='seq2seq' for logits of target tokens")
+        raise ValueError("a model with task='none' has no head: set task='seq2seq' to get logits of target tokens")
     scores = unembed(params["head"]["weight"], hidden[..., : cfg.output_dim], cfg.vocab_size)
     scores = constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
     if not cfg.copy:
@@ -242,8 +242,8 @@ def init_decode_state(
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
 
-    Target tokens without segment ids are document 1 and attend to document 1 of the source. With a ``key``, the encoder
-    has dropout.
+    Target tokens without segment ids belong to document 1 and attend to document 1 of the source. With a ``key``, the
+    encoder applies dropout.
     """
     source_state = _encode(cfg, params, source, segment_ids, key)
     segments = source_state["segment_ids"]
@@ -321,7 +321,7 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax
 
 
 def _gather_weights(cfg: Config, params: Params) -> dict[str, Any]:
-    """The parameters. Those that loops over time use are all-gathered (``common.gather_weights``)."""
+    """The parameters, with an all-gather of the parameters that loops over time use (``common.gather_weights``)."""
     names_in_loops = ("encoder", "decoder", "alignment", "output")
     loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}
     return {**params, **common.gather_weights(loop_specs, {name: params[name] for name in loop_specs})}

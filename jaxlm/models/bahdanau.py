@@ -1,8 +1,8 @@
 """The Bahdanau form of ``jaxlm.models.attention_rnn``: RNNsearch (Bahdanau et al. 2015).
 
-A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token, s[t-1]; the
-context is an input of the GRU. A maxout layer of s[t-1], embedding and context feeds the head. The initial state is
-tanh(W h), where h is the backward encoder's state at the first source token.
+A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token, s[t-1]. The
+context vector is an input of the GRU. A maxout layer reads s[t-1], the embedding and the context vector; the head reads
+its output. The initial state is tanh(W h), where h is the backward encoder's state at the first source token.
 
 The maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code (GroundHog).
 The GRU's reset gate is applied before the recurrent matmul, as in the paper. Its update gate z is the weight of the old
@@ -58,7 +58,7 @@ def step(
     state: State,
     key: jax.Array | None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The next state, and s[t-1], c[t] and the attention weights (appendix A.2.2)."""
+    """The next state, and the outputs of the step: s[t-1], c[t] and the attention weights (appendix A.2.2)."""
     weights = params["decoder"]
     state_BH = state["layer_0"]["hidden"].astype(projected_BGH.dtype)
     context_BC, weights_BS = attend(state_BH)
@@ -83,7 +83,7 @@ def specs(cfg: Config, init: Uniform, recurrent_init: Uniform | None) -> dict[st
         "decoder": {
             "begin": linear_specs((H, H), ("embed", "mlp"), init),
             "layer_0": layer,
-            "context": linear_specs((C, 3, H), ("embed", None, "mlp"), init, bias=False),  # C_r, C_z, C of the paper
+            "context": linear_specs((C, 3, H), ("embed", None, "mlp"), init, bias=False),  # the paper's C_r, C_z and C
         },
         "output": {
             "state": linear_specs((H, D, 2), ("embed", "mlp", None), init),
@@ -94,7 +94,7 @@ def specs(cfg: Config, init: Uniform, recurrent_init: Uniform | None) -> dict[st
 
 
 def encoder_width(cfg: Config) -> int:
-    """C: the width of the encoded source."""
+    """The width C of the encoded source."""
     return 2 * cfg.hidden_dim
 
 

@@ -1,4 +1,4 @@
-"""Code that the model families share: base configs, checks of configs and inputs, and the loop over layers."""
+"""Shared code of the model families: base configs, checks of configs and inputs, and the loop over layers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayeredConfig(ModelConfig):
-    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may differ."""
+    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. Layers may have several kinds."""
 
     remat: Remat = "dots"
-    """Activations that the backward pass recomputes: none, all except outputs of matmuls, attention and experts (dots),
-    or all inside a block (full)."""
+    """Activations that the backward pass recomputes: none; all except outputs of matmuls, attention and experts (dots);
+    or all activations inside a block (full)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +53,8 @@ class TransformerConfig(LayeredConfig):
 
     scan_layers: bool = False
     """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
-    False: one tree of parameters per layer and a Python loop. Steps are faster, but compilation takes longer
-    (docs/labbook.md)."""
+    False: use one tree of parameters per layer and a Python loop. Training steps are faster, but compilation takes
+    longer (docs/labbook.md)."""
 
 
 def run_layers(
@@ -101,10 +101,10 @@ def run_layers_with_outputs(
     remat: Remat,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
-    """As :func:`run_layers`, for a block with a third result: ``x, state[i], outputs[i] = block(x, ...)``.
+    """The results of :func:`run_layers` for a block with a third result, and the third results of all layers, stacked.
 
-    Also returns the outputs of all layers, stacked. A layer whose output is None has no entry. If no layer has an
-    output, the stack is None.
+    Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The stack has no entry for a layer whose output is
+    None. If no layer has an output, the stack is None.
 
     Args:
         block: the function of one layer; or a tuple with the function of each layer, for parameters per layer.
@@ -114,7 +114,7 @@ def run_layers_with_outputs(
         layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
         raise ValueError(
             f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
-            "make both with the same config"
+            "create both with the same config"
         )
     functions = block if isinstance(block, tuple) else (block,)
     remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}
@@ -170,9 +170,9 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
 def gather_weights(specs: Any, params: Params) -> Any:
     """The parameters, all-gathered over mesh axes that shard ``embed``; for weights that a loop over time uses.
 
-    So the weights are gathered once, instead of in each step of the loop. This is also needed for correctness: if
+    Without this call, XLA gathers the weights in each step of the loop. The call is also needed for correctness: if
     weights in a loop are sharded over ``fsdp``, XLA computes wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2
-    on CPU; the contract test of the sharded step shows it).
+    on CPU; the contract test of the sharded step detects this).
     """
 
     def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:

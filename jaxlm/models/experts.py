@@ -1,8 +1,8 @@
-"""Layers that have a mixture of experts instead of an MLP, in any family: config fields, specs, and the computation.
+"""Config fields, specs and computation of layers with a mixture of experts instead of an MLP, for all families.
 
 A block has the parameters ``mlp`` (a SwiGLU MLP) or ``experts`` (``jaxlm.nn.experts``). A family whose config has these
-fields also has a function ``apply_with_routing``, which is ``apply`` with a third result: the router statistics of the
-layers with experts, stacked (None without experts).
+fields also has a function ``apply_with_routing``. It returns the results of ``apply`` and a third result: the router
+statistics of the layers with experts, stacked (None without experts).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ExpertsConfig(common.LayeredConfig):
     expert_interval: int = 1
     """Only every expert_interval-th layer has experts. The other layers have MLPs."""
     dense_layers: tuple[int, ...] = ()
-    """Indices, from 0, of further layers that have an MLP instead of experts."""
+    """Indices, from 0, of additional layers that have an MLP instead of experts."""
     capacity_factor: float | None = None
-    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds nothing to
-    other tokens. None: experts accept all tokens. This option is for training. Hugging Face files do not contain it.
-    Results of cached decoding differ, because the whole row is not known."""
+    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds 0 to the tokens
+    that it does not accept. None: experts accept all tokens. This option is for training. Hugging Face files do not
+    contain it. Cached decoding gives different results, because it does not see the whole row."""
     experts_implementation: Implementation | None = None
     """Name of the implementation of experts without a capacity; None selects one for the device and the shapes."""
 
@@ -66,13 +66,13 @@ class ExpertsConfig(common.LayeredConfig):
         if not all(0 <= layer < num_layers for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must be in [0, num_layers={num_layers})")
         num_with_experts = sum(has_experts(self, layer) for layer in range(num_layers))
-        which = f"expert_interval={self.expert_interval} and dense_layers={self.dense_layers}"
+        settings = f"expert_interval={self.expert_interval} and dense_layers={self.dense_layers}"
         if num_with_experts == 0:
-            raise ValueError(f"no layer has experts with {which}: set num_experts to None")
+            raise ValueError(f"no layer has experts with {settings}: set num_experts to None")
         if getattr(self, "scan_layers", False) and num_with_experts < num_layers:
             raise ValueError(
-                f"scan_layers=True needs equal layers, but only {num_with_experts} of {num_layers} layers have experts "
-                f"with {which}: set scan_layers to False"
+                f"scan_layers=True needs layers of one kind, but only {num_with_experts} of {num_layers} layers have "
+                f"experts with {settings}: set scan_layers to False"
             )
 
 
@@ -82,10 +82,10 @@ def has_experts(cfg: Any, layer: int) -> bool:
 
 
 def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None = None) -> dict[str, Any]:
-    """``{"experts": specs}`` or ``{"mlp": specs}`` of a layer.
+    """The specs of a layer: ``{"experts": specs}`` or ``{"mlp": specs}``.
 
     Args:
-        shared_dim: hidden width of a shared expert; None: there is none.
+        shared_dim: hidden width of a shared expert; None: no shared expert.
     """
     if not has_experts(cfg, layer):
         return {"mlp": swiglu_specs(cfg.embed_dim, cfg.mlp_dim, init)}
@@ -103,7 +103,7 @@ def mlp(
     """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP).
 
     Args:
-        activation: of the gate of an MLP. Experts have SiLU.
+        activation: the activation function of the gate of an MLP. Experts always use SiLU.
     """
     if "mlp" in weights:
         return swiglu(weights["mlp"], x_BTD, activation), None

@@ -2,9 +2,9 @@
 
 A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
 attention. The queries, keys and values of the delta rule pass through a short convolution, and its queries and keys
-are scaled to length 1. Attention normalizes queries and keys, rotates only a part of each head (rotary positions), and
-has an output gate (Qiu et al. 2025). The second part of a block is a SwiGLU MLP, or, in Qwen3-Next, a mixture of such
-MLPs (experts), to which a gated shared expert is added.
+are scaled to length 1. Attention normalizes queries and keys, applies rotary positions to only a part of each head, and
+has an output gate (Qiu et al. 2025). After the mixer, a block has a SwiGLU MLP or, in Qwen3-Next, a mixture of experts
+(SwiGLU MLPs) and a gated shared expert.
 
 Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
 K width of queries and keys, V width of values, C channels of the convolution.
@@ -39,7 +39,7 @@ L2_EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Config(experts.ExpertsConfig):
-    """Shape and behaviour of a Gated DeltaNet. The defaults are those of Qwen3-Next, with MLPs instead of experts."""
+    """Shape and behaviour of a Gated DeltaNet. The defaults are Qwen3-Next with MLPs instead of experts."""
 
     vocab_size: int = 151936
     """Number of token ids."""
@@ -129,8 +129,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``. If the model has attention,
-            rows that exceed the cache give NaN.
+        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, a row whose
+            tokens do not fit into the cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -147,7 +147,7 @@ def apply_with_routing(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
-    """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
+    """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
     tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
     masks = stream.masks()
@@ -188,11 +188,11 @@ def _delta_rule(
     K, V, R = cfg.delta_key_dim, cfg.delta_value_dim, H // G
     projected = constrain(linear(weights["query_key_value_gate"], x), ("batch", "seq", "heads", "kv"))
     *qkv, gate = jnp.split(projected, (K, 2 * K, 2 * K + R * V), axis=-1)
-    qkv_BTC = jnp.concatenate([part.reshape(B, T, -1) for part in qkv], axis=-1)
+    qkv_BTC = jnp.concatenate([x.reshape(B, T, -1) for x in qkv], axis=-1)
     tail, memory = (None, None) if state is None else (state["tail"], state["memory"])
     qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], stream, qkv_BTC, tail)
     q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
-    q, k = (jnp.repeat(l2_norm(part.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for part in (q, k))
+    q, k = (jnp.repeat(l2_norm(x.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for x in (q, k))
 
     beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
     beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
@@ -200,7 +200,7 @@ def _delta_rule(
     A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
-    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # two steps, to keep the sharding of G
+    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # two reshapes keep the sharding of G
     out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
 
@@ -233,7 +233,7 @@ def conv_channels(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. The initial convolution, ``A_log`` and ``dt_bias`` are those of the authors' code.
+    """The specs of all parameters. The convolution, ``A_log`` and ``dt_bias`` have the authors' initial values.
 
     ``query_key_value_gate`` has, for each key head, a query, a key, R values and R output gates. ``beta_decay`` has,
     for each key head, R betas and R decays.
@@ -303,14 +303,16 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works.
+    """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
 
-    None if a layer is attention, because its cache has a limited size.
+    Any ``length`` gives the same state. The result is None if a layer is attention: training then does not carry the
+    state, because the cache has a limited size.
     """
     return None if "attention" in common.mixers(cfg) else 1
 
 
-_TINY = Config(  # larger norm_epsilon than in published models: with random weights, delta rules have small outputs
+# norm_epsilon is larger than in published models, because the outputs of a delta rule with random weights are small.
+_TINY = Config(
     vocab_size=128, max_positions=64, num_layers=3, pattern=("delta_rule", "attention"), embed_dim=32, mlp_dim=48,
     delta_key_heads=2, delta_value_heads=4, delta_key_dim=16, delta_value_dim=6, num_heads=4, head_dim=16,
     norm_epsilon=1e-3,

@@ -2,7 +2,7 @@
 
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
-blocks. A Python loop runs the layers; they cannot be stacked for ``lax.scan``, because they differ. As in
+blocks. A Python loop runs the layers, because layers of different kinds cannot be stacked for ``lax.scan``. As in
 RecurrentGemma, token vectors are multiplied by sqrt(D) and logits are soft-capped. The models of the paper do neither.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
@@ -112,7 +112,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -126,7 +126,8 @@ def apply(
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)  # bfloat16 as in RecurrentGemma's training
+    # RecurrentGemma was trained with this factor in bfloat16.
+    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -171,8 +172,8 @@ def _attention(
 ) -> tuple[jax.Array, Any]:
     """The output of local attention, [B, T, D], and its new cache."""
     q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
-    q = constrain(q, ("batch", "seq", "heads", "kv"))  # key-value heads are few and not sharded
-    q, k = rotate(q, angles), rotate(k, angles)  # the first half of each head
+    q = constrain(q, ("batch", "seq", "heads", "kv"))  # the few key-value heads are not sharded
+    q, k = rotate(q, angles), rotate(k, angles)  # the angles rotate only the first half of each head
     kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
     x = attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=key, implementation=cfg.attention_implementation
@@ -200,25 +201,27 @@ def specs(cfg: Config) -> dict[str, Any]:
     D, F, H, G, W = cfg.embed_dim, cfg.mlp_dim, cfg.num_heads, cfg.num_kv_heads, lru_width(cfg)
     K, V = D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(D**-0.5)
-    from_model, from_lru, from_mlp = (Normal((2.0 / cfg.num_layers / width) ** 0.5) for width in (D, W, F))
+    attention_output_init, lru_output_init, mlp_output_init = (
+        Normal((2.0 / cfg.num_layers / width) ** 0.5) for width in (D, W, F)
+    )
     norm = rms_norm_specs(D, minus_one=True)
     recurrent = {
         "gate": linear_specs((D, W), ("embed", "mlp"), normal),
         "input": linear_specs((D, W), ("embed", "mlp"), normal),
         "convolution": depthwise_convolution_specs((cfg.conv_width, W), ("mlp",), Normal(0.1 * cfg.conv_width**-0.5)),
         "rg_lru": rg_lru_specs(W, H),
-        "output": linear_specs((W, D), ("mlp", "embed"), from_lru),
+        "output": linear_specs((W, D), ("mlp", "embed"), lru_output_init),
     }
     attention = {
         "query": linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False),
         "key": linear_specs((D, G, K), ("embed", None, "kv"), normal, bias=False),
         "value": linear_specs((D, G, K), ("embed", None, "kv"), normal, bias=False),
-        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), from_model, num_input_axes=2),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), attention_output_init, num_input_axes=2),
     }
     mlp = {
         "gate": linear_specs((D, F), ("embed", "mlp"), normal),
         "up": linear_specs((D, F), ("embed", "mlp"), normal),
-        "down": linear_specs((F, D), ("mlp", "embed"), from_mlp),
+        "down": linear_specs((F, D), ("mlp", "embed"), mlp_output_init),
     }
     blocks = {"recurrent": recurrent, "attention": attention}
     table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
@@ -254,7 +257,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1
 
 

@@ -3,8 +3,8 @@
 A causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP and no
 biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys and
 values; Qwen3 (Yang et al. 2025) adds an RMS norm of each query and key. Mixtral (Jiang et al. 2024) and Qwen3-MoE have
-a mixture of experts (SwiGLU MLPs) instead of the MLP. SmolLM3 has no rotary positions in every fourth layer. Gemma 3
-(Gemma team 2025) has a window in five of six layers, and another kind of block (``block="gemma"``).
+a mixture of experts (SwiGLU MLPs) instead of the MLP. In SmolLM3, every fourth layer has no rotary positions. In Gemma
+3 (Gemma team 2025), five of six layers have a window, and the blocks differ from those of Llama (``block="gemma"``).
 
 Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
 width of the MLP, V vocabulary.
@@ -43,8 +43,8 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
     vocab_size: int = 32000
     """Number of token ids."""
     max_positions: int = 2048
-    """Maximum length of a sequence. No parameter depends on it, so it may be raised, but published models were not
-    trained on longer sequences."""
+    """Maximum length of a sequence. No parameter depends on this field, so you may raise it, but published models were
+    not trained on longer sequences."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32
@@ -65,10 +65,11 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
     """Number of tokens that a token attends to, itself included (Mistral); None means all earlier tokens."""
     pattern: tuple[LayerKind, ...] | None = None
     """Attention of the first layers: to all earlier tokens (full), within the window (window; Gemma 3), or to all
-    earlier tokens without rotary positions (no_positions; SmolLM3). The other layers repeat the pattern. None: all
-    layers are equal; they have a window if ``window`` is set."""
+    earlier tokens without rotary positions (no_positions; SmolLM3). The other layers repeat the pattern. None: the kind
+    of all layers is window if the field ``window`` is set, and otherwise full."""
     window_rotary_base: float | None = None
-    """Base of rotary positions in layers with a window, without scaling (Gemma 3); None means that of other layers."""
+    """Base of rotary positions in layers with a window, without scaling (Gemma 3); None means ``rotary_base`` with
+    ``rotary_scaling``."""
     attention_scale: float | None = None
     """Factor of the attention scores; None means 1 / sqrt(head width)."""
     block: Block = "llama"
@@ -113,7 +114,9 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
         if self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
         if head_dim % 2:
-            raise ValueError(f"the head width {head_dim} is odd, but rotary positions need an even one: set head_dim")
+            raise ValueError(
+                f"the head width {head_dim} is odd, but rotary positions rotate pairs: set an even head_dim"
+            )
 
 
 def apply(
@@ -130,7 +133,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: cache of earlier tokens (``state_specs``), continued by ``tokens``. Rows that exceed the cache give NaN.
+        state: cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the cache
+            gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -151,7 +155,7 @@ def apply_with_routing(
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
-    """As :func:`apply`; also returns the router statistics of the layers with experts, stacked."""
+    """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
@@ -211,7 +215,7 @@ def _attention(
 def _attention_inputs(
     cfg: Config, kind: LayerKind, context: cache.Context, state: State | None
 ) -> tuple[cache.Context, tuple[jax.Array, jax.Array] | None]:
-    """The context with the mask of a kind of layers, and their rotary angles (None for no_positions)."""
+    """The context with the attention mask of layers of this kind, and their rotary angles (None for no_positions)."""
     base, scaling = cfg.rotary_base, cfg.rotary_scaling
     if kind == "window":
         assert cfg.window is not None
@@ -245,11 +249,16 @@ def _check_pattern(cfg: Config) -> None:
         common.check_pattern(cfg, get_args(LayerKind))
     kinds = set(layer_kinds(cfg))
     if ("window" in kinds) != (cfg.window is not None):
-        raise ValueError(f"window={cfg.window} and pattern={cfg.pattern}: set both, or no window in either of them")
+        raise ValueError(
+            f"window={cfg.window} and pattern={cfg.pattern} contradict each other: set window if and only if the "
+            "pattern contains 'window'"
+        )
     if cfg.window_rotary_base is not None and "window" not in kinds:
         raise ValueError(f"window_rotary_base={cfg.window_rotary_base} needs layers with a window")
     if cfg.scan_layers and len(kinds) > 1:
-        raise ValueError(f"scan_layers=True needs equal layers, but pattern={cfg.pattern}: set scan_layers to False")
+        raise ValueError(
+            f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"
+        )
 
 
 def specs(cfg: Config) -> dict[str, Any]:

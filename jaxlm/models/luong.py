@@ -1,7 +1,8 @@
 """The Luong form of ``jaxlm.models.attention_rnn``: stacked LSTMs with attention (Luong et al. 2015).
 
-The decoder starts with the final states of the encoder. It attends with the state *after* the token, h[t]. The
-attentional state h~[t] = tanh(W [c; h]) feeds the head and the first layer at the next token (input feeding).
+The initial states of the decoder are the final states of the encoder. The decoder attends with the state *after* the
+token, h[t]. The head reads the attentional state h~[t] = tanh(W [c; h]), and so does the first layer at the next token
+(input feeding).
 
 Shapes: B batch, T target time, S source time, E embedding, C = H encoder width, G gates, H hidden width, D width of the
 head's input.
@@ -55,7 +56,7 @@ def step(
     state: State,
     key: jax.Array | None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The next state, and h[t], c[t], the attention weights and h~[t] (section 3)."""
+    """The next state, and the outputs of the step: h[t], c[t], the attention weights and h~[t] (section 3)."""
     weights, output, dtype = params["decoder"], params["output"], projected_BGH.dtype
     projected_BGH = projected_BGH + linear(weights["feed"], state["feed"].astype(dtype))
     new_state = {"layer_0": recurrence.lstm_cell(weights["layer_0"], projected_BGH, state["layer_0"])}
@@ -82,7 +83,7 @@ def specs(cfg: Config, init: Uniform, recurrent_init: Uniform | None) -> dict[st
     return {
         "encoder": layers,
         "decoder": {**layers, "feed": linear_specs((D, 4, H), ("embed", None, "mlp"), init, bias=False)},
-        "output": {  # both halves of W_c of the paper
+        "output": {  # the two halves of the paper's W_c
             "state": linear_specs((H, D), ("embed", "mlp"), init),
             "context": linear_specs((H, D), ("embed", "mlp"), init, bias=False),
         },
@@ -90,7 +91,7 @@ def specs(cfg: Config, init: Uniform, recurrent_init: Uniform | None) -> dict[st
 
 
 def encoder_width(cfg: Config) -> int:
-    """C: the width of the encoded source."""
+    """The width C of the encoded source."""
     return cfg.hidden_dim
 
 

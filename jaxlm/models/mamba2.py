@@ -3,7 +3,7 @@
 A causal model without attention and without positions. Each block has one mixer: a causal depthwise convolution, a
 selective state space model (SSD), and a gate. The size of the state does not depend on the length of the text.
 
-The names in the code are those of the paper: z is the gate, x the input of the state space model, B its input weights,
+The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
 
 Shapes: B batch, T time, D model width, I width of the mixer (expand * D), H heads, P width of a head, G groups of
@@ -122,7 +122,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -192,16 +192,16 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.expand * cfg.embed_dim
-    inputs, taps = Uniform(D**-0.5), Uniform(K**-0.5)
+    linear_init, conv_init = Uniform(D**-0.5), Uniform(K**-0.5)
     block = {
         "norm": rms_norm_specs(D),
         "mixer": {
             # B and C are not sharded like the heads, because several heads share them.
-            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
-            "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
-            "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
-            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
-            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
+            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), linear_init, bias=cfg.linear_bias),
+            "BC": linear_specs((D, BC), ("embed", None), linear_init, bias=cfg.linear_bias),
+            "dt": linear_specs((D, H), ("embed", "heads"), linear_init, bias=cfg.linear_bias),
+            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), conv_init, bias=cfg.conv_bias),
+            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), conv_init, bias=cfg.conv_bias),
             "dt_bias": ArraySpec(
                 (H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)
             ),
@@ -220,7 +220,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "final_norm": rms_norm_specs(D),
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), inputs, decay=True)
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), linear_init, decay=True)
     return tree
 
 
@@ -241,7 +241,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1
 
 

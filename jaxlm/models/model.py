@@ -19,7 +19,7 @@ from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
 from jaxlm.spec import Params, State
 
-if typing.TYPE_CHECKING:  # `import jaxlm` loads only what it needs
+if typing.TYPE_CHECKING:  # not imported at run time, so that `import jaxlm` is fast
     from jaxlm.nn.experts import RouterStatistics
 
 
@@ -29,14 +29,14 @@ class NoAttentionWeightsError(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """Information about a loaded model that its functions do not use: contents of its files, and missing parameters.
+    """Information about a loaded model that its functions do not use, such as contents of its files.
 
     Attributes:
         labels: names of the labels of a (token) classifier, in the order of the logits; None: the labels have no names.
         token_ids: ids of special tokens by role, such as ``{"eos": 2, "pad": 0, "decoder_start": 0}``. An id may be
             None, or a list if several tokens end a text.
-        config: the whole ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
-        generation_config: the whole ``generation_config.json``; None if there is no such file.
+        config: the contents of ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
+        generation_config: the contents of ``generation_config.json``; None if there is no such file.
         initialized: paths of the parameters that the files do not contain; they have initial values.
         unused_tensors: names of the tensors in the files that the model does not use.
     """
@@ -258,10 +258,10 @@ class Model:
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
 
-        The result has the key "self", or, for an encoder-decoder, the keys "encoder", "decoder" and "cross" for each
-        type of attention that the family has. If a classifier pools by attention, there is also a key "pool" (H is the
-        number of hops, T is 1). XLNet has two entries per layer, for its content stream and its query stream. Dropout
-        is off. The weights of a query without visible keys are 0.
+        The result has the key "self". For an encoder-decoder, the keys are "encoder", "decoder" and "cross", without
+        the types of attention that the family does not have. If a classifier pools by attention, there is also a key
+        "pool" (H is the number of hops, T is 1). XLNet has two entries per layer, for its content stream and its query
+        stream. Dropout is off. The weights of a query without visible keys are 0.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -321,7 +321,7 @@ class Model:
             raise TypeError(f"family {self.family!r} has no encoder: call apply instead")
 
     def state_specs(self, batch: int, length: int, **sizes: int) -> spec.Tree:
-        """The specs of the model state that is carried between calls. Encoder-decoders also take ``source_length``.
+        """The specs of the model state that calls return and take. Encoder-decoders also take ``source_length``.
 
         Raises:
             TypeError: the family has no state.
@@ -341,10 +341,10 @@ class Model:
     ) -> spec.Tree:
         """The state as if the last call had read only the first ``count`` tokens of each row.
 
-        Later calls give the same results as after such a call. If the family has ``rollback(state, dropped)`` (``gpt``,
-        ``llama``, ``t5``), it frees the cache slots of the other tokens in ``after``. Otherwise the model starts from
-        ``before`` and reads the first ``count`` tokens again. The other tokens are padding in this second call, and if
-        the state has a key-value cache, their slots are freed.
+        Later calls give the same results as after a call with only these tokens. If the family has ``rollback(state,
+        dropped)`` (``gpt``, ``llama``, ``t5``), this function frees the cache slots of the other tokens in ``after``.
+        Otherwise the model starts from ``before`` and reads the first ``count`` tokens again. The other tokens are
+        padding in this second call. If the state has a key-value cache, their slots are freed.
 
         Args:
             before: the state before the last call.
@@ -373,16 +373,16 @@ class Model:
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
         _, state = self.apply(params, tokens, state=before, segment_ids=segments)
-        from jaxlm.nn.attention import cache  # here, because it imports flax and `import jaxlm` does not
+        from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
 
         return cache.rollback(state, T - count) if "length" in state else state
 
     @property
     def carried_state_length(self) -> int | None:
-        """The length of the state that training carries along a text; None: training reads independent windows."""
+        """The length of the state that training carries between batches; None: training reads independent windows."""
         function = getattr(self.module, "carried_state_length", None)
-        causal = self.task == "causal"
-        return function(self.config) if function is not None and causal else None
+        is_causal = self.task == "causal"
+        return function(self.config) if function is not None and is_causal else None
 
     def init_state(self, batch: int, length: int) -> spec.Tree:
         """The initial state for ``batch`` rows of at most ``length`` tokens."""

@@ -32,7 +32,7 @@ from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Unifor
 
 Task = Literal["causal", "none"]
 L2_EPSILON = 1e-24
-"""Added to the sum of squares in the L2 norm of removal keys. In the authors' code, the norm is at least 1e-12."""
+"""Added to the sum of squares in the L2 norm of removal keys. The authors' code limits the norm to at least 1e-12."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -197,10 +197,10 @@ class Ramp:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. Initial values are those of the authors' code, with Gaussian matrices.
+    """The specs of all parameters, with the initial values of the authors' code, but Gaussian matrices.
 
-    The authors draw orthogonal matrices. The Gaussian matrices have the same variance. As in the authors' code, weight
-    decay applies only to linear layers, the head and the token table, but not to low-rank matrices.
+    The authors' code draws orthogonal matrices; the Gaussian matrices have the same variance. As in the authors' code,
+    weight decay applies to linear layers, the head and the token table, but not to low-rank matrices.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
     tree = {
@@ -217,8 +217,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
     D, M, K, stddev = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, cfg.embed_dim**-0.5
     shape, axes = (D // K, K), ("heads", "kv")
-    late = layer / max(cfg.num_layers - 1, 1)  # from 0 in the first layer to 1 in the last layer
-    early = 1.0 - layer / cfg.num_layers  # from 1 in the first layer to 1 / num_layers in the last layer
+    ratio_0_to_1 = layer / max(cfg.num_layers - 1, 1)
+    ratio_1_to_0 = 1.0 - layer / cfg.num_layers  # 1 / num_layers in the last layer, as in the authors' code
 
     def shift(power: float) -> ArraySpec:  # 1 - (i / D) ** power for channel i
         return ArraySpec((D,), ("norm",), Ramp(1.0, -((1.0 - 1.0 / D) ** power), power))
@@ -233,11 +233,11 @@ def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
 
     powers = {"receptance": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
     time_mix = {
-        "shift": {name: shift(power * early) for name, power in powers.items()},
+        "shift": {name: shift(power * ratio_1_to_0) for name, power in powers.items()},
         "receptance": projection(stddev),
         "key": projection(0.1 * stddev),
         "value": projection(stddev),
-        "decay": low_rank(cfg.decay_rank, Ramp(-5.5, 6.0, 1.0 + late**0.3, 2.5)),
+        "decay": low_rank(cfg.decay_rank, Ramp(-5.5, 6.0, 1.0 + ratio_0_to_1**0.3, 2.5)),
         "rate": low_rank(cfg.rate_rank, Ramp(-0.39, 0.4, zigzag=0.3)),
         "gate": low_rank(cfg.gate_rank, None),
         "removal": ArraySpec(shape, axes, Ramp(0.76, -0.1)),
@@ -252,7 +252,7 @@ def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
     if layer > 0:
         time_mix["value_residual"] = low_rank(cfg.value_rank, Ramp(0.93, -0.4))
     channel_mix = {
-        "shift": {"key": shift(early**4)},
+        "shift": {"key": shift(ratio_1_to_0**4)},
         "key": linear_specs((D, M), ("embed", "mlp"), Normal(max(D, M) ** -0.5), bias=False),
         "value": linear_specs((M, D), ("mlp", "embed"), ZEROS, bias=False),
     }
@@ -274,7 +274,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1
 
 

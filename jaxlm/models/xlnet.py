@@ -7,7 +7,7 @@ and values. So a block processes the concatenated streams, except that attention
 (``jaxlm.nn.attention.two_streams``).
 
 The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
-approximation of GELU, which ``VARIANTS`` use. Hugging Face uses the exact GELU, as do models loaded from its files.
+approximation of GELU, which ``VARIANTS`` use. Hugging Face and models loaded from its files use the exact GELU.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -38,7 +38,7 @@ from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of an XLNet. The defaults are the published large model, as Hugging Face runs it."""
+    """Shape and behaviour of an XLNet. The defaults are the published large model with the GELU of Hugging Face."""
 
     vocab_size: int = 32000
     """Number of token ids."""
@@ -59,7 +59,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = None
     """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
-    """Number of first tokens that a call with an order adds to the memory; None means all tokens."""
+    """Number of tokens, from the first one, that a call with an order adds to the memory; None means all tokens."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
@@ -102,12 +102,12 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: memory of earlier tokens (``state_specs``), continued by ``tokens``. The oldest tokens are dropped.
+        state: memory of the tokens before ``tokens`` (``state_specs``). The new memory drops the oldest tokens.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. (Equal types for all tokens would add the
-            bias of equal types.)
+            depends on whether their types are equal. Default: no such bias. This is not the same as equal types for all
+            tokens, which add the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
             of the same or a lower order; the query stream attends only to positions of a lower order.
@@ -173,7 +173,7 @@ def _attention(
 
     Args:
         memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
-        encoded_RD: the encodings of the distances S, S - 1, ..., down to the lowest distance that occurs.
+        encoded_RD: the encodings of the distances from S down to the lowest distance that occurs.
     """
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
@@ -223,9 +223,9 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: tokens [B, P, V] (V padded, see ``vocab_multiple``), or labels.
+    """The logits of the task's head, float32: for the task permutation, [B, P, V] (V padded, see ``vocab_multiple``).
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
+    ``heads.head_logits`` has the shapes for the other tasks. For classification, ``hidden`` comes from :func:`pool`.
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
@@ -256,7 +256,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
 
 
 def _add_to_memory(state: State, tokens: Any, segment_ids: Any, token_types: Any, new_inputs: Any) -> Any:
-    """The state with the segments and types of the tokens, and with their inputs of all layers."""
+    """The state with the segment ids and types of the new tokens, and their inputs to all layers, appended."""
     context, new_state = memory.make_context(tokens, state, segment_ids)
     layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)
     types = memory.append(state["token_types"], token_types, context.kept_indices)
@@ -271,7 +271,8 @@ def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any
             raise ValueError(f"{name} {list(x.shape)} must have shape {list(shape)} for tokens {list(tokens.shape)}")
     if (order is None) != (targets is None):
         raise ValueError(
-            "order and targets must be given together (prediction order and positions to predict), got only one of them"
+            "order and targets must be given together, got only one of them: order is the prediction order, and "
+            "targets are the positions to predict"
         )
     if targets is None:
         return

@@ -2,12 +2,12 @@
 
 A causal model with pre-norm blocks: a recurrent layer, then a gated MLP. The recurrent layer is an mLSTM, whose state
 is a matrix per head, or an sLSTM, in which each head reads its own previous output. ``Config.pattern`` gives the order
-of the two kinds. Both are in the block of xLSTM 7B. The mLSTM is that of xLSTM 7B too: it has no convolution and no
-projection to a larger width, and its gates are soft-capped. The sLSTM is that of the first paper: its input and forget
-gates read the output of a convolution, its matrices are block diagonal, and it has a norm per head.
+of the two kinds. The blocks of both kinds are as in xLSTM 7B. The mLSTM is also as in xLSTM 7B: it has no convolution
+and no projection to a larger width, and its gates are soft-capped. The sLSTM is as in the first paper: its input and
+forget gates read the output of a convolution, its matrices are block diagonal, and it has a norm per head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
-P = D / H width of a head of an sLSTM (Q for the second such axis).
+P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -140,11 +140,11 @@ def _mlstm(
         for name in ("input_gate", "forget_gate")
     )
     q = q * (cfg.key_dim // cfg.num_heads) ** -0.5
-    x, last = mlstm(
+    x, new_state = mlstm(
         q, k, v, log_input, jax.nn.log_sigmoid(forget), state, **masks, epsilon=cfg.mlstm_epsilon
     )  # fmt: skip
     x = multi_head_layer_norm(weights["norm"], x, cfg.norm_epsilon) * jax.nn.sigmoid(o)
-    return linear(weights["output"], x, num_input_axes=2), None if state is None else last
+    return linear(weights["output"], x, num_input_axes=2), None if state is None else new_state
 
 
 def _slstm(
@@ -153,16 +153,16 @@ def _slstm(
     """The output of an sLSTM layer, [B, T, D], and its new state."""
     B, T, D = x.shape
     tail = None if state is None else state["tail"]
-    local, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
-    projected = [  # gates i and f read the convolved input; z and o read the input itself
+    convolved, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
+    projected = [  # gates i and f read the output of the convolution; z and o read its input
         jnp.einsum("BTHP,HPGQ->BTHGQ", y.reshape(B, T, cfg.num_heads, -1), weights[name]["weight"].astype(y.dtype))
-        for name, y in (("input_forget", jax.nn.silu(local)), ("cell_output", x))
+        for name, y in (("input_forget", jax.nn.silu(convolved)), ("cell_output", x))
     ]
-    x, last = slstm(
+    x, new_cell = slstm(
         weights["cell"], jnp.concatenate(projected, axis=3), None if state is None else state["cell"], **masks
     )
     x = multi_head_layer_norm(weights["norm"], x, cfg.norm_epsilon).reshape(B, T, D)
-    return x, None if state is None else {"tail": tail, "cell": last}
+    return x, None if state is None else {"tail": tail, "cell": new_cell}
 
 
 def _soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -176,7 +176,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ForgetBias:
-    """Initial biases of forget gates: ``low`` to ``high`` in equal steps along the last axis, the same for all heads.
+    """Initial biases of forget gates: from ``low`` to ``high`` in equal steps along the last axis, equal for all heads.
 
     Args:
         gate: index of the forget gate on the second-to-last axis, the axis of gates. The other gates get 0. None: the
@@ -198,11 +198,11 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with initial values as in transformers.
 
     Output gates and MLP gates are an exception: their weights are random here and zeros in transformers. transformers
-    has no sLSTM. The biases of an sLSTM are those of the authors' code with the option ``small_init``.
+    has no sLSTM. The initial biases of an sLSTM are as in the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P, rows = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
-    small, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)
+    small_init, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)
 
     def gate(bias_init: Any) -> dict[str, ArraySpec]:
         return {
@@ -211,10 +211,10 @@ def specs(cfg: Config) -> dict[str, Any]:
         }
 
     mlstm_layer = {
-        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), small, bias=False),
-        "key": linear_specs((D, H, K), ("embed", "heads", "kv"), small, bias=False),
-        "value": linear_specs((D, H, V), ("embed", "heads", "kv"), small, bias=False),
-        "output_gate": linear_specs((D, H, V), ("embed", "heads", "kv"), small, bias=False),
+        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), small_init, bias=False),
+        "key": linear_specs((D, H, K), ("embed", "heads", "kv"), small_init, bias=False),
+        "value": linear_specs((D, H, V), ("embed", "heads", "kv"), small_init, bias=False),
+        "output_gate": linear_specs((D, H, V), ("embed", "heads", "kv"), small_init, bias=False),
         "input_gate": gate(Constant(-10.0)),
         "forget_gate": gate(ForgetBias()),
         "norm": rms_norm_specs(cfg.value_dim),
@@ -222,7 +222,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             (H, V, D), ("heads", "kv", "embed"), Normal(2 / L * D**-0.5), num_input_axes=2, bias=False
         ),
     }
-    block_diagonal = linear_specs((H, P, 2, P), ("heads", None, None, None), small, bias=False)
+    block_diagonal = linear_specs((H, P, 2, P), ("heads", None, None, None), small_init, bias=False)
     slstm_layer = {
         "convolution": depthwise_convolution_specs((cfg.conv_width, D), ("mlp",), Uniform(cfg.conv_width**-0.5)),
         "input_forget": block_diagonal,
@@ -231,12 +231,12 @@ def specs(cfg: Config) -> dict[str, Any]:
         "norm": norm,
     }
     mlp = {
-        **swiglu_specs(D, F, small),
+        **swiglu_specs(D, F, small_init),
         "down": linear_specs((F, D), ("mlp", "embed"), Normal(2 / L * F**-0.5), bias=False),
     }
     shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
     mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
-    table = ArraySpec((rows, D), ("vocab", "embed"), small, decay=True)
+    table = ArraySpec((rows, D), ("vocab", "embed"), small_init, decay=True)
     tree = {
         "token_embedding": table,
         "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
@@ -263,7 +263,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1
 
 

@@ -21,12 +21,12 @@ def copy_gate_specs(state: int, embedding: int, context: int, init: Initializer)
     """Specs of the parameters of :func:`copy_gate` for the widths of its inputs."""
     widths = {"state": state, "embedding": embedding, "context": context}
     weights = {name: linear_specs((width, 1), ("embed", None), init, bias=False) for name, width in widths.items()}
-    # The initial bias favours generation, because copying with untrained attention gives targets low probability.
+    # The initial bias favours generation, because untrained attention rarely copies the correct token.
     return {**weights, "bias": ArraySpec((1,), (None,), Constant(1.0))}
 
 
 def copy_gate(params: Params, state_BTH: jax.Array, embedding_BTE: jax.Array, context_BTC: jax.Array) -> jax.Array:
-    """The logit of the probability that a token is generated, not copied, [B, T, 1]."""
+    """The logit of the probability that a token is generated instead of copied, [B, T, 1]."""
     inputs = {"state": state_BTH, "embedding": embedding_BTE, "context": context_BTC}
     bias_BT1 = params["bias"].astype(state_BTH.dtype)[None, None, :]
     return sum((linear(params[name], x) for name, x in inputs.items()), bias_BT1)

@@ -56,7 +56,7 @@ def segment_boundaries(
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
         last_segment_B: the last segment of the previous call, 0 for none.
-        reverse: for a layer that reads from the last token to the first.
+        reverse: whether the masks are for a layer that reads from the last token to the first.
         include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 
     Example:
@@ -84,7 +84,7 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
     """Check that the masks have the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape. The message names the array of this shape by ``what``.
+        ValueError: a mask has another shape. The message contains ``what``, the name of the array with this shape.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):

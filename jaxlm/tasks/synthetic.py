@@ -1,4 +1,4 @@
-"""Synthetic tasks on which architectures differ, with the definitions of the papers that published results.
+"""Synthetic tasks on which architectures get different results, as defined in the papers.
 
     recall              multi-query associative recall (Arora et al. 2024, "Zoology")
     FORMAL_LANGUAGES    length generalization on formal languages (Deletang et al. 2023)
@@ -60,7 +60,7 @@ def recall(
 
 
 def _distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
-    """``count`` distinct indices per row, [rows, count], drawn one after the other in proportion to ``weights``."""
+    """``count`` distinct indices per row, [rows, count], drawn without replacement in proportion to ``weights``."""
     # The largest perturbed log-weights are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
     noisy = -np.log(weights) - rng.gumbel(size=(rows, len(weights)))
     chosen = np.argpartition(noisy, count - 1, axis=1)[:, :count]
@@ -79,7 +79,7 @@ class FormalLanguage(NamedTuple):
         num_symbols: number of input symbols. The next id marks the positions of the answer.
         num_answers: number of answer symbols; the accuracy of guessing is 1 / num_answers.
         level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
-        answers_all: whether the answer is as long as the input, instead of one symbol.
+        answers_all: whether the answer is as long as the input; otherwise, it is one symbol.
     """
 
     sample: Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
@@ -149,15 +149,15 @@ FORMAL_LANGUAGES = {
 
 
 def formal_language(name: str, rng: np.random.Generator, rows: int, length: int, padded_length: int) -> Batch:
-    """A batch of a formal language: inputs of one length, each followed by one token for every symbol of the answer.
+    """A batch of a formal language: inputs of one length, each followed by one placeholder for each answer symbol.
 
-    These tokens are all equal, so the model does not read symbols of the answer, as in the paper. Rows are padded on
-    the right. So batches of several lengths can have the same shape.
+    The placeholders are equal tokens, so the model does not read symbols of the answer, as in the paper. Rows are
+    padded on the right. So batches of several lengths can have the same shape.
 
     Args:
         name: a key of :data:`FORMAL_LANGUAGES`.
         length: number of symbols of the input.
-        padded_length: the input length to which rows (and answers, if they are as long) are padded.
+        padded_length: every row gets the shape of a row whose input has this length.
 
     Raises:
         ValueError: the name is unknown, or the input is longer than ``padded_length``.
@@ -186,7 +186,7 @@ def _pad(x: np.ndarray, length: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- group products
 
 GROUPS = ("S5", "A5", "Z60", "Z2")
-"""Names of groups: permutations of 5 things, even permutations of 5 things, sums modulo 60, sums modulo 2 (parity)."""
+"""Names of groups: permutations of 5 items, even permutations of 5 items, sums modulo 60, sums modulo 2 (parity)."""
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def word_problem(group: str, rng: np.random.Generator, rows: int, length: int) -
 def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 27) -> Batch:
     """A batch of random strings [N, length], a separator (id vocab_size - 1) and the string again: 2 * length tokens.
 
-    The targets are the symbols of the second string. A model reads its earlier symbols, as in language modelling.
+    The targets are the symbols of the second string. The model also reads the earlier symbols of the second string.
     """
     symbols = rng.integers(0, vocab_size - 1, (rows, length))
     tokens = np.concatenate([symbols, np.full((rows, 1), vocab_size - 1), symbols[:, :-1]], axis=1)
@@ -241,7 +241,7 @@ def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int
 def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 16) -> Batch:
     """A batch of random tokens, [N, length], in which a special token (id vocab_size - 1) occurs twice.
 
-    The second occurrence is the last token. The target there is the token after the first occurrence.
+    The second occurrence is the last token. The target at this position is the token after the first occurrence.
 
     Raises:
         ValueError: the length is less than 3.

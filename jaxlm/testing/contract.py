@@ -9,9 +9,9 @@ A test module imports all names of this module and has the names of its families
     jaxlm.register_family("hawk", hawk)
     FAMILIES = ("hawk",)
 
-Every test runs on all variants of these families whose name ends in ``-tiny``. The properties of a variant select what
-a test checks: a model with a state is causal and decodes, a model without a state is bidirectional, an encoder-decoder
-has a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
+Every test runs on all variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
+model with a state must be causal and decode, a model without a state must be bidirectional, and an encoder-decoder gets
+a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
 ``conftest.py`` to see the values of failed assertions.
 """
@@ -52,11 +52,11 @@ from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 
 TOLERANCE = 2e-5  # float32; only the order of summation differs
-STEP_TOLERANCE = 1e-4  # after an Adam step, which divides by the gradient's size and so amplifies rounding errors
+STEP_TOLERANCE = 1e-4  # after an Adam step, which amplifies rounding errors because it divides by the gradient's size
 
 
 def for_variants(condition):
-    """A decorator: the test runs for every tiny variant whose model has the property ``condition(model)``."""
+    """A decorator that runs a test for every tiny variant for whose model ``condition(model)`` is true."""
 
     def set_condition(test):
         test.condition = condition
@@ -66,7 +66,7 @@ def for_variants(condition):
 
 
 def has_layers(model):
-    """Whether the model has equal layers, whose parameters can be stacked."""
+    """Whether all layers of the model are of one kind, so that their parameters can be stacked."""
     if not hasattr(model.config, "scan_layers"):
         return False
     try:
@@ -106,7 +106,7 @@ def _hidden_of(model, params, tokens, inputs):
 
 
 def hidden_of(model, params, tokens, **inputs):
-    """Hidden states of the tokens. An encoder-decoder gets the source of ``source_of`` unless ``inputs`` has one."""
+    """Hidden states of the tokens. For an encoder-decoder, the default source is ``source_of``."""
     return _hidden_of(model, params, tokens, {**source_of(model, len(tokens)), **inputs})
 
 
@@ -331,7 +331,7 @@ def test_each_position_depends_on_exactly_the_visible_positions(name):
 
 
 def has_full_context(model):
-    """Whether a position depends on all positions that causality allows. Convolutions have a limited context."""
+    """Whether a position depends on all positions that it may read. Convolutions have a limited context."""
     return not getattr(model.module, "LIMITED_CONTEXT", False)
 
 
@@ -452,10 +452,10 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     """Read a prefix once and branch it into three rows, then undo a different number of tokens in each row."""
     model, params, tokens = setup(name, batch=3, length=11)
     tokens[:, :5] = tokens[0, :5]
-    source = {what: np.repeat(x[:1], 3, axis=0) for what, x in source_of(model, 1).items()}
+    source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_of(model, 1).items()}
     sizes = {"source_length": source["source"].shape[1]} if source else {}
     expected = hidden_of(model, params, tokens, **source)
-    # Rows of 11 tokens have no slot to spare: the slots of undone tokens must be free again.
+    # The state has only 11 slots per row, so this works only if the slots of undone tokens are free again.
     _, prefix = step_of(model, params, tokens[:1, :5], initial_state(model, params, 1, 11))
     before = spec.take_rows(model.state_specs(1, 11, **sizes), prefix, jnp.zeros(3, int))
     hidden, after = step_of(model, params, tokens[:, 5:11], before)
@@ -498,7 +498,7 @@ def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
     model, params, tokens = setup(name, batch=2, length=6)
     if has_unlimited_state(model):
         return
-    with pytest.raises(ValueError, match="6 new tokens do not fit a state of 4 slots"):
+    with pytest.raises(ValueError, match="6 new tokens do not fit into a state of 4 slots"):
         model.apply(params, tokens, state=initial_state(model, params, 2, 4))
     _, state = step_of(model, params, tokens[:, :3], initial_state(model, params, 2, 4))
     hidden, _ = step_of(model, params, tokens[:, 3:], state)
@@ -512,13 +512,13 @@ def has_unlimited_state(model):
 
 @every_variant
 def test_a_token_id_outside_the_vocabulary_gives_nan(name):
-    # The padding rows of the table are outside the vocabulary, too.
+    # The padding rows of the token table are also outside the vocabulary.
     model, params, tokens = setup(name, **_existing_fields(name, {"vocab_multiple": 48}))
-    for bad in (model.config.vocab_size, -1):
-        wrong = tokens.copy()
-        wrong[0, 3] = bad
+    for bad_id in (model.config.vocab_size, -1):
+        bad_tokens = tokens.copy()
+        bad_tokens[0, 3] = bad_id
         assert np.isnan(
-            np.asarray(hidden_of(model, params, wrong))[0, 3 if has_full_context(model) else slice(None)]
+            np.asarray(hidden_of(model, params, bad_tokens))[0, 3 if has_full_context(model) else slice(None)]
         ).any()
 
 
@@ -613,7 +613,7 @@ def training_setup(name, batch=16):
 
 
 def optimizer_of(model):
-    # Key biases have gradients that are only rounding errors. A large epsilon keeps Adam from scaling them up.
+    # The gradients of key biases are only rounding errors. With a large epsilon, Adam does not amplify them.
     return make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
 
 
@@ -667,7 +667,7 @@ def test_sharded_step_equals_single_device_step(name):
 
 
 def check_sharded_step(name, mesh, *, scan_layers=False):
-    """Check loss, gradients and new parameters against one device. Adam's first moment is 0.1 times the gradients."""
+    """Check loss, new parameters and gradients (10 times Adam's first moment) against one device."""
     model, _, batch = training_setup(name)
     model = with_stacked_layers(model) if scan_layers else model
     _, new_state, want = single_step(name)
@@ -734,7 +734,7 @@ def test_checkpoint_round_trip(name, tmp_path):
 def test_loss_falls_in_twenty_steps_without_recompiling(name):
     model, _, batch = training_setup(name)
     step, new_state, _ = single_step(name)
-    compiled = step._cache_size()
+    num_compiled = step._cache_size()
     state, losses = new_state(), []
     for _ in range(20):
         state, metrics = step(state, batch)
@@ -746,4 +746,4 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
         np.log(outputs), abs=0.7
     )  # T5's published initialization gives logits of variance 1
     assert losses[-1] < 0.8 * losses[0]
-    assert step._cache_size() == max(compiled, 1)
+    assert step._cache_size() == max(num_compiled, 1)

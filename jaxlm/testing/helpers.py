@@ -18,7 +18,7 @@ from jaxlm.spec import Params, State
 
 
 def tiny_variants(families: Sequence[str]) -> tuple[str, ...]:
-    """The tiny variants of the families. A family with several architectures has one for each of them."""
+    """The tiny variants of the families. A family with several architectures has a tiny variant for each of them."""
     return tuple(
         variant for name in families for variant in getattr(family(name), "VARIANTS", {}) if variant.endswith("-tiny")
     )
@@ -29,11 +29,11 @@ TINY = tiny_variants(FAMILIES)
 
 
 FIRST_VARIANTS = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
-"""The first tiny variant of each family of the package. Tests of the others are marked ``thorough``."""
+"""The first tiny variant of each family of the package. Tests of other variants have the mark ``thorough``."""
 
 
 def variant_params(names: Any = TINY) -> list[Any]:
-    """Arguments of ``pytest.mark.parametrize``. All but the first variants of a family are ``thorough``."""
+    """Arguments of ``pytest.mark.parametrize``, with the mark ``thorough`` on all but the first variant of a family."""
     others = set(TINY) - set(FIRST_VARIANTS)
     return [pytest.param(name, marks=pytest.mark.thorough) if name in others else name for name in names]
 
@@ -154,15 +154,15 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: f
     """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
 
     Args:
-        floor: the error of a leaf is divided by at least ``floor`` times the largest value of the tree. So a leaf that
-            is only rounding error does not fail (for example, the gradient of the key bias of attention is 0).
+        floor: the error of a leaf is divided by at least ``floor`` times the largest value of the tree. So leaves that
+            are only rounding errors do not fail. Example: the true gradient of the key bias of attention is 0.
     """
     expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
-    smallest = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
+    min_scale = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
     errors = {}
     for (path, leaf), want in zip(jax.tree_util.tree_flatten_with_path(actual)[0], expected_leaves, strict=True):
         error = relative_error(leaf, want)
-        scale = min(1.0, np.max(np.abs(want), initial=0.0) / max(smallest, 1e-30))
+        scale = min(1.0, np.max(np.abs(want), initial=0.0) / max(min_scale, 1e-30))
         errors[jax.tree_util.keystr(path)] = error * scale
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"

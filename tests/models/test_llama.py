@@ -57,11 +57,11 @@ def test_published_parameter_counts(name, count):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pattern": ("window",)}, r"window=None and pattern=\('window',\): set both, or no window in either of them"),
-        ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\): set both"),
+        ({"pattern": ("window",)}, r"window=None and pattern=\('window',\) contradict each other: set window if and"),
+        ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\) contradict each other"),
         ({"pattern": ("local",)}, r"each entry must be full or window or no_positions"),
         ({"window_rotary_base": 100.0}, "window_rotary_base=100.0 needs layers with a window"),
-        ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs equal layers"),
+        ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
         ({"block": "gemma", "num_experts": 4}, "block='gemma' needs num_experts=None, got 4"),
         ({"block": "phi"}, "block='phi' is unknown"),
     ],
@@ -226,7 +226,7 @@ def test_task_none_has_no_head():
         ({"num_experts": 4, "expert_interval": 0}, "expert_interval=0 must be at least 1"),
         (
             {"num_experts": 4, "dense_layers": (1,), "scan_layers": True},
-            "scan_layers=True needs equal layers, but only 1 of 2 layers have experts",
+            "scan_layers=True needs layers of one kind, but only 1 of 2 layers have experts",
         ),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
         (

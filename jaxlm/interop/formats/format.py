@@ -1,6 +1,6 @@
 """``Format``: the names of a family's parameters and config fields in Hugging Face files.
 
-Abbreviation in this package: HF is Hugging Face.
+In this package, HF means Hugging Face.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NATIVE_PREFIX = "jaxlm-"
 class Format:
     """The names of one HF ``model_type``. A family has a tuple of formats.
 
-    A field that ``config.json`` lacks has its value in ``default_fields``, or else the default of jaxlm's ``Config``.
-    So these values must be equal to the HF defaults.
+    If ``config.json`` lacks a field, the field gets its value in ``default_fields`` or, if it has no value there, the
+    default of jaxlm's ``Config``. So these values must be equal to the HF defaults.
 
     Attributes:
         architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
@@ -44,21 +44,22 @@ class Format:
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
             function raises a ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
-        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the number of the layer, and
-            ``{expert}`` the number of the expert, if files have one tensor for each expert. If a model has no parameter
+        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the index of the layer, and
+            ``{expert}`` the index of the expert, if files have one tensor for each expert. If a model has no parameter
             with this path, its files do not contain the tensor. If several parameters of a model have the same tensor,
             the tensor is their concatenation along the first axis, in the order of this mapping.
-        values: HF config field -> {HF value: jaxlm value} of all supported values, for fields whose values differ.
+        values: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values have
+            different names in HF and jaxlm.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
             the field is also present with the same value, because transformers applies the alias after it has derived
             other values from the field.
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
-        unprefixed_tensors: as ``tensors``, for tensors whose names never have the ``prefix``.
+        unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.
         layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, if the HF tensor has another
             shape.
-        tied_tensors: name of a tensor (without ``prefix``) that a file may additionally contain -> path of the jaxlm
+        tied_tensors: name of an additional tensor (without ``prefix``) that a file may contain -> path of the jaxlm
             parameter that must be equal to the tensor.
         renamed: suffix of a tensor name in old files -> suffix of the current name.
         ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.

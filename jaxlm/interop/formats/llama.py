@@ -43,7 +43,7 @@ def _write_mixtral(cfg: Config) -> dict[str, Any]:
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("num_local_experts", 8) is None:
-        raise ValueError("num_local_experts=null: set the number of experts, as model_type='mixtral' has experts")
+        raise ValueError("num_local_experts=null: set the number of experts, because model_type='mixtral' has experts")
     return _read_mistral({"sliding_window": None, **config})  # Mixtral's default
 
 
@@ -104,7 +104,7 @@ def _write_qwen3_moe(cfg: Config) -> dict[str, Any]:
 
 
 def _shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
-    """The shortest pattern whose repetition gives these kinds; None if all layers are equal and have positions."""
+    """The shortest pattern whose repetition gives these kinds; None if all layers are full or all are window."""
     num_layers = len(kinds)
     lengths = (n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
     pattern = tuple(kinds[: next(lengths, 0)])
@@ -165,7 +165,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_gemma3(cfg: Config) -> dict[str, Any]:
     kinds, width = layer_kinds(cfg), head_sizes(cfg)[2]
     if "no_positions" in kinds:
-        raise ValueError("a model with layers without positions cannot be written as model_type='gemma3_text'")
+        raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
     if "window" in kinds and cfg.window_rotary_base is None:
         raise ValueError("model_type='gemma3_text' needs window_rotary_base: set it to rotary_base")
     fields: dict[str, Any] = {
@@ -179,8 +179,8 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
 
 
 _LLAMA_BLOCK = {"block": "llama", "attention_scale": None, "window_rotary_base": None}
-_PLAIN = {**_LLAMA_BLOCK, "pattern": None}
-_DENSE = {**_PLAIN, "qk_norm": False, "num_experts": None}
+_NO_PATTERN = {**_LLAMA_BLOCK, "pattern": None}
+_NO_EXPERTS = {**_NO_PATTERN, "qk_norm": False, "num_experts": None}
 _LLAMA = Format(
     architectures={
         "LlamaForCausalLM": {"task": "causal"},
@@ -190,7 +190,7 @@ _LLAMA = Format(
     },
     model_type="llama",
     prefix="model.",
-    default_fields={**_DENSE, "qkv_bias": False, "window": None},
+    default_fields={**_NO_EXPERTS, "qkv_bias": False, "window": None},
     hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
@@ -246,7 +246,7 @@ _MISTRAL = dataclasses.replace(
         "MistralForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="mistral",
-    default_fields={**_DENSE, "qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
+    default_fields={**_NO_EXPERTS, "qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
     read_fields=_read_mistral,
     write_fields=_write_mistral,
     required={"hidden_act": "silu"},
@@ -256,7 +256,7 @@ _MIXTRAL = dataclasses.replace(
     architectures={name.replace("Mistral", "Mixtral"): fields for name, fields in _MISTRAL.architectures.items()},
     model_type="mixtral",
     default_fields={
-        **_PLAIN,
+        **_NO_PATTERN,
         "qkv_bias": False,
         "qk_norm": False,
         "expert_dim": None,
@@ -297,7 +297,7 @@ _QWEN2 = dataclasses.replace(
         "Qwen2ForTokenClassification": {"task": "token_classification"},
     },
     model_type="qwen2",
-    default_fields={**_DENSE, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
+    default_fields={**_NO_EXPERTS, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
     read_fields=_read_qwen2,
     write_fields=_write_qwen2,
     required={"hidden_act": "silu"},
@@ -308,7 +308,7 @@ _QWEN3 = dataclasses.replace(
     architectures={name.replace("Qwen2", "Qwen3"): fields for name, fields in _QWEN2.architectures.items()},
     model_type="qwen3",
     default_fields={
-        **_PLAIN,
+        **_NO_PATTERN,
         "qk_norm": True,
         "num_experts": None,
         "qkv_bias": False,
@@ -330,7 +330,7 @@ _QWEN3_MOE = dataclasses.replace(
     architectures={name.replace("Qwen2", "Qwen3Moe"): fields for name, fields in _QWEN2.architectures.items()},
     model_type="qwen3_moe",
     default_fields={
-        **_PLAIN,
+        **_NO_PATTERN,
         "qk_norm": True,
         "qkv_bias": False,
         "vocab_size": 151936,
@@ -418,7 +418,7 @@ _GEMMA3 = dataclasses.replace(
 
 
 def _span_qa(table: Format, architecture: str) -> Format:
-    """The format of a question-answering class, in which the base model has another prefix than in other classes."""
+    """The format of a question-answering class. Its base model has another prefix than in the other classes."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**table.default_fields, "task": "span_qa"},

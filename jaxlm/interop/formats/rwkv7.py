@@ -1,7 +1,7 @@
 """Format of :mod:`jaxlm.models.rwkv7`: the tensors of the authors' ``.pth`` files, with their names and shapes.
 
-transformers has no such class, and the authors' files have no config. So ``model_type``, the architectures and the
-names of the config fields are jaxlm's own.
+transformers has no class for RWKV-7, and the authors' files have no config. So jaxlm defines the ``model_type``, the
+architectures and the names of the config fields.
 """
 
 from __future__ import annotations

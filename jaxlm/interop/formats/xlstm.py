@@ -10,10 +10,10 @@ from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.xlstm import Config
 
 NATIVE_IF_UNPUBLISHED = True
-"""A model with sLSTM layers is saved with jaxlm's own names."""
+"""Models that no published format can represent, such as models with sLSTM layers, are saved with jaxlm's names."""
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
-"""HF field -> HF field of the same meaning. Both must be equal, because transformers reads both."""
+"""HF field -> HF field with the same meaning. Both must have the same value, because transformers reads both."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,14 +44,14 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         "num_blocks": cfg.num_layers,
         "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
         "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
-        # Two fields give the width of the MLP. Both change if the width changes, so that neither keeps a loaded value.
+        # The width of the MLP depends on both fields, so both are written: a loaded config may have other values.
         "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
         "ffn_round_up_to_multiple_of": cfg.mlp_dim,
     }
 
 
 def _factor(width: int, embed_dim: int) -> float:
-    """The factor with ``int(embed_dim * factor) == width``. The quotient may be slightly too small."""
+    """The factor with ``int(embed_dim * factor) == width``. Rounding can make the quotient slightly too small."""
     factor = width / embed_dim
     return factor if int(embed_dim * factor) == width else math.nextafter(factor, math.inf)
 

@@ -1,9 +1,9 @@
 """The key-value cache: the keys and values that an attention layer keeps from one call to the next.
 
-Every array has an axis that is named ``batch``, by which beam search, resets and shardings find it. Each row appends at
-its own ``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one token.
-Padding is stored too, with segment id 0, and real tokens do not attend to it. The last axis contains all heads of a
-slot (G * K), because a last axis of width K would leave half of a TPU's vector lanes empty.
+Every array has an axis with the name ``batch``; beam search, resets and shardings find the axis by this name. Each row
+appends at its own ``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one
+token. Padding is stored too, with segment id 0, and real tokens do not attend to it. The last axis contains all heads
+of a slot (G * K), because a last axis of width K would leave half of a TPU's vector lanes empty.
 
 Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
@@ -157,7 +157,7 @@ def rollback(state: Any, dropped_B: jax.Array) -> Any:
 
 @struct.dataclass
 class Context:
-    """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
+    """The positions, the mask and the slots of the new tokens of a call.
 
     Attributes:
         segment_ids: [B, T] of the new tokens; None if there is no state and the caller gave no segment ids.
@@ -193,7 +193,7 @@ def with_window(context: Context, window: int, state: Any) -> Context:
 def make_context(
     tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with these tokens, but not yet their keys and values.
+    """The :class:`Context` of new tokens, and the state with these tokens, but without their keys and values.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.
@@ -211,7 +211,9 @@ def make_context(
         return Context(segment_ids, positions, mask, None, None), None
     S = state["segment_ids"].shape[1]
     if T > S:
-        raise ValueError(f"{T} new tokens do not fit a state of {S} slots: make it with state_specs(cfg, batch, {T})")
+        raise ValueError(
+            f"{T} new tokens do not fit into a state of {S} slots: create the state with state_specs(cfg, batch, {T})"
+        )
     segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     length_B = state["length"]
     if positions is None:

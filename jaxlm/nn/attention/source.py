@@ -1,4 +1,4 @@
-"""Attention of a decoder to its source: keys and values that are computed once, and rows that share a source.
+"""Cross-attention of a decoder to its source: keys and values that are computed once, and rows that share a source.
 
 Shapes: B rows, N sources, S source time, H heads, K head width.
 """
@@ -27,7 +27,7 @@ def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
 
 
 def project_once(project: SourceKV, layers: Any) -> Any:
-    """The keys and values of the source for all layers, each [N, S, H * K]: part of a decode state.
+    """The keys and values of the source for all layers, each [N, S, H * K]. The decode state contains them.
 
     Args:
         project: projects the encoded source with the weights of a layer.

@@ -80,8 +80,8 @@ def make_streams(
         targets: [B, P] integers, the positions to predict, for ``kind="permuted"``.
     """
     B, T = tokens_BT.shape
-    causal = kind != "bidirectional"
-    context, _ = memory.make_context(tokens_BT, state, segment_ids, causal=causal)
+    is_causal = kind != "bidirectional"
+    context, _ = memory.make_context(tokens_BT, state, segment_ids, causal=is_causal)
     M = 0 if state is None else state["segment_ids"].shape[1]
     sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
     types_BS = token_types
@@ -90,7 +90,7 @@ def make_streams(
     key_order = None
     if order is not None:
         key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
-    elif causal:
+    elif is_causal:
         key_order = context.key_positions
 
     def at_tokens(x_BT: Any) -> Any:
@@ -101,7 +101,7 @@ def make_streams(
             return None
         return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
 
-    def stream(select: Callable[[Any], Any], offset: int, order_BT: Any) -> Stream:
+    def make_stream(select: Callable[[Any], Any], offset: int, order_BT: Any) -> Stream:
         """The queries of one stream.
 
         Args:
@@ -111,7 +111,7 @@ def make_streams(
                 limit.
         """
         mask = Mask(
-            causal=causal,
+            causal=is_causal,
             query_order=order_BT,
             key_order=None if order_BT is None else key_order,
             query_segments=select(context.mask.query_segments),
@@ -125,9 +125,9 @@ def make_streams(
         return Stream(mask, M + offset, query_indices, positions, types)
 
     if kind == "permuted":
-        return stream(at_tokens, 0, order), stream(at_targets, 0, at_targets(order) - 1)
+        return make_stream(at_tokens, 0, order), make_stream(at_targets, 0, at_targets(order) - 1)
     if kind == "bidirectional":
-        return (stream(at_tokens, 0, None),)
+        return (make_stream(at_tokens, 0, None),)
     order_BT = None if state is None and segment_ids is None else context.query_positions
     # A query has the position after its token, because it predicts the next token.
-    return stream(at_tokens, 0, order_BT), stream(at_tokens, 1, order_BT)
+    return make_stream(at_tokens, 0, order_BT), make_stream(at_tokens, 1, order_BT)

@@ -28,8 +28,8 @@ def expert_specs(
     """The specs of ``router`` [D, E], ``gate`` and ``up`` [E, D, F], and ``down`` [E, F, D], all without biases.
 
     Args:
-        shared_hidden: hidden width of a shared expert, which computes every token; None: there is none. Its specs are
-            ``shared``, those of a SwiGLU MLP, and ``shared_gate`` [D, 1].
+        shared_hidden: hidden width of a shared expert, which processes every token. It adds the specs ``shared`` (a
+            SwiGLU MLP) and ``shared_gate`` [D, 1]. None: no shared expert.
     """
 
     def weight(shape: tuple[int, int], axes: tuple[str, str]) -> dict[str, ArraySpec]:
@@ -67,13 +67,13 @@ def mixture_of_experts(
         params: see :func:`expert_specs`.
         num_selected: N, the number of experts that each token selects.
         renormalize: whether the weights of a token sum to 1; otherwise, they are its router probabilities.
-        keep_BT: False at padding tokens. Their output is not defined, and they count in no statistic. None: no padding.
-        capacity_factor: the experts of a row accept at most this multiple of their mean number of tokens
-            (``jaxlm.nn.experts.capacity``). Other assignments of the row are DROPPED: the expert adds 0. None: no
-            assignment is dropped.
-        implementation: of experts without a capacity. None chooses the fastest one known. The choices are
+        keep_BT: False at padding tokens. Their output is not defined, and the statistics ignore them. None: no padding.
+        capacity_factor: in each row, an expert accepts at most this multiple of the mean number of tokens per expert
+            (``jaxlm.nn.experts.capacity``). It drops the other tokens that selected it: it adds 0 to them. None: no
+            limit.
+        implementation: how experts without a capacity are computed. None selects the fastest known. The choices are
 
-            - ``reference``: the plain definition; every expert computes every token.
+            - ``reference``: the plain definition; every expert processes every token.
             - ``ragged_dot``: tokens sorted by expert, and ``jax.lax.ragged_dot``.
             - ``blocks``: tokens sorted by expert, and a loop over blocks of tokens that have the same expert.
 

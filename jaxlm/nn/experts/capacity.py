@@ -1,7 +1,8 @@
 """Mixture of experts with a capacity (Lepikhin et al. 2021, Fedus et al. 2022): experts have a fixed number of slots.
 
-All arrays have static shapes, so that tokens and experts can be on different devices: on a mesh whose axis splits the
-batch and the experts, tokens move to the devices of their experts and back with an all-to-all.
+All arrays have static shapes, so that tokens and experts can be on different devices. If a mesh axis splits both the
+batch and the experts, one all-to-all moves tokens to the devices of their experts, and another one moves the outputs
+back.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert, C slots
 of an expert in a row, A = T * N assignments of a row, P = E * C slots of a row.
@@ -26,27 +27,28 @@ def with_capacity(
     """The weighted sum of the outputs of the experts that accepted the token, [B, T, D].
 
     In each row, an expert accepts at most ``factor * (tokens of the row) * N / E`` tokens, rounded up. Earlier tokens
-    come first, so the result for a token depends on later tokens only through the number of tokens. An expert that did
-    not accept a token adds 0 to its output. So a token that no expert accepted has the output 0, and only the residual
-    connection carries it. Padding tokens get no slot. Their output is not defined.
+    have priority, so the result for a token depends on the number of later tokens, but not on their values. An expert
+    that did not accept a token adds 0 to its output. If no expert accepts a token, its output is 0, and only the
+    residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
-    limits = np.minimum(np.ceil(factor * np.arange(T + 1) * N / E), T).astype(np.int32)  # by the number of tokens
-    C, A, P = int(limits[T]), T * N, E * int(limits[T])
+    limit_by_num_tokens = np.minimum(np.ceil(factor * np.arange(T + 1) * N / E), T).astype(np.int32)
+    C = int(limit_by_num_tokens[T])
+    A, P = T * N, E * C
     # The slot of a token depends on all earlier tokens of its row, so all tokens of a row must be on one device.
     x_BTD = constrain(x_BTD, ("batch", None, "activation_embed"))
     keep_BT = jnp.ones_like(routing.experts[:, :, 0], bool) if keep_BT is None else keep_BT
-    limit_B = jnp.asarray(limits)[jnp.sum(keep_BT, axis=1)]
+    limit_B = jnp.asarray(limit_by_num_tokens)[jnp.sum(keep_BT, axis=1)]
     is_expert_BAE = jax.nn.one_hot(routing.experts, E, dtype=jnp.int32).reshape(B, A, E)
     is_expert_BAE = is_expert_BAE * jnp.repeat(keep_BT, N, axis=1)[..., None]
     position_BA = jnp.sum(jnp.cumsum(is_expert_BAE, axis=1) * is_expert_BAE, axis=2) - 1  # -1 at padding
     is_accepted_BA = (position_BA >= 0) & (position_BA < limit_B[:, None])
     slot_BA = jnp.where(is_accepted_BA, routing.experts.reshape(B, A) * C + position_BA, P)
 
-    def assignments_of(slot_A: jax.Array) -> jax.Array:
+    def assignment_of_each_slot(slot_A: jax.Array) -> jax.Array:
         return jnp.full(P, A, jnp.int32).at[slot_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
 
-    assignment_BP = jax.vmap(assignments_of)(slot_BA)
+    assignment_BP = jax.vmap(assignment_of_each_slot)(slot_BA)
     x_BAD = jnp.broadcast_to(x_BTD[:, :, None], (B, T, N, D)).reshape(B, A, D)
     x_BECD = jax.vmap(permute_rows)(x_BAD, assignment_BP, slot_BA).reshape(B, E, C, D)
     y_BECD = _run_experts(weights, x_BECD)
@@ -55,7 +57,7 @@ def with_capacity(
 
 
 def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
-    """The output of expert e for the tokens in its slots ``x[:, e]``. Both changes of sharding are all-to-alls."""
+    """The outputs of the experts: expert e processes its slots ``x[:, e]``. Both resharding steps are all-to-alls."""
     x_BECD = constrain(x_BECD, ("batch", None, None, "activation_embed"))
     x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
 

@@ -1,9 +1,9 @@
-"""Mixture of experts in which each expert computes exactly its tokens, however many there are (Gale et al. 2023).
+"""Mixture of experts in which each expert processes all tokens that selected it, without a limit (Gale et al. 2023).
 
-The assignments of tokens to experts are sorted by expert. Then one grouped matmul computes all experts.
+The assignments of tokens to experts are sorted by expert. Then one grouped matmul computes the matmuls of all experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
-A = B * T * N assignments, S rows of a block, P slots (rows of all blocks), C and D' inputs and outputs of a matmul.
+A = B * T * N assignments, S rows of a block, P slots (rows of all blocks), C input and D output width of a matmul.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxlm.sharding import map_shards
 
 GroupedMatmul = Literal["ragged_dot", "blocks"]
 SAVED = "experts"
-"""Name of the outputs of grouped matmuls, so that rematerialization can save them (``jax.ad_checkpoint``)."""
+"""Checkpoint name of the outputs of grouped matmuls; a rematerialization policy can save them by this name."""
 
 
 def dropless(
@@ -35,8 +35,8 @@ def dropless(
 ) -> jax.Array:
     """The weighted sum of the selected experts' outputs for each token, [B, T, D]; not defined at padding.
 
-    On a mesh, each device sorts its tokens. If experts or their hidden width are split, each device computes its part
-    of the experts for the tokens of all devices that have the other parts, and the results are added.
+    On a mesh, each device sorts its tokens. If mesh axes split the experts or their hidden width, each device applies
+    its part of the experts to the tokens of all devices along these axes, and the results are summed.
     """
     num_experts = weights["gate"].shape[0]
     experts_BTN = routing.experts
@@ -52,25 +52,25 @@ def dropless(
         out_axes=tokens,
         sum_over=("expert", "mlp"),
     )  # fmt: skip
-    numbers_E = jnp.arange(num_experts, dtype=jnp.int32)
+    indices_E = jnp.arange(num_experts, dtype=jnp.int32)
     weights_BTN = routing.weights.astype(x_BTD.dtype)
-    return run(x_BTD, weights_BTN, experts_BTN, numbers_E, weights["gate"], weights["up"], weights["down"])
+    return run(x_BTD, weights_BTN, experts_BTN, indices_E, weights["gate"], weights["up"], weights["down"])
 
 
 def _run_experts(
     x_BTD: jax.Array,
     weights_BTN: jax.Array,
     experts_BTN: jax.Array,
-    numbers_E: jax.Array,
+    indices_E: jax.Array,
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
     down_EFD: jax.Array,
     *,
     grouped_matmul: GroupedMatmul,
 ) -> jax.Array:
-    """The output of the experts with the consecutive numbers ``numbers_E``; other experts add 0."""
-    (B, T, D), N, E = x_BTD.shape, experts_BTN.shape[2], numbers_E.shape[0]
-    expert_A = experts_BTN.reshape(-1) - numbers_E[0]
+    """The output of the experts with the consecutive indices ``indices_E``; other experts add 0."""
+    (B, T, D), N, E = x_BTD.shape, experts_BTN.shape[2], indices_E.shape[0]
+    expert_A = experts_BTN.reshape(-1) - indices_E[0]
     S = choices.expert_block_rows(expert_A.shape[0], E) if grouped_matmul == "blocks" else 1
     groups = group_by_expert(expert_A, E, S)
     matmul = functools.partial(_MATMULS[grouped_matmul], groups=groups)
@@ -87,8 +87,8 @@ def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
 
 def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
     """The grouped matmul as a loop over blocks of rows that have the same expert."""
-    blocks = groups.block_experts.shape[0]
-    y = _block_matmul(x_PC.reshape(blocks, -1, x_PC.shape[1]), w_ECD, groups.block_experts)
+    num_blocks = groups.block_experts.shape[0]
+    y = _block_matmul(x_PC.reshape(num_blocks, -1, x_PC.shape[1]), w_ECD, groups.block_experts)
     return checkpoint_name(y.reshape(-1, y.shape[2]), SAVED)
 
 

@@ -1,4 +1,4 @@
-"""The definition of a mixture of experts: every expert computes every token.
+"""The definition of a mixture of experts: every expert processes every token.
 
 Shapes: B batch, T time, D model width, E experts, F hidden width of an expert.
 """

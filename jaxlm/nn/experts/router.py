@@ -1,4 +1,4 @@
-"""The router of a mixture of experts, and the losses of its load (Shazeer et al. 2017, Fedus et al. 2022).
+"""The router of a mixture of experts, and its auxiliary losses (Shazeer et al. 2017, Fedus et al. 2022).
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, L layers.
 """
@@ -14,7 +14,7 @@ from jaxlm.spec import Params
 
 
 class Routing(NamedTuple):
-    """The experts of each token.
+    """The selected experts of each token, their weights, and the outputs of the router.
 
     Attributes:
         experts: [B, T, N] int32, the experts with the highest probabilities, in descending order of probability.
@@ -34,7 +34,7 @@ def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: b
 
     Args:
         params: ``weight`` [D, E].
-        renormalize: divide the weights of a token by their sum (Mixtral). Otherwise, they are the probabilities.
+        renormalize: divide the weights of a token by their sum (Mixtral). Otherwise, the weights are the probabilities.
     """
     logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), params["weight"].astype(jnp.float32))
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -45,7 +45,7 @@ def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: b
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over the tokens of a layer, without padding, in float32. Several layers are stacked.
+    """Sums over the tokens of a layer, without padding, in float32. The sums of several layers are stacked.
 
     Attributes:
         tokens: [] or [L], the number of tokens.
@@ -61,29 +61,29 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(routing: Routing, keep_BT: jax.Array | None) -> RouterStatistics:
-    """The statistics of one layer. Only tokens with ``keep_BT`` count; None: all tokens."""
+    """The statistics of one layer over the tokens with ``keep_BT``; None: over all tokens."""
     num_experts = routing.logits.shape[-1]
     keep_BT = jnp.ones_like(routing.logits[:, :, 0], bool) if keep_BT is None else keep_BT
     is_selected_BTE = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=2)
 
-    def sum_of(x: jax.Array) -> jax.Array:
+    def sum_over_tokens(x: jax.Array) -> jax.Array:
         keep = keep_BT.reshape(*keep_BT.shape, *[1] * (x.ndim - 2))
         return jnp.sum(jnp.where(keep, x, 0.0), axis=(0, 1))
 
     return RouterStatistics(
         tokens=jnp.sum(keep_BT, dtype=jnp.float32),
-        selections=sum_of(is_selected_BTE),
-        probabilities=sum_of(routing.probabilities),
-        squared_logsumexp=sum_of(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
+        selections=sum_over_tokens(is_selected_BTE),
+        probabilities=sum_over_tokens(routing.probabilities),
+        squared_logsumexp=sum_over_tokens(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
     )
 
 
 def load_balance_loss(statistics: RouterStatistics) -> jax.Array:
-    """``E * sum over experts of (fraction of tokens that selected the expert) * (its mean probability)``.
+    """``E * sum over experts of (fraction of tokens that selected the expert) * (mean probability of the expert)``.
 
     This is eq. 4 of Fedus et al. 2022 (Switch Transformer) without its coefficient. With N selected experts per token,
-    the fractions sum to N, and a uniform router has the loss N. As in transformers, the fractions and the means are
-    over the tokens of all layers together. Without tokens, the loss is 0. The fractions have no gradient.
+    the fractions sum to N, and a uniform router has the loss N. As in Hugging Face transformers, the fractions and the
+    means are over the tokens of all layers together. Without tokens, the loss is 0. The fractions have no gradient.
     """
     selections, probabilities, tokens = (
         jnp.sum(x.reshape(-1, *x.shape[x.ndim - axes :]), axis=0)

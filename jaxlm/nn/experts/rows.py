@@ -1,4 +1,4 @@
-"""Permutations of rows whose gradient is a gather, and the order of the rows that a grouped matmul needs.
+"""Permutations of rows whose gradient is a gather, and the grouping of rows by expert for grouped matmuls.
 
 An assignment is a pair of a token and one of its selected experts.
 
@@ -18,9 +18,9 @@ def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> j
     """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
 
     Args:
-        index_Q: for each row of the result, its row in ``x``. No row of ``x`` occurs twice.
-        inverse_R: for each row of ``x``, its row in the result; out of range if it has none. The gradient is a gather
-            with ``inverse_R``, because the scatter of autodiff is slow.
+        index_Q: for each row of the result, its index in ``x``. No row of ``x`` occurs twice.
+        inverse_R: for each row of ``x``, its index in the result; out of range if the result does not contain it. The
+            gradient is a gather with ``inverse_R``, because the scatter that autodiff would use is slow.
     """
     return _gather_rows(x_RD, index_Q)
 
@@ -41,7 +41,7 @@ permute_rows.defvjp(_permute_forward, _permute_backward)
 
 
 class Groups(NamedTuple):
-    """The assignments in the order of their experts. The slots of each expert begin at a multiple of S.
+    """The assignments, sorted by expert. The first slot of each expert is a multiple of S.
 
     Attributes:
         assignments: [P], the assignment in each slot; A for an empty slot.
@@ -57,7 +57,7 @@ class Groups(NamedTuple):
 
 
 def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> Groups:
-    """The assignments, sorted by their expert, with ``block_rows`` slots per block.
+    """The assignments, sorted by expert, with ``block_rows`` slots per block.
 
     Args:
         expert_A: the expert of each assignment. An assignment whose expert is not in [0, E) gets no slot.

@@ -1,11 +1,11 @@
 """The cells of an LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and a GRU (Cho et al. 2014), and their specs.
 
 A layer first computes the contribution of the inputs to all gates (:func:`project`), then loops over a cell, which adds
-the contribution of the state. Other loops can use the cells too, such as a decoder with attention. The conventions
-are those of torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
+the contribution of the state. Other loops, such as a decoder with attention, can also use the cells. The conventions
+are as in torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
 
-The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width (K
-for the second hidden axis).
+The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width
+(K: the same width, on the output axis of a weight).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ one matmul computes all gates; or ``before`` it, to the state itself (Cho et al.
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. The default ``init`` is that of torch: uniform in ``+- 1 / sqrt(width)``."""
+    """The specs of one LSTM layer. The default ``init`` is as in torch: uniform in ``+- 1 / sqrt(width)``."""
     return _specs(4, inputs, width, init)
 
 

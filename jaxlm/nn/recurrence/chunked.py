@@ -1,9 +1,9 @@
 """LSTM and GRU layers that run in chunks of time, with a custom gradient; the default of ``jaxlm.nn.recurrence``.
 
 The forward pass of a chunk multiplies all its inputs with the weights in one matmul, then loops over its steps. The
-backward pass loops over the steps, then computes the weight gradients of the chunk in one matmul each. So the matmuls
-are large, and the arrays of a chunk stay in the cache of a CPU. Unlike with autodiff, no loop over steps carries a
-weight gradient. A single chunk gives the usual implementation: one matmul for all inputs before the loop.
+backward pass loops over the steps, then computes each weight gradient of the chunk in one matmul. So the matmuls are
+large, and the arrays of a chunk stay in the cache of a CPU. Unlike with autodiff, no loop over steps carries a weight
+gradient. With a single chunk, this is the usual implementation: one matmul for all inputs before the loop.
 
 The backward pass needs the gates of each step (and the cell of an LSTM). With ``remat`` it recomputes the gates from
 the states before the steps. These states are known, so the gates of a chunk are computed without a loop.
@@ -11,8 +11,8 @@ the states before the steps. These states are known, so the gates of a chunk are
 One ``tanh`` computes the nonlinearities of all gates of a step, with ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. XLA
 would recompute separate nonlinearities in every fusion that reads them.
 
-Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K for the second
-hidden axis).
+Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K: the same width,
+on the output axis of a weight).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Cell(NamedTuple):
     """The functions of a recurrent cell, for arrays of one step [B, ...] or of a chunk [B, C, ...]."""
 
     products: tuple[int, ...]
-    """The number of gates in each product with a state. ``weight_hidden`` has one part per product."""
+    """The number of gates in each matmul of a state with hidden weights. ``weight_hidden`` has one part per matmul."""
     gates: Callable[[Weights, Projected, jax.Array], Residuals]
-    """``gates(weights, projected, hidden)``: the gates of a step or a chunk."""
+    """``gates(weights, projected, hidden)``: the gates of a step or of all steps of a chunk."""
     advance: Callable[[Residuals, State], State]
     """``advance(gates, before)``: the state after the step."""
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
@@ -122,9 +122,9 @@ def _forward(
         def body(i: Any, carry: Any) -> Any:
             state, stored = carry
             i = steps - 1 - i if reverse else i
-            state, new = step(state, _projected_at(projected_BCGH, i), _mask_at(masks, start + i))
+            state, outputs = step(state, _projected_at(projected_BCGH, i), _mask_at(masks, start + i))
             return state, tuple(
-                _write_at(array, x, start + i, axis) for array, x, axis in zip(stored, new, axes, strict=True)
+                _write_at(array, x, start + i, axis) for array, x, axis in zip(stored, outputs, axes, strict=True)
             )
 
         return lax.fori_loop(0, steps, body, carry)
@@ -143,11 +143,11 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     cells, gates = residuals[: len(first) - 1], residuals[len(first) - 1 :]
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
-    split = _split_hidden(cell, weights)
+    split_weights = _split_hidden(cell, weights)
     # The weights are transposed once for all steps, except if B = 1. Time per step on a CPU, without and with the
     # transposed copy: B1 H650: 41 and 56 us; B4 H512: 145 and 37 us; B32 H512: 260 and 166 us. A matmul for all rows of
     # a chunk takes the same time with and without the copy.
-    transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split["weight_hidden"])
+    transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
     def step(dafter: State, gates: Residuals, before: State, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
@@ -158,11 +158,13 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
 
     def run_chunk(begin: Any, steps: int, carry: Any) -> Any:
         start = begin if reverse else T - begin - steps  # the forward pass in reverse order
-        dstate, dx_BTD, totals = carry
+        dstate, dx_BTD, dweight_sums = carry
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, start, steps, 1)
         hidden_BCH = _hidden_before(hidden_BTH, first[0], masks, start, steps, reverse)
         if remat:
-            recomputed = cell.gates(split, _projected(_project(split, x_BCD)), hidden_BCH.astype(jnp.float32))
+            recomputed = cell.gates(
+                split_weights, _projected(_project(split_weights, x_BCD)), hidden_BCH.astype(jnp.float32)
+            )
             chunk_gates = tuple(x.astype(dtype) for x in recomputed)
 
         def body(i: Any, carry: Any) -> Any:
@@ -171,8 +173,8 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
             step_gates = _gates_at(chunk_gates, i, 1) if remat else _gates_at(gates, start + i, 0)
             before = (_read_at(hidden_BCH, i, 1).astype(jnp.float32), *(_read_at(x, start + i, 0) for x in cells))
             doutput = _read_at(doutput_BTH, start + i, 1).astype(jnp.float32)
-            dstate, new = step((dstate[0] + doutput, *dstate[1:]), step_gates, before, _mask_at(masks, start + i))
-            return dstate, tuple(_write_at(array, x, i, 1) for array, x in zip(stored, new, strict=True))
+            dstate, outputs = step((dstate[0] + doutput, *dstate[1:]), step_gates, before, _mask_at(masks, start + i))
+            return dstate, tuple(_write_at(array, x, i, 1) for array, x in zip(stored, outputs, strict=True))
 
         stored = tuple(_zeros(x, steps, 1) for x in examples)
         dstate, (dproduct_BCGH, *dprojected_args) = lax.fori_loop(0, steps, body, (dstate, stored))
@@ -180,23 +182,24 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
             chunk_gates = tuple(jnp.moveaxis(lax.dynamic_slice_in_dim(x, start, steps, 0), 0, 1) for x in gates)
         dprojected_BCGH = cell.dprojected(dproduct_BCGH, *dprojected_args)
         dx_BCD = transpose_input(dprojected_BCGH).astype(dtype)
-        new = {
+        chunk_dweights = {
             "weight_input": _outer(x_BCD, dprojected_BCGH),
             "bias": jnp.sum(dprojected_BCGH, axis=(0, 1), dtype=jnp.float32),
             **cell.dweights(chunk_gates, hidden_BCH, dproduct_BCGH),
         }
-        totals = new if totals is None else jax.tree.map(jnp.add, totals, new)
-        return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1), totals
+        dweight_sums = chunk_dweights if dweight_sums is None else jax.tree.map(jnp.add, dweight_sums, chunk_dweights)
+        return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1), dweight_sums
 
     if remat:
-        example_gates = _gates_at(cell.gates(split, _projected(_project(split, x_BTD[:, :1])), hidden_BTH[:, :1]), 0, 1)
+        projected = _projected(_project(split_weights, x_BTD[:, :1]))
+        example_gates = _gates_at(cell.gates(split_weights, projected, hidden_BTH[:, :1]), 0, 1)
     else:
         example_gates = _gates_at(gates, 0, 0)
     _, examples = step(dlast, example_gates, first, _mask_at(masks, 0))
     # The first chunk runs before the loop, because its weight gradients initialise the sums.
     carry = run_chunk(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
-    dfirst, dx_BTD, totals = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
-    dweights = {name: total.astype(weights[name].dtype) for name, total in totals.items()}
+    dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
+    dweights = {name: x.astype(weights[name].dtype) for name, x in dweight_sums.items()}
     return dweights, dx_BTD, dfirst, None
 
 
@@ -362,21 +365,25 @@ def _product(hidden: jax.Array, weight_HGK: jax.Array) -> jax.Array:
 
 def _split_hidden(cell: Cell, weights: Weights) -> Weights:
     """The weights with ``weight_hidden`` split into the parts of ``cell.products``, outside of all loops."""
-    cuts = np.cumsum(cell.products)[:-1].tolist()
-    return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], cuts, axis=1)}
+    split_points = np.cumsum(cell.products)[:-1].tolist()
+    return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], split_points, axis=1)}
 
 
 def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
-    """A function that multiplies [..., G, H] with the transposed weights, to [..., D]; ``copy``: transpose now."""
+    """A function that multiplies [..., G, H] with the transposed weights and returns [..., D].
+
+    Args:
+        copy: whether to transpose the weights once in advance.
+    """
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
-        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # one axis, because XLA would transpose to contract two
+        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before it contracts two axes
 
         def multiply(dtotal: jax.Array) -> jax.Array:
             dtotal_NX = dtotal.reshape(-1, weight_DX.shape[1])
             return lax.dot_general(dtotal_NX, weight_DX, (((1,), (1,)), ((), ()))).reshape(*dtotal.shape[:-2], -1)
 
         return multiply
-    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # once for all steps, because XLA would transpose in each step
+    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # otherwise XLA would transpose in each step
 
     def multiply_copy(dtotal: jax.Array) -> jax.Array:
         dtotal = dtotal.astype(weight_GHD.dtype)
@@ -408,7 +415,7 @@ def _hidden_before(
 
 
 def _outer(x_BCH: jax.Array, dtotal_BCGK: jax.Array) -> jax.Array:
-    # Batch and time are merged, because XLA would transpose x to contract two axes.
+    # Batch and time are merged into one axis, because XLA would transpose x before it contracts two axes.
     x_NH, dtotal_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dtotal_BCGK))
     return jnp.einsum("NH,NGK->HGK", x_NH, dtotal_NGK).astype(jnp.float32)
 

@@ -24,9 +24,9 @@ def lstm(
     """
     reason = choices.wrong_platform("cudnn")
     if reason is not None:
-        raise ValueError(f"implementation='cudnn' {reason}: leave it out")
+        raise ValueError(f"implementation='cudnn' {reason}: choose 'chunked'")
     if x_BTD.dtype != jnp.float32:
-        raise ValueError(f"implementation='cudnn' computes in float32, not in {x_BTD.dtype}: choose 'chunked'")
+        raise ValueError(f"implementation='cudnn' supports only float32, got {x_BTD.dtype}: choose 'chunked'")
     if reset_BT is not None:
         raise ValueError("implementation='cudnn' cannot reset the state at segment boundaries: choose 'chunked'")
     from jax.experimental import rnn
@@ -36,12 +36,12 @@ def lstm(
     if keep_BT is not None:
         lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens becomes NaN below
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
-    real_BT = time_BT < lengths_B[:, None]
+    is_real_BT = time_BT < lengths_B[:, None]
     # cuDNN reads only forward. To read backward, reverse the tokens of each row and keep its padding at the end.
-    order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
+    order_BT1 = jnp.where(is_real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
     if reverse:
         x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
-    # One flat array: input weights, hidden weights, and two biases, each in the order (gates, outputs, inputs).
+    # cuDNN takes one flat array: input weights, hidden weights, two biases; each in the order (gates, outputs, inputs).
     matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
     bias = params["bias"].astype(jnp.float32).ravel()
     weights = jnp.concatenate(
@@ -55,10 +55,10 @@ def lstm(
     if keep_BT is not None:
         # The output at padding is the unchanged state. In a reverse layer, padding at the end of a row comes before all
         # tokens, so its state is the initial state.
-        pad_BH = initial[0][0] if reverse else hidden_BH
-        hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
+        padding_output_BH = initial[0][0] if reverse else hidden_BH
+        hidden_BTH = jnp.where(is_real_BT[:, :, None], hidden_BTH, padding_output_BH[:, None])
         # cuDNN supports padding only at the end of a row. Other rows give NaN.
-        invalid_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
+        invalid_B1 = jnp.any(is_real_BT != keep_BT, axis=1, keepdims=True)
         hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
         hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
     return hidden_BTH, {"hidden": hidden_BH, "cell": cell_BH}

@@ -67,7 +67,7 @@ def lstm(
 def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array) -> dict[str, jax.Array]:
     """The state of an LSTM layer after each token: ``hidden`` and ``cell``, [B, T, H] float32.
 
-    :func:`lstm`, which is faster, returns the cell of the last token only. The masks are those of :func:`lstm`.
+    :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`.
     """
 
     def step(state: Any, inputs: Any) -> Any:
@@ -98,8 +98,8 @@ def gru(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
 
-    The arguments are those of :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. The reset gate is
-    applied after the product with the hidden weights if the parameters contain ``bias_hidden``, otherwise before it.
+    The arguments are as in :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. If the parameters
+    contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise before it.
     """
     _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
@@ -183,16 +183,16 @@ def _layer(
 def _reference(
     step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, reverse: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The hidden states and the last state of a ``lax.scan`` over the cell, with the gradient of autodiff."""
+    """The hidden states and the last state of a ``lax.scan`` over the cell. Autodiff computes the gradient."""
 
     def scan_step(state: State, inputs: Any) -> Any:
         projected_BGH, mask = inputs
         if mask is not None:
             state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}
-        new = step(params, projected_BGH, state)
+        new_state = step(params, projected_BGH, state)
         if mask is not None:
-            new = {name: jnp.where(mask[1], new[name], old) for name, old in state.items()}
-        return new, new["hidden"].astype(x_BTD.dtype)
+            new_state = {name: jnp.where(mask[1], new_state[name], old) for name, old in state.items()}
+        return new_state, new_state["hidden"].astype(x_BTD.dtype)
 
     projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
     time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))

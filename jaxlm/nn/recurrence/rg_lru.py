@@ -126,8 +126,8 @@ def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: An
     starts_BT = jnp.zeros_like(x_BTW[:, :, 0], bool) if reset_BT is None else reset_BT
     if state_BW is not None:
         return starts_BT
-    real_BT = jnp.ones_like(starts_BT) if keep_BT is None else keep_BT
-    return starts_BT | (real_BT & (jnp.cumsum(real_BT, axis=1) == 1))
+    is_real_BT = jnp.ones_like(starts_BT) if keep_BT is None else keep_BT
+    return starts_BT | (is_real_BT & (jnp.cumsum(is_real_BT, axis=1) == 1))
 
 
 def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,9 +136,9 @@ def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple
     softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
     log_decay = -LOG_DECAY_SCALE * softplus * recurrence_gate
     # With m = a - 1, 1 - a^2 = -m (2 + m). This form is accurate for decays near 1.
-    minus_one = jnp.expm1(log_decay)
-    scale = jnp.where(is_first, 1.0, _sqrt(-minus_one * (2.0 + minus_one)))
-    return 1.0 + minus_one, scale * (input_gate * x.astype(jnp.float32))
+    decay_minus_one = jnp.expm1(log_decay)
+    scale = jnp.where(is_first, 1.0, _sqrt(-decay_minus_one * (2.0 + decay_minus_one)))
+    return 1.0 + decay_minus_one, scale * (input_gate * x.astype(jnp.float32))
 
 
 def _gate(params: Params, x: jax.Array) -> jax.Array:

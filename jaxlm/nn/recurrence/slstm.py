@@ -12,14 +12,14 @@ Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R
 are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the authors' code (the
 paper also allows an exponential).
 
-At the first step of a document, m before the step is -inf, so that ``m_1 = log i_1``. The state of a new document is 0.
-As in the authors' code, ``n = 0`` identifies this state, because n is at least 1 after each step.
+At the first step of a document, the previous m counts as -inf, so that ``m_1 = log i_1``. All states of a new document
+are 0. As in the authors' code, ``n = 0`` identifies a new document, because n is at least 1 after each step.
 
 The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
 and computes the gradient of R in one matmul per chunk.
 
-Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q for the second one), C
-chunks, L steps of a chunk.
+Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q: the same width, on the
+output axis of R), C chunks, L steps of a chunk.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
     H, P = params["weight_hidden"].shape[:2]
     if projected.ndim != 5 or projected.shape[2:] != (H, 4, P) or not projected.shape[1]:
         raise ValueError(
-            f"the input {list(projected.shape)} must be [batch, time, heads, gates, width] with at least one step and "
-            f"{[H, 4, P]} heads, gates and width of the parameters"
+            f"the input {list(projected.shape)} must be [batch, time, heads, gates, width], with at least one step and "
+            f"with the heads, gates and width of the parameters, {[H, 4, P]}"
         )
     for name in STATES if state is not None else ():
         shape = (projected.shape[0], H, P)
@@ -200,13 +200,13 @@ def _chunked(
 def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State) -> Any:
     T = projected_TBHGP.shape[0]
 
-    def chunk(state: State, inputs: Any) -> Any:
+    def run_chunk(state: State, inputs: Any) -> Any:
         last, hidden_LBHP = lax.scan(
             lambda state, inputs: _with_output(_step(weight, bias, state, inputs)), state, inputs
         )
         return last, (hidden_LBHP, state)
 
-    last, (hidden_CLBHP, states) = lax.scan(chunk, state, _chunks(L, projected_TBHGP, masks))
+    last, (hidden_CLBHP, states) = lax.scan(run_chunk, state, _chunks(L, projected_TBHGP, masks))
     hidden_TBHP = hidden_CLBHP.reshape(-1, *hidden_CLBHP.shape[2:])[:T]
     return (hidden_TBHP, last), (weight, bias, projected_TBHGP, masks, states)
 
@@ -230,7 +230,7 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
     T, dtype = projected_TBHGP.shape[0], projected_TBHGP.dtype
 
     def step(dstate: State, inputs: Any) -> Any:
-        """The gradient of the state before a step; the gradient of its pre-activations."""
+        """The gradient of the state before a step, and the gradient of the pre-activations of the step."""
         (projected_BHGP, mask), before, dhidden_BHP = inputs
         dstate = {**dstate, "hidden": dstate["hidden"] + dhidden_BHP}
         state = _reset(mask, before)
@@ -240,12 +240,12 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
             return _restore_at_padding(mask, _advance(total_BHGP, state), state)
 
         dtotal_BHGP, dbefore = jax.vjp(advance, total_BHGP, state)[1](dstate)
-        through_R = jnp.einsum(
+        dhidden_through_R = jnp.einsum(
             "BHGQ,HPGQ->BHP", dtotal_BHGP.astype(weight.dtype), weight, preferred_element_type=jnp.float32
         )
-        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + through_R}), dtotal_BHGP
+        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + dhidden_through_R}), dtotal_BHGP
 
-    def chunk(carry: Any, inputs: Any) -> Any:
+    def backward_chunk(carry: Any, inputs: Any) -> Any:
         dstate, dweight, dbias = carry
         (projected_LBHGP, chunk_masks), dhidden_LBHP, first = inputs
         _, before = lax.scan(
@@ -265,7 +265,7 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
 
     zeros = jnp.zeros_like(weight, jnp.float32), jnp.zeros_like(bias, jnp.float32)
     inputs = (_chunks(L, projected_TBHGP, masks), _split(L, dhidden_TBHP), states)
-    (dstate, dweight, dbias), dprojected_CLBHGP = lax.scan(chunk, (dlast, *zeros), inputs, reverse=True)
+    (dstate, dweight, dbias), dprojected_CLBHGP = lax.scan(backward_chunk, (dlast, *zeros), inputs, reverse=True)
     dprojected_TBHGP = dprojected_CLBHGP.reshape(-1, *dprojected_CLBHGP.shape[2:])[:T]
     return dweight.astype(weight.dtype), dbias.astype(bias.dtype), dprojected_TBHGP, None, dstate
 

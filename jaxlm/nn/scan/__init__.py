@@ -1,7 +1,7 @@
 """Linear recurrences.
 
-``linear_scan`` has a vector as its state; ``linear_attention``, ``ssd`` (the state space model of Mamba-2, which is a
-linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` have a matrix.
+The state of ``linear_scan`` is a vector. The state of ``linear_attention``, ``ssd`` (the state space model of Mamba-2,
+which is a linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` is a matrix.
 """
 
 from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule

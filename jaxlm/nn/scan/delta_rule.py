@@ -14,9 +14,9 @@ with a vector a, adds it to the state with a key b, and adds the new value with 
 
     S_t = (diag(exp(g_t)) + b_t a_t.T) @ S_{t-1} + k_t v_t.T
 
-It contains the gated delta rule: ``a = -k``, ``b = exp(g) * beta * k`` and the key ``beta * k``. RWKV-7 has ``a = -c``
-and ``b = rate * c`` with a vector c of length 1 and rates in [0, 1] for each channel. The papers write the transposed
-states.
+The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k`` and the key ``beta * k``. RWKV-7 has
+``a = -c`` and ``b = rate * c`` with a vector c of length 1 and a rate in [0, 1] for each channel. The states in the
+papers are the transposed matrices.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk.
 """
@@ -121,8 +121,8 @@ def generalized_delta_rule(
 
     Args:
         log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
-        a_BTHK: a step reads ``a_t @ S_{t-1}`` from the state.
-        b_BTHK: the key with which the value that was read is added to the state.
+        a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
+        b_BTHK: the key with which the step adds this value to the state.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`.
 
     Raises:
@@ -171,9 +171,9 @@ def _run(
     """The outputs and the last state of the rule ``name``.
 
     Args:
-        step: the equation of one step: ``step(state, *inputs)`` returns the new state and the output.
+        step: ``step(state, *inputs)`` returns the state and the output of one step.
         chunk_steps: the same for all steps of a chunk.
-        inputs: queries, keys, values, and the other inputs of the rule, which already contain the resets.
+        inputs: queries, keys, values, and the other inputs of the rule, with the resets already applied.
     """
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
@@ -196,7 +196,7 @@ def _run(
         last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
         return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
     L = min(chunk, 1 << (T - 1).bit_length())
-    # The backward pass recomputes each chunk and differentiates it by autodiff, including the products of decays.
+    # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.
     # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
     # this difference would be inaccurate for strong decays.
     recomputed = jax.checkpoint(chunk_steps, prevent_cse=False)
@@ -246,7 +246,7 @@ def _gated_chunk(
 
 
 def _product_in(dtype: Any) -> Callable[..., jax.Array]:
-    """``einsum`` with inputs of the dtype and a float32 result."""
+    """An ``einsum`` that casts its inputs to ``dtype`` and returns float32."""
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
@@ -284,8 +284,8 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    The decays D(s, t-1) of a_t are those of a query of step t - 1. So the scores of a_t are computed as scores of a
-    second query ``a_{t+1}`` at each step t, and then shifted by one step.
+    A query of step t - 1 has the same decays D(s, t-1) as a_t. So the code uses ``a_{t+1}`` as a second query of step
+    t, and then shifts its scores by one step.
     """
     dtype = v_BHLV.dtype
     product = _product_in(dtype)
@@ -305,7 +305,7 @@ def _generalized_chunk(
         jnp.exp(log_BHLK), jnp.stack(diagonal, axis=-1), pair_scores
     )
     qk_BHLM, qb_BHLM = scores_BHNLM[:, :, 0], scores_BHNLM[:, :, 1]
-    ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, number]) for number in (2, 3))
+    ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, index]) for index in (2, 3))
     before_BHLK = _shift_steps(prefix_BHLK, 1.0)
     right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * before_BHLK, state_BHKV)
     old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))

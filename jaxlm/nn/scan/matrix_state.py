@@ -1,7 +1,7 @@
 """Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
 
-These are eq. 18 to 20 of Katharopoulos et al. 2020, without their normaliser. To get the normaliser, add a channel to
-the values that is always 1.
+The equations are eq. 18 to 20 of Katharopoulos et al. 2020 without their normaliser. To get the normaliser, add a
+channel to the values that is always 1.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
@@ -46,15 +46,15 @@ def linear_attention(
     Args:
         query_BTGK, key_BTGK: G is H, or, with one decay per head, a divisor of H. Then each query and key belongs to
             H / G consecutive heads. The scores of a group are computed only once.
-        log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf sets the
-            old state to zeros).
+        log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
+            state to zeros.
         state_BHKV: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
-        implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with matmuls for all steps
-            of a chunk; exact for all decays), or None for the fastest known.
+        implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
+            of a chunk, and the result is exact for all decays. None selects the fastest known implementation.
 
     Raises:
         ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
@@ -215,7 +215,7 @@ def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
 def _scan_backward(saved: Any, cotangents: Any) -> Any:
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        # The arguments are float32, because the gradient of the decays is a difference of products of their gradients.
+        # The arguments are float32, because the gradient of the decays is a difference that needs accurate gradients.
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         dtype = v.dtype
         chunk = lambda state, q, k, v: _float32_chunk(state, q, k, v, log_BHLE, dtype)  # noqa: E731
@@ -278,16 +278,18 @@ def _float32_chunk(
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score and of the value
+    if decay_BHLE.shape[-1] == 1:  # one decay per head multiplies whole scores and values
 
-        def groups(x_BHXV: jax.Array) -> jax.Array:
+        def split_groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape
             return x_BHXV.reshape(B, q_BGLK.shape[1], -1, X, V)
 
         decay_BHLM, prefix_BHLE, suffix_BHLE = decay_products(decay_BHLE)
         scores_BHLM = _per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
-        from_state_BHLV = product("BGLK,BGRKV->BGRLV", q_BGLK, groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
-        new_BHKV = product("BGLK,BGRLV->BGRKV", k_BGLK, groups(v_BHLV * suffix_BHLE)).reshape(state_BHKV.shape)
+        from_state_BHLV = (
+            product("BGLK,BGRKV->BGRLV", q_BGLK, split_groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
+        )
+        new_BHKV = product("BGLK,BGRLV->BGRKV", k_BGLK, split_groups(v_BHLV * suffix_BHLE)).reshape(state_BHKV.shape)
     else:
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
@@ -316,7 +318,7 @@ def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
         return later * jnp.swapaxes(earlier, -1, -2)
 
-    diagonal_BHL = jnp.ones_like(decay_BHL1[..., 0])  # keeps the sharding
+    diagonal_BHL = jnp.ones_like(decay_BHL1[..., 0])  # ones_like keeps the sharding
     return pair_scores_and_decays(decay_BHL1, diagonal_BHL, pair_scores)
 
 
@@ -331,9 +333,9 @@ def pair_scores_and_decays(
     needed.
 
     Args:
-        diagonal_BHL: the score of each step with itself. For several kinds of scores, [B, H, L, N kinds].
-        pair_scores: function from ``later`` and ``earlier`` [B, H, P pairs, S, E] to the scores between the steps of
-            the later and of the earlier block of each pair, [B, H, P, S, S], or [B, H, P, N, S, S].
+        diagonal_BHL: the score of each step with itself; [B, H, L, N] for N kinds of scores.
+        pair_scores: function from ``later`` and ``earlier`` [B, H, P, S, E] of P pairs to the scores between the steps
+            of the later block and the steps of the earlier block, [B, H, P, S, S], or [B, H, P, N, S, S].
 
     Returns:
         The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up

@@ -9,7 +9,8 @@
 
 C, n and m of a new document are 0. The paper writes the transposed C. Without the stabilizer, the states are
 ``exp(m) * C`` and ``exp(m) * n``, which can overflow, because the input gate has no upper bound. The stabilizer scales
-them, and the output stays the same, except that ``epsilon`` (of the authors' code; 0 in the paper) is not scaled.
+them, and the output stays the same, except that ``epsilon`` is not scaled. The authors' code has ``epsilon``; the paper
+does not.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values (W = V + 1).
 """
@@ -34,8 +35,8 @@ STABILIZER_LIMITS = (-80.0, 40.0)
 """The output uses ``exp(-m)`` with m in these limits.
 
 Below -80, ``exp(-m)`` would overflow; the output and its error are then less than 1e-34 times the values. Above 40, the
-limit matters only if ``|q @ n|`` is less than 1e-17. The output of a query of zeros is then zeros also with ``epsilon =
-0``; without the limit, it would be 0 / 0.
+limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of zeros gives zeros even if ``epsilon``
+is 0; without the limit, it would give 0 / 0.
 """
 
 
@@ -147,8 +148,8 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         new_n = f * n + i * k
         new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
         out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
-        new = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
-        return (new if mask is None else select_state(mask[1], new, state)), out.astype(v.dtype)
+        new_state = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
+        return (new_state if mask is None else select_state(mask[1], new_state, state)), out.astype(v.dtype)
 
     time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
     last, out_TBHV = lax.scan(step, state, time_major)
@@ -171,7 +172,7 @@ def _chunked(
     reset, keep = (None, None) if masks is None else masks
     m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], masks)
     before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
-    log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # the reset sets the decay to 0
+    log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # linear_attention applies resets
     if keep is not None:
         log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
     # A value that is always 1 makes n the last column of the state.
@@ -190,8 +191,8 @@ def _chunked(
 def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, masks: Any) -> jax.Array:
     """The stabilizer m of each step, [B, T, H].
 
-    A step maps m to ``max(a + m, b)``. Two such maps in sequence are a map of the same form, so a parallel scan
-    combines them. It subtracts no sums over many steps, because such differences would be inaccurate.
+    A step maps m to ``max(a + m, b)``. The composition of two such maps has the same form, so a parallel scan can
+    combine them. A scan is more accurate than differences of sums over many steps.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if masks is not None:

@@ -2,8 +2,8 @@
 
 Dao & Gu 2024 ("Transformers are SSMs") show in section 5 that the state space model with a scalar decay equals the
 masked attention ``(L * C B.T) (dt * x)`` with ``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))``: C is the query, B the key
-and ``dt * x`` the value. Section 6 computes it in chunks with matmuls. :func:`jaxlm.nn.scan.linear_attention` is this
-algorithm.
+and ``dt * x`` the value. Section 6 computes this attention in chunks with matmuls.
+:func:`jaxlm.nn.scan.linear_attention` is this algorithm.
 
 Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state size (d_state).
 """

@@ -3,12 +3,12 @@
 RG-LRU (De et al. 2024, eq. 4), minGRU (Feng et al. 2024), QRNN (Bradbury et al. 2017) and SRU (Lei et al. 2018) use
 this recurrence. They differ in how they compute the decay and the input.
 
-The recurrence needs two operations for three memory accesses, so it is bound by memory bandwidth. ``sequential`` loops
-over time and overwrites the input with the state in the same buffer. It allocates no new memory if the input is not
-used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk together in log2(CHUNK) rounds.
-This is faster on accelerators, where the number of sequential operations matters more than their size. Both have a
-custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). The backward pass
-needs only the decay and the states.
+The recurrence needs two operations for three memory accesses, so its speed is limited by memory bandwidth.
+``sequential`` loops over time and overwrites the input with the state in the same buffer. It allocates no new memory if
+the input is not used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk together in
+log2(CHUNK) rounds. This is faster on accelerators, because there the number of sequential operations matters more than
+their size. Both have a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section
+2.2). The backward pass needs only the decay and the states.
 
 Shapes: B batch, T time, D channels, L steps of a chunk.
 """
@@ -55,10 +55,10 @@ def linear_scan(
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
-            that of step 0.
-        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked`` (see above), or None for the
-            fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. ``sequential`` and ``chunked`` support
-            forward-over-reverse second derivatives; reverse over reverse needs ``reference``.
+            the state at step 0.
+        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked`` (see the module), or None for
+            the fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. ``sequential`` and ``chunked`` support
+            forward-over-reverse second derivatives; reverse-over-reverse derivatives need ``reference``.
 
     Raises:
         ValueError: shapes that do not match, an input without steps, or an unknown implementation.
@@ -213,7 +213,7 @@ def _sequential_backward(
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step, unsigned, because JAX wraps negative signed indices."""
+    """A function from loop iteration i to its time step (unsigned, because JAX wraps negative signed indices)."""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
@@ -270,7 +270,7 @@ def _chunked(
     if masks is not None:
         input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
     decay_BTD = _masked_decay(decay_BTD, masks)
-    hidden_BTD = _by_chunks(decay_BTD, input_BTD, state_BD, reverse)
+    hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse)
     return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
 
 
@@ -286,7 +286,7 @@ def _chunked_backward(
     decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
     # The gradient of a step uses the decay of the next step and the state before the step.
     next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
-    gradient_BTD = _by_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
+    gradient_BTD = _scan_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
     if masks is not None:
         ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
@@ -308,25 +308,26 @@ def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
     return jnp.where(keep_BT1, jnp.where(reset_BT1, 0.0, decay_BTD), 1.0)
 
 
-def _by_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> jax.Array:
-    """The states after each step, [B, T, D] float32."""
+def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> jax.Array:
+    """The state after each step, [B, T, D] float32."""
     B, T, D = input_BTD.shape
     L = min(CHUNK, T)
     num_padding = -T % L
-    padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))  # after the last step in scan order
+    # In the order of the scan, the padding comes after the last step.
+    padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
 
-    def chunks(x_BTD: jax.Array) -> jax.Array:
+    def split(x_BTD: jax.Array) -> jax.Array:
         return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, -1, L, D), 0, 1)
 
     def combine(earlier: Any, later: Any) -> Any:
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
-    def chunk(state_BD: jax.Array, inputs: Any) -> Any:
+    def run_chunk(state_BD: jax.Array, inputs: Any) -> Any:
         decay_BLD, new_BLD = (x.astype(jnp.float32) for x in inputs)
         decay_BLD, hidden_BLD = lax.associative_scan(combine, (decay_BLD, new_BLD), axis=1, reverse=reverse)
         hidden_BLD = decay_BLD * state_BD[:, None] + hidden_BLD
         return hidden_BLD[:, 0 if reverse else -1], hidden_BLD
 
-    _, hidden_NBLD = lax.scan(chunk, state_BD, (chunks(decay_BTD), chunks(input_BTD)), reverse=reverse)
+    _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)
     hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, -1, D)
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]

@@ -263,12 +263,14 @@ def test_bad_inputs_raise():
 
 def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     params, x, _ = setup("lstm")
-    with pytest.raises(ValueError, match="runs only on gpu, but this computation is compiled for cpu: leave it out"):
+    with pytest.raises(
+        ValueError, match="runs only on gpu, but this computation is compiled for cpu: choose 'chunked'"
+    ):
         recurrence.lstm(params, x, implementation="cudnn")
     with pytest.raises(ValueError, match="supports only an LSTM: for a GRU, choose reference or chunked"):
         recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    with pytest.raises(ValueError, match="computes in float32, not in bfloat16: choose 'chunked'"):
+    with pytest.raises(ValueError, match="supports only float32, got bfloat16: choose 'chunked'"):
         recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
     with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: choose 'chunked'"):
         recurrence.lstm(params, x, implementation="cudnn", reset_BT=jnp.ones((B, T), bool))

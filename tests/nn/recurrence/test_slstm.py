@@ -170,7 +170,10 @@ def test_only_inputs_and_one_state_per_chunk_are_saved():
 
 def test_bad_inputs_raise():
     params, projected, state = arguments()
-    with pytest.raises(ValueError, match=r"the input \[2, 11, 2, 3, 3\] must be .* \[2, 4, 3\] heads, gates and width"):
+    with pytest.raises(
+        ValueError,
+        match=r"the input \[2, 11, 2, 3, 3\] must be .* heads, gates and width of the parameters, \[2, 4, 3\]",
+    ):
         slstm(params, projected[:, :, :, :3])
     with pytest.raises(ValueError, match="at least one step"):
         slstm(params, projected[:, :0])
