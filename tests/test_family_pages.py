@@ -16,7 +16,7 @@ from jaxlm import spec
 from jaxlm.models import FAMILIES, get_model
 from jaxlm.models.registry import family
 from jaxlm.plan.flops import counted_flops
-from tests.pages import ROOT, check_links, run_page
+from tests.pages import ROOT, run_page
 
 PAGES = ROOT / "docs/families"
 SIZES = {"T": 12, "S": 16, "R": 7}
@@ -33,9 +33,9 @@ FUNCTIONS = {
 }
 
 
-def generator() -> Any:
-    """The module docs/make_family_pages.py."""
-    location = importlib.util.spec_from_file_location("make_family_pages", ROOT / "docs/make_family_pages.py")
+def program(path: str) -> Any:
+    """The module of a program in docs/, which is not a package."""
+    location = importlib.util.spec_from_file_location(path.split("/")[-1], ROOT / f"docs/{path}.py")
     assert location is not None
     assert location.loader is not None
     module = importlib.util.module_from_spec(location)
@@ -45,7 +45,7 @@ def generator() -> Any:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "index"])
 def test_generated_parts_are_up_to_date(name):
-    module = generator()
+    module = program("make_family_pages")
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert set(module.PART.findall(page)) == ({"shared"} if name == "index" else set(module.WRITERS) - {"shared"})
     assert module.updated(name, page) == page, f"run `{module.COMMAND}`"
@@ -58,6 +58,15 @@ def test_every_family_has_a_page_and_a_picture_and_a_link():
         page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
         assert f"(../pictures/families/{name}.svg)" in page
         assert index.count(f"[`{name}`]({name}.md)") == 2  # in the tables of families and of differences
+
+
+def test_pictures_are_up_to_date():
+    module = program("pictures/draw_blocks")
+    assert set(module.PICTURES) == set(FAMILIES)
+    for name in FAMILIES:
+        assert module.draw(name) == (module.FOLDER / f"{name}.svg").read_text(encoding="utf-8"), (
+            f"run `python docs/pictures/draw_blocks.py {name}`"
+        )
 
 
 def test_links_to_headings_of_family_pages_are_valid():
@@ -79,7 +88,9 @@ def cost_tables(name: str) -> list[tuple[list[str], bool, dict[str, str], dict[s
     """For each table of costs: its variants, whether it holds for all variants, its symbols and its formulas."""
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     tables, symbols = [], {}
-    for text, rows in re.findall(r"^(Formulas for .*?):\n\n\| quantity.*?\n\| --- .*?\n(.*?)\n\n", page, re.MULTILINE | re.DOTALL):
+    for text, rows in re.findall(
+        r"^(Formulas for .*?):\n\n\| quantity.*?\n\| --- .*?\n(.*?)\n\n", page, re.MULTILINE | re.DOTALL
+    ):
         subject, definitions = " ".join(text.split()).split(", with ", 1)
         variants = [word for word in re.findall(r"`([^`]+)`", subject) if word in family(name).VARIANTS]
         symbols = symbols | dict(re.findall(r"`(\w+)` = `([^`]+)`", definitions))
@@ -109,7 +120,9 @@ def forward_flops(model: Any, tokens: int, state: Any) -> float:
         return model.logits(params, model.pool(params, hidden) if model.task == "classification" else hidden)
 
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    return counted_flops(forward, spec.abstract(model.specs), ids, None if state is None else spec.abstract(state)).amount
+    return counted_flops(
+        forward, spec.abstract(model.specs), ids, None if state is None else spec.abstract(state)
+    ).amount
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -134,7 +147,9 @@ def test_formulas_of_costs_agree_with_the_library(name):
                 if name in TRACES_ONE_MORE_STEP:
                     flops = forward_flops(model, 2, state) - flops
                 tolerance = 0.005 if name == "attention_rnn_lm" else 0.0
-                assert evaluate(model.config, symbols, formulas["FLOPs"]) == pytest.approx(flops, rel=tolerance), variant
+                assert evaluate(model.config, symbols, formulas["FLOPs"]) == pytest.approx(flops, rel=tolerance), (
+                    variant
+                )
     assert any("FLOPs" in formulas for *_, formulas in tables)
 
 
@@ -143,7 +158,10 @@ def test_formulas_of_costs_agree_with_the_library(name):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("gpt", "gated_deltanet") else pytest.param(name, marks=pytest.mark.thorough) for name in FAMILIES],
+    [
+        name if name in ("gpt", "gated_deltanet") else pytest.param(name, marks=pytest.mark.thorough)
+        for name in FAMILIES
+    ],
 )
 def test_the_example_of_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

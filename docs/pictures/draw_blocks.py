@@ -5,13 +5,13 @@ r"""Draw the pictures of the pages in docs/families: one SVG file per family in 
 
 ``PICTURES`` describes each picture. A line is a node or edges:
 
-    KIND NAME COLUMN ROW LABEL   a node: w weights, n norm, m mixes tokens, s state, a elementwise, o a circle, t text
-    a > b > c                    arrows, from the bottom of a node to the top of the next one, or to the side of a circle
+    KIND NAME COLUMN ROW LABEL   a node: w weights, n norm, m mixes tokens, s state, a elementwise, o circle, t text
+    a > b > c                    arrows, from the bottom of a node to the top of the next one or to the side of a circle
     a = b                        a dashed arrow from or to a state
-    a ~ b @ COLUMN               an arrow around other nodes, along a column: a residual connection
-    # TEXT                       the caption
+    a ~ b @ COLUMN               an arrow around other nodes, along a column, such as a residual connection
+    # TEXT                       a line of the caption
 
-``|`` in a label or a caption starts a new line.
+``|`` in a label starts a new line. ``*`` is drawn as a multiplication sign.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PICTURES = {
         n norm2 1 7 RMS norm
         w gate 0.4 8 gate, SiLU
         w up 1.6 8 up
-        o times 1 9 ×
+        o times 1 9 *
         w down 1 10 down
         o add2 1 11 +
         t y 1 12 x of the next block
@@ -83,7 +83,8 @@ PICTURES = {
         cache = attention
         x ~ add1 @ -0.75
         add1 ~ add2 @ -0.75
-        # Block of Llama. With experts, a router selects a few such MLPs|for each token. Gemma 3 also has a norm before each sum.
+        # Block of Llama. With experts, a router selects a few such MLPs
+        # for each token. Gemma 3 also has a norm before each sum.
     """,
     "bert": """
         t tokens 1 0 token + position + type vectors
@@ -157,7 +158,8 @@ PICTURES = {
         target ~ add1 @ 3.9
         add1 ~ add2 @ 3.9
         add2 ~ add3 @ 3.9
-        # Encoder (left) and decoder (right). The last norm of each is after all blocks.|Attention includes its projections.
+        # Encoder (left) and decoder (right). The last norm of each is after all blocks.
+        # Attention includes its projections.
     """,
     "xlnet": """
         t h 0 0 content stream h
@@ -195,7 +197,8 @@ PICTURES = {
         norm1 ~ add3 @ -0.8
         g ~ add2 @ 4
         norm2 ~ add4 @ 4
-        # Both streams have the same weights. Keys and values come from|the content stream and the memory.
+        # Both streams have the same weights. Keys and values come from
+        # the content stream and the memory.
     """,
     "transformer_xl": """
         s memory 0.3 0 memory: x of|earlier tokens
@@ -219,7 +222,8 @@ PICTURES = {
         distances > relative > attention
         x ~ add1 @ 3.7
         norm1 ~ add2 @ 3.7
-        # The memory gets no gradient. With pre_norm,|the norms are on the inputs of the sublayers.
+        # The memory gets no gradient. With pre_norm,
+        # the norms are on the inputs of the sublayers.
     """,
     "lstm": """
         t x 1.5 0 input x
@@ -230,12 +234,12 @@ PICTURES = {
         a g 2 2 g: tanh
         a o 3 2 o: sigmoid
         s c -1.3 3 c of the token before
-        o times1 0 3 ×
-        o times2 1.5 3 ×
+        o times1 0 3 *
+        o times2 1.5 3 *
         o add 0.75 4 +
         s c2 -1.3 5.1 c of this token
         a tanh 0.75 5 tanh
-        o times3 0.75 6 ×
+        o times3 0.75 6 *
         t y 0.75 7 output h, also the state
         x > gates > f > times1 > add
         gates > i > times2
@@ -253,7 +257,7 @@ PICTURES = {
         s h 2.9 1 h of the token before
         a r 0.4 2 r: sigmoid
         a z 1.6 2 z: sigmoid
-        w n 0.4 3 n = tanh(x W + b +|r × (h W + b))
+        w n 0.4 3 n = tanh(x W + b +|r * (h W + b))
         a mix 1 4 (1 - z) n + z h
         t y 1 5 output h, also the state
         x > gates > r > n > mix
@@ -261,7 +265,8 @@ PICTURES = {
         h = gates
         h ~ mix @ 2.9
         mix > y
-        # Cell of one layer with reset="after".|With "before", n = tanh(x W + b + (r × h) W).
+        # Cell of one layer with reset="after".
+        # With "before", n = tanh(x W + b + (r * h) W).
     """,
     "attention_rnn": """
         t source 0.5 0 source
@@ -285,7 +290,8 @@ PICTURES = {
         y ~ gru @ 5
         y ~ maxout @ 5
         gru = next
-        # A step of RNNsearch (Bahdanau). In the form of Luong, LSTMs read y and the last h~,|and the state after the token attends.
+        # A step of RNNsearch (Bahdanau). In the form of Luong, LSTMs read y and the last h~,
+        # and the state after the token attends.
     """,
     "attention_rnn_lm": """
         t x 1 0 token vector
@@ -306,7 +312,8 @@ PICTURES = {
         memory = attention
         attention > output > head
         p ~ output @ 3.4
-        # Language model. With parts=1, the three parts are y itself.|The current output is not among the keys.
+        # Language model. With parts=1, the three parts are y itself.
+        # The current output is not among the keys.
     """,
     "resnet": """
         t x 1 0 x
@@ -321,7 +328,8 @@ PICTURES = {
         t y 1 9 x of the next block
         x > halve > conv1 > norm1 > relu1 > conv2 > norm2 > add > relu2 > y
         halve ~ add @ 0
-        # The length is halved only in the first block of a group.|The sum exists only with shortcut=True.
+        # The length is halved only in the first block of a group.
+        # The sum exists only with shortcut=True.
     """,
     "resnet_lm": """
         t x 1 0 x
@@ -329,16 +337,17 @@ PICTURES = {
         w conv 1 1 causal convolution, 2c outputs
         a a 0.5 2 half a
         a gate 1.5 2 half g, sigmoid
-        o times 1 3 ×
+        o times 1 3 *
         o add 1 4 +
-        a scale 1 5 × sqrt(0.5)
+        a scale 1 5 * sqrt(0.5)
         t y 1 6 x of the next block
         x > conv > a > times
         conv > gate > times
         times > add > scale > y
         tail = conv
         x ~ add @ -0.3
-        # Gated convolution. The residual may come from an earlier block.|Weights are weight-normalised.
+        # Gated convolution. The residual may come from an earlier block.
+        # Weights are weight-normalised.
     """,
     "alexnet": """
         t x1 0 0 classifier: characters, reversed
@@ -376,7 +385,7 @@ PICTURES = {
         m ssd 1.5 4 SSD (+ D x)
         s state 3.3 5 matrix of each head,|last inputs of conv
         a silu 0 4 SiLU
-        o times 1.5 5 ×
+        o times 1.5 5 *
         n norm2 1.5 6 RMS norm
         w output 1.5 7 linear
         o add 1.5 8 +
@@ -408,7 +417,7 @@ PICTURES = {
         m conv 2.5 2 causal convolution
         m lru 2.5 3 RG-LRU
         s lstate 3.8 3 h of each channel,|last inputs of conv
-        o times 1.5 4 ×
+        o times 1.5 4 *
         w output1 1.5 5 linear
         in1 > gate > times
         in1 > input > conv > lru > times
@@ -447,7 +456,7 @@ PICTURES = {
         m rule 2.6 4 gated delta rule
         s state 1.1 4 matrix of each head,|last inputs of conv
         n norm3 2.6 5 RMS norm
-        o times1 2.6 6 ×
+        o times1 2.6 6 *
         a silu 4 5 SiLU
         w output1 2.6 7 linear
         in1 > qkv > conv > l2 > rule
@@ -465,7 +474,7 @@ PICTURES = {
         m attention 2.9 11.4 causal attention
         s cache 1.4 11.4 keys and values
         a sigmoid 4.4 11.4 sigmoid
-        o times2 2.9 12.4 ×
+        o times2 2.9 12.4 *
         w output2 2.9 13.4 linear
         in2 > q > nq > attention
         in2 > k > nk > attention
@@ -496,7 +505,7 @@ PICTURES = {
         s state1 1.4 3 C, n, m of each head
         n norm3 2.7 4 norm per head
         a sigmoid 3.9 4 sigmoid
-        o times 2.7 5 ×
+        o times 2.7 5 *
         w output1 2.7 6 linear
         in1 > qkv > cell1
         in1 > if > cap > cell1
@@ -544,7 +553,7 @@ PICTURES = {
         n norm3 3.2 5 norm per head
         o add3 3.2 6 +
         t bonus 4.5 6 bonus of r, k, v
-        o times 3.2 7 ×
+        o times 3.2 7 *
         w output 3.2 8 linear
         in1 > shift > r > rule
         shift > k > rule
@@ -583,11 +592,12 @@ class Node(NamedTuple):
 def parse(text: str) -> tuple[dict[str, Node], list[tuple[str, str, str, float]], list[str]]:
     """The nodes, the edges (kind ``>``, ``=`` or ``~``, source, target, column) and the caption of a picture."""
     nodes: dict[str, Node] = {}
-    edges, caption = [], []
+    edges: list[tuple[str, str, str, float]] = []
+    caption: list[str] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         words = line.split()
         if words[0] == "#":
-            caption = line[2:].split("|")
+            caption.append(line[2:])
         elif words[1] in (">", "="):
             edges += [(words[1], source, target, 0.0) for source, target in zip(words[::2], words[2::2], strict=False)]
         elif words[1] == "~":
@@ -635,7 +645,7 @@ def draw(name: str) -> str:
     top = min(node.top for node in nodes.values()) - MARGIN
     bottom = max(node.bottom for node in nodes.values()) + MARGIN + LINE * len(caption)
     width, height = right - left, bottom - top
-    title = html.escape(" ".join(caption))
+    title = _escape(" ".join(caption))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="{left:.0f} {top:.0f} {width:.0f} {height:.0f}" role="img" font-family="sans-serif" font-size="12">',
@@ -661,14 +671,20 @@ def draw(name: str) -> str:
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{node.width:.1f}" height="{node.height:.1f}" rx="5" '
                 f'fill="{fill}" stroke="{stroke}"{dashes}/>'
             )
-        parts += [_text(line, node.x, node.y + LINE * (i - (len(node.lines) - 1) / 2)) for i, line in enumerate(node.lines)]
+        parts += [
+            _text(line, node.x, node.y + LINE * (i - (len(node.lines) - 1) / 2)) for i, line in enumerate(node.lines)
+        ]
     for i, line in enumerate(caption):
         parts.append(_text(line, (left + right) / 2, bottom - MARGIN / 2 - LINE * (len(caption) - 1 - i), "#555555"))
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _escape(text: str) -> str:
+    return html.escape(text).replace("*", "\u00d7")
+
+
 def _text(line: str, x: float, y: float, color: str = INK) -> str:
-    return f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" fill="{color}">{html.escape(line)}</text>'
+    return f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" fill="{color}">{_escape(line)}</text>'
 
 
 if __name__ == "__main__":
