@@ -1,7 +1,6 @@
 """Write the generated parts of the pages in docs/families, from the code.
 
-    python docs/make_family_pages.py            rewrite the pages
-    python docs/make_family_pages.py --check    exit with status 1 if a page is not up to date
+    python docs/make_family_pages.py
 
 A generated part is between the lines ``<!-- NAME -->`` and ``<!-- end -->``. The parts of a page are
 
@@ -19,7 +18,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,21 +129,16 @@ def updated(name: str, page: str) -> str:
     return PART.sub(write, page)
 
 
-def main() -> int:
-    """Rewrite the pages, or with ``--check`` only list those that are not up to date; returns the exit status."""
-    old = []
+def main() -> None:
+    """Rewrite the pages, and print the names of those that change."""
     for name in (*FAMILIES, "index"):
         path = PAGES / f"{name}.md"
         page = path.read_text(encoding="utf-8")
         new = updated(name, page)
         if new != page:
-            old.append(path)
-            if "--check" not in sys.argv[1:]:
-                path.write_text(new, encoding="utf-8")
-    for path in old:
-        print(path)
-    return int(bool(old) and "--check" in sys.argv[1:])
+            path.write_text(new, encoding="utf-8")
+            print(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
