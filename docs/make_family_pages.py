@@ -92,7 +92,7 @@ def files_part(name: str) -> str:
     for item in formats.of(name):
         classes.setdefault(item.model_type, []).extend(item.architectures)
     if not classes:
-        return "The family has no class in transformers. Files have jaxlm's own names of tensors and config fields.\n"
+        return "The family has no published format. Its files have jaxlm's own names of tensors and config fields.\n"
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
     native = formats.native_if_unpublished(name)
     other = "\nA config that these classes cannot represent is saved with jaxlm's own names.\n" if native else ""
