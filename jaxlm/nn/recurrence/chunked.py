@@ -129,7 +129,10 @@ def _forward(
 
         return lax.fori_loop(0, steps, body, carry)
 
-    _, examples = step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
+    def first_step() -> Any:
+        return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
+
+    _, examples = jax.eval_shape(first_step)  # not computed, so that it does not count as an operation
     # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in examples[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
@@ -190,12 +193,15 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         dweight_sums = chunk_dweights if dweight_sums is None else jax.tree.map(jnp.add, dweight_sums, chunk_dweights)
         return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1), dweight_sums
 
-    if remat:
-        projected = _projected(_project(split_weights, x_BTD[:, :1]))
-        example_gates = _gates_at(cell.gates(split_weights, projected, hidden_BTH[:, :1]), 0, 1)
-    else:
-        example_gates = _gates_at(gates, 0, 0)
-    _, examples = step(dlast, example_gates, first, _mask_at(masks, 0))
+    def last_step() -> Any:
+        if remat:
+            projected = _projected(_project(split_weights, x_BTD[:, :1]))
+            example_gates = _gates_at(cell.gates(split_weights, projected, hidden_BTH[:, :1]), 0, 1)
+        else:
+            example_gates = _gates_at(gates, 0, 0)
+        return step(dlast, example_gates, first, _mask_at(masks, 0))
+
+    _, examples = jax.eval_shape(last_step)
     # The first chunk runs before the loop, because its weight gradients initialise the sums.
     carry = run_chunk(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
     dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
@@ -442,7 +448,7 @@ def _write_at(array: jax.Array, x: jax.Array, index: Any, axis: int) -> jax.Arra
     return lax.dynamic_update_index_in_dim(array, x, index, axis)
 
 
-def _zeros(x: jax.Array, steps: int, axis: int) -> jax.Array:
+def _zeros(x: jax.ShapeDtypeStruct, steps: int, axis: int) -> jax.Array:
     """Zeros for one ``x`` per step, with the sharding of ``x``."""
     zeros = jnp.expand_dims(jnp.zeros_like(x), axis)
     return jnp.broadcast_to(zeros, (*x.shape[:axis], steps, *x.shape[axis:]))
