@@ -11,22 +11,24 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from docutils import nodes
-
-import jaxlm
 from repository_pages import GENERATED, write_if_changed
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.domains.python import ObjectEntry
 from sphinx.ext.autodoc.mock import mock
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
+
+import jaxlm
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +37,21 @@ PRIVATE = {"jaxlm.__main__", "jaxlm.cli", "jaxlm.command_line", "jaxlm.json_file
 """Modules (with their submodules) of the commands, whose functions are not meant to be called from Python."""
 HISTORY = {f"{GENERATED}/changelog", "labbook"}
 """Pages that may name objects that no longer exist."""
-NAME = re.compile(r"jaxlm(\.\w+)+")
+NAME = re.compile(r"(?!.*NAME)jaxlm(\.\w+)+")
 MODULE_FILE = re.compile(r"(jaxlm/)?\w+(/\w+)*\.py")
+Paths = dict[tuple[str, int], str]
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Raises|Returns|Yields|Note|Notes|Warning|References):?$")
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is one of the ``PRIVATE`` modules, or in one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in PRIVATE)
 
 
 def module_names() -> list[str]:
     """All modules of the API reference."""
     names = [found.name for found in pkgutil.walk_packages(jaxlm.__path__, "jaxlm.")]
-    return ["jaxlm", *(name for name in sorted(names) if not any(f"{name}.".startswith(f"{p}.") for p in PRIVATE))]
+    return ["jaxlm", *(name for name in sorted(names) if not is_private(name))]
 
 
 def import_annotations(module: ModuleType) -> None:
@@ -74,14 +82,17 @@ def own_names(module: ModuleType) -> dict[str, str]:
     return {name: docs[name] for name in names if not name.startswith("_")}
 
 
-def shortest_paths(modules: dict[str, ModuleType], names: dict[str, dict[str, str]]) -> dict[int, str]:
-    """For the id of each class and function, the module with the shortest path from which it can be imported."""
-    found: dict[int, str] = {}
+def key(name: str, value: Any) -> tuple[str, int]:
+    """The identity of a public object: a class or function by itself, another value together with its name."""
+    return ("" if is_object(value) else name, id(value))
+
+
+def shortest_paths(modules: dict[str, ModuleType], names: dict[str, dict[str, str]]) -> Paths:
+    """For each public object, the module with the shortest path from which it can be imported."""
+    found: Paths = {}
     for module in sorted(modules, key=lambda module: (module.count("."), module)):
         for name in names[module]:
-            value = getattr(modules[module], name)
-            if is_object(value):
-                found.setdefault(id(value), module)
+            found.setdefault(key(name, getattr(modules[module], name)), module)
     return found
 
 
@@ -92,16 +103,19 @@ def directive(module: ModuleType, name: str, docs: str) -> list[str]:
         return [f".. autoclass:: {name}", "   :members:", "   :show-inheritance:", ""]
     if inspect.isroutine(value):
         return [f".. autofunction:: {name}", ""]
-    return [f".. autodata:: {name}" if docs else f".. py:data:: {name}", ""]
+    if ("", name) in ModuleAnalyzer.for_module(module.__name__).attr_docs:
+        return [f".. autodata:: {name}", ""]
+    shown = f"   :value: {str(value).replace('typing.', '')}"
+    return [f".. py:data:: {name}", shown, "", *(f"   {line}" for line in docs.splitlines()), ""]
 
 
 def summary(docs: str) -> str:
     """The first sentence of a docstring."""
     paragraph = " ".join(docs.strip().split("\n\n")[0].split()).removesuffix("::")
-    for end in re.finditer(r"[.:] |$", paragraph):
+    for end in re.finditer(r"(?<!al)(?<!eq)(?<!sec)\. (?=[A-Z`])", paragraph):
         if paragraph.count("``", 0, end.start()) % 2 == 0:
-            return paragraph[: end.start()].rstrip(".:")
-    return paragraph
+            return paragraph[: end.start()]
+    return paragraph.rstrip(".")
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:
@@ -112,19 +126,19 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
     return [*lines, ""]
 
 
-def page(
-    modules: dict[str, ModuleType], names: dict[str, str], paths: dict[int, str], module: ModuleType, submodules: list[str]
-) -> str:
-    """The page of a module."""
-    title = module.__name__
+def page(title: str, modules: dict[str, ModuleType], names: dict[str, str], paths: Paths) -> str:
+    """The page of the module with the name ``title``."""
+    module = modules[title]
+    submodules = [name for name in modules if name.rpartition(".")[0] == title]
     parent, _, last = title.rpartition(".")
     lines = [title, "=" * len(title), "", f".. automodule:: {title}"]
     # A function with the name of its module, such as ``jaxlm.nn.scan.mlstm``, has the entry of this name in the index.
     lines += ["   :no-index:", ""] if is_object(getattr(modules.get(parent), last, None)) else [""]
-    elsewhere = {name: path for name in names if (path := paths.get(id(getattr(module, name)), title)) != title}
+    elsewhere = {name: path for name in names if (path := paths[key(name, getattr(module, name))]) != title}
     here = [name for name in names if name not in elsewhere]
     if submodules:
-        lines += [".. toctree::", "   :hidden:", "", *(f"   {name}" for name in submodules), ""]
+        lines += [".. toctree::", "   :hidden:", ""]
+        lines += [*(f"   {name.rpartition('.')[2]} <{name}>" for name in submodules), ""]
         rows = [(f":doc:`{name}`", summary(inspect.getdoc(modules[name]) or "")) for name in submodules]
         lines += [".. rubric:: Modules", "", *table(rows)]
     if elsewhere:
@@ -142,20 +156,27 @@ def write_pages(app: Sphinx) -> None:
     """Write the pages of all modules."""
     with mock(app.config.autodoc_mock_imports):
         modules = {name: importlib.import_module(name) for name in module_names()}
-        for module in modules.values():
-            import_annotations(module)
+        for imported in modules.values():
+            import_annotations(imported)
     names = {name: own_names(module) for name, module in modules.items()}
     paths = shortest_paths(modules, names)
+    # The docstring of a constant that a package exports is in the module that defines the constant.
+    docs = {key(name, getattr(modules[m], name)): text for m in modules for name, text in names[m].items() if text}
+    for module in modules:
+        names[module] = {
+            name: text or docs.get(key(name, getattr(modules[module], name)), "")
+            for name, text in names[module].items()
+        }
+    app.env.api_paths = paths  # type: ignore[attr-defined]
     app.env.api_aliases = {  # type: ignore[attr-defined]
         f"{module}.{name}": f"{path}.{name}"
         for module in modules
         for name in names[module]
-        if (path := paths.get(id(getattr(modules[module], name)), module)) != module
+        if (path := paths[key(name, getattr(modules[module], name))]) != module
     }
     directory = Path(app.srcdir, API)
-    for name, module in modules.items():
-        submodules = [other for other in modules if other.rpartition(".")[0] == name]
-        write_if_changed(directory / f"{name}.rst", page(modules, names[name], paths, module, submodules))
+    for name in modules:
+        write_if_changed(directory / f"{name}.rst", page(name, modules, names[name], paths))
     for path in directory.glob("*.rst"):
         if path.stem not in modules:
             path.unlink()
@@ -168,33 +189,58 @@ def ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
         yield node
 
 
+class NamesInModules(SphinxPostTransform):
+    """Replace a name in an annotation or a docstring by the path of the object with this name in the module."""
+
+    default_priority = 5
+
+    def run(self, **kwargs: Any) -> None:
+        for node in list(self.document.findall(addnodes.pending_xref)):
+            name, module = node["reftarget"], sys.modules.get(node.get("py:module") or "")
+            if node.get("refdomain") == "py" and hasattr(module, name):
+                path = self.env.api_paths.get(key(name, getattr(module, name)))  # type: ignore[attr-defined]
+                if path is not None:
+                    node["reftarget"] = f"{path}.{name}"
+                else:  # not in the API reference: Sphinx would link to any object with this name
+                    node.replace_self(node.children)
+
+
 class NameLinks(SphinxPostTransform):
     """Let names and files of jaxlm in the text, such as ``jaxlm.nn.attention``, refer to the API reference."""
 
     default_priority = 5
 
     def run(self, **kwargs: Any) -> None:
-        objects = self.env.domains.python_domain.objects
         for node in list(self.document.findall(nodes.literal)):
-            name = node.astext()
-            if any(isinstance(parent, (nodes.reference, addnodes.pending_xref, nodes.title)) for parent in ancestors(node)):
+            if any(isinstance(parent, (nodes.reference, addnodes.pending_xref)) for parent in ancestors(node)):
                 continue
-            if is_file := bool(MODULE_FILE.fullmatch(name)):
-                name = name.removeprefix("jaxlm/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-                name = f"jaxlm.{name}"
-            elif not NAME.fullmatch(name):
+            text = node.astext()
+            if MODULE_FILE.fullmatch(text):
+                module = text.removeprefix("jaxlm/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+                entry, must_exist = self.entry(f"jaxlm.{module}"), False
+            elif NAME.fullmatch(text):
+                entry, must_exist = self.entry(text), self.env.docname not in HISTORY
+            else:
                 continue
-            entry = objects.get(name) or objects.get(self.env.api_aliases.get(name, ""))  # type: ignore[attr-defined]
             if entry is not None:
-                node.replace_self(
-                    make_refnode(self.app.builder, self.env.docname, entry.docname, entry.node_id, node.deepcopy())
-                )
-            elif not is_file and self.env.docname not in HISTORY and not any(f"{name}.".startswith(f"{private}.") for private in PRIVATE):
-                logger.warning("%r is not in the API reference", name, location=node, type="jaxlm", subtype="name")
+                target = (entry.docname, entry.node_id, node.deepcopy())
+                node.replace_self(make_refnode(self.app.builder, self.env.docname, *target))
+            elif must_exist and not is_private(text):
+                logger.warning("%r is not in the API reference", text, location=node, type="jaxlm", subtype="name")
+
+    def entry(self, name: str) -> ObjectEntry | None:
+        """The entry of a module, class, function, method or attribute in the API reference."""
+        owner, _, attribute = name.rpartition(".")
+        aliases = self.env.api_aliases  # type: ignore[attr-defined]
+        candidates = (name, aliases.get(name), f"{aliases.get(owner)}.{attribute}")
+        objects = self.env.domains.python_domain.objects
+        return next((objects[candidate] for candidate in candidates if candidate in objects), None)
 
 
 def mark_literal_blocks(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Mark indented blocks of a docstring (equations, layouts of arrays) as literal blocks."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # otherwise, napoleon reads text before a colon in the first line as a type
     marked: list[str] = []
     previous = ""  # the last line that is not empty
     in_block = False
@@ -222,8 +268,9 @@ def mark_literal_blocks(app: Sphinx, what: str, name: str, value: Any, options: 
 
 
 def skip_member(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
-    """Skip the fields of a named tuple that have no docstring."""
-    return True if str(getattr(value, "__doc__", "")).startswith("Alias for field number") else None
+    """Skip the fields of a named tuple that have no docstring, and the method that Flax adds to its dataclasses."""
+    is_field = str(getattr(value, "__doc__", "")).startswith("Alias for field number")
+    return True if is_field or name == "replace" else None
 
 
 def setup(app: Sphinx) -> None:
@@ -231,4 +278,5 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", mark_literal_blocks, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_member)
+    app.add_post_transform(NamesInModules)
     app.add_post_transform(NameLinks)

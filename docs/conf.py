@@ -61,6 +61,8 @@ html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {
     "use_download_button": False,
+    "navbar_persistent": [],  # the search button is in the sidebar
+    "footer_content_items": [],
     "home_page_in_toc": True,
     "show_navbar_depth": 1,
     "show_toc_level": 2,

@@ -1,4 +1,4 @@
-"""Tests of the pages of docs/primitives: their examples run, and the constants that they name have the stated values."""
+"""Tests of the pages of docs/primitives: their examples run, and the names and constants in them are right."""
 
 import importlib
 import re
