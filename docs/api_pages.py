@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -167,13 +168,15 @@ def write_pages(app: Sphinx) -> None:
             name: text or docs.get(key(name, getattr(modules[module], name)), "")
             for name, text in names[module].items()
         }
-    app.env.api_paths = paths  # type: ignore[attr-defined]
-    app.env.api_aliases = {  # type: ignore[attr-defined]
+    aliases = {
         f"{module}.{name}": f"{path}.{name}"
         for module in modules
         for name in names[module]
         if (path := paths[key(name, getattr(modules[module], name))]) != module
     }
+    counts = Counter(name for module in modules for name in names[module] if f"{module}.{name}" not in aliases)
+    ambiguous = {name for name, count in counts.items() if count > 1}
+    vars(app.env).update(api_paths=paths, api_aliases=aliases, api_ambiguous=ambiguous)
     directory = Path(app.srcdir, API)
     for name in modules:
         write_if_changed(directory / f"{name}.rst", page(name, modules, names[name], paths))
@@ -203,6 +206,8 @@ class NamesInModules(SphinxPostTransform):
                     node["reftarget"] = f"{path}.{name}"
                 else:  # not in the API reference: Sphinx would link to any object with this name
                     node.replace_self(node.children)
+            elif node.get("refdomain") == "py" and name in self.env.api_ambiguous:  # type: ignore[attr-defined]
+                node.replace_self(node.children)
 
 
 class NameLinks(SphinxPostTransform):
@@ -238,31 +243,18 @@ class NameLinks(SphinxPostTransform):
 
 
 def mark_literal_blocks(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Mark indented blocks of a docstring (equations, layouts of arrays) as literal blocks."""
-    if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # otherwise, napoleon reads text before a colon in the first line as a type
+    """Mark indented blocks of a docstring (equations, layouts of arrays) as literal blocks, except in its sections."""
     marked: list[str] = []
-    previous = ""  # the last line that is not empty
-    in_block = False
+    if what in ("attribute", "data", "property"):
+        marked += ["..", ""]  # an empty comment: napoleon reads text before a colon in the first line as a type
+    in_section = in_block = False
     for line in lines:
-        indentation = len(line) - len(line.lstrip())
-        if line.strip():
-            previous_indentation = len(previous) - len(previous.lstrip())
-            is_start = (
-                not in_block
-                and marked
-                and not marked[-1].strip()
-                and indentation >= previous_indentation + 4
-                and not SECTION.match(previous.strip())
-                and not previous.strip().startswith((">>>", "..", "- ", "* "))
-                and not line.strip().startswith(">>>")
-            )
-            if is_start:
-                marked += [" " * previous_indentation + "::", ""]
-                in_block, block_indentation = True, indentation
-            elif in_block and indentation < block_indentation:
-                in_block = False
-            previous = line
+        if line.strip() and not line.startswith(" "):
+            in_section, in_block = bool(SECTION.match(line)), False
+        is_block = line.startswith("    ") and not line.strip().startswith((">>>", "- ", "* "))
+        if is_block and not in_section and not in_block and (not marked or not marked[-1].strip()):
+            marked += [".. code-block:: text", ""]
+            in_block = True
         marked.append(line)
     lines[:] = marked
 
