@@ -15,9 +15,9 @@ The tokens are the characters of the included corpus. Its last 10 % is for valid
     classification     the play (of 13) of a passage           resnet
 
 Compare each loss with the entropy of the targets. A model that knows only the frequencies of the targets has this loss.
-docs/families.md has the expected results. Each family uses its published optimizer (``jaxlm.training.recipes``) with a
-learning rate for a small model and one minute of training. If the published optimizer needs many more updates, the
-family uses AdamW.
+docs/families/index.md has the expected results. Each family uses its published optimizer
+(``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
+optimizer needs many more updates, the family uses AdamW.
 
 A run directory has ``table.md``, ``results.json``, ``losses.png``, and the metrics and checkpoints of each family.
 """

@@ -19,12 +19,15 @@ TASKS = sorted(path.stem for path in (ROOT / "docs/tasks").glob("*.md"))
 FOR_LOOP = re.compile(r"\bfor (\w+) in ([^;]+);")
 
 
-def run_page(name: str, min_blocks: int = 1, replacements: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_page(
+    name: str, min_blocks: int = 1, replacements: Mapping[str, str] | None = None, not_run: str | None = None
+) -> dict[str, Any]:
     """Run the Python blocks of a page in order, in the current directory, and return their common namespace.
 
     Args:
         min_blocks: the number of blocks that the page must have at least.
         replacements: text in the blocks -> replacement, to make a test short. Each text must occur in a block.
+        not_run: blocks with this text are not run.
     """
     path = ROOT / name
     page = path.read_text(encoding="utf-8")
@@ -36,6 +39,8 @@ def run_page(name: str, min_blocks: int = 1, replacements: Mapping[str, str] | N
     namespace = {"__name__": path.stem}
     for block in blocks:
         code = block[1]
+        if not_run is not None and not_run in code:
+            continue
         for text, replacement in replaced.items():
             code = code.replace(text, replacement)
         # With these blank lines, a traceback shows the line numbers of the page.

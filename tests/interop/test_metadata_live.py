@@ -131,7 +131,7 @@ def test_generation_ends_at_an_unusual_token(name: str, table: Format, architect
     save_pretrained(tmp_path / "c", loaded, params)
     np.testing.assert_array_equal(generate(torch_class(architecture).from_pretrained(tmp_path / "c").eval()), expected)
     if name == "xlnet":
-        return  # transformers inserts a token between the prompt and the generated tokens (docs/families.md)
+        return  # transformers inserts a token between the prompt and the generated tokens (docs/families/xlnet.md)
     source, state = prompts.numpy().astype(np.int32), None
     if loaded.reads_source:
         state = loaded.init_decode_state(params, source, 10)

@@ -1,4 +1,4 @@
-"""Tests of the intended differences from transformers (table in docs/families.md): run with ``-m live``."""
+"""Tests of the intended differences from transformers (tables in docs/families/): run with ``-m live``."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-PAGE = Path(__file__).parents[2] / "docs/families.md"
+PAGE = Path(__file__).parents[2] / "docs/families/rwkv7.md"
 TOKENS = np.random.default_rng(0).integers(0, 60, 70).astype(np.int32)
 FIELDS: dict[str, Any] = {
     "vocab_size": 60, "num_layers": 3, "embed_dim": 48, "mlp_dim": 100, "head_dim": 16, "decay_rank": 7, "rate_rank": 6,
@@ -58,7 +58,7 @@ def tensors() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def directory(tensors: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a ``.pth`` file and the files that the program in docs/families.md makes of it."""
+    """A directory with a ``.pth`` file and the files that the program in docs/families/rwkv7.md makes of it."""
     import torch
 
     directory: Path = tmp_path_factory.mktemp("rwkv7")
