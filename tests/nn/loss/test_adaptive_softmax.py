@@ -33,7 +33,7 @@ def specs(clusters, **ties):
 
 
 def parameters(clusters, **ties):
-    return jax.jit(lambda key: add_noise(spec.init(specs(clusters, **ties), key)))(jax.random.key(0))
+    return add_noise(jax.jit(lambda key: spec.init(specs(clusters, **ties), key))(jax.random.key(0)))
 
 
 log_probabilities = jax.jit(adaptive_softmax.log_probabilities, static_argnums=0)
