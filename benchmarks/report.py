@@ -215,7 +215,7 @@ Bars = dict[str, dict[str, float]]
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Two charts of the same operations: how many times as fast jaxlm is, and its percentage of the machine's limit."""
+    """Charts of the same operations: how many times as fast jaxlm is, and, if known, its share of the machine's limit."""
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
@@ -227,15 +227,17 @@ def draw(rows: Sequence[Measurement]) -> Any:
     }
     groups = list(dict.fromkeys(labels.values()))
     heights = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
-    figure, (left, right) = _new_figure(0.26 * sum(heights) + 0.16 * len(groups) + 1.3, 1, 2)
+    figure, (left, *rest) = _new_figure(0.26 * sum(heights) + 0.16 * len(groups) + 1.3, 1, 2 if shares else 1)
     positions = _draw_bars(left, groups, ratios, "%.2f")
     left.axvline(1.0, color="#444", linewidth=0.8)
     left.set_xlabel("times as fast as the baseline")
-    right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[OURS])
-    for label, share in shares.items():
-        right.text(share + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
-    right.set(ylim=left.get_ylim(), xlim=(0, 1.15 * max([100.0, *shares.values()])), yticks=[], xlabel="% of the limit")
-    right.axvline(100.0, color="#444", linewidth=0.8)
+    for right in rest:
+        right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[OURS])
+        for label, share in shares.items():
+            right.text(share + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
+        limit = 1.15 * max([100.0, *shares.values()])
+        right.set(ylim=left.get_ylim(), xlim=(0, limit), yticks=[], xlabel="% of the limit")
+        right.axvline(100.0, color="#444", linewidth=0.8)
     return figure
 
 
