@@ -1,7 +1,9 @@
-"""Mamba-2 (Dao & Gu 2024, "Transformers are SSMs").
+"""Mamba-2 (Dao & Gu 2024, "Transformers are SSMs"), and its hybrid with attention: Bamba (IBM et al. 2024).
 
-A causal model without attention and without positions. Each block has one mixer: a causal depthwise convolution, a
-selective state space model (SSD), and a gate. The size of the state does not depend on the length of the text.
+A causal model. Each block of Mamba-2 has one mixer: a causal depthwise convolution, a selective state space model
+(SSD), and a gate. It has no positions, and the size of its state does not depend on the length of the text. In a
+hybrid, some blocks have attention instead of the mixer, in which rotary positions rotate a part of each head. Each
+block of Bamba also has a SwiGLU MLP.
 
 The names in the code are those of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
@@ -20,15 +22,19 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common, heads
+from jaxlm.nn.attention import Implementation, attention, cache
+from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
+Mixer = Literal["mamba2", "attention"]
 Task = Literal["causal", "none"]
 
 
@@ -40,12 +46,16 @@ class Config(common.TransformerConfig):
     """Number of token ids. The published models have 50277 ids, padded to a multiple of 16."""
     num_layers: int = 24
     """Number of blocks."""
+    pattern: tuple[Mixer, ...] = ("mamba2",)
+    """The mixers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete."""
     embed_dim: int = 768
     """Model width."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP at the end of each block; None: blocks have no MLP."""
     expand: int = 2
     """Width of the mixer, as a multiple of embed_dim."""
     head_dim: int = 64
-    """Width of a head. There are expand * embed_dim / head_dim heads."""
+    """Width of a head of a Mamba-2 mixer. There are expand * embed_dim / head_dim heads."""
     state_size: int = 128
     """Width of B and C. The state of a head has state_size * head_dim numbers."""
     num_groups: int = 1
@@ -60,9 +70,25 @@ class Config(common.TransformerConfig):
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
     linear_bias: bool = False
-    """Whether the linear layers have biases."""
+    """Whether the linear layers of Mamba-2 mixers have biases."""
     conv_bias: bool = True
     """Whether the convolution has a bias."""
+    attention_heads: int = 32
+    """Query heads of attention."""
+    attention_kv_heads: int = 8
+    """Key-value heads of attention, each shared by attention_heads / attention_kv_heads query heads."""
+    attention_head_dim: int = 128
+    """Width of a head of attention."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and the output of attention have biases."""
+    rotary_fraction: float = 0.5
+    """Fraction of the attention_head_dim entries of a head that rotary positions rotate."""
+    rotary_base: float = 10000.0
+    """Base of the frequencies of rotary positions."""
+    rotary_scaling: RotaryScaling | None = None
+    """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
+    max_positions: int | None = None
+    """Maximum length of a sequence; None: no limit. No parameter depends on it."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMS norms."""
     residual_in_float32: bool = True
@@ -79,13 +105,19 @@ class Config(common.TransformerConfig):
     """Initial step sizes below this value are set to it."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
+    attention_implementation: Implementation | None = None
+    """Name of the attention implementation; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "expand", "head_dim", "state_size", "num_groups"
-        )
-        common.check_choices(self, task=get_args(Task))
+            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "expand", "head_dim", "state_size", "num_groups",
+            "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions",
+        )  # fmt: skip
+        common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
+        common.check_pattern(self, get_args(Mixer))
+        common.check_divides(self, "attention_kv_heads", "attention_heads")
+        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
         if (self.expand * self.embed_dim) % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide expand * embed_dim = {self.expand * self.embed_dim}: "
@@ -122,13 +154,18 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``. If the model has attention,
+            rows that exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
-    masks = stream.masks()
+    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    masks, has_attention = stream.masks(), "attention" in common.mixers(cfg)
+    if has_attention:
+        context, state = cache.make_context(tokens, state, stream.segment_ids, None)
+        width = rotary_width(cfg.attention_head_dim, cfg.rotary_fraction)
+        angles = rotary_angles(context.positions, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
     dtype = jnp.dtype(cfg.dtype)
     residual_dtype = jnp.float32 if cfg.residual_in_float32 else dtype
     x = embed(params["token_embedding"], tokens, residual_dtype, size=cfg.vocab_size)
@@ -137,13 +174,22 @@ def apply(
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_state, _ = layer
         normed = rms_norm(weights["norm"], x, cfg.norm_epsilon).astype(dtype)
-        mixed, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, stream, masks)
-        return constrain(x + mixed, ("batch", "seq", "activation_embed")), layer_state
+        if "attention" in weights:
+            mixed, layer_state = _attention(cfg, weights["attention"], normed, layer_state, context, angles)
+        else:
+            mixed, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, stream, masks)
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        if cfg.mlp_dim is not None:
+            y = swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon).astype(dtype))
+            x = constrain(x + y, ("batch", "seq", "activation_embed"))
+        return x, layer_state
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
     hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
-    return hidden, None if state is None else {"layers": layers, "segment_ids": past}
+    if has_attention:
+        hidden, state = common.decoder_outputs(hidden, layers, context, state)
+    return hidden, None if state is None else {**state, "layers": layers, "past": past}
 
 
 def _mixer(
@@ -172,6 +218,17 @@ def _mixer(
     return linear(weights["output"], y), None if state is None else {"x": x_tail, "BC": BC_tail, "hidden": hidden}
 
 
+def _attention(
+    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, angles: Any
+) -> tuple[jax.Array, Any]:
+    """The output of attention, [B, T, D], and its new cache."""
+    names = ("query", "key", "value")
+    q, k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in names)
+    kv, (k, v) = cache.append_and_read(kv, (rotate(k, angles), v), context)
+    y = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
+    return linear(weights["output"], y, num_input_axes=2), kv
+
+
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``).
 
@@ -184,7 +241,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def num_heads(cfg: Config) -> int:
-    """The number of heads, H = expand * embed_dim / head_dim."""
+    """The number of heads of a Mamba-2 mixer, H = expand * embed_dim / head_dim."""
     return cfg.expand * cfg.embed_dim // cfg.head_dim
 
 
@@ -192,32 +249,43 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.expand * cfg.embed_dim
-    inputs, taps = Uniform(D**-0.5), Uniform(K**-0.5)
-    block = {
-        "norm": rms_norm_specs(D),
-        "mixer": {
-            # B and C are not sharded like the heads, because several heads share them.
-            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
-            "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
-            "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
-            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
-            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
-            "dt_bias": ArraySpec(
-                (H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)
-            ),
-            "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
-            "D": ArraySpec((H,), ("heads",), ONES),
-            "norm": rms_norm_specs(width),
-            # Divided by sqrt(num_layers), because the residual stream sums the outputs of num_layers blocks.
-            "output": linear_specs(
-                (width, D), ("mlp", "embed"), Uniform((width * cfg.num_layers) ** -0.5), bias=cfg.linear_bias
-            ),
-        },
+    inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
+
+    def output(size: int) -> Uniform:
+        """Divided by the square root of the number of outputs that the residual stream sums."""
+        return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
+
+    mixer = {
+        # B and C are not sharded like the heads, because several heads share them.
+        "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
+        "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
+        "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
+        "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
+        "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
+        "dt_bias": ArraySpec((H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)),
+        "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
+        "D": ArraySpec((H,), ("heads",), ONES),
+        "norm": rms_norm_specs(width),
+        "output": linear_specs((width, D), ("mlp", "embed"), output(width), bias=cfg.linear_bias),
+    }
+    Q, G, W, bias = cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim, cfg.attention_bias
+    attention = {
+        "query": linear_specs((D, Q, W), ("embed", "heads", "kv"), inputs, bias=bias),
+        "key": linear_specs((D, G, W), ("embed", "heads", "kv"), inputs, bias=bias),
+        "value": linear_specs((D, G, W), ("embed", "heads", "kv"), inputs, bias=bias),
+        "output": linear_specs((Q, W, D), ("heads", "kv", "embed"), output(Q * W), num_input_axes=2, bias=bias),
+    }
+    mlp = {}
+    if cfg.mlp_dim is not None:
+        mlp = {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, inputs, output(cfg.mlp_dim))}
+    blocks = {
+        "mamba2": {"norm": norm, "mixer": mixer, **mlp},
+        "attention": {"norm": norm, "attention": attention, **mlp},
     }
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(cfg.init_stddev), decay=True),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
-        "final_norm": rms_norm_specs(D),
+        "layers": _layers(cfg, blocks),
+        "final_norm": norm,
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
         tree["head"] = ArraySpec((V, D), ("vocab", "embed"), inputs, decay=True)
@@ -225,24 +293,39 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state for any ``length``.
+    """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
-    ``hidden`` [B, H, N, P] is the state of a mixer. ``x`` and ``BC`` are the last K - 1 inputs of its convolutions.
-    ``segment_ids`` are the segment ids of the last K - 1 tokens.
+    ``hidden`` [B, H, N, P] is the state of a Mamba-2 mixer. ``x`` and ``BC`` are the last K - 1 inputs of its
+    convolutions. Their sizes do not depend on ``length``. A block with attention has a key-value cache. ``past`` are
+    the segment ids of the last K - 1 tokens.
     """
     reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
-    layer = {
+    mixer = {
         "x": tail_specs(batch, reach, cfg.expand * cfg.embed_dim, dtype),
         "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),
         "hidden": ArraySpec((batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)),
     }
-    layers = spec.layers(cfg.num_layers, layer, stacked=cfg.scan_layers)
-    return {"layers": layers, "segment_ids": past_specs(batch, reach)}
+    past = past_specs(batch, reach)
+    if "attention" not in common.mixers(cfg):
+        return {"layers": _layers(cfg, {"mamba2": mixer}), "past": past}
+    common.check_state_length(cfg, length)
+    caches = cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
+    layers = _layers(cfg, {"mamba2": mixer, "attention": caches["layers"][0]})
+    return {**caches, "layers": layers, "past": past}
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
-    return 1
+def _layers(cfg: Config, specs_of: dict[str, Any]) -> Any:
+    """The specs of all layers: for each layer, those of its mixer in ``specs_of``."""
+    layers = tuple(specs_of[mixer] for mixer in common.mixers(cfg))
+    return spec.stack(cfg.num_layers, layers[0]) if cfg.scan_layers else layers
+
+
+def carried_state_length(cfg: Config) -> int | None:
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works.
+
+    None if a block has attention, because its cache has a limited size.
+    """
+    return None if "attention" in common.mixers(cfg) else 1
 
 
 VARIANTS = {
@@ -251,5 +334,15 @@ VARIANTS = {
     "mamba2-780m": Config(num_layers=48, embed_dim=1536),
     "mamba2-1.3b": Config(num_layers=48, embed_dim=2048),
     "mamba2-2.7b": Config(num_layers=64, embed_dim=2560),
+    "bamba-9b": Config(
+        vocab_size=128256, max_positions=4096, num_layers=32, embed_dim=4096, mlp_dim=14336,
+        pattern=tuple("attention" if layer in (9, 18, 27) else "mamba2" for layer in range(32)),
+        residual_in_float32=False, tie_embeddings=False,
+    ),
     "mamba2-tiny": Config(vocab_size=128, num_layers=2, embed_dim=32, head_dim=8, state_size=12, num_groups=2),
-}
+    "bamba-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, pattern=("mamba2", "attention"), embed_dim=32, mlp_dim=48,
+        head_dim=8, state_size=12, num_groups=2, attention_heads=4, attention_kv_heads=2, attention_head_dim=8,
+        residual_in_float32=False, tie_embeddings=False,
+    ),
+}  # fmt: skip

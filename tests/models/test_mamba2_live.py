@@ -1,4 +1,4 @@
-"""Compare Mamba-2 with torch: cached decoding after prompts of several lengths, padded prompts, and gradients."""
+"""Compare Mamba-2 and Bamba with torch: cached decoding after prompts of several lengths, and padded prompts."""
 
 from __future__ import annotations
 
@@ -57,6 +57,40 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
         assert relative_error(layer["hidden"], cache.ssm_states[number].mT) < 1e-5
         tail = np.concatenate([layer["x"], layer["BC"]], axis=-1)
         assert relative_error(tail, cache.conv_states[number].mT[:, 1:]) < 1e-5
+
+
+def test_cached_decoding_of_a_hybrid_equals_torch(tmp_path: Path) -> None:
+    """Each chunk of a text, and generation after prompts of different lengths."""
+    import torch
+    import transformers
+
+    config = transformers.BambaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=3, attn_layer_indices=[1],
+        num_attention_heads=4, num_key_value_heads=2, mamba_n_heads=6, mamba_d_state=5, mamba_n_groups=2,
+        mamba_chunk_size=4, max_position_embeddings=32, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch_model = transformers.BambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape))
+    torch_model.save_pretrained(tmp_path)
+    model, params = jaxlm.load_pretrained(tmp_path)
+    assert model.config.pattern == ("mamba2", "attention")
+    tokens = np.random.default_rng(0).integers(1, 31, (2, 12)).astype(np.int32)
+    with torch.no_grad():
+        expected = torch_model(torch.from_numpy(tokens).long()).logits.numpy()
+    step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
+    state = model.init_state(2, 12)
+    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 12)]:
+        hidden, state = step(params, tokens[:, start:stop], state)
+        assert relative_error(model.logits(params, hidden), expected[:, start:stop]) < 1e-5
+
+    segments = (np.arange(12)[None] >= np.array([[0], [9]])).astype(np.int32)  # padding on the left
+    generated = generate(model, params, tokens, segment_ids=segments, max_new_tokens=6)
+    ids, mask = torch.from_numpy(tokens).long(), torch.from_numpy(segments).long()
+    output = torch_model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert generated.tokens.tolist() == output[:, 12:].tolist()
 
 
 def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]) -> None:
