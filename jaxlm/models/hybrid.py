@@ -134,7 +134,7 @@ def multiply(m: Multipliers, params: Params) -> dict[str, Any]:
 
     def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:
         factors = {"weight": jnp.asarray(output) * input, "bias": jnp.asarray(output)}
-        return {name: x * factors[name].astype(x.dtype) for name, x in layer.items()}
+        return {name: x * jnp.expand_dims(factors[name], range(x.ndim - jnp.ndim(output))) for name, x in layer.items()}
 
     def scale_block(block: Params) -> dict[str, Any]:
         block = dict(block)

@@ -108,6 +108,11 @@ TINY: dict[str, dict[str, Any]] = {
         **_LLAMA, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
         "use_cache": False,  # otherwise transformers warns
     },
+    "falcon_h1": {
+        **_LLAMA, "mamba_d_ssm": None, "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
+        "mamba_rms_norm": True, "key_multiplier": 0.5, "ssm_multipliers": [0.5, 0.75, 1.5, 0.65, 1.75],
+        "use_cache": False,
+    },
     "recurrent_gemma": {
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "lru_width": 12, "attention_window_size": 32, "logits_soft_cap": 5.0,
@@ -185,7 +190,10 @@ _WORDS: dict[str, list[Any]] = {
     "time_step_rank": [1, "auto"],
     "expand": [1, 3, None],
     "attn_layer_indices": [[0, 1], [], [5], None, 1],
+    "mamba_d_ssm": [16, 24, 20],
     "mamba_expand": [1, 3, None],
+    "ssm_multipliers": [[1.0] * 5, [0.5], None, 2.0],
+    "mlp_multipliers": [[0.5, 1.5], [0.5], None, 2.0],
     "mamba_n_heads": [4, 3, None],
     "mamba_n_groups": [1, 4, 3, None],
     "mamba_d_head": [4, 3, "auto"],
@@ -214,6 +222,7 @@ UNDECLARED: dict[str, tuple[str, ...]] = {
     "qwen3_moe": ("head_dim", "partial_rotary_factor", "layer_types", "max_window_layers"),
     "qwen3_next": ("full_attention_interval",),
     "bamba": ("head_dim",),
+    "falcon_h1": ("head_dim", "mlp_bias", "attention_bias"),
     "xlnet": ("d_head", "summary_proj_to_labels", "summary_first_dropout", "use_cache"),
 }
 """Fields that the config class does not declare, but that the model reads or published files have."""

@@ -1,4 +1,4 @@
-"""Mamba-2 and Bamba: published sizes, initial values, the gate, the residual stream, errors, and fields of files."""
+"""Mamba-2, Bamba and Falcon-H1: published sizes, initial values, the gate, residuals, errors, and fields of files."""
 
 import json
 import math
@@ -40,6 +40,7 @@ def setup(batch=2, length=12, **overrides):
         ("mamba2-1.3b", 1_343_757_312),
         ("mamba2-2.7b", 2_702_599_680),
         ("bamba-9b", 9_780_235_392),
+        ("falcon-h1-0.5b", 521_411_104),
     ],
 )
 def test_published_parameter_counts(name, count):
@@ -166,10 +167,10 @@ def test_the_residual_stream_is_float32_by_default():
 
 
 def test_layers_of_one_kind_can_be_stacked():
-    """A block with an MLP; without attention and with only attention."""
+    """Blocks with an MLP and with a mixer, with attention, or with both and multipliers."""
     tokens = random_tokens(tiny_model("bamba-tiny"), 2, 9)
-    for mixer in ("mamba2", "attention"):
-        model = tiny_model("bamba-tiny", pattern=(mixer,))
+    for name, mixer in (("bamba-tiny", "mamba2"), ("bamba-tiny", "attention"), ("falcon-h1-tiny", "parallel")):
+        model = tiny_model(name, pattern=(mixer,))
         stacked = model.with_fields(scan_layers=True)
         params = add_noise(initial_params(model))
         expected, _ = jax.jit(model.apply)(params, tokens, state=model.init_state(2, 9))
@@ -181,7 +182,9 @@ def test_layers_of_one_kind_can_be_stacked():
     ("fields", "message"),
     [
         ({"pattern": ()}, r"pattern=\(\) must not be empty"),
-        ({"pattern": ("mamba2", "mlp")}, r"each entry must be mamba2 or attention"),
+        ({"pattern": ("mamba2", "mlp")}, "each entry must be mamba2 or attention or parallel"),
+        ({"norm_groups": 3}, "norm_groups=3 does not divide the width of a mixer, 64"),
+        ({"expand": 0.01}, r"head_dim=8 does not divide expand \* embed_dim = 0"),
         ({"pattern": ("mamba2", "attention"), "scan_layers": True}, "scan_layers=True needs equal layers"),
         ({"attention_kv_heads": 5}, "attention_kv_heads=5 does not divide attention_heads=32"),
         ({"rotary_fraction": 0.3}, r"rotary_fraction=0.3 must be .* rotary_fraction \* head_dim=128 must be even"),
@@ -219,6 +222,8 @@ SHAPES = {
     "bamba": ("bamba-tiny", {"num_layers": 5, "pattern": ("mamba2", "mamba2", "attention"), "rotary_scaling": YARN}),
     "bamba_bias": ("bamba-tiny", {"linear_bias": True, "attention_bias": True, "tie_embeddings": True, "task": "none"}),
     "mlp": ("bamba-tiny", {"pattern": ("mamba2",)}),
+    "falcon": ("falcon-h1-tiny", {"rotary_scaling": YARN}),
+    "falcon_plain": ("falcon-h1-tiny", {"multipliers": None, "norm_groups": None, "linear_bias": True}),
 }
 
 
@@ -301,13 +306,31 @@ def test_fields_of_bamba_with_a_default_are_read(tmp_path):
     assert model.config.pattern == ("mamba2",)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"mlp_dim": None}, "mlp_dim=None: the blocks of model_type='bamba' have MLPs"),
-    ({"dt_limit_max": 1.0}, "no Hugging Face class can represent"),
-    ({"residual_in_float32": True}, "no Hugging Face class can represent"),
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers=\[1.0, 2.0\] must have 5 numbers"),
+        ({"mlp_multipliers": 0.5}, "mlp_multipliers=0.5 must be a number, or, for ssm_multipliers, mlp_multipliers, a"),
+        ({"lm_head_multiplier": None}, "lm_head_multiplier=None must be a number"),
+        ({"projectors_bias": True}, "mamba_proj_bias=False and projectors_bias=True must be equal"),
+        ({"head_dim": None}, "head_dim=None must be an integer"),
+    ],
+)
+def test_unsupported_settings_of_falcon_h1_raise(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(save_with_fields(tmp_path, "falcon-h1-tiny", **fields))
+
+
+@pytest.mark.parametrize(("variant", "fields", "message"), [
+    ("falcon-h1-tiny", {"norm_groups": 1}, "norm_groups=1: model_type='falcon_h1' has no norm, or num_groups=2 groups"),
+    ("falcon-h1-tiny", {"pattern": ("mamba2",)}, "no Hugging Face class can represent"),
+    ("bamba-tiny", {"pattern": ("parallel", "mamba2")}, "model_type='bamba' has no parallel blocks"),
+    ("bamba-tiny", {"mlp_dim": None}, "mlp_dim=None: the blocks of model_type='bamba' and"),
+    ("bamba-tiny", {"dt_limit_max": 1.0}, "no Hugging Face class can represent"),
+    ("bamba-tiny", {"residual_in_float32": True}, "no Hugging Face class can represent"),
 ])  # fmt: skip
-def test_other_hybrids_have_no_class_in_transformers(fields, message, tmp_path):
-    model = tiny_model("bamba-tiny", **fields)
+def test_other_hybrids_have_no_class_in_transformers(variant, fields, message, tmp_path):
+    model = tiny_model(variant, **fields)
     with pytest.raises(ValueError, match=message):
         save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
 

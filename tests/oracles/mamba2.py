@@ -1,4 +1,4 @@
-"""Reference of mamba2: the classes of transformers for Mamba-2 and for its hybrids with attention (Bamba, Falcon-H1)."""
+"""Reference of mamba2: the Mamba-2 classes of transformers, and its hybrids with attention: Bamba and Falcon-H1."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def _head_dim(config: Mapping[str, Any], width: int) -> int:
 def _write_bamba_fields(cfg: Config) -> dict[str, Any]:
     if "parallel" in mixers(cfg) or int(cfg.expand) != cfg.expand:
         raise ValueError(
-            f"pattern={cfg.pattern}, expand={cfg.expand}: model_type='bamba' has no parallel blocks, and expand must be "
-            "an integer"
+            f"pattern={cfg.pattern} and expand={cfg.expand}: model_type='bamba' has no parallel blocks, and needs an "
+            "integer expand"
         )
     indices = [layer for layer, mixer in enumerate(mixers(cfg)) if mixer == "attention"]
     return {**_write_hybrid_fields(cfg), "attn_layer_indices": indices, "mamba_expand": int(cfg.expand)}
