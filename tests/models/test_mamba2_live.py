@@ -61,7 +61,7 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
 
 @pytest.mark.parametrize("name", ["Bamba", "FalconH1"])
 def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> None:
-    """Each chunk of a text, and generation after prompts of different lengths."""
+    """Each chunk of a text, and generation after prompts of different lengths, equal complete calls of transformers."""
     import torch
     import transformers
 
@@ -74,7 +74,7 @@ def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> 
     }[name]  # fmt: skip
     config = getattr(transformers, f"{name}Config")(
         vocab_size=31, hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2,
-        mamba_n_heads=6, mamba_d_state=5, mamba_n_groups=2, mamba_chunk_size=4, max_position_embeddings=32,
+        head_dim=8, mamba_n_heads=6, mamba_d_state=5, mamba_n_groups=2, mamba_chunk_size=4, max_position_embeddings=32,
         eos_token_id=None, use_cache=False, **fields,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -95,10 +95,12 @@ def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> 
         assert relative_error(model.logits(params, hidden), expected[:, start:stop]) < 1e-5
 
     segments = (np.arange(12)[None] >= np.array([[0], [9]])).astype(np.int32)  # padding on the left
-    generated = generate(model, params, tokens, segment_ids=segments, max_new_tokens=6)
-    ids, mask = torch.from_numpy(tokens).long(), torch.from_numpy(segments).long()
-    output = torch_model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
-    assert generated.tokens.tolist() == output[:, 12:].tolist()
+    generated = generate(model, params, tokens, segment_ids=segments, max_new_tokens=6).tokens
+    ids = torch.from_numpy(np.concatenate([tokens, generated], axis=1)).long()
+    mask = torch.from_numpy(np.concatenate([segments, np.ones_like(generated)], axis=1)).long()
+    with torch.no_grad():
+        output = torch_model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert generated.tolist() == output[:, 11:-1].argmax(-1).tolist()
 
 
 def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]) -> None:
