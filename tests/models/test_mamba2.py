@@ -187,7 +187,7 @@ def test_layers_of_one_kind_can_be_stacked():
         ({"expand": 0.01}, r"head_dim=8 does not divide expand \* embed_dim = 0"),
         ({"pattern": ("mamba2", "attention"), "scan_layers": True}, "scan_layers=True needs equal layers"),
         ({"attention_kv_heads": 5}, "attention_kv_heads=5 does not divide attention_heads=32"),
-        ({"rotary_fraction": 0.3}, r"rotary_fraction=0.3 must be .* rotary_fraction \* head_dim=128 must be even"),
+        ({"rotary_fraction": 0.01}, r"rotary_fraction=0.01 must be .* rotary_fraction \* head_dim=128 must be even"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
         ({"attention_implementation": "fast"}, "attention_implementation='fast' is unknown"),
         ({"head_dim": 7}, r"head_dim=7 does not divide expand \* embed_dim = 64"),
