@@ -24,7 +24,7 @@ SIZES = {"T": 12, "S": 16, "R": 7}
 SEGMENTS = ("xlnet", "transformer_xl")
 """The formulas of these families are for a call of T tokens. Those of other families with a state are for one token."""
 FUNCTIONS = {
-    **{f.__name__: f for f in (enumerate, len, list, max, min, range, sum, zip)},
+    **{f.__name__: f for f in (enumerate, len, list, max, min, range, round, sum, zip)},
     "accumulate": itertools.accumulate,
     "prod": math.prod,
 }

@@ -271,10 +271,14 @@ def check_tokens(
         )
 
 
-def check_pattern(cfg: Any, mixers: Sequence[str]) -> None:
-    """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not in ``mixers``."""
-    if not cfg.pattern or not set(cfg.pattern) <= set(mixers):
-        raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(mixers)}")
+def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``cfg.pattern`` is empty, has an entry that is not ``allowed``, or cannot be stacked."""
+    if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
+        raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
+    if getattr(cfg, "scan_layers", False) and len(set(mixers(cfg))) > 1:
+        raise ValueError(
+            f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"
+        )
 
 
 def mixers(cfg: Any) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
-from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
+from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
@@ -109,11 +109,7 @@ class Config(experts.ExpertsConfig):
         common.check_pattern(self, get_args(Mixer))
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
-        if not 0.0 < self.rotary_fraction <= 1.0 or rotary_width(self) < 2 or rotary_width(self) % 2:
-            raise ValueError(
-                f"rotary_fraction={self.rotary_fraction} must be at most 1, and rotary_fraction * "
-                f"head_dim={self.head_dim} must be even and at least 2, because rotary positions rotate pairs"
-            )
+        rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
 
 
 def apply(
@@ -153,9 +149,8 @@ def apply_with_routing(
     masks = stream.masks()
     if "attention" in common.mixers(cfg):
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
-        angles = rotary_angles(
-            context.positions, rotary_width(cfg), cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions
-        )
+        width = rotary_width(cfg.head_dim, cfg.rotary_fraction)
+        angles = rotary_angles(context.positions, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -220,11 +215,6 @@ def _attention(
 
 logits = heads.decoder_logits
 pool = heads.pool_last_token
-
-
-def rotary_width(cfg: Config) -> int:
-    """The number of entries of a head that rotary positions rotate."""
-    return int(cfg.rotary_fraction * cfg.head_dim)
 
 
 def conv_channels(cfg: Config) -> int:

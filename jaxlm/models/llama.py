@@ -255,10 +255,6 @@ def _check_pattern(cfg: Config) -> None:
         )
     if cfg.window_rotary_base is not None and "window" not in kinds:
         raise ValueError(f"window_rotary_base={cfg.window_rotary_base} needs layers with a window")
-    if cfg.scan_layers and len(kinds) > 1:
-        raise ValueError(
-            f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"
-        )
 
 
 def specs(cfg: Config) -> dict[str, Any]:

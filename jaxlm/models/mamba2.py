@@ -1,12 +1,15 @@
-"""Mamba-2 (Dao & Gu 2024, "Transformers are SSMs").
+"""Mamba-2 (Dao & Gu 2024, "Transformers are SSMs"), and its hybrids with attention: Bamba and Falcon-H1.
 
-A causal model without attention and without positions. Each block has one mixer: a causal depthwise convolution, a
-selective state space model (SSD), and a gate. The size of the state does not depend on the length of the text.
+A causal model. Each block of Mamba-2 has one mixer: a causal depthwise convolution, a selective state space model
+(SSD), and a gate. It has no positions, and the size of its state does not depend on the length of the text. In a
+hybrid, some blocks have attention with rotary positions instead of the mixer (Bamba, IBM et al. 2024), or the mixer and
+attention in parallel: both read the same input, and their outputs are added (Falcon-H1, Zuo et al. 2025). Each block of
+these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies its weights by constants (``multipliers``).
 
 The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
 
-Shapes: B batch, T time, D model width, I width of the mixer (expand * D), H heads, P width of a head, G groups of
+Shapes: B batch, T time, D model width, I width of the mixer, H heads, P width of a head, G groups of
 heads, N state size, K taps of the convolution, V vocabulary.
 """
 
@@ -19,33 +22,41 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, heads
+from jaxlm.models import common, heads, hybrid
+from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
+Mixer = Literal["mamba2", "attention", "parallel"]
 Task = Literal["causal", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.TransformerConfig):
+class Config(hybrid.AttentionConfig):
     """Shape and behaviour of a Mamba-2. The defaults are the published model with 130M parameters."""
 
     vocab_size: int = 50288
     """Number of token ids. The published models have 50277 ids, padded to a multiple of 16."""
     num_layers: int = 24
     """Number of blocks."""
+    pattern: tuple[Mixer, ...] = ("mamba2",)
+    """The mixers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete.
+    parallel: a Mamba-2 mixer and attention, whose outputs are added."""
     embed_dim: int = 768
     """Model width."""
-    expand: int = 2
-    """Width of the mixer, as a multiple of embed_dim."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP at the end of each block; None: blocks have no MLP."""
+    expand: float = 2
+    """Width of the mixer, as a multiple of embed_dim. The product is rounded."""
     head_dim: int = 64
-    """Width of a head. There are expand * embed_dim / head_dim heads."""
+    """Width of a head of a Mamba-2 mixer. There are expand * embed_dim / head_dim heads."""
     state_size: int = 128
     """Width of B and C. The state of a head has state_size * head_dim numbers."""
     num_groups: int = 1
@@ -59,12 +70,16 @@ class Config(common.TransformerConfig):
     norm_before_gate: bool = False
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
+    norm_groups: int | None = 1
+    """Parts of the mixer's output that this norm normalizes separately; None: there is no norm."""
     linear_bias: bool = False
-    """Whether the linear layers have biases."""
+    """Whether the linear layers of Mamba-2 mixers have biases."""
     conv_bias: bool = True
     """Whether the convolution has a bias."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMS norms."""
+    multipliers: hybrid.Multipliers | None = None
+    """Constants by which the weights of a Falcon-H1 are multiplied; None: all are 1."""
     residual_in_float32: bool = True
     """Whether the residual stream is float32 for every compute dtype."""
     tie_embeddings: bool = True
@@ -83,19 +98,20 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "expand", "head_dim", "state_size", "num_groups"
-        )
+            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "state_size", "num_groups",
+            "norm_groups",
+        )  # fmt: skip
         common.check_choices(self, task=get_args(Task))
-        if (self.expand * self.embed_dim) % self.head_dim:
+        common.check_pattern(self, get_args(Mixer))
+        width = mixer_width(self)
+        if width < 1 or width % self.head_dim:
             raise ValueError(
-                f"head_dim={self.head_dim} does not divide expand * embed_dim = {self.expand * self.embed_dim}: "
-                "change one of them"
+                f"head_dim={self.head_dim} does not divide expand * embed_dim = {width}: change one of them"
             )
         if num_heads(self) % self.num_groups:
-            raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {num_heads(self)} heads (expand * embed_dim / "
-                "head_dim): change one of them"
-            )
+            raise ValueError(f"num_groups={self.num_groups} does not divide the {num_heads(self)} heads of a mixer")
+        if self.norm_groups is not None and width % self.norm_groups:
+            raise ValueError(f"norm_groups={self.norm_groups} does not divide the width of a mixer, {width}")
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if not 0.0 <= self.dt_limit_min < (float("inf") if self.dt_limit_max is None else self.dt_limit_max):
@@ -122,34 +138,52 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, rows that
+            exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
     masks = stream.masks()
+    if has_attention(cfg):
+        context, state = cache.make_context(tokens, state, stream.segment_ids, None)
+        angles = hybrid.attention_angles(cfg, context.positions)
+    if cfg.multipliers is not None:
+        params = hybrid.multiply(cfg.multipliers, params)
     dtype = jnp.dtype(cfg.dtype)
-    residual_dtype = jnp.float32 if cfg.residual_in_float32 else dtype
-    x = embed(params["token_embedding"], tokens, residual_dtype, size=cfg.vocab_size)
+    x_dtype = jnp.float32 if cfg.residual_in_float32 else dtype
+    x = embed(params["token_embedding"], tokens, x_dtype, size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_state, _ = layer
         normed = rms_norm(weights["norm"], x, cfg.norm_epsilon).astype(dtype)
-        mixed, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, stream, masks)
-        return constrain(x + mixed, ("batch", "seq", "activation_embed")), layer_state
+        outputs = []
+        if "mixer" in weights:
+            y, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, stream, masks)
+            outputs.append(y)
+        if "attention" in weights:
+            y, layer_state = hybrid.attend(cfg, weights["attention"], normed, layer_state, context, angles)
+            outputs.append(y)
+        x = constrain(x + sum(outputs), ("batch", "seq", "activation_embed"))
+        if cfg.mlp_dim is not None:
+            y = swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon).astype(dtype))
+            x = constrain(x + y, ("batch", "seq", "activation_embed"))
+        return x, layer_state
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
     hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
-    return hidden, None if state is None else {"layers": layers, "segment_ids": past}
+    if has_attention(cfg):
+        hidden, state = common.decoder_outputs(hidden, layers, context, state)
+    return hidden, None if state is None else {**state, "layers": layers, "past": past}
 
 
 def _mixer(
     cfg: Config, weights: Params, u_BTD: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
-    """The output of a mixer, [B, T, D], and its new state (None without a state)."""
+    """The output of a mixer, [B, T, D], and the new state of the layer (None without a state)."""
     B, T, _ = u_BTD.shape
     zx = constrain(linear(weights["zx"], u_BTD), ("batch", "seq", None, "mlp"))
     z, x, BC, dt = zx[:, :, 0], zx[:, :, 1], linear(weights["BC"], u_BTD), linear(weights["dt"], u_BTD)
@@ -167,9 +201,13 @@ def _mixer(
 
     gate = jax.nn.silu(z)
     y = y if cfg.norm_before_gate else y * gate
-    y = rms_norm(weights["norm"], y, cfg.norm_epsilon)
+    if cfg.norm_groups is not None:
+        y_BTGC = y.reshape(B, T, cfg.norm_groups, -1)
+        scale_GC = weights["norm"]["scale"].reshape(y_BTGC.shape[2:])
+        y = rms_norm({"scale": scale_GC}, y_BTGC, cfg.norm_epsilon).reshape(z.shape)
     y = y * gate if cfg.norm_before_gate else y
-    return linear(weights["output"], y), None if state is None else {"x": x_tail, "BC": BC_tail, "hidden": hidden}
+    state = None if state is None else {**state, "x": x_tail, "BC": BC_tail, "hidden": hidden}
+    return linear(weights["output"], y), state
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
@@ -180,69 +218,95 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "none":
         raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
+    hidden = hidden if cfg.multipliers is None else hidden * cfg.multipliers.head
     return heads.decoder_logits(cfg, params, hidden)
 
 
+def has_attention(cfg: Config) -> bool:
+    """Whether a block has attention."""
+    return set(common.mixers(cfg)) != {"mamba2"}
+
+
+def mixer_width(cfg: Config) -> int:
+    """The width of a Mamba-2 mixer, I = expand * embed_dim."""
+    return round(cfg.expand * cfg.embed_dim)
+
+
 def num_heads(cfg: Config) -> int:
-    """The number of heads, H = expand * embed_dim / head_dim."""
-    return cfg.expand * cfg.embed_dim // cfg.head_dim
+    """The number of heads of a Mamba-2 mixer, H = I / head_dim."""
+    return mixer_width(cfg) // cfg.head_dim
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
-    V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.expand * cfg.embed_dim
-    linear_init, conv_init = Uniform(D**-0.5), Uniform(K**-0.5)
-    block = {
-        "norm": rms_norm_specs(D),
-        "mixer": {
-            # B and C are not sharded like the heads, because several heads share them.
-            "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), linear_init, bias=cfg.linear_bias),
-            "BC": linear_specs((D, BC), ("embed", None), linear_init, bias=cfg.linear_bias),
-            "dt": linear_specs((D, H), ("embed", "heads"), linear_init, bias=cfg.linear_bias),
-            "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), conv_init, bias=cfg.conv_bias),
-            "BC_convolution": depthwise_convolution_specs((K, BC), (None,), conv_init, bias=cfg.conv_bias),
-            "dt_bias": ArraySpec(
-                (H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)
-            ),
-            "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
-            "D": ArraySpec((H,), ("heads",), ONES),
-            "norm": rms_norm_specs(width),
-            # Divided by sqrt(num_layers), because the residual stream sums the outputs of num_layers blocks.
-            "output": linear_specs(
-                (width, D), ("mlp", "embed"), Uniform((width * cfg.num_layers) ** -0.5), bias=cfg.linear_bias
-            ),
-        },
+    V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), mixer_width(cfg)
+    inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
+
+    def output(size: int) -> Uniform:
+        """Divided by the square root of the number of outputs that the residual stream sums."""
+        return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
+
+    mixer = {
+        # B and C are not sharded like the heads, because several heads share them.
+        "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
+        "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
+        "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
+        "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
+        "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
+        "dt_bias": ArraySpec((H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)),
+        "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
+        "D": ArraySpec((H,), ("heads",), ONES),
+        **({} if cfg.norm_groups is None else {"norm": rms_norm_specs(width)}),
+        "output": linear_specs((width, D), ("mlp", "embed"), output(width), bias=cfg.linear_bias),
     }
+    attention = hybrid.attention_specs(cfg, inputs, output(cfg.attention_heads * cfg.attention_head_dim))
+    shared: dict[str, Any] = {"norm": norm}
+    if cfg.mlp_dim is not None:
+        shared |= {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, inputs, output(cfg.mlp_dim))}
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(cfg.init_stddev), decay=True),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
-        "final_norm": rms_norm_specs(D),
+        "layers": _layers(cfg, {**shared, "mixer": mixer}, {**shared, "attention": attention}),
+        "final_norm": norm,
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), linear_init, decay=True)
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), inputs, decay=True)
     return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state for any ``length``.
+    """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
-    ``hidden`` [B, H, N, P] is the state of a mixer. ``x`` and ``BC`` are the last K - 1 inputs of its convolutions.
-    ``segment_ids`` are the segment ids of the last K - 1 tokens.
+    ``hidden`` [B, H, N, P] is the state of a Mamba-2 mixer. ``x`` and ``BC`` are the last K - 1 inputs of its
+    convolutions. Their sizes do not depend on ``length``. A block with attention has a key-value cache. ``past`` are
+    the segment ids of the last K - 1 tokens.
     """
     reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
-    layer = {
-        "x": tail_specs(batch, reach, cfg.expand * cfg.embed_dim, dtype),
+    mixer = {
+        "x": tail_specs(batch, reach, mixer_width(cfg), dtype),
         "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),
         "hidden": ArraySpec((batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)),
     }
-    layers = spec.layers(cfg.num_layers, layer, stacked=cfg.scan_layers)
-    return {"layers": layers, "segment_ids": past_specs(batch, reach)}
+    past = past_specs(batch, reach)
+    if not has_attention(cfg):
+        return {"layers": _layers(cfg, mixer, {}), "past": past}
+    caches = hybrid.cache_specs(cfg, batch, length)
+    return {**caches, "layers": _layers(cfg, mixer, caches["layers"][0]), "past": past}
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
+    """The specs of all layers, from the specs of a layer with each mixer."""
+    specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
+    layers = tuple(specs_of[mixer] for mixer in common.mixers(cfg))
+    return spec.stack(cfg.num_layers, layers[0]) if cfg.scan_layers else layers
+
+
+def carried_state_length(cfg: Config) -> int | None:
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state.
+
+    None if a block has attention, because its cache has a limited size.
+    """
+    return None if has_attention(cfg) else 1
 
 
 VARIANTS = {
@@ -251,5 +315,36 @@ VARIANTS = {
     "mamba2-780m": Config(num_layers=48, embed_dim=1536),
     "mamba2-1.3b": Config(num_layers=48, embed_dim=2048),
     "mamba2-2.7b": Config(num_layers=64, embed_dim=2560),
+    "bamba-9b": Config(
+        vocab_size=128256, max_positions=4096, num_layers=32, embed_dim=4096, mlp_dim=14336,
+        pattern=tuple("attention" if layer in (9, 18, 27) else "mamba2" for layer in range(32)),
+        residual_in_float32=False, tie_embeddings=False,
+    ),
+    "falcon-h1-0.5b": Config(
+        vocab_size=32784, max_positions=16384, num_layers=36, pattern=("parallel",), embed_dim=1024, mlp_dim=2048,
+        expand=1.5, norm_groups=None, attention_heads=8, attention_kv_heads=2, attention_head_dim=64,
+        rotary_fraction=1.0, rotary_base=1e11,
+        multipliers=hybrid.Multipliers(
+            embedding=32**0.5, head=0.0390625, mixer_input=1.25, z=0.125**0.5, x=0.25, B=0.125**0.5, C=0.5,
+            dt=0.125**0.5, mixer_output=18**-0.5, key=0.390625, attention_output=0.9375, mlp_gate=0.78125**0.5,
+            mlp_output=0.5859375,
+        ),
+        residual_in_float32=False, tie_embeddings=False,
+    ),
     "mamba2-tiny": Config(vocab_size=128, num_layers=2, embed_dim=32, head_dim=8, state_size=12, num_groups=2),
-}
+    "bamba-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, pattern=("mamba2", "attention"), embed_dim=32, mlp_dim=48,
+        head_dim=8, state_size=12, num_groups=2, attention_heads=4, attention_kv_heads=2, attention_head_dim=8,
+        residual_in_float32=False, tie_embeddings=False,
+    ),
+    "falcon-h1-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, pattern=("parallel",), embed_dim=32, mlp_dim=48, expand=1.5,
+        head_dim=8, state_size=12, num_groups=2, norm_groups=2, norm_before_gate=True, attention_heads=4,
+        attention_kv_heads=2, attention_head_dim=8, rotary_fraction=1.0, rotary_base=1e5,
+        multipliers=hybrid.Multipliers(
+            embedding=4.0, head=0.25, mixer_input=1.25, z=0.5, x=0.75, B=1.5, C=0.625, dt=1.75, mixer_output=0.5,
+            attention_input=0.875, key=0.375, attention_output=1.125, mlp_gate=0.75, mlp_output=0.625,
+        ),
+        residual_in_float32=False, tie_embeddings=False,
+    ),
+}  # fmt: skip

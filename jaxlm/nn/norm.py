@@ -63,11 +63,15 @@ def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpe
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``."""
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``.
+
+    If the scale has several axes, such as [groups, width], they belong to the last axes of ``x``.
+    """
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"]
-    return (normalised * lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))).astype(x.dtype)
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+    return (normalised * lax.broadcast_in_dim(scale, x.shape, axes)).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)

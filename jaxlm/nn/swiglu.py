@@ -12,12 +12,16 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import Initializer, Params
 
 
-def swiglu_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
-    """The specs of ``gate`` and ``up``, [width, hidden], and ``down``, [hidden, width]."""
+def swiglu_specs(width: int, hidden: int, init: Initializer, down_init: Initializer | None = None) -> dict[str, Any]:
+    """The specs of ``gate`` and ``up``, [width, hidden], and ``down``, [hidden, width].
+
+    Args:
+        down_init: the initial values of ``down``; None: those of ``gate`` and ``up``.
+    """
     return {
         "gate": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
         "up": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
-        "down": linear_specs((hidden, width), ("mlp", "embed"), init, bias=False),
+        "down": linear_specs((hidden, width), ("mlp", "embed"), init if down_init is None else down_init, bias=False),
     }
 
 

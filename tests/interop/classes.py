@@ -31,7 +31,7 @@ def declare_tied_head(torch_model: Any) -> None:
 
 def model_of_class(name: str, table: Format, architecture: str) -> Model:
     """A small model for this class. A classifier has 3 labels."""
-    model = tiny_model(name)
+    model = tiny_model({"bamba": "bamba-tiny", "falcon_h1": "falcon-h1-tiny"}.get(table.model_type, name))
     implied_fields = {
         field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field
     }

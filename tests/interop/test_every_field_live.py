@@ -104,6 +104,15 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 4, "state_size": 6,
         "n_groups": 2, "time_step_limit": [0.2, 1.5],
     },
+    "bamba": {
+        **_LLAMA, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
+        "use_cache": False,  # otherwise transformers warns
+    },
+    "falcon_h1": {
+        **_LLAMA, "mamba_d_ssm": None, "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
+        "mamba_rms_norm": True, "key_multiplier": 0.5, "ssm_multipliers": [0.5, 0.75, 1.5, 0.65, 1.75],
+        "use_cache": False,
+    },
     "recurrent_gemma": {
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "lru_width": 12, "attention_window_size": 32, "logits_soft_cap": 5.0,
@@ -180,6 +189,14 @@ _WORDS: dict[str, list[Any]] = {
     "time_step_limit": [[0.0, 0.9], [0.5, float("inf")], [0.5], None, "none"],
     "time_step_rank": [1, "auto"],
     "expand": [1, 3, None],
+    "attn_layer_indices": [[0, 1], [], [5], None, 1],
+    "mamba_d_ssm": [16, 24, 20],
+    "mamba_expand": [1, 3, None],
+    "ssm_multipliers": [[1.0] * 5, [0.5], None, 2.0],
+    "mlp_multipliers": [[0.5, 1.5], [0.5], None, 2.0],
+    "mamba_n_heads": [4, 3, None],
+    "mamba_n_groups": [1, 4, 3, None],
+    "mamba_d_head": [4, 3, "auto"],
     "num_heads": [4, 16, None],
     "n_groups": [1, 4, 3, None],
     "qk_dim_factor": [1.0, 0.51, 3, 0.1, None],
@@ -204,6 +221,8 @@ UNDECLARED: dict[str, tuple[str, ...]] = {
     "qwen3": ("partial_rotary_factor",),
     "qwen3_moe": ("head_dim", "partial_rotary_factor", "layer_types", "max_window_layers"),
     "qwen3_next": ("full_attention_interval",),
+    "bamba": ("head_dim",),
+    "falcon_h1": ("head_dim", "mlp_bias", "attention_bias"),
     "xlnet": ("d_head", "summary_proj_to_labels", "summary_first_dropout", "use_cache"),
 }
 """Fields that the config class does not declare, but that the model reads or published files have."""
@@ -219,12 +238,13 @@ _UNREAD = {
     "details or the dtype of the computation, or no effect":
         "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx "
         "chunk_size time_step_rank norm_reduction_force_float32 chunkwise_kernel sequence_kernel step_kernel mode "
-        "return_last_states autocast_kernel_dtype inference_state_dtype max_inference_chunksize",
+        "return_last_states autocast_kernel_dtype inference_state_dtype max_inference_chunksize mamba_chunk_size "
+        "num_logits_to_keep",
     "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
         "output_router_logits router_aux_loss_coef initializer_factor init init_range w_init_variance_scale "
         "final_w_init_variance_scale problem_type "
         "tf_legacy_loss use_mems_train trainer_compatible summary_first_dropout summary_last_dropout "
-        "classifier_dropout hidden_dropout rescale_prenorm_residual",
+        "classifier_dropout hidden_dropout rescale_prenorm_residual z_loss_coefficient",
     "metadata for tokenization or generation, which jaxlm keeps":
         "is_encoder_decoder pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix "
         "task_specific_params tokenizer_class finetuning_task label2id",

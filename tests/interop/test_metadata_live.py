@@ -112,7 +112,8 @@ def test_generation_ends_at_an_unusual_token(name: str, table: Format, architect
     def generate(model: Any) -> np.ndarray:
         return model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False,
-            use_cache=name != "gated_deltanet",  # the cache of transformers needs at least one layer with attention
+            # The cache of Qwen3-Next needs at least one layer with attention; those of the other two raise errors.
+            use_cache=table.model_type not in ("qwen3_next", "bamba", "falcon_h1"),
         ).numpy()  # fmt: skip
 
     torch_model.generation_config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""Mamba-2: published sizes, initial values, the gate, the residual stream, errors, and supported fields of files."""
+"""Mamba-2, Bamba and Falcon-H1: published sizes, initial values, the gate, residuals, errors, and fields of files."""
 
 import json
 import math
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
+from jaxlm.interop import config_json
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
 from jaxlm.models import get_model
+from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
     add_noise,
@@ -37,6 +39,8 @@ def setup(batch=2, length=12, **overrides):
         ("mamba2-780m", 780_161_280),
         ("mamba2-1.3b", 1_343_757_312),
         ("mamba2-2.7b", 2_702_599_680),
+        ("bamba-9b", 9_780_235_392),
+        ("falcon-h1-0.5b", 521_411_104),
     ],
 )
 def test_published_parameter_counts(name, count):
@@ -46,6 +50,19 @@ def test_published_parameter_counts(name, count):
 def test_a_long_text_has_a_small_state():
     model = get_model("mamba2-130m")
     assert spec.count(model.state_specs(1, 10**9)) == 24 * (24 * 128 * 64 + 3 * (1536 + 256)) + 3
+
+
+def test_only_attention_limits_the_length_of_the_text():
+    model = tiny_model("bamba-tiny")
+    mixer, attention = model.state_specs(2, 40)["layers"]
+    assert mixer["hidden"].shape == (2, 8, 12, 8)
+    assert attention["key"].shape == attention["value"].shape == (2, 40, 2 * 8)
+    assert model.carried_state_length is None
+    with pytest.raises(ValueError, match="a state of 65 tokens exceeds max_positions=64"):
+        model.state_specs(1, 65)
+    recurrent = model.with_fields(pattern=("mamba2",), max_positions=None)
+    assert recurrent.carried_state_length == 1
+    assert recurrent.state_specs(2, 3) == recurrent.state_specs(2, 40)
 
 
 def test_initial_values_are_in_the_published_ranges():
@@ -149,9 +166,30 @@ def test_the_residual_stream_is_float32_by_default():
     assert ratios == [pytest.approx(1.072, abs=0.01), 1.0]
 
 
+def test_layers_of_one_kind_can_be_stacked():
+    """Blocks with an MLP and with a mixer, with attention, or with both and multipliers."""
+    tokens = random_tokens(tiny_model("bamba-tiny"), 2, 9)
+    for name, mixer in (("bamba-tiny", "mamba2"), ("bamba-tiny", "attention"), ("falcon-h1-tiny", "parallel")):
+        model = tiny_model(name, pattern=(mixer,))
+        stacked = model.with_fields(scan_layers=True)
+        params = add_noise(initial_params(model))
+        expected, _ = jax.jit(model.apply)(params, tokens, state=model.init_state(2, 9))
+        hidden, _ = jax.jit(stacked.apply)(spec.restack(params), tokens, state=stacked.init_state(2, 9))
+        assert relative_error(hidden, expected) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"pattern": ()}, r"pattern=\(\) must not be empty"),
+        ({"pattern": ("mamba2", "mlp")}, "each entry must be mamba2 or attention or parallel"),
+        ({"norm_groups": 3}, "norm_groups=3 does not divide the width of a mixer, 64"),
+        ({"expand": 0.01}, r"head_dim=8 does not divide expand \* embed_dim = 0"),
+        ({"pattern": ("mamba2", "attention"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
+        ({"attention_kv_heads": 5}, "attention_kv_heads=5 does not divide attention_heads=32"),
+        ({"rotary_fraction": 0.01}, r"rotary_fraction=0.01 must be .* rotary_fraction \* head_dim=128 must be even"),
+        ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
+        ({"attention_implementation": "fast"}, "attention_implementation='fast' is unknown"),
         ({"head_dim": 7}, r"head_dim=7 does not divide expand \* embed_dim = 64"),
         ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),
         ({"state_size": 0}, "state_size=0 must be at least 1"),
@@ -176,17 +214,26 @@ def test_task_none_has_no_head():
 
 # ---------------------------------------------------------------------------------------------------------- files
 
+YARN = RotaryScaling("yarn", 2.0, original_positions=32)
 SHAPES = {
-    "tied": {},
-    "untied": {"tie_embeddings": False, "linear_bias": True, "dt_limit_min": 0.1},
-    "limits": {"dt_limit_max": 0.5, "conv_bias": False, "task": "none"},
+    "tied": ("mamba2-tiny", {}),
+    "untied": ("mamba2-tiny", {"tie_embeddings": False, "linear_bias": True, "dt_limit_min": 0.1}),
+    "limits": ("mamba2-tiny", {"dt_limit_max": 0.5, "conv_bias": False, "task": "none"}),
+    "bamba": ("bamba-tiny", {"num_layers": 5, "pattern": ("mamba2", "mamba2", "attention"), "rotary_scaling": YARN}),
+    "bamba_bias": ("bamba-tiny", {"linear_bias": True, "attention_bias": True, "tie_embeddings": True, "task": "none"}),
+    "mlp": ("bamba-tiny", {"pattern": ("mamba2",)}),
+    "falcon": ("falcon-h1-tiny", {"rotary_scaling": YARN}),
+    "falcon_plain": ("falcon-h1-tiny", {"multipliers": None, "norm_groups": None, "linear_bias": True}),
 }
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, scan_layers, tmp_path):
-    model = tiny_model("mamba2-tiny", **SHAPES[name], scan_layers=scan_layers)
+    variant, fields = SHAPES[name]
+    if scan_layers and "attention" in tiny_model(variant, **fields).config.pattern:
+        fields = {**fields, "pattern": ("attention",)}
+    model = tiny_model(variant, **fields, scan_layers=scan_layers)
     params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params, max_shard_bytes=9000)
     loaded_model, loaded_params = load_pretrained(tmp_path, scan_layers=scan_layers)
@@ -208,9 +255,9 @@ def test_the_parts_of_a_tensor_are_in_the_order_of_transformers():
     assert np.array_equal(conv[64:, 0], mixer["BC_convolution"]["weight"].T)
 
 
-def save_with_fields(tmp_path: Path, **fields) -> Path:
+def save_with_fields(tmp_path: Path, variant: str = "mamba2-tiny", **fields) -> Path:
     """Save a model and change fields of its ``config.json``; returns the directory."""
-    model = tiny_model("mamba2-tiny")
+    model = tiny_model(variant)
     save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -232,6 +279,60 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         load_pretrained(save_with_fields(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+        ({"attn_layer_indices": 1}, "attn_layer_indices=1 must be a list of integers or null"),
+        ({"mamba_n_heads": 7}, "mamba_n_heads=7 with mamba_d_head=8 must equal the width of the mixer, 64"),
+        ({"mamba_d_head": "wide"}, "mamba_d_head='wide' must equal the width of the mixer, 64"),
+    ],
+)
+def test_unsupported_settings_of_bamba_raise(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(save_with_fields(tmp_path, "bamba-tiny", **fields))
+
+
+def test_fields_of_bamba_with_a_default_are_read(tmp_path):
+    fields = {"mamba_d_head": "auto", "num_key_value_heads": None, "attn_layer_indices": None}
+    path = save_with_fields(tmp_path, "bamba-tiny", **fields) / "config.json"
+    config = json.loads(path.read_text())
+    del config["head_dim"]
+    model = config_json.describe(config, path, {}).model
+    assert (model.config.head_dim, model.config.attention_kv_heads, model.config.attention_head_dim) == (8, 4, 32 // 4)
+    assert model.config.pattern == ("mamba2",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers=\[1.0, 2.0\] must have 5 numbers"),
+        ({"mlp_multipliers": 0.5}, "mlp_multipliers=0.5 must be a number, or, for ssm_multipliers, mlp_multipliers, a"),
+        ({"lm_head_multiplier": None}, "lm_head_multiplier=None must be a number"),
+        ({"projectors_bias": True}, "mamba_proj_bias=False and projectors_bias=True must be equal"),
+        ({"head_dim": None}, "head_dim=None must be an integer"),
+    ],
+)
+def test_unsupported_settings_of_falcon_h1_raise(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(save_with_fields(tmp_path, "falcon-h1-tiny", **fields))
+
+
+@pytest.mark.parametrize(("variant", "fields", "message"), [
+    ("falcon-h1-tiny", {"norm_groups": 1}, "norm_groups=1: model_type='falcon_h1' has no norm, or num_groups=2 groups"),
+    ("falcon-h1-tiny", {"pattern": ("mamba2",)}, "no Hugging Face class can represent"),
+    ("bamba-tiny", {"pattern": ("parallel", "mamba2")}, "model_type='bamba' has no parallel blocks"),
+    ("bamba-tiny", {"mlp_dim": None}, "mlp_dim=None: the blocks of model_type='bamba' and"),
+    ("bamba-tiny", {"dt_limit_max": 1.0}, "no Hugging Face class can represent"),
+    ("bamba-tiny", {"residual_in_float32": True}, "no Hugging Face class can represent"),
+])  # fmt: skip
+def test_other_hybrids_have_no_class_in_transformers(variant, fields, message, tmp_path):
+    model = tiny_model(variant, **fields)
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
 
 
 def test_infinite_limits_of_transformers_5_are_read(tmp_path):

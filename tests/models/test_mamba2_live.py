@@ -1,4 +1,4 @@
-"""Compare Mamba-2 with torch: cached decoding after prompts of several lengths, padded prompts, and gradients."""
+"""Compare Mamba-2 and its hybrids with torch: cached decoding after prompts of several lengths, and padded prompts."""
 
 from __future__ import annotations
 
@@ -57,6 +57,50 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
         assert relative_error(layer["hidden"], cache.ssm_states[number].mT) < 1e-5
         tail = np.concatenate([layer["x"], layer["BC"]], axis=-1)
         assert relative_error(tail, cache.conv_states[number].mT[:, 1:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Bamba", "FalconH1"])
+def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> None:
+    """Each chunk of a text, and generation after prompts of different lengths, equal complete calls of transformers."""
+    import torch
+    import transformers
+
+    fields = {
+        "Bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
+        "FalconH1": {
+            "mamba_d_ssm": 36, "num_hidden_layers": 2, "mamba_rms_norm": True, "key_multiplier": 0.5,
+            "ssm_multipliers": [0.5, 0.75, 1.5, 0.65, 1.75], "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5,
+        },
+    }[name]  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, mamba_n_heads=6, mamba_d_state=5, mamba_n_groups=2, mamba_chunk_size=4, max_position_embeddings=32,
+        eos_token_id=None, use_cache=False, **fields,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch_model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape))
+    torch_model.save_pretrained(tmp_path)
+    model, params = jaxlm.load_pretrained(tmp_path)
+    assert model.config.pattern == {"Bamba": ("mamba2", "attention"), "FalconH1": ("parallel",)}[name]
+    tokens = np.random.default_rng(0).integers(1, 31, (2, 12)).astype(np.int32)
+    with torch.no_grad():
+        expected = torch_model(torch.from_numpy(tokens).long()).logits.numpy()
+    step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
+    state = model.init_state(2, 12)
+    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 12)]:
+        hidden, state = step(params, tokens[:, start:stop], state)
+        assert relative_error(model.logits(params, hidden), expected[:, start:stop]) < 1e-5
+
+    segments = (np.arange(12)[None] >= np.array([[0], [9]])).astype(np.int32)  # padding on the left
+    generated = generate(model, params, tokens, segment_ids=segments, max_new_tokens=6).tokens
+    ids = torch.from_numpy(np.concatenate([tokens, generated], axis=1)).long()
+    mask = torch.from_numpy(np.concatenate([segments, np.ones_like(generated)], axis=1)).long()
+    with torch.no_grad():
+        output = torch_model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert generated.tolist() == output[:, 11:-1].argmax(-1).tolist()
 
 
 def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]) -> None:

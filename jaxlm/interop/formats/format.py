@@ -6,8 +6,10 @@ In this package, HF means Hugging Face.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 Layout = tuple[tuple[int, ...], ...]
 """For each axis of an HF tensor, in order, the axes of the jaxlm parameter that are merged into this axis.
@@ -98,6 +100,13 @@ DECODER_HEADS = {
     "span/bias": "qa_outputs.bias",
 }
 """``unprefixed_tensors`` of the heads that most decoders of transformers have."""
+
+
+def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
+    """The shortest pattern whose repetition gives the kinds of all layers. The last repetition may be incomplete."""
+    num_layers = len(kinds)
+    sizes = (n for n in range(1, num_layers) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
+    return tuple(kinds[: next(sizes, num_layers)])
 
 
 def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
+from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config, Mixer
@@ -26,7 +26,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
-    """The shortest pattern whose repetition gives the mixers of all layers."""
+    """The pattern of the mixers of all layers."""
     types = config.get("layer_types")
     if types is None:
         interval = integer(config, "full_attention_interval", 4)
@@ -38,8 +38,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
             f"layer_types={types!r} must name the mixer of each of num_hidden_layers={num_layers} layers: "
             f"{', '.join(_LAYER_TYPES)}"
         )
-    size = next((n for n in range(1, num_layers) if all(types[i] == types[i % n] for i in range(num_layers))), None)
-    return tuple(_LAYER_TYPES[name] for name in types[:size])
+    return shortest_pattern([_LAYER_TYPES[name] for name in types])
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:

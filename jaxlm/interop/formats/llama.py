@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
+from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
@@ -103,11 +103,9 @@ def _write_qwen3_moe(cfg: Config) -> dict[str, Any]:
     return fields if cfg.window is None else {**fields, "sliding_window": cfg.window}
 
 
-def _shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
-    """The shortest pattern whose repetition gives these kinds; None if all layers are full or all are window."""
-    num_layers = len(kinds)
-    lengths = (n for n in range(1, num_layers + 1) if all(kinds[i] == kinds[i % n] for i in range(num_layers)))
-    pattern = tuple(kinds[: next(lengths, 0)])
+def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
+    """The shortest pattern of these kinds; None if all layers are full or all are window."""
+    pattern = shortest_pattern(kinds)
     return None if pattern in ((), ("full",), ("window",)) else pattern
 
 
@@ -126,7 +124,7 @@ def _read_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
     if has_rotary is None:
         has_rotary = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     kinds: list[LayerKind] = ["full" if rotary else "no_positions" for rotary in has_rotary]
-    return {**_read_fields(config), "pattern": _shortest_pattern(kinds)}
+    return {**_read_fields(config), "pattern": _pattern(kinds)}
 
 
 def _write_smollm3(cfg: Config) -> dict[str, Any]:
@@ -157,7 +155,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     if base is None:
         raise ValueError("rope_local_base_freq=null: set the base of the rotary positions in layers with a window")
     return {
-        **_read_fields(config), "pattern": _shortest_pattern(kinds), "window": window,
+        **_read_fields(config), "pattern": _pattern(kinds), "window": window,
         "window_rotary_base": None if window is None else base, "attention_scale": scalar**-0.5,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Format of :mod:`jaxlm.models.mamba2`: Mamba-2."""
+"""Formats of :mod:`jaxlm.models.mamba2`: Mamba-2, Bamba and Falcon-H1."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
-from jaxlm.models.mamba2 import Config, num_heads
+from jaxlm.interop.formats import experts
+from jaxlm.interop.formats.format import TRANSPOSED, Format, integer, shortest_pattern
+from jaxlm.interop.formats.rotary import read_rotary, write_rotary
+from jaxlm.models.common import mixers
+from jaxlm.models.hybrid import Multipliers
+from jaxlm.models.mamba2 import Config, Mixer, mixer_width, num_heads
 
 _INFINITY = {"__float__": "Infinity"}
 """How transformers 5 writes infinity in ``config.json``. Older versions write ``Infinity``, which is not valid JSON."""
@@ -32,7 +36,191 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     return {"num_heads": num_heads(cfg), "time_step_limit": [cfg.dt_limit_min, high]}
 
 
-_MIXER = "layers.{layer}.mixer."
+def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    num_layers, width = integer(config, "num_hidden_layers", 32), integer(config, "hidden_size", 4096)
+    indices = config.get("attn_layer_indices")
+    if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
+        raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
+    kinds: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
+    expand = integer(config, "mamba_expand", 2)
+    return {
+        "pattern": shortest_pattern(kinds), "expand": expand, "head_dim": _head_dim(config, expand * width),
+        **_read_attention(config), **read_rotary(config, None),
+    }  # fmt: skip
+
+
+def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of heads of attention and their width."""
+    heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
+    head_dim = integer(config, "head_dim", integer(config, "hidden_size", 4096) // heads)
+    if head_dim is None:
+        raise ValueError("head_dim=None must be an integer, or missing")
+    return {"attention_kv_heads": heads if kv_heads is None else kv_heads, "attention_head_dim": head_dim}
+
+
+def _head_dim(config: Mapping[str, Any], width: int) -> int:
+    """The width of a head of a mixer of this ``width``, from ``mamba_n_heads`` and ``mamba_d_head``."""
+    heads, head_dim = integer(config, "mamba_n_heads", 128), config.get("mamba_d_head", "auto")
+    if head_dim == "auto":
+        head_dim = width // heads if heads else 0
+    if type(head_dim) is not int or type(heads) is not int or head_dim * heads != width:
+        raise ValueError(
+            f"mamba_n_heads={heads} with mamba_d_head={config.get('mamba_d_head', 'auto')!r} must equal the width of "
+            f"the mixer, {width}"
+        )
+    return head_dim
+
+
+def _write_bamba_fields(cfg: Config) -> dict[str, Any]:
+    if "parallel" in mixers(cfg) or int(cfg.expand) != cfg.expand:
+        raise ValueError(
+            f"pattern={cfg.pattern} and expand={cfg.expand}: model_type='bamba' has no parallel blocks, and needs an "
+            "integer expand"
+        )
+    indices = [layer for layer, mixer in enumerate(mixers(cfg)) if mixer == "attention"]
+    return {**_write_hybrid_fields(cfg), "attn_layer_indices": indices, "mamba_expand": int(cfg.expand)}
+
+
+def _write_hybrid_fields(cfg: Config) -> dict[str, Any]:
+    if cfg.mlp_dim is None:
+        raise ValueError("mlp_dim=None: the blocks of model_type='bamba' and 'falcon_h1' have MLPs")
+    return {
+        "mamba_n_heads": num_heads(cfg), "mamba_d_head": cfg.head_dim, "num_key_value_heads": cfg.attention_kv_heads,
+        "head_dim": cfg.attention_head_dim, **write_rotary(cfg.rotary_scaling, cfg.max_positions),
+    }  # fmt: skip
+
+
+_MULTIPLIERS = {
+    "embedding": "embedding_multiplier", "head": "lm_head_multiplier", "mixer_input": "ssm_in_multiplier",
+    "mixer_output": "ssm_out_multiplier", "attention_input": "attention_in_multiplier", "key": "key_multiplier",
+    "attention_output": "attention_out_multiplier",
+}  # fmt: skip
+_NOT_NULL = ("embedding_multiplier", "lm_head_multiplier")
+_MULTIPLIER_LISTS = {"ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output")}
+
+
+def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
+    """The multipliers; None if all are 1."""
+    names_of = {**{hf_name: (name,) for name, hf_name in _MULTIPLIERS.items()}, **_MULTIPLIER_LISTS}
+    fields: dict[str, float] = {}
+    for hf_name, names in names_of.items():
+        value = config.get(hf_name)
+        if value is None and (hf_name not in config or hf_name not in _NOT_NULL):
+            continue  # 1
+        numbers = value if hf_name in _MULTIPLIER_LISTS else [value]
+        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{hf_name}={value!r} must be a number, or, for {', '.join(_MULTIPLIER_LISTS)}, a list")
+        if len(numbers) != len(names):
+            raise ValueError(f"{hf_name}={value!r} must have {len(names)} numbers")
+        fields.update(zip(names, map(float, numbers), strict=True))
+    multipliers = Multipliers(**fields)
+    return None if multipliers == Multipliers() else multipliers
+
+
+def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    hidden, width = integer(config, "hidden_size", 4096), integer(config, "mamba_d_ssm", 1024)
+    if width is None:
+        width = integer(config, "mamba_expand", 2) * hidden
+    biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
+    if biases[0] != biases[1]:
+        raise ValueError(f"mamba_proj_bias={biases[0]} and projectors_bias={biases[1]} must be equal")
+    has_norm = config.get("mamba_rms_norm", False)
+    return {
+        "expand": width / hidden, "head_dim": _head_dim(config, width), "multipliers": _read_multipliers(config),
+        "norm_groups": integer(config, "mamba_n_groups", 1) if has_norm else None,
+        **_read_attention(config), **read_rotary(config, 1.0),
+    }  # fmt: skip
+
+
+def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
+    if cfg.norm_groups not in (None, cfg.num_groups):
+        raise ValueError(
+            f"norm_groups={cfg.norm_groups}: model_type='falcon_h1' has no norm, or num_groups={cfg.num_groups} groups"
+        )
+    m = Multipliers() if cfg.multipliers is None else cfg.multipliers
+    return {
+        **_write_hybrid_fields(cfg), "mamba_d_ssm": mixer_width(cfg), "mamba_rms_norm": cfg.norm_groups is not None,
+        "projectors_bias": cfg.linear_bias, **{hf_name: getattr(m, name) for name, hf_name in _MULTIPLIERS.items()},
+        **{hf_name: [getattr(m, name) for name in names] for hf_name, names in _MULTIPLIER_LISTS.items()},
+    }  # fmt: skip
+
+
+def _mixer_tensors(module: str) -> dict[str, str]:
+    """The tensors of a mixer. in_proj has z, x, B, C and dt in this order; conv1d has x, B and C."""
+    prefix = f"layers.{{layer}}.{module}."
+    return {
+        **{f"layers/mixer/{x}/{kind}": f"{prefix}in_proj.{kind}" for kind in _KINDS for x in ("zx", "BC", "dt")},
+        **{f"layers/mixer/{x}_convolution/{kind}": f"{prefix}conv1d.{kind}" for kind in _KINDS for x in ("x", "BC")},
+        **{f"layers/mixer/{name}": prefix + name for name in ("dt_bias", "A_log", "D")},
+        "layers/mixer/norm/scale": f"{prefix}norm.weight",
+        **{f"layers/mixer/output/{kind}": f"{prefix}out_proj.{kind}" for kind in _KINDS},
+    }
+
+
+_KINDS = ("weight", "bias")
+_MIXER_LAYOUTS = {
+    "layers/mixer/zx/weight": ((1, 2), (0,)),
+    "layers/mixer/zx/bias": ((0, 1),),
+    **{f"layers/mixer/{name}/weight": TRANSPOSED for name in ("BC", "dt", "output")},
+    # A depthwise convolution of torch has a weight of shape [channels, 1, taps].
+    **{f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")},
+}
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_HYBRID_TENSORS = {
+    "token_embedding": "embed_tokens.weight",
+    "layers/norm/scale": "layers.{layer}.input_layernorm.weight",
+    **_mixer_tensors("mamba"),
+    **{
+        f"layers/attention/{name}/{kind}": f"layers.{{layer}}.self_attn.{hf_name}.{kind}"
+        for name, hf_name in _ATTENTION.items()
+        for kind in _KINDS
+    },
+    "layers/mlp_norm/scale": "layers.{layer}.pre_ff_layernorm.weight",
+    **{
+        f"layers/mlp/{name}/weight": f"layers.{{layer}}.feed_forward.{hf}.weight" for name, hf in experts.SWIGLU.items()
+    },
+    "final_norm/scale": "final_layernorm.weight",
+}
+"""``tensors`` of the hybrids with attention."""
+_HYBRID_LAYOUTS = {
+    **_MIXER_LAYOUTS,
+    **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
+    **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
+    "layers/attention/output/weight": ((2,), (0, 1)),
+    **{f"layers/mlp/{name}/weight": TRANSPOSED for name in experts.SWIGLU},
+}
+"""``layouts`` of the hybrids with attention."""
+_HYBRID_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "state_size": "mamba_d_state",
+    "num_groups": "mamba_n_groups",
+    "conv_width": "mamba_d_conv",
+    "linear_bias": "mamba_proj_bias",
+    "conv_bias": "mamba_conv_bias",
+    "attention_heads": "num_attention_heads",
+    "attention_bias": "attention_bias",
+    "rotary_base": "rope_theta",
+    "max_positions": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_stddev": "initializer_range",
+}
+"""``hf_name_of_field`` of the hybrids with attention."""
+_HYBRID_DEFAULTS = {
+    "vocab_size": 128000,
+    "embed_dim": 4096,
+    "num_layers": 32,
+    "mlp_dim": 14336,
+    "state_size": 256,
+    "dt_limit_min": 0.0,
+    "dt_limit_max": None,
+    "residual_in_float32": False,
+    "tie_embeddings": False,
+}
+"""``default_fields`` of the hybrids with attention."""
 
 FORMATS = (
     Format(
@@ -47,6 +235,11 @@ FORMATS = (
             "init_stddev": 0.1,
             "tie_embeddings": False,
             "norm_before_gate": False,
+            "pattern": ("mamba2",),
+            "norm_groups": 1,
+            "multipliers": None,
+            "mlp_dim": None,
+            "max_positions": None,
         },
         hf_name_of_field={
             "vocab_size": "vocab_size",
@@ -71,37 +264,58 @@ FORMATS = (
         write_fields=_write_fields,
         required={"hidden_act": "silu", "rms_norm": True},
         token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-        # Some tensors contain several parameters: in_proj has z, x, B, C and dt in this order; conv1d has x, B and C.
         tensors={
             "token_embedding": "embeddings.weight",
             "layers/norm/scale": "layers.{layer}.norm.weight",
-            "layers/mixer/zx/weight": _MIXER + "in_proj.weight",
-            "layers/mixer/BC/weight": _MIXER + "in_proj.weight",
-            "layers/mixer/dt/weight": _MIXER + "in_proj.weight",
-            "layers/mixer/zx/bias": _MIXER + "in_proj.bias",
-            "layers/mixer/BC/bias": _MIXER + "in_proj.bias",
-            "layers/mixer/dt/bias": _MIXER + "in_proj.bias",
-            "layers/mixer/x_convolution/weight": _MIXER + "conv1d.weight",
-            "layers/mixer/BC_convolution/weight": _MIXER + "conv1d.weight",
-            "layers/mixer/x_convolution/bias": _MIXER + "conv1d.bias",
-            "layers/mixer/BC_convolution/bias": _MIXER + "conv1d.bias",
-            "layers/mixer/dt_bias": _MIXER + "dt_bias",
-            "layers/mixer/A_log": _MIXER + "A_log",
-            "layers/mixer/D": _MIXER + "D",
-            "layers/mixer/norm/scale": _MIXER + "norm.weight",
-            "layers/mixer/output/weight": _MIXER + "out_proj.weight",
-            "layers/mixer/output/bias": _MIXER + "out_proj.bias",
+            **_mixer_tensors("mixer"),
             "final_norm/scale": "norm_f.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
-        layouts={
-            "layers/mixer/zx/weight": ((1, 2), (0,)),
-            "layers/mixer/zx/bias": ((0, 1),),
-            **{f"layers/mixer/{name}/weight": TRANSPOSED for name in ("BC", "dt", "output")},
-            # A depthwise convolution of torch has a weight of shape [channels, 1, taps].
-            **{f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")},
-        },
+        layouts=_MIXER_LAYOUTS,
         renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
+    ),
+    Format(
+        architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
+        model_type="falcon_h1",
+        prefix="model.",
+        default_fields={
+            **_HYBRID_DEFAULTS,
+            "pattern": ("parallel",),
+            "max_positions": 8192,
+            "norm_before_gate": True,
+            "rotary_base": 100000.0,
+            "rotary_fraction": 1.0,
+        },
+        hf_name_of_field={**_HYBRID_FIELDS, "norm_before_gate": "mamba_norm_before_gate"},
+        read_fields=_read_falcon_fields,
+        write_fields=_write_falcon_fields,
+        required={"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
+        token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        tensors=_HYBRID_TENSORS,
+        unprefixed_tensors={"head": "lm_head.weight"},
+        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+        layouts=_HYBRID_LAYOUTS,
+    ),
+    Format(
+        architectures={"BambaForCausalLM": {"task": "causal"}, "BambaModel": {"task": "none"}},
+        model_type="bamba",
+        prefix="model.",
+        default_fields={
+            **_HYBRID_DEFAULTS,
+            "max_positions": 262144,
+            "norm_before_gate": False,
+            "norm_groups": 1,
+            "multipliers": None,
+        },
+        hf_name_of_field={**_HYBRID_FIELDS, "rotary_fraction": "partial_rotary_factor"},
+        read_fields=_read_bamba_fields,
+        write_fields=_write_bamba_fields,
+        required={"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
+        token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        tensors=_HYBRID_TENSORS,
+        unprefixed_tensors={"head": "lm_head.weight"},
+        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+        layouts=_HYBRID_LAYOUTS,
     ),
 )

@@ -127,6 +127,21 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     return 1.0 - np.clip((np.arange(width // 2) - first) / max(last - first, 0.001), 0.0, 1.0)
 
 
+def rotary_width(head_dim: int, fraction: float) -> int:
+    """The number of entries of a head that rotary positions rotate, ``fraction * head_dim``.
+
+    Raises:
+        ValueError: the fraction is not in (0, 1], or the number is not even.
+    """
+    width = int(fraction * head_dim)
+    if not 0.0 < fraction <= 1.0 or width < 2 or width % 2:
+        raise ValueError(
+            f"rotary_fraction={fraction} must be at most 1, and rotary_fraction * head_dim={head_dim} must be even and "
+            "at least 2, because rotary positions rotate pairs"
+        )
+    return width
+
+
 def rotary_angles(
     positions_BT: jax.Array,
     width: int,

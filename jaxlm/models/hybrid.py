@@ -1,0 +1,169 @@
+"""Layers with attention in a family of recurrent layers: config fields, specs, and the computation.
+
+Also the multipliers of Falcon-H1, which scale the weights of a hybrid.
+
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import common
+from jaxlm.nn.attention import Implementation, attention, cache
+from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.sharding import constrain
+from jaxlm.spec import Initializer, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(common.TransformerConfig):
+    """Base class for the ``Config`` of a family of recurrent layers in which some layers have attention."""
+
+    attention_heads: int = 32
+    """Query heads of attention."""
+    attention_kv_heads: int = 8
+    """Key-value heads of attention, each shared by attention_heads / attention_kv_heads query heads."""
+    attention_head_dim: int = 128
+    """Width of a head of attention."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and the output of attention have biases."""
+    rotary_fraction: float = 0.5
+    """Fraction of the attention_head_dim entries of a head that rotary positions rotate."""
+    rotary_base: float = 10000.0
+    """Base of the frequencies of rotary positions."""
+    rotary_scaling: RotaryScaling | None = None
+    """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
+    max_positions: int | None = None
+    """Maximum length of a sequence; None: no limit. No parameter depends on it."""
+    attention_implementation: Implementation | None = None
+    """Name of the attention implementation; None selects one for the device and the shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
+        common.check_choices(self, attention_implementation=(None, *get_args(Implementation)))
+        common.check_divides(self, "attention_kv_heads", "attention_heads")
+        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
+
+
+def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:
+    """The specs of a layer's attention. ``output`` draws the output layer, and ``inputs`` the other weights."""
+    D, H, G, K = cfg.embed_dim, cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim
+    bias = cfg.attention_bias
+    return {
+        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), inputs, bias=bias),
+        "key": linear_specs((D, G, K), ("embed", "heads", "kv"), inputs, bias=bias),
+        "value": linear_specs((D, G, K), ("embed", "heads", "kv"), inputs, bias=bias),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), output, num_input_axes=2, bias=bias),
+    }
+
+
+def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the key-value cache of ``batch`` rows; its ``layers`` contain one layer."""
+    common.check_state_length(cfg, length)
+    dtype = jnp.dtype(cfg.dtype)
+    return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
+
+
+def attention_angles(cfg: Any, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rotary angles of all layers with attention (``rotary_angles``)."""
+    width = rotary_width(cfg.attention_head_dim, cfg.rotary_fraction)
+    return rotary_angles(positions_BT, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
+
+
+def attend(
+    cfg: Any, weights: Params, x_BTD: jax.Array, state: Any, context: cache.Context, angles: Any
+) -> tuple[jax.Array, Any]:
+    """The output of a layer's attention, [B, T, D], and the new state of the layer (None without a state).
+
+    Args:
+        state: ``key`` and ``value`` of the cache, and any other arrays; None: no state.
+    """
+    names = ("query", "key", "value")
+    q, k, v = (constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names)
+    kv, (k, v) = cache.append_and_read(state, (rotate(k, angles), v), context)
+    y = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
+    return linear(weights["output"], y, num_input_axes=2), None if state is None else {**state, **kv}
+
+
+# -------------------------------------------------------------------------------------------------- multipliers
+
+
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """The constants by which a Falcon-H1 multiplies activations (Zuo et al. 2025). They are tuned at small sizes."""
+
+    embedding: float = 1.0
+    """Of the token vectors."""
+    head: float = 1.0
+    """Of the logits."""
+    mixer_input: float = 1.0
+    """Of the input of a Mamba-2 mixer."""
+    z: float = 1.0
+    """Of the gate z of a mixer; those of x, B, C and dt follow."""
+    x: float = 1.0
+    B: float = 1.0
+    C: float = 1.0
+    dt: float = 1.0
+    mixer_output: float = 1.0
+    """Of the output of a mixer."""
+    attention_input: float = 1.0
+    """Of the input of attention."""
+    key: float = 1.0
+    """Of the keys of attention."""
+    attention_output: float = 1.0
+    """Of the output of attention."""
+    mlp_gate: float = 1.0
+    """Of the gate of an MLP, before the activation."""
+    mlp_output: float = 1.0
+    """Of the output of an MLP."""
+
+
+def multiply(m: Multipliers, params: Params) -> dict[str, Any]:
+    """The parameters with which a model without multipliers has the outputs of ``params`` with multipliers.
+
+    Each multiplier belongs to the input or to the output of a linear layer. So the weight of the layer is multiplied,
+    and, for an output, also the bias. The multiplier of the logits is not included, because the head may be tied.
+    """
+
+    def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:
+        factors = {"weight": jnp.asarray(output) * input, "bias": jnp.asarray(output)}
+        return {name: x * jnp.expand_dims(factors[name], range(x.ndim - jnp.ndim(output))) for name, x in layer.items()}
+
+    def scale_block(block: Params) -> dict[str, Any]:
+        block = dict(block)
+        if "mixer" in block:
+            mixer = block["mixer"]
+            BC = jnp.repeat(jnp.array([m.B, m.C]), mixer["BC"]["weight"].shape[-1] // 2)
+            block["mixer"] = {
+                **mixer,
+                "zx": scale(mixer["zx"], jnp.array([[m.z], [m.x]]), m.mixer_input),
+                "BC": scale(mixer["BC"], BC, m.mixer_input),
+                "dt": scale(mixer["dt"], m.dt, m.mixer_input),
+                "output": scale(mixer["output"], m.mixer_output),
+            }
+        if "attention" in block:
+            attention = block["attention"]
+            block["attention"] = {
+                "query": scale(attention["query"], 1.0, m.attention_input),
+                "key": scale(attention["key"], m.key, m.attention_input),
+                "value": scale(attention["value"], 1.0, m.attention_input),
+                "output": scale(attention["output"], m.attention_output),
+            }
+        if "mlp" in block:
+            mlp = block["mlp"]
+            block["mlp"] = {**mlp, "gate": scale(mlp["gate"], m.mlp_gate), "down": scale(mlp["down"], m.mlp_output)}
+        return block
+
+    layers = params["layers"]
+    return {
+        **params,
+        "token_embedding": params["token_embedding"] * m.embedding,
+        "layers": tuple(map(scale_block, layers)) if isinstance(layers, tuple) else scale_block(layers),
+    }
