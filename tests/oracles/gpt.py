@@ -47,7 +47,7 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            # The float32 gradients of strong decays are inaccurate, in transformers or in jaxlm (docs/families.md).
+            # The float32 gradients of strong decays are inaccurate, in transformers or in jaxlm (docs/families).
             if config.model_type in ("qwen3_next", "bamba", "falcon_h1") and key.endswith("A_log"):
                 parameter.fill_(-2.0)
             parameter.add_(0.25 * torch.randn(parameter.shape))  # so that biases are not 0 and scales are not 1
