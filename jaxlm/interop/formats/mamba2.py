@@ -52,9 +52,12 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of heads of attention and their width."""
     heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
-    head_dim = integer(config, "head_dim", integer(config, "hidden_size", 4096) // heads)
-    if head_dim is None:
-        raise ValueError("head_dim=None must be an integer, or missing")
+    width = integer(config, "hidden_size", 4096)
+    head_dim = integer(config, "head_dim", width // heads)
+    if head_dim is None or (head_dim < 4 and "head_dim" not in config):
+        raise ValueError(
+            f"head_dim={head_dim} must be an integer, or hidden_size={width} / num_attention_heads={heads} at least 4"
+        )
     return {"attention_kv_heads": heads if kv_heads is None else kv_heads, "attention_head_dim": head_dim}
 
 
