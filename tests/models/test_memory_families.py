@@ -7,7 +7,7 @@ import pytest
 from jaxlm import get_model
 from jaxlm.nn import choices
 from jaxlm.nn.attention import memory
-from jaxlm.testing.helpers import apply, assert_trees_close, assert_trees_equal, initial_params, random_tokens
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, random_tokens
 
 ROWS = 3
 XLNET = "xlnet-tiny", {}
@@ -35,10 +35,10 @@ def step(case, monkeypatch, absorbed, key=None, **rates):
     tokens = random_tokens(model, ROWS, 9 + num_tokens)
     prefix_inputs = {name: jnp.broadcast_to(x[:, :1], (ROWS, 9)) if x.ndim == 2 else x for name, x in inputs.items()}
     prefix_inputs.pop("segment_ids", None)
-    _, state = apply(model, params, tokens[:, :9], state=model.init_state(ROWS, 12), **prefix_inputs)
+    _, state = model.apply(params, tokens[:, :9], state=model.init_state(ROWS, 12), **prefix_inputs)
 
     def run(params):
-        hidden, next_state = apply(model, params, tokens[:, 9:], state=state, key=key, **inputs)
+        hidden, next_state = model.apply(params, tokens[:, 9:], state=state, key=key, **inputs)
         weights = jnp.cos(jnp.arange(hidden.size, dtype=jnp.float32).reshape(hidden.shape))
         return jnp.sum(hidden * weights), (hidden, next_state)
 
