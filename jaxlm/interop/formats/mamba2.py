@@ -50,7 +50,9 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of heads of attention and their width."""
+    """The numbers of heads of attention and their width, after a check that the blocks have MLPs."""
+    if config.get("intermediate_size", 1) is None:
+        raise ValueError("intermediate_size=null: set the hidden width of the MLPs")
     heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
     width = integer(config, "hidden_size", 4096)
     head_dim = integer(config, "head_dim", width // heads)
