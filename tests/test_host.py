@@ -39,7 +39,7 @@ def test_kept_memory_is_reused():
         return
     usual = page_faults("usual")
     assert usual > 10 * 15_000  # each step allocates an array of 64 MB, in pages of 4 KB
-    assert page_faults("keep") < usual / 4
+    assert page_faults("keep") < usual / 2  # a quarter or less if nothing else needs the memory of the machine
 
 
 def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch: pytest.MonkeyPatch):

@@ -83,7 +83,7 @@ def test_padding_anywhere_and_documents_over_several_calls(pattern):
     for row in range(2):
         for index in documents[row]:
             # Later tokens do not change earlier hidden states, so all documents are padded to one shape.
-            padded = np.pad(tokens[row, index], (0, 11 - len(index)))
+            padded = np.pad(tokens[row, index], (0, 12 - len(index)))
             want = apply(padded[None])[0, : len(index)]
             assert relative_error(whole[row, index], want) < 2e-5
             assert relative_error(pieces[row, index], want) < 2e-5
