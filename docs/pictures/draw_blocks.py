@@ -35,6 +35,24 @@ COLORS = {
 }
 INK = "#222222"
 
+_BERT_BLOCK = """
+    n norm0 1 1 LayerNorm
+    w qkv 1 2 query, key, value
+    m attention 1 3 attention to all tokens
+    w output 1 4 linear
+    o add1 1 5 +
+    n norm1 1 6 LayerNorm
+    w up 1 7 linear, GELU
+    w down 1 8 linear
+    o add2 1 9 +
+    n norm2 1 10 LayerNorm
+    t y 1 11 x of the next block
+    tokens > norm0 > qkv > attention > output > add1 > norm1 > up > down > add2 > norm2 > y
+    norm0 ~ add1 @ 0
+    norm1 ~ add2 @ 0
+"""
+"""The first block of BERT and RoBERTa, after the line of their input ``tokens``."""
+
 PICTURES = {
     "gpt": """
         t x 1 0 x
@@ -86,40 +104,14 @@ PICTURES = {
         # Block of Llama. With experts, a router selects a few such MLPs
         # for each token. Gemma 3 also has a norm before each sum.
     """,
-    "bert": """
+    "bert": f"""
         t tokens 1 0 token + position + type vectors
-        n norm0 1 1 LayerNorm
-        w qkv 1 2 query, key, value
-        m attention 1 3 attention to all tokens
-        w output 1 4 linear
-        o add1 1 5 +
-        n norm1 1 6 LayerNorm
-        w up 1 7 linear, GELU
-        w down 1 8 linear
-        o add2 1 9 +
-        n norm2 1 10 LayerNorm
-        t y 1 11 x of the next block
-        tokens > norm0 > qkv > attention > output > add1 > norm1 > up > down > add2 > norm2 > y
-        norm0 ~ add1 @ 0
-        norm1 ~ add2 @ 0
+        {_BERT_BLOCK}
         # Input and first block of BERT.
     """,
-    "roberta": """
+    "roberta": f"""
         t tokens 1 0 token + position vectors (row t + 2) + type 0
-        n norm0 1 1 LayerNorm
-        w qkv 1 2 query, key, value
-        m attention 1 3 attention to all tokens
-        w output 1 4 linear
-        o add1 1 5 +
-        n norm1 1 6 LayerNorm
-        w up 1 7 linear, GELU
-        w down 1 8 linear
-        o add2 1 9 +
-        n norm2 1 10 LayerNorm
-        t y 1 11 x of the next block
-        tokens > norm0 > qkv > attention > output > add1 > norm1 > up > down > add2 > norm2 > y
-        norm0 ~ add1 @ 0
-        norm1 ~ add2 @ 0
+        {_BERT_BLOCK}
         # Input and first block of RoBERTa. The block is that of BERT.
     """,
     "t5": """

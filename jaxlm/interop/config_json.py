@@ -178,6 +178,9 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type,
     for field, value in table.required.items():
         if config.get(field, value) != value:
             raise ValueError(f"{path}: {field}={config[field]!r} is not supported: it must be {value!r}")
+    for field in table.not_null:
+        if config.get(field, "") is None:
+            raise ValueError(f"{path}: {field}=null is not supported: model_type={table.model_type!r} needs a value")
     for alias, field in table.aliases.items():
         if alias in config and (field not in config or config[alias] != config[field]):
             raise ValueError(

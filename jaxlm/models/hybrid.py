@@ -100,29 +100,33 @@ class Multipliers:
     """The constants by which a Falcon-H1 multiplies activations (Zuo et al. 2025). They are tuned at small sizes."""
 
     embedding: float = 1.0
-    """Of the token vectors."""
+    """Multiplier of the token vectors."""
     head: float = 1.0
-    """Of the logits."""
+    """Multiplier of the logits."""
     mixer_input: float = 1.0
-    """Of the input of a Mamba-2 mixer."""
+    """Multiplier of the input of a Mamba-2 mixer."""
     z: float = 1.0
-    """Of the gate z of a mixer; those of x, B, C and dt follow."""
+    """Multiplier of the gate z of a mixer."""
     x: float = 1.0
+    """Multiplier of the input x of the state space model."""
     B: float = 1.0
+    """Multiplier of the input weights B of the state space model."""
     C: float = 1.0
+    """Multiplier of the output weights C of the state space model."""
     dt: float = 1.0
+    """Multiplier of the step sizes dt, before softplus."""
     mixer_output: float = 1.0
-    """Of the output of a mixer."""
+    """Multiplier of the output of a Mamba-2 mixer."""
     attention_input: float = 1.0
-    """Of the input of attention."""
+    """Multiplier of the input of attention."""
     key: float = 1.0
-    """Of the keys of attention."""
+    """Multiplier of the keys of attention."""
     attention_output: float = 1.0
-    """Of the output of attention."""
+    """Multiplier of the output of attention."""
     mlp_gate: float = 1.0
-    """Of the gate of an MLP, before the activation."""
+    """Multiplier of the gate of an MLP, before the activation."""
     mlp_output: float = 1.0
-    """Of the output of an MLP."""
+    """Multiplier of the output of an MLP."""
 
 
 def multiply(m: Multipliers, params: Params) -> dict[str, Any]:

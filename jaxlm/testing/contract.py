@@ -34,6 +34,7 @@ from jaxlm.objectives import objective
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_close,
     assert_trees_equal,
     batch_of,
@@ -100,14 +101,9 @@ def setup(name, batch=2, length=24, **overrides):
     return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden_of(model, params, tokens, inputs):
-    return model.apply(params, tokens, **inputs)[0]
-
-
 def hidden_of(model, params, tokens, **inputs):
     """Hidden states of the tokens. For an encoder-decoder, the default source is ``source_of``."""
-    return _hidden_of(model, params, tokens, {**source_of(model, len(tokens)), **inputs})
+    return apply(model, params, tokens, **{**source_of(model, len(tokens)), **inputs})[0]
 
 
 def initial_state(model, params, batch_size, length):
@@ -403,9 +399,8 @@ def test_cached_equals_full_at_every_position(name, cuts):
     assert spec.diff(model.state_specs(2, 20, **sizes), state) == []
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def step_of(model, params, tokens, state, segment_ids=None):
-    return model.apply(params, tokens, state=state, segment_ids=segment_ids)
+    return apply(model, params, tokens, state=state, segment_ids=segment_ids)
 
 
 @every_decoder

@@ -35,16 +35,6 @@ def small(name, **overrides):
     return model, add_noise(initial_params(model))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_of(model, params, tokens, inputs):
-    return model.apply(params, tokens, **inputs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init_decode_state(model, params, source, segment_ids=None):
-    return decode_state(model, params, source, 1, segment_ids)
-
-
 def test_published_sizes():
     K, m, n, maxout = 30000, 620, 1000, 500
     gru = 3 * (m * n + n * n + n)
@@ -73,7 +63,7 @@ def test_beam_search_finds_all_continuations(name, overrides):
         params,
         prompts,
         max_new_tokens=num_new,
-        state=init_decode_state(model, params, source, segments),
+        state=decode_state(model, params, source, 1, segments),
         beams=BeamConfig(num_beams=V ** (num_new - 1), length_penalty=0.0),
     )
     continuations = np.array(list(itertools.product(range(V), repeat=num_new)), np.int32)
@@ -83,7 +73,7 @@ def test_beam_search_finds_all_continuations(name, overrides):
         )
         inputs = {"source": np.repeat(source[row : row + 1], V**num_new, axis=0)}
         inputs["source_segment_ids"] = np.repeat(segments[row : row + 1], V**num_new, axis=0)
-        log_probs = jax.nn.log_softmax(model.logits(params, hidden_of(model, params, decoder_input, inputs)[0]))
+        log_probs = jax.nn.log_softmax(model.logits(params, apply(model, params, decoder_input, **inputs)[0]))
         scores = np.take_along_axis(np.asarray(log_probs), continuations[:, :, None], axis=2).sum((1, 2))
         order = np.argsort(-scores)[: V ** (num_new - 1)]
         np.testing.assert_allclose(out.scores[row], scores[order], rtol=1e-4)
@@ -101,13 +91,12 @@ def test_packed_rows_decode_in_several_calls(name):
     segments = np.array([[1] * 4 + [2] * 7 + [3] * 3, [0, 0] + [1] * 5 + [0] + [3] * 5 + [0]], np.int32)
     source_segments = np.array([[1] * 5 + [2] * 2 + [3] * 4, [0] + [1] * 3 + [3] * 6 + [0]], np.int32)
     inputs = {"source": source, "source_segment_ids": source_segments, "segment_ids": segments}
-    want, _ = hidden_of(model, params, tokens, inputs)
+    want, _ = apply(model, params, tokens, **inputs)
     for cuts in ((4, 5, 8), (1, 2, 3, 9, 13)):
-        state, outputs = init_decode_state(model, params, source, source_segments), []
+        state, outputs = decode_state(model, params, source, 1, source_segments), []
         for start, stop in zip((0, *cuts), (*cuts, 14), strict=True):
-            hidden, state = hidden_of(
-                model, params, tokens[:, start:stop], {"state": state, "segment_ids": segments[:, start:stop]}
-            )  # fmt: skip
+            chunk = slice(start, stop)
+            hidden, state = apply(model, params, tokens[:, chunk], state=state, segment_ids=segments[:, chunk])
             outputs.append(hidden)
         got = jnp.concatenate(outputs, axis=1)
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
@@ -119,12 +108,12 @@ def test_a_document_without_source_has_no_context(name):
     tokens = random_tokens(model, 1, 6)
     segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
     sources = [random_tokens(model, 1, 5, seed=seed) for seed in (1, 2)]
-    first, second = (hidden_of(model, params, tokens, {"source": s, "segment_ids": segments})[0] for s in sources)
+    first, second = (apply(model, params, tokens, source=s, segment_ids=segments)[0] for s in sources)
     assert np.isfinite(np.asarray(first)).all()
     np.testing.assert_array_equal(first[:, 3:], second[:, 3:])
     assert relative_error(first[:, :3], second[:, :3]) > 1e-3
     no_source = {"source": sources[0], "source_segment_ids": np.zeros((1, 5), np.int32)}  # only padding
-    assert relative_error(hidden_of(model, params, tokens[:, 3:], no_source)[0], first[:, 3:]) < TOLERANCE
+    assert relative_error(apply(model, params, tokens[:, 3:], **no_source)[0], first[:, 3:]) < TOLERANCE
 
 
 def test_the_encoder_of_luong_equals_flax():
@@ -149,9 +138,9 @@ def test_the_encoder_of_luong_equals_flax():
 def test_separate_source_and_target_vocabularies(name):
     model, params = small(name, vocab_size=9, source_vocab_size=30)
     tokens, source = random_tokens(model, 2, 4), np.array([[29, 3], [1, 28]], np.int32)
-    hidden, _ = hidden_of(model, params, tokens, {"source": source})
+    hidden, _ = apply(model, params, tokens, source=source)
     assert np.isfinite(np.asarray(hidden)).all()
-    hidden, _ = hidden_of(model, params, tokens, {"source": source + np.array([[1], [0]], np.int32)})
+    hidden, _ = apply(model, params, tokens, source=source + np.array([[1], [0]], np.int32))
     assert np.isnan(np.asarray(hidden[0])).all()
     assert np.isfinite(np.asarray(hidden[1])).all()
 
@@ -213,7 +202,7 @@ def with_gate(params, logit):
 def test_copy_probabilities_are_attention_weights_of_source_tokens():
     model, params = small(COPY, vocab_size=20)
     source, tokens = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32), random_tokens(model, 2, 6)
-    hidden, _ = hidden_of(model, with_gate(params, 40.0), tokens, {"source": source})
+    hidden, _ = apply(model, with_gate(params, 40.0), tokens, source=source)
     copied = np.asarray(hidden[..., -20:])
     np.testing.assert_allclose(copied.sum(-1), 1.0, rtol=1e-6)
     for row, ids in enumerate(source):
@@ -221,10 +210,9 @@ def test_copy_probabilities_are_attention_weights_of_source_tokens():
     # If two positions have the same token, its probability is the sum of their weights.
     changed_source = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32)
     changed_source[0, 2] = 5
-    assert relative_error(hidden_of(model, params, tokens, {"source": changed_source})[0][0, :, -20:], copied[0]) > 1e-2
-    probabilities = jax.nn.softmax(model.logits(with_gate(params, -40.0), hidden_of(
-        model, with_gate(params, -40.0), tokens, {"source": source}
-    )[0]))  # fmt: skip
+    assert relative_error(apply(model, params, tokens, source=changed_source)[0][0, :, -20:], copied[0]) > 1e-2
+    generating = with_gate(params, -40.0)
+    probabilities = jax.nn.softmax(model.logits(generating, apply(model, generating, tokens, source=source)[0]))
     np.testing.assert_allclose(probabilities, copied, atol=1e-6)
 
 
@@ -235,10 +223,10 @@ def test_generation_without_copying_equals_the_plain_model():
     params_without_copy = {name: tree for name, tree in params.items() if name != "copy"}
     assert spec.diff(plain.specs, params_without_copy) == []
     want = jax.nn.log_softmax(
-        plain.logits(params_without_copy, hidden_of(plain, params_without_copy, tokens, {"source": source})[0])
+        plain.logits(params_without_copy, apply(plain, params_without_copy, tokens, source=source)[0])
     )
     params = with_gate(params, 40.0)
-    got = copying.logits(params, hidden_of(copying, params, tokens, {"source": source})[0])
+    got = copying.logits(params, apply(copying, params, tokens, source=source)[0])
     assert relative_error(got, want) < TOLERANCE
 
 
@@ -246,7 +234,7 @@ def test_the_mixture_is_normalized_with_finite_gradients_at_probability_zero():
     model, params = small(COPY, vocab_size=20)
     params = {**params, "head": jax.tree.map(lambda x: 1e4 * x, params["head"])}  # probabilities that underflow
     tokens, source = random_tokens(model, 2, 6), random_tokens(model, 2, 5, seed=1)
-    log_p = model.logits(params, hidden_of(model, params, tokens, {"source": source})[0])
+    log_p = model.logits(params, apply(model, params, tokens, source=source)[0])
     np.testing.assert_allclose(jax.nn.logsumexp(log_p, axis=-1), 0.0, atol=1e-5)
 
     def loss(params):

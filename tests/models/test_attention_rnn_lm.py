@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import attention_rnn_lm
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 LM, CLASSIFIER = "attention-rnn-lm-tiny", "attention-rnn-classifier-tiny"
 TOLERANCE = 2e-5
@@ -20,16 +20,11 @@ def small(name, **overrides):
     return model, add_noise(initial_params(model))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_of(model, params, tokens, inputs):
-    return model.apply(params, tokens, **inputs)
-
-
 def hidden_in_chunks(model, params, tokens, state, size, segment_ids=None):
     outputs = []
     for start in range(0, tokens.shape[1], size):
         inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, start : start + size]}
-        hidden, state = hidden_of(model, params, tokens[:, start : start + size], {"state": state, **inputs})
+        hidden, state = apply(model, params, tokens[:, start : start + size], **{"state": state, **inputs})
         outputs.append(hidden)
     return jnp.concatenate(outputs, axis=1)
 
@@ -40,7 +35,7 @@ def test_a_memory_of_the_window_is_enough(parts):
     model, params = small(LM, window=3, parts=parts)
     tokens = random_tokens(model, 2, 12)
     segments = np.array([[1] * 5 + [0] + [1] * 3 + [2] * 3, [0, 0] + [1] * 8 + [0, 0]], np.int32)
-    want, _ = hidden_of(model, params, tokens, {"segment_ids": segments})
+    want, _ = apply(model, params, tokens, segment_ids=segments)
     state = model.init_state(2, 100)
     assert state["memory"]["hidden"].shape == (2, 3, 2 * 12 // parts)
     for size in (1, 2, 5):
@@ -51,13 +46,13 @@ def test_a_memory_of_the_window_is_enough(parts):
 def test_a_memory_without_window_keeps_the_last_tokens():
     model, params = small(LM)
     tokens = random_tokens(model, 2, 9)
-    want, _ = hidden_of(model, params, tokens, {})
+    want, _ = apply(model, params, tokens)
     assert relative_error(hidden_in_chunks(model, params, tokens, model.init_state(2, 9), 3), want) < TOLERANCE
     short_memory_hidden = hidden_in_chunks(model, params, tokens, model.init_state(2, 4), 1)
     assert relative_error(short_memory_hidden[:, :5], want[:, :5]) < TOLERANCE
     assert relative_error(short_memory_hidden[:, 5:], want[:, 5:]) > 1e-4
     window, _ = small(LM, window=4)
-    assert relative_error(short_memory_hidden, hidden_of(window, params, tokens, {})[0]) < TOLERANCE
+    assert relative_error(short_memory_hidden, apply(window, params, tokens)[0]) < TOLERANCE
 
 
 def test_tokens_attend_only_to_the_window():
@@ -83,7 +78,7 @@ def test_hops_have_weights_only_on_real_tokens():
     model, params = small(CLASSIFIER, hops=3)
     tokens = random_tokens(model, 2, 6)
     segments = np.array([[1] * 6, [0] + [1] * 3 + [0] * 2], np.int32)
-    hidden, _ = hidden_of(model, params, tokens, {"segment_ids": segments})
+    hidden, _ = apply(model, params, tokens, segment_ids=segments)
     weights = attention_rnn_lm.attention_weights(model.config, params, hidden, segments)
     assert weights.shape == (2, 3, 6)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)

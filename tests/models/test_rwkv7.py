@@ -16,14 +16,13 @@ from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretr
 from jaxlm.models import get_model
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_equal,
     initial_params,
     random_tokens,
     relative_error,
     tiny_model,
 )
-
-apply = jax.jit(lambda model, params, tokens, **inputs: model.apply(params, tokens, **inputs), static_argnums=0)
 
 
 def setup(batch=2, length=12, **overrides):

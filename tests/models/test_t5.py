@@ -13,6 +13,7 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_equal,
     decode_state,
     initial_params,
@@ -32,16 +33,6 @@ SMALL = {"num_layers": 1, "embed_dim": 16, "head_dim": 6, "mlp_dim": 20, "num_bu
 def small(**overrides):
     model = tiny_model("t5", **{**SMALL, **overrides})
     return model, add_noise(initial_params(model))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, params, tokens, inputs):
-    return model.apply(params, tokens, **inputs)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def init_decode_state(model, params, source, length, segment_ids=None):
-    return decode_state(model, params, source, length, segment_ids)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +65,10 @@ def test_cached_decoding_equals_transformers():
     source, segments, tokens = golden["source"], golden["segments"], golden["tokens"]
     encoded = jax.jit(functools.partial(t5.encode, config))(params, source, segment_ids=segments)
     assert relative_error(encoded[segments > 0], golden["encoded"][segments > 0]) < TOLERANCE
-    state, logits = init_decode_state(model, params, source, tokens.shape[1], segments), []
+    state, logits = decode_state(model, params, source, tokens.shape[1], segments), []
     next_tokens = np.full((3, 1), config.decoder_start_id, np.int32)
     for step in range(tokens.shape[1] - 1):
-        hidden, state = apply(model, params, next_tokens, {"state": state})
+        hidden, state = apply(model, params, next_tokens, state=state)
         logits.append(model.logits(params, hidden)[:, 0])
         next_tokens = np.argmax(logits[-1], axis=-1).astype(np.int32)[:, None]
         np.testing.assert_array_equal(next_tokens[:, 0], tokens[:, step + 1])
@@ -90,18 +81,18 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     model, params = small(bias_per_layer=bias_per_layer)
     source, tokens = random_tokens(model, 2, 7), random_tokens(model, 2, 9, seed=1)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
-    full, _ = apply(model, params, tokens, {"source": source, "source_segment_ids": segments})
-    state = init_decode_state(model, params, source, 12, segments)
+    full, _ = apply(model, params, tokens, source=source, source_segment_ids=segments)
+    state = decode_state(model, params, source, 12, segments)
     assert [layer["key"].shape for layer in state["source"]["layers"]] == [(2, 7, 4 * 6)]
     assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
     prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
     for row, length in enumerate((2, 5)):
         prompt[row, :length], real[row, :length] = tokens[row, :length], 1
-    hidden, state = apply(model, params, prompt, {"state": state, "segment_ids": real})
+    hidden, state = apply(model, params, prompt, state=state, segment_ids=real)
     assert relative_error(hidden[0, :2], full[0, :2]) < TOLERANCE
     for i in range(4):
         next_tokens = np.stack([tokens[0, 2 + i], tokens[1, 5 + i]])[:, None]
-        hidden, state = apply(model, params, next_tokens, {"state": state})
+        hidden, state = apply(model, params, next_tokens, state=state)
         assert relative_error(hidden[:, 0], jnp.stack([full[0, 2 + i], full[1, 5 + i]])) < TOLERANCE
 
 
@@ -110,16 +101,16 @@ def test_a_target_document_attends_to_the_source_document_of_the_same_number():
     source, tokens = random_tokens(model, 1, 9), random_tokens(model, 1, 8, seed=1)
     source_segments, segments = np.array([[1] * 5 + [2] * 3 + [0]]), np.array([[1] * 3 + [2] * 4 + [0]])
     inputs = {"source": source, "source_segment_ids": source_segments, "segment_ids": segments}
-    packed, _ = apply(model, params, tokens, inputs)
+    packed, _ = apply(model, params, tokens, **inputs)
     assert np.isfinite(np.asarray(packed)).all()
     for target_slice, source_slice in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 8))):
-        separate, _ = apply(model, params, tokens[:, target_slice], {"source": source[:, source_slice]})
+        separate, _ = apply(model, params, tokens[:, target_slice], source=source[:, source_slice])
         assert relative_error(packed[:, target_slice], separate) < TOLERANCE
-    state = init_decode_state(model, params, source, 8, source_segments)
-    cached, _ = apply(model, params, tokens, {"state": state, "segment_ids": segments})
+    state = decode_state(model, params, source, 8, source_segments)
+    cached, _ = apply(model, params, tokens, state=state, segment_ids=segments)
     assert relative_error(cached[:, :7], packed[:, :7]) < TOLERANCE
     without_segments, _ = apply(
-        model, params, tokens, {"state": state}
+        model, params, tokens, state=state
     )  # without segment_ids, all tokens belong to document 1
     assert relative_error(without_segments[:, :3], packed[:, :3]) < TOLERANCE
 
@@ -127,10 +118,10 @@ def test_a_target_document_attends_to_the_source_document_of_the_same_number():
 def test_only_distances_between_positions_matter():
     model, params = small()
     source, tokens, positions = random_tokens(model, 2, 4), random_tokens(model, 2, 6, seed=1), np.arange(6)[None]
-    want, _ = apply(model, params, tokens, {"source": source})
+    want, _ = apply(model, params, tokens, source=source)
     shifted = np.asarray(positions + np.array([[0], [100]]), np.int32)
-    assert relative_error(apply(model, params, tokens, {"source": source, "positions": shifted})[0], want) < 1e-6
-    stretched = apply(model, params, tokens, {"source": source, "positions": np.repeat(2 * positions, 2, axis=0)})[0]
+    assert relative_error(apply(model, params, tokens, source=source, positions=shifted)[0], want) < 1e-6
+    stretched = apply(model, params, tokens, source=source, positions=np.repeat(2 * positions, 2, axis=0))[0]
     assert relative_error(stretched[:, :1], want[:, :1]) < 1e-6
     assert relative_error(stretched, want) > 1e-3
 
@@ -145,10 +136,10 @@ def test_equal_tables_per_layer_equal_a_shared_table():
         per_layer_params[stack] = {"layers": layers, "final_norm": params[stack]["final_norm"]}
     spec.require_same(per_layer_model.specs, per_layer_params, "parameters")
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
-    want = apply(model, params, tokens, inputs)[0]
-    assert relative_error(apply(per_layer_model, per_layer_params, tokens, inputs)[0], want) < 1e-6
+    want = apply(model, params, tokens, **inputs)[0]
+    assert relative_error(apply(per_layer_model, per_layer_params, tokens, **inputs)[0], want) < 1e-6
     per_layer_params["decoder"]["layers"][1]["relative_bias"] = -table
-    assert relative_error(apply(per_layer_model, per_layer_params, tokens, inputs)[0], want) > 1e-3
+    assert relative_error(apply(per_layer_model, per_layer_params, tokens, **inputs)[0], want) > 1e-3
 
 
 def test_float16_residual_sums_do_not_overflow():
@@ -158,9 +149,9 @@ def test_float16_residual_sums_do_not_overflow():
             layer["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
     float16_model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="float16"))
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
-    hidden, _ = apply(float16_model, params, tokens, inputs)
+    hidden, _ = apply(float16_model, params, tokens, **inputs)
     assert hidden.dtype == jnp.float16
-    assert relative_error(hidden, apply(model, params, tokens, inputs)[0]) < 0.02
+    assert relative_error(hidden, apply(model, params, tokens, **inputs)[0]) < 0.02
 
 
 @pytest.mark.parametrize("form", [{}, {"mlp": "gated_gelu", "tie_embeddings": False}])

@@ -1,7 +1,6 @@
 """Tests of Transformer-XL in addition to the contract, such as the memory over several segments."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
 from jaxlm.testing.helpers import (
     add_noise,
+    apply,
     assert_trees_equal,
     initial_params,
     random_tokens,
@@ -26,11 +26,6 @@ from tests.oracles import GOLDENS
 
 TOLERANCE = 1e-5  # float32, with different orders of summation
 SEGMENTS = Path(__file__).parent / "goldens" / "transformer_xl_segments.npz"  # made by test_transformer_xl_live.py
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, params, tokens, **inputs):
-    return model.apply(params, tokens, **inputs)
 
 
 def setup(batch=2, length=12, **overrides):

@@ -53,6 +53,7 @@ class Format:
         values: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values have
             different names in HF and jaxlm.
         required: HF config field -> the only value that the family supports. A missing field has this value.
+        not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
             the field is also present with the same value, because transformers applies the alias after it has derived
             other values from the field.
@@ -77,6 +78,7 @@ class Format:
     write_fields: Callable[[Any], dict[str, Any]] | None = None
     values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    not_null: tuple[str, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unprefixed_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)

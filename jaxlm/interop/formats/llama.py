@@ -152,8 +152,6 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [names[name] for name in types]
     window = integer(config, "sliding_window", 4096) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
-    if base is None:
-        raise ValueError("rope_local_base_freq=null: set the base of the rotary positions in layers with a window")
     return {
         **_read_fields(config), "pattern": _pattern(kinds), "window": window,
         "window_rotary_base": None if window is None else base, "attention_scale": scalar**-0.5,
@@ -253,6 +251,7 @@ _MIXTRAL = dataclasses.replace(
     _MISTRAL,
     architectures={name.replace("Mistral", "Mixtral"): fields for name, fields in _MISTRAL.architectures.items()},
     model_type="mixtral",
+    not_null=("num_local_experts",),
     default_fields={
         **_NO_PATTERN,
         "qkv_bias": False,
@@ -378,6 +377,7 @@ _GEMMA3 = dataclasses.replace(
         "Gemma3TextForSequenceClassification": {"task": "classification"},
     },
     model_type="gemma3_text",
+    not_null=("rope_local_base_freq",),
     default_fields={
         "block": "gemma",
         "qk_norm": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,9 +51,7 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of heads of attention and their width, after a check that the blocks have MLPs."""
-    if config.get("intermediate_size", 1) is None:
-        raise ValueError("intermediate_size=null: set the hidden width of the MLPs")
+    """The numbers of heads of attention and their width."""
     heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
     width = integer(config, "hidden_size", 4096)
     head_dim = integer(config, "head_dim", width // heads)
@@ -227,6 +226,45 @@ _HYBRID_DEFAULTS = {
 }
 """``default_fields`` of the hybrids with attention."""
 
+_FALCON_H1 = Format(
+    architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
+    model_type="falcon_h1",
+    prefix="model.",
+    default_fields={
+        **_HYBRID_DEFAULTS,
+        "pattern": ("parallel",),
+        "max_positions": 8192,
+        "norm_before_gate": True,
+        "rotary_base": 100000.0,
+        "rotary_fraction": 1.0,
+    },
+    hf_name_of_field={**_HYBRID_FIELDS, "norm_before_gate": "mamba_norm_before_gate"},
+    read_fields=_read_falcon_fields,
+    write_fields=_write_falcon_fields,
+    not_null=("intermediate_size",),
+    required={"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
+    token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    tensors=_HYBRID_TENSORS,
+    unprefixed_tensors={"head": "lm_head.weight"},
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    layouts=_HYBRID_LAYOUTS,
+)
+_BAMBA = dataclasses.replace(
+    _FALCON_H1,
+    architectures={"BambaForCausalLM": {"task": "causal"}, "BambaModel": {"task": "none"}},
+    model_type="bamba",
+    default_fields={
+        **_HYBRID_DEFAULTS,
+        "max_positions": 262144,
+        "norm_before_gate": False,
+        "norm_groups": 1,
+        "multipliers": None,
+    },
+    hf_name_of_field={**_HYBRID_FIELDS, "rotary_fraction": "partial_rotary_factor"},
+    read_fields=_read_bamba_fields,
+    write_fields=_write_bamba_fields,
+)
+
 FORMATS = (
     Format(
         architectures={"Mamba2ForCausalLM": {"task": "causal"}, "Mamba2Model": {"task": "none"}},
@@ -280,47 +318,6 @@ FORMATS = (
         layouts=_MIXER_LAYOUTS,
         renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
     ),
-    Format(
-        architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
-        model_type="falcon_h1",
-        prefix="model.",
-        default_fields={
-            **_HYBRID_DEFAULTS,
-            "pattern": ("parallel",),
-            "max_positions": 8192,
-            "norm_before_gate": True,
-            "rotary_base": 100000.0,
-            "rotary_fraction": 1.0,
-        },
-        hf_name_of_field={**_HYBRID_FIELDS, "norm_before_gate": "mamba_norm_before_gate"},
-        read_fields=_read_falcon_fields,
-        write_fields=_write_falcon_fields,
-        required={"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
-        token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        tensors=_HYBRID_TENSORS,
-        unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
-        layouts=_HYBRID_LAYOUTS,
-    ),
-    Format(
-        architectures={"BambaForCausalLM": {"task": "causal"}, "BambaModel": {"task": "none"}},
-        model_type="bamba",
-        prefix="model.",
-        default_fields={
-            **_HYBRID_DEFAULTS,
-            "max_positions": 262144,
-            "norm_before_gate": False,
-            "norm_groups": 1,
-            "multipliers": None,
-        },
-        hf_name_of_field={**_HYBRID_FIELDS, "rotary_fraction": "partial_rotary_factor"},
-        read_fields=_read_bamba_fields,
-        write_fields=_write_bamba_fields,
-        required={"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False},
-        token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        tensors=_HYBRID_TENSORS,
-        unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
-        layouts=_HYBRID_LAYOUTS,
-    ),
+    _FALCON_H1,
+    _BAMBA,
 )
