@@ -81,16 +81,12 @@ def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Calla
     import jax
     import numpy as np
 
-    from jaxlm.cli.common import load
+    from jaxlm.cli.common import load, load_draft
     from jaxlm.decoding import Sampling, SpeculativeModels, generate, speculative_generate
 
-    (target, target_params, tokenizer), (draft, draft_params, draft_tokenizer) = (
-        load(directory, None) for directory in (options.target, options.draft)
-    )
+    target, target_params, tokenizer = load(options.target, None)
+    draft, draft_params = load_draft(options.draft, None, tokenizer, [options.prompt])
     ids = tokenizer.encode(options.prompt)
-    same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size
-    if not same_size or not np.array_equal(ids, draft_tokenizer.encode(options.prompt)):
-        raise harness.UserError("the tokenizers differ: the draft model needs the tokenizer of the target model")
     print(f"target {target.num_parameters:,} parameters, draft {draft.num_parameters:,}")
     prompts = np.tile(ids[None], (options.batch, 1))
     arguments: dict[str, Any] = {

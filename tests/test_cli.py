@@ -227,6 +227,18 @@ def test_generate_prints_one_line_per_prompt(run_directory, model, params, tmp_p
     assert output_lines(capsys, "generate", run_directory, "to be", "is", *options) == lines
 
 
+def test_a_draft_model_does_not_change_greedy_text(run_directory, model_directory, tmp_path, capsys):
+    options = ["to be", "is", "--max-new-tokens", "12", "--temperature", "0"]
+    want = output_lines(capsys, "generate", run_directory, *options)
+    draft = jaxlm.get_model("gru-tiny", vocab_size=TOKENIZER.vocab_size)
+    jaxlm.save_pretrained(tmp_path, draft, initial_params(draft), TOKENIZER)
+    options += ["--num-proposed", "3"]
+    assert output_lines(capsys, "generate", run_directory, *options, "--draft", tmp_path) == want
+    other_tokenizer = model_directory("gpt2-tiny")
+    message = f"the tokenizer of the draft model {other_tokenizer} differs from that of the target model"
+    assert message in error_line(capsys, "generate", run_directory, *options, "--draft", other_tokenizer)
+
+
 def test_sampled_outputs_depend_on_the_seed(model_directory, capsys):
     options = [model_directory("t5-tiny"), "guten Tag", "--max-new-tokens", "8", "--temperature", "1"]
     first, repeated, different = (

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from jaxlm import Model, load_pretrained
 from jaxlm.data import load_tokenizer
 from jaxlm.data.text_files import read_lines
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.spec import Params
 from jaxlm.training.checks import check_tokenizer
 
 Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -27,6 +29,21 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
     tokenizer = load_tokenizer(model_directory)
     check_tokenizer(model, tokenizer)
     return model, params, tokenizer
+
+
+def load_draft(
+    directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: Sequence[str]
+) -> tuple[Model, Params]:
+    """The draft model for speculative decoding and its parameters.
+
+    Raises:
+        ValueError: its tokenizer encodes ``texts`` differently than ``tokenizer``, the tokenizer of the target model.
+    """
+    model, params, draft_tokenizer = load(directory, dtype)
+    same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size
+    if not same_size or any(not np.array_equal(tokenizer.encode(x), draft_tokenizer.encode(x)) for x in texts):
+        raise ValueError(f"the tokenizer of the draft model {directory} differs from that of the target model")
+    return model, params
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:

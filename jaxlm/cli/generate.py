@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts, sampling_options
+from jaxlm.cli.common import Directory, Texts, load, load_draft, one_line, read_texts, sampling_options
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
 from jaxlm.training.checks import check_beams
@@ -47,6 +47,10 @@ class Generate:
     """Stop at the first occurrence of one of these strings. Default: none."""
     batch_size: int = 32
     """Prompts per batch."""
+    draft: Path | None = None
+    """Directory of a smaller model with the same tokenizer, which proposes tokens (speculative decoding)."""
+    num_proposed: int = 4
+    """Number of tokens that the draft model proposes in each round."""
     seed: int = 0
     """Seed for sampling."""
     dtype: str | None = None
@@ -75,8 +79,11 @@ class Generate:
         check_beams(model, tokenizer, config)
         key = jax.random.key(self.seed)
         prompts = list(arguments) if arguments else read_texts((), self.file)
-        if len(arguments) != 1 or config.num_beams != 1:
-            texts = generate_text(model, params, tokenizer, prompts, config, key=key)
+        draft = None if self.draft is None else load_draft(self.draft, self.dtype, tokenizer, prompts)
+        if len(arguments) != 1 or config.num_beams != 1 or draft is not None:
+            texts = generate_text(
+                model, params, tokenizer, prompts, config, key=key, draft=draft, num_proposed=self.num_proposed
+            )
             for prompt, text in zip(prompts, texts, strict=True):
                 print(one_line(prompt + text) if len(arguments) != 1 else prompt + text)
             return 0

@@ -84,6 +84,33 @@ def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch
     assert generate_text(model, params, BYTES, TEXTS, config_of()) == expected, "padding to buckets changes texts"
 
 
+@pytest.mark.parametrize(
+    ("name", "draft"), [("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "lstm-tiny"), ("attention-rnn-tiny", "t5-tiny")]
+)
+def test_proposals_of_a_draft_model_do_not_change_texts(name: str, draft: str) -> None:
+    model, params = pair(name)
+    config = config_of(batch_size=4, stop=("e",))
+    expected = generate_text(model, params, BYTES, TEXTS, config)
+    assert generate_text(model, params, BYTES, TEXTS, config, draft=pair(draft), num_proposed=2) == expected
+
+
+def test_a_draft_model_that_cannot_propose_raises() -> None:
+    model, params = pair("gpt2-tiny")
+    run = functools.partial(generate_text, model, params, BYTES, TEXTS)
+    with pytest.raises(ValueError, match="num_beams=2: beam search does not use a draft model; set num_beams=1"):
+        run(config_of(num_beams=2), draft=pair("lstm-tiny"))
+    with pytest.raises(ValueError, match=r"the draft model \(t5\) reads a source, but gpt does not: use a decoder"):
+        run(config_of(), draft=pair("t5-tiny"))
+    classifier = tiny_model("bert-tiny")
+    with pytest.raises(ValueError, match="it cannot propose tokens; use a causal language model as draft model"):
+        run(config_of(), draft=(classifier, {}))
+    small = tiny_model("lstm-tiny", vocab_size=100)
+    with pytest.raises(ValueError, match="the draft model has 100 token ids, but 257 ids may be generated"):
+        run(config_of(), draft=(small, {}))
+    with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
+        run(config_of(), draft=pair("lstm-tiny"), num_proposed=0)
+
+
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
     model, params = pair(name)
