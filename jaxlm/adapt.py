@@ -57,7 +57,7 @@ class Adaptation(Protocol):
 
 
 def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
-    """Number of leading axes (without ``layers`` and ``expert``) that form the rows of a matrix; None: it is not one.
+    """Number of leading axes (after the stack axes) that form the rows of a matrix; None: it is not a matrix.
 
     A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
     ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are matrices too. Biases
@@ -79,15 +79,22 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
     if last_key == LORA_B or is_table(name, leaf):
         return 1
     if last_key == "weight" or last_key.startswith("weight_") or last_key == "direction":
-        is_kernel = axes[0] is None and len(axes) > 2
+        is_kernel = axes[0] is None and len(axes) > 2 and axes[1] not in (None, "heads")
         return 2 if is_kernel or axes[:2] == ("heads", "kv") else 1
     return None
 
 
 def num_stack_axes(leaf: ArraySpec) -> int:
-    """The number of leading axes ``layers`` and ``expert``. Each index has its own matrix."""
+    """The number of leading stack axes: ``layers``, ``expert``, and the blocks of a block-diagonal matrix.
+
+    Each index of a stack axis has its own matrix. The axes of a block-diagonal matrix are ``heads``, an unnamed input
+    axis, and one or more output axes.
+    """
     first = int(leaf.is_stacked)
-    return first + 1 if leaf.axes[first : first + 1] == (EXPERT,) else first
+    if leaf.axes[first : first + 1] == (EXPERT,):
+        first += 1
+    is_block_diagonal = len(leaf.axes) - first > 2 and leaf.axes[first : first + 2] == ("heads", None)
+    return first + 1 if is_block_diagonal else first
 
 
 def is_table(name: str, leaf: ArraySpec) -> bool:

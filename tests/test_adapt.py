@@ -289,6 +289,8 @@ def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
         ("layers/attention/qkv/weight", (2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"), 1, False),
         ("layers/experts/up/weight", (2, 4, 32, 48), ("layers", "expert", "embed", "mlp"), 1, False),
         ("layer_0/weight", (5, 64, 32), (None, "embed", "mlp"), 2, False),
+        ("layers/0/slstm/cell/weight_hidden", (2, 16, 4, 16), ("heads", None, None, None), 1, False),
+        ("layers/time_mix/gate/up/weight", (2, 24, 4, 8), ("layers", None, "heads", "kv"), 1, False),
         ("output/state/weight", (32, 24, 2), ("embed", "mlp", None), 1, False),
         ("head", (128, 32), ("vocab", "embed"), 1, True),
         ("head/weight", (128, 32), ("vocab", "embed"), 1, True),

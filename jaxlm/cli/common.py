@@ -31,9 +31,7 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
     return model, params, tokenizer
 
 
-def load_draft(
-    directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: Sequence[str]
-) -> tuple[Model, Params]:
+def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Model, Params]:
     """The draft model for speculative decoding and its parameters.
 
     Raises:

@@ -349,7 +349,9 @@ def _check_draft(target: Model, draft: Model, tokenizer: Tokenizer, num_beams: i
         raise ValueError(f"num_beams={num_beams}: beam search does not use a draft model; set num_beams=1")
     require_task(draft, GENERATIVE_TASKS, "it cannot propose tokens", "use a causal language model as draft model")
     if draft.reads_source and not target.reads_source:
-        raise ValueError(f"the draft model ({draft.family}) reads a source, but {target.family} does not: use a decoder")
+        raise ValueError(
+            f"the draft model ({draft.family}) reads a source, but {target.family} does not: use a decoder"
+        )
     if draft.config.vocab_size < num_ids(target, tokenizer):
         raise ValueError(
             f"the draft model has {draft.config.vocab_size} token ids, but {num_ids(target, tokenizer)} ids may be "

@@ -127,7 +127,7 @@ def apply(
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     # RecurrentGemma was trained with this factor in bfloat16.
-    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)
+    x = x * jnp.asarray(embedding_multiplier(cfg), jnp.bfloat16).astype(x.dtype)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -194,6 +194,11 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 def lru_width(cfg: Config) -> int:
     """The width of the RG-LRU."""
     return cfg.embed_dim if cfg.lru_width is None else cfg.lru_width
+
+
+def embedding_multiplier(cfg: Config) -> float:
+    """The factor of the token vectors."""
+    return cfg.embed_dim**0.5
 
 
 def specs(cfg: Config) -> dict[str, Any]:

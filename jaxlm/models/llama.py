@@ -162,7 +162,7 @@ def apply_with_routing(
     attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in set(kinds)}
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = constrain(x * cfg.embed_dim**0.5 if is_gemma else x, ("batch", "seq", "activation_embed"))
+    x = constrain(x * embedding_multiplier(cfg) if is_gemma else x, ("batch", "seq", "activation_embed"))
 
     def norm(weights: Params, x: jax.Array) -> jax.Array:
         return rms_norm(weights, x, cfg.norm_epsilon)
@@ -255,6 +255,11 @@ def _check_pattern(cfg: Config) -> None:
         )
     if cfg.window_rotary_base is not None and "window" not in kinds:
         raise ValueError(f"window_rotary_base={cfg.window_rotary_base} needs layers with a window")
+
+
+def embedding_multiplier(cfg: Config) -> float:
+    """The factor of the token vectors."""
+    return cfg.embed_dim**0.5 if cfg.block == "gemma" else 1.0
 
 
 def specs(cfg: Config) -> dict[str, Any]:

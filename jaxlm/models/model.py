@@ -384,6 +384,12 @@ class Model:
         is_causal = self.task == "causal"
         return function(self.config) if function is not None and is_causal else None
 
+    @property
+    def embedding_multiplier(self) -> float:
+        """The factor of the token vectors, from the family's function ``embedding_multiplier`` (default: 1)."""
+        function = getattr(self.module, "embedding_multiplier", None)
+        return 1.0 if function is None else function(self.config)
+
     def init_state(self, batch: int, length: int) -> spec.Tree:
         """The initial state for ``batch`` rows of at most ``length`` tokens."""
         return spec.init(self.state_specs(batch, length))

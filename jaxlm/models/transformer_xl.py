@@ -129,7 +129,7 @@ def apply(
         tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None
     )
 
-    x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(cfg.embed_dim**0.5, dtype)
+    x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(embedding_multiplier(cfg), dtype)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
     distance_S = jnp.arange(memory_context.key_positions.shape[1])[::-1]
@@ -235,6 +235,11 @@ def _clusters(cfg: Config) -> Clusters:
     return Clusters(
         cfg.vocab_size, cfg.cutoffs, cfg.token_dim, cfg.embed_dim, cfg.embedding_divisor, cfg.vocab_multiple
     )
+
+
+def embedding_multiplier(cfg: Config) -> float:
+    """The factor of the token vectors."""
+    return cfg.embed_dim**0.5
 
 
 def specs(cfg: Config) -> dict[str, Any]:

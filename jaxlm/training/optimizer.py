@@ -128,7 +128,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
 # ----------------------------------------------------------------------------------------------- optimizers
 
 
-def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, specs: spec.Tree, steps: int, *, rates: spec.Tree | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The Optax chain of clipping, optimizer, weight decay and learning-rate schedule.
 
     The updates do not depend on the layer layout (``spec.layers``): every layer has its own statistics, even if layers
@@ -138,16 +140,21 @@ def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> opt
     Args:
         specs: specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
         steps: number of updates of the whole training.
+        rates: a factor of the learning rate for each parameter (``jaxlm.training.mup``). Weight decay does not depend
+            on it. None: 1 for all parameters.
 
     Raises:
         ValueError: the warm-up is too long for ``steps``, ``inverse_square_root`` has neither warm-up nor hold steps,
-            or ``layer_decay`` is set for a model without layers.
+            ``layer_decay`` is set for a model without layers, or ``rates`` are given for another optimizer than adamw.
     """
+    if rates is not None and config.name != "adamw":
+        raise ValueError(f"rates need name='adamw', got name={config.name!r}: change the optimizer or leave rates out")
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
     scale_layers = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
     return optax.chain(
         *clip,
         _scale_by_optimizer(config, specs),
+        *([] if rates is None else [_scale_by_tree(rates)]),
         optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs)),
         *scale_layers,
         optax.scale_by_learning_rate(learning_rate(config, steps)),
@@ -211,9 +218,10 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The axes ``layers`` and
-    ``expert``, and unnamed output axes (queries, keys and values of a fused projection; gates of a recurrence) index
-    independent matrices. The tree is also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The stack axes
+    (``jaxlm.adapt.num_stack_axes``), and unnamed output axes (queries, keys and values of a fused projection; gates of
+    a recurrence) index independent matrices. The tree is also valid for
+    ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -345,7 +353,7 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 
 
 def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
-    """A transformation that multiplies updates by the factors of :func:`layer_rates`."""
+    """A transformation that multiplies the update of each parameter by its factor."""
 
     def scale(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
         del params

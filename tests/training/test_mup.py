@@ -1,0 +1,104 @@
+"""Tests of muP: factors by hand, and for every causal family that updates keep their size when the model gets wider."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.laboratory.models import MODELS, model_of
+from jaxlm import get_model, spec
+from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.testing.helpers import tiny_model
+from jaxlm.training.mup import Scaled, mup
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
+
+FAST, SLOW = ["llama", "gru"], pytest.mark.thorough
+NARROW, WIDE, VOCAB, STEPS = 64, 256, 32, 4
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (8, 13)).astype(np.int32)
+BATCH = Batch(TOKENS[:, :-1], TOKENS[:, 1:], np.ones((8, 12), np.float32))
+
+
+def model_at(name, width):
+    model = model_of(name, vocab_size=VOCAB, width=width, layers=1, max_length=12)
+    return model.with_fields(tie_embeddings=False)
+
+
+def logits_change(name, width, *, with_mup):
+    """The root mean square of the change of the logits in a few large steps of AdamW."""
+    model = model_at(name, width)
+    scaled = mup(model, model_at(name, NARROW))
+    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=None)
+    optimizer = make_optimizer(config, model.specs, STEPS, rates=scaled.rates if with_mup else None)
+    trainer = Trainer(model, optimizer, token_loss)
+    state = trainer.init(jax.random.key(1), jax.jit(scaled.init if with_mup else model.init)(jax.random.key(0)))
+    logits = jax.jit(lambda params: model.logits(params, model.apply(params, BATCH.tokens)[0])[..., :VOCAB])
+    first, step = logits(state.params), trainer.jit_step()
+    for _ in range(STEPS):
+        state, _ = step(state, BATCH)
+    return float(jnp.sqrt(jnp.mean((logits(state.params) - first) ** 2)))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in MODELS if name not in FAST] + FAST)
+def test_logits_of_a_wide_model_change_as_much_as_those_of_a_narrow_one(name):
+    ratio = logits_change(name, WIDE, with_mup=True) / logits_change(name, NARROW, with_mup=True)
+    assert 0.6 < ratio < 1.2
+
+
+def test_without_mup_logits_of_a_wide_model_change_more():
+    assert logits_change("llama", WIDE, with_mup=False) > 2 * logits_change("llama", NARROW, with_mup=False)
+
+
+def test_factors_of_each_kind_of_parameter():
+    base = get_model("llama", num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=1, mlp_dim=96, vocab_size=VOCAB)
+    model = base.with_fields(embed_dim=256, num_heads=8, mlp_dim=384)
+    scaled = mup(model, base)
+    rates, specs, base_specs = (spec.flatten(tree) for tree in (scaled.rates, scaled.specs, base.specs))
+    expected = {  # factors of the standard deviation and of the learning rate
+        "token_embedding": (1, 1),
+        "head": (1 / 4, 1 / 4),
+        "final_norm/scale": (1, 1),
+        "layers/0/attention/query/weight": (1 / 2, 1 / 4),
+        "layers/0/attention/key/weight": (1 / 4, 1 / 4),  # the number of key heads does not grow
+        "layers/0/attention/output/weight": (1 / 2, 1 / 4),
+        "layers/0/mlp/down/weight": (1 / 2, 1 / 4),
+    }
+    for name, (stddev, rate) in expected.items():
+        init = base_specs[name].init
+        assert specs[name].init == (init if stddev == 1 else Scaled(init, stddev)), name
+        assert rates[name] == rate, name
+    params, base_params = (jax.jit(mup(each, base).init)(jax.random.key(0)) for each in (model, base))
+    assert float(np.std(params["head"])) == pytest.approx(float(np.std(base_params["head"])) / 4, rel=0.1)
+
+
+def test_the_base_model_is_unchanged():
+    base = model_at("griffin", NARROW)
+    scaled = mup(base, base)
+    assert scaled.specs == base.specs
+    assert set(spec.flatten(scaled.rates).values()) == {1.0}
+
+
+def test_a_multiplier_of_token_vectors_and_blocks_and_output_vectors():
+    model, base = model_at("griffin", WIDE), model_at("griffin", NARROW)
+    assert (model.embedding_multiplier, base.embedding_multiplier) == (16.0, 8.0)
+    rates = spec.flatten(mup(model, base).rates)
+    assert rates["token_embedding"] == 1 / 2
+    assert rates["layers/0/recurrent/rg_lru/input_gate/weight"] == 1.0  # more blocks of the same size
+    attention = spec.flatten(mup(model_at("attention_rnn_lm", WIDE), model_at("attention_rnn_lm", NARROW)).rates)
+    assert attention["alignment/score"] == 1 / 4
+
+
+def test_bad_input():
+    base = model_at("llama", NARROW)
+    with pytest.raises(ValueError, match=r"llama has tie_embeddings=True: set tie_embeddings=False"):
+        mup(base.with_fields(tie_embeddings=True), base)
+    with pytest.raises(ValueError, match="only one of the models has the parameter layers/1/attention/key/weight"):
+        mup(base.with_fields(num_layers=2), base)
+    with pytest.raises(ValueError, match=r"key/weight: the axis 'kv' has size 32 in the model and 16 in the base"):
+        mup(base, base.with_fields(num_heads=4))
+    with pytest.raises(ValueError, match=r"the axis 'vocab' has size 32 in the model and 40"):
+        mup(base, base.with_fields(vocab_size=40))
+    with pytest.raises(ValueError, match="the model is a llama and the base model a gpt: use the same family"):
+        mup(base, tiny_model("gpt"))
+    with pytest.raises(ValueError, match="rates need name='adamw', got name='muon'"):
+        make_optimizer(OptimizerConfig("muon"), base.specs, 200, rates=mup(base, base).rates)
