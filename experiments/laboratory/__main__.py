@@ -2,6 +2,7 @@
 
     python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
     python -m experiments.laboratory recall --model gpt mamba2    some models
+    python -m experiments.laboratory formal_languages --case parity
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes
     python -m experiments.laboratory --page                       write docs/laboratory.md from the results
 
@@ -34,6 +35,14 @@ def quick(experiment: Experiment) -> Experiment:
         plan, steps=QUICK_STEPS, widths=plan.widths[:1], learning_rates=plan.learning_rates[:1], seeds=1, test_batches=2
     )
     return dataclasses.replace(experiment, plan=plan)
+
+
+def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
+    """The experiment with these cases and widths; None: all."""
+    plan = experiment.plan
+    chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
+    chosen_cases = {name: case for name, case in experiment.cases.items() if cases is None or name in cases}
+    return dataclasses.replace(experiment, plan=dataclasses.replace(plan, widths=chosen_widths), cases=chosen_cases)
 
 
 def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
@@ -69,21 +78,29 @@ def main(arguments: list[str] | None = None) -> int:
         choices=(*MODELS, *ENCODER_DECODERS),
         help="models (default: all)",
     )
+    all_cases = [case for experiment in EXPERIMENTS.values() for case in experiment.cases]
+    parser.add_argument("--case", nargs="+", choices=all_cases, help="cases of the experiments (default: all)")
+    all_widths = sorted({width for experiment in EXPERIMENTS.values() for width in experiment.plan.widths})
+    parser.add_argument("--width", nargs="+", type=int, choices=all_widths, help="widths of the models (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/laboratory"), help="directory of the results")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate and one seed")
     parser.add_argument(
         "--page", type=Path, nargs="?", const=Path("docs"), help="write laboratory.md to this directory"
     )
     parsed = parser.parse_args(arguments)
-    if parsed.page is not None and (parsed.experiment or parsed.model):
-        parser.error("--page writes the results of all experiments and models: remove the names and --model")
+    if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
+        parser.error("--page writes all results: remove the names, --model, --case and --width")
+    for name in parsed.experiment:
+        if not choose(EXPERIMENTS[name], parsed.case, parsed.width).has_runs:
+            parser.error(f"{name} has none of the cases and widths that you chose")
     names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or [*MODELS, *ENCODER_DECODERS]
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     def command() -> int:
         if parsed.page is None:
-            run({name: experiments[name] for name in names}, models, directory)
+            chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
+            run(chosen, models, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
         print(page.write(results, parsed.page, experiments))

@@ -67,6 +67,11 @@ class Experiment:
     chance: Mapping[str, float]
     models: tuple[str, ...] = MODELS
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether there is at least one case and one width."""
+        return bool(self.cases and self.plan.widths)
+
 
 # ---------------------------------------------------------------------------------------------- associative recall
 

@@ -139,18 +139,21 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "QUICK_STEPS", 2)
     output = ["--quick", "--output", str(tmp_path)]
-    assert command.main(["state_tracking", *output, "--model", "gru"]) == 0
-    assert capsys.readouterr().out.count("\n") == 3  # one line per group
+    assert command.main(["state_tracking", *output, "--model", "gru", "--case", "S5", "A5", "--width", "128"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2  # one line per group
     assert command.main(["--page", str(tmp_path / "docs"), *output]) == 0
     text = (tmp_path / "docs/laboratory.md").read_text()
     assert "| S5 | gru | 128 |" in text
     assert "2 layers; 2 steps;" in text
     with pytest.raises(SystemExit):
         command.main(["--page", str(tmp_path / "docs"), "--model", "gru"])
-    assert "--page writes the results of all experiments and models" in capsys.readouterr().err
+    assert "--page writes all results" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["recal"])
     assert "invalid choice: 'recal'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["recall", "--case", "parity"])
+    assert "recall has none of the cases and widths that you chose" in capsys.readouterr().err
