@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -469,13 +468,15 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Properties of the machine and the software on which the measurements depend."""
+    from jaxlm.host import processor_name  # imported here, because jaxlm imports jax
+
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
@@ -486,14 +487,6 @@ def describe_machine() -> dict[str, Any]:
 
 FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change the measurements."""
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -1,9 +1,11 @@
-"""Settings of the host process: how malloc handles freed memory when JAX runs on the CPU."""
+"""The host: the name of its processor, and how malloc handles freed memory when JAX runs on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
+from pathlib import Path
 
 # Options of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -39,3 +41,13 @@ def keep_freed_memory() -> bool:
 def keeps_freed_memory() -> bool:
     """Whether :func:`keep_freed_memory` took effect in this process. Then large blocks are as cheap as small blocks."""
     return _enabled
+
+
+def processor_name() -> str:
+    """The name of the processor, for example "AMD EPYC 9354"; the architecture if the name is unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

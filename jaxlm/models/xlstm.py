@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models import common, heads
+from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
@@ -136,7 +137,7 @@ def _mlstm(
         for name in ("query", "key", "value", "output_gate")
     )
     log_input, forget = (
-        _soft_cap(linear(weights[name], x).astype(jnp.float32), cfg.gate_soft_cap)
+        soft_cap(linear(weights[name], x).astype(jnp.float32), cfg.gate_soft_cap)
         for name in ("input_gate", "forget_gate")
     )
     q = q * (cfg.key_dim // cfg.num_heads) ** -0.5
@@ -163,10 +164,6 @@ def _slstm(
     )
     x = multi_head_layer_norm(weights["norm"], x, cfg.norm_epsilon).reshape(B, T, D)
     return x, None if state is None else {"tail": tail, "cell": new_cell}
-
-
-def _soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:

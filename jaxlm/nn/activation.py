@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 """``gelu`` is the exact GELU (erf); ``gelu_tanh`` is the approximation that GPT-2 uses."""
@@ -28,3 +29,8 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     if name not in _FUNCTIONS:
         raise ValueError(f"no activation is called {name!r}: choose from {', '.join(sorted(_FUNCTIONS))}")
     return jax.checkpoint(_FUNCTIONS[name], prevent_cse=False)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """``cap * tanh(x / cap)``, which is close to x for small x and between -cap and cap for all x; None: x."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

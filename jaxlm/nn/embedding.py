@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn import activation
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain, gather_sharding
 
@@ -48,8 +49,7 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
         logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # its gradient is faster than einsum's on a CPU
     else:
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    logits_BTV = activation.soft_cap(logits_BTV, soft_cap)
     if table_VD.shape[0] == vocab_size:
         return logits_BTV
     real = jnp.arange(table_VD.shape[0]) < vocab_size

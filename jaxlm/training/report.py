@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm import processes
+from jaxlm import host, processes
 from jaxlm.metrics import Score
 
 T = TypeVar("T")
@@ -172,20 +172,15 @@ def machine_info() -> dict[str, Any]:
     import jaxlm
 
     versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "python": platform.python_version()}
-    return {"processor": _processor_name(), "versions": versions}
+    return {"processor": _describe_processor(), "versions": versions}
 
 
-def _processor_name() -> str:
+def _describe_processor() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
     cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores}"
+    return f"{host.processor_name()}, {cores}"
 
 
 # --------------------------------------------------------------------------------------------- samples.jsonl
