@@ -31,7 +31,7 @@ from jaxlm import host, metrics
 from jaxlm.data import Batches, Tokenizer, load_tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
-from jaxlm.data.examples import Examples, read_labelled
+from jaxlm.data.examples import Examples, OnError, read_labelled
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import classification as objective
@@ -52,6 +52,8 @@ class Data:
     """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
+    on_error: OnError = "raise"
+    """What to do with a line without label or text. report: leave it out, and print its number and the reason."""
     validation_fraction: float = 0.02
     """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
@@ -132,14 +134,22 @@ PRESETS = {
 
 def read_all(data: Data) -> Examples:
     """The examples of the training file, or the included examples."""
-    return play_passages() if data.train is None else read_labelled(data.train, data.encoding)
+    return play_passages() if data.train is None else read(data.train, data)
+
+
+def read(path: Path, data: Data) -> Examples:
+    """The examples of a file. Prints the lines that were left out."""
+    examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
+    for line in examples.rejected:
+        lib.print_once(f"{path}, line {line.line} is left out: {line.reason}")
+    return examples
 
 
 def parts(data: Data) -> tuple[Examples, Examples]:
     """The training split (including validation) and the test split."""
     examples = read_all(data)
     if data.test is not None:
-        return examples, read_labelled(data.test, data.encoding)
+        return examples, read(data.test, data)
     test, training = examples.split(data.test_fraction, seed=0)
     return training, test
 

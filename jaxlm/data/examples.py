@@ -295,7 +295,8 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
             rows.append(read_example())
         except ValueError as error:
             if on_error == "raise":
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                fix = 'correct the line, or leave it out: on_error="report"'
+                raise ValueError(f"{path}, line {number}: {error}; {fix}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
         raise ValueError(f"{path} has no examples")
@@ -444,17 +445,20 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
     return _collect(path, lines, on_error)
 
 
-def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
+def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a classification file.
 
     A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column. The text column is the first name of
     :data:`TEXT_COLUMNS` that the file has. Any other file has a label, a space and a text on each line.
+
+    Args:
+        encoding, on_error: as in :func:`read_table`.
     """
     if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
-        return read_labelled_lines(path, encoding=encoding)
+        return read_labelled_lines(path, encoding=encoding, on_error=on_error)
     names = _read_header(path, _read_rows(path, None, encoding))
     column = next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])
-    return read_table(path, {"text": column, "label": "label"}, encoding=encoding)
+    return read_table(path, {"text": column, "label": "label"}, encoding=encoding, on_error=on_error)
 
 
 def read_pairs(
