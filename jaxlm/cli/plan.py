@@ -18,7 +18,8 @@ class Plan:
     model: str
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
-    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu) or h100:8 (needs the extra cuda13)."""
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13), or local:
+    the devices of this machine."""
     mesh: str
     """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int
@@ -50,8 +51,10 @@ class Plan:
         from rich.console import Console
 
         from jaxlm import plan
+        from jaxlm.plan.topology import LOCAL
 
-        plan.prepare()
+        if self.topology != LOCAL:
+            plan.prepare()
         console = Console(soft_wrap=False)
         model, xla = self._model(), dict(assignment("xla", option) for option in self.xla)
         plans = []

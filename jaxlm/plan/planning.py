@@ -157,7 +157,8 @@ def plan(
     """The plan of a model's training step (with ``decode``, of a decoding step), compiled for a topology.
 
     Args:
-        topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
+        topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``; ``local``: the devices of this
+            machine.
         mesh: axes over the devices of the topology, such as ``data=4,fsdp=4``.
         batch: rows, summed over all devices.
         decode: plan a decoding step instead of a training step.

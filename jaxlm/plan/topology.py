@@ -1,4 +1,4 @@
-"""Topologies: the compiler's descriptions of devices, for compilation on a machine that does not have these devices.
+"""Topologies: the devices to compile for, which this machine need not have.
 
 The extra ``tpu`` installs the TPU compiler (libtpu), which needs no TPU.
 """
@@ -13,13 +13,15 @@ from typing import Any
 
 import jax
 
-from jaxlm.devices import Device, by_name
+from jaxlm.devices import Device, by_kind, by_name
 from jaxlm.plan import kernels
 
 TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
         "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
 """TPU generations that a plan supports, and their usual shapes. Other shapes with even sides are also supported."""
 GPUS = ("h100",)
+LOCAL = "local"
+"""The name of the topology with the devices of this machine."""
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for an answer of the cloud's metadata server
@@ -54,16 +56,18 @@ def prepare() -> None:
 
 def known() -> str:
     """A text that lists the known topologies, for error messages."""
-    return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT"])
+    return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT", LOCAL])
 
 
 def get_topology(name: str) -> Topology:
-    """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
+    """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``, or ``local``.
 
     Raises:
         ValueError: there is no such topology; the message lists the known topologies.
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
+    if name == LOCAL:
+        return Topology(name, tuple(jax.devices()), by_kind(jax.devices()[0].device_kind))
     kind, colon, shape = name.partition(":")
     if not colon or not shape or kind not in (*TPUS, *GPUS):
         raise ValueError(f"no topology is called {name!r}: known are {known()}")

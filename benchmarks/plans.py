@@ -1,0 +1,203 @@
+"""Compare the predictions of ``jaxlm plan`` for the devices of this machine with measurements.
+
+    python -m benchmarks.plans
+    python -m benchmarks.plans --model gpt2 --batch 8 --sequence 512 --decode
+
+Memory: the plan adds the arrays of the step, its temporaries and its code (``Plan.memory.total``). The measurement is
+the peak of the memory during the steps, without the memory that the process used before it created the arrays. On a
+CPU, this is resident memory (Linux only); on other devices, it is ``Device.memory_stats``.
+
+Time: a step cannot be faster than its FLOPs at the speed of a large matmul, nor than reading its arguments at the speed
+of a large sum. Both speeds are measured first. The table has the measured time and the share of this bound.
+
+Each case runs in its own process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step to plan and to measure."""
+
+    model: str
+    batch: int
+    sequence: int
+    decode: bool = False
+
+    @property
+    def name(self) -> str:
+        """A text for the table."""
+        kind = "decode, after" if self.decode else "train,"
+        return f"{self.model}, {kind} {self.batch} x {self.sequence}"
+
+
+CASES = (
+    Case("gpt2", 4, 512), Case("bert-base-uncased", 8, 128), Case("t5-small", 8, 256), Case("vdcnn-9", 16, 1024),
+    Case("lstm-zaremba-medium", 20, 35), Case("transformer-xl-base", 2, 128), Case("gpt2", 8, 1023, decode=True),
+)  # fmt: skip
+SMALL = (Case("gpt2-tiny", 16, 32), Case("gpt2-tiny", 8, 32, decode=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """Measure training and decoding steps, and compare them with their plans."""
+
+    model: str | None = None
+    """Family or variant; None: several models of published sizes."""
+    batch: int = 8
+    """Rows of the step of --model."""
+    sequence: int = 256
+    """Tokens per row (for decoding: tokens before the new one)."""
+    decode: bool = False
+    """Measure a decoding step of --model instead of a training step."""
+    steps: int = 8
+    """Measured steps, after two steps of warm-up. The median is reported."""
+    quick: bool = False
+    """Measure only tiny models. The numbers have no meaning."""
+    json: Path | None = None
+    """Also write all results to this JSON file."""
+
+
+def run(options: Plans) -> None:
+    """Measure and print the results."""
+    if options.model is not None:
+        cases: tuple[Case, ...] = (Case(options.model, options.batch, options.sequence, options.decode),)
+    else:
+        cases = SMALL if options.quick else CASES
+    if sys.platform != "linux":
+        raise UserError("the peak of resident memory is measured only on Linux")
+    description = harness.describe_machine()
+    for name, value in description.items():
+        print(f"{name:10} {value}")
+    peak = _in_new_process(machine_peak, 512 if options.quick else 4096)
+    print(f"{'peak':10} {peak['flops'] / 1e9:,.0f} GFLOP/s (matmul), {peak['bytes'] / 1e9:,.1f} GB/s (sum)")
+    records = []
+    for case in cases:
+        record = _in_new_process(measure, case, options.steps) | {"case": case.name}
+        record["bound"] = max(record["flops"] / peak["flops"], record["argument_bytes"] / peak["bytes"])
+        record["memory_ratio"] = record["measured_bytes"] / record["planned_bytes"]
+        records.append(record)
+    header = ("step", "planned GiB", "measured GiB", "measured / planned", "ms", "bound ms", "share of the bound")
+    rows = [
+        [
+            record["case"], f"{record['planned_bytes'] / 2**30:.3f}", f"{record['measured_bytes'] / 2**30:.3f}",
+            f"{record['memory_ratio']:.2f}", f"{1e3 * record['seconds']:,.1f}", f"{1e3 * record['bound']:,.1f}",
+            f"{record['bound'] / record['seconds']:.0%}",
+        ]
+        for record in records
+    ]  # fmt: skip
+    print(harness.table(header, rows))
+    harness.write_json(options.json, "plans", options, description | {"peak": peak}, records)
+
+
+def _in_new_process(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """The result of ``function(*arguments)`` in a process of its own, whose memory contains nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def machine_peak(size: int) -> dict[str, float]:
+    """FLOPs per second of a float32 matmul of this size, and bytes per second of a sum of 32 such matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((size, size), jnp.float32)
+    seconds = _fastest(jax.jit(jnp.matmul), x, x)
+    large = jnp.ones((8, size, size), jnp.float32)
+    return {"flops": 2 * size**3 / seconds, "bytes": large.nbytes / _fastest(jax.jit(jnp.sum), large)}
+
+
+def _fastest(function: Callable[..., Any], *arguments: Any) -> float:
+    import jax
+
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def measure(case: Case, steps: int) -> dict[str, float]:
+    """The plan of a step, its peak memory in bytes, and its median time in seconds."""
+    import jax
+    import numpy as np
+
+    from jaxlm import get_model
+    from jaxlm.plan import plan, program
+    from jaxlm.sharding import Sharding, make_mesh
+    from jaxlm.training.optimizer import OptimizerConfig
+
+    model, mesh = get_model(case.model), f"data={jax.device_count()}"
+    planned = plan(model, "local", mesh, batch=case.batch, sequence=case.sequence, decode=case.decode)
+    assert planned.memory is not None
+    sharding = Sharding(make_mesh(mesh))
+    if case.decode:
+        step = program.decoding_step(model, sharding, case.batch, case.sequence)
+    else:
+        step = program.training_step(model, sharding, case.batch, case.sequence, optimizer=OptimizerConfig())
+    compiled = step.function.lower(*step.arguments).compile()
+    rng, before = np.random.default_rng(0), _memory(reset=True)
+
+    def array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(0), leaf.sharding)
+        if np.issubdtype(leaf.dtype, np.floating):
+            # Weights of targets and second moments of Adam must not be negative.
+            return jax.device_put(np.abs(0.02 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+    arguments, times = jax.tree.map(array, step.arguments), []
+    _memory(reset=True)  # creating the arrays needed more memory for a moment
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, result = compiled(*arguments)  # the state is donated
+        jax.block_until_ready(result)
+        times.append(time.perf_counter() - start)
+        arguments = (arguments[0], state, result) if case.decode else (state, arguments[1])
+    return {
+        "planned_bytes": planned.memory.total, "measured_bytes": _memory() - before,
+        "argument_bytes": planned.memory.arguments, "flops": planned.flops, "seconds": statistics.median(times[2:]),
+    }  # fmt: skip
+
+
+def _memory(*, reset: bool = False) -> int:
+    """The peak memory of the process in bytes; with ``reset``, the memory now, from which a new peak is measured."""
+    import jax
+
+    statistics_of_device = jax.devices()[0].memory_stats()
+    if statistics_of_device is not None:
+        return statistics_of_device["bytes_in_use" if reset else "peak_bytes_in_use"]
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the compiler has freed does not count
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the memory now, see proc(5)
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark and return the exit status."""
+    return harness.main(Plans, run, arguments, name="plans", description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
