@@ -37,7 +37,8 @@ def started(monkeypatch):
         path.write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
         return SimpleNamespace(returncode=int("decode" in command))
 
-    monkeypatch.setattr(subprocess, "run", start)
+    # Not subprocess.run itself, because matplotlib uses it to find fonts on a machine without a font cache.
+    monkeypatch.setattr(all_benchmarks, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
     return commands
 
 
