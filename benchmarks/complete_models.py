@@ -6,7 +6,6 @@ Only the functions that create the batch import JAX. Shapes: B batch, T time, P 
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,7 @@ def build(name: str, *, quick: bool = False) -> Any:
     if quick:
         name = next(variant for variant in family(model.family).VARIANTS if variant.endswith("-tiny"))
         fields = QUICK.get(model.family, {})
-    rates = {field.name: 0.0 for field in dataclasses.fields(model.config) if field.name.endswith("dropout")}
-    return jaxlm.get_model(name, **rates, **fields)
+    return jaxlm.get_model(name, **model.zero_dropout, **fields)
 
 
 def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tuple[int, int]:

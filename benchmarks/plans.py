@@ -106,14 +106,14 @@ def run(options: Plans) -> None:
     harness.write_json(options.json, "plans", options, description | {"peak": peak}, records)
 
 
-def _in_new_process(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+def _in_new_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """The result of ``function(*arguments)`` in a process of its own, whose memory contains nothing else."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def machine_peak(size: int) -> dict[str, float]:
+def machine_peak(size: int) -> dict[str, Any]:
     """FLOPs per second of a float32 matmul of this size, and bytes per second of a sum of 32 such matrices."""
     import jax
     import jax.numpy as jnp
@@ -135,7 +135,7 @@ def _fastest(function: Callable[..., Any], *arguments: Any) -> float:
     return min(times[1:])
 
 
-def measure(case: Case, steps: int) -> dict[str, float]:
+def measure(case: Case, steps: int) -> dict[str, Any]:
     """The plan of a step, its peak memory in bytes, and its median time in seconds."""
     import jax
     import numpy as np

@@ -85,8 +85,7 @@ class Recipe:
 
     def build(self) -> Model:
         """The model. Its dropout rates are 0, because the training is too short for overfitting."""
-        fields = [field.name for field in dataclasses.fields(get_model(self.variant).config)]
-        dropout = {name: 0.0 for name in fields if name.endswith("dropout")}
+        dropout = get_model(self.variant).zero_dropout
         return get_model(self.variant, **{"vocab_size": VOCABULARY, **dropout, **self.model})
 
     def optimizer(self, steps: int) -> OptimizerConfig:

@@ -60,6 +60,4 @@ def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length:
     """
     variant, fields = _sizes(width, max_length)[name]
     model = get_model(variant, vocab_size=vocab_size, embed_dim=width, **fields)
-    return model.with_fields(
-        num_layers=layers, **{field: 0.0 for field in vars(model.config) if field.endswith("dropout")}
-    )
+    return model.with_fields(num_layers=layers, **model.zero_dropout)

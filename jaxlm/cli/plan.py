@@ -78,5 +78,5 @@ class Plan:
         if "dtype" in fields and "dtype" not in changes:
             changes["dtype"] = self.dtype
         if not self.dropout:
-            changes = {**{name: 0.0 for name in fields if name.endswith("dropout")}, **changes}
+            changes = {**model.zero_dropout, **changes}
         return jaxlm.get_model(self.model, **changes)

@@ -123,6 +123,11 @@ class Model:
         changes = {name: value for name, value in values.items() if name in names}
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
+    @property
+    def zero_dropout(self) -> dict[str, float]:
+        """The config fields of all dropout rates with the value 0: ``model.with_fields(**model.zero_dropout)``."""
+        return {field.name: 0.0 for field in dataclasses.fields(self.config) if field.name.endswith("dropout")}
+
     def init(self, key: jax.Array) -> spec.Tree:
         """Newly initialised parameters."""
         return spec.init(self.specs, key)

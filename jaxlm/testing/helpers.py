@@ -1,6 +1,5 @@
 """Functions and constants that several test modules use."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -45,9 +44,7 @@ def tiny_model(name: str, **overrides: Any) -> Model:
         if not variants:
             raise ValueError(f"family {name!r} has no variant whose name ends in '-tiny': add one to its VARIANTS")
         name = variants[0]
-    config = get_model(name).config
-    rates = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
-    return get_model(name, **{**rates, **overrides})
+    return get_model(name, **{**get_model(name).zero_dropout, **overrides})
 
 
 def with_stacked_layers(model: Model) -> Model:
