@@ -3,12 +3,14 @@
     python -m benchmarks.plans
     python -m benchmarks.plans --model gpt2 --batch 8 --sequence 512 --decode
 
-Memory: the plan adds the arrays of the step, its temporaries and its code (``Plan.memory.total``). The measurement is
+Memory: the plan adds the arrays of the step and its temporaries (``Plan.memory``, without the code). The measurement is
 the peak of the memory during the steps, without the memory that the process used before it created the arrays. On a
-CPU, this is resident memory (Linux only); on other devices, it is ``Device.memory_stats``.
+CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``, whose peak includes the
+creation of the arrays.
 
-Time: a step cannot be faster than its FLOPs at the speed of a large matmul, nor than reading its arguments at the speed
-of a large sum. Both speeds are measured first. The table has the measured time and the share of this bound.
+Time: the lower bound is the larger one of two times: the FLOPs of the step at the speed of a large matmul, and the
+bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding
+with experts or an untied token table, because such a step does not read all parameters.
 
 Each case runs in its own process.
 """
@@ -42,7 +44,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A text for the table."""
+        """The name of the case in the table."""
         kind = "decode, after" if self.decode else "train,"
         return f"{self.model}, {kind} {self.batch} x {self.sequence}"
 
@@ -60,10 +62,10 @@ class Plans:
 
     model: str | None = None
     """Family or variant; None: several models of published sizes."""
-    batch: int = 8
-    """Rows of the step of --model."""
-    sequence: int = 256
-    """Tokens per row (for decoding: tokens before the new one)."""
+    batch: int | None = None
+    """Rows of the step of --model. Default: 8."""
+    sequence: int | None = None
+    """Tokens per row of --model (for decoding: tokens before the new one). Default: 256."""
     decode: bool = False
     """Measure a decoding step of --model instead of a training step."""
     steps: int = 8
@@ -76,10 +78,11 @@ class Plans:
 
 def run(options: Plans) -> None:
     """Measure and print the results."""
+    cases: tuple[Case, ...] = SMALL if options.quick else CASES
     if options.model is not None:
-        cases: tuple[Case, ...] = (Case(options.model, options.batch, options.sequence, options.decode),)
-    else:
-        cases = SMALL if options.quick else CASES
+        cases = (Case(options.model, options.batch or 8, options.sequence or 256, options.decode),)
+    elif options.batch or options.sequence or options.decode:
+        raise UserError("--batch, --sequence and --decode are for one model: give --model, too")
     if sys.platform != "linux":
         raise UserError("the peak of resident memory is measured only on Linux")
     description = harness.describe_machine()
@@ -93,7 +96,7 @@ def run(options: Plans) -> None:
         record["bound"] = max(record["flops"] / peak["flops"], record["argument_bytes"] / peak["bytes"])
         record["memory_ratio"] = record["measured_bytes"] / record["planned_bytes"]
         records.append(record)
-    header = ("step", "planned GiB", "measured GiB", "measured / planned", "ms", "bound ms", "share of the bound")
+    header = ("step", "planned GiB", "measured GiB", "measured / planned", "ms", "bound ms", "bound / time")
     rows = [
         [
             record["case"], f"{record['planned_bytes'] / 2**30:.3f}", f"{record['measured_bytes'] / 2**30:.3f}",
@@ -114,7 +117,7 @@ def _in_new_process(function: Callable[..., dict[str, Any]], *arguments: Any) ->
 
 
 def machine_peak(size: int) -> dict[str, Any]:
-    """FLOPs per second of a float32 matmul of this size, and bytes per second of a sum of 32 such matrices."""
+    """FLOPs per second of a float32 matmul of this size, and bytes per second of a sum of 8 such matrices."""
     import jax
     import jax.numpy as jnp
 
@@ -145,7 +148,9 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     from jaxlm.sharding import Sharding, make_mesh
     from jaxlm.training.optimizer import OptimizerConfig
 
-    model, mesh = get_model(case.model), f"data={jax.device_count()}"
+    if jax.device_count() > 1:
+        raise UserError(f"this benchmark needs one device, there are {jax.device_count()}: set CUDA_VISIBLE_DEVICES=0")
+    model, mesh = get_model(case.model), "data=1"
     planned = plan(model, "local", mesh, batch=case.batch, sequence=case.sequence, decode=case.decode)
     assert planned.memory is not None
     sharding = Sharding(make_mesh(mesh))
@@ -160,12 +165,12 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), leaf.sharding)
         if np.issubdtype(leaf.dtype, np.floating):
-            # Weights of targets and second moments of Adam must not be negative.
+            # Target weights and second moments of Adam must not be negative.
             return jax.device_put(np.abs(0.02 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), leaf.sharding)
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
     arguments, times = jax.tree.map(array, step.arguments), []
-    _memory(reset=True)  # creating the arrays needed more memory for a moment
+    _memory(reset=True)  # creating the arrays temporarily uses more memory
     for _ in range(steps + 2):
         start = time.perf_counter()
         state, result = compiled(*arguments)  # the state is donated
@@ -173,13 +178,13 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
         arguments = (arguments[0], state, result) if case.decode else (state, arguments[1])
     return {
-        "planned_bytes": planned.memory.total, "measured_bytes": _memory() - before,
+        "planned_bytes": planned.memory.total - planned.memory.code, "measured_bytes": _memory() - before,
         "argument_bytes": planned.memory.arguments, "flops": planned.flops, "seconds": statistics.median(times[2:]),
     }  # fmt: skip
 
 
 def _memory(*, reset: bool = False) -> int:
-    """The peak memory of the process in bytes; with ``reset``, the memory now, from which a new peak is measured."""
+    """The peak memory of the process in bytes; with ``reset``, the memory now (on a CPU, a new peak begins)."""
     import jax
 
     statistics_of_device = jax.devices()[0].memory_stats()

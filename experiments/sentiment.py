@@ -139,7 +139,12 @@ def read_all(data: Data) -> Examples:
 
 def read(path: Path, data: Data) -> Examples:
     """The examples of a file. Prints the lines that were left out."""
-    examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
+    try:
+        examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
+    except ValueError as error:
+        if "label, a space and a text" in str(error):
+            raise ValueError(f"{error}; --data.on-error report leaves such lines out") from error
+        raise
     for line in examples.rejected:
         lib.print_once(f"{path}, line {line.line} is left out: {line.reason}")
     return examples

@@ -193,7 +193,7 @@ class LoRA:
     """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
 
     W may have any number of axes. :func:`matrix_rows` defines which of them are the rows of the matrix [in, out].
-    A [in..., rank] and B [rank, out...] keep the axes of W, and the axes ``layers`` and ``expert`` if W has them. A
+    A [in..., rank] and B [rank, out...] keep the axes of W, and its stack axes (:func:`num_stack_axes`). A
     fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B
     with zeros (PEFT's default), so that the merged parameters are equal to the base parameters at first. For a table or
     head [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
@@ -308,7 +308,7 @@ class LoRA:
         def product(a: jax.Array, b: jax.Array) -> jax.Array:
             return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
 
-        # Each stack axis (``layers``, ``expert``) is in both factors, so it counts twice.
+        # Each stack axis is in both factors, so it counts twice.
         for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
             product = jax.vmap(product)
         delta = product(a, b)

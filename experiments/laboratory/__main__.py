@@ -90,16 +90,17 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: remove the names, --model, --case and --width")
-    for name in parsed.experiment:
-        if not choose(EXPERIMENTS[name], parsed.case, parsed.width).has_runs:
-            parser.error(f"{name} has none of the cases and widths that you chose")
     names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or [*MODELS, *ENCODER_DECODERS]
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
+    chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
+    chosen = {name: experiment for name, experiment in chosen.items() if experiment.has_runs}
+    if not chosen:
+        parser.error(f"{', '.join(names)}: no experiment has the cases and widths that you chose")
+
     def command() -> int:
         if parsed.page is None:
-            chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
             run(chosen, models, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}

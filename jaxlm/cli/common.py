@@ -40,7 +40,10 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
     model, params, draft_tokenizer = load(directory, dtype)
     same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size
     if not same_size or any(not np.array_equal(tokenizer.encode(x), draft_tokenizer.encode(x)) for x in texts):
-        raise ValueError(f"the tokenizer of the draft model {directory} differs from that of the target model")
+        raise ValueError(
+            f"the tokenizer of the draft model {directory} differs from that of the target model: use a draft model "
+            "that was trained with the same tokenizer"
+        )
     return model, params
 
 

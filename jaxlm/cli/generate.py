@@ -48,9 +48,10 @@ class Generate:
     batch_size: int = 32
     """Prompts per batch."""
     draft: Path | None = None
-    """Directory of a smaller model with the same tokenizer, which proposes tokens (speculative decoding)."""
-    num_proposed: int = 4
-    """Number of tokens that the draft model proposes in each round."""
+    """Directory of a smaller model with the same tokenizer, which proposes tokens (speculative decoding). The text is
+    then printed when it is complete, and prompt and new tokens must fit the positions of both models."""
+    num_proposed: int | None = None
+    """Number of tokens that the draft model proposes in each round. Default: 4."""
     seed: int = 0
     """Seed for sampling."""
     dtype: str | None = None
@@ -60,6 +61,8 @@ class Generate:
         """Print each prompt with its continuation and return the exit status."""
         if (self.prompt is not None) + bool(self.texts) + (self.file is not None) > 1:
             raise ValueError("give --prompt, texts or --file, only one of them")
+        if self.num_proposed is not None and self.draft is None:
+            raise ValueError(f"--num-proposed {self.num_proposed} needs --draft, the directory of a draft model")
         arguments = self.texts if self.prompt is None else (self.prompt,)
         model, params, tokenizer = load(self.directory, self.dtype)
         if model.reads_source:

@@ -1,4 +1,4 @@
-"""``jaxlm plan``: ahead-of-time compilation for accelerators that this machine does not have."""
+"""``jaxlm plan``: ahead-of-time compilation for devices that this machine may lack."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxlm.config import assignment, assignments
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate memory and time of a training or decoding step by compiling it for devices that this machine lacks."""
+    """Estimate memory and time of a training or decoding step: compile it for devices that this machine may lack."""
 
     model: str
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
     """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13), or local:
-    the devices of this machine."""
+    the devices of this machine, without cycles of Pallas kernels."""
     mesh: str
     """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int

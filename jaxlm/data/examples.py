@@ -295,8 +295,7 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
             rows.append(read_example())
         except ValueError as error:
             if on_error == "raise":
-                fix = 'correct the line, or leave it out: on_error="report"'
-                raise ValueError(f"{path}, line {number}: {error}; {fix}") from error
+                raise ValueError(f"{path}, line {number}: {error}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
         raise ValueError(f"{path} has no examples")

@@ -50,13 +50,16 @@ class TokenRequest:
         return getattr(self.model.config, "max_positions", None)
 
 
-def pad_prompts(request: TokenRequest, prompts: Sequence[np.ndarray], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts padded on the left, and their segment ids; both [B, T].
 
     T is a bucket length if the model has enough positions for it and ``new_tokens``. Otherwise T is the length of the
     longest prompt.
+
+    Args:
+        limit: the number of positions of the model. None: there is no limit.
     """
-    longest, limit = max(ids.size for ids in prompts), request.max_positions
+    longest = max(ids.size for ids in prompts)
     max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last token
     length = bucket_length(longest, max_prompt) if max_prompt is None or longest <= max_prompt else longest
     return pad_rows(prompts, length, left=True)
@@ -116,7 +119,7 @@ class WindowedGeneration:
         """The generation in a new window, after it has read the prompts and drawn the first new token of each row."""
         request, limit = self._request, self._request.max_positions
         if state is None:
-            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, self._remaining)
+            tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
         else:
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
         new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)

@@ -1,4 +1,4 @@
-"""Compiles a step for devices that the machine does not have, and collects the compiler's estimates in a plan."""
+"""Compiles a step for devices that the machine may lack, and collects the compiler's estimates in a plan."""
 
 from __future__ import annotations
 

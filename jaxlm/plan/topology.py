@@ -1,4 +1,4 @@
-"""Topologies: the devices to compile for, which this machine need not have.
+"""Topologies: devices to compile for. The machine may lack them.
 
 The extra ``tpu`` installs the TPU compiler (libtpu), which needs no TPU.
 """
@@ -21,7 +21,7 @@ TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4
 """TPU generations that a plan supports, and their usual shapes. Other shapes with even sides are also supported."""
 GPUS = ("h100",)
 LOCAL = "local"
-"""The name of the topology with the devices of this machine."""
+"""The name of the topology with the devices of this machine (of all machines, if there are several processes)."""
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for an answer of the cloud's metadata server

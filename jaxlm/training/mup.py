@@ -1,16 +1,20 @@
 """Maximal update parametrization (muP): one learning rate for all widths (Yang et al. 2022, "Tensor Programs V").
 
-With muP, activations and their updates keep their size when a model becomes wider. So a learning rate that was found
-with a narrow base model can be used for a wide model. :func:`mup` compares the specs of both models. The axes whose
-sizes differ are the axes that grow with the width, and the axis names say which of them are inputs of a matrix. For a
-matrix whose inputs grow by the factor r, and the optimizer AdamW:
+With muP, the magnitude of activations and of their updates does not depend on the width of a model. So the best
+learning rate of a narrow base model is also about the best one of a wide model, if depth, batch size and number of
+steps are the same. :func:`mup` compares the specs of both models. The axes whose sizes differ are those that grow with
+the width, and their order says which of them are inputs of a matrix. These are the rules for AdamW and a matrix whose
+inputs grow by the width ratio r:
 
-    matrix                       standard deviation of the initial values    learning rate
-    inputs do not grow           that of the base model                      rate of the base model
-    inputs and outputs grow      base / sqrt(r)                              base / r
-    only inputs grow (heads)     base / r                                    base / r
+    matrix                                 standard deviation of the initial values    learning rate
+    only outputs grow (token table)        base                                        base
+    inputs and outputs grow (hidden)       base / sqrt(r)                              base / r
+    only inputs grow (output head)         base / r                                    base / r
 
-This is table 3 of the paper. Vectors (biases, norm scales) have the values of the base model.
+This is table 3 of the paper. Vectors (biases, norm scales) have the values of the base model, except the vectors in
+``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that depends on the width, the token table is
+divided by the ratio of these numbers. Adam's ``epsilon`` must be small compared with the gradients, which become
+smaller with the width.
 
     base = get_model("llama", num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384, vocab_size=V)
     model = base.with_fields(embed_dim=1024, num_heads=32, mlp_dim=3072)
@@ -30,14 +34,20 @@ import jax
 from jaxlm import spec
 from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
 from jaxlm.models import Model
-from jaxlm.spec import LAYERS, ArraySpec, Initializer, Params
+from jaxlm.spec import ArraySpec, Initializer, Params
 
 OUTPUT_VECTORS = ("score",)
-"""Last keys of vectors that are multiplied with a hidden vector to give one number: matrices with one output."""
+"""Last keys of vectors v in a product ``v · h``. They are treated as matrices with one output."""
+
+SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
+"""Names of axes that must have equal sizes in both models."""
+
+SAME_FIELDS = ("scan_layers", "vocab_size", "vocab_multiple", "head_dim", "state_size")
+"""Config fields that must be equal in both models, in addition to all fields that are fractions or names."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class ScaledInit:
     """The values of another initializer, multiplied by ``factor``."""
 
     init: Initializer
@@ -49,11 +59,11 @@ class Scaled:
 
 @dataclasses.dataclass(frozen=True)
 class MuP:
-    """Initial values and learning rates of a model.
+    """The initializers and the learning-rate factors of a model.
 
     Attributes:
         specs: the specs of the model, with the initializers of muP.
-        rates: the factor of the learning rate of each parameter, for :func:`jaxlm.training.optimizer.make_optimizer`.
+        rates: the learning-rate factor of each parameter, for :func:`jaxlm.training.optimizer.make_optimizer`.
     """
 
     specs: spec.Tree
@@ -65,13 +75,13 @@ class MuP:
 
 
 def mup(model: Model, base: Model) -> MuP:
-    """The initial values and learning rates with which ``model`` trains like the narrower (or wider) ``base``.
+    """The initializers and learning-rate factors with which the best learning rate of ``base`` is that of ``model``.
 
-    Both models have the same family, layers, vocabulary and size of attention heads. A wider model has more heads.
+    ``base`` may be narrower or wider. Only widths may differ. A wider model has more attention heads of the same size.
 
     Raises:
-        ValueError: the models differ in more than their widths, the size of the heads differs, or the token table is
-            also the output head (``tie_embeddings=True``), which muP does not support.
+        ValueError: the models differ in more than their widths, or muP does not support the family: the token table is
+            also the output head, token vectors are projected, or attention scores are products of growing vectors.
 
     Example:
         >>> from jaxlm import get_model
@@ -80,26 +90,21 @@ def mup(model: Model, base: Model) -> MuP:
         >>> mup(model, base).rates["head"]
         0.25
     """
-    if getattr(model.config, "tie_embeddings", False):
-        raise ValueError(
-            f"muP needs an output head of its own, but {model.family} has tie_embeddings=True: set tie_embeddings=False"
-        )
-    leaves, base_leaves = spec.flatten(model.specs), spec.flatten(base.specs)
     if model.family != base.family:
         raise ValueError(f"the model is a {model.family} and the base model a {base.family}: use the same family")
+    _check_fields(model.config, base.config)
+    leaves, base_leaves = spec.flatten(model.specs), spec.flatten(base.specs)
     if different := sorted(leaves.keys() ^ base_leaves.keys()):
-        raise ValueError(
-            f"the base model may differ only in its widths, but only one of the models has the parameter {different[0]}"
-        )
+        owner = "model" if different[0] in leaves else "base model"
+        raise ValueError(f"only widths may differ, but only the {owner} has the parameter {different[0]}")
+    _check_family(model, leaves)
     table_ratio = model.embedding_multiplier / base.embedding_multiplier
     factors = {name: _factors(name, leaf, base_leaves[name], table_ratio) for name, leaf in leaves.items()}
-    inits = {
-        name: base_leaves[name].init if factor == 1.0 else Scaled(base_leaves[name].init, factor)
-        for name, (factor, _) in factors.items()
-    }
 
     def scaled(path: tuple[Any, ...], leaf: ArraySpec) -> ArraySpec:
-        return dataclasses.replace(leaf, init=inits[spec.path_name(path)])
+        name = spec.path_name(path)
+        factor, init = factors[name][0], base_leaves[name].init
+        return dataclasses.replace(leaf, init=init if factor == 1.0 else ScaledInit(init, factor))
 
     return MuP(
         jax.tree_util.tree_map_with_path(scaled, model.specs),
@@ -107,18 +112,43 @@ def mup(model: Model, base: Model) -> MuP:
     )
 
 
+def _check_fields(config: Any, base: Any) -> None:
+    """Raise ``ValueError`` if a config field differs that is not a width."""
+    for field in dataclasses.fields(config):
+        value, base_value = getattr(config, field.name), getattr(base, field.name)
+        may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
+        is_width = isinstance(value, int | tuple) and field.name not in SAME_FIELDS
+        if value != base_value and not (may_differ or is_width):
+            raise ValueError(
+                f"{field.name}={value!r} in the model and {base_value!r} in the base model: only widths may differ"
+            )
+
+
+def _check_family(model: Model, leaves: dict[str, ArraySpec]) -> None:
+    """Raise ``ValueError`` if the rules of this module are wrong for the model."""
+    if model.task in ("causal", "masked", "permutation", "seq2seq"):
+        tied = getattr(model.config, "tie_embeddings", None)
+        if tied or not any(_is_head(name, leaf) for name, leaf in leaves.items()):
+            fix = ": set tie_embeddings=False" if tied else ", which this family does not have"
+            raise ValueError(f"muP needs an output head that is not the token table{fix} ({model.family})")
+    projections = [name for name in leaves if name.endswith("projection")]
+    if projections:
+        raise ValueError(f"muP does not support projected token vectors ({projections[0]}): give all tables one width")
+    if getattr(model.config, "score", "concat") != "concat":
+        raise ValueError(f"muP does not support score={model.config.score!r}: set score='concat'")
+
+
 def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) -> tuple[float, float]:
     """The factors of the initial values and of the learning rate of a parameter.
 
     Args:
-        table_ratio: the factor of the token vectors in the model, divided by that in the base model. The token table
-            gets the inverse factors, so that the token vectors keep their size.
+        table_ratio: the multiplier of the token vectors in the model, divided by that in the base model.
     """
     for axis, size, base_size in zip(leaf.axes, leaf.shape, base.shape, strict=True):
-        if axis in (LAYERS, "kv", "vocab") and size != base_size:
+        if axis in SAME_SIZES and size != base_size:
             raise ValueError(
-                f"{name}: the axis {axis!r} has size {size} in the model and {base_size} in the base model: both "
-                "need the same number of layers, head size and vocabulary"
+                f"{name}: the axis {axis!r} has size {size} in the model and {base_size} in the base model: only "
+                "widths may differ"
             )
     if name.rsplit("/", 1)[-1] in OUTPUT_VECTORS:
         inputs = math.prod(leaf.shape) / math.prod(base.shape)
@@ -126,15 +156,17 @@ def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) ->
     rows = matrix_rows(name, leaf)
     if rows is None:
         return 1.0, 1.0
-    ratios = [size / base_size for size, base_size in zip(leaf.shape, base.shape, strict=True)][num_stack_axes(leaf) :]
+    first = num_stack_axes(leaf)
+    ratios = [size / base_size for size, base_size in zip(leaf.shape, base.shape, strict=True)][first:]
     inputs, outputs = math.prod(ratios[:rows]), math.prod(ratios[rows:])
-    if is_table(name, leaf):
-        if not _is_head(name):
-            return 1 / table_ratio, 1 / table_ratio
+    if _is_head(name, leaf):
         inputs, outputs = outputs, inputs  # a head is [vocab, embed]: its inputs are the columns
+    elif leaf.axes[first] == "vocab":
+        return 1 / table_ratio, 1 / table_ratio
     return (inputs**-0.5 if outputs != 1.0 else 1 / inputs), 1 / inputs
 
 
-def _is_head(name: str) -> bool:
-    """Whether a table is an output head."""
-    return name.split("/")[0] == "head" or name.rsplit("/", 1)[-1] == "cluster_weight"
+def _is_head(name: str, leaf: ArraySpec) -> bool:
+    """Whether a parameter is the matrix of an output head over the vocabulary."""
+    is_named_head = name.split("/")[0] == "head" or name.rsplit("/", 1)[-1] == "cluster_weight"
+    return is_named_head and len(leaf.shape) > 1 and is_table(name, leaf)

@@ -145,7 +145,7 @@ def make_optimizer(
 
     Raises:
         ValueError: the warm-up is too long for ``steps``, ``inverse_square_root`` has neither warm-up nor hold steps,
-            ``layer_decay`` is set for a model without layers, or ``rates`` are given for another optimizer than adamw.
+            ``layer_decay`` is set for a model without layers, or ``rates`` are given and ``name`` is not adamw.
     """
     if rates is not None and config.name != "adamw":
         raise ValueError(f"rates need name='adamw', got name={config.name!r}: change the optimizer or leave rates out")
@@ -219,8 +219,8 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
     scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The stack axes
-    (``jaxlm.adapt.num_stack_axes``), and unnamed output axes (queries, keys and values of a fused projection; gates of
-    a recurrence) index independent matrices. The tree is also valid for
+    (``jaxlm.adapt.num_stack_axes``) index independent matrices, and so does an unnamed output axis next to a named one
+    (queries, keys and values of a fused projection; gates of a recurrence). The tree is also valid for
     ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
@@ -243,7 +243,7 @@ def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | Non
 
 
 def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
-    """Muon for one weight without the axes ``layers`` and ``expert``; None if Muon does not update this parameter."""
+    """Muon for one weight without stack axes; None if Muon does not update this parameter."""
     numbers = _dimension_numbers(name, leaf)
     if numbers is None:
         return None

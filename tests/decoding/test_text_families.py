@@ -99,16 +99,33 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
     run = functools.partial(generate_text, model, params, BYTES, TEXTS)
     with pytest.raises(ValueError, match="num_beams=2: beam search does not use a draft model; set num_beams=1"):
         run(config_of(num_beams=2), draft=pair("lstm-tiny"))
-    with pytest.raises(ValueError, match=r"the draft model \(t5\) reads a source, but gpt does not: use a decoder"):
+    with pytest.raises(
+        ValueError, match=r"the draft model \(t5\) reads a source, but gpt does not: use a model without"
+    ):
         run(config_of(), draft=pair("t5-tiny"))
     classifier = tiny_model("bert-tiny")
-    with pytest.raises(ValueError, match="it cannot propose tokens; use a causal language model as draft model"):
+    with pytest.raises(ValueError, match="it cannot propose tokens; use a generative language model"):
         run(config_of(), draft=(classifier, {}))
     small = tiny_model("lstm-tiny", vocab_size=100)
-    with pytest.raises(ValueError, match="the draft model has 100 token ids, but 257 ids may be generated"):
+    with pytest.raises(ValueError, match="the draft model has 100 token ids, but 257 ids may be generated or read"):
         run(config_of(), draft=(small, {}))
     with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
         run(config_of(), draft=pair("lstm-tiny"), num_proposed=0)
+    with pytest.raises(ValueError, match="num_proposed=2 needs a draft model"):
+        run(config_of(), num_proposed=2)
+    with pytest.raises(TypeError, match=r"draft is a pair \(model, params\), got Model"):
+        run(config_of(), draft=small)
+
+
+def test_positions_that_a_draft_model_needs() -> None:
+    (model, params), draft = pair("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
+    draft_pair = (draft, initial_params(draft))
+    texts, config = ["a" * 34, "b"], GenerationConfig(max_length=40)
+    expected = generate_text(model, params, BYTES, texts, config)
+    # Both rows fit, but not with padding and the largest number of new tokens.
+    assert generate_text(model, params, BYTES, texts, config, draft=draft_pair) == expected
+    with pytest.raises(ValueError, match=r"prompt 0 has 34 tokens. With 12 new tokens .* 49 positions, .* has 48"):
+        generate_text(model, params, BYTES, texts[:1], config_of(max_new_tokens=12), draft=draft_pair)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])

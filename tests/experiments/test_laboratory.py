@@ -156,4 +156,4 @@ def test_unknown_names_are_refused(capsys):
     assert "invalid choice: 'recal'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["recall", "--case", "parity"])
-    assert "recall has none of the cases and widths that you chose" in capsys.readouterr().err
+    assert "recall: no experiment has the cases and widths that you chose" in capsys.readouterr().err

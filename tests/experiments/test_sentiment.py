@@ -70,7 +70,7 @@ def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finishe
 def test_lines_without_a_text_are_an_error_or_are_left_out(tmp_path, capsys):
     path = tmp_path / "train.all"
     path.write_text("1 it is great\n0 \n0 it is dull\n")
-    with pytest.raises(ValueError, match=r'line 2: the line must have a label, .* or leave it out: on_error="report"'):
+    with pytest.raises(ValueError, match=r"line 2: the line must have a label, .*; --data.on-error report"):
         sentiment.read(path, sentiment.Data())
     assert len(sentiment.read(path, sentiment.Data(on_error="report"))) == 2
     assert f"{path}, line 2 is left out: the line must have a label, a space and a text" in capsys.readouterr().out

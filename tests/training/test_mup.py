@@ -9,7 +9,7 @@ from experiments.laboratory.models import MODELS, model_of
 from jaxlm import get_model, spec
 from jaxlm.objectives.batch import Batch, token_loss
 from jaxlm.testing.helpers import tiny_model
-from jaxlm.training.mup import Scaled, mup
+from jaxlm.training.mup import ScaledInit, mup
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 
@@ -65,7 +65,7 @@ def test_factors_of_each_kind_of_parameter():
     }
     for name, (stddev, rate) in expected.items():
         init = base_specs[name].init
-        assert specs[name].init == (init if stddev == 1 else Scaled(init, stddev)), name
+        assert specs[name].init == (init if stddev == 1 else ScaledInit(init, stddev)), name
         assert rates[name] == rate, name
     params, base_params = (jax.jit(mup(each, base).init)(jax.random.key(0)) for each in (model, base))
     assert float(np.std(params["head"])) == pytest.approx(float(np.std(base_params["head"])) / 4, rel=0.1)
@@ -88,17 +88,44 @@ def test_a_multiplier_of_token_vectors_and_blocks_and_output_vectors():
     assert attention["alignment/score"] == 1 / 4
 
 
-def test_bad_input():
+def test_a_classifier_needs_no_head_over_the_vocabulary():
+    base = tiny_model("gpt2-tiny", task="classification", num_labels=2)
+    model = base.with_fields(embed_dim=2 * base.config.embed_dim, num_heads=2 * base.config.num_heads)
+    rates = spec.flatten(mup(model, base).rates)
+    assert (rates["classifier/weight"], rates["token_embedding"]) == (1 / 2, 1)
+
+
+def test_only_widths_may_differ():
     base = model_at("llama", NARROW)
-    with pytest.raises(ValueError, match=r"llama has tie_embeddings=True: set tie_embeddings=False"):
-        mup(base.with_fields(tie_embeddings=True), base)
-    with pytest.raises(ValueError, match="only one of the models has the parameter layers/1/attention/key/weight"):
+    with pytest.raises(ValueError, match="only the model has the parameter layers/1/attention/key/weight"):
         mup(base.with_fields(num_layers=2), base)
     with pytest.raises(ValueError, match=r"key/weight: the axis 'kv' has size 32 in the model and 16 in the base"):
         mup(base, base.with_fields(num_heads=4))
-    with pytest.raises(ValueError, match=r"the axis 'vocab' has size 32 in the model and 40"):
+    with pytest.raises(ValueError, match="vocab_size=32 in the model and 40 in the base model: only widths may differ"):
         mup(base, base.with_fields(vocab_size=40))
+    with pytest.raises(ValueError, match="scan_layers=True in the model and False in the base model"):
+        mup(base.with_fields(scan_layers=True), base)
+    with pytest.raises(ValueError, match=r"rotary_base=500.0 in the model and 10000.0 in the base model"):
+        mup(base.with_fields(rotary_base=500.0), base)
+    with pytest.raises(ValueError, match="position_embedding: the axis 'positions' has size 12 in the model and 40"):
+        mup(model_at("gpt", NARROW), model_at("gpt", NARROW).with_fields(max_positions=40))
     with pytest.raises(ValueError, match="the model is a llama and the base model a gpt: use the same family"):
         mup(base, tiny_model("gpt"))
+    mup(base.with_fields(dtype="bfloat16", remat="full"), base)
+
+
+def test_families_that_mup_does_not_support():
+    llama = model_at("llama", NARROW)
+    with pytest.raises(ValueError, match=r"not the token table: set tie_embeddings=False \(llama\)"):
+        mup(llama.with_fields(tie_embeddings=True), llama.with_fields(tie_embeddings=True))
+    bert = tiny_model("bert")
+    with pytest.raises(ValueError, match=r"not the token table, which this family does not have \(bert\)"):
+        mup(bert, bert)
+    projected = get_model("transformer-xl-tiny", tie_embeddings=False, embedding_divisor=2)
+    with pytest.raises(ValueError, match=r"does not support projected token vectors \(.*projection\)"):
+        mup(projected, projected)
+    luong = tiny_model("attention-rnn-luong-tiny")
+    with pytest.raises(ValueError, match="muP does not support score="):
+        mup(luong, luong)
     with pytest.raises(ValueError, match="rates need name='adamw', got name='muon'"):
-        make_optimizer(OptimizerConfig("muon"), base.specs, 200, rates=mup(base, base).rates)
+        make_optimizer(OptimizerConfig("muon"), llama.specs, 200, rates=mup(llama, llama).rates)
