@@ -43,7 +43,7 @@ class Attention(harness.Options):
 def run(options: Attention) -> None:
     """Measure and print the results."""
     variants = harness.names("variants", options.variants, VARIANTS)
-    lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
+    lengths = [32] if options.quick else harness.numbers("lengths", options.lengths)
     targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:

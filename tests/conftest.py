@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import jaxlib.version
@@ -25,6 +26,10 @@ import pytest  # noqa: E402
 pytest.register_assert_rewrite("jaxlm.testing")  # shows the values of failed assertions
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts background processes this way. Tests send SIGINT to processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAPS = Path("/proc/self/maps")
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")

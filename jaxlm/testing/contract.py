@@ -33,6 +33,7 @@ from jaxlm.models.registry import family
 from jaxlm.objectives import objective
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
+    TINY,
     add_noise,
     apply,
     assert_trees_close,
@@ -56,11 +57,20 @@ TOLERANCE = 2e-5  # float32; only the order of summation differs
 STEP_TOLERANCE = 1e-4  # after an Adam step, which amplifies rounding errors because it divides by the gradient's size
 
 
-def for_variants(condition):
-    """A decorator that runs a test for every tiny variant for whose model ``condition(model)`` is true."""
+REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-tiny", "resnet-tiny")
+"""Variants of the package with all kinds of parameters, states and batches. Tests of code that all families share
+(``Trainer``, ``Checkpointer``, ``spec.init``) run on these variants, and on all variants of other packages."""
+
+
+def for_variants(condition, *, of_package=None):
+    """A decorator that runs a test for every tiny variant for whose model ``condition(model)`` is true.
+
+    Args:
+        of_package: the names of the variants of this package on which the test runs. None: all of them.
+    """
 
     def set_condition(test):
-        test.condition = condition
+        test.condition, test.of_package = condition, of_package
         return test
 
     return set_condition
@@ -78,6 +88,7 @@ def has_layers(model):
 
 
 every_variant = for_variants(lambda model: True)
+representatives = for_variants(lambda model: True, of_package=REPRESENTATIVES)
 every_decoder = for_variants(decodes)
 every_layered = for_variants(has_layers)
 every_layered_decoder = for_variants(lambda model: has_layers(model) and decodes(model))
@@ -90,7 +101,12 @@ def pytest_generate_tests(metafunc):
         tiny_model(family_name)  # raises if the family has no tiny variant
     condition = getattr(metafunc.function, "condition", None)
     if condition is not None:
-        names = [name for name in tiny_variants(families) if condition(tiny_model(name))]
+        chosen = getattr(metafunc.function, "of_package", None)
+        names = [
+            name
+            for name in tiny_variants(families)
+            if condition(tiny_model(name)) and (chosen is None or name in chosen or name not in TINY)
+        ]
         metafunc.parametrize("name", variant_params(names))
     elif "family_name" in metafunc.fixturenames:
         metafunc.parametrize("family_name", families)
@@ -151,7 +167,7 @@ def test_specs_are_hashable_and_stable(name):
     assert not any("." in part for path in first for part in path.split("/"))
 
 
-@every_variant
+@representatives
 def test_initial_values_depend_only_on_path_and_layer(name):
     model = tiny_model(name)
     flat = spec.flatten(model.specs)
@@ -188,7 +204,7 @@ def test_specs_match_the_initialized_parameters(name):
     assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@every_variant
+@representatives
 def test_jit_and_eager_results_agree(name):
     model, params, tokens = setup(name, length=8)
     eager_hidden, _ = model.apply(params, tokens, **source_of(model, 2))
@@ -672,7 +688,7 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
     assert_steps_close(spec.restack(run_one_step(trainer.jit_step(), state, batch)), spec.restack(want))
 
 
-@every_variant
+@representatives
 def test_same_seed_same_parameters_on_any_mesh(name):
     model, _, _ = training_setup(name)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
@@ -680,7 +696,7 @@ def test_same_seed_same_parameters_on_any_mesh(name):
     assert_trees_equal(split, initial_params(model))
 
 
-@every_variant
+@representatives
 def test_pmap_step_equals_single_device_step(name):
     model, optimizer, batch = training_setup(name)
     _, new_state, want = single_step(name)
@@ -712,7 +728,7 @@ def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     assert relative_error(hidden, want) < TOLERANCE
 
 
-@every_variant
+@representatives
 def test_checkpoint_round_trip(name, tmp_path):
     model, optimizer, batch = training_setup(name)
     step, new_state, _ = single_step(name)
