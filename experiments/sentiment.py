@@ -31,7 +31,7 @@ from jaxlm import host, metrics
 from jaxlm.data import Batches, Tokenizer, load_tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
-from jaxlm.data.examples import Examples, OnError, read_labelled
+from jaxlm.data.examples import Examples, InvalidLineError, OnError, read_labelled
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import classification as objective
@@ -53,7 +53,7 @@ class Data:
     encoding: str = "utf-8"
     """Character encoding of the files."""
     on_error: OnError = "raise"
-    """What to do with a line without label or text. report: leave it out, and print its number and the reason."""
+    """Invalid lines, for example without a text: raise an error, or skip them and print their numbers (report)."""
     validation_fraction: float = 0.02
     """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
@@ -141,10 +141,8 @@ def read(path: Path, data: Data) -> Examples:
     """The examples of a file. Prints the lines that were left out."""
     try:
         examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
-    except ValueError as error:
-        if "label, a space and a text" in str(error):
-            raise ValueError(f"{error}; --data.on-error report leaves such lines out") from error
-        raise
+    except InvalidLineError as error:
+        raise ValueError(f"{error}; --data.on-error report leaves such lines out") from error
     for line in examples.rejected:
         lib.print_once(f"{path}, line {line.line} is left out: {line.reason}")
     return examples

@@ -41,6 +41,10 @@ class Rejected:
     reason: str
 
 
+class InvalidLineError(ValueError):
+    """A line is not a valid example. With ``on_error="report"``, it is listed in ``Examples.rejected`` instead."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples(Sequence[Example]):
     """A data set: a sequence of examples.
@@ -295,7 +299,7 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
             rows.append(read_example())
         except ValueError as error:
             if on_error == "raise":
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise InvalidLineError(f"{path}, line {number}: {error}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
         raise ValueError(f"{path} has no examples")
