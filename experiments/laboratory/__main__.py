@@ -1,6 +1,6 @@
 """Train the causal families on published experiments, and compare the results with the published claims.
 
-    python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
+    python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
     python -m experiments.laboratory recall --model gpt mamba2    some models
     python -m experiments.laboratory formal_languages --case parity
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 import zlib
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.laboratory.models import model_of
 from jaxlm.objectives import seq2seq
@@ -83,7 +86,7 @@ class Result:
         parameters: number of parameters.
         steps: number of updates.
         loss: training loss of the last update, in nats per target.
-        seconds: duration of training and tests, with compilation.
+        seconds: duration of training and tests, with the compilation if it is the first run of this model and case.
         machine: the processor and the versions of the packages.
     """
 
@@ -111,56 +114,66 @@ class Result:
         )  # fmt: skip
 
 
-def train(
-    experiment: str,
-    case_name: str,
-    case: Case,
-    plan: Plan,
-    model_name: str,
-    width: int,
-    learning_rate: float,
-    seed: int,
-) -> Result:
-    """Train a model, test it and return the result. Equal arguments give equal results on one machine.
+class Training:
+    """Trains a model of one width on one case. All learning rates and seeds share the compiled functions.
 
     For one case and seed, all models and learning rates get the same training batches. All runs of a case get the same
     test batches. Batches with a source are for encoder-decoders. Other models read the source as the beginning of the
     row.
     """
-    start = time.perf_counter()
-    model = model_of(
-        model_name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length
-    )
-    optimizer = OptimizerConfig(
-        learning_rate=learning_rate, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
-    )
-    trainer = Trainer(model, make_optimizer(optimizer, model.specs, plan.steps), token_loss)
-    state, step = trainer.init(jax.random.key(seed)), trainer.jit_step()
 
-    def for_model(batch: Batch) -> Batch:
-        return seq2seq.decoder_only(batch) if "source" in batch.inputs and not model.reads_source else batch
-
-    evaluators = {
-        name: Evaluator(
-            model, {"accuracy": case.accuracy},
-            [for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)],
+    def __init__(self, experiment: str, case_name: str, case: Case, plan: Plan, model_name: str, width: int) -> None:
+        self._names, self._case, self._plan, self._width = (experiment, case_name, model_name), case, plan, width
+        self._model = model_of(
+            model_name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length
         )
-        for name, sample in case.tests.items()
-    }  # fmt: skip
-    rng, loss, count = np.random.default_rng(seed), float("nan"), 0
-    while count < plan.steps:
-        state, metrics = step(state, for_model(case.training(rng)))
-        count += 1
-        if plan.stop_at is None or count % plan.evaluate_every:
-            continue
-        if evaluators[VALIDATION](state.params)["accuracy"] >= plan.stop_at:
-            break
-    loss = float(metrics["loss"])
-    accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in evaluators.items()}
-    return Result(
-        experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps, accuracy,
-        model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
-    )  # fmt: skip
+        schedule = OptimizerConfig(
+            learning_rate=1.0, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
+        )
+        # The peak learning rate is a value in the optimizer state, so that it can change without a new compilation.
+        optimizer = optax.chain(
+            make_optimizer(schedule, self._model.specs, plan.steps),
+            optax.inject_hyperparams(optax.scale)(step_size=1.0),
+        )
+        self._trainer = Trainer(self._model, optimizer, token_loss)
+        self._step = self._trainer.jit_step()
+        self._evaluators = {
+            name: Evaluator(
+                self._model, {"accuracy": case.accuracy},
+                [self._for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)],
+            )
+            for name, sample in case.tests.items()
+        }  # fmt: skip
+
+    def _for_model(self, batch: Batch) -> Batch:
+        has_source = "source" in batch.inputs
+        return seq2seq.decoder_only(batch) if has_source and not self._model.reads_source else batch
+
+    def run(self, learning_rate: float, seed: int) -> Result:
+        """Train with this peak learning rate, test, and return the result.
+
+        Equal arguments give equal results on one machine.
+        """
+        start, plan = time.perf_counter(), self._plan
+        state = self._trainer.init(jax.random.key(seed))
+        state = dataclasses.replace(
+            state, optimizer=optax.tree_utils.tree_set(state.optimizer, step_size=jnp.float32(learning_rate))
+        )
+        rng, count = np.random.default_rng(seed), 0
+        while count < plan.steps:
+            state, metrics = self._step(state, self._for_model(self._case.training(rng)))
+            count += 1
+            if plan.stop_at is None or count % plan.evaluate_every:
+                continue
+            if self._evaluators[VALIDATION](state.params)["accuracy"] >= plan.stop_at:
+                break
+        loss = float(metrics["loss"])
+        accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in self._evaluators.items()}
+        experiment, case_name, model_name = self._names
+        return Result(
+            experiment, case_name, model_name, self._width, learning_rate, seed, plan.layers, plan.steps, accuracy,
+            self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
+        )  # fmt: skip
 
 
 def _machine() -> str:
@@ -213,12 +226,13 @@ def run_model(
     report: Callable[[Result], None],
 ) -> None:
     """Run one model on one case: all learning rates with seed 0, then the other seeds with the best learning rate."""
+    training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))
 
     def run(learning_rate: float, seed: int) -> Result:
         key = experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps
         result = results.get(key)
         if result is None:
-            result = train(experiment, case_name, case, plan, model_name, width, learning_rate, seed)
+            result = training().run(learning_rate, seed)
             results.add(result)
             report(result)
         return result

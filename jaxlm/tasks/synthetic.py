@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -203,21 +203,49 @@ def multiplication_table(group: str) -> np.ndarray:
         return (elements[:, None] + elements[None, :]) % len(elements)
     if group not in GROUPS:
         raise ValueError(f"group={group!r} is unknown: choose from {', '.join(GROUPS)}")
-    permutations = list(itertools.permutations(range(5)))
-    if group == "A5":
-        permutations = [p for p in permutations if _is_even(p)]
+    permutations = _permutations(group)
     index = {permutation: number for number, permutation in enumerate(permutations)}
     return np.array([[index[tuple(b[i] for i in a)] for b in permutations] for a in permutations])
+
+
+def _permutations(group: str) -> list[tuple[int, ...]]:
+    permutations = itertools.permutations(range(5))
+    return [each for each in permutations if group == "S5" or _is_even(each)]
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:
     return sum(a > b for a, b in itertools.combinations(permutation, 2)) % 2 == 0
 
 
-def word_problem(group: str, rng: np.random.Generator, rows: int, length: int) -> Batch:
-    """A batch of random group elements, [N, length]; the target at each position is the product up to this position."""
+def moved_points(group: str) -> np.ndarray:
+    """The number of points that each element of a permutation group moves, [G].
+
+    Elements with 2 moved points are transpositions. Elements with 3 moved points are 3-cycles.
+
+    Raises:
+        ValueError: the group is not a group of permutations.
+    """
+    if group not in ("S5", "A5"):
+        raise ValueError(f"group={group!r} is not a group of permutations: choose from S5, A5")
+    return np.array([sum(image != point for point, image in enumerate(each)) for each in _permutations(group)])
+
+
+def word_problem(
+    group: str, rng: np.random.Generator, rows: int, length: int, *, elements: Sequence[int] | np.ndarray | None = None
+) -> Batch:
+    """A batch of random group elements, [N, length]; the target at each position is the product up to this position.
+
+    Args:
+        elements: the ids of the elements that rows contain; None: all elements of the group.
+
+    Raises:
+        ValueError: the group or an element is unknown.
+    """
     table = multiplication_table(group)
-    tokens = rng.integers(0, len(table), (rows, length))
+    chosen = np.arange(len(table)) if elements is None else np.asarray(elements)
+    if not (chosen.size and chosen.min() >= 0 and chosen.max() < len(table)):
+        raise ValueError(f"elements={elements} must be ids from 0 to {len(table) - 1} of the group {group}")
+    tokens = chosen[rng.integers(0, len(chosen), (rows, length))]
     products = np.empty_like(tokens)
     products[:, 0] = tokens[:, 0]
     for position in range(1, length):

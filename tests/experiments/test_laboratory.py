@@ -45,22 +45,26 @@ def test_training_learns_a_task_and_is_repeatable():
     case = EXPERIMENTS["formal_languages"].cases["bucket_sort"]
     case = dataclasses.replace(case, tests={runs.VALIDATION: case.training})
     plan = dataclasses.replace(PLAN, steps=60)
-    first = runs.train("formal_languages", "bucket_sort", case, plan, "gru", 32, 2e-2, 0)
+    training = runs.Training("formal_languages", "bucket_sort", case, plan, "gru", 32)
+    first = training.run(2e-2, 0)
     assert first.accuracy["validation"] > 0.3  # guessing: 0.2
-    again = runs.train("formal_languages", "bucket_sort", case, plan, "gru", 32, 2e-2, 0)
+    slow = training.run(1e-4, 0)
+    assert slow.loss > first.loss
+    again = training.run(2e-2, 0)
     assert (again.accuracy, again.loss) == (first.accuracy, first.loss)
 
 
 def test_a_run_ends_at_the_requested_accuracy():
     case = EXPERIMENTS["state_tracking"].cases["Z60"]
     plan = dataclasses.replace(PLAN, steps=50, stop_at=0.0, evaluate_every=5)
-    assert runs.train("state_tracking", "Z60", case, plan, "gru", 32, 1e-3, 0).steps == 5
+    assert runs.Training("state_tracking", "Z60", case, plan, "gru", 32).run(1e-3, 0).steps == 5
 
 
 @pytest.mark.parametrize("name", ["t5", "gpt"])
 def test_pronunciations_are_learned_with_and_without_an_encoder(name):
     case = EXPERIMENTS["pronunciation"].cases["CMUdict"]
-    trained = runs.train("pronunciation", "CMUdict", case, dataclasses.replace(PLAN, steps=3), name, 32, 1e-3, 0)
+    plan = dataclasses.replace(PLAN, steps=3)
+    trained = runs.Training("pronunciation", "CMUdict", case, plan, name, 32).run(1e-3, 0)
     assert set(trained.accuracy) == {"validation", "test"}
     assert trained.accuracy["test"] < 0.1
     assert 2.0 < trained.loss < np.log(case.vocab_size) + 0.7
@@ -96,13 +100,15 @@ def test_words_of_the_splits_differ():
 def test_results_are_kept_and_not_computed_again(tmp_path, monkeypatch):
     trained = []
 
-    def train(experiment, case_name, case, plan, model, width, rate, seed):
-        trained.append((rate, seed))
-        return result(
-            model=model, width=width, rate=rate, seed=seed, accuracy=rate, layers=plan.layers, steps=plan.steps
-        )
+    class Training:
+        def __init__(self, experiment, case_name, case, plan, model, width):
+            self.settings = {"model": model, "width": width, "layers": plan.layers, "steps": plan.steps}
 
-    monkeypatch.setattr(runs, "train", train)
+        def run(self, rate, seed):
+            trained.append((rate, seed))
+            return result(rate=rate, seed=seed, accuracy=rate, **self.settings)
+
+    monkeypatch.setattr(runs, "Training", Training)
     case = EXPERIMENTS["recall"].cases["64 tokens, 4 pairs"]
     arguments = "recall", "64 tokens, 4 pairs", case, PLAN, "gpt", 64
     for _ in range(2):
@@ -139,11 +145,11 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "QUICK_STEPS", 2)
     output = ["--quick", "--output", str(tmp_path)]
-    assert command.main(["state_tracking", *output, "--model", "gru", "--case", "S5", "A5", "--width", "128"]) == 0
-    assert capsys.readouterr().out.count("\n") == 2  # one line per group
+    assert command.main(["state_tracking", *output, "--model", "gru", "--case", "Z60", "parity", "--width", "64"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2  # one line per case
     assert command.main(["--page", str(tmp_path / "docs"), *output]) == 0
     text = (tmp_path / "docs/laboratory.md").read_text()
-    assert "| S5 | gru | 128 |" in text
+    assert "| Z60 | gru | 64 |" in text
     assert "2 layers; 2 steps;" in text
     with pytest.raises(SystemExit):
         command.main(["--page", str(tmp_path / "docs"), "--model", "gru"])

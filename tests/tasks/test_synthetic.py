@@ -93,6 +93,16 @@ def test_products_of_word_problems():
     assert np.array_equal(parity.targets, np.cumsum(parity.tokens, axis=1) % 2)
 
 
+def test_word_problems_with_some_elements():
+    assert np.array_equal(np.bincount(synthetic.moved_points("S5")), [1, 0, 10, 20, 45, 44])
+    assert np.array_equal(np.bincount(synthetic.moved_points("A5")), [1, 0, 0, 20, 15, 24])
+    swaps = np.flatnonzero(synthetic.moved_points("S5") == 2)
+    tokens = synthetic.word_problem("S5", rng(), 50, 8, elements=swaps).tokens
+    assert set(tokens.ravel()) == set(swaps)
+    table = synthetic.multiplication_table("S5")
+    assert all(table[swap, swap] == 0 for swap in swaps)  # a transposition is its own inverse
+
+
 def test_copying_and_induction():
     batch = synthetic.copying(rng(), 6, 10, vocab_size=9)
     assert batch.tokens.shape == (6, 20)
@@ -122,6 +132,9 @@ def test_equal_seeds_give_equal_batches():
         (lambda: synthetic.formal_language("anbn", rng(), 1, 3, 4), "name='anbn' is unknown: choose from even_pairs"),
         (lambda: synthetic.formal_language("parity", rng(), 1, 5, 4), "length=5 must be at least 1 and at most"),
         (lambda: synthetic.word_problem("S6", rng(), 1, 4), "group='S6' is unknown: choose from S5"),
+        (lambda: synthetic.word_problem("Z2", rng(), 1, 4, elements=[2]), r"elements=\[2\] must be ids from 0 to 1"),
+        (lambda: synthetic.word_problem("Z2", rng(), 1, 4, elements=[]), r"elements=\[\] must be ids from 0 to 1"),
+        (lambda: synthetic.moved_points("Z60"), "group='Z60' is not a group of permutations: choose from S5, A5"),
         (lambda: synthetic.induction(rng(), 1, 2), "length=2 must be at least 3"),
     ],
 )
