@@ -7,7 +7,8 @@
     python -m experiments.laboratory --page                       write docs/laboratory.md from the results
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
-pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``).
+copying (copying and induction heads), pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``),
+learning_rate (the best learning rate of each width, with and without muP).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
 interrupted command again to continue it.
 """

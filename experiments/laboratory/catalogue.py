@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import enum
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from experiments.laboratory import pronunciation
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import VALIDATION, Case, Plan, Sample
+from jaxlm.data import CharTokenizer, shakespeare
 from jaxlm.objectives.batch import Batch
 from jaxlm.tasks import synthetic
+
+
+class Chart(enum.Enum):
+    """The chart of an experiment."""
+
+    CASES = "the accuracy of each model on each case, as colored cells"
+    LEARNING_RATES = "accuracy against learning rate, one curve per width"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Experiment:
         claims: published statements.
         chance: accuracy of guessing for each case.
         models: names of the models.
+        chart: what the picture shows.
     """
 
     title: str
@@ -66,6 +77,7 @@ class Experiment:
     claims: tuple[Claim, ...]
     chance: Mapping[str, float]
     models: tuple[str, ...] = MODELS
+    chart: Chart = Chart.CASES
 
     @property
     def has_runs(self) -> bool:
@@ -212,6 +224,52 @@ _STATE_TRACKING = Experiment(
     },
 )  # fmt: skip
 
+# ------------------------------------------------------------------------------------------- copying and induction
+
+
+_LONGEST_ROW = 128
+
+
+def _length_case(draw: Callable[[np.random.Generator, int, int], Batch], vocab_size: int, length: int) -> Case:
+    """A case with rows of one length in training, and rows of two and four times this length in the tests."""
+
+    def sample(length: int) -> Sample:
+        return lambda rng: draw(rng, 64, length)
+
+    tests = {VALIDATION: sample(length), "twice the length": sample(2 * length), "four times": sample(4 * length)}
+    return Case(vocab_size, _LONGEST_ROW, sample(length), tests)
+
+
+_COPYING = Experiment(
+    title="Copying and induction",
+    description=(
+        "Copying: repeat a string of 16 letters after a separator. Induction: the last token of a row of 32 occurred "
+        "once before; the target is the token that followed it. Both are tested on strings and rows of two and four "
+        "times the length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 rows; those "
+        "of copying have strings of up to 300 letters and models of 160 million parameters."
+    ),
+    cases={
+        "copying": _length_case(synthetic.copying, 27, 16),
+        "induction": _length_case(synthetic.induction, 16, 32),
+    },
+    plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2), stop_at=0.999),
+    claims=(
+        Claim(
+            "Transformers copy better than models with a state of fixed size: a Transformer copies",
+            "Jelassi et al. 2024, abstract", ("gpt", "llama"), VALIDATION, minimum=0.95, cases=("copying",),
+        ),
+        Claim(
+            "... and a state space model of equal size fails on longer strings", "Jelassi et al. 2024, abstract",
+            ("mamba2",), "four times", maximum=0.9, cases=("copying",),
+        ),
+        Claim(
+            "A selective state space model solves induction and extrapolates to much longer rows",
+            "Gu and Dao 2024, section 4.1.2", ("mamba2",), "four times", minimum=0.95, cases=("induction",),
+        ),
+    ),
+    chance={"copying": 1 / 26, "induction": 1 / 15},
+)  # fmt: skip
+
 # ---------------------------------------------------------------------------------------------------- pronunciation
 
 _PRONUNCIATION = Experiment(
@@ -238,10 +296,62 @@ _PRONUNCIATION = Experiment(
     models=(*MODELS, *ENCODER_DECODERS),
 )  # fmt: skip
 
+# -------------------------------------------------------------------------------------------- learning rate and width
+
+_CONTEXT = 64
+
+
+def _text_case(base_width: int | None) -> Case:
+    tokenizer, tokens = _text_tokens()
+    split = len(tokens) * 9 // 10
+
+    def sample(tokens: np.ndarray, rng: np.random.Generator) -> Batch:
+        starts = rng.integers(0, len(tokens) - _CONTEXT, 32)
+        rows = np.stack([tokens[start : start + _CONTEXT + 1] for start in starts])
+        return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), _CONTEXT), np.float32))
+
+    return Case(
+        tokenizer.vocab_size, _CONTEXT, lambda rng: sample(tokens[:split], rng),
+        {VALIDATION: lambda rng: sample(tokens[split:], rng)}, fields={"tie_embeddings": False}, base_width=base_width,
+    )  # fmt: skip
+
+
+@functools.cache
+def _text_tokens() -> tuple[CharTokenizer, np.ndarray]:
+    tokenizer = CharTokenizer.from_text(shakespeare())
+    return tokenizer, tokenizer.encode(shakespeare())
+
+
+def _most_frequent_share() -> float:
+    _, tokens = _text_tokens()
+    return float(np.bincount(tokens).max()) / len(tokens)
+
+
+_LEARNING_RATE = Experiment(
+    title="Learning rate and width",
+    description=(
+        "The best learning rate of each width, with muP and without it (standard). The models predict the next "
+        "character of the included plays of Shakespeare. The accuracy is measured on the last tenth of the text. With "
+        "muP, the best rate should be the same for all widths. The published experiments train Transformers of width "
+        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). Guessing means the most frequent character."
+    ),
+    cases={"standard": _text_case(None), "muP": _text_case(64)},
+    plan=Plan(
+        steps=500, widths=(64, 128, 256), layers=2, learning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), seeds=1,
+        test_batches=32,
+    ),
+    claims=(),
+    chance=dict.fromkeys(("standard", "muP"), _most_frequent_share()),
+    models=("llama", "lstm"),
+    chart=Chart.LEARNING_RATES,
+)  # fmt: skip
+
 EXPERIMENTS = {
     "recall": _RECALL,
     "formal_languages": _FORMAL_LANGUAGES,
     "state_tracking": _STATE_TRACKING,
+    "copying": _COPYING,
     "pronunciation": _PRONUNCIATION,
+    "learning_rate": _LEARNING_RATE,
 }
 """The experiments by name."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from experiments.laboratory.catalogue import EXPERIMENTS, Claim, Experiment
+from experiments.laboratory.catalogue import EXPERIMENTS, Chart, Claim, Experiment
 from experiments.laboratory.runs import VALIDATION, Result
 
 # 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
@@ -18,16 +19,27 @@ Group = tuple[str, str, int]
 """Case, model and width."""
 
 
-def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """For each case, model and width, the runs with the learning rate that has the most runs.
+def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
+    """The results that belong to the plan of the experiment. Results of another plan are left out."""
+    plan = experiment.plan
+    return [
+        result
+        for result in results
+        if (result.layers, result.planned_steps) == (plan.layers, plan.steps)
+        and result.width in plan.widths
+        and result.case in experiment.cases
+        and result.model in experiment.models
+    ]
 
-    After all runs, this is the learning rate that validation selected. Runs of another plan are ignored.
+
+def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """For each case, model and width, the planned runs with the learning rate that has the most runs.
+
+    After all runs, this is the learning rate that validation selected.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        is_planned = (result.layers, result.planned_steps) == (experiment.plan.layers, experiment.plan.steps)
-        if is_planned and result.case in experiment.cases and result.model in experiment.models:
-            groups[result.case, result.model, result.width][result.learning_rate].append(result)
+    for result in planned(experiment, results):
+        groups[result.case, result.model, result.width][result.learning_rate].append(result)
 
     def preference(runs: list[Result]) -> tuple[int, float]:
         return len(runs), max(run.accuracy[VALIDATION] for run in runs)
@@ -65,11 +77,14 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     lines += [
         f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each row of "
-        f"the table; {plan.seeds} seeds. Accuracies are means over the seeds with 95 % intervals (Student's t).",
-        "",
-        "| published | source | models | accuracy that agrees | ours | agrees |",
-        "|---|---|---|---|---|---|",
+        f"the table; seeds: {plan.seeds}. Accuracies are means over the seeds with 95 % intervals (Student's t).",
     ]
+    if experiment.claims:
+        lines += [
+            "",
+            "| published | source | models | accuracy that agrees | ours | agrees |",
+            "|---|---|---|---|---|---|",
+        ]
     for claim in experiment.claims:
         limit = f"at least {claim.minimum}" if claim.minimum is not None else f"at most {claim.maximum}"
         ours, agrees = agreement(claim, runs)
@@ -138,6 +153,40 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
     figure.savefig(path, dpi=130)
 
 
+def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
+    """Draw validation accuracy (seed 0) against learning rate: a panel per model and case, a curve per width."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[Group, dict[float, float]] = defaultdict(dict)
+    for result in planned(experiment, results):
+        if result.seed == 0:
+            curves[result.case, result.model, result.width][result.learning_rate] = result.accuracy[VALIDATION]
+    models = [model for model in experiment.models if any(group[1] == model for group in curves)]
+    cases = [case for case in experiment.cases if any(group[0] == case for group in curves)]
+    figure = Figure(figsize=(3.6 * len(cases), 2.7 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(models), len(cases), squeeze=False, sharex=True, sharey="row")
+    for axes, (model, case) in zip(panels.flat, itertools.product(models, cases), strict=True):
+        for width in experiment.plan.widths:
+            points = sorted(curves.get((case, model, width), {}).items())
+            if not points:
+                continue
+            rates, accuracies = zip(*points, strict=True)
+            (line,) = axes.plot(rates, accuracies, marker="o", markersize=3, label=f"width {width}")
+            best = max(points, key=lambda point: point[1])
+            axes.plot(*best, marker="*", markersize=11, color=line.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(experiment.plan.learning_rates, [f"{rate:g}" for rate in experiment.plan.learning_rates])
+        axes.tick_params(labelsize=7)
+        axes.set_title(f"{model}, {case}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.supxlabel("peak learning rate (star: best)", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def write(
     results: Mapping[str, Iterable[Result]],
     directory: Path,
@@ -164,7 +213,10 @@ def write(
         if not runs:
             continue
         path = pictures / f"laboratory_{name}.png"
-        draw(experiment, runs, path)
+        if experiment.chart is Chart.LEARNING_RATES:
+            draw_learning_rates(experiment, results[name], path)
+        else:
+            draw(experiment, runs, path)
         parts.append(section(name, experiment, runs, f"pictures/{path.name}"))
     page = directory / "laboratory.md"
     page.write_text("\n".join(parts), encoding="utf-8")

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ import numpy as np
 import optax
 
 from experiments.laboratory.models import model_of
+from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, Loss, token_accuracy, token_loss
 from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.mup import mup
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import machine_info
 from jaxlm.training.trainer import Trainer
@@ -38,6 +41,8 @@ class Case:
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
         accuracy: the metric of the tests, in [0, 1].
+        fields: config fields of the models of this case.
+        base_width: width of the base model for muP (``jaxlm.training.mup``); None: no muP.
     """
 
     vocab_size: int
@@ -45,6 +50,8 @@ class Case:
     training: Sample
     tests: Mapping[str, Sample]
     accuracy: Loss = token_accuracy
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base_width: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +131,14 @@ class Training:
 
     def __init__(self, experiment: str, case_name: str, case: Case, plan: Plan, model_name: str, width: int) -> None:
         self._names, self._case, self._plan, self._width = (experiment, case_name, model_name), case, plan, width
-        self._model = model_of(
-            model_name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length
-        )
+
+        def model_at(width: int) -> Model:
+            sizes = {"vocab_size": case.vocab_size, "layers": plan.layers, "max_length": case.max_length}
+            return model_of(model_name, width=width, **sizes).with_fields(**case.fields)
+
+        self._model = model_at(width)
+        scaled = None if case.base_width is None else mup(self._model, model_at(case.base_width))
+        self._init = jax.jit(self._model.init if scaled is None else scaled.init)
         schedule = OptimizerConfig(
             learning_rate=1.0, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
         )
@@ -155,7 +167,8 @@ class Training:
         Equal arguments give equal results on one machine.
         """
         start, plan = time.perf_counter(), self._plan
-        state = self._trainer.init(jax.random.key(seed))
+        key = jax.random.key(seed)
+        state = self._trainer.init(key, self._init(key))
         state = dataclasses.replace(
             state, optimizer=optax.tree_utils.tree_set(state.optimizer, step_size=jnp.float32(learning_rate))
         )

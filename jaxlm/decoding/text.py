@@ -256,6 +256,10 @@ class _TextGenerator:
         """The text of the best hypothesis for each row."""
         request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
+        needed = max(ids.size for ids in prompts) + int(limits.max()) - 1  # the model does not read the last token
+        if request.max_positions is not None and needed > request.max_positions and len(batch) > 1:
+            # A row alone may need fewer positions: it has no padding and its own limit.
+            return [text for i, ids in enumerate(batch) for text in self.beam_texts([ids], numbers[i : i + 1])]
         if self._start is None:
             state = None
             tokens_BT, segment_ids_BT = pad_prompts(prompts, request.max_positions, int(limits.max()))
@@ -283,11 +287,11 @@ class _TextGenerator:
         needed = max(ids.size for ids in prompts) + max_new_tokens + num_proposed - 1
         if max_positions is not None and needed > max_positions:
             if len(batch) > 1:  # a row alone may need fewer positions: it has no padding and its own limit
-                rows = [
-                    self.speculative_texts([ids], numbers[i : i + 1], draft, num_proposed)
+                return [
+                    text
                     for i, ids in enumerate(batch)
+                    for text in self.speculative_texts([ids], numbers[i : i + 1], draft, num_proposed)
                 ]
-                return [text for (text,) in rows]
             raise ValueError(
                 f"{self._input_name} {numbers[0]} has {batch[0].size} tokens. With {max_new_tokens} new tokens and "
                 f"num_proposed={num_proposed} it needs {needed} positions, but the target model or the draft model has "

@@ -117,6 +117,14 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
         run(config_of(), draft=small)
 
 
+def test_beams_of_prompts_with_different_lengths_that_fit_only_without_padding() -> None:
+    model = tiny_model("gpt2-tiny", vocab_size=264, max_positions=12)
+    run = functools.partial(generate_text, model, initial_params(model), BYTES)
+    config = GenerationConfig(max_length=13, num_beams=2)
+    texts = ["abcdefg", "b"]
+    assert run(texts, config) == [run([text], config)[0] for text in texts]
+
+
 def test_positions_that_a_draft_model_needs() -> None:
     (model, params), draft = pair("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
     draft_pair = (draft, initial_params(draft))

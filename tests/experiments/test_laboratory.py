@@ -142,6 +142,36 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     assert (tmp_path / "pictures/laboratory_recall.png").stat().st_size > 5000
 
 
+def test_page_draws_accuracy_against_learning_rate(tmp_path):
+    def run(case, width, rate, accuracy):
+        other = result(case=case, model="llama", width=width, rate=rate, layers=2, steps=500)
+        return dataclasses.replace(other, experiment="learning_rate", accuracy={"validation": accuracy})
+
+    measured = [
+        run(case, width, rate, 0.5 - abs(np.log2(rate / best)) / 20)
+        for case, width, best in (("standard", 64, 8e-3), ("standard", 256, 2e-3), ("muP", 256, 8e-3))
+        for rate in EXPERIMENTS["learning_rate"].plan.learning_rates
+    ]
+    text = page.write({"learning_rate": measured}, tmp_path).read_text()
+    assert "| standard | llama | 64 | 1,000 | 0.500 | 0.008 | 1 | 1.0 |" in text
+    assert "| standard | llama | 256 | 1,000 | 0.500 | 0.002 | 1 | 1.0 |" in text
+    assert "| muP | llama | 256 | 1,000 | 0.500 | 0.008 | 1 | 1.0 |" in text
+    assert "published" not in text.split("## Learning rate")[1].split("| case")[0].replace("The published", "")
+    assert (tmp_path / "pictures/laboratory_learning_rate.png").stat().st_size > 5000
+
+
+def test_with_mup_a_wider_model_has_smaller_hidden_rates():
+    experiment = EXPERIMENTS["learning_rate"]
+    plan = dataclasses.replace(PLAN, steps=3)
+    results = [
+        runs.Training("learning_rate", name, experiment.cases[name], plan, "llama", width).run(1e-2, 0)
+        for name in ("standard", "muP")
+        for width in (64, 96)
+    ]
+    assert results[0].loss == pytest.approx(results[2].loss, rel=1e-5), "muP of the base width is the standard"
+    assert results[1].loss != pytest.approx(results[3].loss, rel=1e-4)
+
+
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "QUICK_STEPS", 2)
     output = ["--quick", "--output", str(tmp_path)]
