@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Tree = Any
 """A pytree (nested dicts) of arrays or of specs."""
@@ -45,7 +46,7 @@ class Normal:
 
     stddev: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jax.random.normal(key, shape, dtype) * jnp.asarray(self.stddev, dtype)
 
 
@@ -55,7 +56,7 @@ class Uniform:
 
     bound: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
 
 
@@ -65,7 +66,7 @@ class Constant:
 
     value: float = 0.0
 
-    def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
 
 
@@ -73,7 +74,7 @@ class Constant:
 class Identity:
     """The identity matrix; a matrix that is not square has ones on its main diagonal and zeros elsewhere."""
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         rows, columns = shape
         return jnp.eye(rows, columns, dtype=dtype)
 
@@ -85,7 +86,7 @@ class LogOfUniform:
     low: float
     high: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jnp.log(jax.random.uniform(key, shape, dtype, self.low, self.high))
 
 
@@ -97,7 +98,7 @@ class InverseSoftplus:
     high: float
     minimum: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         logs = jax.random.uniform(key, shape, dtype, math.log(self.low), math.log(self.high))
         y = jnp.maximum(jnp.exp(logs), self.minimum)
         return y + jnp.log(-jnp.expm1(-y))

@@ -202,7 +202,7 @@ def _start_search(
     params: Params,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    state: Any,
+    state: State | None,
     rules: _Rules,
     *,
     max_new_tokens: int,
@@ -257,7 +257,7 @@ def _continue_search(
     return jax.lax.while_loop(unfinished, extend, search)
 
 
-def _split_source(model: Model, state: Any) -> tuple[Any, Any]:
+def _split_source(model: Model, state: State) -> tuple[Any, Any]:
     """A state in two parts: the state of the hypotheses (R rows), and the encoded source (B rows).
 
     All hypotheses of a row use the same source. The second part is empty if the family has no source.

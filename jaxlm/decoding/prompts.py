@@ -80,7 +80,7 @@ def check_prompts(
     return ids, slots
 
 
-def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
+def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
     """Raise ``ValueError`` if ``state`` has another structure than ``specs``, or another number of rows than ``batch``.
 
     The sizes of the other axes may differ.
@@ -174,7 +174,7 @@ def read_prompts(
 
 
 def read_tokens(
-    model: Model, params: Params, state: Any, tokens_B: jax.Array, reads_token_B: jax.Array | None = None
+    model: Model, params: Params, state: State | None, tokens_B: jax.Array, reads_token_B: jax.Array | None = None
 ) -> tuple[Any, jax.Array]:
     """The model state after one more token in each row, and the logits [B, V] of the next token.
 

@@ -284,7 +284,7 @@ def settings_of(
     key: jax.Array | None,
     end_id: EndId,
     allowed_ids: int | None,
-    state: Any,
+    state: State | None,
 ) -> Settings:
     """The static arguments of a generation. Checks all arguments."""
     num_ids, slots = check_prompts(
@@ -326,7 +326,7 @@ def _generate(
     prompts_BT: jax.Array,
     segment_ids_BT: Any,
     key: jax.Array | None,
-    state: Any,
+    state: State | None,
     settings: Settings,
 ) -> Generation:
     progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, settings)
@@ -341,7 +341,7 @@ def _prefill(
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     key: jax.Array | None,
-    state: Any,
+    state: State | None,
     settings: Settings,
 ) -> Progress:
     B, rows_B = prompts_BT.shape[0], jnp.arange(prompts_BT.shape[0])

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.models import bahdanau, common, luong
 from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context
@@ -208,7 +209,12 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def encode(
-    cfg: Config, params: Params, source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config,
+    params: Params,
+    source: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
 
@@ -220,7 +226,9 @@ def encode(
     return _encode(cfg, params, source, segment_ids, key)["encoded"]
 
 
-def _encode(cfg: Config, params: Params, source: jax.Array, segment_ids: Any, key: jax.Array | None) -> dict[str, Any]:
+def _encode(
+    cfg: Config, params: Params, source: jax.Array, segment_ids: jax.Array | None, key: jax.Array | None
+) -> dict[str, Any]:
     """The encoded source: a dict with ``encoded`` (see :func:`encode`) and ``segment_ids``.
 
     For luong, it also has ``states``, the LSTM state of each layer after each token; with copy, also ``tokens``.
@@ -238,7 +246,13 @@ def _encode(cfg: Config, params: Params, source: jax.Array, segment_ids: Any, ke
 
 
 def init_decode_state(
-    cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: Any = None, key: Any = None
+    cfg: Config,
+    params: Params,
+    source: jax.Array,
+    length: int,
+    *,
+    segment_ids: jax.Array | None = None,
+    key: Any = None,
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
 
@@ -275,7 +289,7 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     :func:`init_decode_state` returns the state for a source.
     """
 
-    def source_spec(width: int, dtype: Any) -> ArraySpec:
+    def source_spec(width: int, dtype: DTypeLike) -> ArraySpec:
         return ArraySpec((batch, source_length, width), ("batch", None, "activation_embed"), dtype=dtype)
 
     form = _FORMS[cfg.attention]

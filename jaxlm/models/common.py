@@ -201,35 +201,35 @@ def segment_ids_or_ones(ids: jax.Array, segment_ids: jax.Array | None) -> jax.Ar
 # ------------------------------------------------------------------------------------------------ checks of configs
 
 
-def check_positive(cfg: Any, *names: str) -> None:
+def check_positive(cfg: ModelConfig, *names: str) -> None:
     """Raise ``ValueError`` unless every named field is at least 1 or None."""
     for name in names:
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
 
 
-def check_rates(cfg: Any, *names: str) -> None:
+def check_rates(cfg: ModelConfig, *names: str) -> None:
     """Raise ``ValueError`` unless every named field is a dropout rate in [0, 1) or None."""
     for name in names:
         if getattr(cfg, name) is not None and not 0.0 <= getattr(cfg, name) < 1.0:
             raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
 
 
-def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
+def check_choices(cfg: ModelConfig, **choices: tuple[Any, ...]) -> None:
     """Raise ``ValueError`` unless every named field has one of the given values."""
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
 
 
-def check_values(cfg: Any, reason: str, **required: Any) -> None:
+def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
     """Raise ``ValueError`` unless every named field has the value that ``reason`` (such as ``"copy=True"``) needs."""
     for name, value in required.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"{reason} needs {name}={value!r}, got {getattr(cfg, name)!r}: change one of them")
 
 
-def check_divides(cfg: Any, divisor: str, dividend: str) -> None:
+def check_divides(cfg: ModelConfig, divisor: str, dividend: str) -> None:
     """Raise ``ValueError`` unless the field ``divisor`` divides the field ``dividend``."""
     if getattr(cfg, dividend) % getattr(cfg, divisor):
         raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution.window import Stream, causal_windows, close_stream, open_stream, past_specs, tail_specs
@@ -190,7 +191,7 @@ class Ramp:
     power: float = 1.0
     zigzag: float = 0.0
 
-    def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         ramp = jnp.linspace(0.0, 1.0, math.prod(shape), dtype=dtype).reshape(shape) ** self.power
         y = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, shape[-1], dtype=dtype), shape)
         return self.offset + self.slope * ramp + self.zigzag * y * jnp.abs(y)

@@ -99,7 +99,12 @@ class Config(common.TransformerConfig):
 
 
 def encode(
-    cfg: Config, params: Params, source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config,
+    params: Params,
+    source: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """The hidden states of the encoder after its final norm, [B, S, D].
 

@@ -234,7 +234,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def pool(
-    cfg: Config, params: Params, hidden: jax.Array, segment_ids: Any = None, key: jax.Array | None = None
+    cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
@@ -255,7 +255,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
     return encoded_RD.astype(cfg.dtype)
 
 
-def _add_to_memory(state: State, tokens: Any, segment_ids: Any, token_types: Any, new_inputs: Any) -> Any:
+def _add_to_memory(state: State, tokens: Any, segment_ids: jax.Array | None, token_types: Any, new_inputs: Any) -> Any:
     """The state with the segment ids and types of the new tokens, and their inputs to all layers, appended."""
     context, new_state = memory.make_context(tokens, state, segment_ids)
     layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)

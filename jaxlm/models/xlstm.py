@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
@@ -184,7 +185,7 @@ class ForgetBias:
     high: float = 6.0
     gate: int | None = None
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         bias = jnp.broadcast_to(jnp.linspace(self.low, self.high, shape[-1], dtype=dtype), shape)
         if self.gate is None:
             return bias

@@ -5,10 +5,9 @@ Shapes: B batch, T time, D model width, V vocabulary (rows of the table, possibl
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.nn import activation
 from jaxlm.nn.linear import linear
@@ -16,7 +15,7 @@ from jaxlm.sharding import constrain, gather_sharding
 
 
 def embed(
-    table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | None = "vocab", size: int | None = None
+    table_VD: jax.Array, ids_BT: jax.Array, dtype: DTypeLike, *, rows: str | None = "vocab", size: int | None = None
 ) -> jax.Array:
     """The rows of the table for the ids, [B, T, D] in ``dtype``. An id outside the table gives NaN.
 

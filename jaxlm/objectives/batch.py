@@ -61,7 +61,7 @@ def count(batch: Batch) -> tuple[int, int]:
 
 
 def hidden_states(
-    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
     """The hidden states of a batch, [B, P, D], and the new model state.
 
@@ -84,7 +84,7 @@ def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
 
 
 def predicted_states(
-    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
     """The hidden states at the target positions, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)

@@ -60,7 +60,7 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
 
 
 def pooled_states(
-    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: Any
+    model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
     """The input of the classifier for each row, [B, 1, D'], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.decoding.prompts import read_tokens
@@ -84,7 +85,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     objective(task)  # raises ValueError if no objective trains the task
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
 
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
 
     tokens = array(sequence)

@@ -30,6 +30,7 @@ import math
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
@@ -53,7 +54,7 @@ class ScaledInit:
     init: Initializer
     factor: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return self.init(key, shape, dtype) * self.factor
 
 

@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.segments import positions_in_segments
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import ArraySpec, State
 
 
 def cache_specs(
-    layers: int, batch: int, slots: int, heads: int, head_width: int, dtype: Any, *, stacked: bool
+    layers: int, batch: int, slots: int, heads: int, head_width: int, dtype: DTypeLike, *, stacked: bool
 ) -> dict[str, Any]:
     """Specs of an empty cache for ``slots`` tokens per row; ``stacked``: see ``jaxlm.spec.layers``."""
     keys = ArraySpec((batch, slots, heads * head_width), ("batch", "slots", "heads"), dtype=dtype)
@@ -80,7 +81,7 @@ class CacheView:
         return dataclasses.replace(self, stack=self.stack.at[index].set(new, unique_indices=True))
 
 
-def updates_in_place(state: Any, num_new: int) -> bool:
+def updates_in_place(state: State | None, num_new: int) -> bool:
     """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
     return state is not None and _is_small_update(num_new, state["segment_ids"].shape[1])
 
@@ -126,13 +127,13 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context)
     return kv, split_heads(kv, new[0].shape[2])
 
 
-def num_slots(specs: spec.Tree, state: Any) -> int | None:
+def num_slots(specs: spec.Tree, state: State | None) -> int | None:
     """The number of slots of the cache in ``state`` (arrays or specs); None if it contains no cache."""
     sizes = spec.map_axis(specs, "slots", lambda leaf, at: leaf.shape[at], state, optional=True)
     return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
 
 
-def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
+def resize(specs: spec.Tree, state: State | None, slots: int) -> Any:
     """The state with ``slots`` slots in each cache.
 
     If a cache has more slots, only its first ``slots`` are kept. If it has fewer, empty slots are added at its end.
@@ -148,7 +149,7 @@ def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
 
 
-def rollback(state: Any, dropped_B: jax.Array) -> Any:
+def rollback(state: State, dropped_B: jax.Array) -> State:
     """The state without the last ``dropped`` tokens of each row, padding included. Their slots are free again."""
     length_B = state["length"] - dropped_B.astype(state["length"].dtype)
     is_kept_BS = jnp.arange(state["segment_ids"].shape[1])[None, :] < length_B[:, None]
@@ -174,7 +175,7 @@ class Context:
     valid_B: jax.Array | None
 
 
-def with_window(context: Context, window: int, state: Any) -> Context:
+def with_window(context: Context, window: int, state: State | None) -> Context:
     """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
 
     With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.
@@ -191,7 +192,7 @@ def with_window(context: Context, window: int, state: Any) -> Context:
 
 
 def make_context(
-    tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, positions: Any
+    tokens_BT: jax.Array, state: State | None, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with these tokens, but without their keys and values.
 

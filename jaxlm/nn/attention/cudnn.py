@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.nn.attention.mask import Mask
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def unsupported_reason(mask: Mask, dtype: Any, bias: Any, key: jax.Array | None) -> str | None:
+def unsupported_reason(mask: Mask, dtype: DTypeLike, bias: Any, key: jax.Array | None) -> str | None:
     """Why cuDNN does not support the arguments, as the end of a sentence; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"

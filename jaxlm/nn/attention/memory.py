@@ -15,16 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.nn.attention import decode
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import ArraySpec, State
 
 
 def memory_specs(
-    layers: int | None, batch: int, slots: int, width: int, dtype: Any, *, stacked: bool = True
+    layers: int | None, batch: int, slots: int, width: int, dtype: DTypeLike, *, stacked: bool = True
 ) -> dict[str, Any]:
     """Specs of an empty memory for ``slots`` tokens per row.
 
@@ -67,7 +68,12 @@ class Context:
 
 
 def make_context(
-    tokens_BT: jax.Array, state: Any, segment_ids: jax.Array | None, *, causal: bool = True, window: int | None = None
+    tokens_BT: jax.Array,
+    state: State | None,
+    segment_ids: jax.Array | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with the segment ids of these tokens.
 

@@ -21,6 +21,7 @@ from jaxlm.nn.attention import memory
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions, distance_bias_at_queries
 from jaxlm.nn.attention.mask import Mask
+from jaxlm.spec import State
 
 Kind = Literal["permuted", "left_to_right", "bidirectional"]
 """``permuted``: two streams with a factorization order. ``left_to_right``: two streams; query t of the query stream has
@@ -60,7 +61,7 @@ class Stream:
 
 def make_streams(
     tokens_BT: jax.Array,
-    state: Any,
+    state: State | None,
     segment_ids: jax.Array | None,
     kind: Kind,
     *,

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from jaxlm.nn.attention import cache
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import ArraySpec, State
 
 
 def row_specs(batch: int) -> dict[str, ArraySpec]:
@@ -30,7 +31,7 @@ def row_specs(batch: int) -> dict[str, ArraySpec]:
     return dict.fromkeys(("num_tokens", "document_start"), ArraySpec((batch,), ("batch",), dtype=jnp.int32))
 
 
-def layer_specs(batch: int, window: int, heads: int, head_width: int, dtype: Any) -> dict[str, ArraySpec]:
+def layer_specs(batch: int, window: int, heads: int, head_width: int, dtype: DTypeLike) -> dict[str, ArraySpec]:
     """Specs of the keys and values of one layer, each [B, W, G * K]."""
     return dict.fromkeys(
         ("key", "value"), ArraySpec((batch, window, heads * head_width), ("batch", None, None), dtype=dtype)
@@ -53,7 +54,7 @@ class Context:
 
 
 def make_context(
-    tokens_BT: jax.Array, state: Any, start_BT: jax.Array | None, keep_BT: jax.Array | None, window: int
+    tokens_BT: jax.Array, state: State | None, start_BT: jax.Array | None, keep_BT: jax.Array | None, window: int
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start``.
 

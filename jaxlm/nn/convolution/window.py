@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import ArraySpec
@@ -122,7 +123,7 @@ def past_specs(batch: int, reach: int) -> ArraySpec:
     return ArraySpec((batch, max(reach, 1)), ("batch", None), dtype=jnp.int32)
 
 
-def tail_specs(batch: int, reach: int, channels: int, dtype: Any) -> ArraySpec:
+def tail_specs(batch: int, reach: int, channels: int, dtype: DTypeLike) -> ArraySpec:
     """Spec of a layer's last ``reach`` real inputs. Causal windows need ``reach = (kernel - 1) * dilation``."""
     return ArraySpec((batch, reach, channels), ("batch", None, "activation_embed"), dtype=dtype)
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.nn import embedding
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
@@ -142,7 +143,7 @@ def _projection(shape: tuple[int, int], init: Initializer) -> ArraySpec:
     return ArraySpec(shape, (None, "embed"), init, decay=True)
 
 
-def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The embeddings of the ids, [B, T, D] in ``dtype``. An id outside the vocabulary gives NaN."""
     if clusters.divisor == 1:
         rows = embedding.embed(params["token_embedding"], ids_BT, dtype, size=clusters.vocab_size)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.scan.vector_state import Implementation
@@ -43,7 +44,7 @@ class DecayInit:
     min_decay: float = 0.9
     max_decay: float = 0.999
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         square = jax.random.uniform(key, shape, dtype, self.min_decay**2, self.max_decay**2)
         return jnp.log(jnp.expm1(-0.5 * jnp.log(square)))
 

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.nn import choices
@@ -245,7 +246,7 @@ def _gated_chunk(
     return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
 
 
-def _product_in(dtype: Any) -> Callable[..., jax.Array]:
+def _product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
     """An ``einsum`` that casts its inputs to ``dtype`` and returns float32."""
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.nn import choices
@@ -265,7 +266,12 @@ def _chunk(
 
 
 def _float32_chunk(
-    state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array, dtype: Any
+    state_BHKV: jax.Array,
+    q_BGLK: jax.Array,
+    k_BGLK: jax.Array,
+    v_BHLV: jax.Array,
+    log_BHLE: jax.Array,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls have the ``dtype``.
 
