@@ -213,7 +213,8 @@ _STATE_TRACKING = Experiment(
             ("mamba2", "hawk", "mlstm", "gated_deltanet"), "length 64", maximum=0.9, cases=("parity",),
         ),
         Claim(
-            "The delta rule with eigenvalues in [-1, 1] solves parity", _GRAZZI, ("gated_deltanet [-1, 1]",),
+            "Mamba and the delta rule with eigenvalues in [-1, 1] solve parity", _GRAZZI,
+            ("mamba2 [-1, 1]", "gated_deltanet [-1, 1]"),
             "length 64", minimum=0.95, cases=("parity",),
         ),
     ),

@@ -18,6 +18,7 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
     """For each model name, the family or variant and its config fields, without the fields that all models share."""
     heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
     attention = {"num_heads": heads, "max_positions": max_length}
+    mamba2 = {"head_dim": 2 * width // heads, "state_size": 64}
     delta_rule = {
         "pattern": ("delta_rule",), "max_positions": None, "mlp_dim": mlp, "delta_key_heads": heads,
         "delta_value_heads": heads, "delta_key_dim": width // heads, "delta_value_dim": width // heads,
@@ -32,7 +33,8 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
         "gru": ("gru", recurrent),
         "attention_rnn_lm": ("attention_rnn_lm", {"hidden_dim": width, "attention_dim": width, "window": None}),
         "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1), (width, 4, 1))}),
-        "mamba2": ("mamba2", {"head_dim": 2 * width // heads, "state_size": 64}),
+        "mamba2": ("mamba2", mamba2),
+        "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
         "griffin": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "window": 64}),
         "hawk": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "pattern": ("recurrent",)}),
         "mlstm": ("xlstm", xlstm),

@@ -67,6 +67,8 @@ class Config(hybrid.AttentionConfig):
     """Lower limit of the step sizes dt, after softplus."""
     dt_limit_max: float | None = None
     """Upper limit of the step sizes dt; None means no limit."""
+    negative_eigenvalues: bool = False
+    """Decays are in [-1, 1] instead of [0, 1]: 2 * exp(A * dt) - 1 instead of exp(A * dt) (Grazzi et al. 2025)."""
     norm_before_gate: bool = False
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
@@ -196,7 +198,10 @@ def _mixer(
     BC = BC.reshape(B, T, 2, cfg.num_groups, cfg.state_size)
     dt = jax.nn.softplus(dt.astype(jnp.float32) + weights["dt_bias"][None, None])
     dt = jnp.clip(dt, cfg.dt_limit_min, cfg.dt_limit_max)
-    y, hidden = ssd(x, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden, **masks)
+    y, hidden = ssd(
+        x, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden,
+        negative_eigenvalues=cfg.negative_eigenvalues, **masks,
+    )  # fmt: skip
     y = (y + weights["D"].astype(x.dtype)[None, None, :, None] * x).reshape(z.shape)
 
     gate = jax.nn.silu(z)

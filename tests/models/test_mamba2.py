@@ -52,6 +52,25 @@ def test_a_long_text_has_a_small_state():
     assert spec.count(model.state_specs(1, 10**9)) == 24 * (24 * 128 * 64 + 3 * (1536 + 256)) + 3
 
 
+def test_negative_eigenvalues_in_pieces_with_documents_and_padding():
+    model, params, tokens = setup(length=12, negative_eigenvalues=True)
+    segments = jnp.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 2], [1] * 12])
+    want, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
+    step, pieces, state = jax.jit(model.apply), [], model.init_state(2, 1)
+    for start in range(0, 12, 4):
+        piece = slice(start, start + 4)
+        hidden, state = step(params, tokens[:, piece], state=state, segment_ids=segments[:, piece])
+        pieces.append(hidden)
+    real = segments > 0
+    assert relative_error(jnp.concatenate(pieces, axis=1)[real], want[real]) < 1e-5
+    alone, _ = jax.jit(model.apply)(params, tokens[:1, 5:10])
+    assert relative_error(alone[0], want[0, 5:10]) < 1e-5
+    other, _ = jax.jit(model.with_fields(negative_eigenvalues=False).apply)(params, tokens, segment_ids=segments)
+    assert relative_error(other[real], want[real]) > 0.01
+    with pytest.raises(ValueError, match="no Hugging Face class can represent"):
+        save_pretrained("unused", model, params)
+
+
 def test_only_attention_limits_the_length_of_the_text():
     model = tiny_model("bamba-tiny")
     mixer, attention = model.state_specs(2, 40)["layers"]

@@ -223,6 +223,7 @@ _HYBRID_DEFAULTS = {
     "dt_limit_max": None,
     "residual_in_float32": False,
     "tie_embeddings": False,
+    "negative_eigenvalues": False,
 }
 """``default_fields`` of the hybrids with attention."""
 
@@ -283,6 +284,7 @@ FORMATS = (
             "multipliers": None,
             "mlp_dim": None,
             "max_positions": None,
+            "negative_eigenvalues": False,
         },
         hf_name_of_field={
             "vocab_size": "vocab_size",

@@ -26,6 +26,7 @@ def ssd(
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
+    negative_eigenvalues: bool = False,
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -40,6 +41,8 @@ def ssd(
         B_BTGN, C_BTGN: input and output weights of the state, computed from the input. H / G consecutive heads share
             each group.
         state_BHNP: the state before the first step; None: zeros.
+        negative_eigenvalues: the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of ``exp(A * dt_t)``
+            (Grazzi et al. 2025).
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
     Raises:
@@ -63,7 +66,31 @@ def ssd(
         )
     dt_BTH = dt_BTH.astype(jnp.float32)
     value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
-    return linear_attention(
-        C_BTGN, B_BTGN, value_BTHP, A_H.astype(jnp.float32)[None, None] * dt_BTH, state_BHNP,
+    log_decay_BTH = A_H.astype(jnp.float32)[None, None] * dt_BTH
+    if negative_eigenvalues:
+        # Let s_t be the product of the signs of the decays up to step t. Then s_t h_t is a recurrence with the absolute
+        # values of the decays and the values s_t dt_t x_t.
+        log_decay_BTH, is_negative_BTH = _log_of_twice_minus_one(log_decay_BTH)
+        if keep_BT is not None:
+            is_negative_BTH &= keep_BT[:, :, None]
+        sign_BTH1 = (1 - 2 * (jnp.cumsum(is_negative_BTH, axis=1) % 2))[..., None].astype(x_BTHP.dtype)
+        value_BTHP *= sign_BTH1
+    y_BTHP, state_BHNP = linear_attention(
+        C_BTGN, B_BTGN, value_BTHP, log_decay_BTH, state_BHNP,
         reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
     )  # fmt: skip
+    if negative_eigenvalues:
+        y_BTHP, state_BHNP = y_BTHP * sign_BTH1, state_BHNP * sign_BTH1[:, -1, :, None].astype(jnp.float32)
+    return y_BTHP, state_BHNP
+
+
+def _log_of_twice_minus_one(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``log(abs(2 * exp(log_decay) - 1))``, and whether ``2 * exp(log_decay) - 1`` is negative.
+
+    The absolute value is at least the float32 epsilon, because the gradient is infinite at 0.
+    """
+    minus_one = 2.0 * jnp.expm1(log_decay)  # the decay minus 1, exact for small steps
+    is_negative, epsilon = minus_one < -1.0, jnp.finfo(jnp.float32).eps
+    log_positive = jnp.log1p(jnp.where(is_negative, 0.0, jnp.maximum(minus_one, epsilon - 1.0)))
+    log_negative = jnp.log(jnp.where(is_negative, jnp.maximum(-1.0 - minus_one, epsilon), 1.0))
+    return jnp.where(is_negative, log_negative, log_positive), is_negative

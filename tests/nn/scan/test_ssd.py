@@ -28,14 +28,16 @@ def masks():
     return {"reset_BT": reset_BT, "keep_BT": keep_BT}
 
 
-def recurrence(x, dt, A, b, c, state, reset_BT=None, keep_BT=None):
+def recurrence(x, dt, A, b, c, state, reset_BT=None, keep_BT=None, negative_eigenvalues=False):
     """Equation 2 of the paper, with ``exp(dt A)`` and ``dt B`` as discretized parameters, as a loop over steps."""
     b, c = (jnp.repeat(y, H // G, axis=2) for y in (b, c))
     outputs = []
     for t in range(T):
         before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
         new = dt[:, t, :, None, None] * b[:, t, :, :, None] * x[:, t, :, None, :]
-        after = jnp.exp(dt[:, t] * A[None])[..., None, None] * before + new
+        decay = jnp.exp(dt[:, t] * A[None])
+        decay = 2 * decay - 1 if negative_eigenvalues else decay
+        after = decay[..., None, None] * before + new
         y = jnp.einsum("BHN,BHNP->BHP", c[:, t], after)
         real_B = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
         state = jnp.where(real_B[:, None, None, None], after, state)
@@ -63,9 +65,9 @@ def results(function, arguments, **options):
 
 
 @functools.cache
-def expected(masked):
+def expected(masked, **options):
     """The results of the loop in float64."""
-    arguments, options = arrays(), masks() if masked else {}
+    arguments, options = arrays(), {**options, **(masks() if masked else {})}
     with jax.enable_x64(True):
         return results(recurrence, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
@@ -75,6 +77,23 @@ def expected(masked):
 def test_values_and_all_gradients_equal_the_recurrence(masked, options):
     got = results(ssd, arrays(), **(masks() if masked else {}), **options)
     assert_trees_close(got, expected(masked), 3e-6)
+
+
+@pytest.mark.parametrize("options", [{"implementation": "reference"}, {"chunk": 4}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_negative_eigenvalues(masked, options):
+    got = results(ssd, arrays(), negative_eigenvalues=True, **(masks() if masked else {}), **options)
+    want = expected(masked, negative_eigenvalues=True)
+    assert_trees_close(got, want, 1e-4)  # decays close to 0 lose digits: the gradient of their logarithm is large
+    assert relative_error(expected(masked)[0][0], want[0][0]) > 0.1
+
+
+def test_a_decay_of_zero_has_a_finite_gradient():
+    ones, A = jnp.ones((1, 4, 1, 1)), -jnp.log(jnp.array([2.0]))  # 2 * exp(A) - 1 = 0
+    function = functools.partial(ssd, negative_eigenvalues=True)
+    y, gradient = jax.value_and_grad(lambda dt: jnp.sum(function(ones, dt, A, ones, ones)[0]))(ones[..., 0])
+    assert y == pytest.approx(4.0, abs=1e-5)
+    assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
 def test_the_dual_form_is_the_same_function():
