@@ -10,7 +10,7 @@ any Optax optimizer works on it:
     >>> gradient = jax.grad(lambda trained: loss(model, lora.merge(trained, frozen)))    # doctest: +SKIP
     >>> save_pretrained("directory", model, lora.merge(trained, frozen))                 # doctest: +SKIP
 
-Both layer layouts work (``spec.layers``): all trees have the layout of the model's specs. A path contains no layer
+Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). A path contains no layer
 number, and selects the weight in every layer.
 """
 
@@ -56,7 +56,7 @@ class Adaptation(Protocol):
 # ------------------------------------------------------------------------------------------------- matrices
 
 
-def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
+def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
     """Number of leading axes (after the stack axes) that form the rows of a matrix; None: it is not a matrix.
 
     A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
@@ -66,9 +66,9 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
     vocabulary.
 
     Example:
-        >>> matrix_rows("attention/output/weight", ArraySpec((4, 8, 32), ("heads", "kv", "embed")))
+        >>> num_row_axes("attention/output/weight", ArraySpec((4, 8, 32), ("heads", "kv", "embed")))
         2
-        >>> matrix_rows("attention/query/bias", ArraySpec((4, 8), ("heads", "kv")))
+        >>> num_row_axes("attention/query/bias", ArraySpec((4, 8), ("heads", "kv")))
     """
     axes = leaf.axes[num_stack_axes(leaf) :]
     last_key = name.rsplit("/", 1)[-1]
@@ -108,7 +108,7 @@ def is_table(name: str, leaf: ArraySpec) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Freeze:
-    """Freezes the parameters whose path matches a pattern and the first layers of each stack; trains all others.
+    """Freezes the first layers of each stack, and the parameters whose path matches a pattern; trains all others.
 
     Example:
         >>> Freeze(("embedding",), first_layers=4)     # token tables, position tables, their norm, and four layers
@@ -192,16 +192,16 @@ class Freeze:
 class LoRA:
     """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
 
-    W may have any number of axes. :func:`matrix_rows` defines which of them are the rows of the matrix [in, out].
+    W may have any number of axes. :func:`num_row_axes` defines which of them are the rows of the matrix [in, out].
     A [in..., rank] and B [rank, out...] keep the axes of W, and its stack axes (:func:`num_stack_axes`). A
     fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B
     with zeros (PEFT's default), so that the merged parameters are equal to the base parameters at first. For a table or
     head [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
-    parameters except those in ``full_training_patterns``. The merged weights are computed in each step, so the
-    gradients of the full weights temporarily need memory. The optimizer state and the checkpoints of the trained tree
-    are small. No dropout is applied to the input of the factors.
+    parameters except those in ``full_training_patterns``. Each step computes the merged weights and their gradients,
+    which temporarily need as much memory as the full weights. The optimizer state and the checkpoints of the trained
+    tree are small. No dropout is applied to the input of the factors.
     """
 
     rank: int
@@ -267,7 +267,7 @@ class LoRA:
         Raises:
             ValueError: a pattern matches no weight.
         """
-        weights = {name: leaf for name, leaf in _leaves(model_specs).items() if matrix_rows(name, leaf) is not None}
+        weights = {name: leaf for name, leaf in _leaves(model_specs).items() if num_row_axes(name, leaf) is not None}
         return {name: weights[name] for name in sorted(_matching_paths("targets", self.targets, weights))}
 
     def _fully_trained_paths(self, model_specs: spec.Tree) -> frozenset[str]:
@@ -285,14 +285,14 @@ class LoRA:
         return _map_leaves(self._weight_factor_specs, _filter(model_specs, lambda name: name in targets))
 
     def _weight_factor_specs(self, name: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
-        rows = matrix_rows(name, leaf)
+        rows = num_row_axes(name, leaf)
         assert rows is not None
         first = num_stack_axes(leaf)  # the first axis of the matrix
         shape, axes = leaf.shape, leaf.axes
         row_axes, column_axes = slice(first, first + rows), slice(first + rows, None)
         a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)
         b_init: Initializer = ZEROS
-        # The rows are the vocabulary (the outputs of a head or the one-hot inputs of a table), so A starts at zero.
+        # The rows of a table or head are the vocabulary. The factor on the side of the vocabulary starts at zero.
         if is_table(name, leaf):
             a_init, b_init = ZEROS, Uniform(math.prod(shape[column_axes]) ** -0.5)
         a_shape, a_axes = (*shape[:first], *shape[row_axes], self.rank), (*axes[:first], *axes[row_axes], None)

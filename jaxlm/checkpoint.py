@@ -349,6 +349,12 @@ class Checkpointer:
         return max(self.steps(), default=None)
 
     @property
+    def latest_scheduled(self) -> int | None:
+        """The largest intact step that is not ``extra``, or None."""
+        records = self._scan()[0]
+        return max((step for step in records if not _is_extra(records[step])), default=None)
+
+    @property
     def best(self) -> int | None:
         """The intact step with the lowest metric (the earliest one on ties), or None if no step has a metric."""
         metrics = {step: record["metric"] for step, record in self._scan()[0].items()}
@@ -492,13 +498,12 @@ class Checkpointer:
         """
         self.wait()
         processes.barrier("checkpoint saved")  # so that no process reads old steps while the first process deletes them
-        records = self._scan()[0]
-        step = max((step for step in records if not _is_extra(records[step])), default=None)
+        step = self.latest_scheduled
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory} to go back to")
         restored = self._restore(target, step)
         if processes.is_first():
-            self._delete(later for later in records if later > step)
+            self._delete(later for later in self._scan()[0] if later > step)
             self.remove_leftovers()
         processes.barrier("newer checkpoints deleted")
         self._last_saved = None

@@ -80,15 +80,20 @@ def staging_directory(directory: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def install_files(temporary: Path, directory: Path, names: Sequence[str]) -> None:
+def install_files(temporary: Path, directory: Path, names: Sequence[str], *, delete_first: Sequence[str] = ()) -> None:
     """Move these files from ``temporary`` to ``directory`` and write their checksums.
 
     All files are written to the disk (fsync) before the first one is moved. ``checksums.json`` is moved first, so that
     :func:`verify_checksums` detects a mixture of old and new files if the process is killed before the last move.
+
+    Args:
+        delete_first: old files that are deleted directly before the first move, if they exist.
     """
     write_checksums(temporary, names)
     for name in names:
         sync(temporary / name)
+    for name in delete_first:
+        (directory / name).unlink(missing_ok=True)
     for name in (CHECKSUMS, *names):
         os.replace(temporary / name, directory / name)
     sync(directory)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxlm import spec
-from jaxlm.adapt import Adaptation, Freeze, LoRA, is_table, matrix_rows
+from jaxlm.adapt import Adaptation, Freeze, LoRA, is_table, num_row_axes
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.spec import ArraySpec
@@ -266,11 +266,11 @@ def test_merging_trees_with_the_same_parameter_raises():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
+def test_num_row_axes_finds_exactly_the_weights_of_every_family(name):
     """Parameters with one number per channel are not matrices, even with two or more axes. All others are matrices."""
     per_channel = ("gain", "scale", "removal", "replacement", "bonus")
     for path, leaf in spec.flatten(tiny_model(name).specs).items():
-        rows = matrix_rows(path, leaf)
+        rows = num_row_axes(path, leaf)
         axes = [axis for axis in leaf.axes if axis not in (spec.LAYERS, spec.EXPERT)]
         last = path.rsplit("/", 1)[-1]
         if len(axes) < 2:
@@ -298,7 +298,7 @@ def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
         ("encoder/relative_bias", (32, 4), (None, "heads"), None, False),
     ],
 )
-def test_matrix_rows_and_is_table(path, shape, axes, rows, table):
+def test_num_row_axes_and_is_table(path, shape, axes, rows, table):
     leaf = ArraySpec(shape, axes)
-    assert matrix_rows(path, leaf) == rows
+    assert num_row_axes(path, leaf) == rows
     assert is_table(path, leaf) == table

@@ -4,13 +4,13 @@
     python -m experiments.laboratory recall --model gpt mamba2    some models
     python -m experiments.laboratory formal_languages --case parity
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes
-    python -m experiments.laboratory --page                       write docs/laboratory.md from the results
+    python -m experiments.laboratory --page                       write docs/laboratory.md from the results in OUTPUT
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 copying (copying and induction heads), pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``),
 learning_rate (the best learning rate of each width, with and without muP).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
-interrupted command again to continue it.
+interrupted command again to continue it. With --quick, the results are in OUTPUT/quick.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from experiments.laboratory.runs import Result, Results, run_model
 from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
 
+DOCS = Path("docs")
 QUICK_STEPS = 30
 
 
@@ -85,9 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", nargs="+", type=int, choices=all_widths, help="widths of the models (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/laboratory"), help="directory of the results")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate and one seed")
-    parser.add_argument(
-        "--page", type=Path, nargs="?", const=Path("docs"), help="write laboratory.md to this directory"
-    )
+    parser.add_argument("--page", type=Path, nargs="?", const=DOCS, help="write laboratory.md to this directory")
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: remove the names, --model, --case and --width")
@@ -96,9 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
-    chosen = {name: experiment for name, experiment in chosen.items() if experiment.has_runs}
+    chosen = {name: each for name, each in chosen.items() if each.has_runs and not set(each.models).isdisjoint(models)}
     if not chosen:
-        parser.error(f"{', '.join(names)}: no experiment has the cases and widths that you chose")
+        parser.error(f"{', '.join(names)}: no experiment has the cases, widths and models that you chose")
+    if parsed.quick and parsed.page == DOCS:
+        parser.error("--quick --page needs a directory, so that docs/laboratory.md keeps the results of complete runs")
 
     def command() -> int:
         if parsed.page is None:

@@ -14,7 +14,7 @@ HEAD_WIDTH = 32
 """Width of an attention head."""
 
 
-def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def _definitions(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """For each model name, the family or variant and its config fields, without the fields that all models share."""
     heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
     attention = {"num_heads": heads, "max_positions": max_length}
@@ -49,8 +49,8 @@ def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]
 
 ENCODER_DECODERS = ("t5", "attention_rnn")
 """Names of the encoder-decoders, for experiments whose rows have a source."""
-MODELS = tuple(name for name in _sizes(64, 64) if name not in ENCODER_DECODERS)
-"""Names of the causal models: families, and families with another setting."""
+MODELS = tuple(name for name in _definitions(64, 64) if name not in ENCODER_DECODERS)
+"""Names of the causal models. Some families occur with several settings."""
 
 
 def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length: int) -> Model:
@@ -60,6 +60,6 @@ def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length:
         name: an entry of :data:`MODELS` or :data:`ENCODER_DECODERS`.
         max_length: length of the longest row in training and tests, for models with a maximum number of positions.
     """
-    variant, fields = _sizes(width, max_length)[name]
+    variant, fields = _definitions(width, max_length)[name]
     model = get_model(variant, vocab_size=vocab_size, embed_dim=width, **fields)
     return model.with_fields(num_layers=layers, **model.zero_dropout)

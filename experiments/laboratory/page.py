@@ -35,7 +35,8 @@ def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
     """For each case, model and width, the planned runs with the learning rate that has the most runs.
 
-    After all runs, this is the learning rate that validation selected.
+    Of several such rates, it is the one with the highest validation accuracy. After all runs, this is the learning rate
+    that validation selected.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in planned(experiment, results):
@@ -122,8 +123,7 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
 
     plan = experiment.plan
     tests = list(next(iter(experiment.cases.values())).tests)
-    shown_tests = tests if len(tests) == 1 else tests[:2]
-    columns = [(case, width, test) for case in experiment.cases for width in plan.widths for test in shown_tests]
+    columns = [(case, width, test) for case in experiment.cases for width in plan.widths for test in tests]
     measured = {(case, width) for case, _, width in runs}
     columns = [column for column in columns if column[:2] in measured]
     models = [model for model in experiment.models if any(group[1] == model for group in runs)]
@@ -201,8 +201,8 @@ def write(
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = [
-        "# Laboratory\n\nThe same causal models on published experiments. This page is written by\n"
-        "`python -m experiments.laboratory --page`; do not edit it.\n\n"
+        "# Laboratory\n\nThe same models on published experiments. All results are in `docs/laboratory/`.\n"
+        "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
         "All models have no dropout and are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`hawk` is `griffin` without attention; `mlstm` and `slstm` are `xlstm` with one kind of layer;\n"

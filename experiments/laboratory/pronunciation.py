@@ -26,7 +26,7 @@ PHONEMES = (
 START, END = 0, 1
 """Ids of the first decoder input and of the end of a pronunciation. Letters and phonemes follow."""
 MAX_LENGTH = 20
-"""Maximum number of letters of a word and of phonemes of a pronunciation. Three words of CMUdict are longer."""
+"""Maximum number of letters of a word and of phonemes of a pronunciation. Two words of CMUdict are longer."""
 MAX_PRONUNCIATIONS = 4
 """Maximum number of pronunciations of a word in CMUdict without stress."""
 

@@ -144,7 +144,7 @@ class Training:
         )
         # The peak learning rate is a value in the optimizer state, so that it can change without a new compilation.
         optimizer = optax.chain(
-            make_optimizer(schedule, self._model.specs, plan.steps),
+            make_optimizer(schedule, self._model.specs, plan.steps, rates=None if scaled is None else scaled.rates),
             optax.inject_hyperparams(optax.scale)(step_size=1.0),
         )
         self._trainer = Trainer(self._model, optimizer, token_loss)

@@ -93,7 +93,9 @@ def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """
     rows = [text.split("\t") for text in texts]
     for number, row in enumerate(rows, start=1):
-        if len(row) != len(rows[0]) or len(row) > 2:
+        if len(row) > 2:
+            raise ValueError(f"text {number} has {len(row) - 1} tabs: give at most one, TEXT<tab>TEXT")
+        if len(row) != len(rows[0]):
             raise ValueError(
                 f"text {number} has {len(row) - 1} tabs and text 1 has {len(rows[0]) - 1}: give all texts alone, or "
                 "each as TEXT<tab>TEXT"

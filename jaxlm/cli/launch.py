@@ -11,19 +11,20 @@ from jaxlm import processes
 from jaxlm.launch import run_local, script
 
 MAX_CHIPS = 8960
-"""Chips of a TPU v5p pod, the largest TPU pod."""
+"""Chips of a TPU v5p pod, the largest pod of the supported generations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Print a script that creates a cloud machine, runs a command on it and fetches the results; or run a command in
-    several processes on this machine (--topology local:2), and restart them after a failure."""
+    """Print a script that runs a command on a new TPU or an existing GPU node and fetches the results; or run a command
+    in several processes on this machine (--topology local:2), and restart them after a failure."""
 
     topology: str
     """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
     command: str | None = None
-    """Command to run: python -m MODULE ... The script copies its files in results/ to this machine. None: the training
-    benchmark on one host, or the training of a GPT of the size of GPT-2 on several hosts. Required for local:N."""
+    """Command to run: python -m MODULE ... The script copies the directory results/ of the command to this machine.
+    None: the training benchmark on one host, or the training of a GPT of the size of GPT-2 on several hosts. Required
+    for local:N."""
     zone: str | None = None
     """Google Cloud zone of the TPU, for example us-central1-a."""
     name: str = "jaxlm"
@@ -33,7 +34,7 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required, except for local:N: jaxlm prints the script and never executes it."""
+    """Confirm that the script is only printed. Required, except for local:N; jaxlm never executes the script."""
     restarts: int = 0
     """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
     The command must name a run directory (--output or --resume)."""
@@ -56,7 +57,7 @@ class Launch:
                 raise ValueError(f"--{option} {value!r} must have only letters, digits and . @ : _ -")
         chips = math.prod(map(int, re.findall(r"\d+", self.topology.partition(":")[2])))
         if chips > MAX_CHIPS:
-            raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest slice has {MAX_CHIPS:,}")
+            raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest pod has {MAX_CHIPS:,}")
         command = None if self.command is None else shlex.split(self.command)
         print(
             script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""

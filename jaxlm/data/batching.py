@@ -67,7 +67,7 @@ def permute(index: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
 
     A Feistel network permutes the numbers below a power of four that is at least ``count``. The network is applied
     repeatedly until the value is below ``count`` (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite
-    Domains"). Each (seed, epoch) gives a different permutation.
+    Domains"). Each (seed, epoch) has its own permutation.
     """
     half_bits = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)

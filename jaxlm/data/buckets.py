@@ -150,6 +150,7 @@ class Bucketed:
 
     @property
     def rows_per_epoch(self) -> int:
+        """``steps_per_epoch * batch_size``, also if a batch has more rows (``equal_tokens``)."""
         return self.steps_per_epoch * self.batch_size
 
     @property
@@ -174,8 +175,9 @@ class Bucketed:
     def batch(self, index: int, rows: Sequence[int]) -> BucketBatch:
         """The ``BucketBatch`` of step ``index``.
 
-        If a batch of the bucket has ``k * batch_size`` rows, entry i of ``rows`` selects its rows ``i * k`` to
-        ``(i + 1) * k - 1``. So a process with contiguous ``rows`` gets a contiguous block of the global batch.
+        If a batch of the bucket has ``k * batch_size`` rows, each number i in ``rows`` selects the rows ``i * k`` to
+        ``(i + 1) * k - 1`` of the batch. So a process with contiguous ``rows`` gets a contiguous block of the global
+        batch.
         """
         epoch, step = divmod(index, self.steps_per_epoch)
         number, indices = self._epoch_batches(epoch)[step]
@@ -211,8 +213,9 @@ class Bucketed:
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0
         for example in self.examples:
-            for value in example.values():
-                checksum = zlib.crc32(np.asarray(value).astype("<i8").tobytes(), checksum)
+            for value in map(np.asarray, example.values()):
+                header = f"{value.dtype.str} {value.shape}"
+                checksum = zlib.crc32(header.encode() + value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:
@@ -265,7 +268,7 @@ def _least_padding(counts: np.ndarray, max_lengths: np.ndarray, max_ranges: int)
     for start in range(N):
         shape = np.maximum.accumulate(max_lengths[start:], axis=0).sum(axis=1)
         cost[start, start + 1 :] = shape * (num_before[start + 1 :] - num_before[start])
-    # [ranges, stop]: the fewest entries, including padding, of the groups before stop
+    # [ranges, stop]: the fewest entries, padding included, if the groups before stop form this number of ranges
     least_entries = np.full((max_ranges + 1, N + 1), np.inf)
     least_entries[0, 0] = 0.0
     last_start = np.zeros((max_ranges + 1, N + 1), int)  # [ranges, stop]: the start of the last range

@@ -7,8 +7,9 @@
     datasets.Dataset     a map-style Hugging Face data set          Examples.from_datasets
     random access        an object with ``len`` and ``[n]``          Examples.from_random_access (grain.MapDataset)
 
-An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). Every error names the file
-and the line. No line is dropped silently: with ``on_error="report"``, an invalid line is listed in ``rejected``.
+An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). An error in a line names
+the file and the line. Empty lines of JSONL files are skipped; no other line is dropped silently: with
+``on_error="report"``, an invalid line is listed in ``rejected``.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ class Examples(Sequence[Example]):
         for index, group in enumerate(groups):
             parts[part_of[group]].append(index)
         if not all(parts):
-            raise ValueError(f"{len(names)} groups of {self.name} are too few for parts of {fractions}")
+            what = "examples" if by is None else f"different values of {by!r}"
+            raise ValueError(f"{len(names)} {what} in {self.name} are too few for parts of {fractions}")
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
@@ -198,7 +200,10 @@ class Examples(Sequence[Example]):
         ]
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
-        """The declared class names, or else the distinct labels: as strings, sorted (by number if all are numbers)."""
+        """The declared class names. If there are none: the distinct labels as strings, sorted.
+
+        They are sorted by value if all of them consist of digits.
+        """
         if field in self.class_names:
             return self.class_names[field]
         names = {str(value) for value in self.column(field)}

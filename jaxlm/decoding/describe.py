@@ -38,7 +38,7 @@ def describe(model: Model) -> str:
     """
     name = _FAMILIES.get(getattr(model, "family", ""), getattr(model, "family", "model"))
     task = model.task
-    article = "an" if name[0] in "aeiouAEIOU" or name[:2] in ("LS", "XL") else "a"
+    article = "an" if name[0] in "aeiouAEIOU" or name[:2] in ("LS", "XL", "xL", "RW") else "a"
     return f"{article} {name} with {_HEADS.get(task, f'task={task!r}')}"
 
 

@@ -7,6 +7,7 @@ stop string are discarded, so the text does not depend on ``CHUNK``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -120,8 +121,9 @@ def stream_text(
         chunk: number of tokens in each call of the jitted loop.
 
     Raises:
-        The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. All errors
-        are raised by the call, before the first piece is requested.
+        The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. The call
+        raises all errors in its arguments and in the first chunk. The iterator raises a ``NotFiniteError`` in a later
+        chunk.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -137,7 +139,7 @@ def stream_text(
 
     def pieces() -> Iterator[str]:
         yielded = 0
-        for (output,) in (first, *texts):
+        for (output,) in itertools.chain([first], texts):
             if len(output) > yielded:
                 yield output[yielded:]
                 yielded = len(output)
@@ -161,8 +163,8 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
 def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
     """The first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. It does not override
-    a different id that the caller passed to ``load_pretrained``.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. If the caller
+    passed another id to ``load_pretrained``, that id is used.
     """
     metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
     file_id = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
@@ -234,10 +236,14 @@ class _TextGenerator:
             check_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
             if limit is not None and ids.size > limit:
                 raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
-            if self._max_length is not None and (1 if self._model.reads_source else ids.size) >= self._max_length:
+            first_tokens = 1 if self._model.reads_source else ids.size
+            if self._max_length is not None and first_tokens >= self._max_length:
+                reason = f"{what} {row} has {ids.size} tokens"
+                if self._model.reads_source:
+                    reason = "the decoder starts with one token"
                 raise ValueError(
-                    f"{what} {row} has {ids.size} tokens, and max_length={self._max_length} leaves no room for new "
-                    "tokens: set max_new_tokens instead"
+                    f"{reason}, and max_length={self._max_length} leaves no room for new tokens: set max_new_tokens "
+                    "instead"
                 )
         return rows
 
@@ -413,8 +419,8 @@ def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[s
         return text[: min(found)[1]], True
     if is_complete:
         return text, False
-    possible_stop = max((_overlap(text, string) for string in stop), default=0)
-    return text[: len(text) - possible_stop], False
+    possible_stop_length = max((_overlap(text, string) for string in stop), default=0)
+    return text[: len(text) - possible_stop_length], False
 
 
 def _overlap(text: str, string: str) -> int:

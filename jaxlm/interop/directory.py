@@ -10,7 +10,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def inside(directory: Path, name: str) -> Path:
+def path_inside(directory: Path, name: str) -> Path:
     """The resolved path of the file ``name`` in ``directory``.
 
     A link must point to a file inside the directory. There is one exception: in the cache of the Hugging Face hub,
@@ -22,10 +22,14 @@ def inside(directory: Path, name: str) -> Path:
         FileNotFoundError: the file is missing or is not a regular file.
     """
     if Path(name).name != name or "\\" in name:
-        raise ValueError(f"{directory}: the path {name!r} leads out of the directory: only plain file names are read")
+        raise ValueError(
+            f"{directory}: {name!r} is not a plain file name: only files directly in the directory are read"
+        )
     root = directory.resolve()
     path = (root / name).resolve()
-    allowed_root = root.parent.parent if root.parent.name == "snapshots" else root
+    hub_folder = root.parent.parent
+    is_in_hub_cache = root.parent.name == "snapshots" and (hub_folder / "blobs").is_dir()
+    allowed_root = hub_folder if is_in_hub_cache else root
     if not path.is_relative_to(allowed_root):
         raise ValueError(f"{directory / name} is a link out of the directory, to {path}: copy the file into it instead")
     if not path.is_file():

@@ -74,7 +74,8 @@ def roberta_from_fairseq(
         raise ValueError(f"no classification head {head!r} in the weights: they have {sorted(heads) or 'none'}")
     for name in ("roberta.embeddings.word_embeddings.weight", "roberta.embeddings.position_embeddings.weight"):
         if name not in tensors:
-            raise ValueError(f"no {name} in the weights: they have {', '.join(list(weights)[:5])}, ...")
+            table = "embed_tokens" if "word" in name else "embed_positions"
+            raise ValueError(f"no {table}.weight in the weights: they have {', '.join(list(weights)[:5])}, ...")
     vocab_size, width = tensors["roberta.embeddings.word_embeddings.weight"].shape
     output = tensors.pop("lm_head.weight", None)
     if output is not None and not np.array_equal(output, tensors["roberta.embeddings.word_embeddings.weight"]):

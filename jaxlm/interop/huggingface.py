@@ -43,7 +43,7 @@ from jaxlm.interop.config_json import (
     model_config_json,
     token_fields,
 )
-from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, write_json
+from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, path_inside, write_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.locations import Location, locations_of, tensor_groups
 from jaxlm.json_files import read_object
@@ -194,10 +194,8 @@ def save_pretrained(
         other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
-        if INDEX in weights:
-            # Shards are moved one by one. Without the index, a mixture of old and new shards cannot be loaded.
-            (directory / INDEX).unlink(missing_ok=True)
-        integrity.install_files(temporary, directory, written)
+        # Shards are moved one by one. Without the old index, a mixture of old and new shards cannot be loaded.
+        integrity.install_files(temporary, directory, written, delete_first=[INDEX] if INDEX in weights else [])
     for file in os.listdir(directory):
         is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
         is_tokenizer_file = tokenizer is not None and file in TOKENIZER_FILES
@@ -290,11 +288,11 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
         )
     if not (directory / CONFIG).exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory")
-    description = describe(read_object(inside(directory, CONFIG)), directory / CONFIG, overrides)
+    description = describe(read_object(path_inside(directory, CONFIG)), directory / CONFIG, overrides)
     metadata = description.model.metadata
     assert metadata is not None
     if (directory / GENERATION_CONFIG).exists():
-        content = read_object(inside(directory, GENERATION_CONFIG))
+        content = read_object(path_inside(directory, GENERATION_CONFIG))
         ids = {role.removesuffix("_token_id"): token for role, token in token_fields(content).items()}
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
@@ -322,7 +320,7 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Te
     file_of: dict[str, str] = {}
     index = _read_index(directory)
     files = [WEIGHTS] if index is None else sorted(set(index.values()))
-    for name, path in [(name, inside(directory, name)) for name in files]:
+    for name, path in [(name, path_inside(directory, name)) for name in files]:
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (`file` is not a dict)
@@ -348,7 +346,8 @@ def _read_index(directory: Path) -> dict[str, str] | None:
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: there are only pickle files, both a single weight file and an index, or an invalid index.
+        ValueError: there are only pickle files; there are both a single weight file and an index; or the index is
+            invalid.
     """
     single, sharded = (directory / WEIGHTS).exists(), (directory / INDEX).exists()
     if single and sharded:
@@ -366,7 +365,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             )
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}: it contains {', '.join(found)}")
     path = directory / INDEX
-    index = read_object(inside(directory, INDEX)).get("weight_map")
+    index = read_object(path_inside(directory, INDEX)).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"{path}: weight_map must name the file of each tensor")
     for name in sorted(set(index.values())):
@@ -494,16 +493,16 @@ def _missing_paths(
     assert description.saved_model is not None
     config, stored_config = description.model.config, description.saved_model.config
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    paths_of_head: dict[str, list[str]] = {}
+    paths_of_group: dict[str, list[str]] = {}
     for path in locations:
-        head, _, _ = path.partition("/")
-        in_head = path in description.format.unprefixed_tensors or head in (*HEADS.values(), "pooler")
-        if in_head or (path not in stored and head != spec.LAYERS):
-            paths_of_head.setdefault(head, []).append(path)
+        group, _, _ = path.partition("/")
+        in_head = path in description.format.unprefixed_tensors or group in (*HEADS.values(), "pooler")
+        if in_head or (path not in stored and group != spec.LAYERS):
+            paths_of_group.setdefault(group, []).append(path)
     initialized = []
-    for head, paths in paths_of_head.items():
-        # Heads of different tasks may use the same tensor name. So a tensor counts only if it has the same parameter
-        # path in the saved model.
+    for group, paths in paths_of_group.items():
+        # Heads of different tasks may use the same tensor name. So a tensor that belongs to another parameter of the
+        # saved model does not count as found.
         found = [
             path
             for path in paths
@@ -515,8 +514,8 @@ def _missing_paths(
             and all(name in tensors and tensors[name].shape == stored[path].file_shape for name in stored[path].names)
             for path in paths
         )
-        other_task = head in HEADS.values() and config.task != stored_config.task
-        if other_task or not found or (resized and head in HEADS.values()):
+        other_task = group in HEADS.values() and config.task != stored_config.task
+        if other_task or not found or (resized and group in HEADS.values()):
             initialized += paths
     return initialized
 
@@ -559,7 +558,8 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
     """The dtype of a parameter. ``names`` are the tensor names of its layers.
 
     Raises:
-        ValueError: the dtype in the files is not supported, or the files require that ``param_dtype`` is given.
+        ValueError: the dtype in the files is not supported; or ``param_dtype`` is None and the tensors are float64 or
+            have several dtypes.
     """
     found = sorted({tensors[name].dtype for name in names})
     found_text = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"

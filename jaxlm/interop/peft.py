@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, processes, spec
-from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
+from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, num_row_axes
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
-from jaxlm.interop.directory import inside, write_json
+from jaxlm.interop.directory import path_inside, write_json
 from jaxlm.interop.formats import Layout
 from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
@@ -84,10 +84,10 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first"
         )
     integrity.verify_checksums(directory)
-    config_path = inside(directory, CONFIG)
+    config_path = path_inside(directory, CONFIG)
     rank, alpha = _rank_and_alpha(read_object(config_path), config_path)
     try:
-        tensors = load_file(inside(directory, WEIGHTS))
+        tensors = load_file(path_inside(directory, WEIGHTS))
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS} is truncated or not a safetensors file: {error}") from error
 
@@ -195,7 +195,7 @@ class _Weight:
         path: path of the parameter in the model.
         location: its names and its layout in the files of a transformers class.
         padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
-        row_axes: number of leading axes of the shape that form the rows of the weight matrix (see ``matrix_rows``);
+        row_axes: number of leading axes of the shape that form the rows of the weight matrix (see ``num_row_axes``);
             None: the parameter is not a matrix.
         is_table: whether the parameter is a token embedding or an output head, whose rows are the vocabulary.
     """
@@ -338,7 +338,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             path=path,
             location=locations[path],
             padded_shape=leaf.shape[len(locations[path].stack) :],
-            row_axes=matrix_rows(path, leaf),
+            row_axes=num_row_axes(path, leaf),
             is_table=is_table(path, leaf),
         )
         for path, leaf in spec.flatten(model.specs).items()

@@ -6,7 +6,7 @@ forms. This module has the shared code: the loop over target tokens, attention, 
 Initial weights are uniform in both forms, as in Luong et al. Layers and heads have biases; attention scores have none.
 Luong's best models read the source backwards. To reproduce this, reverse the source before the call.
 
-With ``copy``, both forms can copy source tokens (``jaxlm.nn.copying``), because source and target share the vocabulary.
+With ``copy``, both forms can also copy source tokens (``jaxlm.nn.copying``). This needs one vocabulary for both texts.
 ``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the generation
 probability, and the distribution of copied tokens. ``logits`` computes the mixture from it.
 
@@ -102,7 +102,7 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The head's input at each target token, [B, T, D], and the new state (None without a state).
+    """The head's input at each target token, [B, T, D], and the new state (None without a state). See ``copy`` above.
 
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 

@@ -101,7 +101,7 @@ def run_layers_with_outputs(
     remat: Remat,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
-    """The results of :func:`run_layers` for a block with a third result, and the third results of all layers, stacked.
+    """The same as :func:`run_layers`, for a block that returns a third value: also the third values of all layers.
 
     Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The stack has no entry for a layer whose output is
     None. If no layer has an output, the stack is None.
@@ -161,7 +161,7 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(tile_scores.SAVED, dropless.SAVED),
+            policies.save_only_these_names(tile_scores.SAVED, dropless.CHECKPOINT_NAME),
         )
         return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     return block
@@ -272,7 +272,10 @@ def check_tokens(
 
 
 def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` if ``cfg.pattern`` is empty, has an entry that is not ``allowed``, or cannot be stacked."""
+    """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not ``allowed``.
+
+    Also if ``scan_layers`` is True and the layers are of several kinds.
+    """
     if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
         raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
     if getattr(cfg, "scan_layers", False) and len(set(mixers(cfg))) > 1:

@@ -198,9 +198,10 @@ class Ramp:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters, with the initial values of the authors' code, but Gaussian matrices.
+    """The specs of all parameters.
 
-    The authors' code draws orthogonal matrices; the Gaussian matrices have the same variance. As in the authors' code,
+    Initial values are as in the authors' code, with one exception: it draws orthogonal matrices, and these are Gaussian
+    with the same variance. As in the authors' code,
     weight decay applies to linear layers, the head and the token table, but not to low-rank matrices.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)

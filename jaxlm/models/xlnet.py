@@ -59,7 +59,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = None
     """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
-    """Number of tokens, from the first one, that a call with an order adds to the memory; None means all tokens."""
+    """A call with ``order`` adds only its first tokens to the memory, this many; None means all tokens."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
@@ -109,7 +109,8 @@ def apply(
             depends on whether their types are equal. Default: no such bias. This is not the same as equal types for all
             tokens, which add the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
-        order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
+        order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
+            positions may have the same rank. The content stream attends to positions
             of the same or a lower order; the query stream attends only to positions of a lower order.
         targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
     """
@@ -125,7 +126,7 @@ def apply(
     )  # fmt: skip
     S = T if state is None else T + state["segment_ids"].shape[1]
     lowest_distance = -S if right_to_left is not None else 0 if kind == "left_to_right" else 1 - T
-    distances = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
+    encoded_RD = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
 
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     if two_streams:
@@ -140,7 +141,7 @@ def apply(
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
         old_inputs = None if layer_memory is None else layer_memory["hidden"]
-        attended = _attention(cfg, weights["attention"], x, T, old_inputs, streams, distances, layer_key)
+        attended = _attention(cfg, weights["attention"], x, T, old_inputs, streams, encoded_RD, layer_key)
         new_inputs = None if layer_memory is None else {"hidden": x[:, :num_remembered]}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, ("batch", "seq", "activation_embed"))

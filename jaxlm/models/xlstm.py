@@ -44,8 +44,8 @@ class Config(common.LayeredConfig):
     num_layers: int = 32
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("mlstm",)
-    """Recurrent layers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete.
-    The paper's xLSTM[7:1] has seven mLSTMs and one sLSTM."""
+    """Kinds of the recurrent layers of the first blocks. The other blocks repeat the pattern; the last repetition may
+    be incomplete. The paper's xLSTM[7:1] has seven mLSTMs and one sLSTM."""
     embed_dim: int = 4096
     """Model width."""
     mlp_dim: int = 10944
@@ -168,7 +168,7 @@ def _slstm(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, padded vocabulary] float32 (see ``vocab_multiple``)."""
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 
@@ -199,7 +199,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     has no sLSTM. The initial biases of an sLSTM are as in the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
-    K, V, P, rows = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    K, V, P, padded_vocab = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
     small_init, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)
 
     def gate(bias_init: Any) -> dict[str, ArraySpec]:
@@ -234,7 +234,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
     mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
-    table = ArraySpec((rows, D), ("vocab", "embed"), small_init, decay=True)
+    table = ArraySpec((padded_vocab, D), ("vocab", "embed"), small_init, decay=True)
     tree = {
         "token_embedding": table,
         "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
@@ -244,7 +244,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state of ``batch`` rows for any ``length``: the states of the recurrent layers.
+    """The specs of the state of ``batch`` padded_vocab for any ``length``: the states of the recurrent layers.
 
     An sLSTM layer also has the last inputs of its convolution (``tail``).
     """

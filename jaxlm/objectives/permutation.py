@@ -45,7 +45,8 @@ class PermutationConfig:
     """Number of targets per row, half of them in each part. Separators in a span are not predicted; targets of weight 0
     replace them."""
     alpha: int = 6
-    """About ``beta`` of every ``alpha`` tokens are predicted."""
+    """A span of n predicted tokens has a context of ``n * alpha / beta`` other tokens. The number of predicted tokens
+    depends only on ``num_predict``: single tokens are added after the last span."""
     beta: int = 1
     """See ``alpha``."""
     max_span_length: int = 5
@@ -170,7 +171,7 @@ def _predicted_and_order(
     make_order: Callable[..., np.ndarray],
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of predicted tokens of a row, [T] bool, and the factorization order, [T] int32.
+    """The mask of predicted tokens of a row, [T] bool, and the factorization order as ranks, [T] int32.
 
     Args:
         parts: the slice of each part and the number of its targets.
@@ -211,7 +212,7 @@ def span_mask(
     if num_targets > T:
         raise ValueError(f"num_predict needs {num_targets} targets in a part of {T} tokens: lower num_predict")
     if not 1 <= beta <= alpha:
-        raise ValueError(f"beta={beta} must be between 1 and alpha={alpha}: beta of every alpha tokens are predicted")
+        raise ValueError(f"beta={beta} must be between 1 and alpha={alpha}")
     mask = np.zeros(T, bool)
     sizes = np.arange(1, max_span_length + 1)
     probabilities = (1.0 / sizes) / np.sum(1.0 / sizes)

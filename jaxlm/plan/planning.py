@@ -50,7 +50,7 @@ class CollectiveStats:
 
     Attributes:
         kind: such as ``all-reduce``.
-        count: number of executions in a step.
+        count: number of executions in a step, the largest of these operations.
         bytes: bytes per device, summed over all executions.
         seconds: lower bound of the total time, which assumes that all links are used; None if the links are unknown.
     """
@@ -87,7 +87,8 @@ class KernelStats:
         grid: grid steps per call; None if unknown.
         bundles: number of VLIW instruction bundles (one per cycle) at each loop depth (see ``plan.kernels``); None if
             there is no schedule.
-        cycles: upper bound of the cycles of all calls; None if the schedule or the grid is unknown.
+        cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. Code that
+            a step skips counts, the iterations of an inner loop count once, and waiting for memory does not count.
     """
 
     name: str
@@ -106,10 +107,11 @@ class Plan:
         seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
             None if the cycles or the clock are unknown.
         communication: seconds of the collectives, if all links are used and no collective overlaps computation.
-        mfu: model FLOPs divided by the peak FLOPs of the devices in ``seconds``; None if the peak is unknown.
+        mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
+            the peak is unknown.
         mfu_exposed: the MFU if the step takes ``seconds + communication``.
-        memory_bound: seconds to read the parameters and the state once, a lower bound of the step time; of experts,
-            only those of one token. None for training or an unknown device.
+        memory_bound: seconds to read the state and the parameters once, a lower bound of the step time. Only the
+            experts of one token count. None for training or an unknown device.
         notes: costs that the numbers do not include.
     """
 
@@ -301,8 +303,9 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
     totals_of_kind: dict[str, list[float]] = {}
     for op in costs.collectives:
         group = op.group or 2
-        passes = {"all-reduce": 2.0, "collective-permute": group / (group - 1) if group > 1 else 1.0}.get(op.kind, 1.0)
-        sent = passes * op.bytes * (group - 1) / group
+        ring = (group - 1) / group  # the share of an array that a device sends in one pass around a ring
+        sent_share = {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring)
+        sent = sent_share * op.bytes
         totals = totals_of_kind.setdefault(op.kind, [0, 0, 0.0])
         totals[0] += op.times
         totals[1] += op.times * op.bytes
@@ -346,7 +349,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
     for kernel in kernel_stats:
         if kernel.cycles is None:
-            notes.append(f"kernel without a static schedule, so the time of the step is unknown: {kernel.name}")
+            notes.append(f"kernel without a known schedule or grid, so the time of the step is unknown: {kernel.name}")
         elif len(kernel.bundles or ()) > 2:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):

@@ -85,8 +85,8 @@ class TrainingConfig:
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
-    goes back to its newest checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al. 2022, section
-    5.1). 0 stops with an error instead."""
+    goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
+    2022, section 5.1). 0 stops with an error instead."""
     seed: int = 0
     """Seed of the initial weights, dropout and the order of the data."""
 
@@ -158,7 +158,7 @@ class Result:
         tokens_per_second: tokens that the model read per second, excluding the first step.
         examples_per_second: examples per second, excluding the first step.
         compilations: number of distinct batch shapes; the step was compiled once for each shape.
-        tokens: tokens that the model has read up to ``state``, including those before a resume.
+        tokens: tokens that the model has read up to the last step, including those before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
             from which this process continued.
         rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
@@ -206,8 +206,8 @@ def train(
         params: initial parameters; None initializes them at random.
 
     Raises:
-        DivergedError: after ``config.max_rollbacks`` rollbacks, ``config.max_skipped_in_a_row`` steps in a row were
-            skipped or the weights were not finite.
+        DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
+            the run has no checkpoint to go back to or has already gone back ``config.max_rollbacks`` times.
         FileExistsError: the directory has checkpoints and ``run.resume`` is False.
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
@@ -252,7 +252,7 @@ class _Loop:
         self._best: float | None = None
         self._without_improvement = 0
         self._validation_losses: list[float] = []  # of all evaluations until NT-ASGD starts averaging
-        self._dropped_batches = data.state()["next"]  # step i reads batch i - 1 + this number
+        self._batch_offset = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
         self._earlier_seconds = 0.0
@@ -271,7 +271,7 @@ class _Loop:
             _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])
             training = saved.get("training", {})  # missing in checkpoints of the first versions
-            self._dropped_batches = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
+            self._batch_offset = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
             self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
             self._resume_from(state, saved)
             saved_rate, rate = training.get("learning_rate"), self._learning_rate()
@@ -329,6 +329,7 @@ class _Loop:
         self._validation_losses = _none_to_nan(evaluation.get("losses", []))
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
+        # A checkpoint was due during the skipped steps at the end.
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
             losses = training.get("recent_losses")
@@ -408,15 +409,15 @@ class _Loop:
         return stop
 
     def _roll_back(self, error: DivergedError, reader: _MetricsReader, bar: Bar) -> None:
-        """Restore the newest checkpoint, and leave out the batches since then.
+        """Restore the newest scheduled checkpoint, and leave out the batches since then.
 
         Raises:
             DivergedError: no rollback is left, or there is no checkpoint.
         """
         allowed = self._config.max_rollbacks
         self._checkpoints.wait()
-        latest = self._checkpoints.latest
-        hint = f"The last checkpoint is of step {latest}"
+        latest = self._checkpoints.latest_scheduled
+        hint = f"The last scheduled checkpoint is of step {latest}"
         if latest is None:
             hint = "There is no checkpoint yet"
         elif allowed == 0:
@@ -426,21 +427,18 @@ class _Loop:
         if latest is None or self._rollbacks >= allowed:
             raise DivergedError(f"{error}. {hint}", error.step) from error
         del self._state  # two states may not fit in memory
-        try:
-            state, saved = self._checkpoints.roll_back(self._abstract_state)
-        except FileNotFoundError:
-            raise DivergedError(f"{error}. There is no earlier checkpoint to go back to", error.step) from error
+        state, saved = self._checkpoints.roll_back(self._abstract_state)
         # Training continues with the batch after the failed step, `error.step`. `self.step` may be a later step,
         # because metrics are read late.
-        next_batch = self._dropped_batches + error.step
+        next_batch = self._batch_offset + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
         self._resume_from(state, saved)
-        self._dropped_batches = next_batch - self.step
+        self._batch_offset = next_batch - self.step
         self._rollbacks += 1
         reader.forget()
         self._records.write(
             error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks,
-            batches_left_out=self._dropped_batches,
+            batches_left_out=self._batch_offset,
         )  # fmt: skip
         bar.say(
             f"{error}. Rollback {self._rollbacks} of {allowed}: training continues from step {self.step}, without the "
@@ -499,9 +497,10 @@ class _Loop:
         return value if self._config.best_mode == "min" else -value
 
     def _save(self, *, extra: bool, wait: bool) -> None:
+        """Save a checkpoint. ``extra``: it is outside of the schedule (:meth:`Checkpointer.save`)."""
         training: dict[str, Any] = {
             "step": self.step,
-            "batches_left_out": self._dropped_batches,
+            "batches_left_out": self._batch_offset,
             "tokens": self._tokens,
             "rollbacks": self._rollbacks,
             "seconds": self._earlier_seconds + time.perf_counter() - self._start_time,
@@ -643,7 +642,7 @@ class _MetricsReader:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last step, for example of an evaluation, from the training time."""
+        """Exclude the time since the last step from the training time, for example the time of an evaluation."""
         self._last_read = None
 
     def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
@@ -696,7 +695,7 @@ class _Signals:
     """Catches the first SIGINT or SIGTERM so that the loop ends after a complete step.
 
     A second signal has its usual effect. With several processes, a signal to one process ends all processes after the
-    same step (``processes.request_end``). If several processes were not joined by ``processes.run``, JAX handles
+    same step (``processes.request_end``). If the caller connected the processes without ``processes.run``, JAX handles
     SIGTERM, and this class catches only SIGINT.
     """
 

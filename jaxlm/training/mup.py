@@ -2,8 +2,9 @@
 
 With muP, the magnitude of activations and of their updates does not depend on the width of a model. So the best
 learning rate of a narrow base model is also about the best one of a wide model, if depth, batch size and number of
-steps are the same. :func:`mup` compares the specs of both models. The axes whose sizes differ are those that grow with
-the width, and their order says which of them are inputs of a matrix. These are the rules for AdamW and a matrix whose
+steps are the same. :func:`mup` compares the specs of both models. An axis whose sizes differ grows with the width. The
+leading axes of a matrix are its inputs, the others are its outputs (``jaxlm.adapt.num_row_axes``); in an output head
+[vocab, embed], it is the other way round. These are the rules for AdamW and a matrix whose
 inputs grow by the width ratio r:
 
     matrix                                 standard deviation of the initial values    learning rate
@@ -12,9 +13,9 @@ inputs grow by the width ratio r:
     only inputs grow (output head)         base / r                                    base / r
 
 This is table 3 of the paper. Vectors (biases, norm scales) have the values of the base model, except the vectors in
-``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that depends on the width, the token table is
-divided by the ratio of these numbers. Adam's ``epsilon`` must be small compared with the gradients, which become
-smaller with the width.
+``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that depends on the width, the initial values and
+the learning rate of the token table are divided by the ratio of these numbers. Adam's ``epsilon`` must be small
+compared with the gradients, which become smaller with the width.
 
     base = get_model("llama", num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384, vocab_size=V)
     model = base.with_fields(embed_dim=1024, num_heads=32, mlp_dim=3072)
@@ -33,18 +34,21 @@ import jax
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
+from jaxlm.adapt import is_table, num_row_axes, num_stack_axes
 from jaxlm.models import Model
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 OUTPUT_VECTORS = ("score",)
-"""Last keys of vectors v in a product ``v · h``. They are treated as matrices with one output."""
+"""Last keys of the paths of parameters v that are used in a product ``v · h`` (the scores of additive attention). They
+are treated as matrices with one output."""
 
 SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
 """Names of axes that must have equal sizes in both models."""
 
-SAME_FIELDS = ("scan_layers", "vocab_size", "vocab_multiple", "head_dim", "state_size")
-"""Config fields that must be equal in both models, in addition to all fields that are fractions or names."""
+SAME_FIELDS = (
+    "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token"
+)  # fmt: skip
+"""Config fields that must be equal in both models, in addition to all fields that are fractions, names or flags."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class MuP:
 
 
 def mup(model: Model, base: Model) -> MuP:
-    """The initializers and learning-rate factors with which the best learning rate of ``base`` is that of ``model``.
+    """Initializers and learning-rate factors with which the best learning rate of ``base`` also suits ``model``.
 
     ``base`` may be narrower or wider. Only widths may differ. A wider model has more attention heads of the same size.
 
@@ -118,7 +122,8 @@ def _check_fields(config: Any, base: Any) -> None:
     for field in dataclasses.fields(config):
         value, base_value = getattr(config, field.name), getattr(base, field.name)
         may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
-        is_width = isinstance(value, int | tuple) and field.name not in SAME_FIELDS
+        is_size = isinstance(value, int | tuple) and not isinstance(value, bool)
+        is_width = is_size and field.name not in SAME_FIELDS
         if value != base_value and not (may_differ or is_width):
             raise ValueError(
                 f"{field.name}={value!r} in the model and {base_value!r} in the base model: only widths may differ"
@@ -152,19 +157,19 @@ def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) ->
                 "widths may differ"
             )
     if name.rsplit("/", 1)[-1] in OUTPUT_VECTORS:
-        inputs = math.prod(leaf.shape) / math.prod(base.shape)
-        return 1 / inputs, 1 / inputs
-    rows = matrix_rows(name, leaf)
-    if rows is None:
+        input_ratio = math.prod(leaf.shape) / math.prod(base.shape)
+        return 1 / input_ratio, 1 / input_ratio
+    row_axes = num_row_axes(name, leaf)
+    if row_axes is None:
         return 1.0, 1.0
-    first = num_stack_axes(leaf)
+    first = num_stack_axes(leaf)  # the first axis of the matrix
     ratios = [size / base_size for size, base_size in zip(leaf.shape, base.shape, strict=True)][first:]
-    inputs, outputs = math.prod(ratios[:rows]), math.prod(ratios[rows:])
+    input_ratio, output_ratio = math.prod(ratios[:row_axes]), math.prod(ratios[row_axes:])
     if _is_head(name, leaf):
-        inputs, outputs = outputs, inputs  # a head is [vocab, embed]: its inputs are the columns
+        input_ratio, output_ratio = output_ratio, input_ratio  # a head is [vocab, embed]: its inputs are the columns
     elif leaf.axes[first] == "vocab":
         return 1 / table_ratio, 1 / table_ratio
-    return (inputs**-0.5 if outputs != 1.0 else 1 / inputs), 1 / inputs
+    return (input_ratio**-0.5 if output_ratio != 1.0 else 1 / input_ratio), 1 / input_ratio
 
 
 def _is_head(name: str, leaf: ArraySpec) -> bool:

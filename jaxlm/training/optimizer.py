@@ -15,7 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
-from jaxlm.adapt import is_table, matrix_rows, num_stack_axes
+from jaxlm.adapt import is_table, num_row_axes, num_stack_axes
 from jaxlm.config import check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
@@ -218,7 +218,7 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The stack axes
+    scales. ``jaxlm.adapt.num_row_axes`` defines which axes are the rows of the matrix. The stack axes
     (``jaxlm.adapt.num_stack_axes``) index independent matrices, and so does an unnamed output axis next to a named one
     (queries, keys and values of a fused projection; gates of a recurrence). The tree is also valid for
     ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
@@ -232,7 +232,7 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
 
 
 def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | None:
-    rows = matrix_rows(name, leaf)
+    rows = num_row_axes(name, leaf)
     is_head = name.split("/")[0] in (*HEADS.values(), "next_sentence")
     if rows is None or is_head or is_table(name, leaf):
         return None
@@ -275,7 +275,7 @@ def _for_each_matrix(
     transforms = {name: choose(name, leaf) for name, leaf in matrix_specs.items()}
 
     def reshape(name: str, x: Any) -> Any:
-        rows = matrix_rows(name, matrix_specs[name])
+        rows = num_row_axes(name, matrix_specs[name])
         if not flatten:
             return x
         return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)

@@ -86,7 +86,7 @@ class Trainer:
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
             of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the
-            same rule with 6 deviations. None never skips a step because of a finite loss.
+            same rule with 6 deviations. None: a step is skipped only if its loss or gradient is not finite.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no
             state.
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.

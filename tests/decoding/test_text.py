@@ -74,6 +74,24 @@ def test_streamed_pieces_join_to_the_whole_text(stop: tuple[str, ...], chunk: in
     assert generate_text(model, params, BYTES, ["The"], GenerationConfig(90, stop=stop)) == [expected]
 
 
+def test_a_piece_is_yielded_before_later_tokens_are_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = recite(LINE.encode())
+    generated: list[int] = []
+    partial_texts = text._TextGenerator.partial_texts
+
+    def record(*arguments: Any) -> Any:
+        for texts in partial_texts(*arguments):
+            generated.append(len(texts[0]))
+            yield texts
+
+    monkeypatch.setattr(text._TextGenerator, "partial_texts", record)
+    pieces = stream_text(model, params, BYTES, "The", GenerationConfig(90), chunk=4)
+    assert len(next(pieces)) == generated[-1] < 10
+    assert len(generated) == 1
+    next(pieces)
+    assert len(generated) == 2
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 50])
 def test_the_first_complete_stop_string_ends_the_text(chunk: int) -> None:
     model, params = recite(b"0123abcdef")

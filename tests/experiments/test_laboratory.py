@@ -14,6 +14,7 @@ from jaxlm.decoding import generate
 from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import seq2seq
 from jaxlm.testing.helpers import initial_params
+from tests.pages import ROOT
 
 PLAN = runs.Plan(steps=4, widths=(32,), layers=1, learning_rates=(1e-3, 1e-2), seeds=2, test_batches=1)
 
@@ -160,16 +161,33 @@ def test_page_draws_accuracy_against_learning_rate(tmp_path):
     assert (tmp_path / "pictures/laboratory_learning_rate.png").stat().st_size > 5000
 
 
-def test_with_mup_a_wider_model_has_smaller_hidden_rates():
-    experiment = EXPERIMENTS["learning_rate"]
+def test_mup_changes_initial_values_and_learning_rates_of_a_wider_model(monkeypatch):
+    experiment, rates = EXPERIMENTS["learning_rate"], []
+    make_optimizer = runs.make_optimizer
+
+    def record(*arguments, **options):
+        rates.append(options["rates"])
+        return make_optimizer(*arguments, **options)
+
+    monkeypatch.setattr(runs, "make_optimizer", record)
     plan = dataclasses.replace(PLAN, steps=3)
-    results = [
-        runs.Training("learning_rate", name, experiment.cases[name], plan, "llama", width).run(1e-2, 0)
+    losses = [
+        runs.Training("learning_rate", name, experiment.cases[name], plan, "llama", width).run(1e-2, 0).loss
         for name in ("standard", "muP")
-        for width in (64, 96)
+        for width in (64, 128)
     ]
-    assert results[0].loss == pytest.approx(results[2].loss, rel=1e-5), "muP of the base width is the standard"
-    assert results[1].loss != pytest.approx(results[3].loss, rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5), "muP of the base width is the standard"
+    assert losses[1] != pytest.approx(losses[3], rel=1e-4)
+    assert rates[:2] == [None, None]
+    assert [tree["head"] for tree in rates[2:]] == [1.0, 0.5]
+
+
+def test_the_page_of_the_documentation_is_up_to_date(tmp_path):
+    docs = ROOT / "docs"
+    results = {name: runs.Results(docs / "laboratory" / f"{name}.jsonl") for name in EXPERIMENTS}
+    assert page.write(results, tmp_path).read_text() == (docs / "laboratory.md").read_text()
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {path.name for path in (docs / "pictures").glob("laboratory_*")}
 
 
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
@@ -192,4 +210,10 @@ def test_unknown_names_are_refused(capsys):
     assert "invalid choice: 'recal'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["recall", "--case", "parity"])
-    assert "recall: no experiment has the cases and widths that you chose" in capsys.readouterr().err
+    assert "recall: no experiment has the cases, widths and models that you" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["recall", "--model", "t5"])
+    assert "recall: no experiment has the cases, widths and models that you" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--page"])
+    assert "--quick --page needs a directory" in capsys.readouterr().err

@@ -131,5 +131,5 @@ def test_errors_name_the_bad_weights() -> None:
         roberta_from_fairseq(untied, num_heads=H)
     with pytest.raises(ValueError, match="num_heads=5 does not divide embed_dim=12"):
         roberta_from_fairseq(weights, num_heads=5)
-    with pytest.raises(ValueError, match="no roberta.embeddings.word_embeddings.weight in the weights"):
+    with pytest.raises(ValueError, match="no embed_tokens.weight in the weights"):
         roberta_from_fairseq({"a": np.zeros(1)}, num_heads=1)

@@ -420,10 +420,18 @@ def test_a_failed_save_keeps_the_earlier_save(tmp_path: Path, monkeypatch: pytes
             raise OSError("no space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(huggingface, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        save_pretrained(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params), max_shard_bytes=20_000)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    def full_at_the_checksums(directory: Path, names: Any) -> None:
+        raise OSError("no space left on device")
+
+    # The second failure comes when all weights are written, directly before the files are moved.
+    for module, name, replacement in (
+        (huggingface, "save_file", full), (integrity, "write_checksums", full_at_the_checksums)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, replacement)
+        with pytest.raises(OSError, match="no space"):
+            save_pretrained(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params), max_shard_bytes=20_000)
+        monkeypatch.undo()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_interrupted_save_of_shards_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +552,7 @@ def test_error_for_an_index_with_a_path_out_of_the_directory(directory: Path, na
     name = name.format(outside=outside)
     index = {"weight_map": dict.fromkeys(weights(outside), name)}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="leads out of the directory") as raised:
+    with pytest.raises(ValueError, match="is not a plain file name") as raised:
         load_pretrained(directory)
     assert repr(name) in str(raised.value)
 
@@ -560,6 +568,14 @@ def test_links_must_stay_in_the_directory_or_in_the_hub_cache(directory: Path, n
     snapshot = directory.parent / "snapshots" / "abcd"
     snapshot.parent.mkdir()
     directory.rename(snapshot)
+    blobs.rename(directory.parent / "other")  # without blobs/, it is not a cache of the hub
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(directory.parent / "other" / "0123")
+    with pytest.raises(ValueError, match=rf"{name} is a link out of the directory"):
+        load_pretrained(snapshot)
+    (directory.parent / "other").rename(blobs)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(blobs / "0123")
     model, _ = load_pretrained(snapshot)
     assert model == load_pretrained(GOLDENS / "tied")[0]
 

@@ -105,6 +105,10 @@ def test_only_widths_may_differ():
         mup(base, base.with_fields(vocab_size=40))
     with pytest.raises(ValueError, match="scan_layers=True in the model and False in the base model"):
         mup(base.with_fields(scan_layers=True), base)
+    with pytest.raises(ValueError, match="qk_norm=True in the model and False in the base model: only widths may"):
+        mup(base.with_fields(qk_norm=True), base)
+    with pytest.raises(ValueError, match="window=4 in the model and None in the base model: only widths may differ"):
+        mup(base.with_fields(window=4), base)
     with pytest.raises(ValueError, match=r"rotary_base=500.0 in the model and 10000.0 in the base model"):
         mup(base.with_fields(rotary_base=500.0), base)
     with pytest.raises(ValueError, match="position_embedding: the axis 'positions' has size 12 in the model and 40"):

@@ -13,7 +13,7 @@ _LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "
 _LOW_RANK = {"decay": "w", "rate": "a", "value_residual": "v", "gate": "g"}
 _PER_CHANNEL = {"removal": "k_k", "replacement": "k_a", "bonus": "r_k"}
 _NORMS = {"time_mix_norm": "ln1", "channel_mix_norm": "ln2"}
-_KINDS = {"scale": "weight", "bias": "bias"}
+_NORM_PARAMETERS = {"scale": "weight", "bias": "bias"}
 
 _VECTOR: Layout = ((), (), (0,))  # [D] is [1, 1, D] in files
 _HEADS: Layout = ((), (), (0, 1))  # [H, K] is [1, 1, D] in files
@@ -39,11 +39,11 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
         tensors={
             "token_embedding": "emb.weight",
-            **{f"embedding_norm/{kind}": f"blocks.0.ln0.{name}" for kind, name in _KINDS.items()},
+            **{f"embedding_norm/{kind}": f"blocks.0.ln0.{name}" for kind, name in _NORM_PARAMETERS.items()},
             **{
                 f"layers/{norm}/{kind}": f"blocks.{{layer}}.{norm_name}.{name}"
                 for norm, norm_name in _NORMS.items()
-                for kind, name in _KINDS.items()
+                for kind, name in _NORM_PARAMETERS.items()
             },
             **{f"layers/time_mix/shift/{name}": f"{_ATT}x_{letter}" for name, letter in _LETTERS.items()},
             **{
@@ -56,11 +56,11 @@ FORMATS = (
                 f"layers/time_mix/{name}/weight": f"{_ATT}{name}.weight"
                 for name in ("receptance", "key", "value", "output")
             },
-            **{f"layers/time_mix/norm/{kind}": f"{_ATT}ln_x.{name}" for kind, name in _KINDS.items()},
+            **{f"layers/time_mix/norm/{kind}": f"{_ATT}ln_x.{name}" for kind, name in _NORM_PARAMETERS.items()},
             "layers/channel_mix/shift/key": f"{_FFN}x_k",
             "layers/channel_mix/key/weight": f"{_FFN}key.weight",
             "layers/channel_mix/value/weight": f"{_FFN}value.weight",
-            **{f"final_norm/{kind}": f"ln_out.{name}" for kind, name in _KINDS.items()},
+            **{f"final_norm/{kind}": f"ln_out.{name}" for kind, name in _NORM_PARAMETERS.items()},
             "head": "head.weight",
         },
         layouts={
@@ -70,7 +70,7 @@ FORMATS = (
             **{f"layers/time_mix/{name}": _HEADS for name in ("removal", "replacement")},
             **{f"layers/time_mix/{name}/weight": ((1, 2), (0,)) for name in ("receptance", "key", "value")},
             "layers/time_mix/output/weight": ((2,), (0, 1)),
-            **{f"layers/time_mix/norm/{kind}": ((0, 1),) for kind in _KINDS},
+            **{f"layers/time_mix/norm/{kind}": ((0, 1),) for kind in _NORM_PARAMETERS},
             "layers/channel_mix/shift/key": _VECTOR,
             **{f"layers/channel_mix/{name}/weight": TRANSPOSED for name in ("key", "value")},
         },

@@ -23,8 +23,8 @@ from jaxlm.nn import choices
 class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
-    ``row`` and ``column`` may be traced. TPU kernels override the methods. So a :class:`PaddableBiasFn` must slice,
-    multiply and gather only with these methods.
+    ``row`` and ``column`` may be traced. TPU kernels pass a subclass with other implementations of the methods
+    (``pallas_tile.Block``). So a :class:`PaddableBiasFn` must slice, multiply and gather only with these methods.
     """
 
     row: Any
@@ -54,12 +54,12 @@ class Tile(NamedTuple):
         return self.slice_keys(x_S)[None, :]
 
     def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
-        """Row i of ``scale * q @ strip`` [R, P = R + E], shifted left by R - i entries and cut to E entries, [R, E]
-        float32.
+        """An array [R, E] float32, whose row i is row i of the product ``scale * q @ strip`` [R, P], shifted.
 
-        So entry (i, j) of the result is entry (i, R - i + j) of the product. ``strip`` [K, P] is the slice of a table
-        of distances that the tile needs. If ``q_RK`` is None, the strip has one row [1, P], which replaces every row
-        of the product, without ``scale``.
+        The shift is R - i entries to the left. P is R + E, and the shifted row is cut to E entries. So entry (i, j) of
+        the result is entry (i, R - i + j) of the product. ``strip`` [K, P] is the slice of a table of distances that
+        the tile needs. If ``q_RK`` is None, the strip has one row [1, P], which replaces every row of the product,
+        without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
@@ -70,7 +70,10 @@ class Tile(NamedTuple):
         return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
 
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-        """Entry (i, first[i] + s) of ``x`` for query i of the tile and key s, [R, E]. The indices must be in range."""
+        """An array [R, E]: for query i of the tile and the key with index s, entry (i, first[i] + s) of ``x``.
+
+        s counts all S keys. The indices must be in range.
+        """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
 
@@ -150,7 +153,8 @@ def check(bias: AttentionBias, batch: int, heads: int) -> None:
     """Check that the arrays of a bias match the batch and the heads of the queries.
 
     Raises:
-        ValueError: the first two axes of an array are neither 1 nor the batch size and the number of heads.
+        ValueError: the first axis of an array is neither 1 nor the batch size, or the second axis of a float array is
+            neither 1 nor the number of heads.
     """
     for x in jax.tree.leaves(bias.floats):
         if x.ndim < 2 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
@@ -180,7 +184,7 @@ def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
 
 
 def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
-    """The arrays without those of their first ``axes`` axes that have size 1."""
+    """Each array without the axes of size 1 among its first ``axes`` axes."""
     return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
 
 

@@ -3,7 +3,7 @@
 Every array has an axis with the name ``batch``; beam search, resets and shardings find the axis by this name. Each row
 appends at its own ``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one
 token. Padding is stored too, with segment id 0, and real tokens do not attend to it. The last axis contains all heads
-of a slot (G * K), because a last axis of width K would leave half of a TPU's vector lanes empty.
+of a slot (G * K), because a last axis of width K = 64 would leave half of a TPU's 128 vector lanes empty.
 
 Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
@@ -95,7 +95,8 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     if isinstance(slots_BS, CacheView):
         return slots_BS.append(new_BT, length_B)
     if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
-        # On a TPU, the update below becomes a scatter in float32 if there are several rows (docs/labbook.md).
+        # On a TPU with bfloat16, the update at the end of this function becomes a scatter in float32 if there are
+        # several rows. This one does not (docs/labbook.md).
         return CacheView(slots_BS).append(new_BT, length_B).stack
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
@@ -178,7 +179,8 @@ class Context:
 def with_window(context: Context, window: int, state: State | None) -> Context:
     """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
 
-    With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.
+    With a cache, the order of a token in the mask becomes the number of real tokens up to it, because the window does
+    not contain cached padding.
 
     Args:
         state: the state that :func:`make_context` returned.

@@ -1,8 +1,8 @@
 """The rolling memory of models with segment recurrence (Transformer-XL, XLNet): the last inputs of every layer.
 
-The memory starts empty, as in the authors' code; Hugging Face attends to zeros instead. The newest token is last, and
-the oldest tokens are dropped. Padding never displaces a token. Every array has an axis that is named ``batch``, by
-which beam search, resets and shardings find it.
+The memory starts empty. (Hugging Face's Transformer-XL starts with zeros, to which tokens attend.) The newest token is
+last, and the oldest tokens are dropped. Padding never displaces a token. Every array has an axis with the name
+``batch``; beam search, resets and shardings find the axis by this name.
 
 Shapes: B batch, M memory slots, T new tokens, S = M + T keys, D model width, H heads, K head width, L layers.
 """
@@ -140,20 +140,21 @@ def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
 def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
     """``weight @ q`` for each head, [B, T, H, D]: the queries of absorbed attention.
 
-    For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So these queries attend to the inputs themselves,
-    and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The inputs in the memory
-    are not projected again for every new token, and they need half the space of cached keys and values.
+    The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So these queries attend to the
+    inputs themselves, and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The
+    inputs in the memory are not projected again for every new token, and they need half the space of cached keys and
+    values.
     ``jaxlm.nn.choices.absorbed_attention`` decides when this is cheaper.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 
 
 def attend(
-    q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
+    q_BTHD: jax.Array, inputs_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
     """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D]."""
-    context_BS1D = context_BSD[:, :, None]
-    return decode.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, biases)
+    inputs_BS1D = inputs_BSD[:, :, None]
+    return decode.attend(q_BTHD, inputs_BS1D, inputs_BS1D, mask, scale, biases)
 
 
 def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:

@@ -86,9 +86,10 @@ def attention(
     def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
         """``x`` broadcast to all heads and, if necessary, to all rows.
 
-        Each block has one head, so every array is broadcast to all heads. Query-indexed arrays are also broadcast to
-        all rows. The kernel can sum a gradient only over consecutive grid steps. With grouped query heads, the steps of
-        the rows that share an array are not consecutive, so all arrays are broadcast to all rows.
+        Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
+        consecutive grid steps. The steps of the same block of queries in different rows are not consecutive, so
+        query-indexed arrays are broadcast to all rows. With grouped query heads, the steps of different rows are never
+        consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))

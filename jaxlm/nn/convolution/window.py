@@ -25,6 +25,7 @@ from jaxlm.spec import ArraySpec
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
 ``same``: the middle tap of each window is at its position; of the two middle taps of an even kernel, the earlier one.
+With an even kernel and a dilation above 1, the window begins ``(K - 1) * dilation // 2`` steps before its position.
 ``causal``: each window ends at its position."""
 
 
@@ -185,7 +186,10 @@ def prepend_tail(stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple
 
 
 def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:
-    """The last ``reach`` real entries of each row. Its first ``reach`` entries are from earlier calls."""
+    """The last ``reach`` real entries of each row of ``x``.
+
+    A row of ``x`` begins with ``reach`` entries of earlier calls. Then come ``count`` real entries and the padding.
+    """
     return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, reach))(x_BS, count_B)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.nn.experts.dropless import SAVED
+from jaxlm.nn.experts.dropless import CHECKPOINT_NAME
 from jaxlm.nn.experts.router import Routing
 from jaxlm.nn.experts.rows import permute_rows
 from jaxlm.sharding import constrain
@@ -62,7 +62,7 @@ def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
     x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
 
     def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        return checkpoint_name(jnp.einsum(equation, x, w), SAVED)
+        return checkpoint_name(jnp.einsum(equation, x, w), CHECKPOINT_NAME)
 
     gate, up = (matmul("BECD,EDF->BECF", x_BECD, weights[name]) for name in ("gate", "up"))
     hidden_BECF = constrain(jax.nn.silu(gate) * up, ("expert_batch", "expert", None, "mlp"))

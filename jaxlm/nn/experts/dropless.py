@@ -3,7 +3,8 @@
 The assignments of tokens to experts are sorted by expert. Then one grouped matmul computes the matmuls of all experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
-A = B * T * N assignments, S rows of a block, P slots (rows of all blocks), C input and D output width of a matmul.
+A = B * T * N assignments, M blocks, S rows of a block, P slots (rows of all blocks), C input and D output width of a
+matmul.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxlm.nn.experts.rows import Groups, group_by_expert, permute_rows
 from jaxlm.sharding import map_shards
 
 GroupedMatmul = Literal["ragged_dot", "blocks"]
-SAVED = "experts"
+CHECKPOINT_NAME = "experts"
 """Checkpoint name of the outputs of grouped matmuls; a rematerialization policy can save them by this name."""
 
 
@@ -35,21 +36,21 @@ def dropless(
 ) -> jax.Array:
     """The weighted sum of the selected experts' outputs for each token, [B, T, D]; not defined at padding.
 
-    On a mesh, each device sorts its tokens. If mesh axes split the experts or their hidden width, each device applies
-    its part of the experts to the tokens of all devices along these axes, and the results are summed.
+    On a mesh, each device sorts its tokens. If mesh axes split the experts or their hidden width, the devices along
+    these axes get the same tokens. Each applies its part of the experts to them, and the results are summed.
     """
     num_experts = weights["gate"].shape[0]
     experts_BTN = routing.experts
     if keep_BT is not None:
         experts_BTN = jnp.where(keep_BT[..., None], experts_BTN, num_experts)
-    tokens = ("expert_batch", "seq", None)
+    token_axes = ("expert_batch", "seq", None)
     run = map_shards(
         functools.partial(_run_experts, grouped_matmul=grouped_matmul),
         in_axes=(
-            tokens, tokens, tokens, ("expert",), ("expert", None, "mlp"), ("expert", None, "mlp"),
+            token_axes, token_axes, token_axes, ("expert",), ("expert", None, "mlp"), ("expert", None, "mlp"),
             ("expert", "mlp", None),
         ),
-        out_axes=tokens,
+        out_axes=token_axes,
         sum_over=("expert", "mlp"),
     )  # fmt: skip
     indices_E = jnp.arange(num_experts, dtype=jnp.int32)
@@ -82,35 +83,35 @@ def _run_experts(
 
 
 def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
-    return checkpoint_name(lax.ragged_dot(x_PC, w_ECD, groups.sizes), SAVED)
+    return checkpoint_name(lax.ragged_dot(x_PC, w_ECD, groups.sizes), CHECKPOINT_NAME)
 
 
 def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
     """The grouped matmul as a loop over blocks of rows that have the same expert."""
     num_blocks = groups.block_experts.shape[0]
     y = _block_matmul(x_PC.reshape(num_blocks, -1, x_PC.shape[1]), w_ECD, groups.block_experts)
-    return checkpoint_name(y.reshape(-1, y.shape[2]), SAVED)
+    return checkpoint_name(y.reshape(-1, y.shape[2]), CHECKPOINT_NAME)
 
 
 _MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
 
 
 @jax.custom_vjp
-def _block_matmul(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> jax.Array:
-    """``x[n] @ w[expert[n]]`` for each of N blocks. The gradient of ``w`` is summed in place, block by block."""
-    return _multiply_blocks(x_NSC, w_ECD, expert_N)
+def _block_matmul(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
+    """``x[n] @ w[expert[n]]`` for each of M blocks. The gradient of ``w`` is summed in place, block by block."""
+    return _multiply_blocks(x_MSC, w_ECD, expert_M)
 
 
-def _multiply_blocks(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> jax.Array:
-    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_NSC, expert_N))
+def _multiply_blocks(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
+    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_MSC, expert_M))
 
 
-def _block_matmul_forward(x_NSC: jax.Array, w_ECD: jax.Array, expert_N: jax.Array) -> tuple[jax.Array, Any]:
-    return _multiply_blocks(x_NSC, w_ECD, expert_N), (x_NSC, w_ECD, expert_N)
+def _block_matmul_forward(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> tuple[jax.Array, Any]:
+    return _multiply_blocks(x_MSC, w_ECD, expert_M), (x_MSC, w_ECD, expert_M)
 
 
-def _block_matmul_backward(saved: Any, dy_NSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x_NSC, w_ECD, expert_N = saved
+def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_MSC, w_ECD, expert_M = saved
 
     def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
         x_SC, dy_SD, expert = block
@@ -118,8 +119,8 @@ def _block_matmul_backward(saved: Any, dy_NSD: jax.Array) -> tuple[jax.Array, ja
         dw_ECD = lax.dynamic_update_index_in_dim(dw_ECD, dw_ECD[expert] + dw_CD, expert, 0)
         return dw_ECD, dy_SD @ w_ECD[expert].T
 
-    dw_ECD, dx_NSC = lax.scan(step, jnp.zeros(w_ECD.shape, jnp.float32), (x_NSC, dy_NSD, expert_N))
-    return dx_NSC, dw_ECD.astype(w_ECD.dtype), None
+    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros(w_ECD.shape, jnp.float32), (x_MSC, dy_MSD, expert_M))
+    return dx_MSC, dw_ECD.astype(w_ECD.dtype), None
 
 
 _block_matmul.defvjp(_block_matmul_forward, _block_matmul_backward)

@@ -1,6 +1,6 @@
 """The definition of a mixture of experts: every expert processes every token.
 
-Shapes: B batch, T time, D model width, E experts, F hidden width of an expert.
+Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert.
 """
 
 from __future__ import annotations

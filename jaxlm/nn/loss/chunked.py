@@ -29,9 +29,10 @@ def chunked_cross_entropy(
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
 
     The time axis is split into chunks, so that at most ``chunk_logits`` logits exist at once (default:
-    ``jaxlm.nn.choices.max_logits``). The forward pass also computes the gradients of each chunk, up to the cotangent of
-    the loss, which is a constant factor. So the backward pass recomputes nothing. Differentiable in ``hidden`` and in
-    the leaves of ``params`` that ``head`` reads; not in ``weights``.
+    ``jaxlm.nn.choices.max_logits``), but at least those of one time step. The forward pass also computes the gradients
+    of each chunk. The backward pass only multiplies them by the cotangent of the loss, so it recomputes nothing.
+    Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``. Positions
+    whose weight is not positive are ignored.
 
     Returns:
         A float32 scalar, in nats.
@@ -52,7 +53,7 @@ def chunked_cross_entropy(
 
     used_leaves = [leaves[index] for index in used_indices]
     weights_BT = weights_BT.astype(jnp.float32)
-    return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
+    return _chunked_loss(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
 
 
 def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
@@ -85,14 +86,14 @@ def _split_time(x: jax.Array, C: int) -> jax.Array:
 
 
 def _chunk_length(head: Head, chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of steps per chunk, so that a chunk has at most ``chunk_logits`` logits."""
+    """C, the number of steps per chunk, so that a chunk has at most ``chunk_logits`` logits, if C > 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
     return choices.loss_chunk(T, max(1, chunk_logits // (B * V)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(
+def _chunked_loss(
     head: Head,
     chunk_logits: int,
     label_smoothing: float,
@@ -144,4 +145,4 @@ def _backward(
     return dparams, dhidden, None, None
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked_loss.defvjp(_forward, _backward)

@@ -7,7 +7,7 @@ The gated delta rule (Yang, Kautz and Hatamizadeh 2024, eq. 10) has one decay pe
 A step first decays the state. Then it replaces the old value of the key, ``k_t @ S``, by ``(1 - beta_t) * old value +
 beta_t * v_t`` (for keys of length 1). With ``g = 0``, this is the delta rule (Schlag et al. 2021; Yang et al. 2024).
 For keys of length 1, the eigenvalues of ``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in
-[-1, 1] (Grazzi et al. 2024).
+[-1, 1] (Grazzi et al. 2025).
 
 The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. A step reads the old value
 with a vector a, adds it to the state with a key b, and adds the new value with another key k:
@@ -117,8 +117,8 @@ def generalized_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` of the generalized delta rule (equations: see the module), and the last state.
 
-    Dtypes are as in :func:`gated_delta_rule`. For a state that stays bounded, the eigenvalues of ``diag(exp(g)) +
-    b a.T`` must be in [-1, 1].
+    Dtypes are as in :func:`gated_delta_rule`. If the same step is repeated, the state can stay bounded only if no
+    eigenvalue of ``diag(exp(g)) + b a.T`` has a magnitude above 1.
 
     Args:
         log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
@@ -162,7 +162,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset
 def _run(
     name: str,
     step: Callable[..., Any],
-    chunk_steps: Callable[..., Any],
+    run_chunk: Callable[..., Any],
     inputs: Any,
     state_BHKV: jax.Array | None,
     keep_BT: jax.Array | None,
@@ -173,7 +173,7 @@ def _run(
 
     Args:
         step: ``step(state, *inputs)`` returns the state and the output of one step.
-        chunk_steps: the same for all steps of a chunk.
+        run_chunk: the same for all steps of a chunk.
         inputs: queries, keys, values, and the other inputs of the rule, with the resets already applied.
     """
     if chunk < 1 or chunk & (chunk - 1):
@@ -200,7 +200,7 @@ def _run(
     # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.
     # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
     # this difference would be inaccurate for strong decays.
-    recomputed = jax.checkpoint(chunk_steps, prevent_cse=False)
+    recomputed = jax.checkpoint(run_chunk, prevent_cse=False)
     chunks = [split_into_chunks(x, L) for x in inputs]
     last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
     return join_chunks(out_CBHLV, T), last_BHKV
@@ -285,8 +285,8 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    A query of step t - 1 has the same decays D(s, t-1) as a_t. So the code uses ``a_{t+1}`` as a second query of step
-    t, and then shifts its scores by one step.
+    a_t needs the decays D(s, t-1), which a query of step t - 1 also has. So the code uses ``a_{t+1}`` as a second query
+    of step t, and then moves its scores from step t to step t + 1.
     """
     dtype = v_BHLV.dtype
     product = _product_in(dtype)

@@ -1,7 +1,7 @@
 """Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
 
-The equations are eq. 18 to 20 of Katharopoulos et al. 2020 without their normaliser. To get the normaliser, add a
-channel to the values that is always 1.
+Without decay, these are eq. 18 to 20 of Katharopoulos et al. 2020, without their normaliser. To get the normaliser, add
+a channel to the values that is always 1.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
@@ -45,8 +45,9 @@ def linear_attention(
     Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
-        query_BTGK, key_BTGK: G is H, or, with one decay per head, a divisor of H. Then each query and key belongs to
-            H / G consecutive heads. The scores of a group are computed only once.
+        query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may also be a divisor
+            of H; then each query and key belongs to H / G consecutive heads, and the scores of a group are computed
+            only once.
         log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
             state to zeros.
         state_BHKV: the state before the first step; None: zeros.
@@ -237,13 +238,15 @@ def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
     on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of step t is a summand of b_s
-    for all steps s >= t, so its gradient is the sum of their gradients.
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``; that of the last one, b_L, has another
+    summand, the state after the chunk times its gradient. The log decay of step t is a summand of b_s for all steps
+    s >= t, so its gradient is the sum of their gradients.
 
     Args:
-        dsum_BHLK: ``q * dq - k * dk``. With one decay per head, only the sum over the last axis matters, and ``out *
-            dout - v * dv`` has the same sum, because the output is linear in q and k occurs only in ``k v.T``. This
-            also holds if several heads share q and k, whose gradients are then sums over these heads.
+        dsum_BHLK: ``q * dq - k * dk``. With one decay per head, only the sum over the last axis matters. ``out * dout``
+            has the same sum as ``q * dq``, because the output is linear in q. ``v * dv`` has the same sum as
+            ``k * dk``, because k and v occur only in ``k v.T``. If several heads share q and k, dq and dk are sums over
+            these heads, and only ``out * dout - v * dv`` gives the value of each head.
         state_dstate_BHKV: the state after the chunk times its gradient.
     """
     dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
@@ -284,7 +287,7 @@ def _float32_chunk(
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # one decay per head multiplies whole scores and values
+    if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape
@@ -333,10 +336,10 @@ def pair_scores_and_decays(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scores of all pairs of steps of a chunk, and the products of decays before and after each step.
 
-    Blocks of 1, 2, 4, ... steps are joined in pairs. The decay between a step of the later block and a step of the
-    earlier block is the product of two factors: the decays of the later block up to its step (``later``), and the
-    decays of the earlier block after its step (``earlier``). Quotients of products, which could overflow, are not
-    needed.
+    Blocks of 1, 2, 4, ... steps are joined in pairs. The decay from step s of the earlier block to step t of the later
+    block is ``later[t] * earlier[s]``. ``later[t]`` is the product of the decays of the later block up to and including
+    t. ``earlier[s]`` is the product of the decays of the earlier block after s. Quotients of products, which could
+    overflow, are not needed.
 
     Args:
         diagonal_BHL: the score of each step with itself; [B, H, L, N] for N kinds of scores.
