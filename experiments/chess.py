@@ -235,7 +235,7 @@ def _opponents(tests: TestSizes) -> Iterator[tuple[str, chess.Player, int, int]]
         try:
             with chess.EnginePlayer() as engine:
                 yield "Stockfish level 0", engine, tests.engine, tests.opening_moves
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:  # there is no engine, or it does not start
             lib.print_once(f"{error}: this test is skipped")
 
 

@@ -335,7 +335,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     model, make_batch = recipe.build(), to_batch(recipe)
     training = TrainingConfig(
         steps=steps or recipe.steps, batch_size=recipe.batch_size, sequence_length=recipe.length,
-        evaluate_every=200, checkpoint_every=10_000, log_every=20,
+        evaluate_every=200, checkpoint_every=None, log_every=20,
     )  # fmt: skip
     config = recipe.optimizer(training.steps)
     optimizer = make_optimizer(config, model.specs, training.steps)

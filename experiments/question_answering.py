@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,20 +181,27 @@ class Scorer:
         return {"f1": f1.value, "exact_match": exact.value}
 
 
+def read_extra_tests(paths: Sequence[Path]) -> dict[str, Examples]:
+    """The examples of each file by file name, or by path if two files have the same name."""
+    names = [path.name for path in paths]
+    unique = len(set(names)) == len(names)
+    return {path.name if unique else str(path): read_squad(path) for path in paths}
+
+
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
     data_fields = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
     lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *data_fields])
     training, validation, test = parts(experiment)
-    extra_tests = {path.name: read_squad(path) for path in experiment.extra_tests}
+    extra_tests = read_extra_tests(experiment.extra_tests)
     model, params, tokenizer = build(experiment, training, resume)
     window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
     windows = training_windows(model, tokenizer, training, **window_size)
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
-        config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+        config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     scorer = Scorer(experiment, model, tokenizer)
     held_out = batches(
         training_windows(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm import config as config_lib
-from jaxlm import host, metrics
+from jaxlm import host, metrics, spec
 from jaxlm.data import Batches, Tokenizer, load_tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
@@ -40,6 +40,7 @@ from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Data:
     on_error: OnError = "raise"
     """Invalid lines, for example without a text: raise an error, or skip them and print their numbers (report)."""
     validation_fraction: float = 0.02
-    """Fraction of the training file for validation, which selects the best weights."""
+    """Fraction of the training file for validation. With training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
@@ -178,8 +179,9 @@ def build(
         texts = training.column("text") + test.column("text")
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
         overrides["max_positions"] = max(longest, 32)
-        if config.name == "alexnet":
-            overrides["pools"] = (overrides["max_positions"] - 4,)  # max pooling over the sentence
+        kernels = config_lib.assignments("model.set", config.set).get("kernels", ())
+        if config.name == "alexnet" and len(kernels) == 1:
+            overrides["pools"] = (overrides["max_positions"] - kernels[0] + 1,)  # max pooling over the sentence
         else:
             # The length is a multiple of 8, because pooling halves it between the groups of blocks.
             overrides["max_positions"] += -overrides["max_positions"] % 8
@@ -204,7 +206,7 @@ def train_and_test(
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
-        config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+        config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),
@@ -244,17 +246,24 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return train_and_test(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
         raise ValueError("--resume does not support folds: start the run again")
-    examples = read_all(experiment.data)
+    examples, num_correct, start_time = read_all(experiment.data), 0, time.perf_counter()
     output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
-        fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
+        fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}")
         result, score = train_and_test(fold_experiment, training, test, None)
         if score is None:
             return result
         scores.append(score.value)
-    mean = metrics.mean(f"accuracy over {experiment.folds} folds", scores)
-    lib.print_once(f"{mean} · standard deviation over folds {np.std(scores, ddof=1):.4f}")
+        num_correct += round(score.value * len(test))
+    pooled = metrics.proportion(f"accuracy over {experiment.folds} folds", num_correct, len(examples))
+    deviation = round(float(np.std(scores, ddof=1)), 4)
+    lib.print_once(f"{pooled} · standard deviation over folds {deviation}")
     config_lib.write(experiment, output / "config.json")
+    write_results(
+        output, task="sentiment", family=experiment.model.name, parameters=spec.count(result.params),
+        minutes=(time.perf_counter() - start_time) / 60, scores=[pooled], data=str(experiment.data.train),
+        folds=experiment.folds, accuracy_of_folds=scores, standard_deviation_over_folds=deviation,
+    )  # fmt: skip
     return result
 
 

@@ -169,7 +169,8 @@ def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer,
     """The prompt of the passage. Raises ``ValueError`` if the model cannot read a prompt of this length."""
     prompt, limit = experiment.prompt, getattr(model.config, "max_positions", None)
     if prompt is None and experiment.data is not None:
-        return tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
+        beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
+        return beginning.strip("\ufffd")  # incomplete characters at both ends
     prompt = "ROMEO:" if prompt is None else prompt
     size = tokenizer.encode(prompt).size
     if size < 1 or (limit is not None and size > limit):
@@ -197,7 +198,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
     validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
     if state is not None:  # the carried state is valid only until the end of the columns
-        count = min(count, len(corpus.parts["validation"]) // (rows * length))
+        count = min(count, (len(corpus.parts["validation"]) - 1) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
     evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=state)
     trainer = config.trainer(

@@ -163,7 +163,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
         length_multiple=4,
     )  # fmt: skip
-    config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+    config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),

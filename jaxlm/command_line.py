@@ -106,8 +106,9 @@ def parse_experiment(
     initial = default if known.preset is None else presets[known.preset]
     if known.resume is not None:
         initial = read(type(default), known.resume / "config.json")
+    preset_names = "{" + ",".join(presets) + "}"
     options = "".join(
-        f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in parser._actions
+        f"  {' '.join(a.option_strings)} {a.metavar or preset_names}: {a.help}\n" for a in parser._actions
     )
     config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=initial)
     return config, initial, known.resume

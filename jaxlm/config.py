@@ -55,6 +55,8 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
             return from_json(option, value, where)
         if isinstance(value, list) and typing.get_origin(option) is tuple:
             value = _lists_to_tuples(value)
+            if Path in typing.get_args(option):
+                value = tuple(map(Path, value))
         elif isinstance(value, str) and option is Path:
             return Path(value)
     check_value(hint, value, where)
@@ -151,31 +153,35 @@ def read(kind: type[C], path: Path) -> C:
     return from_json(kind, read_object(path), str(path))
 
 
-def assignment(option: str, text: str) -> tuple[str, str]:
-    """The name and the value in a text such as ``num_layers=24``.
+def assigned_texts(option: str, texts: Sequence[str], example: str = "num_layers=24") -> dict[str, str]:
+    """``{name: value}`` from texts such as ``num_layers=24``.
 
     Raises:
-        ValueError: the text has no ``=``.
+        ValueError: a text has no ``=``, or a name occurs twice.
     """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example num_layers=24")
-    return name, value
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example {example}")
+        if name in values:
+            raise ValueError(f"--{option} has {name} twice: {name}={values[name]} and {text}")
+        values[name] = value
+    return values
 
 
 def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
     """``{name: value}`` from texts such as ``num_layers=24``. A value that is not a Python literal is a string.
 
+    ``true`` and ``false`` are booleans.
+
     Raises:
         ValueError: a text has no ``=``, or a name occurs twice.
     """
     values: dict[str, Any] = {}
-    for text in texts:
-        name, value = assignment(option, text)
-        if name in values:
-            raise ValueError(f"--{option} has {name} twice: {name}={values[name]} and {text}")
+    for name, value in assigned_texts(option, texts).items():
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            values[name] = value  # a string, as in remat=full
+            values[name] = {"true": True, "false": False}.get(value, value)  # otherwise a string, as in remat=full
     return values

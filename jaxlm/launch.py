@@ -88,8 +88,10 @@ def script(
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
     if topology == "gpu":
-        if host is None or zone is not None or spot:
-            raise ValueError("topology 'gpu' is an existing node: it needs --host user@machine, and no zone or spot")
+        if host is None or zone is not None or spot or name != "jaxlm":
+            raise ValueError(
+                "topology 'gpu' is an existing node: it needs --host user@machine, and no zone, name or spot"
+            )
         return _gpu_script(host, shlex.join(command))
     kind, _, shape = topology.partition(":")
     if kind not in _TPUS or not re.fullmatch("x".join([r"[1-9]\d*"] * _TPUS[kind].num_dimensions), shape):

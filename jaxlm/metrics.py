@@ -4,8 +4,10 @@ The first argument of a metric contains the model's outputs, and the second cont
 :class:`Score`. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE (``pip install 'jaxlm[metrics]'``).
 scipy computes Wilson intervals.
 
-Intervals of proportions are Wilson intervals (Wilson 1927). All other intervals are percentile bootstrap intervals over
-examples (Efron and Tibshirani 1993, chapter 13). Intervals account for the random choice of the examples, but not for
+Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
+mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles. All other
+intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13); there is none if all
+values are equal. Intervals account for the random choice of the examples, but not for
 the training seed.
 """
 
@@ -34,7 +36,7 @@ class Score:
         value: the metric over all examples.
         low: lower end of the interval. None: there is no interval.
         high: upper end of the interval. None: there is no interval.
-        count: number of examples. None: unknown.
+        count: number of scored items, for example examples, tokens or moves. None: unknown.
         detail: how the value and the interval are computed, for example sacrebleu's signature.
     """
 
@@ -88,7 +90,7 @@ def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
         ValueError: there are no values, or a value is not finite.
     """
     numbers = _check_numbers(values)
-    low, high = bootstrap(numbers, seed)
+    low, high = bootstrap(numbers, seed) if np.ptp(numbers) > 0 else (None, None)
     return Score(name, float(numbers.mean()), low, high, len(numbers), _bootstrap_detail(seed))
 
 
@@ -155,7 +157,9 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
         occurs = occurrences > 0  # a resampled test set may not contain all classes
         return float(np.mean(2 * counts.diagonal()[occurs] / occurrences[occurs]))
 
-    low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
+    low, high = None, None
+    if not np.array_equal(predicted, expected):
+        low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
     return Score("macro F1", score(slice(None)), low, high, len(expected), _bootstrap_detail(seed))
 
 
@@ -378,5 +382,5 @@ def _sacrebleu() -> Any:
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
     # sacrebleu returns the interval only as text and in two private attributes: its center and half of its width.
-    low, high = result._mean - result._ci, result._mean + result._ci
+    low, high = max(0.0, result._mean - result._ci), min(100.0, result._mean + result._ci)
     return Score(name, float(result.score), float(low), float(high), len(hypotheses), str(metric.get_signature()))

@@ -19,10 +19,12 @@ class Outer:
     """A path."""
     rate: float = 0.5
     """A number."""
+    files: tuple[Path, ...] = ()
+    """Paths."""
 
 
 def test_json_round_trip(tmp_path):
-    for config in (Outer(), Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0)):
+    for config in (Outer(), Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0, (Path("a"), Path("b")))):
         assert config_lib.from_json(Outer, config_lib.to_json(config)) == config
         config_lib.write(config, tmp_path / "config.json")
         assert config_lib.read(Outer, tmp_path / "config.json") == config
@@ -81,6 +83,15 @@ def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=f"seed={seed} must be from 0 to 4294967295"):
             config_lib.check_numbers(dataclasses.make_dataclass("Draws", ["seed"])(seed))
+
+
+def test_values_of_settings():
+    texts = ["scan_layers=true", "tie_embeddings=False", "remat=full", "pools=(3, 4)", "num_layers=2", "window=None"]
+    assert config_lib.assignments("set", texts) == {
+        "scan_layers": True, "tie_embeddings": False, "remat": "full", "pools": (3, 4), "num_layers": 2, "window": None
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="cannot read --xla 'a': write name=value, for example b=1"):
+        config_lib.assigned_texts("xla", ["a"], "b=1")
 
 
 def test_a_setting_must_not_be_given_twice():

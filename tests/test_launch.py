@@ -226,7 +226,7 @@ def test_an_incomplete_run_directory_is_renamed(program):
         (["local:0"], "topology 'local:0' must be local:N, with a number of processes such as local:2"),
         (["local"], "must be local:N"),
         (["local:2"], "--topology local:N needs --command 'python -m MODULE ...'"),
-        (["local:2", "--command", "python -m m", "--dry-run"], "remove --dry-run, --zone, --host and --spot"),
+        (["local:2", "--command", "python -m m", "--dry-run"], "remove --dry-run, --zone, --name, --host and --spot"),
         (["local:2", "--command", "bash"], "the command must be python -m MODULE ..., got bash"),
         (["local:2", "--command", "python -m m", "--restarts", "1"], "add --output DIRECTORY to the command"),
         (["local:2", "--command", "python -m m", "--restarts", "-1"], "restarts=-1 must be at least 0"),

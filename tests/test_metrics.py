@@ -60,6 +60,12 @@ def test_macro_f1_weights_classes_equally():
     assert score == metrics.macro_f1(["a", "b", "b", "a"] * 50, ["a", "a", "b", "a"] * 50)
 
 
+def test_equal_values_have_no_bootstrap_interval():
+    assert metrics.mean("a", [2.0, 2.0, 2.0]).low is None
+    assert metrics.mean("a", [2.0]).interval == ""
+    assert metrics.macro_f1([0, 1], [0, 1]).interval == ""
+
+
 def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
     values = np.random.default_rng(0).normal(5.0, 2.0, 2000)
     low, high = metrics.bootstrap(values, seed=1)
@@ -108,7 +114,7 @@ def test_rouge_f_measures_equal_hand_computed_values():
     first, second, longest = metrics.rouge(["the cats runs home"] * 2, ["the cat running away"] * 2)
     assert (first.value, second.value, longest.value) == pytest.approx((3 / 4, 2 / 3, 3 / 4))
     assert (first.name, second.name, longest.name) == ("ROUGE-1", "ROUGE-2", "ROUGE-L")
-    assert first.low == first.high == first.value  # two equal examples
+    assert first.low is None  # two equal examples
 
 
 def test_squad_normalization_and_the_best_of_several_answers():

@@ -50,7 +50,8 @@ class Answer:
             batch_size=self.batch_size,
         )  # fmt: skip
         for result in answers:
-            print(f"{one_line(result.text)}\t{result.score:.4f}")
+            text = one_line(result.text).replace("\t", "\\t")
+            print(f"{text}\t{result.score:.4f}")
         return 0
 
     def _questions(self) -> tuple[list[str], list[str]]:

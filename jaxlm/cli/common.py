@@ -48,9 +48,9 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:
-    """The options that are not None, as fields of ``Sampling``; ``top_k=0`` means no limit."""
+    """The options that are not None, as fields of ``Sampling``; 0 turns ``top_k`` and ``min_p`` off."""
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return {**fields, "top_k": None} if fields.get("top_k") == 0 else fields
+    return {name: None if name in ("top_k", "min_p") and value == 0 else value for name, value in fields.items()}
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
@@ -66,7 +66,7 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     name = "standard input" if file is None else str(file)
     if file is None:
         try:
-            content = sys.stdin.read()
+            content = sys.stdin.read().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise ValueError(f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x}") from error
         lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []

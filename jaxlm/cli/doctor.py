@@ -16,6 +16,7 @@ EXTRAS = (
     ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
     ("sacrebleu", "'jaxlm[metrics]'", "BLEU and chrF of translations"),
     ("rouge-score", "'jaxlm[metrics]'", "ROUGE of summaries"),
+    ("lm_eval", "'jaxlm[eval]'", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
     ("chess", "'jaxlm[chess]'", "the rules of chess"),
     ("pytest", "'jaxlm[test]'", "running the tests"),
     ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on a TPU"),

@@ -28,7 +28,7 @@ class Generate:
     prompt: str | None = None
     """One prompt; the same as a single TEXT."""
     file: Path | None = None
-    """File with one prompt per line. Line breaks in the output are printed as \\n."""
+    """File with one prompt per line. In the output, a line break is printed as \\n and a backslash as \\\\."""
     max_new_tokens: int | None = None
     """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
@@ -38,7 +38,7 @@ class Generate:
     top_p: float | None = None
     """Nucleus sampling: sample from the most probable tokens that together have this probability. Default: 1."""
     min_p: float | None = None
-    """Sample only from tokens whose probability is at least min_p times the highest probability. Default: off."""
+    """Sample only from tokens whose probability is at least min_p times the highest probability; 0: off. Default: 0."""
     repetition_penalty: float | None = None
     """A value above 1 makes tokens that already occur in the text less probable. Default: 1."""
     num_beams: int | None = None

@@ -69,7 +69,9 @@ class Launch:
             raise ValueError(f"topology {self.topology!r} must be local:N, with a number of processes such as local:2")
         if self.command is None:
             raise ValueError("--topology local:N needs --command 'python -m MODULE ...'")
-        if self.dry_run or self.zone is not None or self.host is not None or self.spot:
-            raise ValueError("--topology local:N runs on this machine: remove --dry-run, --zone, --host and --spot")
+        if self.dry_run or self.spot or self.name != "jaxlm" or (self.zone, self.host) != (None, None):
+            raise ValueError(
+                "--topology local:N runs on this machine: remove --dry-run, --zone, --name, --host and --spot"
+            )
         command = shlex.split(self.command)
         return run_local(command, int(number), restarts=self.restarts, lost_after=self.lost_after)

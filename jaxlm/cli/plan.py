@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jaxlm
 from jaxlm.command_line import check_output_file
-from jaxlm.config import assignment, assignments
+from jaxlm.config import assigned_texts, assignments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row (for decoding: tokens before the new one); None: the model's max_positions, at most 1024."""
+    """Tokens per row (for decoding: tokens before the new one); None: the model's max_positions, at most 1024, or 512
+    if the model has no limit."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
@@ -56,7 +57,12 @@ class Plan:
         if self.topology != LOCAL:
             plan.prepare()
         console = Console(soft_wrap=False)
-        model, xla = self._model(), dict(assignment("xla", option) for option in self.xla)
+        if self.decode and self.grad_accum_steps != 1:
+            raise ValueError(f"--grad-accum-steps {self.grad_accum_steps} has no effect with --decode: remove it")
+        if not self.decode and self.param_dtype != "float32":
+            raise ValueError(f"--param-dtype {self.param_dtype} needs --decode: training uses float32 parameters")
+        model = self._model()
+        xla = assigned_texts("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
         plans = []
         for mesh in (self.mesh, *self.compare):
             with console.status(f"compiling for {self.topology}, {mesh}"):

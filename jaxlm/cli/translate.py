@@ -21,7 +21,7 @@ class _SourceCommand:
     texts: Texts = ()
     """Sources. Without sources and --file, the lines of standard input are read."""
     file: Path | None = None
-    """File with one source per line. Line breaks in the output are printed as \\n."""
+    """File with one source per line. In the output, a line break is printed as \\n and a backslash as \\\\."""
     prefix: str = ""
     """Text to put before every source, for example "translate English to German: " for the published T5 models."""
     num_beams: int | None = None

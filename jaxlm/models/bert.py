@@ -74,7 +74,15 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "max_positions", "num_token_types", "num_layers", "num_heads", "embed_dim", "num_labels"
+            self,
+            "vocab_size",
+            "max_positions",
+            "num_token_types",
+            "num_layers",
+            "num_heads",
+            "embed_dim",
+            "mlp_dim",
+            "num_labels",
         )
         common.check_rates(self, "hidden_dropout", "attention_dropout")
         if self.classifier_dropout is not None:
@@ -102,7 +110,7 @@ def apply(
     """The hidden states of the last layer, [B, T, D], and None: an encoder has no state.
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.

@@ -67,7 +67,7 @@ class Config(experts.ExpertsConfig):
     """Number of tokens that the convolution before the delta rule reads, the current token included."""
     negative_eigenvalues: bool = False
     """Beta is in [0, 2] instead of [0, 1], so that the matrix of a step can have negative eigenvalues (Grazzi et al.
-    2024)."""
+    2025)."""
     num_heads: int = 16
     """Query heads of attention."""
     num_kv_heads: int = 2

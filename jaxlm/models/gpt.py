@@ -75,7 +75,9 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "num_labels")
+        common.check_positive(
+            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
+        )
         common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         common.check_choices(
             self, activation=get_args(Activation), norm_position=get_args(NormPosition), task=get_args(Task),
@@ -97,7 +99,7 @@ def apply(
     """The hidden states after the last norm, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         state: cache of earlier tokens (``state_specs``), continued by ``tokens``. Rows that exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.

@@ -263,10 +263,13 @@ class Model:
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
 
-        The result has the key "self". For an encoder-decoder, the keys are "encoder", "decoder" and "cross", without
-        the types of attention that the family does not have. If a classifier pools by attention, there is also a key
-        "pool" (H is the number of hops, T is 1). XLNet has two entries per layer, for its content stream and its query
-        stream. Dropout is off. The weights of a query without visible keys are 0.
+        The result has the key "self". For an encoder-decoder, the keys are "encoder", "decoder" and "cross"; a key is
+        missing if the family has no such attention. If a classifier pools by attention, there is also a key "pool" (H
+        is the number of hops, T is 1). XLNet with the task permutation has two entries per layer, for its content
+        stream and its query stream. Dropout is off unless ``inputs`` contain a ``key``. The weights of a query without
+        visible keys are 0, and with ``window`` of attention_rnn their sum may be below 1. Families that move padding
+        behind the tokens of a row (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) have the rows and
+        columns in that order.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -274,6 +277,8 @@ class Model:
         Raises:
             NoAttentionWeightsError: the family has no attention that can be recorded.
         """
+        if "state" in inputs:
+            inputs = {**inputs, "state": spec.unstack(inputs["state"])}
         # Recorded weights are tracers, which may not leave a scan or a rematerialized block.
         model = self.with_fields(remat="none", scan_layers=False)
 
@@ -355,7 +360,8 @@ class Model:
             before: the state before the last call.
             tokens: [B, T], the tokens of the last call.
             after: the state that the last call returned.
-            count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
+            count: [B], from 0 to T, the number of tokens that each row keeps, padding included. If the last call
+                exceeded the cache, the result is not defined.
             segment_ids: [B, T], the segment ids of the last call. Default: all tokens belong to document 1.
 
         Raises:

@@ -56,7 +56,7 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     embed_dim: int = 400
     """Width of the embeddings, and of the last layer if the output head is tied."""
     hidden_dim: int = 1150
-    """Width of each direction of the other layers."""
+    """Width of each layer, per direction. A tied output head gives the last layer the width embed_dim instead."""
     direction: Direction = "forward"
     """Read forward, or in both directions with concatenated outputs (an encoder)."""
     tie_embeddings: bool = True

@@ -109,7 +109,7 @@ def encode(
     """The hidden states of the encoder after its final norm, [B, S, D].
 
     Args:
-        source: [B, S] integer ids. An id outside the vocabulary gives NaN.
+        source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -149,7 +149,8 @@ def apply(
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 
     Args:
-        tokens: [B, T] integer ids; the first is ``decoder_start_id``. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids; the first is ``decoder_start_id``. An id outside the vocabulary gives NaN,
+            also for other tokens of the row.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.

@@ -112,7 +112,7 @@ def apply(
     """The hidden states of the last layer, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         state: from ``state_specs``; the tokens continue the tokens in it. It gets no gradient.
         segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
         key: random key for dropout; None: no dropout.

@@ -59,7 +59,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = None
     """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
-    """A call with ``order`` adds only its first tokens to the memory, this many; None means all tokens."""
+    """Number of tokens, from the start of a call with ``order``, that the call adds to the memory; None means all."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
@@ -101,7 +101,7 @@ def apply(
     states are the content stream [B, T, D], in which every token attends to all tokens of its document.
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         state: memory of the tokens before ``tokens`` (``state_specs``). The new memory drops the oldest tokens.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
@@ -238,6 +238,8 @@ def pool(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
+    if "pool" not in params:
+        raise ValueError(f"a model with task={cfg.task!r} has no pooled output: set task='classification'")
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
     return dropout(last, pool_dropout(cfg), fold_name(key, "pool"))
 

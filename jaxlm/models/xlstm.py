@@ -244,7 +244,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state of ``batch`` padded_vocab for any ``length``: the states of the recurrent layers.
+    """The specs of the state of ``batch`` rows for any ``length``: the states of the recurrent layers.
 
     An sLSTM layer also has the last inputs of its convolution (``tail``).
     """

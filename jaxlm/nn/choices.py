@@ -14,6 +14,7 @@ import jax
 
 from jaxlm import host, sharding
 from jaxlm.devices import LANES
+from jaxlm.nn.weight_record import is_recording
 
 PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 """The platform of each implementation that runs on one platform only."""
@@ -119,9 +120,10 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
 
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.
-        dropout, key: dropout rate and random key. Absorbed attention does not support dropout.
+        dropout, key: dropout rate and random key. Absorbed attention does not support dropout, and its weights are not
+            recorded.
     """
-    if key is not None and dropout > 0.0:
+    if is_recording() or (key is not None and dropout > 0.0):
         return False
     (B, T, _, K), S = q_BTHK.shape, context_BSD.shape[1]
     return 4 * T <= K and B * S >= MIN_ABSORBED_CONTEXT

@@ -16,7 +16,7 @@ from jax import lax
 def positions_in_segments(
     segment_ids_BT: jax.Array, last_segment_B: jax.Array | None = None, next_position_B: jax.Array | None = None
 ) -> jax.Array:
-    """The position of each token in its run of equal segment ids, [B, T] int32, starting at 0; padding gets 0.
+    """The position of each token in its document, [B, T] int32, starting at 0; padding gets 0 and is not counted.
 
     The last two arguments continue a document from an earlier call. Tokens of segment ``last_segment_B`` count from
     ``next_position_B`` on. So the positions of a prompt do not depend on padding, nor on the number of calls in which
@@ -29,16 +29,14 @@ def positions_in_segments(
     Example:
         >>> positions_in_segments(jnp.array([[0, 0, 1, 1, 1, 2]])).tolist()
         [[0, 0, 0, 1, 2, 0]]
+        >>> positions_in_segments(jnp.array([[1, 1, 0, 1, 2, 2]])).tolist()
+        [[0, 1, 0, 2, 0, 1]]
     """
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    previous_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    is_first_BT = segment_ids_BT != previous_BT
-    start_BT = lax.cummax(jnp.where(is_first_BT, index_T[None, :], 0), axis=1)
-    positions_BT = index_T[None, :] - start_BT
-    if last_segment_B is not None and next_position_B is not None:
-        continues_BT = segment_ids_BT == last_segment_B[:, None]
-        positions_BT = positions_BT + jnp.where(continues_BT, next_position_B[:, None], 0)
-    return jnp.where(segment_ids_BT > 0, positions_BT, 0)
+    is_first_BT, keep_BT, _ = segment_boundaries(segment_ids_BT, last_segment_B, include_first=True)
+    order_BT = jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1  # the number of earlier real tokens
+    start_of_row = 0 if next_position_B is None else -next_position_B[:, None].astype(jnp.int32)
+    start_BT = lax.cummax(jnp.where(is_first_BT, order_BT, start_of_row), axis=1)
+    return jnp.where(keep_BT, order_BT - start_BT, 0)
 
 
 def segment_boundaries(

@@ -295,7 +295,7 @@ def _openings(games: int, moves: int, rng: np.random.Generator) -> list[chess.Bo
     boards: list[chess.Board] = []
     while len(boards) < games:
         board = Board()
-        while len(board.move_stack) < moves:
+        while len(board.move_stack) < moves or board.is_game_over():
             if board.is_game_over():
                 board = Board()  # the opening ended the game, so try another one
             board.push(_random_move(board, rng))

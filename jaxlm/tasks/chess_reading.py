@@ -216,6 +216,8 @@ class MoveReader:
         if length:
             if self._state is None or self._used + length > self._capacity:
                 active_rows = set(indices)
+                for index, row in enumerate(self._rows):
+                    row.dropped |= index not in active_rows
                 new_ids = [row.ids if index in active_rows else [] for index, row in enumerate(self._rows)]
                 length = self._new_state(max(map(len, new_ids)))
             self._read(new_ids, length)
@@ -288,14 +290,18 @@ class MoveReader:
 
 @dataclasses.dataclass
 class _Row:
-    """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS."""
+    """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS.
+
+    ``dropped``: the model state no longer has the moves, because a new state was created without this row.
+    """
 
     moves: list[chess.Move]
     ids: list[int]
+    dropped: bool = False
 
     def is_prefix_of(self, moves: list[chess.Move]) -> bool:
-        """Whether the moves of this row are a prefix of ``moves``."""
-        return moves[: len(self.moves)] == self.moves
+        """Whether the state has the moves of this row and they are a prefix of ``moves``."""
+        return not self.dropped and moves[: len(self.moves)] == self.moves
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="state")

@@ -254,6 +254,8 @@ def score_texts(
         if sources is not None:
             raise ValueError(f"{model.family} reads no source: do not pass sources")
         return _score_causal(model, params, tokenizer, texts, batch_size)
+    if isinstance(sources, str):
+        raise TypeError(f"sources are a sequence of strings, got one string: pass [{sources!r}]")
     if sources is None or len(sources) != len(texts):
         count = "none" if sources is None else str(len(sources))
         raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")

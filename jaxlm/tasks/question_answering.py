@@ -132,7 +132,7 @@ def _targets(
         has_answer = tokens.size and window.offsets[tokens[0], 0] == begin and window.offsets[tokens[-1], 1] == end
         targets.append((int(tokens[0]), int(tokens[-1])) if has_answer else (position, position))
     if targets == [(position, position) for position in no_answer]:
-        raise ValueError(f"{what}: no window has the whole answer {text!r}: use a larger stride")
+        raise ValueError(f"{what}: no window has the whole answer {text!r}: use a larger stride or max_length")
     return targets
 
 

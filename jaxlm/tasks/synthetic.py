@@ -39,7 +39,7 @@ def recall(
     Args:
         length: number of tokens, even and at least 4 * pairs.
         vocab_size: number of token ids; more than ``length``.
-        power: exponent of the distribution of gaps; 1: uniform.
+        power: a gap g has a probability proportional to ``g ** (power - 1)``; 1: all gaps are equally probable.
 
     Raises:
         ValueError: the length is odd or too small for the pairs, or the vocabulary is too small.
@@ -77,7 +77,7 @@ class FormalLanguage(NamedTuple):
     Attributes:
         sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P].
         num_symbols: number of input symbols. The next id marks the positions of the answer.
-        num_answers: number of answer symbols; the accuracy of guessing is 1 / num_answers.
+        num_answers: number of answer symbols; a uniformly random guess has the accuracy 1 / num_answers.
         level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
         answers_all: whether the answer is as long as the input; otherwise, it is one symbol.
     """

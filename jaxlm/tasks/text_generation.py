@@ -35,7 +35,7 @@ from jaxlm.training.trainer import carry_size_of
 NUM_COLUMNS = 8
 """Number of contiguous columns in which a model with a state scores a split.
 
-Only the first tokens of each column are scored without context."""
+Only the first tokens of each column are scored with little context."""
 
 MAP_TOKENS = 40
 """Maximum number of tokens in the attention map of a passage."""
@@ -48,12 +48,12 @@ class Corpus:
     Attributes:
         name: name of the text, for messages.
         parts: the ids [tokens] of each split: ``training``, ``validation`` and optionally ``test``.
-        tokens_per_character: number of tokens of the text, divided by its number of characters.
+        num_characters: number of characters of each split.
     """
 
     name: str
     parts: dict[str, np.ndarray]
-    tokens_per_character: float
+    num_characters: dict[str, int]
 
     @classmethod
     def split(
@@ -76,7 +76,7 @@ class Corpus:
         parts["training"], parts["validation"] = split_tokens(
             remaining, validation_fraction * len(tokens) / len(remaining)
         )
-        return cls(name, parts, len(tokens) / len(text))
+        return cls(name, parts, {part: len(tokenizer.decode(ids)) for part, ids in parts.items()})
 
     def batches(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
@@ -151,8 +151,8 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
         nats = perplexity(model, params, ids, window=length + 1, stride=stride, batch_size=32).nats_per_token
         how = f"windows of {length} tokens, a new one every {stride}"
     values = {
-        "nats per character": nats * corpus.tokens_per_character,
-        "bits per character": bits_per_character(nats, ids.size, round(ids.size / corpus.tokens_per_character)),
+        "nats per character": nats * ids.size / corpus.num_characters[part],
+        "bits per character": bits_per_character(nats, ids.size, corpus.num_characters[part]),
         "perplexity per token": math.exp(nats),
     }
     return [

@@ -140,6 +140,11 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "vocab_size", lambda get: get("model.pretrained") is not None and get("template") is not None,
         "the directory of model.pretrained contains the tokenizer",
     ),
+    (
+        "data.train data.validation data.test data.source data.target",
+        lambda get: get("data.source") is not None and get("data.directory") is None,
+        "the included verses are used without data.directory",
+    ),
     ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (
         "data.test_fraction", lambda get: get("data.test") is not None or get("folds") is not None,

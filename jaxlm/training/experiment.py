@@ -180,6 +180,18 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
     return True
 
 
+def steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """The number of steps of a training of this number of passes over the training split.
+
+    Raises:
+        ValueError: there would be no step.
+    """
+    steps = round(epochs * steps_per_epoch)
+    if steps < 1:
+        raise ValueError(f"epochs={epochs:g} of {steps_per_epoch} steps are less than one step: increase epochs")
+    return steps
+
+
 def report(
     directory: Path,
     *,

@@ -91,6 +91,10 @@ def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     arguments = ("--data.train", tmp_path / "lines.all", "--folds", "2", "--output", tmp_path / "run")
     assert main(*TINY, *arguments) == 0
     assert "accuracy over 2 folds" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    (score,) = results["scores"]
+    assert (score["name"], score["detail"]) == ("accuracy over 2 folds", "Wilson interval")
+    assert score["value"] == pytest.approx(sum(results["accuracy_of_folds"]) / 2, abs=0.05)
     counts = [
         json.loads((tmp_path / "run" / f"fold-{fold}" / "confusion.json").read_text())["counts"] for fold in (0, 1)
     ]

@@ -82,3 +82,24 @@ def test_recording_does_not_change_later_calls():
     model.attention_weights(params, tokens)
     after, _ = apply(model, params, tokens)
     np.testing.assert_array_equal(before, after)
+
+
+def test_weights_with_a_state():
+    model = jaxlm.get_model("transformer-xl-tiny", embed_dim=256, num_heads=4, memory_length=160)
+    params, tokens = initial_params(model), tokens_of(model, 1, 160)
+    _, state = apply(model, params, tokens, state=model.init_state(1, 160))
+    (weights, *_) = model.attention_weights(params, tokens[:, :1], state=state)["self"]
+    assert weights.shape == (1, 4, 1, 161)
+    stacked = jaxlm.get_model("gpt2-tiny", scan_layers=True)
+    params, tokens = initial_params(stacked), tokens_of(stacked, 1, 3)
+    weights = stacked.attention_weights(params, tokens, state=stacked.init_state(1, 8))["self"]
+    assert [layer.shape[2:] for layer in weights] == [(3, 8)] * stacked.config.num_layers
+
+
+@pytest.mark.parametrize("name", ["alexnet-tiny", "resnet-tiny", "xlnet-tiny"])
+def test_a_model_without_a_classifier_has_no_pooled_output(name):
+    model = jaxlm.get_model(name, task="none")
+    params = initial_params(model)
+    hidden, _ = apply(model, params, tokens_of(model, 1, 16))
+    with pytest.raises(ValueError, match="task='none' has no pooled output: set task='classification'"):
+        model.pool(params, hidden)

@@ -179,6 +179,20 @@ def test_positions_within_documents_and_continued_from_a_state():
     assert after.tolist() == [[0, 0, 10, 11, 0, 1], [20, 21, 22, 0, 0, 0], [30, 31, 0, 1, 2, 0]]
 
 
+def test_positions_do_not_count_padding_in_a_document():
+    segments = jnp.array([[1, 0, 1, 1, 0, 2], [1, 1, 0, 2, 0, 2]])
+    whole = positions_in_segments(segments)
+    assert whole.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 0, 0, 0, 1]]
+    rest = positions_in_segments(segments[:, 2:], jnp.array([1, 1]), jnp.array([1, 2]))
+    assert rest.tolist() == [[1, 2, 0, 0], [0, 0, 0, 1]]
+
+
+def test_small_integer_ids_do_not_wrap():
+    table = jnp.arange(384.0)[:, None]
+    ids = jnp.array([[3, 255]], jnp.uint8)
+    assert embed(table, ids, "float32", size=257)[..., 0].tolist() == [[3.0, 255.0]]
+
+
 def test_append_writes_each_row_at_its_own_length():
     slots = jnp.zeros((2, 5, 1))
     after = append(slots, jnp.array([[[1.0], [2.0]], [[3.0], [4.0]]]), jnp.array([0, 3]))

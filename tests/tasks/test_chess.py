@@ -150,6 +150,19 @@ def test_incremental_reading_equals_reading_the_complete_game(name: str, monkeyp
             boards[row].push_uci(lines[row][ply])
 
 
+def test_a_game_that_returns_after_a_new_state_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chess_reading, "MIN_CAPACITY", 8)
+    line = games()[0].split()
+    reader = MoveReader(*oracle(UCI, games()[:1]), UCI)
+    first, second = chess.Board(), board_after(" ".join(line[:3]))
+    reader.logits([first, second])
+    for move in line[:20]:  # the state grows while the second game is missing
+        first.push_uci(move)
+        reader.logits([first])
+    second.push_uci(line[3])
+    assert reader.logits([first, second])[1].argmax() == UCI.move_id(line[4])
+
+
 def test_a_reader_reads_each_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     original = MoveReader._read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxlm.data import CharTokenizer, ContiguousStreams, RandomWindows
+from jaxlm.data import ByteTokenizer, CharTokenizer, ContiguousStreams, RandomWindows
 from jaxlm.decoding import log_likelihood
 from jaxlm.tasks import text_generation
 from jaxlm.tasks.text_generation import Corpus, check_family, column_batches, scores
@@ -23,6 +23,13 @@ def test_splits_are_consecutive() -> None:
     assert set(Corpus.split(TEXT, CharTokenizer.from_text(TEXT)).parts) == {"training", "validation"}
     with pytest.raises(ValueError, match="leave nothing to train on"):
         Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, 0.5)
+
+
+def test_splits_count_their_own_characters() -> None:
+    text = "a" * 800 + "ж" * 200  # 2 bytes per character in the validation split, 1.2 in the text
+    corpus = Corpus.split(text, ByteTokenizer(), 0.2)
+    assert corpus.num_characters == {"training": 880, "validation": 120}
+    assert corpus.parts["validation"].size == 240
 
 
 def test_stateful_models_read_columns_and_others_read_windows() -> None:
@@ -52,7 +59,7 @@ def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pyt
     model = tiny_model(name)
     params = initial_params(model)
     ids = CORPUS.parts["test"][:25]
-    corpus = Corpus("the text", {"test": ids}, 1.0)
+    corpus = Corpus("the text", {"test": ids}, {"test": ids.size})
     length = 6 if name == "lstm" else 24
     nats, bits, perplexity = scores(model, params, corpus, "test", length)
     expected = -float(log_likelihood(model, params, ids[None].astype(np.int32)).mean())
@@ -66,12 +73,14 @@ def test_windows_overlap_by_half() -> None:
     model = tiny_model("gpt")
     params = initial_params(model)
     ids = CORPUS.parts["validation"][:33].astype(np.int32)
-    nats = scores(model, params, Corpus("the text", {"validation": ids}, 2.0), "validation", 16)[0]
+    nats = scores(
+        model, params, Corpus("the text", {"validation": ids}, {"validation": ids.size // 2}), "validation", 16
+    )[0]
     first = log_likelihood(model, params, ids[None, :17])[0]
     second = log_likelihood(model, params, ids[None, 8:25])[0, 8:]
     third = log_likelihood(model, params, ids[None, 16:33])[0, 8:]
     expected = -float(np.concatenate([first, second, third]).mean())
-    assert nats.value == pytest.approx(2.0 * expected, rel=1e-5)  # the corpus has two tokens for each character
+    assert nats.value == pytest.approx(33 / 16 * expected, rel=1e-5)  # 33 tokens of 16 characters
     assert nats.detail == "whole validation split, windows of 16 tokens, a new one every 8"
 
 

@@ -126,7 +126,7 @@ def _choose(
         "decode": decode.unsupported_reason(dense_bias, key),
         "splash": splash.unsupported_reason(mask, any_bias, key),
         "pallas": pallas.unsupported_reason(T, keys, biases, dense_bias, key),
-        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
+        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], any_bias, key),
     }
     if implementation is None:
         return choices.attention(T, keys, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)

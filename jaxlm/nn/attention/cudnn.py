@@ -8,22 +8,27 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxlm.nn.attention import split
 from jaxlm.nn.attention.mask import Mask
 
 DTYPES = (jnp.bfloat16, jnp.float16)
+MAX_HEAD_WIDTH = 128
+"""The largest width of a head that JAX supports on every GPU with cuDNN attention."""
 
 
-def unsupported_reason(mask: Mask, dtype: DTypeLike, bias: Any, key: jax.Array | None) -> str | None:
+def unsupported_reason(mask: Mask, dtype: DTypeLike, head_width: int, bias: Any, key: jax.Array | None) -> str | None:
     """Why cuDNN does not support the arguments, as the end of a sentence; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if head_width % 8 or head_width > MAX_HEAD_WIDTH:
+        return f"takes head widths that are multiples of 8 up to {MAX_HEAD_WIDTH}, not {head_width}"
     if bias is not None:
         return "takes no bias"
     if key is not None:
         return "has no dropout: its dropout mask would differ from that of the other implementations"
     if mask.query_order is not None or mask.query_segments is not None:
         return "takes no query_order and no segments: they would need a dense mask"
-    return None
+    return split.unsupported_reason()
 
 
 def attention(

@@ -32,7 +32,8 @@ def with_capacity(
     residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
-    limit_by_num_tokens = np.minimum(np.ceil(factor * np.arange(T + 1) * N / E), T).astype(np.int32)
+    limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
+    limit_by_num_tokens = np.minimum(limits, T).astype(np.int32)
     C = int(limit_by_num_tokens[T])
     A, P = T * N, E * C
     # The slot of a token depends on all earlier tokens of its row, so all tokens of a row must be on one device.

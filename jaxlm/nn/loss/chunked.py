@@ -122,7 +122,7 @@ def _forward(
 ) -> Any:
     def add_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
         loss, dparams, dhidden = loss_and_gradients(head, label_smoothing, params, *chunk)
-        sums = (loss, dparams)
+        sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
     C = _chunk_length(head, chunk_logits, params, hidden)
@@ -134,6 +134,7 @@ def _forward(
         carry, other_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
         dhidden = jnp.concatenate([dhidden, other_dhidden])
     total, dparams = carry
+    dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
     B, T, D = hidden.shape
     return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
 

@@ -49,6 +49,8 @@ def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The weighted loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
+    # Otherwise a hidden state that is not finite at a position of weight 0 would make the gradients NaN.
+    hidden = jnp.where(weights[..., None] > 0, hidden, jnp.zeros_like(hidden))
     logits, head_vjp = jax.vjp(head, params, hidden)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
     return loss, *head_vjp(dlogits.astype(logits.dtype))

@@ -88,9 +88,14 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
 
     N, D = targets.size, hidden.shape[-1]
     # 2 N rows, because the last block may extend beyond row N.
-    init = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros((2 * N, D), hidden.dtype)
+    init = (
+        jnp.zeros(()),
+        jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
+        jnp.zeros((2 * N, D), hidden.dtype),
+    )
     arrays = (hidden, targets, weights)
     (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)
+    dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
     dhidden = jnp.zeros((N, D), hidden.dtype).at[order].set(sorted_ND[:N])
     return total, (dparams, dhidden.reshape(hidden.shape))
 

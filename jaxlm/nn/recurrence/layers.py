@@ -167,6 +167,8 @@ def _layer(
         for name in ("weight_input", "weight_hidden")
     }
     params = {**params, **weights}
+    if masks is not None:  # the gradient of the weights would be NaN if an input of padding is NaN
+        x_BTD = jnp.where(masks[1][:, :, None], x_BTD, jnp.zeros_like(x_BTD))
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state
         state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in cell.state}

@@ -147,8 +147,9 @@ def _gate(params: Params, x: jax.Array) -> jax.Array:
     weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
     # On a CPU, dot_general with the blocks as the first axis is twice as fast as einsum, also in the backward pass.
     blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], *bias_NP.shape), -2, 0)  # [N, ..., P]
-    product = lax.dot_general(blocks, weight_NPP, (((x.ndim,), (1,)), ((0,), (0,))))
-    product = jnp.moveaxis(product, 0, -2).astype(jnp.float32)  # [..., N, P]
+    dimensions = (((x.ndim,), (1,)), ((0,), (0,)))
+    product = lax.dot_general(blocks, weight_NPP, dimensions, preferred_element_type=jnp.float32)
+    product = jnp.moveaxis(product, 0, -2)  # [..., N, P]
     return jax.nn.sigmoid(product + jnp.expand_dims(bias_NP, range(x.ndim - 1))).reshape(x.shape)
 
 

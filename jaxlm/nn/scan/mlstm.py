@@ -175,12 +175,14 @@ def _chunked(
     log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # linear_attention applies resets
     if keep is not None:
         log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
+    # In float16, the numerator and the normalizer could overflow before the division.
+    dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype
+    key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(dtype)
     # A value that is always 1 makes n the last column of the state.
-    key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(k.dtype)
-    value_BTHW = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    value_BTHW = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1).astype(dtype)
     state_BHKW = jnp.concatenate([state["cell"], state["normalizer"][..., None]], axis=-1)
     out_BTHW, last_BHKW = linear_attention(
-        q, key_BTHK, value_BTHW, log_decay_BTH, state_BHKW, reset_BT=reset, keep_BT=keep, chunk=chunk,
+        q.astype(dtype), key_BTHK, value_BTHW, log_decay_BTH, state_BHKW, reset_BT=reset, keep_BT=keep, chunk=chunk,
         implementation="chunked",
     )  # fmt: skip
     out_BTHW = out_BTHW.astype(jnp.float32)

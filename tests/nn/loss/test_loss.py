@@ -165,3 +165,26 @@ def test_label_smoothing_in_value_and_all_gradients(chunk_logits):
     assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 2e-6
     plain_loss = jnp.sum(weights * cross_entropy(padded_head(params, hidden), targets, smoothing))
     assert relative_error(plain_loss, want[0]) < 2e-6
+
+
+def test_a_position_of_weight_0_may_have_a_hidden_state_that_is_not_finite():
+    hidden, table = jnp.ones((1, 4, 3)).at[0, 2].set(jnp.nan), jnp.ones((5, 3))
+    weights = jnp.array([[1.0, 1.0, 0.0, 1.0]])
+
+    def loss(table):
+        return chunked_cross_entropy(lambda t, x: x @ t.T, table, hidden, jnp.zeros((1, 4), int), weights)
+
+    value, gradient = jax.value_and_grad(loss)(table)
+    assert bool(jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient)))
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    hidden, targets = jnp.full((1, 512, 1), 0.01, jnp.bfloat16), jnp.ones((1, 512), int)
+    table, weights = jnp.zeros((2, 1), jnp.bfloat16), jnp.ones((1, 512))
+
+    def loss(table, chunk_logits):
+        return chunked_cross_entropy(lambda t, x: x @ t.T, table, hidden, targets, weights, chunk_logits=chunk_logits)
+
+    whole, chunked = (jax.grad(loss)(table, size) for size in (1024, 4))
+    assert float(chunked[0, 0]) == pytest.approx(2.56, rel=0.01)
+    assert float(whole[0, 0]) == pytest.approx(2.56, rel=0.01)

@@ -309,3 +309,16 @@ def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
         finite = np.isfinite(np.asarray(leaf)).reshape(B, -1)
         assert finite.all(axis=1).tolist() == [True, False, False]
         assert not finite[1:].any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_an_input_of_padding_may_be_nan(implementation):
+    params = spec.init(recurrence.lstm_specs(3, 4), jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (1, 6, 3)).at[0, 2].set(jnp.nan)
+    reset, keep, _ = segment_boundaries(jnp.array([[1, 1, 0, 1, 1, 1]]))
+
+    def loss(params):
+        hidden, _ = recurrence.lstm(params, x, reset_BT=reset, keep_BT=keep, implementation=implementation)
+        return jnp.sum(hidden)
+
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(jax.grad(loss)(params)))

@@ -249,3 +249,10 @@ def test_bad_inputs_raise():
         mlstm(q, k, v, log_i, log_f, chunk=24)
     with pytest.raises(ValueError, match="no mlstm implementation 'fast': choose from 'reference', 'chunked'"):
         mlstm(q, k, v, log_i, log_f, implementation="fast")
+
+
+def test_long_rows_in_float16_do_not_overflow():
+    ones = jnp.ones((1, 1536, 1, 64), jnp.float16)
+    gates = jnp.zeros((1, 1536, 1))
+    out, _ = mlstm(ones, ones, ones, gates, gates)
+    assert np.allclose(np.asarray(out, np.float32), 1.0, atol=2e-3)
