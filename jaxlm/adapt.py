@@ -98,7 +98,7 @@ def num_stack_axes(leaf: ArraySpec) -> int:
 
 
 def is_table(name: str, leaf: ArraySpec) -> bool:
-    """Whether a leaf is an embedding table or an output head. The first axis of both is the vocabulary."""
+    """Whether a leaf is an embedding table or an output head (first axis: vocabulary, positions or token types)."""
     last_key = name.rsplit("/", 1)[-1]
     return last_key.endswith("embedding") or last_key in ("head", "cluster_weight") or leaf.axes[:1] == ("vocab",)
 
@@ -341,7 +341,7 @@ def _matching_paths(field: str, patterns: tuple[str, ...], names: Iterable[str])
 
 
 def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
-    """``{path: leaf}``. Paths have no layer numbers, so only the last layer of a per-layer tree is included."""
+    """``{path: leaf}``. Paths have no layer numbers: of several layers with a path, the last leaf is returned."""
     if isinstance(tree, tuple):
         return {name: leaf for layer in tree for name, leaf in _leaves(layer, prefix).items()}
     if isinstance(tree, dict):

@@ -9,8 +9,8 @@ it is complete:
 
 A killed process leaves at most a temporary directory. No function reads it, and the next save removes it
 (:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only after a newer step has been written to the disk
-(fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`.
-Arrays are stored unsharded, so that they can be restored onto another mesh. Parameters that were saved stacked or
+(fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`. Arrays are stored
+with their complete shapes, so that they can be restored onto another mesh. Parameters that were saved stacked or
 per-layer can be restored into either layout (``spec.layers``).
 """
 
@@ -431,10 +431,13 @@ class Checkpointer:
         intact = [other for other in self.steps() if other != step]
         if not intact:
             return "no other step is intact"
-        return (
-            f"the newest intact step before it is {max([s for s in intact if s < step], default=max(intact))}: restore "
-            f'this step, or use on_corrupt="previous"; the intact steps are {intact}'
-        )
+        earlier = [other for other in intact if other < step]
+        if not earlier:
+            return f"the intact steps are {intact}: restore one of them"
+        fix = f"the newest intact step before it is {max(earlier)}: restore this step"
+        if step > max(intact):
+            fix += ', or use on_corrupt="previous"'
+        return f"{fix}; the intact steps are {intact}"
 
     def _rename_damaged(self, step: int, reason: str) -> str:
         """Rename a damaged step, so that the step can be saved again. Returns the new path."""

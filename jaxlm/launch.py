@@ -140,9 +140,13 @@ def _tpu_script(
 # {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it from a
 # checkout of jaxlm. The Google Cloud command line must be logged in to a project that has quota for these chips.
 set -euo pipefail
+if gcloud compute tpus tpu-vm describe {name} --zone={quoted_zone} >/dev/null 2>&1; then
+    echo "the TPU {name} already exists: delete it, or choose another --name" >&2
+    exit 1
+fi
+trap 'gcloud compute tpus tpu-vm delete {name} --zone={quoted_zone} --quiet' EXIT
 gcloud compute tpus tpu-vm create {name} --zone={quoted_zone} --accelerator-type={accelerator_type} \\
     --version={tpu.runtime_version}{spot_option}
-trap 'gcloud compute tpus tpu-vm delete {name} --zone={quoted_zone} --quiet' EXIT
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 gcloud compute tpus tpu-vm scp jaxlm.tar {name}: --zone={quoted_zone} --worker=all
 {ssh} 'tar xf jaxlm.tar'
@@ -279,7 +283,7 @@ def _run_once(
         for words in commands
     ]
     first_failure: tuple[int, str] | None = None
-    num_forwarded, deadline = len(received_signals), math.inf
+    num_forwarded, deadline = 0, math.inf  # the children have received no signal yet
     try:
         while True:
             for number in received_signals[num_forwarded:]:
@@ -291,6 +295,9 @@ def _run_once(
                 first_failure = _first_failure(statuses)
                 deadline = time.monotonic() + _GRACE_SECONDS
             if None not in statuses or time.monotonic() > deadline:
+                if _USER_ERROR in statuses:  # the other processes failed because of it
+                    index = statuses.index(_USER_ERROR)
+                    return _USER_ERROR, f"process {index} of {count} ended with status {_USER_ERROR}"
                 return first_failure or (0, "")
             time.sleep(0.1)
     finally:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import itertools
 import logging
 import os
 import re
@@ -105,20 +106,24 @@ def barrier(name: str) -> None:
 
 
 def request_end() -> None:
-    """Request that all processes end after the same step (:func:`end_after`). Signal handlers call it."""
+    """Request that all processes end after the same step (:func:`end_now`). Signal handlers call it."""
     if _watch is None:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX's signal handler makes the request
     else:
         _watch.request_end()
 
 
-def end_after(step: int) -> bool:
-    """Whether all processes end after ``step``, because one process called :func:`request_end` or received SIGTERM.
+_sync_points = itertools.count(1)
 
-    JAX's preemption service makes the processes agree on the step. In a run with several processes, call this function
-    after every step.
+
+def end_now() -> bool:
+    """Whether all processes end now, because one process called :func:`request_end` or received SIGTERM.
+
+    JAX's preemption service makes the processes agree on the call. In a run with several processes, call this function
+    after every step. The calls are counted here, because the numbers that JAX gets must increase, and the step number
+    decreases after a rollback.
     """
-    end = bool(_multihost_utils().reached_preemption_sync_point(step))
+    end = bool(_multihost_utils().reached_preemption_sync_point(next(_sync_points)))
     if end and _watch is not None:
         _watch.end_agreed = True
     return end
@@ -224,7 +229,7 @@ def run(
             print(exit_error.code, file=sys.stderr)
         status = exit_error.code if isinstance(exit_error.code, int) else int(exit_error.code is not None)
         cause = f"failed with status {status}: {relay.stderr.last_line}"
-        if _CONSEQUENCE.search(cause):
+        if status and _CONSEQUENCE.search(cause):
             watch.wait_for_cause()
     except KeyboardInterrupt:
         status, cause = 128 + signal.SIGINT, "got SIGINT"

@@ -254,7 +254,7 @@ class Sharding:
         return [block * size + row for block in local_blocks for row in range(size)]
 
     def from_rows(self, local: np.ndarray) -> jax.Array:
-        """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`rows`).
+        """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`local_rows`).
 
         ``local`` is a host array with these rows.
         """

@@ -424,7 +424,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
 def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
     """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
 
-    Indices must be in range. They are not checked, because a check would cost a pass over every leaf.
+    Indices must be in range. Others are clipped without an error, because a check would cost a pass over every leaf.
     """
     return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 

@@ -13,6 +13,7 @@ from jaxlm import spec
 from jaxlm.adapt import Adaptation, Freeze, LoRA, is_table, num_row_axes
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.objectives import classification
 from jaxlm.spec import ArraySpec
 from jaxlm.testing.helpers import (
     TINY,
@@ -25,6 +26,7 @@ from jaxlm.testing.helpers import (
     with_stacked_layers,
 )
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 
 BERT = tiny_model("bert", task="classification", scan_layers=True)
 T5 = tiny_model("t5", num_decoder_layers=3, scan_layers=True)
@@ -195,6 +197,19 @@ def test_the_first_layers_of_every_stack_are_frozen():
 def test_errors_name_the_bad_adaptation(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_frozen_layers_of_a_model_with_batch_normalisation():
+    model = tiny_model("resnet-tiny")
+    trainer = Trainer(model, optax.sgd(0.1), classification.loss, adaptation=Freeze(("layer_0/",)))
+    state, step = trainer.init(jax.random.key(0)), jax.jit(trainer.step)
+    batch = classification.batch(random_tokens(model, 4, 16), np.array([0, 1, 0, 1]), num_labels=2)
+    new, metrics = step(state, batch)
+    assert float(metrics["skipped"]) == 0
+    frozen, trained = (spec.flatten(tree) for tree in (new.frozen, new.params))
+    assert any(path.startswith("matched/statistics/layer_0/") for path in frozen)
+    changed = {path for path, leaf in spec.flatten(state.params).items() if not np.array_equal(leaf, trained[path])}
+    assert any(path.startswith("statistics/") for path in changed)
 
 
 # ---------------------------------------------------------------------------------------------------- LoRA

@@ -19,14 +19,17 @@ from jaxlm.launch import run_local, script
 COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
 
-def execute(text: str, directory: Path, failing: str = "no such word") -> tuple[int, list[list[str]]]:
-    """Run a script with fake network programs; returns its status and the arguments of each call to them."""
+def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[str]]]:
+    """Run a script with fake network programs; returns its status and the arguments of each call to them.
+
+    A call with a word in ``failing`` fails. ``describe`` fails if the TPU does not exist.
+    """
     log = directory / "log"
     for program in ("gcloud", "ssh", "scp", "git"):
         (directory / program).write_text(
             f"#!{sys.executable}\nimport sys\n"
             f"open({str(log)!r}, 'a').write(repr([{program!r}, *sys.argv[1:]]) + '\\n')\n"
-            f"sys.exit({failing!r} in sys.argv)\n"
+            f"sys.exit(not set({failing!r}).isdisjoint(sys.argv))\n"
         )
         (directory / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"}
@@ -35,10 +38,12 @@ def execute(text: str, directory: Path, failing: str = "no such word") -> tuple[
 
 
 def test_a_tpu_is_created_used_and_deleted(tmp_path):
-    status, calls = execute(script("v5e:2x4", COMMAND, zone="us-central1-a", name="mine", spot=True), tmp_path)
+    status, calls = execute(
+        script("v5e:2x4", COMMAND, zone="us-central1-a", name="mine", spot=True), tmp_path, "describe"
+    )
     assert status == 0
     words = [" ".join(call) for call in calls]
-    assert words[0] == (
+    assert words[1] == (
         "gcloud compute tpus tpu-vm create mine --zone=us-central1-a --accelerator-type=v5litepod-8 "
         "--version=v2-alpha-tpuv5-lite --spot"
     )
@@ -53,9 +58,16 @@ def test_a_tpu_is_created_used_and_deleted(tmp_path):
 
 
 def test_a_tpu_is_deleted_after_a_failure(tmp_path):
-    status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path, failing="scp")
+    for failing in ("create", "scp"):
+        status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path, "describe", failing)
+        assert status != 0
+        assert [call[4] for call in calls if call[0] == "gcloud"][-2:] == [failing, "delete"]
+
+
+def test_a_tpu_that_exists_already_is_not_deleted(tmp_path):
+    status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path)
     assert status != 0
-    assert [call[4] for call in calls if call[0] == "gcloud"] == ["create", "scp", "delete"]
+    assert [call[4] for call in calls] == ["describe"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,20 @@ def test_no_restart_after_the_last_one_or_after_a_usage_error(program, capsys):
     assert len(Path("calls").read_text().splitlines()) == 3
     assert run_local(["python", "-m", "prog", "killed", "--resume=run"], 1) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_usage_error_of_one_process_decides_even_if_other_processes_fail(monkeypatch):
+    class Child:
+        def __init__(self, command, **options):
+            self.status = 2 if command[command.index("--process") + 1] == "0" else 1
+
+        def poll(self):
+            return self.status
+
+        kill = wait = lambda self: None
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Child)
+    assert launch._run_once("prog", [], 3, 60, []) == (2, "process 0 of 3 ended with status 2")
 
 
 def test_an_incomplete_run_directory_is_renamed(program):

@@ -18,7 +18,7 @@ from jaxlm.training.trainer import CarrySize, to_global_batch
 
 
 class Evaluator:
-    """A callable that computes named metrics from parameters. Each metric is a mean over ``batches``.
+    """A callable that computes named metrics from parameters. Each metric is a mean over all targets.
 
     The batches are kept in memory, so every evaluation uses the same batches.
 

@@ -48,9 +48,9 @@ class TrainingConfig:
     steps: int = 1000
     """Number of training steps."""
     batch_size: int = 32
-    """Sequences per batch, over all devices."""
+    """Sequences per batch, over all devices. The experiments make batches of this size."""
     sequence_length: int = 128
-    """Tokens per sequence."""
+    """Tokens per sequence. The experiments make batches of this length."""
     grad_accum_steps: int = 1
     """Micro-batches per batch, computed one after the other to save memory; their gradients are summed."""
     ema_decay: float | None = None
@@ -88,7 +88,7 @@ class TrainingConfig:
     goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
     2022, section 5.1). 0 stops with an error instead."""
     seed: int = 0
-    """Seed of the initial weights, dropout and the order of the data."""
+    """Seed of the initial weights and dropout; in the experiments, also of the order of the data."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -208,7 +208,7 @@ def train(
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
             the run has no checkpoint to go back to or has already gone back ``config.max_rollbacks`` times.
-        FileExistsError: the directory has checkpoints and ``run.resume`` is False.
+        FileExistsError: the directory has checkpoints, ``run.resume`` is False, and ``config.checkpoint_every`` is set.
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
         OSError: the disk is full, or the directory is not writable.
@@ -388,7 +388,7 @@ class _Loop:
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
             reader.restart_clock()
-        stop = "signal" if signals.stop_after(self.step) else None
+        stop = "signal" if signals.stop_now() else None
         patience = config.patience
         if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
             stop = "patience"
@@ -533,7 +533,10 @@ class _Loop:
             return self._result(reader, self._checkpoint_state(self._state), self._validation, None)
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._abstract_state, best=True)
-        bar.say(f"the weights of step {int(state.step)} are used, which has the best {self._config.best_metric}")
+        metric = self._config.best_metric
+        bar.say(f"the weights of step {int(state.step)} are used, the saved step with the best {metric}")
+        if self._best is not None and self._to_minimize(saved["validation"][metric]) > self._best:
+            bar.say(f"an earlier evaluation had a better {metric}, but its weights were not saved")
         return self._result(reader, state, saved["validation"], None)
 
     def _result(
@@ -546,7 +549,7 @@ class _Loop:
         )  # fmt: skip
 
 
-_MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|attention_implementation")
+_MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|.*_implementation")
 """Fields of a model's config that a resumed run may change, because the trained weights stay valid."""
 
 
@@ -593,6 +596,10 @@ def _none_to_nan(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 class _Records:
     """Writes the records of a run to ``metrics.jsonl`` and to the trackers."""
 
@@ -600,7 +607,10 @@ class _Records:
         self._file, self._trackers = file, trackers if processes.is_first() else ()
 
     def write(self, step: int, **record: Any) -> None:
-        self._file.write(step=step, **record)
+        # JSON has no NaN and no infinity, so a value that is not finite is written as null.
+        self._file.write(
+            step=step, **{name: None if _is_not_finite(value) else value for name, value in record.items()}
+        )
         numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(step, numbers)
@@ -659,12 +669,11 @@ class _MetricsReader:
         self.skipped_in_a_row = int(values["skipped_in_a_row"])
         is_due = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
         if is_due or self.skipped_in_a_row:
-            # JSON has no NaN and no infinity, so a value that is not finite is written as null.
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             if self._trainer.learning_rate is not None:
-                finite["learning_rate"] = float(self._trainer.learning_rate(step - 1 - int(values["skipped"])))
+                updates_before = step - 1 - int(values["skipped"]) + (self.skipped_in_a_row > 0)
+                values["learning_rate"] = float(self._trainer.learning_rate(updates_before))
             self._records.write(
-                step, **finite, tokens=tokens, examples=examples, tokens_per_second=rate,
+                step, **values, tokens=tokens, examples=examples, tokens_per_second=rate,
                 examples_per_second=None if rate is None else self.examples_per_second, time=round(time.time(), 3),
             )  # fmt: skip
         self._bar.update(step, values["loss"], rate)
@@ -721,11 +730,11 @@ class _Signals:
         finally:
             self._announce = None
 
-    def stop_after(self, step: int) -> bool:
-        """Whether to end after ``step``. All processes get the same result. The loop must call it after every step."""
+    def stop_now(self) -> bool:
+        """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        stop = processes.end_after(step)
+        stop = processes.end_now()
         if stop and self.caught is None:
             self.caught = signal.SIGTERM.name
         return stop

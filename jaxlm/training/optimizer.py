@@ -44,7 +44,7 @@ class OptimizerConfig:
     hold_steps: int = 0
     """Steps at the peak learning rate, between warm-up and decay."""
     final_fraction: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak (cosine and linear)."""
+    """Learning rate after the last step, as a fraction of the peak (cosine and linear)."""
     beta1: float = 0.9
     """Decay of the first moment (adamw; AdamW parameters of muon); the momentum of sgd and nt_asgd."""
     beta2: float = 0.99
@@ -52,7 +52,8 @@ class OptimizerConfig:
     nesterov: bool = False
     """Nesterov momentum (sgd and nt_asgd)."""
     epsilon: float = 1e-8
-    """Term added to the root of the second moment (adamw; AdamW parameters of muon; adadelta)."""
+    """Term added to the root of the second moment (adamw; AdamW parameters of muon), or to both second moments before
+    their roots (adadelta)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of weights and embeddings (not of biases and norm scales)."""
     clip_norm: float | None = 1.0
@@ -109,7 +110,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     decay_start = warmup + config.hold_steps
     if config.schedule in ("cosine", "linear") and decay_start >= steps:
         raise ValueError(
-            f"warmup_steps={warmup} and hold_steps={config.hold_steps} must be fewer than the {steps} steps of the "
+            f"warmup_steps={warmup} plus hold_steps={config.hold_steps} must be fewer than the {steps} steps of the "
             "training"
         )
     if config.schedule == "inverse_square_root" and decay_start == 0:

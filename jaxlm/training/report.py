@@ -88,8 +88,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def metric_curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of one metric, from the last record of each step. A value that was not finite is NaN."""
-    points = {record["step"]: record[name] for record in records if name in record and "step" in record}
+    """The steps and values of one metric, from the last record of each step. A value that was not finite is NaN.
+
+    Steps that a rollback discarded are left out.
+    """
+    points: dict[int, Any] = {}
+    for record in records:
+        if record.get("event") == "rollback":
+            points = {step: value for step, value in points.items() if step <= record["to_step"]}
+        elif name in record and "step" in record:
+            points[record["step"]] = record[name]
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
 

@@ -16,7 +16,10 @@ class Tracker(Protocol):
     """An object that receives the metrics of training."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics of a step. Steps never decrease. Calls for the same step have metrics of different names."""
+        """Record metrics of a step. Calls for the same step have metrics of different names.
+
+        Steps decrease only after a rollback. Then the later metrics of a step are valid.
+        """
 
     def close(self) -> None:
         """Write buffered values and release the resources of the tracker."""
@@ -62,6 +65,9 @@ class _RunTracker:
 
 class WandbTracker(_RunTracker):
     """Logs to Weights & Biases. Its environment variables (``WANDB_MODE=offline``, ``WANDB_DIR``, ...) also apply.
+
+    Weights & Biases ignores metrics of a step below its newest step, so it does not show the steps that are repeated
+    after a rollback.
 
     Args:
         project: name of the project.

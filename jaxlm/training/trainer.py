@@ -81,7 +81,8 @@ class Trainer:
         optimizer: any Optax transformation.
         loss: the ``loss`` of an objective, or a function with its signature.
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other and their
-            gradients are summed. This saves memory and gives the same gradient.
+            gradients are summed. This saves memory and gives the same gradient, except for dropout, batch normalisation
+            and router losses, which are computed for each micro-batch.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
@@ -218,10 +219,10 @@ class Trainer:
         """The state after one update, and metrics. The function is pure.
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
-        A skipped step changes only the counters. Parameters, optimizer state, moving average and model state stay
-        bitwise the same. Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping),
-        ``parameter_norm`` (of the new parameters), ``weight`` (number of targets), ``skipped`` and
-        ``skipped_in_a_row``.
+        A skipped step changes only the counters. Parameters, optimizer state and moving average stay bitwise the same,
+        and so does the model state, except that rows with ``batch.reset`` are emptied. Metrics are float32 scalars:
+        ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters),
+        ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``.
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
@@ -327,9 +328,8 @@ class Trainer:
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
-            params = {**params, **{name: new for name, new in new_model_state.items() if name in params}}
-            if frozen is not None:
-                frozen = {**frozen, **{name: new for name, new in new_model_state.items() if name in frozen}}
+            params = _overwrite(params, new_model_state)
+            frozen = None if frozen is None else _overwrite(frozen, new_model_state)
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
@@ -370,6 +370,13 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
     folded = spec.fold_name(key, name)
     assert folded is not None
     return folded
+
+
+def _overwrite(tree: Any, new: Any) -> Any:
+    """``tree`` with the values of ``new`` at the paths that both have."""
+    if not isinstance(tree, dict):
+        return new
+    return {name: _overwrite(child, new[name]) if name in new else child for name, child in tree.items()}
 
 
 def _to_host_if_distributed(x: Any) -> Any:

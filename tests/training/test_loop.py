@@ -256,7 +256,7 @@ def test_nonfinite_weights_are_never_saved(tmp_path):
     config = TrainingConfig(STEPS, 8, 16, evaluate_every=100, checkpoint_every=1, keep_last=1)
     trainer = config.trainer(model, optax.sgd(rate), causal.loss)
     data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
-    with pytest.raises(DivergedError, match=r"step 7: the weights are not finite.*last checkpoint .* step 6"):
+    with pytest.raises(DivergedError, match=r"step 7: the weights are not finite.*last scheduled checkpoint .* step 6"):
         train(trainer, data, evaluate, config, Run(tmp_path))
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [6]
@@ -367,7 +367,7 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     assert result.validation == {"loss": 1.0, "score": 0.7}
     messages = capfd.readouterr().err
     assert "step 8: score has not improved in 2 evaluations: training stops" in messages
-    assert "the weights of step 4 are used, which has the best score" in messages
+    assert "the weights of step 4 are used, the saved step with the best score" in messages
     assert sorted(saved_steps(tmp_path / "stops")) == [4, 8]
     assert metric_curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
         [2, 4, 6, 8],

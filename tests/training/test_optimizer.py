@@ -319,7 +319,7 @@ def test_cosine_and_linear_hold_before_the_decay():
     config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=10, hold_steps=40, final_fraction=0.0)
     rate = learning_rate(config, 100)
     np.testing.assert_allclose([rate(n) for n in (10, 50, 75, 100)], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
-    with pytest.raises(ValueError, match="warmup_steps=10 and hold_steps=40 must be fewer than the 50 steps"):
+    with pytest.raises(ValueError, match="warmup_steps=10 plus hold_steps=40 must be fewer than the 50 steps"):
         learning_rate(config, 50)
     with pytest.raises(ValueError, match="needs warm-up or hold steps: set warmup_steps"):
         learning_rate(OptimizerConfig(schedule="inverse_square_root", warmup_steps=0), 50)

@@ -51,6 +51,12 @@ def test_a_curve_uses_the_last_record_of_a_step_and_null_becomes_nan():
     assert values[1] == 4.0
 
 
+def test_a_curve_has_no_steps_that_a_rollback_discarded():
+    records = [{"step": step, "loss": float(step)} for step in range(1, 6)]
+    records += [{"step": 5, "event": "rollback", "to_step": 2}, {"step": 4, "loss": 0.5}]
+    assert metric_curve(records, "loss") == ([1, 2, 4], [1.0, 2.0, 0.5])
+
+
 def test_each_panel_has_the_loss_or_one_validation_metric(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl"))
     loss, accuracy = plots.training_panels(records)
