@@ -195,7 +195,7 @@ def _report(
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
     tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
-    trained_model, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
+    trained_model, limit = (model, result.params, tokenizer), model.max_positions
     short_games = [line for line in test.moves if limit is None or len(line.split()) < limit]
     if len(short_games) < len(test):
         lib.print_once(f"{len(test) - len(short_games)} test games are skipped: they have {limit} or more moves")

@@ -198,7 +198,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     model, params, tokenizer = build(experiment, training, resume)
     window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
     windows = training_windows(model, tokenizer, training, **window_size)
-    limit = getattr(model.config, "max_positions", None)
+    limit = model.max_positions
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))

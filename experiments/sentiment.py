@@ -203,7 +203,7 @@ def train_and_test(
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
         for part in (training_part, validation_part, test)
     )
-    limit = getattr(model.config, "max_positions", None)
+    limit = model.max_positions
     source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))

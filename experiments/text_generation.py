@@ -167,7 +167,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
 
 def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
     """The prompt of the passage. Raises ``ValueError`` if the model cannot read a prompt of this length."""
-    prompt, limit = experiment.prompt, getattr(model.config, "max_positions", None)
+    prompt, limit = experiment.prompt, model.max_positions
     if prompt is None and experiment.data is not None:
         beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
         return beginning.strip("\ufffd")  # incomplete characters at both ends

@@ -127,10 +127,11 @@ _CHECKSUM_CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomWindows:
-    """Windows of one token array, in random order. Every multiple of ``stride`` is the start of a window.
+    """Windows of one token array, in random order. They start at 0, ``stride``, 2 ``stride``, ...
 
-    Each window occurs exactly once per epoch, and each epoch has a different order. A batch may contain the last
-    windows of one epoch and the first windows of the next epoch, so no window is dropped.
+    The last window is the last one that fits: with ``stride > 1``, the last tokens may be in no window. Each window
+    occurs exactly once per epoch, and each epoch has a different order. A batch may contain the last windows of one
+    epoch and the first windows of the next epoch, so no window is dropped.
 
     Args:
         tokens: ``[N]`` ids. If ``tokens`` is a memory map, a batch reads only its own windows.

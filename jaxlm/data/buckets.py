@@ -75,13 +75,13 @@ class Bucketed:
         equal_tokens: True: buckets of shorter examples have more rows, so that all batches have about the same number
             of tokens. The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
         shuffle: False visits the buckets in order of length, for evaluation.
-        pad_id: the id of padding.
+        pad_id: the padding of all arrays, also of those that are not token ids.
         length_multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
         max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
     Raises:
         ValueError: there is no example; the examples have different fields; or an array is empty, has values that are
-            not 32-bit integers, or is longer than ``max_length``.
+            not 32-bit integers, or is longer than ``max_length``; or a scalar field has values of several types.
     """
 
     examples: Sequence[Encoded]
@@ -102,11 +102,14 @@ class Bucketed:
             check_min(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
-        names = list(self.examples[0])
+        names, array_fields = list(self.examples[0]), self._array_fields
         for number, example in enumerate(self.examples):
             if list(example) != names:
                 raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
-            for name in self._array_fields:
+            for name in names:
+                if name not in array_fields:
+                    _check_scalar(example[name], self.examples[0][name], f"{name} of example {number}")
+            for name in array_fields:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                     raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
                 _check_integers(np.asarray(example[name]), f"{name} of example {number}")
@@ -136,7 +139,7 @@ class Bucketed:
             parts_by_longest,
             key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts),
         )
-        longest_row_entries = parts[-1][0].sum()
+        longest_row_entries = max(shape.sum() for shape, _ in parts)
         row_factors = [max(1, longest_row_entries // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
         return [
             Bucket(dict(zip(self._array_fields, shape.tolist(), strict=True)), int(factor) * self.batch_size, members)
@@ -224,6 +227,13 @@ class Bucketed:
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
         return f"{len(self.buckets)} shapes ({shapes}), {100 * (1 - self.efficiency):.0f} % padding"
+
+
+def _check_scalar(value: Any, first: Any, what: str) -> None:
+    """Raise ``ValueError`` unless both values are numbers of the same kind, such as integers, or are booleans."""
+    kind, first_kind = np.asarray(value).dtype.kind, np.asarray(first).dtype.kind
+    if np.ndim(value) or kind not in "biuf" or kind != first_kind:
+        raise ValueError(f"{what} is {value!r}, but the field is {first!r} in example 0: use one type of number")
 
 
 def _check_integers(values: np.ndarray, what: str) -> None:

@@ -121,7 +121,8 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
                 yield prefix or "module", *parts
         children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
         for child in reversed(children):
-            name = getattr(child, "name", "")
+            is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            name = child.name if is_named else ""  # type: ignore[attr-defined]
             stack.append((".".join(part for part in (prefix, name) if part), child))
 
 

@@ -233,6 +233,10 @@ class _RenamedExamples(Sequence[Example]):
             return _RenamedExamples(self._source, self._fields, self._name, self._numbers[index])
         return self.read(index)
 
+    def __iter__(self) -> Iterator[Example]:
+        # The iterator of Sequence would end without an error if the source raised an IndexError.
+        return map(self.read, range(len(self)))
+
     def read(self, index: int) -> Example:
         number = self._numbers[index]
         row = self._source[number]
@@ -307,7 +311,12 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
                 raise InvalidLineError(f"{path}, line {number}: {error}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
-        raise ValueError(f"{path} has no examples")
+        message = f"{path} has no examples"
+        if rejected:
+            message += (
+                f": all {len(rejected)} lines are invalid, for example line {rejected[0].line}: {rejected[0].reason}"
+            )
+        raise ValueError(message)
     return Examples(rows, str(path), tuple(rejected))
 
 
@@ -349,7 +358,8 @@ def _read_rows(
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield number, functools.partial(_raise_malformed, str(error))
+            reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
+            yield number, functools.partial(_raise_malformed, reason)
             continue
         if row is None:
             return
@@ -445,7 +455,7 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 
     def make_example(line: str) -> Example:
         label, _, text = line.partition(" ")
-        if not label or not text.strip():
+        if not label or "\t" in label or not text.strip():
             raise ValueError(f"the line must have a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
@@ -462,7 +472,10 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
     Args:
         encoding, on_error: as in :func:`read_table`.
     """
-    if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
+    suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
+    if suffix in ("json", "jsonl"):
+        raise ValueError(f"{path} is a JSON file: convert it to .tsv or .csv, or use read_jsonl in Python")
+    if suffix not in ("tsv", "csv"):
         return read_labelled_lines(path, encoding=encoding, on_error=on_error)
     names = _read_header(path, _read_rows(path, None, encoding))
     column = next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])

@@ -339,11 +339,11 @@ def _read_pgn(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]
         return
     stream = io.StringIO(text)
     while (game := chess.pgn.read_game(stream, Visitor=MainLine)) is not None:
-        result = game.headers.get("Result", "*")
-        board = game.board()
-        if game.errors:
+        if game.errors:  # board() raises an error if a tag is invalid
             yield _ParsedGame(line, reason=str(game.errors[0]))
-        elif board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
+            continue
+        result, board = game.headers.get("Result", "*"), game.board()
+        if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
             yield _ParsedGame(line, reason="the game is not standard chess from the initial position")
         elif game.next() is None:
             yield _ParsedGame(line, reason="no moves")

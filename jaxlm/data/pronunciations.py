@@ -26,9 +26,9 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
         ValueError: the file has no words, or a word has no phonemes. The message has the line.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        name, *phonemes = line.partition("#")[0].split() or [""]
-        if not name or name.startswith(";;;"):  # a comment of older files
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        name, *phonemes = line.partition(" #")[0].split() or [""]
+        if name in ("", "#") or name.startswith(";;;"):  # comments; a word may begin with #
             continue
         if not phonemes:
             raise ValueError(f"{path}, line {number}: the word {name!r} has no phonemes")

@@ -226,6 +226,7 @@ class ByteTokenizer(EncodeInputsMixin):
         return array[array != self.end_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
+        remove_tokenizer_files(Path(directory))
         write_json(Path(directory) / JAXLM_FILE, {"type": "byte"})
 
 
@@ -288,6 +289,7 @@ class CharTokenizer(EncodeInputsMixin):
         return "".join(self.characters[i] for i in check_ids(ids, self.vocab_size))
 
     def save(self, directory: str | Path) -> None:
+        remove_tokenizer_files(Path(directory))
         write_json(Path(directory) / JAXLM_FILE, {"type": "character", "characters": self.characters})
 
 
@@ -339,7 +341,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         backend.no_padding()
         backend.no_truncation()
         template = backend.encode("").ids
-        self._context_first = bool(template) and template[-1] == self.special_ids.cls
+        self._context_first = len(template) > 1 and template[-1] == self.special_ids.cls
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
@@ -377,7 +379,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        integrity.remove_checksums(directory, TOKENIZER_FILES)
+        remove_tokenizer_files(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         if "tokenizer_config.json" not in self._files:
@@ -528,6 +530,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     raise FileNotFoundError(
         f"no tokenizer in {directory}: looked for {JAXLM_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
     )
+
+
+def remove_tokenizer_files(directory: Path) -> None:
+    """Remove the files of an earlier tokenizer: :func:`load_tokenizer` might read them instead of the new files."""
+    integrity.remove_checksums(directory, TOKENIZER_FILES)
+    for name in TOKENIZER_FILES:
+        (directory / name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

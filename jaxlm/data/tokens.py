@@ -26,7 +26,8 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
         raise ValueError(f"{name}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
     if len(ids) < min_length:
         count = f"{len(ids)} tokens" if len(ids) else "no tokens"
-        raise ValueError(f"{name}: {count}, at least {min_length} needed; use more data, or a smaller length or batch")
+        fix = "remove it" if min_length == 1 else "use more data, or a smaller length or batch"
+        raise ValueError(f"{name}: {count}, at least {min_length} needed; {fix}")
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first: int = 0) -> None:
@@ -108,6 +109,8 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a complete token file (.npy): {error}") from error
+    if not isinstance(ids, np.ndarray):  # .npz
+        raise ValueError(f"{path} is an archive of arrays, not a token file (.npy)")
     check_tokens(ids, vocab_size, name=str(path))
     return ids
 

@@ -138,12 +138,12 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
     """The number of cache slots in each stage of the search.
 
     Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, or
-    if the given state has another number of slots than ``slots``, because that state may already hold tokens.
+    if the given state may already hold tokens.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))
     current_slots = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
     sizes = [current_slots or slots]
-    if current_slots != slots:
+    if current_slots != slots or (state is not None and not model.reads_source):
         return sizes
     while sizes[0] > 2 * max(prompt_length, MIN_CACHE_SLOTS):
         sizes.insert(0, -(-sizes[0] // 2))

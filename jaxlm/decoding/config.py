@@ -181,7 +181,7 @@ _SUPPORTED: dict[str, tuple[type, ...]] = {
 """The supported fields and the types of their values."""
 
 _NO_EFFECT = {
-    # Ids that never occur in the text: prompts are never empty, and padding is not decoded.
+    # bos_token_id starts an empty prompt, which is an error here; pad_token_id fills rows after their end.
     "bos_token_id", "pad_token_id",
     # Options for speed and for additional return values.
     "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size", "compile_config",
@@ -198,7 +198,7 @@ _NEUTRAL_VALUES: dict[str, Any] = {
     "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "diversity_penalty": 0.0,
     "num_beam_groups": 1, "num_return_sequences": 1, "renormalize_logits": False, "remove_invalid_values": False,
-    "token_healing": False,
+    "token_healing": False, "guidance_scale": 1.0, "min_new_tokens": 0,
 }  # fmt: skip
 """Unsupported field -> the value that does not change the text. For unsupported fields that are not listed: null."""
 

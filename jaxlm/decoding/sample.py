@@ -92,7 +92,7 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
         check_top_k(sampling, V)
         threshold_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1.0:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
         # Keep a token if the total probability of the more likely tokens is below p. Always keep the most likely token.
@@ -303,6 +303,8 @@ def settings_of(
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
     """Random keys [B]: ``key`` folded with the number of each row."""
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a raw key, from jax.random.PRNGKey
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 

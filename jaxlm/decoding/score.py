@@ -123,7 +123,8 @@ def target_token_scores(
         raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
     check_ids(model, source, source_segment_ids, "sources", vocab_size=source_vocab_size(model))
     check_ids(model, targets, segment_ids, "targets")
-    decoder_BT = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
+    targets = jnp.asarray(targets)
+    decoder_BT = jnp.concatenate([jnp.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
     scores, finite_B = _target_token_scores(
         model, params, source, targets, decoder_BT, source_segment_ids, segment_ids, sharding=active()

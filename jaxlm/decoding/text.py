@@ -54,8 +54,9 @@ def generate_text(
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
     texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD.
 
-    Texts are sorted by length, batched, and padded to a few lengths. The loop is compiled once per length. The random
-    draws for a text depend on ``key`` and the index of the text, not on its batch. A prompt and its continuation may be
+    Texts are sorted by length, batched, and padded to a few lengths. The loop is compiled once for each combination of
+    batch size, padded length and number of new tokens. The random draws for a text depend on ``key`` and the index of
+    the text, not on its batch. Without beam search and without a draft model, a prompt and its continuation may be
     longer than the model's context: when the longest row of a batch fills the context, generation continues with the
     last ``max_positions // 2`` tokens of each row as its new prompt.
 
@@ -217,6 +218,9 @@ class _TextGenerator:
         limit = self._request.max_positions
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
+        other = next((text for text in texts if not isinstance(text, str | np.ndarray)), None)
+        if other is not None:
+            raise TypeError(f"a {what} is a {type(other).__name__}: pass strings, or token ids as int32 NumPy arrays")
         if rows and strings:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"

@@ -47,7 +47,7 @@ class TokenRequest:
     @property
     def max_positions(self) -> int | None:
         """The maximum number of positions for a prompt and its output together. None: the model has no limit."""
-        return getattr(self.model.config, "max_positions", None)
+        return self.model.max_positions
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

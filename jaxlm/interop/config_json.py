@@ -65,8 +65,13 @@ def format_of(model: Model) -> Format:
             return table
     if not choices or formats.native_if_unpublished(model.family):
         return _native_format(model)
-    names = ", ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in choices)
-    raise ValueError(f"no Hugging Face class can represent {model.config}: tried {names}")
+    reasons = []
+    for table in choices:
+        fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
+        other = [field for field, value in fixed.items() if getattr(model.config, field) != value] or ["task"]
+        values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in other)
+        reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
+    raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
 
 
 def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
@@ -124,7 +129,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         if "task" in overrides and overrides["task"] != implied.get("task"):
             implied = {}
         model = get_model(name, **{**fields, **implied, **overrides})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
     table = _native_format(model) if table is None else table
     if model.task not in _LABEL_TASKS:
@@ -300,6 +305,9 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
+_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
 def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``config.json``: the loaded config, in which the fields that changed since loading are replaced.
 
@@ -316,8 +324,11 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
         result.pop(field, None)
+    rotary_changed = any(model_fields.get(field) != previous.get(field) for field in _ROTARY_FIELDS)
+    if rotary_changed:  # transformers 5 has all of them in this object, which takes precedence over the fields
+        result.pop("rope_parameters", None)
     for field, value in model_fields.items():
-        if field in previous and previous[field] == value:
+        if field in previous and previous[field] == value and not (rotary_changed and field in _ROTARY_FIELDS):
             if field in loaded:
                 result[field] = loaded[field]
             else:  # the default of the field is this value

@@ -36,6 +36,7 @@ from jaxlm.interop.directory import path_inside, write_json
 from jaxlm.interop.formats import Layout
 from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
+from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 
 CONFIG = "adapter_config.json"
@@ -158,7 +159,9 @@ def save_adapter(
     task = _PEFT_TASKS.get(model.task)
     # For these tasks, PEFT adds the head to `modules_to_save`. If the file then has no tensors of the head, PEFT fails.
     # So the task is saved only if the head is trained.
-    if not modules_to_save and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+    head = HEADS.get(model.task)
+    trains_head = head is not None and any(path.startswith(f"{head}/") for path in fully_trained)
+    if not trains_head and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         task = None
     config = {
         "peft_type": "LORA",

@@ -182,6 +182,11 @@ def pool(
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
 
 
+def max_positions(cfg: Config) -> int | None:
+    """The number of tokens of each row of a classifier. A language model has no limit."""
+    return None if cfg.task == "causal" else cfg.max_positions
+
+
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 

@@ -310,6 +310,13 @@ class Model:
         return hasattr(self.module, "encode")
 
     @property
+    def max_positions(self) -> int | None:
+        """The maximum number of tokens of a row; None if the model has no limit."""
+        if hasattr(self.module, "max_positions"):
+            return self.module.max_positions(self.config)
+        return getattr(self.config, "max_positions", None)
+
+    @property
     def reads_token_types(self) -> bool:
         """Whether the family's ``apply`` takes ``token_types``."""
         return "token_types" in inspect.signature(self.module.apply).parameters

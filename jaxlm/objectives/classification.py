@@ -49,8 +49,10 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
     """The targets (int32) and weights (float32) for labels. Both are 0 for the label ``IGNORED_LABEL``.
 
     Raises:
-        ValueError: a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
+        ValueError: labels are not integers, or a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
     """
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     wrong = np.unique(labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= num_labels))])
     if wrong.size:
         raise ValueError(
@@ -73,15 +75,15 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     Args:
         label_smoothing: fraction of the target probability that is spread over all labels (Szegedy et al. 2016,
             section 7).
-        class_weights: the weight of rows with each label, like ``weight`` of ``torch.nn.CrossEntropyLoss``. None:
-            equal weights.
+        class_weights: the weight of rows with each label, like ``weight`` of ``torch.nn.CrossEntropyLoss``
+            without label smoothing. None: equal weights.
 
     Raises:
         ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    if class_weights is not None and not min(class_weights) > 0.0:
+    if class_weights is not None and not all(weight > 0.0 for weight in class_weights):
         raise ValueError(f"class_weights={tuple(class_weights)} must be positive")
 
     def loss(

@@ -39,7 +39,7 @@ def batch(
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
-    targets, weights = targets_and_weights(labels, num_labels)
     if segment_ids is not None:
-        weights = np.where(segment_ids > 0, weights, np.float32(0.0))
+        labels = np.where(segment_ids > 0, labels, IGNORED_LABEL)
+    targets, weights = targets_and_weights(labels, num_labels)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))

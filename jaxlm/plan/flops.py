@@ -14,7 +14,7 @@ import jax
 from jax.extend import core as jax_core
 
 from jaxlm import spec
-from jaxlm.models import Model
+from jaxlm.models import Model, llama
 
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
@@ -40,10 +40,22 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     width = math.prod(layer["attention"]["output"]["weight"].shape[:2])
     attention = 12 * cfg.num_layers * width * sequence * tokens / (2 if causal else 1)
     attention_text = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
+    if getattr(cfg, "window", None) is not None:
+        keys_of_layers = [
+            _mean_keys(min(cfg.window, sequence) if kind == "window" else sequence, sequence)
+            for kind in llama.layer_kinds(cfg)
+        ]
+        attention = 12 * width * tokens * sum(keys_of_layers)
+        attention_text = "12*D*tokens*(mean number of visible keys, summed over the layers)"
     return Flops(
         6.0 * weights * tokens + attention,
         f"6*N*tokens + {attention_text}, N = {weights:,} {_what(model)}; recomputation is not counted",
     )
+
+
+def _mean_keys(window: int, sequence: int) -> float:
+    """The mean number of keys that a query of a causal layer with this window sees."""
+    return window * (1 - window / (2 * sequence))
 
 
 def decoding_flops(model: Model, batch: int) -> Flops:
@@ -63,9 +75,9 @@ def _what(model: Model) -> str:
 
 
 def matmul_parameters(model: Model) -> int:
-    """Number of parameters used in matmuls. A token embedding counts only if it is also the output head.
+    """Number of parameters without the tables that are only looked up.
 
-    Other embeddings, which are only looked up, do not count.
+    A token embedding counts only if it is also the output head. Biases and norms, which are few, count too.
     """
     leaves = spec.flatten(model.specs)
     looked_up = set(_LOOKED_UP_EMBEDDINGS)
@@ -90,8 +102,8 @@ def active_fraction_of_experts(model: Model) -> float:
 def counted_flops(function: Any, *arguments: Any) -> Flops:
     """FLOPs of all dots and convolutions in the jaxpr of ``function``.
 
-    A multiplication with an addition counts as 2 FLOPs. A loop body counts once per iteration, and a conditional counts
-    as its most expensive branch. Elementwise operations are not counted.
+    A multiplication with an addition counts as 2 FLOPs. The body of a ``scan`` counts once per iteration, the body of a
+    ``while`` once, and a conditional as its most expensive branch. Elementwise operations are not counted.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     return Flops(

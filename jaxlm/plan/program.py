@@ -70,7 +70,7 @@ def bytes_read_by_a_token(model: Model, params: Params) -> float:
 
 def default_sequence(model: Model) -> int:
     """The default number of tokens per row: ``max_positions`` of the model (512 if it has none), at most 1024."""
-    return min(getattr(model.config, "max_positions", None) or 512, 1024)
+    return min(model.max_positions or 512, 1024)
 
 
 def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:

@@ -88,7 +88,7 @@ def attention_maps(
         raise ValueError(f"outputs={outputs!r}: only an encoder-decoder has outputs, so pass none for {model.family!r}")
     if outputs is not None and len(outputs) != len(texts):
         raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
-    positions = getattr(model.config, "max_positions", None)
+    positions = model.max_positions
     if max_tokens is not None and positions is not None:
         max_tokens = min(max_tokens, positions)
     encoded = tokenizer.encode_inputs_batch(list(texts), max_length=max_tokens)

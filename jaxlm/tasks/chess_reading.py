@@ -27,7 +27,6 @@ from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import max_positions
 
 if TYPE_CHECKING:
     import chess
@@ -170,7 +169,7 @@ class MoveReader:
     @property
     def max_moves(self) -> int | None:
         """The largest number of moves of a game for which the model can predict the next move. None: no limit."""
-        limit = max_positions(self.model)
+        limit = self.model.max_positions
         return None if limit is None else limit - 1
 
     def check_moves(self, moves: int) -> None:
@@ -268,7 +267,7 @@ class MoveReader:
 
         The capacity has space for further moves, unless the model has too few positions.
         """
-        limit = max_positions(self.model)
+        limit = self.model.max_positions
         length = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         self._capacity = max(MIN_CAPACITY, 1 << (length + LENGTH_MULTIPLE - 1).bit_length())
         if limit is not None and self._capacity > limit:
@@ -374,12 +373,12 @@ def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
     """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, but at most the model's ``max_positions``."""
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return min(length, max_positions(model) or length)
+    return min(length, model.max_positions or length)
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:
     """Raise ``ValueError`` if a row has more tokens than the model has positions."""
-    limit = max_positions(model)
+    limit = model.max_positions
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if too_long:
         raise ValueError(

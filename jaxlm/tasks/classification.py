@@ -40,7 +40,7 @@ def encode(
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
-    limit = getattr(model.config, "max_positions", None)
+    limit = model.max_positions
     encoded: list[Encoded] = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts, pairs, max_length=max_length)):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
@@ -83,7 +83,7 @@ def batches(
 
 def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
     """The label probabilities of N encoded examples, float32 [N, labels]."""
-    limit = getattr(model.config, "max_positions", None)
+    limit = model.max_positions
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
     make = to_batch(model.config.num_labels)
     probabilities = np.zeros((len(encoded), model.config.num_labels), np.float32)

@@ -334,7 +334,7 @@ def score_ids(
     if model.reads_source != (start_id is not None):
         problem = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: pass None"
         raise ValueError(f"start_id={start_id}, but {model.family} {problem}")
-    limit = max_positions(model)
+    limit = model.max_positions
     for number, (context, ids) in enumerate(zip(contexts, continuations, strict=True)):
         if context.size == 0 or ids.size == 0:
             raise ValueError(
@@ -407,7 +407,7 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
         if np.all(encoding.sequence_ids == SPECIAL):
             raise ValueError(f"{what} is {texts[number]!r}, which has no tokens: pass at least one character")
         check_vocabulary(encoding.ids, source_vocab_size(model), what)
-        _check_length(encoding.ids.size, max_positions(model), what)
+        _check_length(encoding.ids.size, model.max_positions, what)
     return encodings
 
 
@@ -416,7 +416,7 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]
-        length = bucket_length(max(encoding.ids.size for encoding in chosen), max_positions(model))
+        length = bucket_length(max(encoding.ids.size for encoding in chosen), model.max_positions)
         tokens, segment_ids = pad_rows([encoding.ids for encoding in chosen], length)
         inputs = {}
         if model.reads_token_types:
@@ -464,11 +464,6 @@ def _label_probabilities(
     if not pool:
         finite_BT |= segment_ids_BT == 0
     return jax.nn.softmax(logits_BTL, axis=-1), jnp.all(finite_BT, axis=1)
-
-
-def max_positions(model: Model) -> int | None:
-    """The number of positions of the model. None: no limit."""
-    return getattr(model.config, "max_positions", None)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import BATCH_SIZE, input_batches, max_positions
+from jaxlm.tasks.predict import BATCH_SIZE, input_batches
 
 MAX_LENGTH = 384
 """Default maximum number of tokens of a window, as in Devlin et al. (2019)."""
@@ -367,7 +367,7 @@ def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
     """The maximum length and the stride of windows. Sets defaults, and raises ``ValueError`` for invalid values."""
-    limit = max_positions(model)
+    limit = model.max_positions
     if max_length is None:
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and max_length > limit:

@@ -79,7 +79,7 @@ def batches(
     Raises:
         ValueError: a source or a target has more tokens than the model has positions.
     """
-    limit = getattr(model.config, "max_positions", None)
+    limit = model.max_positions
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
     make = to_batch(model, tokenizer)
     return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]

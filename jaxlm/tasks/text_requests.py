@@ -78,7 +78,7 @@ class TextRequests:
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        positions = getattr(model.config, "max_positions", None)
+        positions = model.max_positions
         if max_length is not None and positions is not None and max_length > positions:
             raise ValueError(f"max_length={max_length} exceeds the model's max_positions={positions}")
         vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)

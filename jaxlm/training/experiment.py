@@ -18,6 +18,7 @@ from jaxlm import processes
 from jaxlm.command_line import exit_status, parse_experiment, split_debug
 from jaxlm.data import Tokenizer
 from jaxlm.decoding import GenerationConfig
+from jaxlm.interop.config_json import model_config_json
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
 from jaxlm.training import checks
@@ -129,6 +130,7 @@ def prepare_run(
     checks.check_task(trainer)
     checks.check_best_metric(experiment.training, evaluate)
     checks.check_tokenizer(trainer.model, tokenizer)
+    model_config_json(trainer.model, "float32", tokenizer)  # raises if the model cannot be exported
     if request is not None:
         checks.check_request(trainer.model, tokenizer, request)
     has_checkpoints = experiment.training.checkpoint_every is not None

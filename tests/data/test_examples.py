@@ -158,3 +158,27 @@ def test_included_examples():
     passages = corpora.play_passages()
     assert set(passages.column("label")) == set(corpora.PLAYS)
     assert np.mean([len(text.split()) for text in passages.column("text")]) == pytest.approx(64, abs=5)
+
+
+def test_an_index_error_of_a_source_does_not_end_the_examples():
+    class Source:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"text": ["a", "b"][index]}
+
+    examples = Examples.from_random_access(Source(), {"text": "text"})
+    with pytest.raises(IndexError):
+        examples.column("text")
+
+
+def test_labelled_lines_are_not_json_and_have_no_tab(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"label": 1, "text": "fine"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl is a JSON file: convert it to .tsv or .csv"):
+        read_labelled(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_text("1\ta fine film\n")
+    with pytest.raises(ValueError, match="line 1: the line must have a label, a space and a text"):
+        read_labelled(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="a.txt has no examples: all 1 lines are invalid, for example line 1"):
+        read_labelled(tmp_path / "a.txt", on_error="report")

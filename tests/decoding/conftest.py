@@ -32,6 +32,7 @@ class Recurrent:
 
     config: RecurrentConfig = RecurrentConfig()
     reads_source = False
+    max_positions = None
 
     @property
     def specs(self) -> spec.Tree:

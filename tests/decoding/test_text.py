@@ -32,6 +32,7 @@ class Reciter:
 
     config: ReciterConfig = ReciterConfig()
     reads_source = False
+    max_positions = None
     task = "causal"
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
@@ -272,3 +273,16 @@ def test_rows_that_end_early_get_no_text_in_later_windows() -> None:
     assert together[0] == separate[0][: separate[0].find(stop)]
     index = separate[1].find(stop)
     assert together[1] == (separate[1] if index < 0 else separate[1][:index])
+
+
+def test_raw_keys_and_typed_keys_give_the_same_samples() -> None:
+    model, params = recite(LINE.encode())
+    config = GenerationConfig(8, Sampling())
+    run = lambda key: generate_text(model, params, BYTES, ["The"], config, key=key)  # noqa: E731
+    assert run(jax.random.PRNGKey(0)) == run(jax.random.key(0))
+
+
+def test_a_list_of_ids_is_refused_by_name() -> None:
+    model, params = recite(LINE.encode())
+    with pytest.raises(TypeError, match="a prompt is a list: pass strings, or token ids as int32 NumPy arrays"):
+        generate_text(model, params, BYTES, [[5, 6]], GenerationConfig(8))  # type: ignore[list-item]

@@ -137,3 +137,8 @@ def test_errors_name_bad_input():
     headless = dataclasses.replace(model, config=dataclasses.replace(model.config, task="none"))
     with pytest.raises(ValueError, match="task='none' has no head for labels"):
         headless.logits(params, jnp.zeros((1, 1, 32)))
+
+
+def test_a_language_model_has_no_maximum_length():
+    assert tiny_model("alexnet", task="causal").max_positions is None
+    assert tiny_model("alexnet").max_positions is not None

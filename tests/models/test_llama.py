@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.config import from_json, to_json
-from jaxlm.interop import formats
+from jaxlm.interop import config_json, formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
@@ -412,6 +412,27 @@ def test_field_names_of_transformers_5_are_read(tmp_path):
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     model, _ = load_pretrained(save_with_fields(tmp_path, rope_theta=..., rope_parameters=new))
     assert (model.config.rotary_base, model.config.rotary_scaling) == (500.0, RotaryScaling("linear", 2.0))
+    changed = model.with_fields(rotary_base=1000.0, rotary_scaling=None)
+    save_pretrained(tmp_path / "changed", changed, spec.init(changed.specs, jax.random.key(0)))
+    assert load_pretrained(tmp_path / "changed")[0].config == changed.config
+    with pytest.raises(ValueError, match="rope_parameters has factor, but no rope_type that uses them"):
+        load_pretrained(save_with_fields(tmp_path, rope_parameters={"factor": 2.0, "rope_theta": 500.0}))
+
+
+def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "rope_parameters": rope}
+    fields = config_json.describe(config, Path("config.json"), {}).model.config
+    assert (fields.rotary_base, fields.window_rotary_base) == (1e6, 2e4)
+    assert fields.rotary_scaling == RotaryScaling("linear", 8.0)
+    rope["sliding_attention"]["rope_type"] = "linear"
+    with pytest.raises(ValueError, match="rope_type='linear' of sliding_attention is not supported"):
+        config_json.describe(config, Path("config.json"), {})
+    with pytest.raises(ValueError, match="config.json: "):
+        config_json.describe({**config, "rope_parameters": None, "sliding_window_pattern": 0}, Path("config.json"), {})
 
 
 def test_writing_unsupported_dynamic_scaling_raises(tmp_path):

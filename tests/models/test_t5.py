@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
+from jaxlm.interop import config_json
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
 from jaxlm.testing.helpers import (
@@ -206,6 +207,13 @@ def test_files_round_trip(change, model_type, architecture, tmp_path):
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
     assert_trees_equal(loaded_params, params)
+
+
+def test_files_of_transformers_5_have_another_field_for_a_separate_head():
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "tie_word_embeddings": True}
+    for scaled in (True, False):
+        described = config_json.describe({**config, "scale_decoder_outputs": scaled}, Path("config.json"), {})
+        assert described.model.config.tie_embeddings == scaled
 
 
 def test_duplicate_and_unused_tensors_of_published_files_are_ignored(tmp_path):

@@ -13,7 +13,7 @@ def test_ignored_labels_and_padding_have_weight_0():
     labels = np.array([[2, token_classification.IGNORED_LABEL, 0, 1, 1]])
     segments = np.array([[1, 1, 2, 2, 0]])
     batch = token_classification.batch(np.ones((1, 5), np.int32), labels, segments, num_labels=3)
-    assert batch.targets.tolist() == [[2, 0, 0, 1, 1]]
+    assert batch.targets.tolist() == [[2, 0, 0, 1, 0]]
     assert batch.weights.tolist() == [[1, 0, 1, 1, 0]]
     assert batch.weights.dtype == np.float32
     assert token_classification.batch(np.ones((1, 5), np.int32), labels, num_labels=3).weights.tolist() == [

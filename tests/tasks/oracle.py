@@ -30,6 +30,7 @@ class Oracle:
     family = "oracle"
     task = "causal"
     reads_source = False
+    max_positions = None
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
         return {"hash": ArraySpec((batch,), ("batch",), dtype=jnp.uint32)}

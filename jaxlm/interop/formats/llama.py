@@ -152,6 +152,13 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [names[name] for name in types]
     window = integer(config, "sliding_window", 4096) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5: one object for each type of layer
+        local = {**(rope.get("sliding_attention") or {})}
+        base = local.pop("rope_theta", base)
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type={local['rope_type']!r} of sliding_attention is not supported: only default is")
+        config = {**config, "rope_parameters": rope.get("full_attention")}
     return {
         **_read_fields(config), "pattern": _pattern(kinds), "window": window,
         "window_rotary_base": None if window is None else base, "attention_scale": scalar**-0.5,

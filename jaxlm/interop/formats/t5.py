@@ -72,6 +72,10 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
                 "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
+        # transformers 5 writes tie_word_embeddings=True for all models, and this field for a separate head.
+        scale_outputs = config.get("scale_decoder_outputs")
+        if isinstance(scale_outputs, bool):
+            fields["tie_embeddings"] = scale_outputs
         buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
         if type(buckets) is int and (buckets < 4 or buckets % 2):
             raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
