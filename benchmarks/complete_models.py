@@ -66,12 +66,10 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
 
 
 def decoded_parameters(model: Any) -> int:
-    """Number of parameters in the matrix products of decoding one token, without the encoder and embedding lookups."""
-    from jaxlm import spec
+    """Number of parameters in the matrix products of decoding one token."""
     from jaxlm.plan import flops
 
-    encoder = sum(leaf.size for name, leaf in spec.flatten(model.specs).items() if name.startswith("encoder/"))
-    return flops.matmul_parameters(model) - encoder
+    return flops.matmul_parameters(model, decoding=True)
 
 
 def counted_flops(model: Any, batch: Any) -> Any:

@@ -303,7 +303,28 @@ def test_only_selected_experts_count():
     assert step.amount == 6 * flops.active_matmul_parameters(mixture)
     assert f"active of {flops.matmul_parameters(mixture):,} parameters" in step.formula
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None), mixture.specs)
-    assert program.bytes_read_by_a_token(mixture, abstract) == 4 * (mixture.num_parameters - layers * 6 * mlp)
+    table = mixture.specs["token_embedding"].size  # looked up; the head is another parameter
+    assert program.bytes_read_by_a_token(mixture, abstract) == 4 * (mixture.num_parameters - layers * 6 * mlp - table)
+
+
+def test_a_decoding_step_does_not_use_the_encoder_or_project_the_source():
+    model = get_model("t5-tiny")
+    counted = flops.matmul_leaves(model, decoding=True)
+    assert "token_embedding" in counted
+    assert not any(name.startswith("encoder/") for name in counted)
+    assert not any("cross_attention/key" in name or "cross_attention/value" in name for name in counted)
+    assert any("cross_attention/query" in name for name in counted)
+    assert flops.decoding_flops(model, 2).amount == 4 * flops.matmul_parameters(model, decoding=True)
+    assert flops.matmul_parameters(model) == model.num_parameters
+
+
+def test_attention_flops_count_the_window():
+    full, windowed = get_model("gemma-3-tiny", window=64), get_model("gemma-3-tiny", window=8)
+    T, width, layers = 64, 32, 2
+    whole = flops.training_flops(full, 1, T).amount - 6 * flops.matmul_parameters(full) * T
+    assert whole == 6 * layers * width * T * T
+    part = flops.training_flops(windowed, 1, T).amount - 6 * flops.matmul_parameters(windowed) * T
+    assert part == whole / 2 + 12 * width * T * 8 * (1 - 8 / 128)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny", "roberta-tiny"])
@@ -406,7 +427,7 @@ def test_plans_are_shown_side_by_side(cpu_topology):
     assert "here data=8" in text
     assert "here tensor=4,data=2" in text
     assert re.search(r"MFU +n/a +n/a", text)
-    assert "decode, one token after 32" in text
+    assert "decode, one token, 32 cache slots" in text
     assert "2*N*rows" in text
 
 

@@ -25,7 +25,7 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row (for decoding: tokens before the new one); None: the model's max_positions, at most 1024, or 512
+    """Tokens per row (for decoding: the new token included); None: the model's max_positions, at most 1024, or 512
     if the model has no limit."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""

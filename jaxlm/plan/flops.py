@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from jaxlm.models import Model, llama
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
 _LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding")
+_ONCE_PER_SOURCE = re.compile(r"^encoder/|^source_embedding$|cross_attention/(key|value)/")
+"""Paths of parameters that an encoder-decoder uses once for each source, and not in each decoding step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,37 +63,50 @@ def _mean_keys(window: int, sequence: int) -> float:
 
 def decoding_flops(model: Model, batch: int) -> Flops:
     """FLOPs of one new token in each of ``batch`` rows, without the attention to earlier tokens."""
-    weights = active_matmul_parameters(model)
+    weights = active_matmul_parameters(model, decoding=True)
     return Flops(
         2.0 * weights * batch,
-        f"2*N*rows, N = {weights:,} {_what(model)}; attention to the cache is not counted",
+        f"2*N*rows, N = {weights:,} {_what(model, decoding=True)}; attention to the cache is not counted",
     )
 
 
-def _what(model: Model) -> str:
+def _what(model: Model, *, decoding: bool = False) -> str:
     """A text for N: the parameters that :func:`active_matmul_parameters` counts."""
     if active_fraction_of_experts(model) == 1.0:
         return "parameters in matmuls"
-    return f"active of {matmul_parameters(model):,} parameters in matmuls"
+    return f"active of {matmul_parameters(model, decoding=decoding):,} parameters in matmuls"
 
 
-def matmul_parameters(model: Model) -> int:
+def matmul_parameters(model: Model, *, decoding: bool = False) -> int:
     """Number of parameters without the tables that are only looked up.
 
     A token embedding counts only if it is also the output head. Biases and norms, which are few, count too.
+
+    Args:
+        decoding: count only the parameters that each decoding step uses: not the encoder, nor the key and value
+            projections of the source.
     """
-    leaves = spec.flatten(model.specs)
+    return sum(leaf.size for leaf in matmul_leaves(model, decoding=decoding).values())
+
+
+def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
+    """The parameters that :func:`matmul_parameters` counts, by path."""
     looked_up = set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up.add("token_embedding")
-    return sum(leaf.size for name, leaf in leaves.items() if name not in looked_up)
+    return {
+        name: leaf
+        for name, leaf in spec.flatten(model.specs).items()
+        if name not in looked_up and not (decoding and model.reads_source and _ONCE_PER_SOURCE.search(name))
+    }
 
 
-def active_matmul_parameters(model: Model) -> int:
+def active_matmul_parameters(model: Model, *, decoding: bool = False) -> int:
     """:func:`matmul_parameters`, of which only the experts that a token selects count."""
-    experts = sum(leaf.size for leaf in jax.tree.leaves(model.specs) if spec.EXPERT in leaf.axes)
-    return matmul_parameters(model) - experts + round(experts * active_fraction_of_experts(model))
+    leaves = matmul_leaves(model, decoding=decoding).values()
+    experts = sum(leaf.size for leaf in leaves if spec.EXPERT in leaf.axes)
+    return sum(leaf.size for leaf in leaves) - experts + round(experts * active_fraction_of_experts(model))
 
 
 def active_fraction_of_experts(model: Model) -> float:

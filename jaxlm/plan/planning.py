@@ -167,7 +167,7 @@ def plan(
         optimizer: the optimizer of the training step.
         grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``).
         sequence: tokens per row. None: the model's ``max_positions`` (512 if there is no limit), at most 1024. For
-            decoding, the number of tokens before the new token.
+            decoding, the number of slots of the cache, the new token included.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
         compiler_options: such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 

@@ -58,14 +58,18 @@ def device_bytes(tree: Any) -> int:
 
 
 def bytes_read_by_a_token(model: Model, params: Params) -> float:
-    """Bytes per device of the parameters that one decoding step must read at least: one token's share of the experts.
+    """Bytes per device of the parameters that one decoding step must read at least.
+
+    These are the parameters of ``flops.matmul_leaves``, and one token's share of the experts.
 
     Args:
         params: a tree of ``jax.ShapeDtypeStruct`` with shardings, for :attr:`Model.specs`.
     """
-    fraction = flops_lib.active_fraction_of_experts(model)
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(model.specs), strict=True)
-    return sum(device_bytes(leaf) * (fraction if spec.EXPERT in leaf_spec.axes else 1.0) for leaf, leaf_spec in leaves)
+    fraction, leaves = flops_lib.active_fraction_of_experts(model), spec.flatten(params)
+    return sum(
+        device_bytes(leaves[name]) * (fraction if spec.EXPERT in leaf.axes else 1.0)
+        for name, leaf in flops_lib.matmul_leaves(model, decoding=True).items()
+    )
 
 
 def default_sequence(model: Model) -> int:
@@ -167,7 +171,8 @@ def decoding_step(
     *,
     param_dtype: str = "float32",
 ) -> Step:
-    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row, after ``sequence`` tokens.
+    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row. It is the last of
+    ``sequence`` tokens, which is also the number of slots of the cache.
 
     Raises:
         TypeError: the family has no state, so it cannot decode.
@@ -194,5 +199,5 @@ def decoding_step(
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
         flops_lib.decoding_flops(model, batch), batch,
-        f"decode, one token after {sequence}" + _layout_note(model),
+        f"decode, one token, {sequence} cache slots" + _layout_note(model),
     )  # fmt: skip

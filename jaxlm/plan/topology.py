@@ -18,7 +18,7 @@ from jaxlm.plan import kernels
 
 TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
         "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
-"""TPU generations that a plan supports, and their usual shapes. Other shapes with even sides are also supported."""
+"""TPU generations that a plan supports, and their usual shapes. libtpu accepts some other shapes too."""
 GPUS = ("h100",)
 LOCAL = "local"
 """The name of the topology with the devices of this machine (of all machines, if there are several processes)."""
