@@ -104,7 +104,7 @@ class MoveTokenizer(EncodeInputsMixin):
         ``uci``, the vocabulary always has all moves.
 
         Raises:
-            ValueError: the lines are in another notation, or no move occurs ``min_count`` times.
+            ValueError: for ``san``, the lines are in another notation, or no move occurs ``min_count`` times.
         """
         check_notation(notation)
         if min_count < 1:

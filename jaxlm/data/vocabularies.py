@@ -86,9 +86,9 @@ def train_tokenizer(
     Args:
         texts: the training texts; they are read once.
         kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes, with
-            ``decode(encode(x)) == x``. ``"word"`` splits at white space, and decoding puts one space between words.
-            ``"character"`` has one id per character, and decoding is exact. Words and characters outside the vocabulary
-            are encoded as the unknown token.
+            ``decode(encode(x)) == x`` for texts without special tokens and without ``lowercase``. ``"word"`` splits at
+            white space, and decoding puts one space between words. ``"character"`` has one id per character, and
+            decoding is exact. Words and characters outside the vocabulary are encoded as the unknown token.
         vocab_size: maximum number of ids, including special tokens. Short training texts give fewer ids.
         template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
 

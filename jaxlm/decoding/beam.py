@@ -63,9 +63,9 @@ class BeamConfig:
     token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
     7) use another formula."""
     early_stopping: EarlyStopping = "never"
-    """When the search of a row ends. "never": when no live hypothesis can reach a better score than the worst of
-    ``num_beams`` finished hypotheses. False (the default of Hugging Face): when no live hypothesis would have a better
-    score if it ended now. True: when the condition of False holds or ``num_beams`` hypotheses are finished."""
+    """When the search of a row ends. It continues at least until ``num_beams`` hypotheses are finished or none is live.
+    True: then it ends. False (the default of Hugging Face): it ends when no live hypothesis, if it ended now, would
+    score better than the worst of the finished ones. "never": when no continuation of a live hypothesis can."""
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:

@@ -62,7 +62,8 @@ class SpeculativeGeneration:
         generation: the tokens, as from :func:`jaxlm.decoding.generate`.
         rounds: [B] int32, number of rounds until the row ended: calls of the target model, except the call for the
             prompt.
-        accepted: [B] int32, number of accepted proposals. The acceptance rate is ``accepted / (rounds * K)``.
+        accepted: [B] int32, number of proposals that became part of the text. The acceptance rate is
+            ``accepted / (rounds * K)``.
         draft_finite: [B] bool, whether the logits of the draft model are finite. The logits after a rejected token are
             not checked.
     """

@@ -123,8 +123,8 @@ def stream_text(
 
     Raises:
         The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. The call
-        raises all errors in its arguments and in the first chunk. The iterator raises a ``NotFiniteError`` in a later
-        chunk.
+        raises all errors in its arguments, and a ``NotFiniteError`` of the first new token. The iterator raises those
+        of later tokens.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP

@@ -127,7 +127,8 @@ def save_adapter(
     """Save an adapter in a directory that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` can load.
 
     Args:
-        directory: created if it does not exist. Other files in it are not changed.
+        directory: created if it does not exist. Other files in it are not changed, except ``checksums.json``, which
+            then lists only the adapter.
         model: the base model.
         lora: the adaptation.
         trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.

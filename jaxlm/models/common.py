@@ -39,8 +39,8 @@ class LayeredConfig(ModelConfig):
     """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. Layers may have several kinds."""
 
     remat: Remat = "dots"
-    """Activations that the backward pass recomputes: none; all except outputs of matmuls, attention and experts (dots);
-    or all activations inside a block (full)."""
+    """Activations that the backward pass recomputes: none; all except the outputs of matmuls without batch axes (linear
+    layers), of attention kernels and of experts (dots); or all activations inside a block (full)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

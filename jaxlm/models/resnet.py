@@ -99,7 +99,8 @@ def apply(
     S is ``max_positions / 2 ** (len(blocks) - 1)``, for every T.
 
     Args:
-        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN; in training,
+            for the whole batch and the running statistics.
         state: None; the model has no state.
         segment_ids: [B, T] int32, 0 for padding. Default: no padding.
         key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the

@@ -55,9 +55,10 @@ class Config(common.TransformerConfig):
     mlp_dim: int = 4096
     """Hidden width of the MLP."""
     memory_length: int = 1600
-    """Number of tokens in the memory: the length of the states to make, and the window of same_length."""
+    """Number of tokens in the memory; pass it as ``length`` to ``state_specs``. With same_length, also the number of
+    tokens that a token attends to."""
     same_length: bool = True
-    """Let every token attend to exactly the last memory_length tokens, itself included."""
+    """Let every token attend to at most the last memory_length tokens, itself included."""
     clamp_length: int | None = 1000
     """All distances of at least this length have the same encoding; None: no limit."""
     pre_norm: bool = False

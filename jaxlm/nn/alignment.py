@@ -73,7 +73,7 @@ def align(
 ) -> jax.Array:
     """The attention weights of the query over the source positions, [B, S] float32.
 
-    Each row sums to 1, or to 0 if all positions are masked.
+    Without ``window``, each row sums to 1, or to 0 if all positions are masked.
 
     Args:
         params: with the specs of :func:`alignment_specs`.

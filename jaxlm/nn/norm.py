@@ -76,6 +76,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
 def l2_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """``x / sqrt(sum(x**2) + epsilon)`` over the last axis, a vector of length 1, in the dtype of ``x``."""
+    """``x / sqrt(sum(x**2) + epsilon)`` over the last axis, a vector of length 1 (zeros stay zeros), in the dtype of
+    ``x``."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

@@ -18,7 +18,7 @@ class Recorded(NamedTuple):
     """The attention weights of one call of attention.
 
     Attributes:
-        weights: [B, H, T, S] float32; the weights of each query sum to 1.
+        weights: [B, H, T, S] float32; the weights of each query sum to 1, or to less with a window of alignment.
         kind: the kind of attention.
     """
 
