@@ -180,7 +180,7 @@ def build(
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
         overrides["max_positions"] = max(longest, 32)
         kernels = config_lib.assignments("model.set", config.set).get("kernels", ())
-        if config.name == "alexnet" and len(kernels) == 1:
+        if config.name == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
             overrides["pools"] = (overrides["max_positions"] - kernels[0] + 1,)  # max pooling over the sentence
         else:
             # The length is a multiple of 8, because pooling halves it between the groups of blocks.
@@ -261,7 +261,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     config_lib.write(experiment, output / "config.json")
     write_results(
         output, task="sentiment", family=experiment.model.name, parameters=spec.count(result.params),
-        minutes=(time.perf_counter() - start_time) / 60, scores=[pooled], data=str(experiment.data.train),
+        minutes=(time.perf_counter() - start_time) / 60, scores=[pooled],
+        data=str(experiment.data.train or "passages of the included plays"),
         folds=experiment.folds, accuracy_of_folds=scores, standard_deviation_over_folds=deviation,
     )  # fmt: skip
     return result

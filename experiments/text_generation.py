@@ -170,7 +170,7 @@ def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer,
     prompt, limit = experiment.prompt, model.max_positions
     if prompt is None and experiment.data is not None:
         beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
-        return beginning.strip("\ufffd")  # incomplete characters at both ends
+        prompt = beginning.strip("\ufffd")  # incomplete characters at both ends
     prompt = "ROMEO:" if prompt is None else prompt
     size = tokenizer.encode(prompt).size
     if size < 1 or (limit is not None and size > limit):

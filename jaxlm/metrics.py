@@ -84,13 +84,15 @@ def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAM
 
 
 def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
-    """The mean of ``values`` [N], one number per example, with its bootstrap interval.
+    """The mean of ``values`` [N], one number per example, with its bootstrap interval (none if all are equal).
 
     Raises:
         ValueError: there are no values, or a value is not finite.
     """
     numbers = _check_numbers(values)
-    low, high = bootstrap(numbers, seed) if np.ptp(numbers) > 0 else (None, None)
+    if np.ptp(numbers) == 0:
+        return Score(name, float(numbers[0]), count=len(numbers))
+    low, high = bootstrap(numbers, seed)
     return Score(name, float(numbers.mean()), low, high, len(numbers), _bootstrap_detail(seed))
 
 
@@ -140,7 +142,7 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
 
 
 def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -> Score:
-    """The F1 in [0, 1], averaged over the classes without weights, with a bootstrap interval.
+    """The F1 in [0, 1], averaged over the classes without weights, with a bootstrap interval (none if all are right).
 
     The classes are all values that occur in the labels [N] or the predictions [N] (integers or strings).
 
@@ -157,9 +159,9 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
         occurs = occurrences > 0  # a resampled test set may not contain all classes
         return float(np.mean(2 * counts.diagonal()[occurs] / occurrences[occurs]))
 
-    low, high = None, None
-    if not np.array_equal(predicted, expected):
-        low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
+    if np.array_equal(predicted, expected):
+        return Score("macro F1", 1.0, count=len(expected))
+    low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
     return Score("macro F1", score(slice(None)), low, high, len(expected), _bootstrap_detail(seed))
 
 

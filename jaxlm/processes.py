@@ -119,9 +119,9 @@ _sync_points = itertools.count(1)
 def end_now() -> bool:
     """Whether all processes end now, because one process called :func:`request_end` or received SIGTERM.
 
-    JAX's preemption service makes the processes agree on the call. In a run with several processes, call this function
-    after every step. The calls are counted here, because the numbers that JAX gets must increase, and the step number
-    decreases after a rollback.
+    JAX's preemption service makes the processes agree on the call after which they end. In a run with several
+    processes, call this function after every step. The calls are counted here, because the numbers that JAX gets must
+    increase, and the step number decreases after a rollback.
     """
     end = bool(_multihost_utils().reached_preemption_sync_point(next(_sync_points)))
     if end and _watch is not None:

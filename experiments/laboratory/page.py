@@ -89,6 +89,10 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     for claim in experiment.claims:
         limit = f"at least {claim.minimum}" if claim.minimum is not None else f"at most {claim.maximum}"
         ours, agrees = agreement(claim, runs)
+        covered = itertools.product(experiment.cases, experiment.models, plan.widths)
+        missing = sorted({key[1] for key in covered if claim.covers(*key) and key not in runs})
+        if missing and ours:
+            agrees += f" (not all cases of {', '.join(missing)} are measured)"
         limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
@@ -111,7 +115,9 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
                     f"| {case} | {model} | {width} | {group[0].parameters:,} | {accuracies} | "
                     f"{group[0].learning_rate:g} | {len(group)} | {minutes:.1f} |"
                 )
-        lines.append(f"| {case} | guessing | | | {' | '.join([f'{experiment.chance[case]:.3f}'] * len(tests))} | | | |")
+        if any(key[0] == case for key in runs):
+            accuracies = " | ".join([f"{experiment.chance[case]:.3f}"] * len(tests))
+            lines.append(f"| {case} | guessing | | | {accuracies} | | | |")
     machines = sorted({run.machine for group in runs.values() for run in group})
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."]) + "\n"
 

@@ -102,13 +102,14 @@ class Bucketed:
             check_min(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
-        names, array_fields = list(self.examples[0]), self._array_fields
+        first, array_fields = self.examples[0], self._array_fields
+        names = list(first)
         for number, example in enumerate(self.examples):
             if list(example) != names:
                 raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
             for name in names:
                 if name not in array_fields:
-                    _check_scalar(example[name], self.examples[0][name], f"{name} of example {number}")
+                    _check_scalar(example[name], first[name], f"{name} of example {number}")
             for name in array_fields:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                     raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
@@ -217,8 +218,9 @@ class Bucketed:
         checksum = 0
         for example in self.examples:
             for value in map(np.asarray, example.values()):
-                header = f"{value.dtype.str} {value.shape}"
-                checksum = zlib.crc32(header.encode() + value.tobytes(), checksum)
+                # Equal integers of different dtypes have equal checksums. The conversion would truncate fractions.
+                value = value.astype("<f8" if value.dtype.kind == "f" else "<i8")
+                checksum = zlib.crc32(value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:

@@ -18,6 +18,7 @@ from jaxlm.data.tokenizers import (
     SpecialIds,
     check_ids,
     encode_without_template,
+    remove_tokenizer_files,
     write_json,
 )
 
@@ -155,6 +156,7 @@ class MoveTokenizer(EncodeInputsMixin):
         content: dict[str, Any] = {"type": "moves", "notation": self.notation}
         if self.notation == "san":
             content["moves"] = " ".join(self.moves)
+        remove_tokenizer_files(Path(directory))
         write_json(Path(directory) / JAXLM_FILE, content)
 
     @classmethod

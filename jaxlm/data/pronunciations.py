@@ -16,7 +16,7 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
     """The pronunciations of each word in a file in the format of CMUdict.
 
     A line has a word and its phonemes, separated by spaces: ``data D EY1 T AH0``. The lines of further pronunciations
-    have a number after the word: ``data(2) D AE1 T AH0``. The rest of a line after ``#`` is a comment.
+    have a number after the word: ``data(2) D AE1 T AH0``. The rest of a line after a space and ``#`` is a comment.
 
     Args:
         path: text file, also with ``.gz``.

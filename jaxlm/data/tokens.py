@@ -26,7 +26,7 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
         raise ValueError(f"{name}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
     if len(ids) < min_length:
         count = f"{len(ids)} tokens" if len(ids) else "no tokens"
-        fix = "remove it" if min_length == 1 else "use more data, or a smaller length or batch"
+        fix = "remove it or use other data" if min_length == 1 else "use more data, or a smaller length or batch"
         raise ValueError(f"{name}: {count}, at least {min_length} needed; {fix}")
 
 

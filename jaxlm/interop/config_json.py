@@ -68,7 +68,10 @@ def format_of(model: Model) -> Format:
     reasons = []
     for table in choices:
         fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
-        other = [field for field, value in fixed.items() if getattr(model.config, field) != value] or ["task"]
+        other = [field for field, value in fixed.items() if getattr(model.config, field) != value]
+        if not other:
+            implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
+            other = [field for field, value in implied.items() if getattr(model.config, field) != value]
         values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in other)
         reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
     raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
@@ -305,7 +308,7 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
-_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
 
 
 def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,6 +339,8 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     for alias, field in description.format.aliases.items():
         if alias in result:
             result[alias] = result[field]
+    if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
+        result.pop("scale_decoder_outputs", None)  # of T5 in transformers 5; it takes precedence
     if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.initialized:

@@ -183,7 +183,7 @@ def pool(
 
 
 def max_positions(cfg: Config) -> int | None:
-    """The number of tokens of each row of a classifier. A language model has no limit."""
+    """The maximum number of tokens of a row. A language model has no limit."""
     return None if cfg.task == "causal" else cfg.max_positions
 
 

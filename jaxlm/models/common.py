@@ -101,7 +101,7 @@ def run_layers_with_outputs(
     remat: Remat,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
-    """The same as :func:`run_layers`, for a block that returns a third value: also the third values of all layers.
+    """The results of :func:`run_layers` and the third values of all layers, for a block that returns three values.
 
     Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The stack has no entry for a layer whose output is
     None. If no layer has an output, the stack is None.
@@ -274,7 +274,7 @@ def check_tokens(
 def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
     """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not ``allowed``.
 
-    Also if ``scan_layers`` is True and the layers are of several kinds.
+    It is also raised if ``scan_layers`` is True and the layers are of several kinds.
     """
     if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
         raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")

@@ -267,9 +267,9 @@ class Model:
         missing if the family has no such attention. If a classifier pools by attention, there is also a key "pool" (H
         is the number of hops, T is 1). XLNet with the task permutation has two entries per layer, for its content
         stream and its query stream. Dropout is off unless ``inputs`` contain a ``key``. The weights of a query without
-        visible keys are 0, and with ``window`` of attention_rnn their sum may be below 1. Families that move padding
-        behind the tokens of a row (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) have the rows and
-        columns in that order.
+        visible keys are 0, and with ``window`` of attention_rnn their sum may be below 1. Some families
+        (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding behind the tokens of a row; their
+        rows and columns have the order after this move.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.

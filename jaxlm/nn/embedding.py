@@ -25,7 +25,8 @@ def embed(
     """
     # All-gather the width: fully sharded parameters split the width over devices, but activations split the batch.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
-    ids_BT = jnp.asarray(ids_BT).astype(jnp.int32)  # small integers would wrap in comparisons with the size
+    ids_BT = jnp.asarray(ids_BT)
+    ids_BT = ids_BT.astype(jnp.promote_types(ids_BT.dtype, jnp.int32))  # small integers would wrap in comparisons
     if size is not None and size < table_VD.shape[0]:
         ids_BT = jnp.where(ids_BT < size, ids_BT, table_VD.shape[0])
     rows_BTD = table_VD.at[ids_BT].get(

@@ -5,15 +5,15 @@ A fraction ``rate`` of the tokens is selected as targets. In the input, each sel
     80 %  replaced by the mask token       10 %  replaced by a random id       10 %  unchanged
 
 By default, tokens (or words) are selected independently of each other, as in ``transformers``. With ``num_predict``, a
-fixed number of tokens is selected in each row. (In the authors' code, ``rate`` also limits the number in short rows;
-here it does not, so give rows of full length.) Then logits are computed only at the selected
+fixed number of tokens is selected in each row. Then logits are computed only at the selected
 positions (15 % of the logits, their gradients and their memory). Words that are too long for the remaining number are
 skipped, so long words are selected less often. The tokens of a word are selected together and replaced independently,
-as in the authors' code.
+as in the authors' code. In that code, ``rate`` also limits the number of selected tokens of a short row; here it does
+not, so give rows of full length.
 
 For BERT's static masking, make the masks once. For RoBERTa's dynamic masking (Liu et al. 2019, section 4.1), make new
-masks in each epoch. In a ``to_batch`` function, seed the generator with the tokens, for example with
-``zlib.crc32(window.tokens.tobytes())``, so that a resumed run has the same masks.
+masks in each epoch. A ``to_batch`` function gets neither the step nor the epoch. If it seeds the generator with the
+tokens (``zlib.crc32(window.tokens.tobytes())``), a resumed run has the same masks, and equal windows have equal masks.
 Shapes: B batch, T time, P target positions.
 """
 

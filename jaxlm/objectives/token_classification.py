@@ -40,6 +40,8 @@ def batch(
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
     if segment_ids is not None:
+        if labels.dtype.kind == "u":  # IGNORED_LABEL is negative
+            labels = labels.astype(np.int64)
         labels = np.where(segment_ids > 0, labels, IGNORED_LABEL)
     targets, weights = targets_and_weights(labels, num_labels)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))

@@ -20,7 +20,7 @@ from jaxlm.models import Model, llama
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
 _LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding")
-_ONCE_PER_SOURCE = re.compile(r"^encoder/|^source_embedding$|cross_attention/(key|value)/")
+_ONCE_PER_SOURCE = re.compile(r"^encoder/|^source_embedding$|cross_attention/(key|value)/|^alignment/key")
 """Paths of parameters that an encoder-decoder uses once for each source, and not in each decoding step."""
 
 

@@ -80,7 +80,7 @@ def next_move_accuracy(
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
     wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
-    The confidence intervals are percentile bootstrap intervals over games; if all or none of the moves count, Wilson
+    The confidence intervals are percentile bootstrap intervals over games; if all moves or no moves are hits, Wilson
     intervals of the number of games.
 
     An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the

@@ -76,7 +76,9 @@ class Corpus:
         parts["training"], parts["validation"] = split_tokens(
             remaining, validation_fraction * len(tokens) / len(remaining)
         )
-        return cls(name, parts, {part: len(tokenizer.decode(ids)) for part, ids in parts.items()})
+        num_characters = {part: len(tokenizer.decode(ids)) for part, ids in parts.items() if part != "training"}
+        num_characters["training"] = len(text) - sum(num_characters.values())
+        return cls(name, parts, num_characters)
 
     def batches(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0

@@ -124,8 +124,9 @@ def prepare_run(
     Raises:
         FileExistsError: the directory is not empty.
         OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
-        ValueError: the tokenizer does not belong to the model; the model has no next-token head for a next-token loss;
-            the model does not support ``request``; or ``evaluate`` does not return ``training.best_metric``.
+        ValueError: the model cannot be exported; the tokenizer does not belong to the model; the model has no
+            next-token head for a next-token loss; the model does not support ``request``; or ``evaluate`` does not
+            return ``training.best_metric``.
     """
     checks.check_task(trainer)
     checks.check_best_metric(experiment.training, evaluate)

@@ -534,7 +534,7 @@ class _Loop:
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._abstract_state, best=True)
         metric = self._config.best_metric
-        bar.say(f"the weights of step {int(state.step)} are used, the saved step with the best {metric}")
+        bar.say(f"the weights of step {int(state.step)} are used: of the saved steps, it has the best {metric}")
         if self._best is not None and self._to_minimize(saved["validation"][metric]) > self._best:
             bar.say(f"an earlier evaluation had a better {metric}, but its weights were not saved")
         return self._result(reader, state, saved["validation"], None)
@@ -608,9 +608,8 @@ class _Records:
 
     def write(self, step: int, **record: Any) -> None:
         # JSON has no NaN and no infinity, so a value that is not finite is written as null.
-        self._file.write(
-            step=step, **{name: None if _is_not_finite(value) else value for name, value in record.items()}
-        )
+        record = {name: None if _is_not_finite(value) else value for name, value in record.items()}
+        self._file.write(step=step, **record)
         numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(step, numbers)

@@ -57,10 +57,10 @@ def test_batches_are_not_longer_than_max_positions():
     encoded = seq2seq.encode(PAIRS, tokens)
     (batch,) = seq2seq.batches(encoded, model, tokens, 2, num_buckets=1)
     assert batch.tokens.shape == (2, 8), "T5 has no max_positions, so the length is a multiple of 8"
-    limited = SimpleNamespace(config=SimpleNamespace(decoder_start_id=0, max_positions=5))
+    limited = SimpleNamespace(max_positions=5, config=SimpleNamespace(decoder_start_id=0))
     (batch,) = seq2seq.batches(encoded, limited, tokens, 2, num_buckets=1)
     assert batch.tokens.shape == (2, 5)
-    limited.config.max_positions = 4
+    limited.max_positions = 4
     with pytest.raises(ValueError, match="target of example 1 has 5 entries, more than max_length=4"):
         seq2seq.batches(encoded, limited, tokens, 2)
 

@@ -367,7 +367,7 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     assert result.validation == {"loss": 1.0, "score": 0.7}
     messages = capfd.readouterr().err
     assert "step 8: score has not improved in 2 evaluations: training stops" in messages
-    assert "the weights of step 4 are used, the saved step with the best score" in messages
+    assert "the weights of step 4 are used: of the saved steps, it has the best score" in messages
     assert sorted(saved_steps(tmp_path / "stops")) == [4, 8]
     assert metric_curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
         [2, 4, 6, 8],

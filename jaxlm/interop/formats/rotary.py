@@ -45,8 +45,9 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
     old_kind = hf_scaling.pop("type", "default")
     kind = hf_scaling.pop("rope_type", old_kind)
     if kind == "default":
-        if hf_scaling:
-            raise ValueError(f"{name} has {', '.join(hf_scaling)}, but no rope_type that uses them")
+        unused = [field for field, value in hf_scaling.items() if value is not None]
+        if unused:
+            raise ValueError(f"{name} has {', '.join(unused)}, but no rope_type that uses them")
         return fields
     if kind == "dynamic":
         hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read it

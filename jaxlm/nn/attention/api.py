@@ -57,7 +57,8 @@ def attention(
             - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports biases and
               ``Mask.query_order``; at most 4096 keys, no dropout.
-            - ``cudnn``: NVIDIA GPUs, half precision; no biases, no dropout, no ``Mask.query_order``, no segments.
+            - ``cudnn``: NVIDIA GPUs, half precision; head widths that are multiples of 8 up to 128; no biases, no
+              dropout, no ``Mask.query_order``, no segments, no mesh axis over tokens.
 
     Raises:
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the

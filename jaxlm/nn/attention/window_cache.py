@@ -45,8 +45,8 @@ class Context:
     Attributes:
         positions: [1 or B, T], the position of each new token in its document.
         mask: which keys each new token may attend to. The keys are those of :func:`append_and_read`.
-        slots: [B, T], the slot of each new token. the value W (one past the last slot) means that the token is not
-        stored. None without a state.
+        slots: [B, T], the slot of each new token. The value W (one past the last slot) means that the token is not
+            stored. None without a state.
     """
 
     positions: jax.Array

@@ -391,13 +391,15 @@ def test_the_call_of_cudnn_computes_attention(causal, window):
         ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' has no dropout"),
         ("cudnn", "bfloat16", {"bias": np.zeros((1, 1, 4, 4))}, "'cudnn' takes no bias"),
         ("cudnn", "bfloat16", {"mask": Mask(query_segments=np.ones((1, 4)), key_segments=np.ones((1, 4)))}, "segments"),
+        ("cudnn 4", "bfloat16", {}, "'cudnn' takes head widths that are multiples of 8 up to 128, not 4"),
         ("cudnn", "bfloat16", {}, "'cudnn' runs only on gpu, but this computation is compiled for cpu"),
         ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' has no dropout"),
         ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
     ],
 )
 def test_unsupported_arguments_give_the_reason(implementation, dtype, options, message):
-    q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, 4)[:3])
+    implementation, *width = implementation.split()
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, int(width[0]) if width else 8)[:3])
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, implementation=implementation, **options)
 
