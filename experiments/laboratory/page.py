@@ -110,7 +110,7 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
                 if group is None:
                     continue
                 accuracies = " | ".join(mean_and_interval([run.accuracy[test] for run in group]) for test in tests)
-                minutes = statistics.mean(run.seconds for run in group) / 60
+                minutes = statistics.median(run.seconds for run in group) / 60  # a run may have been suspended
                 lines.append(
                     f"| {case} | {model} | {width} | {group[0].parameters:,} | {accuracies} | "
                     f"{group[0].learning_rate:g} | {len(group)} | {minutes:.1f} |"
