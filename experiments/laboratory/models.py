@@ -35,7 +35,11 @@ def _definitions(width: int, max_length: int) -> dict[str, tuple[str, dict[str, 
         "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1), (width, 4, 1))}),
         "mamba2": ("mamba2", mamba2),
         "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
-        "griffin": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "window": 64}),
+        # The published pattern has two recurrent layers before attention, so two layers would have no attention.
+        "griffin": (
+            "griffin",
+            {"num_heads": heads, "mlp_dim": mlp, "window": 64, "pattern": ("recurrent", "attention")},
+        ),
         "hawk": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "pattern": ("recurrent",)}),
         "mlstm": ("xlstm", xlstm),
         "slstm": ("xlstm", {**xlstm, "pattern": ("slstm",)}),
