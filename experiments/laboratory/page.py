@@ -211,7 +211,8 @@ def write(
         "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
         "All models have no dropout and are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
-        "`griffin` alternates a recurrent layer and local attention, `hawk` has only recurrent layers; `mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
+        "`griffin` alternates recurrent layers and local attention, `hawk` has only recurrent layers;\n"
+        "`mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
         "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"
     ]
     for name, experiment in experiments.items():

@@ -10,6 +10,7 @@ from experiments.laboratory import __main__ as command
 from experiments.laboratory import page, pronunciation, runs
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim
 from experiments.laboratory.models import MODELS, model_of
+from jaxlm import spec
 from jaxlm.decoding import generate
 from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import seq2seq
@@ -40,6 +41,12 @@ def test_models_have_the_requested_size_and_no_dropout(name):
     assert all(value == 0.0 for field, value in vars(model.config).items() if field.endswith("dropout"))
     hidden, _ = jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), np.zeros((2, 20), np.int32))
     assert hidden.shape[:2] == (2, 20)
+
+
+def test_a_hybrid_of_two_layers_has_attention():
+    hybrid, recurrent = (model_of(name, vocab_size=8, width=64, layers=2, max_length=8) for name in ("griffin", "hawk"))
+    assert any("attention" in path for path in spec.flatten(hybrid.specs))
+    assert not any("attention" in path for path in spec.flatten(recurrent.specs))
 
 
 def test_training_learns_a_task_and_is_repeatable():
