@@ -182,7 +182,7 @@ def build(
         kernels = config_lib.assignments("model.set", config.set).get("kernels", ())
         if config.name == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
             overrides["pools"] = (overrides["max_positions"] - kernels[0] + 1,)  # max pooling over the sentence
-        else:
+        elif config.name == "resnet":
             # The length is a multiple of 8, because pooling halves it between the groups of blocks.
             overrides["max_positions"] += -overrides["max_positions"] % 8
     model, params = config.build(experiment.training.seed, **overrides)

@@ -506,7 +506,7 @@ class Checkpointer:
             raise FileNotFoundError(f"no checkpoint in {self.directory} to go back to")
         restored = self._restore(target, step)
         if processes.is_first():
-            self._delete(later for later in self._scan()[0] if later > step)
+            self._delete(later for later in self.steps() if later > step)
             self.remove_leftovers()
         processes.barrier("newer checkpoints deleted")
         self._last_saved = None

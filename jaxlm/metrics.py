@@ -7,8 +7,7 @@ scipy computes Wilson intervals.
 Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
 mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles. All other
 intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13); there is none if all
-values are equal. Intervals account for the random choice of the examples, but not for
-the training seed.
+values are equal. Intervals account for the random choice of the examples, but not for the training seed.
 """
 
 from __future__ import annotations

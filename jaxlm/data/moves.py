@@ -13,13 +13,11 @@ import numpy as np
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
 from jaxlm.data.tokenizers import (
-    JAXLM_FILE,
     EncodeInputsMixin,
     SpecialIds,
     check_ids,
     encode_without_template,
-    remove_tokenizer_files,
-    write_json,
+    save_jaxlm_file,
 )
 
 _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>", "<unk>")}
@@ -156,8 +154,7 @@ class MoveTokenizer(EncodeInputsMixin):
         content: dict[str, Any] = {"type": "moves", "notation": self.notation}
         if self.notation == "san":
             content["moves"] = " ".join(self.moves)
-        remove_tokenizer_files(Path(directory))
-        write_json(Path(directory) / JAXLM_FILE, content)
+        save_jaxlm_file(directory, content)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> MoveTokenizer:

@@ -226,8 +226,7 @@ class ByteTokenizer(EncodeInputsMixin):
         return array[array != self.end_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
-        remove_tokenizer_files(Path(directory))
-        write_json(Path(directory) / JAXLM_FILE, {"type": "byte"})
+        save_jaxlm_file(directory, {"type": "byte"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +288,7 @@ class CharTokenizer(EncodeInputsMixin):
         return "".join(self.characters[i] for i in check_ids(ids, self.vocab_size))
 
     def save(self, directory: str | Path) -> None:
-        remove_tokenizer_files(Path(directory))
-        write_json(Path(directory) / JAXLM_FILE, {"type": "character", "characters": self.characters})
+        save_jaxlm_file(directory, {"type": "character", "characters": self.characters})
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -530,6 +528,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     raise FileNotFoundError(
         f"no tokenizer in {directory}: looked for {JAXLM_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
     )
+
+
+def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
+    """Save a tokenizer that is only ``jaxlm_tokenizer.json``, and remove the files of an earlier tokenizer."""
+    remove_tokenizer_files(Path(directory))
+    write_json(Path(directory) / JAXLM_FILE, content)
 
 
 def remove_tokenizer_files(directory: Path) -> None:

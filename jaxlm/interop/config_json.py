@@ -60,21 +60,26 @@ def format_of(model: Model) -> Format:
     choices = formats.of(model.family)
     loaded = None if model.metadata is None else model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
-        if _has_values(model, fixed) and any(_has_values(model, implied) for implied in table.architectures.values()):
+        if _has_values(model, _fixed_fields(table)) and any(
+            _has_values(model, implied) for implied in table.architectures.values()
+        ):
             return table
     if not choices or formats.native_if_unpublished(model.family):
         return _native_format(model)
     reasons = []
     for table in choices:
-        fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
-        other = [field for field, value in fixed.items() if getattr(model.config, field) != value]
+        other = [field for field, value in _fixed_fields(table).items() if getattr(model.config, field) != value]
         if not other:
             implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
             other = [field for field, value in implied.items() if getattr(model.config, field) != value]
         values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in other)
         reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
     raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
+
+
+def _fixed_fields(table: Format) -> dict[str, Any]:
+    """The fields with one value in all models of this format, because its configuration has no name for them."""
+    return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
 def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:

@@ -177,8 +177,7 @@ def pool(
 
     ``segment_ids`` has no effect, because padding counts as part of the text.
     """
-    if "fc_1" not in params:
-        raise ValueError(f"a model with task={cfg.task!r} has no pooled output: set task='classification'")
+    heads.require_pooled_output(cfg.task, params, "fc_1")
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
 
 

@@ -41,6 +41,12 @@ def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
 
 
+def require_pooled_output(task: str, params: Params, name: str) -> None:
+    """Raise ``ValueError`` if the model has no layer ``name``, which only the task classification has."""
+    if name not in params:
+        raise ValueError(f"a model with task={task!r} has no pooled output: set task='classification'")
+
+
 def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: float | None = None) -> jax.Array:
     """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 

@@ -268,8 +268,8 @@ class Model:
         is the number of hops, T is 1). XLNet with the task permutation has two entries per layer, for its content
         stream and its query stream. Dropout is off unless ``inputs`` contain a ``key``. The weights of a query without
         visible keys are 0, and with ``window`` of attention_rnn their sum may be below 1. Some families
-        (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding behind the tokens of a row; their
-        rows and columns have the order after this move.
+        (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding to the end: in their weights, the
+        rows and columns of padding come last.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.

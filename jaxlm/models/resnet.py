@@ -165,8 +165,7 @@ def pool(
 
     ``segment_ids`` and ``key`` have no effect, because padding counts as part of the text and there is no dropout.
     """
-    if "fc_1" not in params:
-        raise ValueError(f"a model with task={cfg.task!r} has no pooled output: set task='classification'")
+    heads.require_pooled_output(cfg.task, params, "fc_1")
     x = k_max_pool(hidden, cfg.k_max)
     x = x.reshape(x.shape[0], 1, -1)
     for name in ("fc_1", "fc_2"):

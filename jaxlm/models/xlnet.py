@@ -238,8 +238,7 @@ def pool(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
-    if "pool" not in params:
-        raise ValueError(f"a model with task={cfg.task!r} has no pooled output: set task='classification'")
+    heads.require_pooled_output(cfg.task, params, "pool")
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
     return dropout(last, pool_dropout(cfg), fold_name(key, "pool"))
 

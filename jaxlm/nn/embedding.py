@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxlm.nn import activation
 from jaxlm.nn.linear import linear
@@ -25,14 +25,19 @@ def embed(
     """
     # All-gather the width: fully sharded parameters split the width over devices, but activations split the batch.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
-    ids_BT = jnp.asarray(ids_BT)
-    ids_BT = ids_BT.astype(jnp.promote_types(ids_BT.dtype, jnp.int32))  # small integers would wrap in comparisons
+    ids_BT = widen_ids(ids_BT)
     if size is not None and size < table_VD.shape[0]:
         ids_BT = jnp.where(ids_BT < size, ids_BT, table_VD.shape[0])
     rows_BTD = table_VD.at[ids_BT].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gather_sharding(ids_BT)
     )
     return rows_BTD.astype(dtype)
+
+
+def widen_ids(ids: ArrayLike) -> jax.Array:
+    """The ids with at least 32 bits: smaller integers would wrap in comparisons with the size of a vocabulary."""
+    ids = jnp.asarray(ids)
+    return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 
 def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft_cap: float | None = None) -> jax.Array:

@@ -148,8 +148,7 @@ def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: DTypeLik
     if clusters.divisor == 1:
         rows = embedding.embed(params["token_embedding"], ids_BT, dtype, size=clusters.vocab_size)
         return rows @ params["token_projection"].astype(dtype) if clusters.projected else rows
-    ids_BT = jnp.asarray(ids_BT)
-    ids_BT = ids_BT.astype(jnp.promote_types(ids_BT.dtype, jnp.int32))  # small integers would wrap in comparisons
+    ids_BT = embedding.widen_ids(ids_BT)
     x: Any = jnp.nan  # for ids that are in no cluster
     for i, (start, stop) in enumerate(clusters.ranges):
         table, projection = _input_table_and_projection(params, i)
@@ -175,8 +174,7 @@ def cross_entropy(
     The logits of each cluster after the first are computed only at the positions whose target is in the cluster, which
     saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``.
     """
-    targets_BT = jnp.asarray(targets_BT)
-    targets_BT = targets_BT.astype(jnp.promote_types(targets_BT.dtype, jnp.int32))
+    targets_BT = embedding.widen_ids(targets_BT)
     head, *tails = _softmax_parameters(clusters, params)
     head_words = clusters.ranges[0][1]
     is_invalid = (targets_BT < 0) | (targets_BT >= clusters.vocab_size)
