@@ -150,17 +150,24 @@ CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Ze
 """
 
 
+def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "pallas"]:
+    """The implementation of an LSTM or GRU layer. ``unsupported``: why ``pallas`` does not support the arguments."""
+    use_pallas = sharding.platform() == "tpu" and unsupported is None and not remat
+    return "pallas" if use_pallas else "chunked"
+
+
 def recurrence_chunk(batch: int, steps: int) -> int:
     """The number of steps of a chunk of an LSTM or GRU: all steps, or fewer on a CPU.
 
     On a CPU, the arrays of a chunk should fit into the cache, and allocation is slow (0.4 ms/MB for arrays over 32 MB).
     """
-    return max(1, CHUNK_ROWS // batch) if _is_single_cpu() else steps
+    return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
 
-def linear_scan() -> Literal["sequential", "chunked"]:
-    """``sequential`` on a CPU; ``chunked`` on accelerators, which are slow if there are many sequential steps."""
-    return "sequential" if sharding.platform() == "cpu" else "chunked"
+def linear_scan() -> Literal["sequential", "chunked", "pallas"]:
+    """``sequential`` on a CPU; ``pallas`` on a TPU; ``chunked`` on a GPU, which is slow if there are many steps."""
+    platform = sharding.platform()
+    return "sequential" if platform == "cpu" else "pallas" if platform == "tpu" else "chunked"
 
 
 MIN_CHUNKED_STEPS = 8

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.recurrence import chunked, cudnn
+from jaxlm.nn.recurrence import chunked, cudnn, pallas
 from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major
 from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import Params, State
 
-Implementation = Literal["reference", "chunked", "cudnn"]
+Implementation = Literal["reference", "chunked", "pallas", "cudnn"]
 """``reference`` is a ``lax.scan`` over ``lstm_cell`` or ``gru_cell``; ``chunked`` is ``jaxlm.nn.recurrence.chunked``;
-``cudnn`` is the LSTM of cuDNN."""
+``pallas`` is a TPU kernel; ``cudnn`` is the LSTM of cuDNN."""
 
 
 # ---------------------------------------------------------------------------------------------------------- LSTM
@@ -49,9 +49,10 @@ def lstm(
             None: no resets.
         keep_BT: False for padding: the state does not change, and the output is the unchanged state. None: no padding.
         reverse: read from the last token to the first; each output keeps the index of its token.
-        implementation: ``reference`` (gradient by autodiff); ``chunked`` (custom gradient); ``cudnn`` (float32 on an
-            NVIDIA GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None, which
-            chooses ``chunked``.
+        implementation: ``reference`` (gradient by autodiff); ``chunked`` (custom gradient); ``pallas`` (a TPU kernel
+            with custom gradient; hidden weights stay in VMEM; no second derivatives); ``cudnn`` (float32 on an NVIDIA
+            GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None, which chooses
+            ``pallas`` or ``chunked``.
         remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
 
     Raises:
@@ -137,16 +138,18 @@ class _Cell(NamedTuple):
         state: the names of the arrays of its state.
         step: the function for one step in ``reference``.
         chunked: the functions for ``chunked``.
+        kind: the name of the kernel of ``pallas``.
     """
 
     state: tuple[str, ...]
     step: Callable[..., dict[str, jax.Array]]
     chunked: chunked.Cell
+    kind: pallas.Kind
 
 
-_LSTM = _Cell(("hidden", "cell"), lstm_cell, chunked.LSTM)
-_GRU_AFTER = _Cell(("hidden",), gru_cell, chunked.GRU_AFTER)
-_GRU_BEFORE = _Cell(("hidden",), gru_cell, chunked.GRU_BEFORE)
+_LSTM = _Cell(("hidden", "cell"), lstm_cell, chunked.LSTM, "lstm")
+_GRU_AFTER = _Cell(("hidden",), gru_cell, chunked.GRU_AFTER, "gru")
+_GRU_BEFORE = _Cell(("hidden",), gru_cell, chunked.GRU_BEFORE, "gru")
 
 
 def _layer(
@@ -175,10 +178,17 @@ def _layer(
     masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
     if implementation == "reference":
         return _reference(cell.step, params, x_BTD, state, masks_BT1, reverse)
-    hidden_BTH, last = chunked.layer(
-        cell.chunked, params, x_BTD, tuple(state[name] for name in cell.state), masks_BT1,
-        chunk=choices.recurrence_chunk(B, T), reverse=reverse, remat=remat,
-    )  # fmt: skip
+    arguments = params, x_BTD, tuple(state[name] for name in cell.state), masks_BT1
+    unsupported = pallas.unsupported_reason(params, B, T)
+    if implementation is None:
+        implementation = choices.recurrence(unsupported, remat=remat)
+    if implementation == "pallas":
+        if reason := choices.wrong_platform("pallas") or unsupported:
+            raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
+        hidden_BTH, last = pallas.layer(cell.kind, *arguments, reverse=reverse)
+    else:
+        chunk = choices.recurrence_chunk(B, T)
+        hidden_BTH, last = chunked.layer(cell.chunked, *arguments, chunk=chunk, reverse=reverse, remat=remat)
     return hidden_BTH, dict(zip(cell.state, last, strict=True))
 
 

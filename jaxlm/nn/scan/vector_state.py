@@ -7,8 +7,9 @@ The recurrence needs two operations for three memory accesses, so its speed is l
 ``sequential`` loops over time and overwrites the input with the state in the same buffer. It allocates no new memory if
 the input is not used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk together in
 log2(CHUNK) rounds. This is faster on accelerators, because there the number of sequential operations matters more than
-their size. Both have a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section
-2.2). The backward pass needs only the decay and the states.
+their size. ``pallas`` is a TPU kernel (``jaxlm.nn.scan.pallas``) that reads and writes each array once. All three have
+a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). The backward pass
+needs only the decay and the states.
 
 Shapes: B batch, T time, D channels, L steps of a chunk.
 """
@@ -25,9 +26,10 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.scan import pallas
 from jaxlm.nn.segments import both_masks, check_masks
 
-Implementation = Literal["reference", "sequential", "chunked"]
+Implementation = Literal["reference", "sequential", "chunked", "pallas"]
 
 CHUNK = 256
 """Steps in a chunk of ``chunked``."""
@@ -48,20 +50,22 @@ def linear_scan(
     The state is computed in float32 for all dtypes.
 
     Args:
-        decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` multiplies decays with each
-            other, so decays above 1 may overflow there.
+        decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` and ``pallas`` multiply
+            decays with each other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
             the state at step 0.
-        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked`` (see the module), or None for
-            the fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. ``sequential`` and ``chunked`` support
-            forward-over-reverse second derivatives; reverse-over-reverse derivatives need ``reference``.
+        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
+            or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``.
+            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives; reverse-over-reverse
+            derivatives need ``reference``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, or an unknown implementation.
+        ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` for
+            another platform than a TPU.
 
     Example:
         >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
@@ -74,6 +78,8 @@ def linear_scan(
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
+    if implementation == "pallas" and (reason := choices.wrong_platform("pallas")):
+        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
     # The time axis is not sharded, because the steps are sequential.
     decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
     state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
@@ -135,7 +141,9 @@ def _scan(
 def _forward(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> Any:
-    forward = _sequential if implementation == "sequential" else _chunked
+    forward: Any = (
+        _sequential if implementation == "sequential" else functools.partial(_chunked, _SCANS[implementation])
+    )
     hidden_BTD, last_BD = forward(decay_BTD, input_BTD, state_BD, masks, reverse)
     return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
 
@@ -147,7 +155,9 @@ def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -
     input is g, and the gradient of the decay is ``g * state_before``.
     """
     masks = saved[-1]
-    backward: Any = _sequential_backward if implementation == "sequential" else _chunked_backward
+    backward: Any = _sequential_backward
+    if implementation != "sequential":
+        backward = functools.partial(_chunked_backward, _SCANS[implementation])
     ddecay_BTD, dinput_BTD, dstate_BD = backward(*saved, *cotangents, reverse)
     if masks is not None:
         dinput_BTD = jnp.where(masks[1][:, :, None], dinput_BTD, 0.0)
@@ -261,20 +271,25 @@ def _masks_at(masks: Any, time: jax.Array) -> Any:
     return jax.tree.map(lambda mask: lax.dynamic_slice(mask, (zero, time), (mask.shape[0], 1)), masks)
 
 
-# ------------------------------------------------------------------------------------------------------ chunked
+# ------------------------------------------------------------------------------------------- chunked and pallas
+
+
+Scan = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
+"""``scan(decay, input, first state, reverse)``: the state after each step, [B, T, D] float32."""
 
 
 def _chunked(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+    scan: Scan, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     if masks is not None:
         input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
     decay_BTD = _masked_decay(decay_BTD, masks)
-    hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse)
+    hidden_BTD = scan(decay_BTD, input_BTD, state_BD, reverse)
     return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
 
 
 def _chunked_backward(
+    scan: Scan,
     decay_BTD: jax.Array,
     hidden_BTD: jax.Array,
     state_BD: jax.Array,
@@ -286,7 +301,7 @@ def _chunked_backward(
     decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
     # The gradient of a step uses the decay of the next step and the state before the step.
     next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
-    gradient_BTD = _scan_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
+    gradient_BTD = scan(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
     if masks is not None:
         ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
@@ -331,3 +346,6 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)
     hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, -1, D)
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]
+
+
+_SCANS: dict[str, Scan] = {"chunked": _scan_chunks, "pallas": pallas.scan}

@@ -250,7 +250,9 @@ def test_bad_inputs_raise():
         recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
     with pytest.raises(ValueError, match="reset='never' is unknown: choose from 'after', 'before'"):
         recurrence.gru_specs(D, H, reset="never")
-    with pytest.raises(ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, cudnn"):
+    with pytest.raises(
+        ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, pallas, cudnn"
+    ):
         recurrence.lstm(params, x, implementation="fast")
     with pytest.raises(
         ValueError, match="implementation='reference' does not support remat: use implementation='chunked'"
