@@ -25,11 +25,12 @@ import logging
 import math
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,7 @@ class Checkpointer:
         self._needs_sync = False
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_keep_log_record)  # a second call with the same filter has no effect
+        _ignore_closed_event_loop()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -436,7 +438,7 @@ class Checkpointer:
             return f"the intact steps are {intact}: restore one of them"
         fix = f"the newest intact step before it is {max(earlier)}: restore this step"
         if step > max(intact):
-            fix += ', or use on_corrupt="previous"'
+            fix += ', or use on_corrupt="previous" (--training.on-corrupt previous)'
         return f"{fix}; the intact steps are {intact}"
 
     def _rename_damaged(self, step: int, reason: str) -> str:
@@ -465,9 +467,12 @@ class Checkpointer:
         Raises:
             FileNotFoundError: there is no such step.
             ValueError: names, shapes or dtypes of the saved tree differ from ``target``; no array is read in this case.
+                Or ``on_corrupt`` is unknown.
             CorruptCheckpointError: the record or an array is damaged. The error names the file and the newest intact
                 step.
         """
+        if on_corrupt not in get_args(ON_CORRUPT):
+            raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose from {', '.join(get_args(ON_CORRUPT))}")
         if best and step is not None:
             raise ValueError(f"step={step} and best=True exclude each other: pass only one of them")
         if on_corrupt == "previous" and (best or step is not None):
@@ -596,6 +601,25 @@ def _keep_log_record(record: logging.LogRecord) -> bool:
     # If several arrays are damaged, orbax raises the first error, and asyncio logs the others.
     from_tensorstore = record.name == "asyncio" and "tensorstore_spec" in str(record.exc_info[1])
     return not (from_orbax or from_tensorstore)
+
+
+@functools.cache  # the hook is installed once
+def _ignore_closed_event_loop() -> None:
+    """Hide the errors of the other reads after orbax failed to read an array.
+
+    orbax raises the error of the first unreadable array and closes its event loop. The reads of other unreadable arrays
+    then fail in tensorstore's threads, and Python prints each of these errors on standard error.
+    """
+    report = sys.unraisablehook
+
+    def hook(error: Any) -> None:
+        # A thread of tensorstore, which has no Python frame, calls asyncio.
+        frame = None if error.exc_traceback is None else error.exc_traceback.tb_frame
+        from_thread = frame is not None and Path(frame.f_code.co_filename).parent.name == "asyncio"
+        if not (from_thread and str(error.exc_value) == "Event loop is closed"):
+            report(error)
+
+    sys.unraisablehook = hook
 
 
 def _is_extra(record: dict[str, Any]) -> bool:

@@ -56,22 +56,34 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, list) and typing.get_origin(option) is tuple:
             value = _lists_to_tuples(value)
             if Path in typing.get_args(option):
-                value = tuple(map(Path, value))
+                value = tuple(Path(entry) if isinstance(entry, str) else entry for entry in value)
         elif isinstance(value, str) and option is Path:
             return Path(value)
     check_value(hint, value, where)
     return value
 
 
-def check_value(hint: Any, value: Any, where: str) -> None:
+def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> None:
     """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
-    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. For a ``Literal``
-    field, only the type is checked, because the config class checks the value.
+    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. The entries of a tuple
+    must have the types of its hint.
+
+    Args:
+        choices: whether a ``Literal`` accepts only its values. Otherwise it accepts all values of their types.
     """
-    if not any(_has_type(option, value) for option in _union_members(hint)):
-        names = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in _union_members(hint))
-        raise ValueError(f"{where}={value!r} must be {names}")
+    if not _has_type(hint, value, choices):
+        raise ValueError(f"{where}={value!r} must be {_type_name(hint)}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ``ValueError`` if a ``Literal`` field of a config does not have one of its values."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
+        if literals and not _has_type(hint, value, True):
+            choices = ", ".join(str(choice) for literal in literals for choice in typing.get_args(literal))
+            raise ValueError(f"{name}={value!r} is unknown: choose from {choices}")
 
 
 def check_finite(config: Any, where: str = "") -> None:
@@ -119,16 +131,48 @@ def _union_members(hint: Any) -> tuple[Any, ...]:
     )
 
 
-def _has_type(option: Any, value: Any) -> bool:
-    if option is int:
+def _type_name(hint: Any) -> str:
+    """A description of a type for error messages, such as "a whole number or None"."""
+    options = _union_members(hint)
+    if len(options) > 1:
+        return " or ".join(map(_type_name, options))
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if typing.get_origin(hint) is tuple:
+        entries = [_type_name(argument) for argument in arguments if argument is not ...]
+        return f"a tuple of {entries[0]} each" if ... in arguments else f"a tuple of ({', '.join(entries)})"
+    return _TYPE_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _has_type(hint: Any, value: Any, choices: bool) -> bool:
+    options = _union_members(hint)
+    if len(options) > 1:
+        return any(_has_type(option, value, choices) for option in options)
+    if hint is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if option is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if typing.get_origin(option) is typing.Literal:
-        return any(type(value) is type(choice) for choice in typing.get_args(option))
-    if typing.get_origin(option) is tuple:
-        return isinstance(value, tuple)
-    return isinstance(value, option) if isinstance(option, type) else True
+    if hint is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value)
+    if hint is Any:
+        return True
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return any(type(value) is type(choice) and (value == choice or not choices) for choice in arguments)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        entries = arguments[:1] * len(value) if ... in arguments else arguments
+        return len(entries) == len(value) and all(
+            _has_type(entry, part, choices) for entry, part in zip(entries, value, strict=True)
+        )
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can represent
+        return False
 
 
 def _lists_to_tuples(value: Any) -> Any:

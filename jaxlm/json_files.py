@@ -1,4 +1,4 @@
-"""Reading of JSON objects from files."""
+"""Reading of JSON from files."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from typing import Any
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file, with or without a byte order mark.
+    """The JSON object in a UTF-8 file.
 
     Raises:
-        ValueError: the file is not UTF-8 or not JSON, its value is not an object, or an object has a key twice
-            (``json`` would silently use the last value). The message names the file.
+        ValueError: as in :func:`read_value`, or the value is not an object.
+    """
+    value = read_value(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_value(path: Path) -> Any:
+    """The JSON value in a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file is not UTF-8 or not JSON, or an object has a key twice (``json`` would silently use the
+            last value). The message names the file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)
     except _DuplicateError as error:
         raise ValueError(f"{path}: {error}") from error
     except ValueError as error:  # not JSON, not UTF-8
         raise ValueError(f"{path} is not JSON or is damaged: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 class _DuplicateError(ValueError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import re
 import runpy
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm import processes
+from jaxlm.command_line import Parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +322,7 @@ def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Join the processes of a run, then run a module like ``python -m``."""
-    parser = argparse.ArgumentParser("python -m jaxlm.launch", allow_abbrev=False)
+    parser = Parser("python -m jaxlm.launch", allow_abbrev=False)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, equal in all processes")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
@@ -343,6 +345,15 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("lost_after", "join_within"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least one second")
+    try:
+        found = importlib.util.find_spec(options.module)
+        exists = found is not None
+    except ModuleNotFoundError as error:  # in a package of the module, or the package does not exist
+        exists = error.name is None or not f"{options.module}.".startswith(f"{error.name}.")
+    except ValueError:  # an empty name
+        exists = False
+    if not exists:
+        parser.error(f"no module is called {options.module!r}: write it as for python -m, e.g. experiments.chess")
 
     def program() -> None:
         sys.argv = [options.module, *options.arguments]

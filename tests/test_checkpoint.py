@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.struct
@@ -523,6 +525,8 @@ def test_an_earlier_step_is_restored_only_on_request(tmp_path: Path, caplog: pyt
         assert "wrong checksum of b; it is kept as" in caplog.text
         with pytest.raises(ValueError, match="is only for the latest step"):
             checkpointer.restore(tree, 1, on_corrupt="previous")
+        with pytest.raises(ValueError, match="on_corrupt='Previous' is unknown: choose from stop, previous"):
+            checkpointer.restore(tree, on_corrupt="Previous")  # type: ignore[arg-type]
         (tmp_path / "1" / "record" / "metadata").unlink()
         with pytest.raises(CorruptCheckpointError, match="no other step is intact"):
             checkpointer.restore(tree, on_corrupt="previous")
@@ -738,6 +742,24 @@ def test_raised_errors_are_not_also_logged(tmp_path: Path) -> None:
     assert is_logged(other, logging.ERROR, OSError())
     assert not is_logged(other, logging.ERROR, ValueError("DATA_LOSS [tensorstore_spec='...']"), logger="asyncio")
     assert is_logged(other, logging.ERROR, ValueError("DATA_LOSS"), logger="asyncio")
+
+
+def test_errors_of_other_reads_after_a_failed_restore_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: printed.append(str(error.exc_value)))
+    checkpoint._ignore_closed_event_loop.__wrapped__()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for call in (lambda: loop.call_soon_threadsafe(print), lambda: [][0]):
+        try:
+            call()
+        except (RuntimeError, IndexError) as error:
+            trace = error.__traceback__
+            assert trace is not None
+            # Without the frame of this test, as in a thread that has no Python frame.
+            sys.unraisablehook(SimpleNamespace(exc_value=error, exc_traceback=trace.tb_next.tb_next or trace))  # type: ignore
+            sys.unraisablehook(SimpleNamespace(exc_value=error, exc_traceback=trace))  # type: ignore[arg-type]
+    assert printed == ["Event loop is closed", "list index out of range", "list index out of range"]
 
 
 # ------------------------------------------------------------------------------------------------------- kill -9

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,10 +22,17 @@ class Outer:
     """A number."""
     files: tuple[Path, ...] = ()
     """Paths."""
+    mode: Literal["min", "max"] = "min"
+    """A choice."""
+    pairs: tuple[tuple[int, float | None], ...] = ()
+    """Pairs."""
 
 
 def test_json_round_trip(tmp_path):
-    for config in (Outer(), Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0, (Path("a"), Path("b")))):
+    for config in (
+        Outer(),
+        Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0, (Path("a"), Path("b")), "max", ((1, None),)),
+    ):
         assert config_lib.from_json(Outer, config_lib.to_json(config)) == config
         config_lib.write(config, tmp_path / "config.json")
         assert config_lib.read(Outer, tmp_path / "config.json") == config
@@ -54,7 +62,15 @@ WRONG = [
     ({"rate": "hot"}, r"config.rate='hot' must be a finite number"),
     ({"rate": float("nan")}, r"config.rate=nan must be a finite number"),
     ({"rate": True}, r"config.rate=True must be a finite number"),
+    ({"rate": 10**400}, r"config.rate=10+ must be a finite number"),
     ({"rate": None}, r"config.rate=None must be a finite number"),
+    ({"mode": "Min"}, r"config.mode='Min' must be 'min' or 'max'"),
+    ({"files": [3]}, r"config.files=\(3,\) must be a tuple of a path each"),
+    (
+        {"pairs": [[1, "a"]]},
+        r"config.pairs=.* must be a tuple of a tuple of \(a whole number, a finite number or None\) each",
+    ),
+    ({"pairs": [[1]]}, r"config.pairs=\(\(1,\),\) must be a tuple"),
 ]
 
 
@@ -62,6 +78,18 @@ WRONG = [
 def test_values_of_the_wrong_type_raise(values, message):
     with pytest.raises(ValueError, match=message):
         config_lib.from_json(Outer, values)
+
+
+def test_a_choice_of_an_optional_field_is_checked():
+    @dataclasses.dataclass(frozen=True)
+    class Choices:
+        mode: Literal["min", "max"] | None = None
+        anything: tuple[Any, ...] = ()
+
+    config_lib.check_choices(Choices())
+    config_lib.check_value(tuple[Any, ...], (1, "a"), "anything")
+    with pytest.raises(ValueError, match="mode='up' is unknown: choose from min, max"):
+        config_lib.check_choices(Choices("up"))
 
 
 def test_get_model_rejects_values_of_the_wrong_type():

@@ -186,6 +186,15 @@ def program(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("module", ["nonsense", "nonsense.module"])
+def test_a_missing_module_is_a_user_error_without_restarts(module, capfd, tmp_path):
+    command = ["python", "-m", module, "--output", str(tmp_path / "run")]
+    assert launch.run_local(command, 2, restarts=2) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert any(f"no module is called '{module}'" in line for line in lines)
+    assert not any("Traceback" in line or "restart" in line for line in lines)
+
+
 def test_error_for_a_coordinator_that_cannot_serve(capsys):
     with socket.create_server(("", 0)) as used:
         port = used.getsockname()[1]
@@ -195,7 +204,7 @@ def test_error_for_a_coordinator_that_cannot_serve(capsys):
             ("localhost:66000", "with a port from 1 to 65535"),
         ]:
             with pytest.raises(SystemExit) as exit_info:
-                launch.main(["--coordinator", address, "--processes", "2", "--process", "0", "m"])
+                launch.main(["--coordinator", address, "--processes", "2", "--process", "0", "this"])
             assert exit_info.value.code == 2
             assert message in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import Result, Results, run_model
 from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
+from jaxlm.training.checks import check_output
 
 DOCS = Path("docs")
 QUICK_STEPS = 30
@@ -49,6 +50,7 @@ def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | 
 
 def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
     """Run the experiments with the models. Results are appended to the files in the directory."""
+    check_output(directory, resume=True)  # fails before the first run, not after it
     for name, experiment in experiments.items():
         results = Results(directory / f"{name}.jsonl")
         for model in (model for model in experiment.models if model in models):

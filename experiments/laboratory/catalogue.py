@@ -13,6 +13,8 @@ from experiments.laboratory import pronunciation
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import VALIDATION, Case, Plan, Sample
 from jaxlm.data import CharTokenizer, shakespeare
+from jaxlm.data.tokens import split_tokens
+from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
 from jaxlm.tasks import synthetic
 
@@ -303,30 +305,28 @@ _CONTEXT = 64
 
 
 def _text_case(base_width: int | None) -> Case:
-    tokenizer, tokens = _text_tokens()
-    split = len(tokens) * 9 // 10
+    vocab_size, training, validation = _text_tokens()
 
     def sample(tokens: np.ndarray, rng: np.random.Generator) -> Batch:
         starts = rng.integers(0, len(tokens) - _CONTEXT, 32)
-        rows = np.stack([tokens[start : start + _CONTEXT + 1] for start in starts])
-        return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), _CONTEXT), np.float32))
+        return causal.batch(np.stack([tokens[start : start + _CONTEXT + 1] for start in starts]))
 
     return Case(
-        tokenizer.vocab_size, _CONTEXT, lambda rng: sample(tokens[:split], rng),
-        {VALIDATION: lambda rng: sample(tokens[split:], rng)}, fields={"tie_embeddings": False}, base_width=base_width,
+        vocab_size, _CONTEXT, functools.partial(sample, training), {VALIDATION: functools.partial(sample, validation)},
+        fields={"tie_embeddings": False}, base_width=base_width,
     )  # fmt: skip
 
 
 @functools.cache
-def _text_tokens() -> tuple[CharTokenizer, np.ndarray]:
+def _text_tokens() -> tuple[int, np.ndarray, np.ndarray]:
+    """The size of the vocabulary of characters, the training tokens and the validation tokens."""
     tokenizer = CharTokenizer.from_text(shakespeare())
-    return tokenizer, tokenizer.encode(shakespeare())
+    return tokenizer.vocab_size, *split_tokens(tokenizer.encode(shakespeare()), 0.1)
 
 
 def _most_frequent_share() -> float:
-    tokens = _text_tokens()[1]
-    last_tenth = tokens[len(tokens) * 9 // 10 :]
-    return float(np.bincount(last_tenth).max()) / len(last_tenth)
+    validation = _text_tokens()[2]
+    return float(np.bincount(validation).max()) / len(validation)
 
 
 _LEARNING_RATE = Experiment(

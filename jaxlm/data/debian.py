@@ -134,7 +134,8 @@ def read_descriptions(path: str | Path) -> Examples:
         ValueError: no record has a description.
     """
     if ".jsonl" in Path(path).name:
-        examples = read_jsonl(path, {name: name for name in ("package", "text", "summary")}, on_error="report")
+        names = ("package", "text", "summary")
+        examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
         rows = [{**row, "project": project(row["package"])} for row in examples]
         return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()

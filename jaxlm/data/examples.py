@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -425,16 +425,23 @@ def read_table(
 
 
 def read_jsonl(
-    path: str | Path, fields: Mapping[str, str], *, encoding: str = "utf-8", on_error: OnError = "raise"
+    path: str | Path,
+    fields: Mapping[str, str],
+    *,
+    texts: Collection[str] = (),
+    encoding: str = "utf-8",
+    on_error: OnError = "raise",
 ) -> Examples:
     """Examples from a file with one JSON object per line.
 
     Args:
         fields: field of the example -> key of the object.
+        texts: fields whose values must be strings.
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: a line is not a JSON object, a key is missing, or a text is empty.
+        ValueError: a line is not a JSON object, a key is missing, a text is empty, or a field of ``texts`` is not a
+            string.
     """
 
     def make_example(line: str) -> Example:
@@ -444,7 +451,11 @@ def read_jsonl(
             raise ValueError(f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"the line must be a JSON object, got {type(row).__name__}")
-        return _extract_fields(row, fields)
+        example = _extract_fields(row, fields)
+        for name in texts:
+            if not isinstance(example[name], str):
+                raise ValueError(f"{name}={example[name]!r} must be a string")
+        return example
 
     lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding) if line)
     return _collect(path, lines, on_error)

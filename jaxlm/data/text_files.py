@@ -63,7 +63,7 @@ def read_text(path: str | Path) -> str:
     """
     text = "".join(text_chunks(path))
     if not text:
-        raise ValueError(f"{path} is empty: nothing to train on")
+        raise ValueError(f"{path} is empty")
     return text
 
 

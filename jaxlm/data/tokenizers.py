@@ -459,7 +459,10 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
         for role in ROLES:
             if f"{role}_token" in content and role not in declared:
                 token = content[f"{role}_token"]
-                declared[role] = token["content"] if isinstance(token, dict) else token
+                token = token.get("content", token) if isinstance(token, dict) else token
+                if not isinstance(token, str | None):
+                    raise ValueError(f"{directory / name}: {role}_token={token!r} must be a string")
+                declared[role] = token
     config = read_object(directory / "config.json") if (directory / "config.json").exists() else {}
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     processor = {} if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())

@@ -226,6 +226,10 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
         if not isinstance(value, _SUPPORTED[name]) or (isinstance(value, bool) and bool not in _SUPPORTED[name]):
             types = " or ".join(kind.__name__ for kind in _SUPPORTED[name])
             raise ValueError(f"{FILE}: {name}={value!r} must be of type {types}")
+    for name, kind in (("stop_strings", str), ("eos_token_id", int)):
+        entries = fields.get(name)
+        if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):
+            raise ValueError(f"{FILE}: {name}={entries!r} must be a list of {kind.__name__}")
     if fields.get("top_k", 0) < 0:
         raise ValueError(f"{FILE}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)")
     return fields

@@ -240,11 +240,10 @@ class _TextGenerator:
             check_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
             if limit is not None and ids.size > limit:
                 raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
-            first_tokens = 1 if self._model.reads_source else ids.size
-            if self._max_length is not None and first_tokens >= self._max_length:
-                reason = f"{what} {row} has {ids.size} tokens"
-                if self._model.reads_source:
-                    reason = "the decoder starts with one token"
+            count, reason = ids.size, f"{what} {row} has {ids.size} tokens"
+            if self._model.reads_source:
+                count, reason = 1, "the decoder starts with one token"
+            if self._max_length is not None and count >= self._max_length:
                 raise ValueError(
                     f"{reason}, and max_length={self._max_length} leaves no room for new tokens: set max_new_tokens "
                     "instead"

@@ -442,7 +442,8 @@ def get_model(name: str, **overrides: Any) -> Model:
             raise ValueError(
                 f"{family_name} has no field {field!r}: {_suggest(field, fields)}its fields are {', '.join(fields)}"
             )
-        check_value(hints[field], value, field)
+        # The config class has errors for values that are not among the choices of a field.
+        check_value(hints[field], value, field, choices=False)
     return Model(family_name, dataclasses.replace(config, **overrides))
 
 

@@ -20,6 +20,7 @@ import jax
 
 from jaxlm import spec
 from jaxlm.config import numbers_of
+from jaxlm.data.tokenizers import TOKENIZER_FILES
 from jaxlm.decoding.config import GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
@@ -169,13 +170,16 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
 def check_output(directory: Path, *, resume: bool) -> None:
     """Check that a run can write to its directory.
 
+    A directory that contains only the files of a tokenizer, in ``model/``, counts as empty. A run that was killed at
+    its start leaves them.
+
     Raises:
         FileExistsError: the directory of a new run is not empty.
         OSError: the directory, or a file in it, cannot be created.
     """
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not directory.is_dir():
-            raise NotADirectoryError(f"{directory} is a file: choose another --output")
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: choose another --output")
+    if not resume and directory.exists() and not _is_unused(directory):
         raise FileExistsError(
             f"{directory} is not empty: choose another --output, or continue with --resume {directory}"
         )
@@ -188,6 +192,14 @@ def check_output(directory: Path, *, resume: bool) -> None:
         for path in new_directories:  # a later check may fail, and a failed start must not leave an empty directory
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _is_unused(directory: Path) -> bool:
+    """Whether a directory is empty or has only the files of a tokenizer, in ``model/``."""
+    entries = list(directory.iterdir())
+    if [path for path in entries if path.name != "model" or not path.is_dir()]:
+        return False
+    return all(path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())
 
 
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
 from jaxlm.training.plots import save_attention
-from jaxlm.training.report import ATTENTION, draw_losses, read_attention, write_results
+from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, write_results
 from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
@@ -150,11 +150,14 @@ def prepare_run(
 
 
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
-    """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run."""
+    """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run.
+
+    The names of the model and of the optimizer must not change, either.
+    """
     if resume is None:
         return
     saved_experiment = config_lib.read(type(experiment), resume / "config.json")
-    for field in fields:
+    for field in ("model.name", "optimizer.name", *fields):
         value, saved = map(operator.attrgetter(field), (experiment, saved_experiment))
         if value != saved:
             raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
@@ -178,8 +181,10 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
     if result.interrupted is not None:
         return False
     save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
-    if processes.is_first():
-        draw_losses(directory / "metrics.jsonl", directory / "loss.png")
+    if processes.is_first() and (directory / METRICS).exists():
+        draw_losses(directory / METRICS, directory / "loss.png")
+    elif processes.is_first():
+        print_once(f"{directory / METRICS} is missing: there are no loss curves")
     return True
 
 

@@ -91,6 +91,7 @@ class TrainingConfig:
     """Seed of the initial weights and dropout; in the experiments, also of the order of the data."""
 
     def __post_init__(self) -> None:
+        config_lib.check_choices(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             minimum = 0 if field.name == "max_rollbacks" else 1
@@ -266,7 +267,14 @@ class _Loop:
         self._checkpoints.remove_leftovers()
         existing = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
         if self._run.resume and existing:
-            state, saved = self._checkpoints.restore(self._abstract_state, on_corrupt=self._config.on_corrupt)
+            try:
+                state, saved = self._checkpoints.restore(self._abstract_state, on_corrupt=self._config.on_corrupt)
+            except CorruptCheckpointError:
+                raise
+            except ValueError:
+                # The arrays of another model do not match. Report the changed setting instead.
+                self._require_same_run(self._checkpoints.meta())
+                raise
             self._require_same_run(saved)
             _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])

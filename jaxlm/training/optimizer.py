@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
 from jaxlm.adapt import is_table, num_row_axes, num_stack_axes
-from jaxlm.config import check_finite
+from jaxlm.config import check_choices, check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
 from jaxlm.spec import LAYERS, ArraySpec, Params
@@ -63,10 +63,7 @@ class OptimizerConfig:
     ``layer_decay``, and embeddings have the smallest factor. None: all parameters have the same learning rate."""
 
     def __post_init__(self) -> None:
-        for name, literal in (("name", OptimizerName), ("schedule", Schedule)):
-            if getattr(self, name) not in get_args(literal):
-                choices = ", ".join(get_args(literal))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {choices}")
+        check_choices(self)
         check_finite(self)
         for name in ("learning_rate", "epsilon"):
             if getattr(self, name) <= 0.0:

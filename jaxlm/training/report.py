@@ -18,7 +18,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm import host, processes
+from jaxlm import config, host, json_files, processes
 from jaxlm.metrics import Score
 
 T = TypeVar("T")
@@ -82,9 +82,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a complete line is not a JSON object.
+        ValueError: a complete line is not a JSON object, or a value has the wrong type. The message names the line.
     """
-    return _read_lines(Path(path))
+    rows = _read_lines(Path(path))
+    for number, row in rows.items():
+        for name, value in row.items():
+            hint: Any = {"step": int, "to_step": int, "event": str}.get(name)
+            if name == "loss" or name.startswith("validation_"):
+                hint = float | None
+            if hint is not None:
+                config.check_value(hint, value, f"{path}, line {number}: {name}")
+        if row.get("event") == "rollback" and "to_step" not in row:
+            raise ValueError(f"{path}, line {number}: a rollback needs the value to_step")
+    return list(rows.values())
 
 
 def metric_curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -168,11 +178,15 @@ def read_results(run: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the file is not JSON.
+        ValueError: the file is not a JSON object, or a value has the wrong type.
     """
     path = Path(run) / RESULTS
-    content = _read_json(path)
-    return {**content, "scores": _make_entries(Score, content.get("scores", []), path)}
+    content = json_files.read_object(path)
+    hints = {"task": str, "family": str, "parameters": int, "minutes": float, "versions": dict, "processor": str}
+    for name, hint in hints.items():
+        if name in content:
+            config.check_value(hint, content[name], f"{path}: {name}")
+    return {**content, "scores": _make_entries(Score, content.get("scores", []), f"{path}: scores")}
 
 
 def machine_info() -> dict[str, Any]:
@@ -219,9 +233,14 @@ def read_samples(run: str | Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: a line is not a JSON object.
+        ValueError: a line is not a JSON object, or a value is not a string.
     """
-    return _read_lines(Path(run) / SAMPLES)
+    path = Path(run) / SAMPLES
+    rows = _read_lines(path)
+    for number, row in rows.items():
+        for name, value in row.items():
+            config.check_value(str, value, f"{path}, line {number}: {name}")
+    return list(rows.values())
 
 
 # --------------------------------------------------------------------------------------------- confusion.json
@@ -244,10 +263,15 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
         ValueError: the counts are not non-negative integers [L, L].
     """
     path = Path(run) / CONFUSION
-    content = _read_json(path)
+    content = json_files.read_object(path)
     if set(content) != {"labels", "counts"}:
         raise ValueError(f"{path}: its keys must be labels and counts, got {', '.join(content)}")
-    return content["labels"], _check_counts(content["labels"], content["counts"])
+    labels = tuple(content["labels"]) if isinstance(content["labels"], list) else content["labels"]
+    config.check_value(tuple[str, ...], labels, f"{path}: labels")
+    try:
+        return list(labels), _check_counts(labels, content["counts"])
+    except (TypeError, ValueError) as error:  # NumPy rejects, for example, rows of different lengths
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_counts(labels: Sequence[str], counts: npt.ArrayLike) -> np.ndarray:
@@ -280,6 +304,10 @@ class AttentionMap:
     weights: npt.ArrayLike
 
     def __post_init__(self) -> None:
+        for name, tokens in (("rows", self.rows), ("columns", self.columns)):
+            if not isinstance(tokens, list | tuple):
+                raise ValueError(f"attention map {self.title!r}: {name}={tokens!r} must be a list of tokens")
+            config.check_value(tuple[str, ...], tuple(tokens), f"attention map {self.title!r}: {name}")
         weights = np.asarray(self.weights, np.float64)
         if weights.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
@@ -309,10 +337,10 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the weights of a map do not have the shape of its tokens.
+        ValueError: a field of a map has the wrong type, or the weights do not have the shape of the tokens.
     """
     path = Path(run) / ATTENTION
-    return _make_entries(AttentionMap, _read_json(path), path)
+    return _make_entries(AttentionMap, json_files.read_value(path), str(path))
 
 
 # --------------------------------------------------------------------------------------------- boards.json
@@ -345,10 +373,10 @@ def read_boards(run: str | Path) -> list[Board]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the file is not JSON.
+        ValueError: the file is not JSON, or a field of a board has the wrong type.
     """
     path = Path(run) / BOARDS
-    return _make_entries(Board, _read_json(path), path)
+    return _make_entries(Board, json_files.read_value(path), str(path))
 
 
 # --------------------------------------------------------------------------------------------- common functions
@@ -369,34 +397,40 @@ def check_run(run: str | Path) -> Path:
     return path
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
+def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """``{line number: JSON object}`` of a file with one JSON object per line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines[:-1], start=1):  # text after the last line break is incomplete, or empty
         if not line:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: {type(row).__name__} instead of a JSON object")
-        rows.append(row)
+        rows[number] = row
     return rows
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-
-
-def _make_entries(entry_class: Callable[..., T], items: Sequence[Mapping[str, Any]], path: Path) -> list[T]:
-    try:
-        return [entry_class(**item) for item in items]
-    except TypeError as error:  # unknown or missing fields
-        raise ValueError(f"{path}: {error}") from error
+def _make_entries(entry_class: type[T], items: Any, where: str) -> list[T]:
+    """The dataclass objects in a list of JSON objects."""
+    if not isinstance(items, list):
+        raise ValueError(f"{where} must be a list, got {type(items).__name__}")
+    entries = []
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise ValueError(f"{where}, entry {index}: {type(item).__name__} instead of a JSON object")
+        try:
+            entries.append(config.from_json(entry_class, item, f"{where}, entry {index}"))
+        except (TypeError, ValueError, OverflowError) as error:  # the checks of the class do not know the file
+            text = str(error)
+            raise ValueError(text if text.startswith(where) else f"{where}, entry {index}: {text}") from error
+    return entries
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -67,6 +67,15 @@ def test_json_lines_are_read(tmp_path):
     assert [rejected.line for rejected in examples.rejected] == [2]
 
 
+def test_json_lines_with_other_values_than_texts_are_rejected(tmp_path):
+    path = tmp_path / "synopses.jsonl"
+    rows = [{"package": name, "text": "A box.", "summary": "box"} for name in ("a", 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = read_descriptions(path)
+    assert [row["package"] for row in examples] == ["a"]
+    assert [(rejected.line, rejected.reason) for rejected in examples.rejected] == [(2, "package=3 must be a string")]
+
+
 def test_the_error_for_a_file_without_long_descriptions_has_a_command(tmp_path):
     path = tmp_path / "packages.txt"
     path.write_text("Package: shelf\nDescription: board for boxes\n")

@@ -152,6 +152,14 @@ def test_the_end_token_is_read_from_tokenizer_config(tmp_path, eos):
         load_tokenizer(tmp_path)
 
 
+def test_a_special_token_of_the_wrong_type_is_named(tmp_path):
+    words_file(tmp_path, **{END: 3})
+    for token in (3, {}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        with pytest.raises(ValueError, match=rf"tokenizer_config.json: eos_token={token!r} must be a string"):
+            load_tokenizer(tmp_path)
+
+
 def test_loaded_pretrained_tokenizers_equal_the_saved_ones(tmp_path):
     byte_level_files(tmp_path)
     tokenizer = PretrainedTokenizer(PretrainedTokenizer.from_directory(tmp_path).backend, {"eos": "he"})

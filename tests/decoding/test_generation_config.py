@@ -61,6 +61,12 @@ def test_given_fields_override_the_file_and_the_file_overrides_the_library() -> 
     assert resolve(eos_token_id=7).end_ids == (7,)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("stop_strings", "str"), ("eos_token_id", "int")])
+def test_lists_in_the_file_have_entries_of_one_type(name: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"generation_config.json: {name}=\[2.5\] must be a list of {kind}"):
+        resolve(**{name: [2.5]})
+
+
 def test_a_program_may_have_other_defaults() -> None:
     model, default = jaxlm.get_model("gpt2-tiny", vocab_size=257), GenerationConfig(500, Sampling(0.8), stop=("!",))
 

@@ -84,6 +84,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(finished_run: Path, file: Pat
 def test_a_resumed_run_rejects_another_notation(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--resume", finished_run, "--notation", "san") == 2
     assert "notation=san cannot change in a resumed run (saved value: uci)" in capsys.readouterr().err
+    assert main("--resume", finished_run, "--optimizer.name", "adafactor") == 2
+    assert "optimizer.name=adafactor cannot change in a resumed run" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

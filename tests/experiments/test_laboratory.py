@@ -131,6 +131,14 @@ def test_a_damaged_line_is_named(tmp_path):
         runs.Results(tmp_path / "recall.jsonl")
 
 
+def test_a_bad_output_fails_before_the_first_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run_model", lambda *arguments: pytest.fail("a model was trained"))
+    (tmp_path / "file").write_text("")
+    arguments = ["recall", "--model", "gpt", "--width", "64", "--output", str(tmp_path / "file")]
+    assert command.main(arguments) == 2
+    assert "is a file: choose another --output" in capsys.readouterr().err
+
+
 def test_page_selects_rates_and_judges_claims(tmp_path):
     experiment = EXPERIMENTS["recall"]
     measured = [result(rate=1e-2, accuracy=0.2), *(result(seed=seed, accuracy=0.9 + seed / 100) for seed in range(3))]

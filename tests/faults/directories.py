@@ -110,8 +110,21 @@ RUNS: dict[str, Any] = {
     "run_brace": "{", "run_list": "[]", "run_deep": DEEP, "run_bytes": b"\xff\xfe",
     "run_type": {"temperature": "hot"}, "run_unknown": {"tempature": 1}, "run_nan": {"temperature": float("nan")},
     "run_typeT": {"training": {"steps": True}}, "run_neg": {"training": {"steps": -1}}, "run_notok": {},
+    "run_choice": {"training": {"on_corrupt": "Stop"}}, "run_tokenizer": {"tokenizer": "zzz"},
+    "run_mode": {"training": {"best_mode": "up"}}, "run_set": {"model": {"name": "gpt", "set": [3]}},
 }  # fmt: skip
 """Run directories of ``experiments.text_generation``: contents of ``config.json``, or invalid fields."""
+
+RESULTS: dict[str, dict[str, str | bytes]] = {
+    "results_list": {"results.json": "[]"}, "results_null": {"results.json": "null"},
+    "results_family": {"results.json": '{"family": 3}'}, "results_minutes": {"results.json": '{"minutes": "long"}'},
+    "results_parameters": {"results.json": '{"parameters": "many"}'}, "results_deep": {"results.json": DEEP},
+    "results_bytes": {"results.json": b"\xff"},
+    "results_score": {"results.json": '{"scores": [{"name": "accuracy", "value": "high"}]}'},
+    "metrics_step": {"metrics.jsonl": '{"step": null}\n{"step": 1}\n'}, "metrics_bytes": {"metrics.jsonl": b"\xff\n"},
+    "metrics_loss": {"metrics.jsonl": '{"step": 1, "validation_loss": [1]}\n'},
+}  # fmt: skip
+"""Finished runs with damaged files: name -> {file: content}."""
 
 
 class Directories(dict[str, Path]):
@@ -137,6 +150,10 @@ class Directories(dict[str, Path]):
             path.write_bytes(FILES[name])
         elif name in RUNS:
             self._run(name, path)
+        elif name in RESULTS:
+            path.mkdir()
+            for file, content in RESULTS[name].items():
+                (path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         elif name in SPECIAL:
             SPECIAL[name](self, path)
         elif name == "cfg_bytes":

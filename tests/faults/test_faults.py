@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import mistakes
 from tests.faults.faults import Fault, table
 from tests.faults.flips import all_flips
 from tests.faults.kills import kills
@@ -15,9 +16,15 @@ def test_the_table_counts_outcomes():
     assert lines[2:] == ["| flip | an error | an error | 2 | yes |", "| flip | an error | silence | 1 | **no** |"]
 
 
-# If several arrays cannot be read, orbax raises the first error and closes its event loop. The other reads then fail in
-# tensorstore's threads with "Event loop is closed", which pytest reports as an unraisable exception.
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_the_table_has_mistakes_and_their_unexpected_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [mistakes.Mistake(f"compare {{{name}}}", 2, "is not a directory", "") for name in ("none", "emptydir")]
+    monkeypatch.setattr(mistakes, "MISTAKES", rows)
+    expected, unexpected = mistakes.mistakes(tmp_path / "work")
+    assert (expected.passed, expected.outcome) == (True, "as expected")
+    assert not unexpected.passed
+    assert "is not a run directory" in unexpected.outcome
+
+
 @pytest.mark.thorough
 def test_no_flipped_bit_changes_loaded_values_silently(tmp_path: Path) -> None:
     faults = list(all_flips(tmp_path, 120))

@@ -1,57 +1,26 @@
 """Each mistake of a user prints one line with the reason and exits with status 2 before the computation starts.
 
-The rows are in ``mistakes.txt``: ``status | command | words of the message``. Commands are those of ``jaxlm``, or begin
-with ``experiments.NAME`` or ``benchmarks.NAME``. ``{name}`` is a directory or file of ``directories.py``. Only
-``pytest -m live`` runs the rows below ``# live``, and only ``pytest -m thorough`` runs the rows below ``# thorough``.
+``mistakes.py`` describes the rows. Only ``pytest -m live`` runs the rows below ``# live``, and only
+``pytest -m thorough`` runs the rows below ``# thorough``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import importlib
-import io
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from benchmarks import harness
-from jaxlm import cli, command_line
+from jaxlm import command_line
 from jaxlm.checkpoint import CorruptCheckpointError
 from jaxlm.training import checks
 from jaxlm.training.loop import DivergedError
 from tests.faults.directories import Directories
-
-EXPERIMENTS = ("chess", "question_answering", "sentiment", "summarization", "text_generation", "translation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mistake:
-    """A row of ``mistakes.txt``."""
-
-    command: str
-    status: int
-    words: str
-    mark: str
-
-
-def _read_mistakes() -> Iterator[Mistake]:
-    mark = ""
-    for line in (Path(__file__).parent / "mistakes.txt").read_text(encoding="utf-8").splitlines():
-        if line in ("# live", "# thorough"):
-            mark = line.removeprefix("# ")
-        elif line and not line.startswith("#"):
-            status, command, words = line.split(" | ", 2)
-            yield Mistake(command, int(status), words, mark)
-
-
-MISTAKES = list(_read_mistakes())
+from tests.faults.mistakes import EXPERIMENTS, MISTAKES, failure, outcome, rejecting_work
 
 
 @pytest.fixture(scope="module")
@@ -60,31 +29,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
 
 
 @pytest.fixture(autouse=True)
-def fail_if_work_starts(monkeypatch: pytest.MonkeyPatch, directories: Directories) -> None:
-    """Fail the test if a command starts to train or measure, because it should have rejected the mistake."""
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        pytest.fail("the command accepted the mistake and started to work")
-
-    for name in (*EXPERIMENTS, "families"):
-        monkeypatch.setattr(importlib.import_module(f"experiments.{name}"), "train", fail)
-    monkeypatch.setattr(harness, "session", fail)
-    monkeypatch.chdir(directories.root)
-
-
-def outcome(command: str, directories: Directories) -> tuple[int, str]:
-    """Run a command. Return its exit status and standard error."""
-    words = [word.format_map(directories) if "{" in word else word for word in shlex.split(command)]
-    main: Callable[[list[str]], int] = cli.main
-    if words[0].startswith(("experiments.", "benchmarks.")):
-        main = importlib.import_module(words.pop(0)).main
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            status: Any = main(words)
-        except SystemExit as error:
-            status = error.code
-    return status, stderr.getvalue()
+def fail_if_work_starts(directories: Directories) -> Iterator[None]:
+    with rejecting_work(directories):
+        yield
 
 
 def _groups() -> Iterator[Any]:
@@ -95,20 +42,10 @@ def _groups() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("command", "mark"), list(_groups()))
-def test_a_mistake_prints_one_line(
-    command: str, mark: str, directories: Directories, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failures = []
-    for mistake in MISTAKES:
-        if (mistake.command.split()[0], mistake.mark) != (command, mark):
-            continue
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        status, error = outcome(mistake.command, directories)
-        lines = error.splitlines()
-        if status != mistake.status or len(lines) != 1 or mistake.words not in error or "unexpected" in error:
-            expected = f"status {mistake.status} and {mistake.words!r}"
-            failures.append(f"{mistake.command}: expected {expected}, got status {status} and {error!r}")
-    assert not failures, "\n".join(failures)
+def test_a_mistake_prints_one_line(command: str, mark: str, directories: Directories) -> None:
+    rows = [row for row in MISTAKES if (row.command.split()[0], row.mark) == (command, mark)]
+    failures = {row.command: failure(row, directories) for row in rows}
+    assert not {name: reason for name, reason in failures.items() if reason is not None}
 
 
 def _os_error(path: str, number: int) -> OSError:

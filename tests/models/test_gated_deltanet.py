@@ -68,7 +68,7 @@ def test_texts_longer_than_a_chunk_can_be_read_in_pieces(name):
     assert relative_error(jnp.concatenate(pieces, axis=1)[real], want[real]) < 2e-5
 
 
-def test_negative_eigenvalues_double_beta(monkeypatch):
+def test_negative_eigenvalues_double_beta(monkeypatch, tmp_path):
     betas = []
 
     def record_beta(q, k, v, log_decay, beta, *arguments, **options):
@@ -85,7 +85,7 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
     assert 0.5 < betas[0].max() < 1.0 < betas[1].max() < 2.0
     np.testing.assert_allclose(betas[1], 2.0 * betas[0], rtol=1e-6)
     with pytest.raises(ValueError, match="no Hugging Face class can represent"):
-        save_pretrained("unused", model, params)
+        save_pretrained(tmp_path, model, params)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_experts_in_files():
         read(shared_expert_intermediate_size=None)
 
 
-def test_experts_without_a_shared_expert_have_no_published_format():
+def test_experts_without_a_shared_expert_have_no_published_format(tmp_path):
     model = tiny_model(HYBRID, num_experts=4)
     with pytest.raises(ValueError, match="qwen3_next' has a shared expert: set shared_expert_dim"):
-        save_pretrained("unused", model, initial_params(model))
+        save_pretrained(tmp_path, model, initial_params(model))
 
 
 def test_the_shared_expert_computes_every_token():

@@ -1,13 +1,16 @@
 """A run that is killed in any phase after the training can be resumed and completed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import text_generation
 from jaxlm import load_pretrained
+from jaxlm.training import checks
 from jaxlm.training import experiment as lib
 from jaxlm.training.loop import TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
@@ -72,3 +75,27 @@ def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path,
 def exported_params(directory: Path) -> dict[str, np.ndarray]:
     """Return the parameters in ``model/``. Loading verifies their checksums."""
     return jax.tree.map(np.asarray, load_pretrained(directory / "model")[1])
+
+
+def test_a_run_killed_before_it_wrote_its_configuration_can_be_started_again(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "jaxlm_tokenizer.json").write_text("{}")
+    checks.check_output(tmp_path, resume=False)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "model" / name).write_text("{}")
+        with pytest.raises(FileExistsError, match="is not empty"):
+            checks.check_output(tmp_path, resume=False)
+        (tmp_path / "model" / name).unlink()
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        checks.check_output(tmp_path, resume=False)
+
+
+def test_a_finished_run_without_metrics_can_be_completed(tmp_path, capsys):
+    experiment = SimpleNamespace(output=tmp_path)
+    result = SimpleNamespace(interrupted=None, params=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib, "save_pretrained", lambda *arguments, **options: None)
+        patch.setattr(lib.config_lib, "write", lambda *arguments: None)
+        assert lib.export(tmp_path, experiment, None, result)
+    assert "metrics.jsonl is missing: there are no loss curves" in capsys.readouterr().out

@@ -274,11 +274,48 @@ def test_written_files_can_be_read(complete_run):
 
 def test_errors_name_the_damaged_file(tmp_path):
     (tmp_path / "boards.json").write_text("[")
-    with pytest.raises(ValueError, match=r"boards.json: not JSON"):
+    with pytest.raises(ValueError, match=r"boards.json is not JSON or is damaged"):
         report.read_boards(tmp_path)
     (tmp_path / "attention.json").write_text('[{"title": "x", "rows": []}]')
-    with pytest.raises(ValueError, match=r"attention.json: .*missing .*'columns' and 'weights'"):
+    with pytest.raises(ValueError, match=r"attention.json, entry 0 lacks columns, weights"):
         report.read_attention(tmp_path)
     (tmp_path / "confusion.json").write_text('{"labels": []}')
     with pytest.raises(ValueError, match=r"confusion.json: its keys must be labels and counts, got labels"):
         report.read_confusion(tmp_path)
+
+
+DAMAGED_VALUES = {
+    ("results.json", "[]"): "results.json must hold a JSON object",
+    ("results.json", '{"minutes": "long"}'): "results.json: minutes='long' must be a finite number",
+    ("results.json", '{"parameters": "many"}'): "results.json: parameters='many' must be a whole number",
+    ("results.json", '{"family": 3}'): "results.json: family=3 must be a string",
+    ("results.json", '{"scores": [{"name": "a", "value": "b"}]}'): r"scores, entry 0.value='b' must be a finite number",
+    ("results.json", '{"scores": 3}'): "results.json: scores must be a list",
+    ("metrics.jsonl", '{"step": null}\n'): "metrics.jsonl, line 1: step=None must be a whole number",
+    ("metrics.jsonl", '{"step": 1}\n{"step": 2, "validation_loss": [1]}\n'): r"line 2: validation_loss=\[1\] must be",
+    ("metrics.jsonl", "[" * 100_000 + "\n"): "metrics.jsonl, line 1: not JSON",
+    ("samples.jsonl", '{"source": 3}\n'): "samples.jsonl, line 1: source=3 must be a string",
+    ("confusion.json", '{"labels": 3, "counts": []}'): "confusion.json: labels=3 must be a tuple of a string each",
+    ("confusion.json", '{"labels": ["a"], "counts": [[1], []]}'): "confusion.json: ",
+    ("boards.json", '[{"title": 1, "fen": "x"}]'): "boards.json, entry 0.title=1 must be a string",
+    (
+        "attention.json",
+        '[{"title": "t", "rows": [1], "columns": ["a"], "weights": [[1]]}]',
+    ): "rows=.* must be a tuple of a string each",
+    ("attention.json", '[{"title": "t", "rows": ["a"], "columns": ["a"], "weights": {}}]'): "attention.json, entry 0",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED_VALUES)
+def test_a_wrong_value_in_a_file_of_a_run_names_the_file(tmp_path, name, content):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.0}\n')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=DAMAGED_VALUES[name, content]) as error:
+        write_report(tmp_path)
+    assert name in str(error.value)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is not UTF-8"):
+        report.read_metrics(tmp_path / "metrics.jsonl")
