@@ -195,6 +195,21 @@ def test_a_missing_module_is_a_user_error_without_restarts(module, capfd, tmp_pa
     assert not any("Traceback" in line or "restart" in line for line in lines)
 
 
+def test_an_error_in_a_package_is_not_a_missing_module(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("import surely_missing")
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        coordinator = f"localhost:{free_port.getsockname()[1]}"
+    command = [sys.executable, "-m", "jaxlm.launch", "--coordinator", coordinator, "--processes", "1", "--process", "0"]
+    command.append("package.train")
+    environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "No module named 'surely_missing'" in result.stderr
+    assert "no module is called" not in result.stderr
+
+
 def test_error_for_a_coordinator_that_cannot_serve(capsys):
     with socket.create_server(("", 0)) as used:
         port = used.getsockname()[1]
