@@ -164,10 +164,12 @@ def recurrence_chunk(batch: int, steps: int) -> int:
     return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
 
-def linear_scan() -> Literal["sequential", "chunked", "pallas"]:
+def linear_scan(batch: int) -> Literal["sequential", "chunked", "pallas"]:
     """``sequential`` on a CPU; ``pallas`` on a TPU; ``chunked`` on a GPU, which is slow if there are many steps."""
     platform = sharding.platform()
-    return "sequential" if platform == "cpu" else "pallas" if platform == "tpu" else "chunked"
+    if platform == "cpu":
+        return "sequential"
+    return "pallas" if platform == "tpu" and batch else "chunked"
 
 
 MIN_CHUNKED_STEPS = 8

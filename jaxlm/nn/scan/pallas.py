@@ -1,7 +1,10 @@
-"""A Pallas kernel for the elementwise linear recurrence ``h = decay * h + input`` on TPU.
+"""Pallas kernels for the elementwise linear recurrence ``h = decay * h + input`` and its gradient on TPU.
 
-The kernel reads the decays and the inputs once and writes the states once. The implementation ``chunked`` of
-``linear_scan`` reads and writes a chunk in each of its log2(CHUNK) rounds.
+The kernels read and write each array once. The implementation ``chunked`` of ``linear_scan`` reads and writes a chunk
+in each of its log2(CHUNK) rounds.
+
+The backward pass is a recurrence in the opposite order, too. Let e be the gradient of the state before a step, and
+dhidden that of the state after the step, as far as it comes from the output. Then ``e = decay * (next e + dhidden)``.
 
 A TPU register has 8 rows (time) of 128 channels. The kernel combines the steps of a tile of rows by doubling: after
 round s, each row has the product of the decays and the state of the 2^s steps that end at it. One more step then adds
@@ -13,7 +16,8 @@ Shapes: B batch, T time, D channels, C steps of a block, W channels of a block.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,80 +28,263 @@ from jaxlm.devices import LANES
 MAX_STEPS = 256
 """Maximum number of steps of a block."""
 MAX_CHANNELS = 512
-"""Maximum number of channels of a block, if the number of channels is a multiple of 128."""
+"""Maximum number of channels of a block, if the number of channels is a multiple of 128; otherwise a block has all."""
+MAX_ENTRIES = 256 * 512
+"""Maximum number of entries of a block, unless a block has one tile. VMEM has up to ten blocks."""
 _TILE_ROWS = {4: 8, 2: 16}
 """Rows of a tile by the bytes of an entry."""
 
 
+AXES = ("batch", None, "mlp")
+STATE_AXES = ("batch", "mlp")
+
+
 def scan(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool, *, interpret: bool = False
-) -> jax.Array:
-    """The state after each step, [B, T, D] float32.
+) -> tuple[jax.Array, jax.Array]:
+    """The state after each step, [B, T, D] in the dtype of the input, and the last state, [B, D] float32.
 
     Args:
         state_BD: the state before the first step, float32.
         reverse: go from the last step to the first.
         interpret: use Pallas's interpreter, on any device.
     """
-    axes = ("batch", None, "mlp")
-    scan_shard = functools.partial(_scan, reverse=reverse, interpret=interpret)
-    run = sharding.map_shards(scan_shard, [axes, axes, ("batch", "mlp")], axes, sum_over=())
-    return run(decay_BTD, input_BTD, state_BD)
+    run = functools.partial(_scan, reverse=reverse, interpret=interpret)
+    return _over_devices(run, 1)(decay_BTD, input_BTD, state_BD)
+
+
+def backward(
+    decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array,
+    reverse: bool, *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradients of the decay [B, T, D], of the input [B, T, D] and of the state before the first step [B, D].
+
+    They have the dtypes of the decay, of ``dhidden`` and float32.
+
+    Args:
+        hidden_BTD: the state after each step.
+        dhidden_BTD: the gradient of the states after each step.
+        dlast_BD: the gradient of the last state.
+        reverse: whether the forward pass went from the last step to the first.
+    """
+    run = functools.partial(_backward, reverse=reverse, interpret=interpret)
+    return _over_devices(run, 2)(decay_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD)
+
+
+def _over_devices(run: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """``run`` on the rows and channels of each device (``shard_map``).
+
+    ``run`` takes and returns arrays [B, T, D] and [B, D]. It returns ``count`` arrays of three axes, then one of two.
+    """
+    active = sharding.active()
+    if active is None:
+        return run
+
+    def apply(*arguments: jax.Array) -> Any:
+        def spec(shape: tuple[int, ...]) -> Any:
+            return active.named_sharding(AXES if len(shape) == 3 else STATE_AXES, shape, "argument").spec
+
+        B, T, D = arguments[0].shape
+        return jax.shard_map(
+            run, mesh=active.mesh, in_specs=tuple(spec(x.shape) for x in arguments), check_vma=False,
+            out_specs=(*[spec((B, T, D))] * count, spec((B, D))),
+        )(*arguments)  # fmt: skip
+
+    return apply
+
+
+class _Blocks(NamedTuple):
+    """How arrays [B, T, D] are split into blocks of rows [C, W] on a grid (rows, channels, steps).
+
+    Attributes:
+        num_padding: number of steps of padding, so that blocks have whole tiles.
+        from_last: whether the grid goes from the last block of steps to the first.
+    """
+
+    rows: int
+    num_padding: int
+    C: int
+    W: int
+    grid: tuple[int, int, int]
+    from_last: bool
+
+    @property
+    def block(self) -> Any:
+        """The block spec of an array [B, T, D]."""
+        from jax.experimental import pallas as pl
+
+        count = self.grid[2]
+        return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, count - 1 - t if self.from_last else t, d))
+
+    @property
+    def state(self) -> Any:
+        """The block spec of an array [B, 1, D]."""
+        from jax.experimental import pallas as pl
+
+        return pl.BlockSpec((None, 1, self.W), lambda b, d, t: (b, 0, d))
+
+    @property
+    def step(self) -> Any:
+        """The block spec of an array [B, blocks of steps, 1, D]."""
+        from jax.experimental import pallas as pl
+
+        count = self.grid[2]
+        return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, count - 1 - t if self.from_last else t, 0, d))
+
+
+def _blocks(arrays: Sequence[jax.Array], from_last: bool) -> _Blocks:
+    B, T, D = arrays[0].shape
+    rows = max(_TILE_ROWS.get(x.dtype.itemsize, 8) for x in arrays)
+    num_padding = -T % rows
+    W = D if D % LANES else _largest_divisor(D, LANES, MAX_CHANNELS)
+    C = _largest_divisor(T + num_padding, rows, max(rows, min(MAX_STEPS, MAX_ENTRIES // W)))
+    return _Blocks(rows, num_padding, C, W, (B, D // W, (T + num_padding) // C), from_last)
+
+
+def _call(kernel: Callable[..., None], name: str, blocks: _Blocks, interpret: bool, **arguments: Any) -> Any:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pl.pallas_call(
+        functools.partial(kernel, blocks.rows, blocks.from_last), name=name, grid=blocks.grid, interpret=interpret,
+        scratch_shapes=[pltpu.VMEM((1, blocks.W), jnp.float32)], **arguments,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )  # fmt: skip
 
 
 def _scan(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, *, reverse: bool, interpret: bool
-) -> jax.Array:
-    """The result of :func:`scan` on one device."""
-    from jax.experimental import pallas as pl
+) -> tuple[jax.Array, jax.Array]:
+    """The states of one device, and the last state."""
+    T = input_BTD.shape[1]
+    blocks = _blocks((decay_BTD, input_BTD), reverse)
+    # In the order of the scan, the padding comes after the last step. It does not change the state.
+    padding = ((0, 0), (blocks.num_padding, 0) if reverse else (0, blocks.num_padding), (0, 0))
+    decay_BTD, input_BTD = jnp.pad(decay_BTD, padding, constant_values=1), jnp.pad(input_BTD, padding)
+    hidden_BTD, last_B1D = _call(
+        _forward_kernel, "linear_scan", blocks, interpret, in_specs=[blocks.block, blocks.block, blocks.state],
+        out_specs=(blocks.block, blocks.state),
+        out_shape=(
+            jax.ShapeDtypeStruct(input_BTD.shape, input_BTD.dtype),
+            jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
+        ),
+    )(decay_BTD, input_BTD, state_BD[:, None])  # fmt: skip
+    return hidden_BTD[:, blocks.num_padding :] if reverse else hidden_BTD[:, :T], last_B1D[:, 0]
+
+
+def _backward(
+    decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array,
+    *, reverse: bool, interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradients of one device."""
+    T = hidden_BTD.shape[1]
+    blocks = _blocks((decay_BTD, hidden_BTD, dhidden_BTD), not reverse)
+    # In the order of the backward pass, the padding comes after the last step, so before the first step of the scan.
+    num_padding = blocks.num_padding
+    padding = ((0, 0), (0, num_padding) if reverse else (num_padding, 0), (0, 0))
+    decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)
+    dhidden_BTD = jnp.pad(dhidden_BTD, padding)
+    state_BPD = jnp.broadcast_to(
+        state_BD[:, None].astype(hidden_BTD.dtype), (state_BD.shape[0], num_padding, state_BD.shape[1])
+    )
+    hidden_BTD = jnp.concatenate([hidden_BTD, state_BPD] if reverse else [state_BPD, hidden_BTD], axis=1)
+    # The state before the first step of each block.
+    first_B1D = state_BD[:, None].astype(hidden_BTD.dtype)
+    C = blocks.C
+    if reverse:
+        before_BND = jnp.concatenate([hidden_BTD[:, C::C], first_B1D], axis=1)
+    else:
+        before_BND = jnp.concatenate([first_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
+    ddecay_BTD, dinput_BTD, dstate_B1D = _call(
+        _backward_kernel, "linear_scan_backward", blocks, interpret,
+        in_specs=[blocks.block, blocks.block, blocks.step, blocks.block, blocks.state],
+        out_specs=(blocks.block, blocks.block, blocks.state),
+        out_shape=(
+            jax.ShapeDtypeStruct(decay_BTD.shape, decay_BTD.dtype),
+            jax.ShapeDtypeStruct(dhidden_BTD.shape, dhidden_BTD.dtype),
+            jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
+        ),
+    )(decay_BTD, hidden_BTD, before_BND[:, :, None], dhidden_BTD, dlast_BD[:, None])  # fmt: skip
+    real = slice(0, T) if reverse else slice(num_padding, None)
+    return ddecay_BTD[:, real], dinput_BTD[:, real], dstate_B1D[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+
+
+def _tiles(steps: int, rows: int, reverse: bool) -> list[slice]:
+    starts = range(0, steps, rows)
+    return [slice(start, start + rows) for start in (reversed(starts) if reverse else starts)]
+
+
+def _shifted(x: jax.Array, shift: int, reverse: bool, fill: Any) -> jax.Array:
+    """The rows of a tile, moved by ``shift`` steps in the order of the scan; the first rows are ``fill``."""
     from jax.experimental.pallas import tpu as pltpu
 
-    B, T, D = input_BTD.shape
-    rows = max(_TILE_ROWS.get(x.dtype.itemsize, 8) for x in (decay_BTD, input_BTD))
-    num_padding = -T % rows
-    # In the order of the scan, the padding comes after the last step.
-    padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
-    decay_BTD, input_BTD = (jnp.pad(x, padding) for x in (decay_BTD, input_BTD))
-    C = _largest_divisor(T + num_padding, rows, MAX_STEPS)
-    W = D if D % LANES else _largest_divisor(D, LANES, MAX_CHANNELS)
-    count = (T + num_padding) // C
-    block = pl.BlockSpec((None, C, W), lambda b, d, t: (b, count - 1 - t if reverse else t, d))
-    hidden_BTD = pl.pallas_call(
-        functools.partial(_kernel, rows, reverse), name="linear_scan", grid=(B, D // W, count), interpret=interpret,
-        in_specs=[block, block, pl.BlockSpec((None, 1, W), lambda b, d, t: (b, 0, d))], out_specs=block,
-        out_shape=jax.ShapeDtypeStruct(input_BTD.shape, jnp.float32), scratch_shapes=[pltpu.VMEM((1, W), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )(decay_BTD, input_BTD, state_BD[:, None])  # fmt: skip
-    return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]
+    rows = x.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    is_first = row >= rows - shift if reverse else row < shift
+    return jnp.where(is_first, fill, pltpu.roll(x, rows - shift if reverse else shift, axis=0))
 
 
-def _kernel(rows: int, reverse: bool, decay: Any, new: Any, first: Any, hidden: Any, carry: Any) -> None:
+def _scan_tile(a: jax.Array, h: jax.Array, state: jax.Array, reverse: bool) -> jax.Array:
+    """The state after each row of a tile, from the decays, the inputs and the state before the tile."""
+    shift = 1
+    while shift < a.shape[0]:
+        h = a * _shifted(h, shift, reverse, 0.0) + h
+        a = a * _shifted(a, shift, reverse, 1.0)
+        shift *= 2
+    return a * state + h
+
+
+def _last_row(x: jax.Array, reverse: bool) -> jax.Array:
+    return x[:1] if reverse else x[-1:]
+
+
+def _forward_kernel(
+    rows: int, reverse: bool, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any
+) -> None:
     """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous tile."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
     @pl.when(pl.program_id(2) == 0)
     def initialize() -> None:
         carry[...] = first[...]
 
-    C, W = decay.shape
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, W), 0)
     state = carry[...]
-    starts = range(0, C, rows)
-    for start in reversed(starts) if reverse else starts:
-        a, h = (x[start : start + rows].astype(jnp.float32) for x in (decay, new))
-        shift = 1
-        while shift < rows:
-            has_earlier = row < rows - shift if reverse else row >= shift
-            # pltpu.roll moves entries to higher rows.
-            roll = functools.partial(pltpu.roll, shift=rows - shift if reverse else shift, axis=0)
-            h = jnp.where(has_earlier, a * roll(h) + h, h)
-            a = jnp.where(has_earlier, a * roll(a), a)
-            shift *= 2
-        h = a * state + h
-        hidden[start : start + rows] = h
-        state = h[:1] if reverse else h[rows - 1 :]
+    for tile in _tiles(decay.shape[0], rows, reverse):
+        h = _scan_tile(decay[tile].astype(jnp.float32), new[tile].astype(jnp.float32), state, reverse)
+        hidden[tile] = h.astype(hidden.dtype)
+        state = _last_row(h, reverse)
     carry[...] = state
+    last[...] = state
+
+
+def _backward_kernel(
+    rows: int, reverse: bool, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
+    dstate: Any, carry: Any,
+) -> None:  # fmt: skip
+    """Run the steps of a block. ``carry``: e of the previous tile. ``before``: the state before the block."""
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(2) == 0)
+    def initialize() -> None:
+        carry[...] = dlast[...]
+
+    e_next = carry[...]
+    tiles = _tiles(decay.shape[0], rows, reverse)
+    for index, tile in enumerate(tiles):
+        a, dh = decay[tile].astype(jnp.float32), dhidden[tile].astype(jnp.float32)
+        e = _scan_tile(a, a * dh, e_next, reverse)
+        gradient = dh + _shifted(e, 1, reverse, e_next)
+        # The state before each row: the forward pass goes in the opposite order.
+        state = before[...] if index == len(tiles) - 1 else _last_row(hidden[tiles[index + 1]], not reverse)
+        h_before = _shifted(hidden[tile].astype(jnp.float32), 1, not reverse, state.astype(jnp.float32))
+        ddecay[tile] = (gradient * h_before).astype(ddecay.dtype)
+        dinput[tile] = gradient.astype(dinput.dtype)
+        e_next = _last_row(e, reverse)
+    carry[...] = e_next
+    dstate[...] = e_next
 
 
 def _largest_divisor(size: int, multiple: int, maximum: int) -> int:

@@ -60,8 +60,8 @@ def linear_scan(
             the state at step 0.
         implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
             or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``.
-            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives; reverse-over-reverse
-            derivatives need ``reference``.
+            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives, ``pallas`` supports none;
+            reverse-over-reverse derivatives need ``reference``.
 
     Raises:
         ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` for
@@ -74,7 +74,7 @@ def linear_scan(
     """
     masks = _check(decay_BTD, input_BTD, state_BD, reset_BT, keep_BT)
     if implementation is None:
-        implementation = choices.linear_scan()
+        implementation = choices.linear_scan(input_BTD.shape[0])
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
@@ -141,10 +141,7 @@ def _scan(
 def _forward(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> Any:
-    forward: Any = (
-        _sequential if implementation == "sequential" else functools.partial(_chunked, _SCANS[implementation])
-    )
-    hidden_BTD, last_BD = forward(decay_BTD, input_BTD, state_BD, masks, reverse)
+    hidden_BTD, last_BD = _FORWARD[implementation](decay_BTD, input_BTD, state_BD, masks, reverse)
     return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
 
 
@@ -155,10 +152,7 @@ def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -
     input is g, and the gradient of the decay is ``g * state_before``.
     """
     masks = saved[-1]
-    backward: Any = _sequential_backward
-    if implementation != "sequential":
-        backward = functools.partial(_chunked_backward, _SCANS[implementation])
-    ddecay_BTD, dinput_BTD, dstate_BD = backward(*saved, *cotangents, reverse)
+    ddecay_BTD, dinput_BTD, dstate_BD = _BACKWARD[implementation](*saved, *cotangents, reverse)
     if masks is not None:
         dinput_BTD = jnp.where(masks[1][:, :, None], dinput_BTD, 0.0)
     return ddecay_BTD, dinput_BTD, dstate_BD, None
@@ -271,25 +265,20 @@ def _masks_at(masks: Any, time: jax.Array) -> Any:
     return jax.tree.map(lambda mask: lax.dynamic_slice(mask, (zero, time), (mask.shape[0], 1)), masks)
 
 
-# ------------------------------------------------------------------------------------------- chunked and pallas
-
-
-Scan = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
-"""``scan(decay, input, first state, reverse)``: the state after each step, [B, T, D] float32."""
+# ------------------------------------------------------------------------------------------------------ chunked
 
 
 def _chunked(
-    scan: Scan, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     if masks is not None:
         input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
     decay_BTD = _masked_decay(decay_BTD, masks)
-    hidden_BTD = scan(decay_BTD, input_BTD, state_BD, reverse)
+    hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse)
     return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
 
 
 def _chunked_backward(
-    scan: Scan,
     decay_BTD: jax.Array,
     hidden_BTD: jax.Array,
     state_BD: jax.Array,
@@ -301,7 +290,7 @@ def _chunked_backward(
     decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
     # The gradient of a step uses the decay of the next step and the state before the step.
     next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
-    gradient_BTD = scan(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
+    gradient_BTD = _scan_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
     if masks is not None:
         ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
@@ -348,4 +337,33 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]
 
 
-_SCANS: dict[str, Scan] = {"chunked": _scan_chunks, "pallas": pallas.scan}
+# ------------------------------------------------------------------------------------------------------- pallas
+
+
+def _pallas(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    if masks is not None:
+        input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
+    return pallas.scan(_masked_decay(decay_BTD, masks), input_BTD, state_BD, reverse)
+
+
+def _pallas_backward(
+    decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, masks: Any, dhidden_BTD: jax.Array,
+    dlast_BD: jax.Array, reverse: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    masked_BTD = _masked_decay(decay_BTD, masks)
+    ddecay_BTD, dinput_BTD, dstate_BD = pallas.backward(
+        masked_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD, reverse
+    )
+    if masks is not None:
+        ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
+    return ddecay_BTD, dinput_BTD, dstate_BD
+
+
+_FORWARD: dict[str, Callable[..., Any]] = {"sequential": _sequential, "chunked": _chunked, "pallas": _pallas}
+_BACKWARD: dict[str, Callable[..., Any]] = {
+    "sequential": _sequential_backward,
+    "chunked": _chunked_backward,
+    "pallas": _pallas_backward,
+}
