@@ -62,7 +62,7 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
     """
     weight = weights["weight_hidden"]
     rows, width, size = batch // sharding.num_shards(("batch",)), weight.shape[0], weight.size * weight.dtype.itemsize
-    precision = jax.config.values["jax_default_matmul_precision"]
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if weight.shape[1] == 3 and "bias_hidden" not in weights:
         return "does not support a GRU whose reset gate is applied before the product"
     if weight.dtype not in (jnp.float32, jnp.bfloat16):
