@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, num_row_axes
+from jaxlm.config import check_value
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
 from jaxlm.interop.directory import path_inside, write_json
@@ -371,8 +372,11 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
             "weights; save the adapter with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"{path}: r={rank!r} must be a positive integer and lora_alpha={alpha!r} a number")
+    check_value(int, rank, f"{path}: r")
+    check_value(float, alpha, f"{path}: lora_alpha")
+    check_value(bool, config.get("use_rslora", False), f"{path}: use_rslora")
+    if rank < 1:
+        raise ValueError(f"{path}: r={rank} must be at least 1")
     if config.get("lora_dropout"):
         warnings.warn(
             f"{path}: lora_dropout={config['lora_dropout']} is not applied in further training: jaxlm's LoRA has "

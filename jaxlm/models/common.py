@@ -19,6 +19,10 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
 
 
+MAX_LAYERS = 10_000
+"""Maximum number of layers. The specs of many more layers would fill the memory before any error."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Base class for the ``Config`` of a family, with the fields that the families share."""
@@ -31,6 +35,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_multiple")
+        num_layers = getattr(self, "num_layers", 0)  # a field of most families
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
         check_choices(self, dtype=get_args(ComputeDtype))
 
 

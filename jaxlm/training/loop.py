@@ -41,6 +41,10 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 """Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""
 
 
+MAX_ROWS = 2**20
+"""Maximum of ``batch_size`` and ``evaluation_batches``. Larger numbers would fill the memory before any error."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """Number of steps, batch size, evaluations and checkpoints of a training run."""
@@ -97,6 +101,9 @@ class TrainingConfig:
             minimum = 0 if field.name == "max_rollbacks" else 1
             if type(value) is int and field.name != "seed" and value < minimum:
                 raise ValueError(f"{field.name}={value} must be at least {minimum}")
+        for name in ("batch_size", "evaluation_batches"):
+            if getattr(self, name) > MAX_ROWS:
+                raise ValueError(f"{name}={getattr(self, name)} is too large: the largest number is {MAX_ROWS}")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
         if self.batch_size % self.grad_accum_steps:
