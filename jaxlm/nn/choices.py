@@ -164,12 +164,16 @@ def recurrence_chunk(batch: int, steps: int) -> int:
     return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
 
-def linear_scan(batch: int) -> Literal["sequential", "chunked", "pallas"]:
-    """``sequential`` on a CPU; ``pallas`` on a TPU; ``chunked`` on a GPU, which is slow if there are many steps."""
+def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pallas"]:
+    """``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``: a GPU is slow if there are many steps.
+
+    Args:
+        unsupported: why ``pallas`` does not support the arguments.
+    """
     platform = sharding.platform()
     if platform == "cpu":
         return "sequential"
-    return "pallas" if platform == "tpu" and batch else "chunked"
+    return "pallas" if platform == "tpu" and unsupported is None else "chunked"
 
 
 MIN_CHUNKED_STEPS = 8

@@ -33,10 +33,16 @@ MAX_ENTRIES = 256 * 512
 """Maximum number of entries of a block, unless a block has one tile. VMEM has up to ten blocks."""
 _TILE_ROWS = {4: 8, 2: 16}
 """Rows of a tile by the bytes of an entry."""
+_AXES = ("batch", None, "mlp")
+_STATE_AXES = ("batch", "mlp")
 
 
-AXES = ("batch", None, "mlp")
-STATE_AXES = ("batch", "mlp")
+def unsupported_reason(decay_BTD: jax.Array, input_BTD: jax.Array) -> str | None:
+    """Why the kernels do not support the arguments, as the end of a sentence; None if they support them."""
+    for x in (decay_BTD, input_BTD):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"supports float32 and bfloat16, not {x.dtype}"
+    return None if input_BTD.shape[0] else "needs at least one row"
 
 
 def scan(
@@ -82,7 +88,7 @@ def _over_devices(run: Callable[..., Any], count: int) -> Callable[..., Any]:
 
     def apply(*arguments: jax.Array) -> Any:
         def spec(shape: tuple[int, ...]) -> Any:
-            return active.named_sharding(AXES if len(shape) == 3 else STATE_AXES, shape, "argument").spec
+            return active.named_sharding(_AXES if len(shape) == 3 else _STATE_AXES, shape, "argument").spec
 
         B, T, D = arguments[0].shape
         return jax.shard_map(

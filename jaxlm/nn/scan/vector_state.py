@@ -64,8 +64,8 @@ def linear_scan(
             reverse-over-reverse derivatives need ``reference``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` for
-            another platform than a TPU.
+        ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` on
+            another platform than a TPU or for another dtype than float32 and bfloat16.
 
     Example:
         >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
@@ -73,12 +73,13 @@ def linear_scan(
         ([1.0, 1.5, 1.75], [[1.75]])
     """
     masks = _check(decay_BTD, input_BTD, state_BD, reset_BT, keep_BT)
+    unsupported = pallas.unsupported_reason(decay_BTD, input_BTD)
     if implementation is None:
-        implementation = choices.linear_scan(input_BTD.shape[0])
+        implementation = choices.linear_scan(unsupported)
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
-    if implementation == "pallas" and (reason := choices.wrong_platform("pallas")):
+    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
         raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
     # The time axis is not sharded, because the steps are sequential.
     decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))

@@ -86,9 +86,18 @@ def test_only_a_tpu_uses_the_kernel(monkeypatch):
     chosen = {}
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
-        chosen[platform] = choices.linear_scan(batch=2)
+        chosen[platform] = choices.linear_scan(None)
     assert chosen == {"cpu": "sequential", "gpu": "chunked", "tpu": "pallas"}
-    assert choices.linear_scan(batch=0) == "chunked"
+    assert choices.linear_scan("needs at least one row") == "chunked"
+
+
+def test_unsupported_arguments_give_the_reason(on_tpu):
+    decay, new, _ = arrays(1, 2, 3, np.float16)
+    with pytest.raises(ValueError, match="'pallas' supports float32 and bfloat16, not float16: use .*chunked"):
+        linear_scan(decay, new, implementation="pallas")
+    decay, new, _ = arrays(0, 2, 3)
+    with pytest.raises(ValueError, match="'pallas' needs at least one row"):
+        linear_scan(decay, new, implementation="pallas")
 
 
 @pytest.mark.live
