@@ -2,8 +2,8 @@
 
     python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
 
-With a file that has one game per line (SAN or UCI moves), or a PGN file. 144,000 master games take about an hour on two
-CPU cores:
+With a file that has one game per line (SAN or UCI moves), or a PGN file. With 144,000 master games, 8,300 steps take
+100 minutes on one CPU core; the next move is then right in 31 % of the positions:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
@@ -119,9 +119,10 @@ PRESETS = {
         optimizer=recipe("t5", 300), tests=TestSizes(10, 1000, 20, 10, 4),
     ),
     "full": preset(
-        "llama", "num_layers=6", "num_heads=6", "embed_dim=192", "mlp_dim=512", "remat=none",
-        training=TrainingConfig(4500, 8, 256, evaluate_every=500, checkpoint_every=500), tests=TestSizes(),
+        "llama", "num_layers=8", "num_heads=4", "embed_dim=128", "mlp_dim=352", "remat=none",
+        training=TrainingConfig(8300, 8, 256, evaluate_every=500, checkpoint_every=500), tests=TestSizes(),
         optimizer=dataclasses.replace(MUON, warmup_steps=200), validation_fraction=0.005, test_fraction=0.02,
+        notation="uci",
     ),
 }  # fmt: skip
 
