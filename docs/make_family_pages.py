@@ -94,8 +94,12 @@ def files_part(name: str) -> str:
     if not classes:
         return "The family has no published format. Its files have jaxlm's own names of tensors and config fields.\n"
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
-    native = formats.native_if_unpublished(name)
-    other = "\nA config that these classes cannot represent is saved with jaxlm's own names.\n" if native else ""
+    unpublished = " or ".join(f"`{field}`" for field in formats.unpublished_fields(name))
+    other = (
+        f"\nA config with another {unpublished} than the default is saved with jaxlm's own names.\n"
+        if unpublished
+        else ""
+    )
     return table(("`model_type`", "classes"), rows) + other
 
 

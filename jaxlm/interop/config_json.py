@@ -52,7 +52,7 @@ def format_of(model: Model) -> Format:
 
     This is the loaded format if it can represent the model, otherwise the first format that can represent the model.
     In a family without a published format, the paths of the parameters are the tensor names; see also
-    ``formats.native_if_unpublished``.
+    ``formats.unpublished_fields``.
 
     Raises:
         ValueError: no format of the family can represent the model.
@@ -64,7 +64,9 @@ def format_of(model: Model) -> Format:
             _has_values(model, implied) for implied in table.architectures.values()
         ):
             return table
-    if not choices or formats.native_if_unpublished(model.family):
+    default = type(model.config)()
+    unpublished = formats.unpublished_fields(model.family)
+    if not choices or any(getattr(model.config, field) != getattr(default, field) for field in unpublished):
         return _native_format(model)
     reasons = []
     for table in choices:

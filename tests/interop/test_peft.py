@@ -157,7 +157,7 @@ def test_factors_in_half_precision_become_float32(tmp_path):
         ({"an_option_of_next_year": 1}, "an_option_of_next_year=1 is not supported"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported: it changes the base"),
-        ({"r": 0}, "r=0 must be a positive integer"),
+        ({"r": 0}, "r=0 must be at least 1"),
         ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* require \[8, 32\]"),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_long_text_has_a_small_state():
     assert spec.count(model.state_specs(1, 10**9)) == 24 * (24 * 128 * 64 + 3 * (1536 + 256)) + 3
 
 
-def test_negative_eigenvalues_in_pieces_with_documents_and_padding(tmp_path):
+def test_negative_eigenvalues_in_pieces_with_documents_and_padding():
     model, params, tokens = setup(length=12, negative_eigenvalues=True)
     segments = jnp.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 2], [1] * 12])
     want, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
@@ -67,8 +67,6 @@ def test_negative_eigenvalues_in_pieces_with_documents_and_padding(tmp_path):
     assert relative_error(alone[0], want[0, 5:10]) < 1e-5
     other, _ = jax.jit(model.with_fields(negative_eigenvalues=False).apply)(params, tokens, segment_ids=segments)
     assert relative_error(other[real], want[real]) > 0.01
-    with pytest.raises(ValueError, match="no Hugging Face class can represent"):
-        save_pretrained(tmp_path, model, params)
 
 
 def test_only_attention_limits_the_length_of_the_text():

@@ -2,8 +2,9 @@
 
 The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
 such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
-(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. If the module has an attribute
-``NATIVE_IF_UNPUBLISHED = True``, jaxlm's own names are also written for configs that no published format can represent.
+(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. A module may have a tuple
+``UNPUBLISHED_FIELDS`` with the config fields that no published format has. jaxlm's own names are also written if one of
+them does not have its default value.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
 from jaxlm.models.registry import FAMILIES
 from jaxlm.models.registry import family as family_module
 
-__all__ = ["TRANSPOSED", "Format", "Layout", "native_if_unpublished", "of"]
+__all__ = ["TRANSPOSED", "Format", "Layout", "of", "unpublished_fields"]
 
 
 @functools.cache
@@ -31,9 +32,9 @@ def of(family: str) -> tuple[Format, ...]:
     return tuple(getattr(_module(family), "FORMATS", ()))
 
 
-def native_if_unpublished(family: str) -> bool:
-    """Whether configs that no published format can represent are saved with jaxlm's own names; otherwise an error."""
-    return bool(getattr(_module(family), "NATIVE_IF_UNPUBLISHED", False))
+def unpublished_fields(family: str) -> tuple[str, ...]:
+    """The config fields that no published format of the family has."""
+    return tuple(getattr(_module(family), "UNPUBLISHED_FIELDS", ()))
 
 
 def _module(family: str) -> Any:

@@ -14,6 +14,9 @@ from jaxlm.models.common import mixers
 from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.mamba2 import Config, Mixer, mixer_width, num_heads
 
+UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
+"""Models with negative eigenvalues are saved with jaxlm's own names."""
+
 _INFINITY = {"__float__": "Infinity"}
 """How transformers 5 writes infinity in ``config.json``. Older versions write ``Infinity``, which is not valid JSON."""
 

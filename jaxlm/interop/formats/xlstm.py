@@ -9,8 +9,8 @@ from typing import Any
 from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.xlstm import Config
 
-NATIVE_IF_UNPUBLISHED = True
-"""Models that no published format can represent, such as models with sLSTM layers, are saved with jaxlm's names."""
+UNPUBLISHED_FIELDS = ("pattern",)
+"""Models with sLSTM layers are saved with jaxlm's own names."""
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 """HF field -> HF field with the same meaning. Both must have the same value, because transformers reads both."""
