@@ -103,7 +103,7 @@ def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
     for options, message in (
         (("--rate", "nan"), "program: rate=nan must be a finite number"),
         (("--rate", "inf"), "program: rate=inf must be a finite number"),
-        (("--model.num-layers", "99999999999"), "program: model.num_layers=99999999999 is too large"),
+        (("--model.vocab-size", "99999999999"), "program: model.vocab_size=99999999999 is too large"),
     ):
         with pytest.raises(SystemExit, match="2"):
             parse(*options)
