@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -328,8 +329,8 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def map_shards(
-    function: Callable[..., jax.Array], in_axes: Sequence[Axes], out_axes: Axes, *, sum_over: Axes
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | list[Any], *, sum_over: Axes = ()
+) -> Callable[..., Any]:
     """The function in which each device applies ``function`` to its shards of the arguments (``shard_map``).
 
     Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` must not call :func:`constrain`,
@@ -337,7 +338,7 @@ def map_shards(
 
     Args:
         in_axes: the logical axes of each argument.
-        out_axes: the logical axes of the result.
+        out_axes: the logical axes of the result; a list of such axes if the result is a tuple of arrays.
         sum_over: logical axes of arguments over which ``function`` sums. The sums of all their shards are added.
     """
     sharding = _active.get()
@@ -347,7 +348,7 @@ def map_shards(
         axis for entry in sharding.rules.partition(sum_over, sharding.mesh) for axis in _entry_axes(entry)
     )
 
-    def function_of_shards(*shards: jax.Array) -> jax.Array:
+    def function_of_shards(*shards: jax.Array) -> Any:
         token = _active.set(None)
         try:
             result = function(*shards)
@@ -355,13 +356,16 @@ def map_shards(
             _active.reset(token)
         return jax.lax.psum(result, mesh_axes) if mesh_axes else result
 
-    def apply(*arguments: jax.Array) -> jax.Array:
+    def out_spec(axes: Axes) -> PartitionSpec:
+        return sharding.rules.partition(axes, sharding.mesh)
+
+    def apply(*arguments: jax.Array) -> Any:
         specs = [
             sharding.named_sharding(axes, x.shape, "argument").spec for axes, x in zip(in_axes, arguments, strict=True)
         ]
         return jax.shard_map(
             function_of_shards, mesh=sharding.mesh, in_specs=tuple(specs), check_vma=False,
-            out_specs=sharding.rules.partition(out_axes, sharding.mesh),
+            out_specs=tuple(map(out_spec, out_axes)) if isinstance(out_axes, list) else out_spec(out_axes),
         )(*arguments)  # fmt: skip
 
     return apply

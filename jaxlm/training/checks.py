@@ -197,7 +197,7 @@ def check_output(directory: Path, *, resume: bool) -> None:
 def _is_unused(directory: Path) -> bool:
     """Whether a directory is empty or has only the files of a tokenizer, in ``model/``."""
     entries = list(directory.iterdir())
-    if [path for path in entries if path.name != "model" or not path.is_dir()]:
+    if any(path.name != "model" or not path.is_dir() for path in entries):
         return False
     return all(path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())
 

@@ -75,6 +75,10 @@ def _remove_incomplete_line(path: Path) -> None:
         os.truncate(path, end)
 
 
+_METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
+"""Fields of ``metrics.jsonl`` with one type."""
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics file. An incomplete last line of a killed run is ignored.
 
@@ -87,9 +91,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     rows = _read_lines(Path(path))
     for number, row in rows.items():
         for name, value in row.items():
-            hint: Any = {"step": int, "to_step": int, "event": str}.get(name)
-            if name == "loss" or name.startswith("validation_"):
-                hint = float | None
+            is_metric = name == "loss" or name.startswith("validation_")
+            hint = float | None if is_metric else _METRIC_FIELDS.get(name)
             if hint is not None:
                 config.check_value(hint, value, f"{path}, line {number}: {name}")
         if row.get("event") == "rollback" and "to_step" not in row:

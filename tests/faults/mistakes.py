@@ -85,7 +85,7 @@ def outcome(command: str, directories: Directories) -> tuple[int, str]:
 
 
 def failure(mistake: Mistake, directories: Directories) -> str | None:
-    """What is wrong with the outcome of a row; None if it is as expected."""
+    """The difference between the outcome of a row and its expected outcome; None if they agree."""
     try:
         status, error = outcome(mistake.command, directories)
     except WorkStartedError:

@@ -55,8 +55,9 @@ def scan(
         reverse: go from the last step to the first.
         interpret: use Pallas's interpreter, on any device.
     """
-    run = functools.partial(_scan, reverse=reverse, interpret=interpret)
-    return _over_devices(run, 1)(decay_BTD, input_BTD, state_BD)
+    scan_shard = functools.partial(_scan, reverse=reverse, interpret=interpret)
+    run = sharding.map_shards(scan_shard, [_AXES, _AXES, _STATE_AXES], [_AXES, _STATE_AXES])
+    return run(decay_BTD, input_BTD, state_BD)
 
 
 def backward(
@@ -73,30 +74,10 @@ def backward(
         dlast_BD: the gradient of the last state.
         reverse: whether the forward pass went from the last step to the first.
     """
-    run = functools.partial(_backward, reverse=reverse, interpret=interpret)
-    return _over_devices(run, 2)(decay_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD)
-
-
-def _over_devices(run: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """``run`` on the rows and channels of each device (``shard_map``).
-
-    ``run`` takes and returns arrays [B, T, D] and [B, D]. It returns ``count`` arrays of three axes, then one of two.
-    """
-    active = sharding.active()
-    if active is None:
-        return run
-
-    def apply(*arguments: jax.Array) -> Any:
-        def spec(shape: tuple[int, ...]) -> Any:
-            return active.named_sharding(_AXES if len(shape) == 3 else _STATE_AXES, shape, "argument").spec
-
-        B, T, D = arguments[0].shape
-        return jax.shard_map(
-            run, mesh=active.mesh, in_specs=tuple(spec(x.shape) for x in arguments), check_vma=False,
-            out_specs=(*[spec((B, T, D))] * count, spec((B, D))),
-        )(*arguments)  # fmt: skip
-
-    return apply
+    shard_gradients = functools.partial(_backward, reverse=reverse, interpret=interpret)
+    in_axes = [_AXES, _AXES, _STATE_AXES, _AXES, _STATE_AXES]
+    run = sharding.map_shards(shard_gradients, in_axes, [_AXES, _AXES, _STATE_AXES])
+    return run(decay_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD)
 
 
 class _Blocks(NamedTuple):
@@ -114,13 +95,16 @@ class _Blocks(NamedTuple):
     grid: tuple[int, int, int]
     from_last: bool
 
+    def _index(self, t: Any) -> Any:
+        """The index of the block of steps at the grid index ``t``."""
+        return self.grid[2] - 1 - t if self.from_last else t
+
     @property
     def block(self) -> Any:
         """The block spec of an array [B, T, D]."""
         from jax.experimental import pallas as pl
 
-        count = self.grid[2]
-        return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, count - 1 - t if self.from_last else t, d))
+        return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, self._index(t), d))
 
     @property
     def state(self) -> Any:
@@ -134,8 +118,7 @@ class _Blocks(NamedTuple):
         """The block spec of an array [B, blocks of steps, 1, D]."""
         from jax.experimental import pallas as pl
 
-        count = self.grid[2]
-        return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, count - 1 - t if self.from_last else t, 0, d))
+        return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, self._index(t), 0, d))
 
 
 def _blocks(arrays: Sequence[jax.Array], from_last: bool) -> _Blocks:
