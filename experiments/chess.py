@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxlm import host, metrics
-from jaxlm.data import Batches, MoveTokenizer, load_tokenizer
+from jaxlm.data import Batches, MoveTokenizer
 from jaxlm.data.games import Games, Notation, chess_games, read_games, split_games
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
-from jaxlm.tasks.chess_training import game_batches, match_boards, move_samples
+from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards, move_samples
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
 from jaxlm.training.report import Board, write_boards, write_samples
 
@@ -76,6 +76,8 @@ class Experiment:
     """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
     """Use only this many games from the start of the file."""
+    generated_games: int = 0
+    """Training games that are generated and added (0.08 s per game): a program with fixed rules plays random moves."""
     min_count: int = 5
     """With notation san: moves that occur fewer than min_count times in the training games become unknown tokens."""
     validation_fraction: float = 0.02
@@ -144,34 +146,32 @@ def read(experiment: Experiment) -> Games:
 
 def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer."""
-    tokenizer = MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
-    if resume is not None:
-        tokenizer = cast(MoveTokenizer, load_tokenizer(resume / "model"))
-    fixed = {"vocab_size": tokenizer.vocab_size}
+    tokenizer = experiment.model.tokenizer(
+        resume, lambda: MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
+    )
+    fields = {"vocab_size": tokenizer.vocab_size}
     if experiment.model.name.startswith(("gpt", "llama")):
-        fixed["max_positions"] = experiment.training.sequence_length
-    return *experiment.model.build(experiment.training.seed, **fixed), tokenizer
+        fields["max_positions"] = experiment.training.sequence_length
+    return *experiment.model.build(experiment.training.seed, fields), cast(MoveTokenizer, tokenizer)
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
-    fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
-    lib.check_unchanged(experiment, resume, fixed)
+    fields = ["data", "notation", "max_games", "generated_games", "min_count", "validation_fraction", "test_fraction"]
+    lib.check_unchanged(experiment, resume, ["output", *fields])
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
+    generated = generated_games(experiment.generated_games, experiment.notation, config.seed).moves
     model, params, tokenizer = build(experiment, training, resume)
     (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
-            model, tokenizer, part.moves, config.batch_size, config.sequence_length,
+            model, tokenizer, part, config.batch_size, config.sequence_length,
             positions_per_game=experiment.positions_per_game, target_length=experiment.target_length, seed=config.seed,
         )
-        for part in (training, validation)
+        for part in (training.moves + generated, validation.moves)
     )  # fmt: skip
-    trainer = config.trainer(
-        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss,
-        learning_rate=learning_rate(experiment.optimizer, config.steps),
-    )  # fmt: skip
+    trainer = config.trainer(model, experiment.optimizer, causal.loss)
     num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
     evaluate = Evaluator(
         model, {"loss": causal.loss, "token_accuracy": token_accuracy},
@@ -180,8 +180,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
-        f"{len(validation):,} for validation, {len(test):,} for the tests · {description} · {config.steps:,} steps of "
-        f"{source.rows_per_epoch / source.batch_size:,.0f} per epoch · {directory}"
+        f"{len(generated):,} generated, {len(validation):,} for validation, {len(test):,} for the tests · "
+        f"{description} · {source.rows_per_epoch:,} rows per epoch · {directory}"
     )
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import host, metrics
-from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
 from jaxlm.data.squad import read_squad
@@ -31,20 +31,11 @@ from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
-from jaxlm.tasks.question_answering import (
-    Answer,
-    answer,
-    batches,
-    best_no_answer_threshold,
-    samples,
-    scores,
-    to_batch,
-    training_windows,
-)  # fmt: skip
+from jaxlm.tasks import question_answering as qa
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.report import write_samples
 
 
@@ -143,17 +134,12 @@ def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
 
 def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer."""
-    config, fixed = experiment.model, dict[str, Any](task="span_qa")
-    if resume is not None:
-        tokenizer: Tokenizer = load_tokenizer(resume / "model")
-    elif config.pretrained is not None:
-        tokenizer = load_tokenizer(config.pretrained)
-    else:
-        texts = [text for example in examples for text in (example["question"], example["context"])]
-        tokenizer = train_tokenizer(texts, "bpe", experiment.vocab_size, template=experiment.template)
-    if config.pretrained is None:
-        fixed["vocab_size"] = tokenizer.vocab_size
-    return *config.build(experiment.training.seed, **fixed), tokenizer
+    texts = [text for example in examples for text in (example["question"], example["context"])]
+    tokenizer = experiment.model.tokenizer(
+        resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template=experiment.template)
+    )
+    fields = {"vocab_size": tokenizer.vocab_size}
+    return *experiment.model.build(experiment.training.seed, fields, task="span_qa"), tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +150,16 @@ class Scorer:
     model: Model
     tokenizer: Tokenizer
 
-    def answers(self, params: Any, examples: Examples, threshold: float | None = None) -> list[Answer]:
+    def answers(self, params: Any, examples: Examples, threshold: float | None = None) -> list[qa.Answer]:
         """The answer to each question."""
-        return answer(
+        return qa.answer(
             self.model, params, self.tokenizer, examples.column("question"), examples.column("context"),
             no_answer_threshold=threshold, **dataclasses.asdict(self.experiment.windows),
         )  # fmt: skip
 
     def scores(self, params: Any, examples: Examples, threshold: float | None = None) -> list[metrics.Score]:
         """Exact match and F1 of the answers."""
-        return scores(self.answers(params, examples, threshold), examples.column("answers"))
+        return qa.scores(self.answers(params, examples, threshold), examples.column("answers"))
 
     def validate(self, params: Any, examples: Examples) -> dict[str, float]:
         """F1 and exact match as a dictionary of metrics for the log."""
@@ -197,29 +183,27 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     extra_tests = read_extra_tests(experiment.extra_tests)
     model, params, tokenizer = build(experiment, training, resume)
     window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
-    windows = training_windows(model, tokenizer, training, **window_size)
+    windows = qa.training_windows(model, tokenizer, training, **window_size)
     limit = model.max_positions
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     scorer = Scorer(experiment, model, tokenizer)
-    held_out = batches(
-        training_windows(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit
+    held_out = qa.batches(
+        qa.training_windows(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit
     )
     evaluate = Evaluator(
         model, span_qa.loss, held_out, extra_metrics=lambda params: scorer.validate(params, validation),
         extra_metric_names=("f1", "exact_match"),
     )  # fmt: skip
-    optimizer = make_optimizer(experiment.optimizer, model.specs, config.steps)
-    schedule = learning_rate(experiment.optimizer, config.steps)
-    trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
+    trainer = config.trainer(model, experiment.optimizer, span_qa.loss)
     directory = lib.prepare_run("question_answering", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} questions in {len(windows):,} windows, "
         f"{len(validation):,} questions for validation, {len(test):,} for the test · {source.describe()} · "
         f"{config.steps:,} steps · {directory}"
     )
-    data = Batches(source, to_batch=to_batch, prefetch=2)
+    data = Batches(source, to_batch=qa.to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
         report(directory, scorer, result, validation, test, extra_tests, start_time)
@@ -233,15 +217,15 @@ def report(
     """Answer the questions of the test split and of the ``--extra-tests`` files, and write the report."""
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
-        threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
+        threshold = qa.best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
     started = time.perf_counter()
     answers = scorer.answers(result.params, test, threshold)
     rate = len(test) / (time.perf_counter() - started)
-    test_scores = scores(answers, test.column("answers"))
+    test_scores = qa.scores(answers, test.column("answers"))
     for name, examples in extra_tests.items():
         extra_scores = scorer.scores(result.params, examples, threshold)
         test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in extra_scores]
-    write_samples(directory, samples(test[:40], answers[:40]))
+    write_samples(directory, qa.samples(test[:40], answers[:40]))
     lib.report(
         directory, task="question_answering", model=scorer.model, start_time=start_time, scores=test_scores,
         data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,

@@ -7,13 +7,12 @@ SST-2 (files of GLUE) with pretrained MiniLM, or with an LSTM from scratch:
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-MR, Subj, CR and MPQA (10-fold cross-validation) and TREC with a CNN over words (Kim 2014). harvardnlp/sent-conv-torch
-replicates the paper's model CNN-rand with these accuracies: MR 75.9, Subj 89.2, CR 78.3, MPQA 84.6 and TREC 88.2.
+MR, Subj, CR and MPQA (10-fold cross-validation) and TREC with a CNN over words (Kim 2014, CNN-rand):
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
 
-The test split is used once, after training. docs/tasks/sentiment.md has the measured results.
+The test split is used once, after training. docs/tasks/sentiment.md has the measured and the published results.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import numpy as np
 
 from jaxlm import config as config_lib
 from jaxlm import host, metrics, spec
-from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
 from jaxlm.data.examples import Examples, InvalidLineError, OnError, read_labelled
@@ -39,8 +38,7 @@ from jaxlm.tasks import attention_maps, classification
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxlm.training.report import write_results
+from jaxlm.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +106,7 @@ def scratch(name: str, *changes: str, **options: Any) -> Experiment:
 RNN = ("embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
        "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0")  # fmt: skip
 ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
+INCLUDED_DATA = "passages of the included plays"
 PRESETS = {
     "plays": scratch(
         "lstm", *RNN[3:], "embed_dim=128", "hidden_dim=128", "num_layers=1", "init_bound=1.0", "direction=both",
@@ -133,13 +132,10 @@ PRESETS = {
 }  # fmt: skip
 
 
-def read_all(data: Data) -> Examples:
-    """The examples of the training file, or the included examples."""
-    return play_passages() if data.train is None else read(data.train, data)
-
-
-def read(path: Path, data: Data) -> Examples:
-    """The examples of a file. Prints the lines that were left out."""
+def read(path: Path | None, data: Data) -> Examples:
+    """The examples of a file (None: the included passages). Prints the lines that were left out."""
+    if path is None:
+        return play_passages()
     try:
         examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
     except InvalidLineError as error:
@@ -151,7 +147,7 @@ def read(path: Path, data: Data) -> Examples:
 
 def parts(data: Data) -> tuple[Examples, Examples]:
     """The training split (including validation) and the test split."""
-    examples = read_all(data)
+    examples = read(data.train, data)
     if data.test is not None:
         return examples, read(data.test, data)
     test, training = examples.split(data.test_fraction, seed=0)
@@ -163,39 +159,21 @@ def build(
 ) -> tuple[Model, Any, Tokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only the lengths are used."""
     config, labels = experiment.model, training.label_names()
-    overrides: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
-    if resume is not None:
-        tokenizer = load_tokenizer(resume / "model")
-    elif config.pretrained is not None:
-        tokenizer = load_tokenizer(config.pretrained)
-    else:
-        tokenizer = train_tokenizer(
-            training.column("text"), experiment.vocabulary, experiment.vocab_size,
-            template=experiment.template, min_frequency=experiment.min_frequency,
-        )  # fmt: skip
-    if config.pretrained is None:
-        overrides["vocab_size"] = tokenizer.vocab_size
+    texts, size = training.column("text"), experiment.vocab_size
+    options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
+    tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
+    fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     if config.name in ("alexnet", "resnet"):  # the inputs of these families have a fixed length
-        texts = training.column("text") + test.column("text")
-        longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
-        overrides["max_positions"] = max(longest, 32)
-        kernels = config_lib.assignments("model.set", config.set).get("kernels", ())
-        if config.name == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
-            overrides["pools"] = (overrides["max_positions"] - kernels[0] + 1,)  # max pooling over the sentence
-        elif config.name == "resnet":
-            # The length is a multiple of 8, because pooling halves it between the groups of blocks.
-            overrides["max_positions"] += -overrides["max_positions"] % 8
-    model, params = config.build(experiment.training.seed, **overrides)
+        kernels = config_lib.assignments("model.set", config.set).get("kernels")
+        fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), kernels)
+    model, params = config.build(experiment.training.seed, fields, task="classification", num_labels=len(labels))
     return model.with_labels(labels), params, tokenizer
 
 
 def train_and_test(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Result, metrics.Score | None]:
-    """Train on one split and test on another. Returns the result of training and the test score.
-
-    The score is None if the training was interrupted.
-    """
+    """The result of training on one split, and the accuracy on the other (None: the training was interrupted)."""
     start_time, config, labels = time.perf_counter(), experiment.training, training.label_names()
     model, params, tokenizer = build(experiment, training, test, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
@@ -208,11 +186,8 @@ def train_and_test(
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
-    trainer = config.trainer(
-        model, make_optimizer(experiment.optimizer, model.specs, config.steps),
-        objective.make_loss(label_smoothing=experiment.label_smoothing),
-        learning_rate=learning_rate(experiment.optimizer, config.steps),
-    )  # fmt: skip
+    loss = objective.make_loss(label_smoothing=experiment.label_smoothing)
+    trainer = config.trainer(model, experiment.optimizer, loss)
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
@@ -228,13 +203,11 @@ def train_and_test(
     predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
     rate = len(test) / (time.perf_counter() - started)
     score = classification.write_test(directory, test, labels, predicted)
-    attention_maps.write_attention_maps(
-        directory, model, result.params, tokenizer, test.column("text")[:4], max_tokens=40
-    )
+    texts = test.column("text")[:4]
+    attention_maps.write_attention_maps(directory, model, result.params, tokenizer, texts, max_tokens=40)
     lib.report(
-        directory, task="sentiment", model=model, start_time=start_time, scores=[score],
-        data=str(experiment.data.train or "passages of the included plays"), result=result,
-        test_examples_per_second=round(rate, 1),
+        directory, task="sentiment", model=model, start_time=start_time, scores=[score], result=result,
+        data=str(experiment.data.train or INCLUDED_DATA), test_examples_per_second=round(rate, 1),
     )  # fmt: skip
     return result, score
 
@@ -246,25 +219,20 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return train_and_test(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
         raise ValueError("--resume does not support folds: start the run again")
-    examples, num_correct, start_time = read_all(experiment.data), 0, time.perf_counter()
-    output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
+    examples, start_time = read(experiment.data.train, experiment.data), time.perf_counter()
+    output, scores = experiment.output or lib.new_directory("sentiment"), []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
         fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}")
         result, score = train_and_test(fold_experiment, training, test, None)
         if score is None:
             return result
-        scores.append(score.value)
-        num_correct += round(score.value * len(test))
-    pooled = metrics.proportion(f"accuracy over {experiment.folds} folds", num_correct, len(examples))
-    deviation = round(float(np.std(scores, ddof=1)), 4)
-    lib.print_once(f"{pooled} · standard deviation over folds {deviation}")
+        scores.append(score)
     config_lib.write(experiment, output / "config.json")
-    write_results(
-        output, task="sentiment", family=experiment.model.name, parameters=spec.count(result.params),
-        minutes=(time.perf_counter() - start_time) / 60, scores=[pooled],
-        data=str(experiment.data.train or "passages of the included plays"),
-        folds=experiment.folds, accuracy_of_folds=scores, standard_deviation_over_folds=deviation,
+    pooled = classification.write_folds(
+        output, scores, task="sentiment", family=experiment.model.name, parameters=spec.count(result.params),
+        minutes=(time.perf_counter() - start_time) / 60, data=str(experiment.data.train or INCLUDED_DATA),
     )  # fmt: skip
+    lib.print_once(str(pooled))
     return result
 
 

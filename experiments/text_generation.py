@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import host, processes
-from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, read_text, shakespeare
+from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, read_text, shakespeare
 from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
@@ -44,7 +44,7 @@ from jaxlm.tasks.text_generation import Corpus, check_family, scores, to_batch, 
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.trainer import carry_size_of
 
 
@@ -148,19 +148,14 @@ PRESETS = {
 def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenizer, Model, Any]:
     """The text, its tokenizer, the model, and its initial parameters (None: random)."""
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
-    config, directory = experiment.model, experiment.model.pretrained if resume is None else resume / "model"
-    if directory is not None:
-        tokenizer = load_tokenizer(directory)
-    else:
-        tokenizer = CharTokenizer.from_text(text) if experiment.tokenizer == "character" else ByteTokenizer()
+    config, is_character = experiment.model, experiment.tokenizer == "character"
+    tokenizer = config.tokenizer(resume, lambda: CharTokenizer.from_text(text) if is_character else ByteTokenizer())
     fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the included text"
     corpus = Corpus.split(text, tokenizer, *fractions, name=str(name))
-    fixed: dict[str, Any] = {}
-    if config.pretrained is None:
-        fixed["vocab_size"] = tokenizer.vocab_size
-        if hasattr(get_model(config.name).config, "max_positions"):
-            fixed["max_positions"] = experiment.training.sequence_length
-    model, params = config.build(experiment.training.seed, **fixed)
+    fields = {"vocab_size": tokenizer.vocab_size}
+    if hasattr(get_model(config.name).config, "max_positions"):
+        fields["max_positions"] = experiment.training.sequence_length
+    model, params = config.build(experiment.training.seed, fields)
     check_family(model)
     return corpus, tokenizer, model, params
 
@@ -201,10 +196,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         count = min(count, (len(corpus.parts["validation"]) - 1) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
     evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=state)
-    trainer = config.trainer(
-        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry_size=state,
-        sharding=sharding, learning_rate=learning_rate(experiment.optimizer, config.steps),
-    )  # fmt: skip
+    trainer = config.trainer(model, experiment.optimizer, causal.loss, carry_size=state, sharding=sharding)
     directory = lib.prepare_run(
         "text_generation", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import host, metrics
-from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import verses
 from jaxlm.data.examples import Examples, read_pairs
@@ -33,7 +33,7 @@ from jaxlm.tasks import seq2seq
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +144,12 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
 
 def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer."""
-    if resume is not None:
-        tokenizer = load_tokenizer(resume / "model")
-    else:
-        texts = training.column("source") + training.column("target")
-        tokenizer = train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
-    fixed = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
-    model, params = experiment.model.build(experiment.training.seed, **fixed)
-    return model, params, tokenizer
+    texts = training.column("source") + training.column("target")
+    tokenizer = experiment.model.tokenizer(
+        resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
+    )
+    fields = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
+    return *experiment.model.build(experiment.training.seed, fields), tokenizer
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
@@ -166,11 +164,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )  # fmt: skip
     config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
-    trainer = config.trainer(
-        model, make_optimizer(experiment.optimizer, model.specs, config.steps),
-        smoothed_token_loss(experiment.label_smoothing),
-        learning_rate=learning_rate(experiment.optimizer, config.steps),
-    )  # fmt: skip
+    trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
     generation = generation_config(experiment, tokenizer, test)
     directory = lib.prepare_run("translation", experiment, resume, trainer, tokenizer, evaluate, generation)

@@ -29,6 +29,7 @@ from jaxlm.spec import Params
 from jaxlm.tasks.chess_players import (
     EnginePlayer,
     MatchResult,
+    MaterialPlayer,
     MatingPlayer,
     ModelPlayer,
     Player,
@@ -52,9 +53,10 @@ from jaxlm.tasks.chess_reading import (
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
 
 __all__ = [
-    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MatingPlayer", "ModelPlayer", "MoveReader",
-    "NextMoves", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate", "mate_in_one_accuracy",
-    "mates_in_one", "next_move_accuracy", "next_move_probabilities", "play_match", "play_on_terminal",
+    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MaterialPlayer", "MatingPlayer", "ModelPlayer",
+    "MoveReader", "NextMoves", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate",
+    "mate_in_one_accuracy", "mates_in_one", "next_move_accuracy", "next_move_probabilities", "play_match",
+    "play_on_terminal",
 ]  # fmt: skip
 
 

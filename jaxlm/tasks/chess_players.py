@@ -1,4 +1,4 @@
-"""Chess players (random, language model, engine) and matches between them.
+"""Chess players (random, fixed rules, language model, engine) and matches between them.
 
     result = play_match(ModelPlayer(model, params, tokenizer), RandomPlayer(), games=200)
     print(result)
@@ -97,6 +97,25 @@ class ModelPlayer:
             moves_by_id[id] if moves_by_id else _random_move(board, rng)
             for board, moves_by_id, id in zip(boards, legal_moves, ids.tolist(), strict=True)
         ]
+
+
+class MaterialPlayer:
+    """A player with fixed rules that searches one move ahead. It wins almost every game against ``RandomPlayer``.
+
+    The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
+    the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and of a promotion, minus the largest loss that
+    the opponent's next capture can cause. If the piece is protected, its loss is its value minus the value of the
+    least valuable attacker. Smaller terms prefer few replies of the opponent and advanced pawns. Moves that draw by
+    stalemate or repeat a position come last. Random choices are not used.
+    """
+
+    max_moves = None
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        return [_find_mate(board) or self._best_move(board) for board in boards]
+
+    def _best_move(self, board: chess.Board) -> chess.Move:
+        return max(list(board.legal_moves), key=lambda move: _material_score(board, move))
 
 
 class EnginePlayer:
@@ -323,6 +342,45 @@ def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> Matc
         illegal=sum(outcome.illegal and point == 0.0 for outcome, point in zip(outcomes, points, strict=True)),
         games=Games(lines, results, "uci", source="match"),
     )
+
+
+_PIECE_VALUES = (0, 1, 3, 3, 5, 9, 0)
+"""Value of an empty square, pawn, knight, bishop, rook, queen and king, in pawns. The index is the piece type."""
+
+
+def _material_score(board: chess.Board, move: chess.Move) -> float:
+    """The score of a legal move for ``MaterialPlayer``, in pawns. The move does not give checkmate."""
+    color = board.turn
+    captured = 1 if board.is_en_passant(move) else board.piece_type_at(move.to_square) or 0
+    score = float(_PIECE_VALUES[captured])
+    if move.promotion is not None:
+        score += _PIECE_VALUES[move.promotion] - 1
+    elif board.piece_type_at(move.from_square) == 1:
+        rank = move.to_square // 8
+        score += 0.03 * (rank if color else 7 - rank)
+    board.push(move)
+    replies = board.legal_moves.count()
+    if replies == 0 or board.is_repetition(2):
+        score -= 1000.0
+    score -= 0.02 * replies + _largest_loss(board, color)
+    board.pop()
+    return score
+
+
+def _largest_loss(board: chess.Board, color: bool) -> int:
+    """The largest loss of ``color`` by one capture of the opponent, in pawns. It counts one recapture."""
+    largest = 0
+    for piece_type in range(1, 6):
+        for square in board.pieces(piece_type, color):
+            attackers = board.attackers(not color, square)
+            if not attackers:
+                continue
+            loss = _PIECE_VALUES[piece_type]
+            if board.is_attacked_by(color, square):
+                # A king cannot capture a protected piece, so its value is that of the captured piece.
+                loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
+            largest = max(largest, loss)
+    return largest
 
 
 def _find_mate(board: chess.Board) -> chess.Move | None:

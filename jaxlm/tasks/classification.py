@@ -16,12 +16,12 @@ import numpy as np
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.metrics import Score, accuracy, confusion
+from jaxlm.metrics import Score, accuracy, confusion, proportion
 from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.training.report import write_confusion, write_samples
+from jaxlm.training.report import write_confusion, write_results, write_samples
 
 
 def encode(
@@ -118,3 +118,41 @@ def write_test(directory: Path, examples: Examples, labels: Sequence[str], predi
 
 METRICS: dict[str, Any] = {"loss": classification.loss, "accuracy": classification.accuracy}
 """The metrics that an ``Evaluator`` of a classifier computes."""
+
+
+def write_folds(directory: Path, scores: Sequence[Score], **details: Any) -> Score:
+    """Write ``results.json`` of a cross-validation and return the accuracy over the test examples of all folds.
+
+    Args:
+        scores: the accuracy of each fold.
+        details: further values for ``jaxlm.training.report.write_results``.
+    """
+    counts = [score.count or 0 for score in scores]
+    num_correct = sum(round(score.value * count) for score, count in zip(scores, counts, strict=True))
+    pooled = proportion(f"accuracy over {len(scores)} folds", num_correct, sum(counts))
+    values = [score.value for score in scores]
+    deviation = round(float(np.std(values, ddof=1)), 4)
+    write_results(
+        directory, scores=[pooled], folds=len(scores), accuracy_of_folds=values,
+        standard_deviation_over_folds=deviation, **details,
+    )  # fmt: skip
+    return pooled
+
+
+def convolution_fields(
+    family: str, tokenizer: Tokenizer, texts: Sequence[str], kernels: Any = None
+) -> dict[str, int | tuple[int, ...]]:
+    """The config fields of alexnet or resnet that depend on the longest text: ``max_positions`` and ``pools``.
+
+    The inputs of these families have a fixed length, here at least 32 tokens. An alexnet with one layer of kernels
+    gets max pooling over the whole text, as the model of Kim (2014).
+
+    Args:
+        kernels: the kernel sizes of alexnet, one per layer; None: its default.
+    """
+    length = max(32, max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts)))
+    if family == "resnet":
+        length += -length % 8  # pooling halves the length between the groups of blocks
+    elif isinstance(kernels, tuple) and len(kernels) == 1:
+        return {"max_positions": length, "pools": (length - kernels[0] + 1,)}
+    return {"max_positions": length}

@@ -16,7 +16,7 @@ import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import processes
 from jaxlm.command_line import exit_status, parse_experiment, split_debug
-from jaxlm.data import Tokenizer
+from jaxlm.data import Tokenizer, load_tokenizer
 from jaxlm.decoding import GenerationConfig
 from jaxlm.interop.config_json import model_config_json
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
@@ -46,17 +46,28 @@ class ModelConfig:
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
-    def build(self, seed: int = 0, **fixed: Any) -> tuple[Model, Any]:
+    def tokenizer(self, resume: Path | None, train: Callable[[], Tokenizer]) -> Tokenizer:
+        """The tokenizer of the run ``resume``, of the ``pretrained`` weights, or the result of ``train()``."""
+        saved = resume / "model" if resume is not None else self.pretrained
+        return train() if saved is None else load_tokenizer(saved)
+
+    def build(
+        self, seed: int = 0, tokenizer_fields: Mapping[str, Any] | None = None, **fixed: Any
+    ) -> tuple[Model, Any]:
         """The model and its initial parameters (None: random initialization).
 
         Args:
             seed: seed for initializing parameters that ``pretrained`` does not contain, such as a new head.
-            fixed: config fields that follow from the data, such as ``vocab_size`` or ``num_labels``. ``set`` may not
-                change them.
+            tokenizer_fields: config fields that follow from the tokenizer, such as ``vocab_size``. They are not used
+                with ``pretrained``, whose config has them.
+            fixed: config fields that follow from the data, such as ``num_labels``. ``set`` may change neither these nor
+                ``tokenizer_fields``.
 
         Raises:
-            ValueError: a name or field is unknown, or ``set`` changes a field of ``fixed``.
+            ValueError: a name or field is unknown, or ``set`` changes a field that follows from the data.
         """
+        if self.pretrained is None:
+            fixed |= tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
         for field in changes:
             if field in fixed:
@@ -137,7 +148,7 @@ def prepare_run(
     has_checkpoints = experiment.training.checkpoint_every is not None
 
     def create() -> str:
-        directory = resume or experiment.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = resume or experiment.output or new_directory(name)
         checks.check_output(directory, resume=resume is not None)
         checks.check_space(directory, trainer, checkpoints=has_checkpoints)
         if resume is None:
@@ -147,6 +158,11 @@ def prepare_run(
         return str(directory)
 
     return Path(processes.call_in_first_process(create))
+
+
+def new_directory(name: str) -> Path:
+    """The path of the directory of a new run without an output option: ``runs/<name>-<time>``."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:

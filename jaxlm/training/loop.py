@@ -26,6 +26,7 @@ from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, count
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker
@@ -115,8 +116,24 @@ class TrainingConfig:
         if self.spike_deviations is not None and not self.spike_deviations > 0.0:
             raise ValueError(f"spike_deviations={self.spike_deviations} must be positive, or None")
 
-    def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
-        """The ``Trainer`` with the settings of this config; ``options`` sets further fields of ``Trainer``."""
+    def trainer(
+        self, model: Model, optimizer: OptimizerConfig | optax.GradientTransformation, loss: Loss, **options: Any
+    ) -> Trainer:
+        """The ``Trainer`` with the settings of this config.
+
+        Args:
+            optimizer: any Optax optimizer, or a config. With a config, the optimizer is made for ``steps`` updates of
+                the trained parameters, and the metrics contain the learning rate.
+            options: further fields of ``Trainer``, for example ``sharding`` or ``adaptation``.
+
+        Raises:
+            ValueError: ``make_optimizer`` does not accept the config.
+        """
+        if isinstance(optimizer, OptimizerConfig):
+            adaptation = options.get("adaptation")
+            specs = model.specs if adaptation is None else adaptation.specs(model.specs)
+            options = {"learning_rate": learning_rate(optimizer, self.steps), **options}
+            optimizer = make_optimizer(optimizer, specs, self.steps)
         return Trainer(
             model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
             spike_deviations=self.spike_deviations, **options,

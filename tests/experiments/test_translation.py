@@ -61,6 +61,15 @@ def test_a_missing_file_prints_its_name(files, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_training_continues_from_pretrained_weights_with_their_tokenizer(finished_run, files, tmp_path):
+    arguments = ("--model.pretrained", finished_run / "model", "--model.set", "--epochs", 8)
+    assert main(*TINY, *arguments, "--data.directory", files, "--output", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "translations.txt").read_text().split() == list(NUMBERS.values())
+    names = ("tokenizer.json", "tokenizer_config.json")
+    for name in names:
+        assert (tmp_path / "run/model" / name).read_bytes() == (finished_run / "model" / name).read_bytes()
+
+
 def test_splits_of_the_included_verses_do_not_overlap():
     training, validation, test = translation.parts(translation.Data())
     assert len(training) + len(validation) + len(test) == 5833

@@ -14,7 +14,7 @@ import pytest
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks import chess_players
 from jaxlm.tasks.chess import board_after
-from jaxlm.tasks.chess_players import EnginePlayer, MatchResult, ModelPlayer, RandomPlayer, play_match
+from jaxlm.tasks.chess_players import EnginePlayer, MatchResult, MaterialPlayer, ModelPlayer, RandomPlayer, play_match
 from tests.tasks.oracle import oracle
 
 UCI = MoveTokenizer("uci")
@@ -215,3 +215,33 @@ def test_missing_and_unsuitable_engines_raise_errors(tmp_path: Path, monkeypatch
         EnginePlayer(write_program(tmp_path, "#!/bin/sh\nexit 1\n"))
     with pytest.raises(ValueError, match="has no skill level 0"):
         EnginePlayer(write_fake_engine(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("fen", "expected"),
+    [
+        ("rnb1kbnr/ppp1pppp/8/3p4/4P3/8/PPPP1PPP/RNBQKBNR w KQkq - 0 2", "e4d5"),  # a pawn without protection
+        ("4k3/8/8/3q4/8/8/8/3QK3 w - - 0 1", "d1d5"),  # a queen without protection
+        ("4k3/2p1p3/3p4/8/8/3Q4/8/4K3 w - - 0 1", None),  # the pawn on d6 is protected, so it is not captured
+        ("8/P6k/8/8/8/8/8/K7 w - - 0 1", "a7a8q"),
+        ("6k1/5ppp/8/8/8/8/8/R3K3 w - - 0 1", "a1a8"),  # checkmate
+        ("k7/2Q5/8/8/8/8/8/1K6 w - - 0 1", None),  # no stalemate, as after c7b6 or c7c6
+    ],
+)
+def test_a_material_player_captures_promotes_mates_and_avoids_losses(fen: str, expected: str | None) -> None:
+    board = chess.Board(fen)
+    (move,) = MaterialPlayer().choose([board], np.random.default_rng(0))
+    assert board.fen() == fen
+    assert move is not None
+    if expected is not None:
+        assert move.uci() == expected
+        return
+    assert not board.is_capture(move)
+    board.push(move)
+    assert not board.is_stalemate()
+    assert not any(board.is_capture(reply) for reply in board.legal_moves), "no piece is lost"
+
+
+def test_a_material_player_wins_against_random_moves() -> None:
+    match = play_match(MaterialPlayer(), RandomPlayer(), 20, max_moves=256, seed=3)
+    assert match.wins >= 18

@@ -6,10 +6,10 @@ import chess
 import numpy as np
 import pytest
 
-from jaxlm.data.games import Games
+from jaxlm.data.games import Games, to_uci
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
-from jaxlm.tasks.chess_training import game_batches, match_boards
+from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards
 from jaxlm.testing.helpers import tiny_model
 
 UCI = MoveTokenizer("uci")
@@ -70,3 +70,18 @@ def test_a_mating_player_plays_a_mate_in_one() -> None:
     assert moves[2] is not None
     assert boards[2].is_legal(moves[2])
     assert [len(board.move_stack) for board in boards] == [6, 3, 0]
+
+
+def test_generated_games_are_legal_games_with_mates_that_follow_the_seed() -> None:
+    games = generated_games(6, "san", seed=1)
+    assert (len(games), games.notation) == (6, "san")
+    assert set(games.results) <= {"1-0", "0-1"}
+    for line, result in zip(games.moves, games.results, strict=True):
+        board = board_after(to_uci(line))
+        assert board.is_checkmate()
+        assert board.result() == result
+    assert generated_games(6, "uci", seed=1).moves == tuple(to_uci(line) for line in games.moves)
+    assert not set(games.moves) & set(generated_games(6, "san", seed=2).moves)
+    assert len(generated_games(0)) == 0
+    with pytest.raises(ValueError, match="count=-1 must be at least 0"):
+        generated_games(-1)

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from jaxlm import integrity, spec
+from jaxlm.adapt import Freeze
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches, RandomWindows
 from jaxlm.data.buckets import Bucketed
@@ -446,3 +447,21 @@ def test_each_bucket_is_compiled_once(tmp_path, capfd):
     result = train(trainer, Batches(source, to_batch=bucket_to_batch, prefetch=1), evaluate, config, Run(tmp_path))
     assert result.compilations == len(source.buckets) == 2
     assert "compiling for batch shape 2" in capfd.readouterr().err
+
+
+def test_a_trainer_from_an_optimizer_config_equals_one_from_an_optimizer():
+    model, config, optimizer = (
+        training_setup()[0],
+        TrainingConfig(steps=6),
+        OptimizerConfig("sgd", 0.01, warmup_steps=2),
+    )
+    adaptation = Freeze(("embedding",))
+    specs = adaptation.specs(model.specs)
+    assert spec.count(specs) < spec.count(model.specs)
+    trainer = config.trainer(model, optimizer, causal.loss, adaptation=adaptation)
+    expected = config.trainer(model, make_optimizer(optimizer, specs, 6), causal.loss, adaptation=adaptation)
+    assert jax.tree.structure(trainer.abstract().optimizer) == jax.tree.structure(expected.abstract().optimizer)
+    assert expected.learning_rate is None
+    assert [float(trainer.learning_rate(step)) for step in (1, 2)] == pytest.approx([0.005, 0.01])
+    with pytest.raises(ValueError, match="warmup_steps=6 must be fewer than the 6 steps"):
+        config.trainer(model, OptimizerConfig(warmup_steps=6), causal.loss)
