@@ -462,6 +462,6 @@ def test_a_trainer_from_an_optimizer_config_equals_one_from_an_optimizer():
     expected = config.trainer(model, make_optimizer(optimizer, specs, 6), causal.loss, adaptation=adaptation)
     assert jax.tree.structure(trainer.abstract().optimizer) == jax.tree.structure(expected.abstract().optimizer)
     assert expected.learning_rate is None
-    assert [float(trainer.learning_rate(step)) for step in (1, 2)] == pytest.approx([0.005, 0.01])
+    assert [float(trainer.learning_rate(step)) for step in (0, 2)] == pytest.approx([0.01 / 3, 0.01])
     with pytest.raises(ValueError, match="warmup_steps=6 must be fewer than the 6 steps"):
         config.trainer(model, OptimizerConfig(warmup_steps=6), causal.loss)
