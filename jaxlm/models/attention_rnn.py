@@ -92,16 +92,10 @@ class Config(common.ModelConfig):
 
 
 def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    source: jax.Array | None = None,
-    source_segment_ids: jax.Array | None = None,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
+    cfg: Config, params: Params, tokens: jax.Array, *, source: jax.Array | None = None,
+    source_segment_ids: jax.Array | None = None, state: State | None = None, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The head's input at each target token, [B, T, D], and the new state (None without a state). See ``copy`` above.
 
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
@@ -209,13 +203,9 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def encode(
-    cfg: Config,
-    params: Params,
-    source: jax.Array,
-    *,
-    segment_ids: jax.Array | None = None,
+    cfg: Config, params: Params, source: jax.Array, *, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
 
     Args:
@@ -246,14 +236,9 @@ def _encode(
 
 
 def init_decode_state(
-    cfg: Config,
-    params: Params,
-    source: jax.Array,
-    length: int,
-    *,
-    segment_ids: jax.Array | None = None,
+    cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: jax.Array | None = None,
     key: Any = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
 
     Target tokens without segment ids belong to document 1 and attend to document 1 of the source. With a ``key``, the

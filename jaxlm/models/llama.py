@@ -120,15 +120,9 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
 
 
 def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+    cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
+    segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:
@@ -146,15 +140,9 @@ def apply(
 
 
 def apply_with_routing(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any, RouterStatistics | None]:
+    cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
+    segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
+) -> tuple[jax.Array, Any, RouterStatistics | None]:  # fmt: skip
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
@@ -301,6 +289,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
 rollback = cache.rollback
 
 
+_TINY = Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48)
 VARIANTS = {
     "llama-2-7b": Config(max_positions=4096, norm_epsilon=1e-5),
     "llama-3-8b": Config(
@@ -345,16 +334,10 @@ VARIANTS = {
         vocab_size=128256, max_positions=65536, num_layers=36, num_heads=16, num_kv_heads=4, embed_dim=2048,
         mlp_dim=11008, pattern=("full",) * 3 + ("no_positions",), rotary_base=5e6, tie_embeddings=True,
     ),
-    "llama-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48
-    ),
-    "gemma-3-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, embed_dim=32,
-        mlp_dim=48, qk_norm=True, window=8, pattern=("window", "full"), window_rotary_base=100.0, block="gemma",
+    "llama-tiny": _TINY,
+    "gemma-3-tiny": dataclasses.replace(
+        _TINY, head_dim=8, qk_norm=True, window=8, pattern=("window", "full"), window_rotary_base=100.0, block="gemma",
         tie_embeddings=True,
     ),
-    "mixtral-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, mlp_dim=48,
-        num_experts=4,
-    ),
+    "mixtral-tiny": dataclasses.replace(_TINY, num_experts=4),
 }  # fmt: skip

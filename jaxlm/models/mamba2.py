@@ -107,9 +107,7 @@ class Config(hybrid.AttentionConfig):
         common.check_pattern(self, get_args(Mixer))
         width = mixer_width(self)
         if width < 1 or width % self.head_dim:
-            raise ValueError(
-                f"head_dim={self.head_dim} does not divide expand * embed_dim = {width}: change one of them"
-            )
+            raise ValueError(f"head_dim={self.head_dim} must divide expand * embed_dim = {width}: change one of them")
         if num_heads(self) % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide the {num_heads(self)} heads of a mixer")
         if self.norm_groups is not None and width % self.norm_groups:
@@ -153,8 +151,7 @@ def apply(
         angles = hybrid.attention_angles(cfg, context.positions)
     if cfg.multipliers is not None:
         params = hybrid.multiply(cfg.multipliers, params)
-    dtype = jnp.dtype(cfg.dtype)
-    x_dtype = jnp.float32 if cfg.residual_in_float32 else dtype
+    dtype, x_dtype = jnp.dtype(cfg.dtype), jnp.dtype("float32" if cfg.residual_in_float32 else cfg.dtype)
     x = embed(params["token_embedding"], tokens, x_dtype, size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
@@ -216,11 +213,7 @@ def _mixer(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``).
-
-    Raises:
-        ValueError: the task is none, so there is no head.
-    """
+    """The logits of the next token, [B, T, V] float32 (V padded). Raises ``ValueError`` if there is no head."""
     if cfg.task == "none":
         raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
     hidden = hidden if cfg.multipliers is None else hidden * cfg.multipliers.head
@@ -314,6 +307,11 @@ def carried_state_length(cfg: Config) -> int | None:
     return None if has_attention(cfg) else 1
 
 
+_TINY = Config(vocab_size=128, num_layers=2, embed_dim=32, head_dim=8, state_size=12, num_groups=2)
+_TINY_HYBRID = dataclasses.replace(
+    _TINY, max_positions=64, pattern=("mamba2", "attention"), mlp_dim=48, attention_heads=4, attention_kv_heads=2,
+    attention_head_dim=8, residual_in_float32=False, tie_embeddings=False,
+)  # fmt: skip
 VARIANTS = {
     "mamba2-130m": Config(),
     "mamba2-370m": Config(num_layers=48, embed_dim=1024),
@@ -336,20 +334,14 @@ VARIANTS = {
         ),
         residual_in_float32=False, tie_embeddings=False,
     ),
-    "mamba2-tiny": Config(vocab_size=128, num_layers=2, embed_dim=32, head_dim=8, state_size=12, num_groups=2),
-    "bamba-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, pattern=("mamba2", "attention"), embed_dim=32, mlp_dim=48,
-        head_dim=8, state_size=12, num_groups=2, attention_heads=4, attention_kv_heads=2, attention_head_dim=8,
-        residual_in_float32=False, tie_embeddings=False,
-    ),
-    "falcon-h1-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, pattern=("parallel",), embed_dim=32, mlp_dim=48, expand=1.5,
-        head_dim=8, state_size=12, num_groups=2, norm_groups=2, norm_before_gate=True, attention_heads=4,
-        attention_kv_heads=2, attention_head_dim=8, rotary_fraction=1.0, rotary_base=1e5,
+    "mamba2-tiny": _TINY,
+    "bamba-tiny": _TINY_HYBRID,
+    "falcon-h1-tiny": dataclasses.replace(
+        _TINY_HYBRID, pattern=("parallel",), expand=1.5, norm_groups=2, norm_before_gate=True, rotary_fraction=1.0,
+        rotary_base=1e5,
         multipliers=hybrid.Multipliers(
             embedding=4.0, head=0.25, mixer_input=1.25, z=0.5, x=0.75, B=1.5, C=0.625, dt=1.75, mixer_output=0.5,
             attention_input=0.875, key=0.375, attention_output=1.125, mlp_gate=0.75, mlp_output=0.625,
         ),
-        residual_in_float32=False, tie_embeddings=False,
     ),
 }  # fmt: skip

@@ -90,22 +90,16 @@ class Config(common.TransformerConfig):
         if _num_decoder_layers(self) < 0:
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} must be at least 0")
         if _num_decoder_layers(self) == 0 and self.task != "none":
-            raise ValueError(
-                f"task={self.task!r} needs a decoder: set num_decoder_layers to at least 1, or task='none'"
-            )
+            raise ValueError(f"task={self.task!r} needs a decoder: set num_decoder_layers above 0, or task='none'")
         common.check_start_id(self)
         for bidirectional in (True, False):  # raises if num_buckets and max_distance are inconsistent
             distance_buckets(self.num_buckets, self.max_distance, bidirectional=bidirectional)
 
 
 def encode(
-    cfg: Config,
-    params: Params,
-    source: jax.Array,
-    *,
-    segment_ids: jax.Array | None = None,
+    cfg: Config, params: Params, source: jax.Array, *, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """The hidden states of the encoder after its final norm, [B, S, D].
 
     Args:
@@ -133,17 +127,10 @@ def encode(
 
 
 def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    source: jax.Array | None = None,
-    source_segment_ids: jax.Array | None = None,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+    cfg: Config, params: Params, tokens: jax.Array, *, source: jax.Array | None = None,
+    source_segment_ids: jax.Array | None = None, state: State | None = None, segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None, key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The hidden states of the decoder after its final norm, [B, T, D], and the new state (None without a state).
 
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
@@ -247,10 +234,10 @@ def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None
 def _bias_fn(
     cfg: Config, params: Params, length: int, positions: Any, *, bidirectional: bool
 ) -> Callable[[Any], AttentionBias]:
-    """A function from the weights of a layer to its position bias. A table that layers share is read once, here.
+    """A function from the weights of a layer to its position bias.
 
     Args:
-        params: the parameters of the encoder or of the decoder.
+        params: the parameters of the encoder or of the decoder, with the table that the layers share, if they do.
         positions: (positions of queries, positions of keys); None: 0, 1, ... ``length - 1`` for both.
     """
 
@@ -272,10 +259,8 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "none":
         raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
-    if not cfg.tie_embeddings:
-        return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
-    hidden = hidden * cfg.embed_dim**-0.5
-    return constrain(unembed(params["token_embedding"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+    name, scale = ("token_embedding", cfg.embed_dim**-0.5) if cfg.tie_embeddings else ("head", 1.0)
+    return constrain(unembed(params[name], hidden * scale, cfg.vocab_size), ("batch", None, "vocab"))
 
 
 def init_decode_state(
@@ -288,9 +273,8 @@ def init_decode_state(
     _require_decoder(cfg)
     encoded = encode(cfg, params, source, segment_ids=segment_ids)
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    source_layers = project_once(functools.partial(_project_source, encoded), params["decoder"]["layers"])
-    source_state = {"layers": source_layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}
-    return {**state, "source": source_state}
+    layers = project_once(functools.partial(_project_source, encoded), params["decoder"]["layers"])
+    return {**state, "source": {"layers": layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}}
 
 
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
@@ -322,40 +306,28 @@ def _num_decoder_layers(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
-    normal = Normal(D**-0.5)
+    V, normal = round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(D**-0.5)
 
-    stddevs = {"query": (D * K) ** -0.5, "key": D**-0.5, "value": D**-0.5}
+    def projection(stddev: float) -> dict[str, ArraySpec]:
+        return linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
+
     output = linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False)
-    attention_specs = {
-        **{
-            name: linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
-            for name, stddev in stddevs.items()
-        },
-        "output": output,
-    }
-    bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
-    up_projections = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
-    encoder_layer = {
-        "attention_norm": rms_norm_specs(D),
-        "attention": attention_specs,
-        "mlp_norm": rms_norm_specs(D),
-        "mlp": {
-            **{name: linear_specs((D, F), ("embed", "mlp"), normal, bias=False) for name in up_projections},
-            "down": linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False),
-        },
-    }
-    decoder_layer = {**encoder_layer, "cross_norm": rms_norm_specs(D), "cross_attention": attention_specs}
+    stddevs = {"query": (D * K) ** -0.5, "key": D**-0.5, "value": D**-0.5}
+    attention_specs = {**{name: projection(stddev) for name, stddev in stddevs.items()}, "output": output}
+    up = linear_specs((D, F), ("embed", "mlp"), normal, bias=False)
+    mlp = {"up": up} if cfg.mlp == "relu" else {"gate": up, "gated": up}
+    mlp["down"] = linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False)
+    norm, bias = rms_norm_specs(D), {"relative_bias": ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)}
+    encoder_layer = {"attention_norm": norm, "attention": attention_specs, "mlp_norm": norm, "mlp": mlp}
+    decoder_layer = {**encoder_layer, "cross_norm": norm, "cross_attention": attention_specs}
 
     def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
-        per_layer, shared = ({"relative_bias": bias}, {}) if cfg.bias_per_layer else ({}, {"relative_bias": bias})
+        per_layer, shared = (bias, {}) if cfg.bias_per_layer else ({}, bias)
         layers = spec.layers(count, {**layer, **per_layer}, stacked=cfg.scan_layers)
-        return {"layers": layers, **shared, "final_norm": rms_norm_specs(D)}
+        return {"layers": layers, **shared, "final_norm": norm}
 
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True),
-        "encoder": stack(cfg.num_layers, encoder_layer),
-    }
+    token_embedding = ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True)
+    tree = {"token_embedding": token_embedding, "encoder": stack(cfg.num_layers, encoder_layer)}
     if _num_decoder_layers(cfg) > 0:
         tree["decoder"] = stack(_num_decoder_layers(cfg), decoder_layer)
     if cfg.task == "seq2seq" and not cfg.tie_embeddings:
@@ -363,19 +335,16 @@ def specs(cfg: Config) -> dict[str, Any]:
     return tree
 
 
-_V1_1 = functools.partial(dataclasses.replace, Config(
-    mlp="gated_gelu", tie_embeddings=False, mlp_dim=1024, num_layers=8, num_heads=6
-))  # fmt: skip
-
+_V1_1 = Config(mlp="gated_gelu", tie_embeddings=False, mlp_dim=1024, num_layers=8, num_heads=6)
 VARIANTS = {
     "t5-small": Config(),
     "t5-base": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072),
     "t5-large": Config(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=4096),
     "t5-3b": Config(num_layers=24, num_heads=32, embed_dim=1024, head_dim=128, mlp_dim=16384),
-    "t5-v1.1-small": _V1_1(),
-    "t5-v1.1-base": _V1_1(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=2048),
-    "t5-v1.1-large": _V1_1(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=2816),
-    "mt5-small": _V1_1(vocab_size=250112),
-    "umt5-small": _V1_1(vocab_size=256384, bias_per_layer=True),
+    "t5-v1.1-small": _V1_1,
+    "t5-v1.1-base": dataclasses.replace(_V1_1, num_layers=12, num_heads=12, embed_dim=768, mlp_dim=2048),
+    "t5-v1.1-large": dataclasses.replace(_V1_1, num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=2816),
+    "mt5-small": dataclasses.replace(_V1_1, vocab_size=250112),
+    "umt5-small": dataclasses.replace(_V1_1, vocab_size=256384, bias_per_layer=True),
     "t5-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, head_dim=16, mlp_dim=64),
 }

@@ -110,8 +110,8 @@ def apply(
             tokens, which add the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
-            positions may have the same rank. The content stream attends to positions
-            of the same or a lower order; the query stream attends only to positions of a lower order.
+            positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
+            query stream attends only to positions of a lower rank.
         targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
     """
     common.check_tokens(tokens, segment_ids, None, None)
@@ -204,12 +204,8 @@ def _attention(
         if use_absorbed:
             outputs.append(memory.attend(content_q, context, stream.mask, scale=scale, biases=biases))
         else:
-            attention_key = fold_name(key, f"{name}_attention")
-            outputs.append(
-                attention(
-                    content_q, k, v, stream.mask, scale=scale, bias=biases, dropout=cfg.dropout, key=attention_key
-                )
-            )
+            options = {"scale": scale, "dropout": cfg.dropout, "key": fold_name(key, f"{name}_attention")}
+            outputs.append(attention(content_q, k, v, stream.mask, bias=biases, **options))
     values = jnp.concatenate(outputs, axis=1)
     if use_absorbed:
         values = memory.project_heads(weights["value"]["weight"], values)
