@@ -1,4 +1,4 @@
-"""Functions for all compared implementations, and the worker that measures the peak performance of the machine.
+"""Functions that all compared implementations share, and ``Machine``, which measures the peak performance.
 
 An implementation (``worker.Implementation``) is set up as the documentation of its framework recommends, in float32. It
 imports only its own framework. ``training_baselines`` and ``decoding_baselines`` read the checkpoint that
@@ -125,7 +125,10 @@ class Machine(Implementation):
 
 
 class JaxSampled(Implementation):
-    """Base class: a jitted function, compiled in the first repetition. A repetition returns samples of its results."""
+    """Base class of implementations that run one jitted function.
+
+    The first repetition compiles the function. A repetition returns samples of the results.
+    """
 
     jitted: Any
     arguments: tuple[Any, ...]

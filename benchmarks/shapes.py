@@ -50,7 +50,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """Sizes of the comparison of forward and backward passes."""
+    """Sizes of a GPT-2, whose hidden states, logits, loss and gradients are compared with torch."""
 
     model: str = "gpt2"
     """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
@@ -103,8 +103,8 @@ class Recurrence:
 
 
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
-"""Three sizes whose time is dominated by matrix products, by gates, and by reading the weights in each step. The third
-size is a layer of Zaremba et al. 2014 with one row."""
+"""Three sizes. Most of the time is for matmuls in the first, for gates in the second, and for reading the weights in
+the third. The third size is a layer of Zaremba et al. 2014 with one row."""
 GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
 """Number of gates of each layer. ``gru`` applies the reset gate after the product, as torch does."""
 
@@ -180,20 +180,23 @@ def training_work(passes: str, model: dict[str, Any]) -> Work:
 
 
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
-    """Bytes that must be read: all multiplied parameters once for each new token, for any number of rows."""
-    formula = "bytes of multiplied parameters (without encoder) * tokens per row; the time includes the prompt"
+    """Bytes that decoding must read: the parameters of all matmuls, once per step. All rows share one read."""
+    formula = "bytes of the parameters of matmuls (without encoder) * new tokens per row; the time includes the prompt"
     return Work(batch * tokens, model["decoded_bytes"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:
-    """Bytes that must be read and written, or FLOPs; of the forward pass, or of forward and backward."""
+    """The bytes that the operation must read and write, or the FLOPs of ``linear_attention``.
+
+    Args:
+        backward: count the forward and the backward pass, instead of the forward pass.
+    """
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
     if shape.op == "linear_attention":
         amount = 4 * tokens * sizes["H"] * sizes["K"] ** 2
-        return Work(
-            tokens, amount * (3 if backward else 1), "FLOP", "4*B*T*H*K*V forward, step by step, 3x with backward"
-        )
+        formula = "4*B*T*H*K*V for the forward pass of the sequential recurrence (V = K), 3 times that with backward"
+        return Work(tokens, amount * (3 if backward else 1), "FLOP", formula)
     if shape.op == "linear_scan":
         elements, passes = tokens * sizes["D"], 8 if backward else 3
         formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
@@ -207,9 +210,11 @@ def attention_work(shape: Attention, passes: str) -> Work:
     """FLOPs of attention, not counting the bias; for decode, the bytes of the filled part of the cache."""
     H, K = shape.heads, shape.width
     if shape.variant == "decode":
-        return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the cached keys and values, relative to a copy")
+        formula = "bytes of the cached keys and values; the peak is the bandwidth of a copy"
+        return Work(1, 2 * 4 * H * K * shape.length, "B", formula)
     amount = 2.0 * shape.length**2 * H * K * (1 if passes == "forward" else 3.5)
-    return Work(shape.length, amount, "FLOP", "2*T*T*H*K forward, 3.5 times that with backward, relative to a GEMM")
+    formula = "2*T*T*H*K forward, 3.5 times that with backward; the peak is the FLOP/s of a GEMM"
+    return Work(shape.length, amount, "FLOP", formula)
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:

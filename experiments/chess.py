@@ -2,8 +2,8 @@
 
     python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
 
-With a file that has one game per line (SAN or UCI moves), or a PGN file. With 144,000 master games, 8,300 steps take
-100 minutes on one CPU core; the next move is then right in 31 % of the positions:
+--data reads a PGN file, or a file with one game per line (SAN or UCI moves). With 144,000 master games, 8,300 steps
+take 100 minutes on one CPU core; the next move is then right in 31 % of the positions:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
@@ -77,7 +77,7 @@ class Experiment:
     max_games: int | None = None
     """Use only this many games from the start of the file."""
     generated_games: int = 0
-    """Training games that are generated and added (0.08 s per game): a program with fixed rules plays random moves."""
+    """Generated games to add to the training games (0.08 s per game): chess.MaterialPlayer against random moves."""
     min_count: int = 5
     """With notation san: moves that occur fewer than min_count times in the training games become unknown tokens."""
     validation_fraction: float = 0.02

@@ -165,7 +165,8 @@ def build(
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     if config.name in ("alexnet", "resnet"):  # the inputs of these families have a fixed length
         kernels = config_lib.assignments("model.set", config.set).get("kernels")
-        fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), kernels)
+        limits = {"max_length": experiment.data.max_length, "kernels": kernels}
+        fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), **limits)
     model, params = config.build(experiment.training.seed, fields, task="classification", num_labels=len(labels))
     return model.with_labels(labels), params, tokenizer
 

@@ -102,8 +102,8 @@ _RECALL = Experiment(
     description=(
         "Multi-query associative recall (MQAR): a row lists keys with their values, then asks for the value of each "
         "key, with a vocabulary of 8,192. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 to "
-        "512 and widths from 64 to 512. Here the rows are new in each step, at most 192,000, and fewer lengths and "
-        "widths are measured."
+        "512 and widths from 64 to 512. Here each step draws new rows, at most 192,000 in a run, and fewer lengths "
+        "and widths are measured."
     ),
     cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in ((64, 4), (128, 8))},
     plan=Plan(steps=3000, widths=(64, 128), layers=2, learning_rates=(1e-3, 3e-3, 1e-2), stop_at=0.995),

@@ -129,7 +129,7 @@ _CHECKSUM_CHUNK = 1 << 20
 class RandomWindows:
     """Windows of one token array, in random order. They start at 0, ``stride``, 2 ``stride``, ...
 
-    The last window is the last one that fits: with ``stride > 1``, the last tokens may be in no window. Each window
+    All windows are complete, so with ``stride > 1``, the last tokens may be in no window. Each window
     occurs exactly once per epoch, and each epoch has a different order. A batch may contain the last windows of one
     epoch and the first windows of the next epoch, so no window is dropped.
 
@@ -206,7 +206,7 @@ class ContiguousStreams:
 
     @property
     def num_dropped_tokens(self) -> int:
-        """Number of tokens that are not a target in any batch, except the first token, which is never a target."""
+        """Number of tokens that are never a target. The first token, which cannot be a target, does not count."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
     def batch(self, index: int, rows: Sequence[int]) -> Window:

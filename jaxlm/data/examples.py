@@ -393,8 +393,8 @@ def read_table(
 ) -> Examples:
     """Examples from a TSV or CSV file whose first line names the columns.
 
-    Fields of TSV files are not quoted, as in GLUE. Fields of CSV files may be quoted (RFC 4180). Line ends in a quoted
-    field are read as newlines.
+    Fields of TSV files are not quoted, as in GLUE. Fields of CSV files may be quoted (RFC 4180). A line break in a
+    quoted field is read as ``\\n``.
 
     Args:
         fields: field of the example -> name of the column.

@@ -1,4 +1,4 @@
-"""``GenerationConfig``: a request for generated text. ``generation_config.json`` of the model sets its defaults."""
+"""``GenerationConfig``: the settings of text generation. ``generation_config.json`` of the model sets its defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EarlyStopping = bool | Literal["never"]
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """A request for generated text. Hashable.
+    """Settings of text generation. Hashable.
 
     None means that a field is not set. For such a field, :meth:`resolve` uses the value in ``generation_config.json``
     of the directory from which the model was loaded. If there is no such value, it uses the default below.
@@ -101,9 +101,10 @@ class GenerationConfig:
         The value of a field comes from the first of these sources that sets the field: this config,
         ``generation_config.json`` (``model.metadata.generation_config``), ``default``, the defaults of the class.
 
-        As in transformers, fields of a method that is not used have no effect: the file's ``length_penalty`` and
-        ``early_stopping`` without beam search, the file's ``temperature`` and filters with greedy decoding.
-        If the file sets ``do_sample`` or ``num_beams``, the other fields of that method have the defaults of
+        As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
+        ``length_penalty`` and ``early_stopping`` are ignored. With greedy decoding, the file's ``temperature``,
+        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file sets ``do_sample`` or ``num_beams``, the other
+        fields of that method have the defaults of
         transformers: ``top_k`` 50 and ``early_stopping`` False.
 
         Args:

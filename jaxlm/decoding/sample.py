@@ -193,7 +193,8 @@ def generate(
         prompts: [B, T] integer ids, padded on either side to one length.
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
-            keys [B], one for each row. With typed keys, the draws of a row do not depend on its batch.
+            keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
+            on its index.
         end_id: the token id or token ids that end a row.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary.

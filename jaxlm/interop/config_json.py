@@ -1,7 +1,8 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
 ``Model.metadata`` contains the loaded files. When a model is saved, a loaded field that jaxlm does not set is written
-back unchanged. A field that jaxlm sets keeps its loaded value if this value still describes the model.
+back unchanged. jaxlm replaces a field that describes the
+model only if the model has changed since loading.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -165,7 +166,7 @@ def _find_format(
 ) -> tuple[str, Format, Mapping[str, Any]]:
     """The family, the format of the files, and the ``Config`` fields that the architecture implies."""
     model_type = config.get("model_type")
-    # Formats of installed packages are read only if no other family has the model type.
+    # The formats of families from other packages are read only if no family of jaxlm has the model type.
     known = [(name, table) for name in FAMILIES for table in formats.of(name)]
     if model_type not in [table.model_type for _, table in known]:
         known = [(name, table) for name in family_names() for table in formats.of(name)]
@@ -329,7 +330,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     result = {**loaded, **model_fields}
     try:
         description = describe(dict(loaded), Path("config.json"), {})
-    except ValueError:  # the loaded class is not supported; it was loaded with task=...
+    except ValueError:  # jaxlm does not support the loaded class; ``task`` replaced it
         return result
     previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
@@ -347,7 +348,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
         if alias in result:
             result[alias] = result[field]
     if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
-        result.pop("scale_decoder_outputs", None)  # of T5 in transformers 5; it takes precedence
+        result.pop("scale_decoder_outputs", None)  # transformers 5: precedence over tie_word_embeddings
     if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.initialized:
@@ -426,5 +427,5 @@ def _loaded_decoder_start_id(model: Model) -> int | None:
     loaded = {} if model.metadata is None else model.metadata.config
     try:
         return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
-    except ValueError:  # the loaded class is not supported; it was loaded with task=...
+    except ValueError:  # jaxlm does not support the loaded class; ``task`` replaced it
         return loaded.get("decoder_start_token_id")

@@ -546,7 +546,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, by path. All layers of a parameter have the same dtype, even if not stacked."""
+    """The dtype of each parameter, by path. Parameters that differ only in the layer have the same dtype."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names

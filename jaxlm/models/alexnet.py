@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
-from jaxlm.nn.convolution.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import fixed_length, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -143,7 +143,7 @@ def _causal_hidden_states(
 ) -> tuple[jax.Array, Any]:
     """The hidden states of the language model, [B, T, fc_dim], and its new state."""
     tails = {} if state is None else state
-    tokens, stream = open_stream(tokens, segment_ids, tails.get("segment_ids"))
+    tokens, stream = move_padding_last(tokens, segment_ids, tails.get("segment_ids"))
     x, new_tails = embed(table, tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size), {}
     for layer, dilation in enumerate(_dilations(cfg)):
         name, pool_name = f"layer_{layer}", f"pool_{layer}"
@@ -151,7 +151,7 @@ def _causal_hidden_states(
         x = jax.nn.relu(x)
         x, new_tails[pool_name] = causal_max_pool(stream, x, tails.get(pool_name), cfg.pools[layer], dilation=dilation)
         x = constrain(x, ("batch", "seq", "activation_embed"))
-    hidden, past_segment_ids = close_stream(stream, _hidden_layers(cfg, params, x, key))
+    hidden, past_segment_ids = restore_order(stream, _hidden_layers(cfg, params, x, key))
     if state is None:
         return hidden, None
     return hidden, {

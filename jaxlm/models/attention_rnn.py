@@ -96,7 +96,9 @@ def apply(
     source_segment_ids: jax.Array | None = None, state: State | None = None, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """The head's input at each target token, [B, T, D], and the new state (None without a state). See ``copy`` above.
+    """The head's input at each target token, [B, T, D], and the new state (None without a state).
+
+    With ``cfg.copy``, the last axis is the concatenation that the module docstring describes.
 
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 
@@ -106,8 +108,8 @@ def apply(
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
-        state: the result of :func:`init_decode_state`, or the state after the tokens before ``tokens``. Several rows
-            may share a source (``jaxlm.nn.attention.source``).
+        state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned.
+            Several rows may share a source (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """

@@ -43,7 +43,9 @@ def encode(
 
 
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
-    """The decoder's states [B, T, ...] from the backward states at the first source tokens of documents."""
+    """The decoder's initial state for the document of each target position, [B, T, ...].
+
+    It is computed from the encoder's backward state at the first source token of the document."""
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
     backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
     backward_BTH = jnp.take_along_axis(backward_BSH, first_BT[:, :, None], axis=1)
@@ -101,5 +103,5 @@ def encoder_width(cfg: Config) -> int:
 def state_specs(
     cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specs of the decoder's state, and of the entries of the source state that only this form has (none)."""
+    """The specs of the decoder's state, and of the arrays that only this form adds to the source state: none."""
     return {"layer_0": recurrence.gru_state_specs(batch, cfg.hidden_dim)}, {}

@@ -20,7 +20,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 MAX_LAYERS = 10_000
-"""Maximum number of layers. The specs of many more layers would fill the memory before any error."""
+"""Maximum number of layers. With many more layers, the specs would use up the memory of the host before an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,11 @@ def run_layers_with_outputs(
 ) -> tuple[jax.Array, Any, Any]:
     """The results of :func:`run_layers` and the third values of all layers, for a block that returns three values.
 
-    Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The stack has no entry for a layer whose output is
-    None. If no layer has an output, the stack is None.
+    Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The outputs are stacked along a new first axis,
+    without the layers whose output is None. If no layer has an output, the third result is None.
 
     Args:
-        block: the function of one layer; or a tuple with the function of each layer, for parameters per layer.
+        block: the function of all layers; or, if ``weights`` is a tuple, a tuple with one function per layer.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:

@@ -22,7 +22,7 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
@@ -145,7 +145,7 @@ def apply_with_routing(
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = stream.masks()
     if "attention" in common.mixers(cfg):
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
@@ -169,7 +169,7 @@ def apply_with_routing(
 
     layers = None if state is None else state["layers"]
     x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     if "attention" in common.mixers(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}, statistics

@@ -117,7 +117,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = window.open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, stream = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     start, keep = None, None  # one document in each row
     if stream.segment_ids is not None:
         last_segment = None if state is None else state["segment_ids"][:, -1]
@@ -145,7 +145,7 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    x, segments = window.close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    x, segments = window.restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return x, None if state is None else {**new_state, "layers": layers, "segment_ids": segments}
 
 

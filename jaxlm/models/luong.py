@@ -40,7 +40,9 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
 
 
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
-    """The decoder's states [B, T, ...] from the encoder's states at the last source tokens of documents."""
+    """The decoder's initial state for the document of each target position, [B, T, ...].
+
+    It has the encoder's states at the last source token of the document, and a zero ``feed``."""
     last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
     states = jax.tree.map(
         lambda x_BSH: jnp.take_along_axis(x_BSH, last_BT[:, :, None], axis=1), source["states"]
@@ -98,7 +100,7 @@ def encoder_width(cfg: Config) -> int:
 def state_specs(
     cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specs of the decoder's state, and of the encoder's ``states`` in the source state."""
+    """The specs of the decoder's state, and of ``states``, which only this form adds to the source state."""
     decoder: dict[str, Any] = {
         name: recurrence.lstm_state_specs(batch, cfg.hidden_dim) for name in _layer_names(cfg)
     }  # fmt: skip

@@ -25,7 +25,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
@@ -73,7 +73,7 @@ class Config(hybrid.AttentionConfig):
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
     norm_groups: int | None = 1
-    """Parts of the mixer's output that this norm normalizes separately; None: there is no norm."""
+    """Number of parts of the mixer's output that its norm normalizes separately; None: there is no such norm."""
     linear_bias: bool = False
     """Whether the linear layers of Mamba-2 mixers have biases."""
     conv_bias: bool = True
@@ -138,13 +138,13 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, rows that
-            exceed the cache give NaN.
+        state: the state that the call for the preceding tokens returned, or the initial one (``state_specs``). If the
+            model has attention, rows that exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = stream.masks()
     if has_attention(cfg):
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
@@ -173,7 +173,7 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
+    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
     if has_attention(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}
@@ -242,7 +242,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
 
     def output(size: int) -> Uniform:
-        """Divided by the square root of the number of outputs that the residual stream sums."""
+        """The initializer of an output projection: its bound shrinks with the number of projections of the model."""
         return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
 
     mixer = {
@@ -300,9 +300,9 @@ def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> A
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state.
+    """The ``length`` of :func:`state_specs` for training that passes the state from batch to batch (any will do).
 
-    None if a block has attention, because its cache has a limited size.
+    None if a block has attention, because its cache has a limited size. Training then passes no state.
     """
     return None if has_attention(cfg) else 1
 

@@ -344,7 +344,10 @@ class Model:
             TypeError: the family has no state.
         """
         if not hasattr(self.module, "state_specs"):
-            raise TypeError(f"family {self.family!r} carries no state between calls, so it cannot decode or stream")
+            raise TypeError(
+                f"family {self.family!r} carries no state between calls, so it cannot decode or read a text in several "
+                "calls"
+            )
         return self.module.state_specs(self.config, batch, length, **sizes)
 
     def rollback(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -86,7 +86,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = linear(weight_norm(params["input"], num_input_axes=1), x)
@@ -106,7 +106,7 @@ def apply(
         block_inputs.append(x)
         if tail is not None:
             new_state[name] = tail
-    hidden, past_segment_ids = close_stream(stream, x)
+    hidden, past_segment_ids = restore_order(stream, x)
     return hidden, None if state is None else {"segment_ids": past_segment_ids, **new_state}
 
 

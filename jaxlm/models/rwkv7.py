@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.models import common, heads
-from jaxlm.nn.convolution.window import Stream, causal_windows, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import Stream, causal_windows, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
@@ -93,7 +93,7 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     masks = stream.masks()
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
@@ -114,7 +114,7 @@ def apply(
 
     layers = None if state is None else state["layers"]
     (x, _), layers = common.run_layers(block, (x, None), params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = close_stream(stream, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(stream, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "segment_ids": past}
 
 

@@ -59,7 +59,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = None
     """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
-    """Number of tokens, from the start of a call with ``order``, that the call adds to the memory; None means all."""
+    """A call with ``order`` adds only its first ``reuse_length`` tokens to the memory; None means all tokens."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
@@ -222,7 +222,8 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: for the task permutation, [B, P, V] (V padded, see ``vocab_multiple``).
 
-    ``heads.head_logits`` has the shapes for the other tasks. For classification, ``hidden`` comes from :func:`pool`.
+    For the shapes of the other tasks, see ``heads.head_logits``. For classification, ``hidden`` comes from
+    :func:`pool`.
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
@@ -332,7 +333,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """
     if cfg.task != "permutation":
         raise TypeError(
-            f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or stream"
+            f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or read a "
+            "text in several calls"
         )
     shape = cfg.num_layers, batch, length, cfg.embed_dim
     token_types = ArraySpec((batch, length), ("batch", None), dtype=jnp.int32)

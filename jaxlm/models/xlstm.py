@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
@@ -106,7 +106,7 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["past"])
+    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = stream.masks()
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -125,7 +125,7 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "past": past}
 
 

@@ -88,7 +88,10 @@ def loop_over_heads() -> bool:
 
 
 def merge_heads_for_decoding(key_heads: int, num_shards: int) -> bool:
-    """Whether ``decode`` computes all heads of a device in one matmul. ``num_shards`` must divide ``key_heads``."""
+    """Whether ``decode`` computes all heads of a device in one matmul.
+
+    False if ``num_shards`` does not divide ``key_heads``.
+    """
     return sharding.platform() in ("cpu", "tpu") and key_heads % num_shards == 0
 
 
@@ -102,7 +105,10 @@ def lane_padding(width: int) -> int:
 
 
 def shift_rows_by_reshape() -> bool:
-    """Whether a reshape moves diagonals into columns. On a CPU, its gradient is 3 times as slow as that of slices."""
+    """Whether the relative shift of scores (Dai et al. 2019, appendix B) is a reshape instead of one slice per row.
+
+    On a CPU, its gradient is 3 times as slow as that of slices.
+    """
     return sharding.platform() != "cpu"
 
 
@@ -114,9 +120,9 @@ projecting the keys."""
 def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: float, key: jax.Array | None) -> bool:
     """Whether attending to the cached inputs directly is cheaper than projecting keys and values.
 
-    Absorbed attention (``jaxlm.nn.attention.memory``) computes scores, the weighted mean and the distance bias, with
-    ``B T S H D`` multiplications each. Otherwise, the layer projects keys, values and the table of distances, with
-    about ``B S D H K`` multiplications each.
+    Absorbed attention (``jaxlm.nn.attention.memory``) computes scores, the weighted mean and the bias of relative
+    positions, with ``B T S H D`` multiplications each. Without it, the layer projects keys, values and the embeddings
+    of relative positions, with about ``B S D H K`` multiplications each.
 
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.
@@ -165,7 +171,9 @@ def recurrence_chunk(batch: int, steps: int) -> int:
 
 
 def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pallas"]:
-    """``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``: a GPU is slow if there are many steps.
+    """``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments, otherwise ``chunked``.
+
+    A GPU runs a loop of many steps slowly.
 
     Args:
         unsupported: why ``pallas`` does not support the arguments.
@@ -241,11 +249,12 @@ def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
 # ------------------------------------------------------------------------------------------------------- experts
 
 ExpertsImplementation = Literal["reference", "ragged_dot", "blocks"]
-MIN_GROUPED_PRODUCTS = 2**21
-"""On a CPU, experts with fewer products (tokens * E * D * F) use ``reference``, whose program is smaller.
+MIN_BLOCKS_MULTIPLICATIONS = 2**21
+"""On a CPU, experts with fewer multiplications (tokens * E * D * F) use ``reference``, whose program is smaller.
 
 Time in ms, forward / forward and backward (jaxlib 0.10.2, 2 cores of a shared machine). A CPU computes ``ragged_dot``
-as a matmul of every row with every expert:
+as a matmul of every row with every expert. N is the number of experts of a token; ``capacity 1.25`` is the
+implementation with a capacity, for comparison:
 
     tokens  E   N  D    F    reference   ragged_dot  blocks     capacity 1.25
     1       8   2  256  512  1.1/10      2.7/12      0.3/2      0.4/10
@@ -267,14 +276,14 @@ def experts(tokens: int, gate_shape: tuple[int, ...], *, explicit_mesh: bool) ->
         return "reference"
     if sharding.platform() != "cpu":
         return "ragged_dot"
-    return "reference" if tokens * math.prod(gate_shape) < MIN_GROUPED_PRODUCTS else "blocks"
+    return "reference" if tokens * math.prod(gate_shape) < MIN_BLOCKS_MULTIPLICATIONS else "blocks"
 
 
 def expert_block_rows(assignments: int, num_experts: int) -> int:
     """The number of rows of a block of the experts' matmuls (``blocks``).
 
-    Blocks of half the mean load of an expert waste little work on empty rows, at most 256 rows fit into the cache, and
-    blocks of one row read only the selected experts when a model decodes.
+    A block has half the mean number of rows of an expert, so that few rows are padding. It has at most 256 rows, so
+    that it fits into the cache. When a model decodes, it has one row, so that only the selected experts are read.
     """
     return max(1, min(256, assignments // (2 * num_experts)))
 

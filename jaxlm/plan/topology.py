@@ -33,7 +33,12 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for. ``device``: the peaks of each device; None if ``jaxlm.devices`` does not list it."""
+    """Devices to compile for.
+
+    Attributes:
+        device: the peak performance of each device (FLOP/s, memory, bandwidths); None if ``jaxlm.devices`` does not
+            list it.
+    """
 
     name: str
     devices: tuple[jax.Device, ...]

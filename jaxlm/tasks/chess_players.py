@@ -377,7 +377,7 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 continue
             loss = _PIECE_VALUES[piece_type]
             if board.is_attacked_by(color, square):
-                # A king cannot capture a protected piece, so its value is that of the captured piece.
+                # A king cannot capture a protected piece: its value 0 is replaced, so that the loss is 0.
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest

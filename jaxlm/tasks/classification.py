@@ -140,17 +140,19 @@ def write_folds(directory: Path, scores: Sequence[Score], **details: Any) -> Sco
 
 
 def convolution_fields(
-    family: str, tokenizer: Tokenizer, texts: Sequence[str], kernels: Any = None
+    family: str, tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int | None = None, kernels: Any = None
 ) -> dict[str, int | tuple[int, ...]]:
-    """The config fields of alexnet or resnet that depend on the longest text: ``max_positions`` and ``pools``.
+    """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
     The inputs of these families have a fixed length, here at least 32 tokens. An alexnet with one layer of kernels
     gets max pooling over the whole text, as the model of Kim (2014).
 
     Args:
+        max_length: longer inputs will be truncated to this many tokens; None: no truncation.
         kernels: the kernel sizes of alexnet, one per layer; None: its default.
     """
-    length = max(32, max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts)))
+    longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
+    length = max(32, longest if max_length is None else min(longest, max_length))
     if family == "resnet":
         length += -length % 8  # pooling halves the length between the groups of blocks
     elif isinstance(kernels, tuple) and len(kernels) == 1:

@@ -42,8 +42,8 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 """Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""
 
 
-MAX_ROWS = 2**20
-"""Maximum of ``batch_size`` and ``evaluation_batches``. Larger numbers would fill the memory before any error."""
+MAX_ROWS_OR_BATCHES = 2**20
+"""Maximum of ``batch_size`` and of ``evaluation_batches``. Larger numbers would use up the memory of the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,10 @@ class TrainingConfig:
     steps: int = 1000
     """Number of training steps."""
     batch_size: int = 32
-    """Sequences per batch, over all devices. The experiments make batches of this size."""
+    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. ``train`` uses
+    the batches as they are."""
     sequence_length: int = 128
-    """Tokens per sequence. The experiments make batches of this length."""
+    """Tokens per sequence. The modules in ``experiments/`` make batches of this length."""
     grad_accum_steps: int = 1
     """Micro-batches per batch, computed one after the other to save memory; their gradients are summed."""
     ema_decay: float | None = None
@@ -103,8 +104,10 @@ class TrainingConfig:
             if type(value) is int and field.name != "seed" and value < minimum:
                 raise ValueError(f"{field.name}={value} must be at least {minimum}")
         for name in ("batch_size", "evaluation_batches"):
-            if getattr(self, name) > MAX_ROWS:
-                raise ValueError(f"{name}={getattr(self, name)} is too large: the largest number is {MAX_ROWS}")
+            if getattr(self, name) > MAX_ROWS_OR_BATCHES:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is too large: the largest number is {MAX_ROWS_OR_BATCHES}"
+                )
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
         if self.batch_size % self.grad_accum_steps:
@@ -361,7 +364,7 @@ class _Loop:
         self._validation_losses = _none_to_nan(evaluation.get("losses", []))
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
-        # A checkpoint was due during the skipped steps at the end.
+        # Whether a scheduled checkpoint was due at one of the skipped steps directly before this checkpoint.
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
             losses = training.get("recent_losses")
@@ -587,7 +590,7 @@ _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|s
 
 def _require_same(name: str, value: Any, saved: Any) -> None:
     if value != saved:
-        raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): remove the setting")
+        raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): set it to {saved}")
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:

@@ -36,7 +36,8 @@ class AveragingState(NamedTuple):
 
 
 def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
-    """Whether the newest validation loss is worse than the best loss of more than ``nonmono`` evaluations ago.
+    """Whether the newest validation loss is worse than the best of all losses that are more than ``nonmono``
+    evaluations old.
 
     Args:
         losses: the losses of all evaluations so far, with the newest last. NaN is worse than any number.

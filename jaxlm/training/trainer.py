@@ -227,8 +227,8 @@ class Trainer:
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
 
-        If no model state is carried, the state that the loss returns replaces the parameters with the same names after
-        the update. Models with batch normalisation update their running statistics in this way.
+        If no model state is carried, the loss may return new values of some parameters, for example the running
+        statistics of batch normalisation. After the update, they overwrite the parameters with the same names.
 
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.

@@ -1,5 +1,7 @@
 """Batches for a classifier, and training a classifier on them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from jaxlm.data import Batches
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.metrics import proportion
 from jaxlm.objectives import classification as objective
 from jaxlm.tasks import classification
 from jaxlm.tasks.predict import classify
@@ -15,7 +18,7 @@ from jaxlm.testing.helpers import FIRST_VARIANTS, initial_params, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.report import read_confusion, read_samples
+from jaxlm.training.report import read_confusion, read_results, read_samples
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 LABELS = ("colour", "number")
@@ -112,3 +115,22 @@ def test_errors_name_bad_examples():
     with pytest.raises(ValueError, match="example 0 of long.tsv has 100 tokens: it must have from 1 to .* max_length"):
         classification.encode(long, tokenizer(), LABELS, model)
     assert len(classification.encode(long, tokenizer(), LABELS, model, max_length=20)[0]["tokens"]) == 20
+
+
+def test_convolutions_get_the_length_of_the_longest_input():
+    texts = ["red", "blue " * 70]
+    fields = functools.partial(classification.convolution_fields, tokenizer=tokenizer(), texts=texts)
+    assert fields("alexnet", kernels=(5,)) == {"max_positions": 70, "pools": (66,)}
+    assert fields("alexnet", kernels=(5,), max_length=64) == {"max_positions": 64, "pools": (60,)}
+    assert fields("alexnet", kernels=(7, 3)) == {"max_positions": 70}
+    assert fields("resnet") == {"max_positions": 72}
+    assert fields("resnet", max_length=10) == {"max_positions": 32}
+
+
+def test_folds_are_pooled_over_their_examples(tmp_path):
+    scores = [proportion("accuracy", 9, 10), proportion("accuracy", 15, 30)]
+    pooled = classification.write_folds(tmp_path, scores, task="sentiment", family="lstm", parameters=1, minutes=0.1)
+    assert (pooled.value, pooled.count) == (24 / 40, 40)
+    results = read_results(tmp_path)
+    assert results["accuracy_of_folds"] == [0.9, 0.5]
+    assert results["standard_deviation_over_folds"] == 0.2828

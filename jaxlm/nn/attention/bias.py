@@ -4,7 +4,8 @@ An :class:`AttentionBias` consists of arrays and of a function of these arrays, 
 attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
 bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs.
 
-Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
+Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
+table, P positions.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Tile(NamedTuple):
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
         """An array [R, E]: for query i of the tile and the key with index s, entry (i, first[i] + s) of ``x``.
 
-        s counts all S keys. The indices must be in range.
+        i is an index within the tile, but s is an index among all S keys. The indices must be in range.
         """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")

@@ -18,7 +18,7 @@ from jaxlm.sharding import gather_sharding
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
-    """The bucket of each distance from ``-max_distance`` to ``max_distance``, [2 * max_distance + 1] int32.
+    """The bucket of each ``key position - query position``, [2 * max_distance + 1] int32, from ``-max_distance`` on.
 
     It is computed on the host, in float32 as in the published code, so that the boundaries of the buckets do not depend
     on the rounding of a device.
@@ -30,7 +30,8 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
             0, because they are masked anyway.
 
     Raises:
-        ValueError: too few buckets, or a ``max_distance`` that leaves no distances for the buckets of ranges.
+        ValueError: too few buckets, an odd number of buckets for bidirectional attention, or a ``max_distance`` that
+            leaves no distances for the buckets of ranges.
     """
     buckets_per_side = buckets // 2 if bidirectional else buckets
     num_exact = buckets_per_side // 2
@@ -55,7 +56,9 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
 
 
 def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
-    """The bias of each distance, [2 * max_distance + 1, H] float32; row n is for the distance ``max_distance - n``.
+    """The bias of each distance, [2 * max_distance + 1, H] float32.
+
+    Row n is the bias for ``query position - key position = max_distance - n``.
 
     This is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with ``longest=max_distance``.
     """

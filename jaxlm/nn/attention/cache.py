@@ -95,8 +95,8 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     if isinstance(slots_BS, CacheView):
         return slots_BS.append(new_BT, length_B)
     if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
-        # On a TPU with bfloat16, the update at the end of this function becomes a scatter in float32 if there are
-        # several rows. This one does not (docs/labbook.md).
+        # On a TPU, with bfloat16 and several rows, XLA turns the update at the end of this function into a float32
+        # scatter, which converts the whole cache. ``CacheView.append`` stays in bfloat16 (docs/labbook.md).
         return CacheView(slots_BS).append(new_BT, length_B).stack
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
@@ -179,8 +179,8 @@ class Context:
 def with_window(context: Context, window: int, state: State | None) -> Context:
     """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
 
-    With a cache, the order of a token in the mask becomes the number of real tokens up to it, because the window does
-    not contain cached padding.
+    With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window counts
+    no cached padding.
 
     Args:
         state: the state that :func:`make_context` returned.

@@ -24,8 +24,8 @@ from jaxlm.devices import LANES
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile
 
 
-def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
-    """``[sin | cos]`` (concatenated, not interleaved) of each distance at ``width / 2`` frequencies, [R, D] float32.
+def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
+    """``[sin | cos]`` (concatenated, not interleaved) of each distance at ``width / 2`` frequencies, [N, D] float32.
 
     Raises:
         ValueError: an odd width.
@@ -33,7 +33,7 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
     if width % 2:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = frequency[:, None] * distance_R.astype(jnp.float32)[None, :]
+    angle = frequency[:, None] * distance_N.astype(jnp.float32)[None, :]
     # The array is built in the layout that ``_table_arrays`` needs. Otherwise XLA would transpose it in every layer.
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
@@ -51,8 +51,8 @@ def distance_bias(
     """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
 
     Args:
-        table: [N, H] numbers, or [N, H, K] vectors with ``q_BTHK``. Row n is for distance ``longest - n``. For
-            distances outside the table, the nearest row is used.
+        table: [N, H] numbers if ``q_BTHK`` is None, otherwise [N, H, K] vectors. Row n is for distance ``longest - n``.
+            For distances outside the table, the nearest row is used.
         longest: the distance of row 0.
         queries, keys: T and S.
         query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start

@@ -88,8 +88,9 @@ def attention(
 
         Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
         consecutive grid steps. The steps of the same block of queries in different rows are not consecutive, so
-        query-indexed arrays are broadcast to all rows. With grouped query heads, the steps of different rows are never
-        consecutive, so all arrays are broadcast to all rows.
+        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all query heads
+        of a group before the next row. Then the steps of one head in different rows are not consecutive, so all arrays
+        are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))

@@ -80,7 +80,8 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, size), (0, 0), (0, 0))), 1, 2)
         for x, size in ((q, padding[0]), (k, padding[1]), (v, padding[1]))
     )
-    # The transposed arrays get the name. If remat saves them, it recomputes neither the projection nor the transpose.
+    # The transposed arrays get the checkpoint name. If remat saves them, it recomputes neither the projection nor the
+    # transpose.
     q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
     blocks = _block_size(T + padding[0]), _block_size(S + padding[1])
     kernel = _kernel(causal, window, T + padding[0], S + padding[1], blocks, H, interpret)

@@ -1,10 +1,10 @@
 """Windows over time for convolution and pooling, for complete texts and for texts that are read in several calls.
 
 A causal window must contain the last real tokens of its own document and must skip padding, wherever the padding is.
-So :func:`open_stream` moves the padding of each row to the row's end before the first layer, and :func:`close_stream`
-restores the original order after the last layer. Between the two, the real tokens of a row are adjacent, within a call
-and across calls. A change of the segment id is a document boundary. Each layer passes its last real inputs, the tail,
-from one call to the next. A text that is read in this way is called a stream.
+So :func:`move_padding_last` moves the padding of each row to the row's end before the first layer, and
+:func:`restore_order` restores the original order after the last layer. Between the two, the real tokens of a row are
+adjacent, within a call and across calls. A change of the segment id is a document boundary. Each layer passes its last
+real inputs, the tail, from one call to the next. A text that is read in this way is called a stream.
 
 Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model.
 """
@@ -24,9 +24,9 @@ from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
-``same``: the middle tap of each window is at its position; of the two middle taps of an even kernel, the earlier one.
-With an even kernel and a dilation above 1, the window begins ``(K - 1) * dilation // 2`` steps before its position.
-``causal``: each window ends at its position."""
+The position of output t is ``t * stride``. ``same``: the middle tap of the window is at this position; with an even
+kernel, the earlier one of the two middle taps is there. With an even kernel and a dilation above 1, the window begins
+``(K - 1) * dilation // 2`` steps before this position. ``causal``: the window ends at this position."""
 
 
 def windows(
@@ -116,20 +116,21 @@ class Stream:
         return {"reset_BT": reset_BT, "keep_BT": keep_BT}
 
 
-def past_specs(batch: int, reach: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``reach`` real tokens, which are part of a model's state, like its tails.
+def past_specs(batch: int, tail_length: int) -> ArraySpec:
+    """Spec of the segment ids of the last ``tail_length`` real tokens, which are part of a model's state, like its
+    tails.
 
     An id of 0 means that no token was read yet.
     """
-    return ArraySpec((batch, max(reach, 1)), ("batch", None), dtype=jnp.int32)
+    return ArraySpec((batch, max(tail_length, 1)), ("batch", None), dtype=jnp.int32)
 
 
-def tail_specs(batch: int, reach: int, channels: int, dtype: DTypeLike) -> ArraySpec:
-    """Spec of a layer's last ``reach`` real inputs. Causal windows need ``reach = (kernel - 1) * dilation``."""
-    return ArraySpec((batch, reach, channels), ("batch", None, "activation_embed"), dtype=dtype)
+def tail_specs(batch: int, tail_length: int, channels: int, dtype: DTypeLike) -> ArraySpec:
+    """Spec of a layer's last real inputs. Causal windows need ``tail_length = (kernel - 1) * dilation``."""
+    return ArraySpec((batch, tail_length, channels), ("batch", None, "activation_embed"), dtype=dtype)
 
 
-def open_stream(
+def move_padding_last(
     tokens_BT: jax.Array, segment_ids: jax.Array | None, past_BP: jax.Array | None
 ) -> tuple[jax.Array, Stream]:
     """The tokens with each row's padding moved to the end of the row, and the :class:`Stream` that describes them.
@@ -152,7 +153,7 @@ def real_tokens_first(segment_ids_BT: jax.Array) -> jax.Array:
     return jnp.argsort(segment_ids_BT == 0, axis=1, stable=True)
 
 
-def close_stream(stream: Stream, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def restore_order(stream: Stream, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The hidden states in the original order of the tokens, and the ``past`` for the next call."""
     past = stream.past
     if past is not None:

@@ -28,8 +28,8 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
 
-    The time axis is split into chunks, so that at most ``chunk_logits`` logits exist at once (default:
-    ``jaxlm.nn.choices.max_logits``), but at least those of one time step. The forward pass also computes the gradients
+    The time axis is split into chunks of at most ``chunk_logits`` logits (default: ``jaxlm.nn.choices.max_logits``). A
+    chunk has at least one time step, even if that is more logits. The forward pass also computes the gradients
     of each chunk. The backward pass only multiplies them by the cotangent of the loss, so it recomputes nothing.
     Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``. Positions
     whose weight is not positive are ignored.
@@ -86,7 +86,7 @@ def _split_time(x: jax.Array, C: int) -> jax.Array:
 
 
 def _chunk_length(head: Head, chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of steps per chunk, so that a chunk has at most ``chunk_logits`` logits, if C > 1."""
+    """C, the number of time steps of a chunk: as many as ``chunk_logits`` allows, but at least 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
     return choices.loss_chunk(T, max(1, chunk_logits // (B * V)))

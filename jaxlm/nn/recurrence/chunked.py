@@ -36,7 +36,8 @@ State = tuple[jax.Array, ...]
 Residuals = tuple[jax.Array, ...]
 """The values that the forward pass of a cell stores for its backward pass, such as gates."""
 Projected = Callable[[int, int], jax.Array]
-"""``projected(begin, end)``: the contribution of the inputs to the gates [begin, end), [..., end - begin, H]."""
+"""``projected(begin, end)``: the contribution of the inputs to the gates from ``begin`` to ``end - 1``. The shape is
+[..., end - begin, H]."""
 Transpose = Callable[[jax.Array], jax.Array]
 """The backward pass of a product of a state with weights: from the gradient of the product [B, G, K] to the gradient of
 the state [B, H]."""
@@ -53,8 +54,8 @@ class Cell(NamedTuple):
     """``advance(gates, before)``: the state after the step."""
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
-    gradient of the products with this state [B, G, H], and further arguments of ``dprojected``. Each gate is an array
-    [B, H]."""
+    gradient of its products [B, G, H], and, for some cells, more arrays that ``dprojected`` needs. Each gate is an
+    array [B, H]."""
     dprojected: Callable[..., jax.Array]
     """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs, from all results of ``backward``
     except the first."""
@@ -132,8 +133,8 @@ def _forward(
     def first_step() -> Any:
         return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
 
-    _, examples = jax.eval_shape(first_step)  # not computed, so that it does not count as an operation
-    # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
+    _, examples = jax.eval_shape(first_step)  # only the shapes are computed, so a count of the operations does not
+    include this # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in examples[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
     last, (hidden_BTH, *residuals) = _over_chunks(T, chunk, run_chunk, (first, stored))

@@ -3,12 +3,12 @@
 The kernels read and write each array once. The implementation ``chunked`` of ``linear_scan`` reads and writes a chunk
 in each of its log2(CHUNK) rounds.
 
-The backward pass is a recurrence in the opposite order, too. Let e be the gradient of the state before a step, and
-dhidden that of the state after the step, as far as it comes from the output. Then ``e = decay * (next e + dhidden)``.
+The backward pass is a recurrence in the opposite order, too. Let dhidden[t] be the gradient of the output h[t], and
+e[t] the gradient that step t passes back to h[t - 1]. Then ``e[t] = decay[t] * (e[t + 1] + dhidden[t])``.
 
-A TPU register has 8 rows (time) of 128 channels. The kernel combines the steps of a tile of rows by doubling: after
-round s, each row has the product of the decays and the state of the 2^s steps that end at it. One more step then adds
-the state before the tile.
+A TPU register has 8 rows (time) of 128 channels. Within a tile of rows, the kernel runs a parallel scan by doubling.
+After round s, each row has the product of the decays of the 2^s steps that end at this row, and the state that these
+steps give from a zero state. At the end, the kernel adds this product times the state before the tile.
 
 Shapes: B batch, T time, D channels, C steps of a block, W channels of a block.
 """
@@ -30,7 +30,7 @@ MAX_STEPS = 256
 MAX_CHANNELS = 512
 """Maximum number of channels of a block, if the number of channels is a multiple of 128; otherwise a block has all."""
 MAX_ENTRIES = 256 * 512
-"""Maximum number of entries of a block, unless a block has one tile. VMEM has up to ten blocks."""
+"""Maximum number of entries of a block, unless a block has one tile. A kernel has up to ten blocks in VMEM."""
 _TILE_ROWS = {4: 8, 2: 16}
 """Rows of a tile by the bytes of an entry."""
 _AXES = ("batch", None, "mlp")
@@ -66,7 +66,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of the decay [B, T, D], of the input [B, T, D] and of the state before the first step [B, D].
 
-    They have the dtypes of the decay, of ``dhidden`` and float32.
+    Their dtypes are, in this order, that of the decay, that of ``dhidden``, and float32.
 
     Args:
         hidden_BTD: the state after each step.
@@ -81,7 +81,7 @@ def backward(
 
 
 class _Blocks(NamedTuple):
-    """How arrays [B, T, D] are split into blocks of rows [C, W] on a grid (rows, channels, steps).
+    """How arrays [B, T, D] are split into blocks [C, W] of steps and channels. The grid is (batch, channels, steps).
 
     Attributes:
         num_padding: number of steps of padding, so that blocks have whole tiles.

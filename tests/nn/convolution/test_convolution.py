@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import fixed_length, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.spec import ONES, Normal
 from jaxlm.testing.helpers import relative_error
 
@@ -101,10 +101,10 @@ def numpy_causal_convolution(params, x, dilation=1):
 
 @jax.jit
 def run_call(params, x, indices, ids, past, tail):
-    reordered, stream = open_stream(indices, ids, past)
+    reordered, stream = move_padding_last(indices, ids, past)
     x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
     y, tail = causal_convolution(params, stream, x, tail, dilation=tail.shape[1] // (params["weight"].shape[0] - 1))
-    return *close_stream(stream, y), tail
+    return *restore_order(stream, y), tail
 
 
 def run_stream(params, x, ids, cuts, dilation=1):

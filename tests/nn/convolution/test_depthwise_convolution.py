@@ -14,7 +14,7 @@ from jaxlm.nn.convolution import (
     depthwise_convolution,
     depthwise_convolution_specs,
 )
-from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
 
@@ -144,10 +144,10 @@ def test_errors_name_bad_input():
 
 @functools.partial(jax.jit, static_argnames="dilation")
 def run_call(params, x, indices, ids, past, tail, dilation):
-    reordered, stream = open_stream(indices, ids, past)
+    reordered, stream = move_padding_last(indices, ids, past)
     x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
     y, tail = causal_depthwise_convolution(params, stream, x, tail, dilation=dilation)
-    return *close_stream(stream, y), tail
+    return *restore_order(stream, y), tail
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
@@ -175,7 +175,7 @@ def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilat
             want = numpy_convolution(params, x[row, index], np.ones(len(index)), "causal", dilation)
             assert relative_error(got[row, index], want) < 1e-6
     # Without a state, a stream gives the same as a plain call.
-    _, stream = open_stream(indices, None, None)
+    _, stream = move_padding_last(indices, None, None)
     y, no_state = causal_depthwise_convolution(params, stream, x, None, dilation=dilation)
     assert no_state is None
     assert relative_error(y, depthwise_convolution(params, x, padding="causal", dilation=dilation)) < 1e-6

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution.pooling import causal_max_pool, k_max_pool, max_pool
-from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.float32)  # all below 0
 
@@ -27,9 +27,9 @@ def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
 
 @jax.jit
 def run_call(indices, ids, past, tail):
-    reordered, stream = open_stream(indices, ids, past)
+    reordered, stream = move_padding_last(indices, ids, past)
     y, tail = causal_max_pool(stream, jnp.take_along_axis(X, reordered[:, :, None], axis=1), tail, 3, dilation=2)
-    return *close_stream(stream, y), tail
+    return *restore_order(stream, y), tail
 
 
 def test_causal_max_pool_in_several_calls_with_padding_and_documents():
