@@ -133,8 +133,8 @@ def _forward(
     def first_step() -> Any:
         return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
 
-    _, examples = jax.eval_shape(first_step)  # only the shapes are computed, so a count of the operations does not
-    include this # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
+    _, examples = jax.eval_shape(first_step)  # computes no values, so a count of the operations does not include this
+    # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in examples[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
     last, (hidden_BTH, *residuals) = _over_chunks(T, chunk, run_chunk, (first, stored))
