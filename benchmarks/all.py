@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import harness, report
 from benchmarks.harness import UserError
+from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,4 +156,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

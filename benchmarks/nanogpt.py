@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import harness
+from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,4 +138,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

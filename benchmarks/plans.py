@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import UserError
+from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,4 +206,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -14,20 +14,20 @@ large file. docs/tasks/chess.md defines each metric and has the measured results
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from jaxlm import host, metrics
+from jaxlm.command_line import end_process
 from jaxlm.data import Batches, MoveTokenizer
 from jaxlm.data.games import Games, Notation, chess_games, read_games, split_games
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
-from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards, move_samples
+from jaxlm.tasks.chess_training import game_batches, match_boards, move_samples
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
@@ -76,8 +76,8 @@ class Experiment:
     """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
     """Use only this many games from the start of the file."""
-    generated_games: int = 0
-    """Generated games to add to the training games (0.08 s per game): chess.MaterialPlayer against random moves."""
+    extra_data: Path | None = None
+    """File of games that are added to the training games, for example generated games. None: no more games."""
     min_count: int = 5
     """With notation san: moves that occur fewer than min_count times in the training games become unknown tokens."""
     validation_fraction: float = 0.02
@@ -158,18 +158,18 @@ def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Mo
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
-    fields = ["data", "notation", "max_games", "generated_games", "min_count", "validation_fraction", "test_fraction"]
+    fields = ["data", "notation", "max_games", "extra_data", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, ["output", *fields])
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
-    generated = generated_games(experiment.generated_games, experiment.notation, config.seed).moves
+    extra = () if experiment.extra_data is None else read_games(experiment.extra_data, experiment.notation).moves
     model, params, tokenizer = build(experiment, training, resume)
     (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
             model, tokenizer, part, config.batch_size, config.sequence_length,
             positions_per_game=experiment.positions_per_game, target_length=experiment.target_length, seed=config.seed,
         )
-        for part in (training.moves + generated, validation.moves)
+        for part in (training.moves + extra, validation.moves)
     )  # fmt: skip
     trainer = config.trainer(model, experiment.optimizer, causal.loss)
     num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
@@ -180,7 +180,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
-        f"{len(generated):,} generated, {len(validation):,} for validation, {len(test):,} for the tests · "
+        f"{len(extra):,} extra, {len(validation):,} for validation, {len(test):,} for the tests · "
         f"{description} · {source.rows_per_epoch:,} rows per epoch · {directory}"
     )
     data = Batches(source, to_batch=to_batch, prefetch=2)
@@ -247,4 +247,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

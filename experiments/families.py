@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -38,7 +37,7 @@ import numpy as np
 import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import host
-from jaxlm.command_line import Parser, exit_status, split_debug
+from jaxlm.command_line import Parser, end_process, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, Window, shakespeare
 from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
@@ -443,4 +442,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

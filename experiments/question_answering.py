@@ -16,13 +16,13 @@ used once, after training. docs/tasks/question_answering.md has the measured res
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm import host, metrics
+from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
@@ -241,4 +241,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

@@ -18,7 +18,6 @@ The test split is used once, after training. docs/tasks/sentiment.md has the mea
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ import numpy as np
 
 from jaxlm import config as config_lib
 from jaxlm import host, metrics, spec
+from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
@@ -246,4 +246,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

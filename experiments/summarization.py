@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import host, metrics
+from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.debian import read_descriptions
@@ -240,4 +240,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import host, processes
+from jaxlm.command_line import end_process
 from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, read_text, shakespeare
 from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, get_model
@@ -244,4 +245,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

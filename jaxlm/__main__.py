@@ -1,7 +1,5 @@
 """``python -m jaxlm``: see :mod:`jaxlm.cli`."""
 
-import sys
+from jaxlm.cli import run
 
-from jaxlm.cli import main
-
-sys.exit(main())
+run()

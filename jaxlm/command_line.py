@@ -9,11 +9,13 @@ which also prints the traceback.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 import zlib
@@ -24,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from safetensors import SafetensorError
 
+from jaxlm import processes
 from jaxlm.config import check_numbers, read
 
 T = TypeVar("T")
@@ -149,6 +152,21 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
             traceback.print_exc()
         print(f"{program}: {describe(error)}", file=sys.stderr)
         return 2 if is_user_error(error) else 1
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process with an exit status. After Ctrl-C (130), SIGINT ends the process.
+
+    A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough.
+    """
+    if status == INTERRUPTED and not processes.is_joined():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -381,6 +381,15 @@ def _sacrebleu() -> Any:
 
 
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+    compute = metric._compute_score_from_stats
+
+    def compute_float(stats: Any) -> Any:
+        # sacrebleu's mean over the bootstrap samples raises an error if some scores are float32 and others are float.
+        sample_score = compute(stats)
+        sample_score.score = float(sample_score.score)
+        return sample_score
+
+    metric._compute_score_from_stats = compute_float
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
     # sacrebleu returns the interval only as text and in two private attributes: its center and half of its width.
     low, high = max(0.0, result._mean - result._ci), min(100.0, result._mean + result._ci)

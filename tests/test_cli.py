@@ -336,3 +336,31 @@ def test_python_m_jaxlm_runs_the_command():
     )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr.startswith("jaxlm: 'nowhere' is not a directory")
+
+
+def test_ctrl_c_ends_a_shell_loop(tmp_path):
+    """A shell ends a loop only if SIGINT ended the command; the exit status 130 is not enough."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, time\n"
+        "from jaxlm.command_line import end_process, exit_status\n"
+        "def command():\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(60)\n"
+        "    return 0\n"
+        "atexit.register(print, 'exit handler')\n"
+        "end_process(exit_status(command, 'program'))\n"
+    )
+    loop = f"for i in 1 2; do {sys.executable} {program}; echo status $?; done; echo after"
+    # A terminal sends SIGINT to the shell and to the command. The new process makes the terminal.
+    spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
+    with subprocess.Popen(
+        [sys.executable, "-c", spawn, "bash", "-c", loop], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as terminal:
+        output = terminal.stdout.read(len("started"))
+        terminal.stdin.write(b"\x03")
+        terminal.stdin.flush()
+        output += terminal.stdout.read()
+    assert output.count(b"started") == 1
+    assert b"exit handler" in output
+    assert b"after" not in output

@@ -100,6 +100,13 @@ def test_bleu_equals_sacrebleu_and_includes_its_signature():
     assert "tok:none" in lower.detail
 
 
+def test_chrf_of_texts_without_common_characters():
+    """Bootstrap samples without a match have a score of 0."""
+    score = metrics.chrf(["", "", "a cat sits"], ["b dog", "c x", "a cat sits"])
+    assert score.low < score.value < score.high
+    assert metrics.chrf(["x", "y"], ["a b", "c d"]).value == 0.0
+
+
 def test_chrf_equals_sacrebleu():
     import sacrebleu
 

@@ -16,7 +16,6 @@ interrupted command again to continue it. With --quick, the results are in OUTPU
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from experiments.laboratory import page
@@ -24,7 +23,7 @@ from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import Result, Results, run_model
 from jaxlm import host
-from jaxlm.command_line import Parser, exit_status, split_debug
+from jaxlm.command_line import Parser, end_process, exit_status, split_debug
 from jaxlm.training.checks import check_output
 
 DOCS = Path("docs")
@@ -116,4 +115,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     host.keep_freed_memory()
-    sys.exit(main())
+    end_process(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Protocol, Union
+from typing import Annotated, Any, NoReturn, Protocol, Union
 
 import tyro
 
@@ -18,7 +18,7 @@ from jaxlm.cli.launch import Launch
 from jaxlm.cli.plan import Plan
 from jaxlm.cli.score import Score
 from jaxlm.cli.translate import Summarize, Translate
-from jaxlm.command_line import exit_status, parse, split_debug
+from jaxlm.command_line import end_process, exit_status, parse, split_debug
 
 
 class Command(Protocol):
@@ -65,3 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     union: Any = Union[subcommands]  # noqa: UP007 (created at run time)
     command: Command = parse(union, words, program="jaxlm", description=DESCRIPTION)
     return exit_status(command.run, "jaxlm", debug=debug)
+
+
+def run() -> NoReturn:
+    """Run the ``jaxlm`` command and end the process with its exit status."""
+    end_process(main())

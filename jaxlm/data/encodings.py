@@ -5,9 +5,13 @@ A tokenizer makes the full encoding. The functions of this module select tokens 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+_LOG = logging.getLogger("jaxlm")
 
 SPECIAL = -1
 """The entry of :attr:`Encoding.sequence_ids` for a special token of the template."""
@@ -70,6 +74,20 @@ def truncate(encoding: Encoding, max_length: int) -> Encoding:
     else:
         first, second = (budget // 2, budget - budget // 2) if first <= second else (budget - budget // 2, budget // 2)
     return _select_tokens(encoding, {0: (0, first), 1: (0, second)})
+
+
+def truncate_all(encodings: Sequence[Encoding], max_length: int, name: str) -> list[Encoding]:
+    """The encodings with at most ``max_length`` tokens each (:func:`truncate`).
+
+    The logger "jaxlm" warns with the number of truncated encodings.
+
+    Args:
+        name: what the encodings are, for the warning, for example ``texts of train.tsv``.
+    """
+    num_truncated = sum(len(encoding.ids) > max_length for encoding in encodings)
+    if num_truncated:
+        _LOG.warning("%d of %d %s are truncated to %d tokens", num_truncated, len(encodings), name, max_length)
+    return [truncate(encoding, max_length) for encoding in encodings]
 
 
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:

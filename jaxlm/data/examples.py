@@ -46,6 +46,9 @@ class InvalidLineError(ValueError):
     """A line is not a valid example. With ``on_error="report"``, it is listed in ``Examples.rejected`` instead."""
 
 
+_PART = "a part of "
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples(Sequence[Example]):
     """A data set: a sequence of examples.
@@ -141,7 +144,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return dataclasses.replace(self, rows=self.rows[index], rejected=())
+            return self._part(self.rows[index])
         return self.rows[index]
 
     def __iter__(self) -> Iterator[Example]:
@@ -160,7 +163,12 @@ class Examples(Sequence[Example]):
 
     def select(self, indices: Iterable[int]) -> Examples:
         """The examples with these indices."""
-        return dataclasses.replace(self, rows=[self.rows[index] for index in indices], rejected=())
+        return self._part([self.rows[index] for index in indices])
+
+    def _part(self, rows: Sequence[Example]) -> Examples:
+        """Some of the examples. The name says that the number of an example is not that in the file."""
+        name = self.name if self.name.startswith(_PART) else f"{_PART}{self.name}"
+        return dataclasses.replace(self, rows=rows, name=name, rejected=())
 
     def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
         """Split at random into one part for each fraction, and one part for the remaining examples.

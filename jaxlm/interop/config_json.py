@@ -136,6 +136,8 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
                 fields["num_labels"] = len(labels)
             elif config.get("num_labels") is not None:
                 fields["num_labels"] = config["num_labels"]
+        if "task" in overrides and "num_labels" in overrides:
+            _check_task(name, overrides["task"])
         saved_model = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
         if "task" in overrides and overrides["task"] != implied.get("task"):
             implied = {}
@@ -147,6 +149,13 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config), config=config)
     return Description(dataclasses.replace(model, metadata=metadata), table, saved_model)
+
+
+def _check_task(name: str, task: Any) -> None:
+    """Raise ``ValueError`` if the family has no task with labels. An error about ``num_labels`` would be less clear."""
+    tasks = typing.get_args(typing.get_type_hints(family(name).Config)["task"])
+    if not hasattr(family(name).Config, "num_labels"):
+        raise ValueError(f"family {name} has no task {task!r}: it has {', '.join(tasks)}")
 
 
 def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:

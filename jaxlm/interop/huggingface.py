@@ -521,16 +521,18 @@ def _missing_paths(
 
 
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
-    """The model with ``initialized`` and ``unused_tensors`` in its metadata. The logger reports both."""
+    """The model with ``initialized`` and ``unused_tensors`` in its metadata.
+
+    The logger reports both. Parameters without a value in the files are a warning, because they must be trained.
+    """
     assert model.metadata is not None
     metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
     if any(path.partition("/")[0] in HEADS.values() for path in match.initialized):
         metadata = dataclasses.replace(metadata, labels=None)
-    if match.initialized or match.unused:
-        _LOG.info(
-            "%s: initialised: %s; not loaded: %s",
-            directory, ", ".join(match.initialized) or "nothing", ", ".join(match.unused) or "nothing",
-        )  # fmt: skip
+    if match.initialized:
+        _LOG.warning("%s: new parameters, which must be trained: %s", directory, ", ".join(match.initialized))
+    if match.unused:
+        _LOG.info("%s: not loaded: %s", directory, ", ".join(match.unused))
     return dataclasses.replace(model, metadata=metadata)
 
 

@@ -54,13 +54,14 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     num_layers: int = 3
     """Number of layers."""
     embed_dim: int = 400
-    """Width of the embeddings, and of the last layer if the output head is tied."""
+    """Width of the embeddings, and of the last layer with tie_embeddings."""
     hidden_dim: int = 1150
-    """Width of each layer, per direction. A tied output head gives the last layer the width embed_dim instead."""
+    """Width of each layer, per direction. With tie_embeddings, the last layer has the width embed_dim instead."""
     direction: Direction = "forward"
     """Read forward, or in both directions with concatenated outputs (an encoder)."""
     tie_embeddings: bool = True
-    """Use the token table as output head (task causal)."""
+    """Use the token table as output head (task causal). With the direction forward, the last layer has the width
+    embed_dim for every task, so that a language model can be fine-tuned for another task."""
     embedding_dropout: float = 0.1
     """Dropout rate on whole word types in the embeddings."""
     input_dropout: float = 0.4
@@ -253,8 +254,8 @@ def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
 
 
 def widths(cfg: RecurrentConfig) -> list[int]:
-    """The width of each layer (of one direction). The last one is ``embed_dim`` if the head is tied to the table."""
-    last = cfg.embed_dim if cfg.task == "causal" and cfg.tie_embeddings else cfg.hidden_dim
+    """The width of each layer (of one direction). See ``tie_embeddings`` for the last layer."""
+    last = cfg.embed_dim if cfg.tie_embeddings and cfg.direction == "forward" else cfg.hidden_dim
     return [cfg.hidden_dim] * (cfg.num_layers - 1) + [last]
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
+from jaxlm.data.encodings import truncate_all
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.metrics import Score, accuracy, confusion, proportion
@@ -37,20 +38,25 @@ def encode(
     Raises:
         ValueError: an example has an unknown label, no tokens, or more tokens than the model has positions.
     """
+    if len(labels) < 2:
+        raise ValueError(f"{examples.name} has only the label {labels[0]!r}: a classifier needs at least two labels")
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = model.max_positions
     encoded: list[Encoded] = []
-    for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts, pairs, max_length=max_length)):
+    encodings = tokenizer.encode_inputs_batch(texts, pairs)
+    if max_length is not None:
+        encodings = truncate_all(encodings, max_length, f"texts of {examples.name}")
+    for text, encoding, label in zip(texts, encodings, label_numbers, strict=True):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
             allowed = "at least 1" if limit is None else f"from 1 to {limit}"
             raise ValueError(
-                f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Truncate "
-                "long texts with max_length, or use a model with more positions"
+                f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. "
+                "Truncate long texts with max_length, or use a model with more positions"
             )
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
-        encoded.append({"tokens": encoding.ids, **types, "label": label_numbers[number]})
+        encoded.append({"tokens": encoding.ids, **types, "label": label})
     return encoded
 
 

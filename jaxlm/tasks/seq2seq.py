@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
+from jaxlm.data.encodings import truncate_all
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
@@ -45,8 +46,11 @@ def encode(
     eos_id = tokenizer.special_ids.eos
     if eos_id is None:
         raise ValueError("the tokenizer has no EOS token: train a tokenizer with template='eos'")
-    sources = tokenizer.encode_inputs_batch(examples.column("source"), max_length=max_source)
-    targets = tokenizer.encode_inputs_batch(examples.column("target"), max_length=max_target)
+    sources, targets = (tokenizer.encode_inputs_batch(examples.column(name)) for name in ("source", "target"))
+    if max_source is not None:
+        sources = truncate_all(sources, max_source, f"sources of {examples.name}")
+    if max_target is not None:
+        targets = truncate_all(targets, max_target, f"targets of {examples.name}")
     if targets[0].ids[-1] != eos_id:
         raise ValueError("the tokenizer adds no EOS token at the end: train a tokenizer with template='eos'")
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]

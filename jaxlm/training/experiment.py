@@ -42,9 +42,26 @@ class ModelConfig:
     name: str = "gpt2"
     """Family or variant, for example lstm or t5-small."""
     set: tuple[str, ...] = ()
-    """Changes to fields of the family's config, for example num_layers=2 hidden_dim=256."""
+    """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields that the
+    preset sets, and replace their values. Without a field, the option removes all fields of the preset."""
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
+
+    def merge(self, preset: ModelConfig) -> ModelConfig:
+        """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
+
+        Another ``name`` or ``pretrained`` directory has other fields. Then the preset's fields are not used, and a line
+        says so.
+        """
+        if (self.name, self.pretrained) != (preset.name, preset.pretrained):
+            if self.set and self.set == preset.set:
+                print_once(f"the preset's fields of {preset.name} are not used: {' '.join(preset.set)}")
+                return dataclasses.replace(self, set=())
+            return self
+        if not self.set:
+            return self
+        fields, changes = (config_lib.assigned_texts("model.set", config.set) for config in (preset, self))
+        return dataclasses.replace(self, set=tuple(f"{name}={value}" for name, value in (fields | changes).items()))
 
     def tokenizer(self, resume: Path | None, train: Callable[[], Tokenizer]) -> Tokenizer:
         """The tokenizer of the run ``resume``, of the ``pretrained`` weights, or the result of ``train()``."""
@@ -106,6 +123,8 @@ def command_line(
         experiment, initial, resume = parse_experiment(
             default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
+        if hasattr(experiment, "model"):
+            experiment = dataclasses.replace(experiment, model=experiment.model.merge(initial.model))  # type: ignore
         checks.check_settings(experiment, initial)
         output = resume or experiment.output  # type: ignore[attr-defined]
 

@@ -42,7 +42,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 4 steps. Tests must not change it."""
     run: Path = tmp_path_factory.mktemp("chess") / "run"
-    assert main(*SMALL, *LLAMA, "--notation", "uci", "--data", file, "--training.steps", "4", "--output", run) == 0
+    extra = run.parent / "extra.txt"
+    extra.write_text("e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7 1-0\nf2f3 e7e5 g2g4 d8h4 0-1\n")
+    files = ("--data", file, "--extra-data", extra)
+    assert main(*SMALL, *LLAMA, "--notation", "uci", *files, "--training.steps", "4", "--output", run) == 0
     return run
 
 
@@ -123,6 +126,8 @@ def test_invalid_data_options_print_errors(file: Path, capsys: pytest.CaptureFix
     assert "max_games=100 must be from 1 to the 36 games of the file" in capsys.readouterr().err
     assert main("--data", file.parent / "missing.txt") == 2
     assert "missing.txt" in capsys.readouterr().err
+    assert main("--data", file, "--extra-data", file.parent / "no_extra.txt") == 2
+    assert "no_extra.txt" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- the command

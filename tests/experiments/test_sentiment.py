@@ -11,10 +11,10 @@ from jaxlm.training.report import read_attention, read_results, read_samples
 
 WORDS = {"1": "good fine great warm", "0": "bad dull poor cold"}
 TINY = (
-    "--preset", "lstm", "--training.batch-size", "8", "--epochs", "2", "--training.evaluate-every", "4",
+    "--preset", "lstm", "--training.batch-size", "8", "--epochs", "3", "--training.evaluate-every", "4",
     "--optimizer.warmup-steps", "2",
     "--buckets", "1", "--data.validation-fraction", "0.1", "--optimizer.learning-rate", "0.02",
-    "--model.set", "embed_dim=16", "hidden_dim=16", "num_layers=1",
+    "--model.set", "embed_dim=16", "hidden_dim=16", "input_dropout=0.0", "output_dropout=0.0",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from jaxlm.interop.locations import locations_of
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
-from jaxlm.testing.helpers import initial_params, tiny_model
+from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 from tests.interop.classes import CLASSES, model_of_class
 
 PARAMETERS = pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog
     save_model(tmp_path, base)
     with caplog.at_level(logging.INFO, logger="jaxlm"):
         model, params = load_pretrained(tmp_path, task="classification", num_labels=4)
-    assert "initialised: classifier" in caplog.text
+    assert "new parameters, which must be trained: classifier" in caplog.text
     tokens = np.ones((2, 5), np.int32)
     hidden, _ = model.apply(initial_params(model), tokens)
     assert model.logits(params, model.pool(params, hidden)).shape == (2, 1, 4)
@@ -496,3 +496,19 @@ def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
 def test_defaults_of_metadata() -> None:
     assert Metadata() == Metadata(None, {}, {}, None, (), ())
     assert set(HEADS.values()) == {"classifier", "token_classifier", "span"}
+
+
+def test_a_family_without_a_task_with_labels_says_so(tmp_path: Path) -> None:
+    model = tiny_model("mamba2-tiny")
+    save_pretrained(tmp_path, model, initial_params(model))
+    with pytest.raises(ValueError, match="family mamba2 has no task 'classification': it has causal, none"):
+        load_pretrained(tmp_path, task="classification", num_labels=3)
+
+
+@pytest.mark.parametrize("variant", ["lstm-tiny", "gru-tiny"])
+def test_a_recurrent_language_model_loads_as_a_classifier(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant, embed_dim=16, hidden_dim=24)
+    save_pretrained(tmp_path, model, params := initial_params(model))
+    classifier, loaded = load_pretrained(tmp_path, task="classification", num_labels=3)
+    assert all(path.startswith("classifier") for path in classifier.metadata.initialized)
+    assert_trees_equal({name: loaded[name] for name in params}, params)

@@ -105,16 +105,25 @@ def test_a_classifier_for_own_examples_needs_ten_lines(tmp_path):
     assert classify(model, result.params, tokens, ["red one", "two blue"]).labels == list(LABELS)
 
 
-def test_errors_name_bad_examples():
+def test_errors_name_bad_examples(caplog):
     model = tiny_model("bert-tiny", task="classification", num_labels=2)
     with pytest.raises(
         ValueError, match="example 0 of the examples has the label 'x': known labels are colour, number"
     ):
         classification.encode(Examples([{"text": "red", "label": "x"}]), tokenizer(), LABELS, model)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
-    with pytest.raises(ValueError, match="example 0 of long.tsv has 100 tokens: it must have from 1 to .* max_length"):
+    with pytest.raises(
+        ValueError, match="the text 'red .*' of long.tsv has 100 tokens: it must have from 1 to .* max_length"
+    ):
         classification.encode(long, tokenizer(), LABELS, model)
-    assert len(classification.encode(long, tokenizer(), LABELS, model, max_length=20)[0]["tokens"]) == 20
+    with caplog.at_level("WARNING", "jaxlm"):
+        encoded = classification.encode(long, tokenizer(), LABELS, model, max_length=20)
+    assert len(encoded[0]["tokens"]) == 20
+    assert caplog.messages == ["1 of 1 texts of long.tsv are truncated to 20 tokens"]
+    with pytest.raises(
+        ValueError, match="long.tsv has only the label 'colour': a classifier needs at least two labels"
+    ):
+        classification.encode(long, tokenizer(), ("colour",), model)
 
 
 def test_convolutions_get_the_length_of_the_longest_input():
