@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm import config as config_lib
-from jaxlm import host, metrics, spec
+from jaxlm import host, metrics
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
@@ -218,21 +218,19 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
         return train_and_test(experiment, *parts(experiment.data), resume)[0]
-    if resume is not None:
-        raise ValueError("--resume does not support folds: start the run again")
-    examples, start_time = read(experiment.data.train, experiment.data), time.perf_counter()
-    output, scores = experiment.output or lib.new_directory("sentiment"), []
-    for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
-        fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}")
-        result, score = train_and_test(fold_experiment, training, test, None)
+    folds = read(experiment.data.train, experiment.data).folds(experiment.folds)
+    output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
+    output.mkdir(parents=True, exist_ok=True)
+    config_lib.write(experiment, output / "config.json")
+    for fold, (training, test) in enumerate(folds):
+        directory = output / f"fold-{fold}"
+        is_started = (directory / "config.json").exists()  # only in a resumed run
+        fold_experiment = dataclasses.replace(experiment, output=directory, folds=None)
+        result, score = train_and_test(fold_experiment, training, test, directory if is_started else None)
         if score is None:
             return result
         scores.append(score)
-    config_lib.write(experiment, output / "config.json")
-    pooled = classification.write_folds(
-        output, scores, task="sentiment", family=experiment.model.name, parameters=spec.count(result.params),
-        minutes=(time.perf_counter() - start_time) / 60, data=str(experiment.data.train or INCLUDED_DATA),
-    )  # fmt: skip
+    pooled = classification.write_folds(output, scores)
     lib.print_once(str(pooled))
     return result
 

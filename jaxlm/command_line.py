@@ -103,7 +103,10 @@ def parse_experiment(
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
+    parser.add_argument("--seed", metavar="N", help="the same as --training.seed N")
     known, rest = parser.parse_known_args(arguments)
+    if known.seed is not None:
+        rest += ["--training.seed", known.seed]
     if known.preset is not None and known.resume is not None:
         parser.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
     initial = default if known.preset is None else presets[known.preset]

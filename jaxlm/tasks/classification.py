@@ -22,7 +22,7 @@ from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.training.report import write_confusion, write_results, write_samples
+from jaxlm.training.report import read_results, write_confusion, write_results, write_samples
 
 
 def encode(
@@ -126,21 +126,23 @@ METRICS: dict[str, Any] = {"loss": classification.loss, "accuracy": classificati
 """The metrics that an ``Evaluator`` of a classifier computes."""
 
 
-def write_folds(directory: Path, scores: Sequence[Score], **details: Any) -> Score:
+def write_folds(directory: Path, scores: Sequence[Score]) -> Score:
     """Write ``results.json`` of a cross-validation and return the accuracy over the test examples of all folds.
 
     Args:
+        directory: the parent of the run directories of the folds, ``fold-0``, ``fold-1``, ...
         scores: the accuracy of each fold.
-        details: further values for ``jaxlm.training.report.write_results``.
     """
+    results = [read_results(directory / f"fold-{fold}") for fold in range(len(scores))]
     counts = [score.count or 0 for score in scores]
     num_correct = sum(round(score.value * count) for score, count in zip(scores, counts, strict=True))
     pooled = proportion(f"accuracy over {len(scores)} folds", num_correct, sum(counts))
     values = [score.value for score in scores]
     deviation = round(float(np.std(values, ddof=1)), 4)
     write_results(
-        directory, scores=[pooled], folds=len(scores), accuracy_of_folds=values,
-        standard_deviation_over_folds=deviation, **details,
+        directory, task=results[0]["task"], family=results[0]["family"], parameters=results[0]["parameters"],
+        minutes=sum(result["minutes"] for result in results), data=results[0]["data"], scores=[pooled],
+        folds=len(scores), accuracy_of_folds=values, standard_deviation_over_folds=deviation,
     )  # fmt: skip
     return pooled
 

@@ -194,7 +194,10 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
     saved_experiment = config_lib.read(type(experiment), resume / "config.json")
     for field in ("model.name", "optimizer.name", *fields):
         value, saved = map(operator.attrgetter(field), (experiment, saved_experiment))
-        if value != saved:
+        if dataclasses.is_dataclass(value):
+            fields = [f"{field}.{inner.name}" for inner in dataclasses.fields(value)]
+            check_unchanged(experiment, resume, fields)
+        elif value != saved:
             raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
 
 

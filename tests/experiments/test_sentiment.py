@@ -1,6 +1,7 @@
 """Small runs of the sentiment experiment: files of a run, resuming, folds and invalid input."""
 
 import json
+import shutil
 
 import pytest
 
@@ -99,6 +100,11 @@ def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
         json.loads((tmp_path / "run" / f"fold-{fold}" / "confusion.json").read_text())["counts"] for fold in (0, 1)
     ]
     assert sum(sum(map(sum, fold)) for fold in counts) == len(lines)
+    (tmp_path / "run/results.json").unlink()
+    shutil.rmtree(tmp_path / "run/fold-1")
+    assert main("--resume", tmp_path / "run") == 0
+    resumed = json.loads((tmp_path / "run/results.json").read_text())
+    assert resumed["accuracy_of_folds"] == results["accuracy_of_folds"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jaxlm.testing.helpers import FIRST_VARIANTS, initial_params, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.report import read_confusion, read_results, read_samples
+from jaxlm.training.report import read_confusion, read_results, read_samples, write_results
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 LABELS = ("colour", "number")
@@ -138,8 +138,13 @@ def test_convolutions_get_the_length_of_the_longest_input():
 
 def test_folds_are_pooled_over_their_examples(tmp_path):
     scores = [proportion("accuracy", 9, 10), proportion("accuracy", 15, 30)]
-    pooled = classification.write_folds(tmp_path, scores, task="sentiment", family="lstm", parameters=1, minutes=0.1)
+    for fold, score in enumerate(scores):
+        run = tmp_path / f"fold-{fold}"
+        run.mkdir()
+        write_results(run, task="sentiment", family="lstm", parameters=7, minutes=0.5, data="here", scores=[score])
+    pooled = classification.write_folds(tmp_path, scores)
     assert (pooled.value, pooled.count) == (24 / 40, 40)
     results = read_results(tmp_path)
+    assert (results["minutes"], results["parameters"], results["data"]) == (1.0, 7, "here")
     assert results["accuracy_of_folds"] == [0.9, 0.5]
     assert results["standard_deviation_over_folds"] == 0.2828
