@@ -7,8 +7,7 @@ take 100 minutes on one CPU core; the next move is then right in 31 % of the pos
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm or t5. Use --max-games 5000 for a short run on a
-large file. docs/tasks/chess.md defines each metric and has the measured results.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm or t5. docs/tasks/chess.md has the results.
 """
 
 from __future__ import annotations
@@ -132,11 +131,10 @@ PRESETS = {
 def read(experiment: Experiment) -> Games:
     """The games of the file, or the included games."""
     start_time = time.perf_counter()
-    if experiment.data is None:
-        games = chess_games(experiment.notation)
-    else:
+    if experiment.data is not None:
         lib.print_once(f"reading {experiment.data}: about 1 ms per game on one core")
-        games = read_games(experiment.data, experiment.notation)
+    path, notation = experiment.data, experiment.notation
+    games = chess_games(notation) if path is None else read_games(path, notation)
     lib.print_once(f"{games.report()}, read in {time.perf_counter() - start_time:.0f} s")
     count = len(games) if experiment.max_games is None else experiment.max_games
     if not 1 <= count <= len(games):
@@ -195,13 +193,15 @@ def _report(
     start_time: float,
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
-    tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
+    tests, scores, boards, rate = experiment.tests, list[metrics.Score](), list[Board](), None
     trained_model, limit = (model, result.params, tokenizer), model.max_positions
     short_games = [line for line in test.moves if limit is None or len(line.split()) < limit]
     if len(short_games) < len(test):
         lib.print_once(f"{len(test) - len(short_games)} test games are skipped: they have {limit} or more moves")
     if lines := short_games[: tests.games]:
+        started = time.perf_counter()
         moves = chess.next_move_accuracy(*trained_model, lines)
+        rate = round(len(lines) / (time.perf_counter() - started), 1)
         scores += [moves.top_1, moves.top_5, moves.legal]
         write_samples(directory, move_samples(*trained_model, lines))
     if positions := chess.mates_in_one(short_games[: tests.mates]):
@@ -224,7 +224,7 @@ def _report(
     write_boards(directory, boards)
     lib.report(
         directory, task="chess", model=model, start_time=start_time, scores=scores, result=result,
-        data=str(experiment.data or "included games"), notation=experiment.notation,
+        data=str(experiment.data or "included games"), notation=experiment.notation, test_games_per_second=rate,
     )  # fmt: skip
 
 

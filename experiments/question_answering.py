@@ -31,6 +31,7 @@ from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
+from jaxlm.tasks import attention_maps
 from jaxlm.tasks import question_answering as qa
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
@@ -226,6 +227,10 @@ def report(
         extra_scores = scorer.scores(result.params, examples, threshold)
         test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in extra_scores]
     write_samples(directory, qa.samples(test[:40], answers[:40]))
+    questions, contexts = (test.column(name)[:4] for name in ("question", "context"))
+    attention_maps.write_attention_maps(
+        directory, scorer.model, result.params, scorer.tokenizer, questions, pairs=contexts, max_tokens=60
+    )
     lib.report(
         directory, task="question_answering", model=scorer.model, start_time=start_time, scores=test_scores,
         data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,

@@ -225,14 +225,15 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
     """Generate a passage, print it during generation, and return it."""
-    passage = prompt
+    passage, started = prompt, time.perf_counter()
     sys.stdout.write(f"\n{prompt}")
     key = jax.random.key(experiment.training.seed)
     for piece in stream_text(model, params, tokenizer, prompt, generation_config(experiment), key=key):
         sys.stdout.write(piece)
         sys.stdout.flush()
         passage += piece
-    sys.stdout.write("\n\n")
+    rate = experiment.sample_tokens / (time.perf_counter() - started)
+    sys.stdout.write(f"\n\n{rate:.0f} tokens per second, compilation included\n")
     return passage
 
 

@@ -43,6 +43,7 @@ def write_attention_maps(
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
     *,
+    pairs: Sequence[str] | None = None,
     max_tokens: int | None = None,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` of a run. The report shows them.
@@ -51,7 +52,8 @@ def write_attention_maps(
     are the same as for :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, max_tokens=max_tokens))
+        maps = attention_maps(model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens)
+        write_attention(run, maps)
 
 
 def attention_maps(
@@ -61,6 +63,7 @@ def attention_maps(
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
     *,
+    pairs: Sequence[str] | None = None,
     max_tokens: int | None = None,
 ) -> list[AttentionMap]:
     """The attention map of each text: its attention weights, averaged over layers and heads.
@@ -71,6 +74,7 @@ def attention_maps(
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.
+        pairs: the second text of each pair of texts, for models that read pairs.
         max_tokens: maximum number of tokens of a text or an output, including special tokens. Longer texts are
             truncated at the end. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no
             truncation.
@@ -91,9 +95,10 @@ def attention_maps(
     positions = model.max_positions
     if max_tokens is not None and positions is not None:
         max_tokens = min(max_tokens, positions)
-    encoded = tokenizer.encode_inputs_batch(list(texts), max_length=max_tokens)
+    encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
     tokens, segment_ids = _padded_tokens(encoded)
-    columns = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(texts, encoded, strict=True)]
+    inputs_of = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
+    columns = [_token_texts(tokenizer, inputs, encoding) for inputs, encoding in zip(inputs_of, encoded, strict=True)]
     if outputs is None:
         types = {}
         if model.reads_token_types:
@@ -102,7 +107,7 @@ def attention_maps(
         kind, rows = ("pool", None) if "pool" in weights else ("self", columns)
     else:
         targets = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
-        rows = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(outputs, targets, strict=True)]
+        rows = [_token_texts(tokenizer, (text,), encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
         decoder_ids, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
@@ -130,9 +135,10 @@ def _padded_tokens(encoded: Sequence[Encoding]) -> tuple[Any, Any]:
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
-def _token_texts(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[str]:
-    """The text of each token. The text of a special token is its name, such as ``[CLS]``."""
+def _token_texts(tokenizer: Tokenizer, inputs: Sequence[str], encoding: Encoding) -> list[str]:
+    """The text of each token of an encoded text or pair. The text of a special token is its name, such as ``[CLS]``."""
+    spans = zip(encoding.ids.tolist(), encoding.sequence_ids.tolist(), encoding.offsets.tolist(), strict=True)
     return [
-        text[start:stop] if stop > start else tokenizer.decode([token])
-        for token, (start, stop) in zip(encoding.ids.tolist(), encoding.offsets.tolist(), strict=True)
+        inputs[number][start:stop] if stop > start else tokenizer.decode([token])
+        for token, number, (start, stop) in spans
     ]

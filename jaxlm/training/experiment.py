@@ -27,6 +27,7 @@ from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
 from jaxlm.training.plots import save_attention
 from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, write_results
+from jaxlm.training.trackers import make_tracker
 from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
@@ -203,8 +204,10 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
 
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX."""
-    meta = {"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__}
-    return Run(directory, meta, resume=resume is not None)
+    config, name = config_lib.to_json(experiment), experiment.training.tracker
+    meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
+    trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
+    return Run(directory, meta, resume=resume is not None, trackers=trackers)
 
 
 def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:

@@ -29,7 +29,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
-from jaxlm.training.trackers import Tracker
+from jaxlm.training.trackers import Tracker, TrackerName
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, to_global_batch
 
 METRICS_LAG = 2
@@ -84,6 +84,9 @@ class TrainingConfig:
     continue from the newest intact checkpoint before it."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
+    tracker: TrackerName | None = None
+    """The modules in ``experiments/`` also log the metrics to this service: TensorBoard (in the run directory), Weights
+    & Biases, or Trackio. In Python, pass trackers to ``Run``."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
     losses; OLMo-core uses 6. None skips an update only if the loss or the gradient is not finite."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):
@@ -104,3 +106,20 @@ class TrackioTracker(_RunTracker):
         except ImportError as error:
             raise ImportError("TrackioTracker needs trackio: pip install trackio") from error
         super().__init__(trackio, project, name, config)
+
+
+def make_tracker(name: TrackerName, directory: Path, config: Mapping[str, Any]) -> Tracker:
+    """A tracker for a run directory.
+
+    TensorBoard files are in ``directory/tensorboard``. The other services have the project ``jaxlm`` and the name of
+    the directory.
+
+    Args:
+        config: the configuration of the run, as JSON values.
+
+    Raises:
+        ImportError: the package of the service is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoardTracker(directory / "tensorboard")
+    return {"wandb": WandbTracker, "trackio": TrackioTracker}[name]("jaxlm", directory.name, config)

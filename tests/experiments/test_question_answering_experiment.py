@@ -19,7 +19,7 @@ from jaxlm import cli
 from jaxlm.data import load_tokenizer
 from jaxlm.data.stories import make_stories
 from jaxlm.tasks.question_answering import answer
-from jaxlm.training.report import read_results, read_samples
+from jaxlm.training.report import read_attention, read_results, read_samples
 
 TINY = (
     "--training.batch-size", "8", "--training.evaluate-every", "100", "--training.checkpoint-every", "100",
@@ -67,6 +67,9 @@ def test_files_of_a_run(finished_run: Path) -> None:
     assert all(sample["output"] in sample["context"] for sample in samples)
     assert all(sample["reference"] in sample["context"] for sample in samples)
     assert (finished_run / "report.html").stat().st_size > 1000
+    maps = read_attention(finished_run)
+    assert len(maps) == 4
+    assert all(item.rows == item.columns and item.rows.count("[SEP]") == 2 for item in maps), "a question and its story"
     config = json.loads((finished_run / "model" / "config.json").read_text())
     assert config["architectures"] == ["BertForQuestionAnswering"]
 

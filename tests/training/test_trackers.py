@@ -5,6 +5,9 @@ import types
 
 import pytest
 
+from experiments import sentiment
+from jaxlm.training.experiment import make_run
+from jaxlm.training.loop import TrainingConfig
 from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 
 
@@ -60,6 +63,23 @@ def test_tensorboard_receives_one_scalar_per_metric(monkeypatch, tmp_path):
     tracker.log(10, {"loss": 2.5, "learning_rate": 1e-3})
     tracker.close()
     assert calls == [str(tmp_path), ("loss", 2.5, 10), ("learning_rate", 1e-3, 10), "closed"]
+
+
+@pytest.mark.parametrize("name", [None, "trackio"])
+def test_an_experiment_logs_to_the_tracker_of_its_config(monkeypatch, tmp_path, name):
+    runs = []
+
+    def init(**options):
+        runs.append(FakeRun(**options))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    experiment = sentiment.Experiment(training=TrainingConfig(tracker=name))
+    trackers = make_run(tmp_path / "first", experiment, None).trackers
+    assert len(trackers) == len(runs) == (name is not None)
+    for run in runs:
+        assert (run.options["project"], run.options["name"]) == ("jaxlm", "first")
+        assert run.options["config"]["training"]["tracker"] == "trackio"
 
 
 @pytest.mark.live
