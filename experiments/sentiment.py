@@ -30,7 +30,7 @@ from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
-from jaxlm.data.examples import Examples, InvalidLineError, OnError, read_labelled
+from jaxlm.data.examples import Examples, OnError, read_labelled
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import classification as objective
@@ -46,7 +46,7 @@ class Data:
     """Files of labelled sentences."""
 
     train: Path | None = None
-    """.tsv or .csv with a header, or lines "label sentence" (also .gz); None: passages of the included plays."""
+    """.tsv or .csv with a header, .jsonl, or lines "label sentence" (also .gz). None: the included passages."""
     test: Path | None = None
     """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
@@ -133,16 +133,10 @@ PRESETS = {
 
 
 def read(path: Path | None, data: Data) -> Examples:
-    """The examples of a file (None: the included passages). Prints the lines that were left out."""
+    """The examples of a file (None: the included passages)."""
     if path is None:
         return play_passages()
-    try:
-        examples = read_labelled(path, encoding=data.encoding, on_error=data.on_error)
-    except InvalidLineError as error:
-        raise ValueError(f"{error}; --data.on-error report leaves such lines out") from error
-    for line in examples.rejected:
-        lib.print_once(f"{path}, line {line.line} is left out: {line.reason}")
-    return examples
+    return lib.read_examples(read_labelled, path, encoding=data.encoding, on_error=data.on_error)
 
 
 def parts(data: Data) -> tuple[Examples, Examples]:

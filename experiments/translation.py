@@ -24,7 +24,7 @@ from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import verses
-from jaxlm.data.examples import Examples, read_pairs
+from jaxlm.data.examples import Examples, OnError, read_pairs
 from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import Model
@@ -52,6 +52,8 @@ class Data:
     """File name extension of the source language."""
     target: str = "de"
     """File name extension of the target language."""
+    on_error: OnError = "raise"
+    """Pairs with an empty line: raise an error, or skip them and print their numbers (report)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
         return path if path.exists() else path.with_name(f"{path.name}.gz")
 
     training, validation, test = (
-        read_pairs(file(part, data.source), file(part, data.target))
+        lib.read_examples(read_pairs, file(part, data.source), file(part, data.target), on_error=data.on_error)
         for part in (data.train, data.validation, data.test)
     )
     return training, validation, test

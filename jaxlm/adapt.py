@@ -200,8 +200,9 @@ class LoRA:
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
     parameters except those in ``full_training_patterns``. Each step computes the merged weights and their gradients,
-    which temporarily need as much memory as the full weights. The optimizer state and the checkpoints of the trained
-    tree are small. No dropout is applied to the input of the factors.
+    which temporarily need as much memory as the full weights. The optimizer state and the trained tree are small. A
+    checkpoint of ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No
+    dropout is applied to the input of the factors.
     """
 
     rank: int

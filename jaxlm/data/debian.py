@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.data.examples import Example, Examples, Rejected, read_jsonl
+from jaxlm.data.examples import Example, Examples, Rejected, first_keys, read_jsonl
 from jaxlm.data.text_files import read_lines
 
 _AFFIXES = frozenset(
@@ -126,17 +126,21 @@ def read_descriptions(path: str | Path) -> Examples:
     """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions.
 
     The file contains Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
-    ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``package``,
-    ``text`` and ``summary``. Files may be compressed (``.gz``). ``rejected`` lists records without a long description
-    and repeated packages, each with the number of its first line.
+    ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``text``,
+    ``summary`` and, optionally, ``package``. Files may be compressed (``.gz``). ``rejected`` lists records without a
+    long description and repeated packages, each with the number of its first line.
 
     Raises:
         ValueError: no record has a description.
     """
     if ".jsonl" in Path(path).name:
-        names = ("package", "text", "summary")
+        names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))
         examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
-        rows = [{**row, "project": project(row["package"])} for row in examples]
+        packages = [row.get("package", f"text {number}") for number, row in enumerate(examples)]
+        rows = [
+            {**row, "package": package, "project": project(package)}
+            for row, package in zip(examples, packages, strict=True)
+        ]
         return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()
     for line, record in _read_records(path):
@@ -150,8 +154,8 @@ def read_descriptions(path: str | Path) -> Examples:
             rows.append(example)
     if not rows:
         raise ValueError(
-            f"{path} has no package description: make the file with apt-cache show. The output of apt-cache dumpavail "
-            "has only synopses"
+            f"{path} has no description: use a .jsonl file with the keys text and summary, or Debian records from "
+            "apt-cache show (the output of apt-cache dumpavail has only synopses)"
         )
     return Examples(rows, str(path), tuple(rejected))
 

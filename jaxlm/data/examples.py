@@ -14,6 +14,7 @@ the file and the line. Empty lines of JSONL files are skipped; no other line is 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -469,6 +470,15 @@ def read_jsonl(
     return _collect(path, lines, on_error)
 
 
+def first_keys(path: str | Path, encoding: str = "utf-8") -> list[str]:
+    """The keys of the first JSON object of a file. Empty if the first line is not an object."""
+    first = next((line for _, line in read_lines(path, encoding) if line.strip()), "")
+    with contextlib.suppress(ValueError):
+        row = json.loads(first)
+        return list(row) if isinstance(row, dict) else []
+    return []
+
+
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line."""
 
@@ -485,20 +495,25 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a classification file.
 
-    A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column. The text column is the first name of
-    :data:`TEXT_COLUMNS` that the file has. Any other file has a label, a space and a text on each line.
+    A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column; a ``.jsonl`` file has an object with these
+    keys on each line. The text column is the first name of :data:`TEXT_COLUMNS` that the file has. Any other file has a
+    label, a space and a text on each line.
 
     Args:
         encoding, on_error: as in :func:`read_table`.
     """
     suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
-    if suffix in ("json", "jsonl"):
-        raise ValueError(f"{path} is a JSON file: convert it to .tsv or .csv, or use read_jsonl in Python")
-    if suffix not in ("tsv", "csv"):
+    if suffix == "json":
+        raise ValueError(
+            f"{path} is a JSON file: convert it to .jsonl, with one object on each line, or to .tsv or .csv"
+        )
+    if suffix not in ("tsv", "csv", "jsonl"):
         return read_labelled_lines(path, encoding=encoding, on_error=on_error)
-    names = _read_header(path, _read_rows(path, None, encoding))
-    column = next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])
-    return read_table(path, {"text": column, "label": "label"}, encoding=encoding, on_error=on_error)
+    names = first_keys(path, encoding) if suffix == "jsonl" else _read_header(path, _read_rows(path, None, encoding))
+    fields = {"text": next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0]), "label": "label"}
+    if suffix == "jsonl":
+        return read_jsonl(path, fields, texts=("text",), encoding=encoding, on_error=on_error)
+    return read_table(path, fields, encoding=encoding, on_error=on_error)
 
 
 def read_pairs(

@@ -17,6 +17,7 @@ from jaxlm import config as config_lib
 from jaxlm import processes
 from jaxlm.command_line import exit_status, parse_experiment, split_debug
 from jaxlm.data import Tokenizer, load_tokenizer
+from jaxlm.data.examples import Examples, InvalidLineError
 from jaxlm.decoding import GenerationConfig
 from jaxlm.interop.config_json import model_config_json
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
@@ -93,6 +94,21 @@ class ModelConfig:
         if self.pretrained is not None:
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
         return get_model(self.name, **fixed, **changes), None
+
+
+def read_examples(read: Callable[..., Examples], *paths: Path, **options: Any) -> Examples:
+    """The examples that ``read(*paths, **options)`` returns. Prints the lines that were left out.
+
+    Raises:
+        ValueError: a line is invalid; the error names the option that leaves it out.
+    """
+    try:
+        examples = read(*paths, **options)
+    except InvalidLineError as error:
+        raise ValueError(f"{error}; --data.on-error report leaves such lines out") from error
+    for line in examples.rejected:
+        print_once(f"{examples.name}, line {line.line} is left out: {line.reason}")
+    return examples
 
 
 def print_once(text: str) -> None:

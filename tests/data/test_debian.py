@@ -67,6 +67,14 @@ def test_json_lines_are_read(tmp_path):
     assert [rejected.line for rejected in examples.rejected] == [2]
 
 
+def test_json_lines_need_no_package(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "A long text.", "summary": "Short."}\n{"text": "More text.", "summary": "More."}\n')
+    examples = read_descriptions(path)
+    assert examples.column("summary") == ["Short.", "More."]
+    assert len(set(examples.column("project"))) == 2, "each text is a project"
+
+
 def test_json_lines_with_other_values_than_texts_are_rejected(tmp_path):
     path = tmp_path / "synopses.jsonl"
     rows = [{"package": name, "text": "A box.", "summary": "box"} for name in ("a", 3)]

@@ -173,10 +173,25 @@ def test_an_index_error_of_a_source_does_not_end_the_examples():
         examples.column("text")
 
 
+def test_labelled_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"label": 1, "content": "fine"}\n{"label": 0, "content": "bad"}\n')
+    examples = read_labelled(path)
+    assert examples.column("text") == ["fine", "bad"]
+    assert examples.label_names() == ("0", "1")
+    assert label_ids(examples.column("label"), ("0", "1")).tolist() == [1, 0]
+    path.write_text('{"label": 1, "words": "fine"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .*'sentence'"):
+        read_labelled(path)
+    path.write_text("fine\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: not JSON"):
+        read_labelled(path)
+
+
 def test_labelled_lines_are_not_json_and_have_no_tab(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"label": 1, "text": "fine"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl is a JSON file: convert it to .tsv or .csv"):
-        read_labelled(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('{"label": 1, "text": "fine"}\n')
+    with pytest.raises(ValueError, match=r"a.json is a JSON file: convert it to .jsonl"):
+        read_labelled(tmp_path / "a.json")
     (tmp_path / "a.txt").write_text("1\ta fine film\n")
     with pytest.raises(ValueError, match="line 1: the line must have a label, a space and a text"):
         read_labelled(tmp_path / "a.txt")

@@ -1,6 +1,8 @@
 """A small run of the translation experiment: its files, the command ``jaxlm translate``, and invalid input."""
 
+import dataclasses
 import gzip
+import shutil
 
 import pytest
 
@@ -59,6 +61,22 @@ def test_a_missing_file_prints_its_name(files, tmp_path, capsys):
     assert main(*TINY, "--data.directory", files, "--data.target", "fr", "--output", tmp_path / "run") == 2
     assert "train.fr.gz is not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_empty_lines_are_an_error_or_are_left_out(files, tmp_path, capsys):
+    directory = tmp_path / "pairs"
+    shutil.copytree(files, directory)
+    for language in ("en", "de"):
+        path = directory / f"train.{language}"
+        path.write_text(gzip.decompress(path.with_suffix(f".{language}.gz").read_bytes()).decode() + "\n")
+    data = translation.Data(directory)
+    with pytest.raises(
+        ValueError, match=r"train.en, line 17: .* is empty; --data.on-error report leaves such lines out"
+    ):
+        translation.parts(data)
+    training, _, _ = translation.parts(dataclasses.replace(data, on_error="report"))
+    assert len(training) == 16
+    assert "line 17 is left out" in capsys.readouterr().out
 
 
 def test_training_continues_from_pretrained_weights_with_their_tokenizer(finished_run, files, tmp_path):
