@@ -136,11 +136,11 @@ def read_descriptions(path: str | Path) -> Examples:
     if ".jsonl" in Path(path).name:
         names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))
         examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
-        packages = [row.get("package", f"text {number}") for number, row in enumerate(examples)]
-        rows = [
-            {**row, "package": package, "project": project(package)}
-            for row, package in zip(examples, packages, strict=True)
-        ]
+        rows = []
+        for number, row in enumerate(examples):
+            name = f"text {number}"
+            packages = {"project": project(row["package"])} if "package" in row else {"package": name, "project": name}
+            rows.append({**row, **packages})
         return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()
     for line, record in _read_records(path):

@@ -87,7 +87,9 @@ def test_json_lines_with_other_values_than_texts_are_rejected(tmp_path):
 def test_the_error_for_a_file_without_long_descriptions_has_a_command(tmp_path):
     path = tmp_path / "packages.txt"
     path.write_text("Package: shelf\nDescription: board for boxes\n")
-    with pytest.raises(ValueError, match="make the file with apt-cache show"):
+    with pytest.raises(
+        ValueError, match="has no description: use a .jsonl file .* or Debian records from apt-cache show"
+    ):
         read_descriptions(path)
 
 

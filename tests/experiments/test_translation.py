@@ -70,9 +70,7 @@ def test_empty_lines_are_an_error_or_are_left_out(files, tmp_path, capsys):
         path = directory / f"train.{language}"
         path.write_text(gzip.decompress(path.with_suffix(f".{language}.gz").read_bytes()).decode() + "\n")
     data = translation.Data(directory)
-    with pytest.raises(
-        ValueError, match=r"train.en, line 17: .* is empty; --data.on-error report leaves such lines out"
-    ):
+    with pytest.raises(ValueError, match=r"train.en, line 17: .* is empty; --data.on-error report leaves"):
         translation.parts(data)
     training, _, _ = translation.parts(dataclasses.replace(data, on_error="report"))
     assert len(training) == 16
