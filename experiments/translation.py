@@ -1,8 +1,9 @@
 """Train a translator from scratch: a Transformer with the architecture of T5, or an RNN with attention.
 
-    python -m experiments.translation                         included Bible verses, English to Spanish, 2 minutes
+    python -m experiments.translation           included Bible verses, English to Spanish: BLEU 4, 2 to 4 minutes
 
-Multi30k (task 1, files train.en, train.de, val.en, ...), English to German:
+Multi30k (task 1, files train.en, train.de, val.en, ...), English to German, test split 2016: BLEU 39.4 after 84 minutes
+on two CPU cores (t5), 35.1 after 78 minutes on one core (bahdanau):
 
     python -m experiments.translation --preset t5 --data.directory multi30k
     python -m experiments.translation --preset bahdanau --data.directory multi30k
