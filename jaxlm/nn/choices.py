@@ -185,15 +185,32 @@ def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pa
 
 
 MIN_CHUNKED_STEPS = 8
-"""Minimum number of steps for which ``linear_attention`` and the delta rules run in chunks."""
+"""Minimum number of steps for which ``linear_attention``, ``mlstm`` and the delta rules run in chunks."""
 LINEAR_ATTENTION_CHUNK = {"cpu": 32}
 """Steps of a chunk of ``linear_attention``, by platform. The matrix units of other platforms need more rows."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 
 
-def linear_attention(steps: int) -> Literal["reference", "chunked"]:
-    """The implementation of ``linear_attention``."""
+def linear_attention(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
+    """The implementation of ``linear_attention``: ``pallas`` on a TPU if it supports the arguments.
+
+    Args:
+        steps: T, the number of steps.
+        unsupported: why ``pallas`` does not support the arguments.
+    """
+    if steps < MIN_CHUNKED_STEPS:
+        return "reference"
+    return "pallas" if sharding.platform() == "tpu" and unsupported is None else "chunked"
+
+
+def mlstm(steps: int) -> Literal["reference", "chunked"]:
+    """The implementation of ``mlstm``."""
     return "chunked" if steps >= MIN_CHUNKED_STEPS else "reference"
+
+
+def kernel_chunk(steps: int) -> int:
+    """The number of steps of a chunk of a TPU kernel for matrix states."""
+    return min(128, steps + -steps % 16)
 
 
 def linear_attention_chunk() -> int:

@@ -22,9 +22,10 @@ from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.scan import matrix_state_pallas
 from jaxlm.nn.segments import check_masks
 
-Implementation = Literal["reference", "chunked"]
+Implementation = Literal["reference", "chunked", "pallas"]
 
 
 def linear_attention(
@@ -56,10 +57,12 @@ def linear_attention(
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
-            of a chunk, and the result is exact for all decays. None selects the fastest known implementation.
+            of a chunk, and the result is exact for all decays. ``pallas`` is a TPU kernel with the same chunks, for one
+            decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
+            ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -71,11 +74,15 @@ def linear_attention(
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
+    num_decays = 1 if log_decay.ndim == 3 else query_BTGK.shape[-1]
+    unsupported = matrix_state_pallas.unsupported_reason(query_BTGK, value_BTHV, num_decays)
     if implementation is None:
-        implementation = choices.linear_attention(T)
+        implementation = choices.linear_attention(T, unsupported)
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
+    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
+        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
     # The time axis is not sharded, because the steps are sequential.
     axes = ("batch", None, "heads", None)
     group_axes = axes if G == H else ("batch", None, None, None)
@@ -83,7 +90,7 @@ def linear_attention(
     value_BTHV = sharding.constrain(value_BTHV, axes)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = sharding.constrain(log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE, axes)
-    if reset_BT is not None:
+    if reset_BT is not None and implementation != "pallas":
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     if keep_BT is not None:
         keep_BT11 = keep_BT[:, :, None, None]
@@ -96,6 +103,12 @@ def linear_attention(
     inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
         return _reference(inputs, state_BHKV.astype(jnp.float32))
+    if implementation == "pallas":
+        inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE[..., 0])
+        if reset_BT is not None and keep_BT is not None:
+            reset_BT = reset_BT & keep_BT  # padding does not change the state
+        chunk = choices.kernel_chunk(T)
+        return matrix_state_pallas.linear_attention(inputs, state_BHKV.astype(jnp.float32), reset_BT, chunk)
     if chunk is None:
         chunk = choices.linear_attention_chunk()
     return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
