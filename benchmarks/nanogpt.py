@@ -27,7 +27,7 @@ from jaxlm.command_line import end_process
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Text and length of the training."""
+    """Options of the comparison: the text file, the number of steps, what to run, and the output file."""
 
     data: Path
     """The canonical tinyshakespeare file, or another text file."""

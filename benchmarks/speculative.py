@@ -38,7 +38,8 @@ class Speculative:
     tokens: int = 256
     """Number of new tokens per row."""
     num_proposed: str = "2,4,8"
-    """Numbers of proposals per round, separated by commas. Each number is measured."""
+    """Numbers of tokens that the draft model proposes per call of the target model, separated by commas. Each number is
+    measured."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     rounds: int = 7

@@ -6,16 +6,15 @@
 The tokens are the characters of the included corpus. Its last 10 % is for validation. Objectives of the families:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
-    causal, streamed   the next character, along contiguous columns with state carried from batch to batch
-                                                               transformer_xl lstm gru mamba2 griffin
-                                                               gated_deltanet xlstm rwkv7
+    causal, streamed   the next character; a row continues     transformer_xl lstm gru mamba2 griffin
+                       that row of the batch before            gated_deltanet xlstm rwkv7
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
     classification     the play (of 13) of a passage           resnet
 
-Compare each loss with the entropy of the targets. A model that knows only the frequencies of the targets has this loss.
-docs/families/index.md has the expected results. Each family uses its published optimizer
+Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
+the targets. docs/families/index.md has the expected results. Each family uses its published optimizer
 (``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
 optimizer needs many more updates, the family uses AdamW.
 
@@ -58,7 +57,8 @@ SENTINELS = 30
 VALIDATION = 0.1
 """Fraction of the text for validation."""
 XLNET_PART_LENGTH = 16
-"""Number of positions in each of the two parts of an XLNet row. The positions of a part are permuted together."""
+"""Number of positions in each of the two parts of an XLNet row. Each part has its own random order over all of its
+positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Recipe:
     length: int = 96
     """Characters per row."""
     state_length: int | None = None
-    """Length in tokens of the state carried along contiguous columns. None: random windows without a state."""
+    """The ``length`` of the model state (``Model.state_specs``) that is carried from batch to batch. None: random
+    windows without a state."""
     optimizer_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to fields of the published optimizer."""
 
@@ -94,7 +95,8 @@ class Recipe:
 
 
 SMALL_TRANSFORMER = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
-# Few positions and large initial weights: a bidirectional model then learns within a minute to attend to neighbours.
+# With large initial weights and short rows (``max_positions=32`` in the recipes), a bidirectional model learns within a
+# minute to attend to neighbours.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
 # Wider models and longer training need a lower learning rate. A higher learning rate needs a longer warm-up.
@@ -194,14 +196,17 @@ RECIPES = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe of a family. A registered family has no own recipe: its first tiny variant is trained with AdamW."""
+    """The recipe of a family.
+
+    A family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
+    """
     if name in RECIPES:
         return RECIPES[name]
     variants = [variant for variant, family in variant_names().items() if family == name]
     variant = min(variants, key=lambda variant: not variant.endswith("-tiny"), default=name)
     model = get_model(variant)
     if model.task != "causal" or model.reads_source:
-        raise ValueError(f"family {name!r} has no recipe in experiments.families: only a causal family needs none")
+        raise ValueError(f"family {name!r} has no recipe in experiments.families: add it to RECIPES")
     return Recipe(variant, {}, "causal", 1000, state_length=model.carried_state_length, optimizer_changes=adamw(3e-3))
 
 

@@ -181,7 +181,10 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush all files of a directory to the disk, then its subdirectories bottom-up, then its parent's entries."""
+    """Flush a directory tree to the disk, bottom-up. In each directory, first the files, then the directory.
+
+    The parent of ``directory`` is last.
+    """
     for parent, _, names in os.walk(directory, topdown=False):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             sync(path)

@@ -35,7 +35,7 @@ class Score:
         value: the metric over all examples.
         low: lower end of the interval. None: there is no interval.
         high: upper end of the interval. None: there is no interval.
-        count: number of scored items, for example examples, tokens or moves. None: unknown.
+        count: number of scored items, such as texts, tokens or chess moves. None: unknown.
         detail: how the value and the interval are computed, for example sacrebleu's signature.
     """
 

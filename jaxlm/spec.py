@@ -28,10 +28,12 @@ Array = jax.Array | np.ndarray
 """An array on a device or on the host."""
 
 Params = dict[str, Any]
-"""Parameters of a model or of a layer: nested dicts of arrays. Layers are a tuple of dicts, or one dict of stacks."""
+"""Parameters of a model or of a layer: nested dicts of arrays. The layers are a tuple with one dict per layer, or one
+dict whose arrays have a leading layer axis."""
 
 LayerTrees = tuple[dict[str, Any], ...] | dict[str, Any]
-"""Parameters or states of all layers (:func:`layers`): a tuple with one tree per layer, or one dict of stacks."""
+"""Parameters or states of all layers (:func:`layers`): a tuple with one tree per layer, or one dict whose arrays have a
+leading layer axis."""
 
 State = dict[str, Any]
 """A model state between two calls: nested dicts of arrays with the structure of ``state_specs``."""

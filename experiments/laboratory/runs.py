@@ -28,12 +28,13 @@ from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
 VALIDATION = "validation"
-"""Name of the test with the distribution of the training batches. Its accuracy selects the learning rate."""
+"""Name of the test whose batches have the same distribution as the training batches. Its accuracy selects the learning
+rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The data of one setting of an experiment.
+    """One variant of an experiment's task: its data, its metric and the config fields of its models.
 
     Attributes:
         vocab_size: number of token ids.

@@ -33,7 +33,8 @@ class Evaluate:
     max_length: int | None = None
     """Maximum tokens that the model reads; None: the model's own limit."""
     prefix_token_id: int | None = None
-    """Token to put before a text without context; None: the tokenizer's beginning or end token."""
+    """Id of the token to put before a text without context; None: the tokenizer's BOS token, or its end token if it has
+    no BOS token."""
     max_gen_toks: int = 256
     """Maximum tokens to generate, for tasks that do not set a limit."""
     seed: int = 0
@@ -68,7 +69,7 @@ class Evaluate:
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         unknown = [name for name in self.tasks if name not in manager.all_tasks]
         if unknown:
-            raise ValueError(f"unknown tasks {', '.join(unknown)}: lm_eval ls tasks prints the names")
+            raise ValueError(f"unknown tasks {', '.join(unknown)}: run `lm_eval ls tasks` to see all names")
         results: dict[str, Any] = simple_evaluate(
             model=harness_model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
             batch_size=self.batch_size, task_manager=manager, log_samples=False,

@@ -16,7 +16,8 @@ from jaxlm.training.checks import check_beams
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Generate text from prompts. One prompt is continued token by token; several prompts are printed one per line.
+    """Generate text from prompts. With one prompt, the text is printed while it is generated. With several prompts,
+    each text is printed on one line.
 
     An option that is not given gets its value from generation_config.json in DIR, or else its default.
     """

@@ -34,7 +34,8 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Confirm that the script is only printed. Required, except for local:N; jaxlm never executes the script."""
+    """Required for a script: you accept that the script is only printed and not executed. Required, except for local:N;
+    jaxlm never executes the script."""
     restarts: int = 0
     """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
     The command must name a run directory (--output or --resume)."""

@@ -19,7 +19,7 @@ class Plan:
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
     """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13), or local:
-    the devices of this machine, without cycles of Pallas kernels."""
+    the devices of this machine (without estimates for Pallas kernels)."""
     mesh: str
     """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int

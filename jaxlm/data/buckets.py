@@ -218,7 +218,8 @@ class Bucketed:
         checksum = 0
         for example in self.examples:
             for value in map(np.asarray, example.values()):
-                # Equal integers of different dtypes have equal checksums. The conversion would truncate fractions.
+                # Equal integers of different dtypes have equal checksums. A conversion to integers would truncate
+                # fractions.
                 value = value.astype("<f8" if value.dtype.kind == "f" else "<i8")
                 checksum = zlib.crc32(value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)

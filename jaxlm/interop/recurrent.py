@@ -7,14 +7,15 @@
 The number of gates G decides whether a layer is an LSTM (4) or a GRU (3). D is the width of the input, H the width of
 the state. The libraries differ in the order of the gates, the layout of a weight, and the biases:
 
-    jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU, reset after: also bias_hidden of n
+    jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU with reset='after': also bias_hidden
     torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases; import adds them, export sets one to 0
     Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
-``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape [D, H], but with the
-memory layout of [H, D], which cuDNN requires. They store a gate's hidden weight as [out, in]. The size of the bias
-distinguishes these layers from the other Keras layers.
+``bias_hidden`` is the bias of n that the reset gate multiplies. It is not added to the other bias in an import.
+``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape [D, H], but its entries
+are in the row-major order of the transposed matrix [H, D], as in cuDNN. They store a gate's hidden weight as [out, in].
+The shape [2 * G * H] of the bias distinguishes these layers from the other Keras layers.
 
 Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so the import changes the
 outputs of such layers.

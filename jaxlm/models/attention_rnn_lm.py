@@ -174,7 +174,7 @@ def _attend(
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`pool`.
+    For the task classification, the logits have shape [B, 1, num_labels], and ``hidden`` must come from :func:`pool`.
     """
     if cfg.task == "classification":
         return heads.head_logits(cfg.task, params, hidden)

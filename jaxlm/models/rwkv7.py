@@ -200,9 +200,9 @@ class Ramp:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters.
 
-    Initial values are as in the authors' code, with one exception: it draws orthogonal matrices, and these are Gaussian
-    with the same variance. As in the authors' code,
-    weight decay applies to linear layers, the head and the token table, but not to low-rank matrices.
+    Initial values are as in the authors' code, with one exception: where the authors draw orthogonal matrices, jaxlm
+    draws Gaussian matrices with the same variance. As in the authors' code, weight decay applies to linear layers, the
+    head and the token table, but not to low-rank matrices.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
     tree = {

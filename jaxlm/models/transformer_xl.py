@@ -1,9 +1,9 @@
 """Transformer-XL (Dai et al. 2019): a causal transformer with a memory of earlier segments and relative positions.
 
-Every layer also attends to its inputs for earlier tokens (``jaxlm.nn.attention.memory``), without gradients to them. So
-training on the next segment of a text continues from the previous segment. The code follows the PyTorch code of the
-authors and of Hugging Face, which have one dropout rate for everything but attention. Their memory starts with zeros;
-here it starts empty.
+The memory of a layer contains the inputs of this layer at earlier tokens (``jaxlm.nn.attention.memory``). The layer
+also attends to the memory, but no gradient flows into it. So training on the next segment of a text continues from the
+previous segment. The code follows the PyTorch code of the authors and of Hugging Face, which have one dropout rate for
+everything but attention. Their memory starts with zeros; here it starts empty.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
@@ -37,11 +37,12 @@ class Config(common.TransformerConfig):
     """Shape and behaviour of a Transformer-XL. The defaults are the published model on WikiText-103."""
 
     vocab_size: int = 267735
-    """Number of token ids, by descending frequency."""
+    """Number of token ids. The ids are sorted by descending frequency."""
     cutoffs: tuple[int, ...] = (20000, 40000, 200000)
     """First id of each rare cluster of the adaptive softmax; () means an ordinary softmax."""
     embedding_divisor: int = 4
-    """The token vectors of each cluster are narrower by this factor than those of the cluster before; 1: one table."""
+    """Each cluster's token vectors are narrower by this factor than those of the cluster before. With 1, all clusters
+    share one table."""
     num_layers: int = 18
     """Number of blocks."""
     num_heads: int = 16
@@ -122,8 +123,9 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     order_BT = None
     if segment_ids is not None:
-        # Padding is moved to the end of each row (it comes first in the memory). Then the distance of two tokens is the
-        # difference of their indices, and the bias needs no gather (``distance_bias``).
+        # Padding of the new tokens is moved to the end of each row. Empty slots and padding of the memory are at its
+        # beginning. So the real tokens are adjacent. Then the distance of two tokens is the difference of their
+        # indices, and the bias needs no gather (``distance_bias``).
         order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
         tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
     memory_context, state = memory.make_context(
@@ -239,7 +241,7 @@ def _clusters(cfg: Config) -> Clusters:
 
 
 def embedding_multiplier(cfg: Config) -> float:
-    """The factor of the token vectors."""
+    """The factor by which token embeddings are multiplied before the first layer."""
     return cfg.embed_dim**0.5
 
 
@@ -288,7 +290,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` for training along a text."""
+    """The ``length`` of :func:`state_specs` for training that passes the state from batch to batch."""
     return cfg.memory_length
 
 

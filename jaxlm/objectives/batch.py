@@ -1,4 +1,4 @@
-"""The batch of all objectives, and the loss of predicting a token or label at each target position.
+""":class:`Batch`, which all objectives use, and losses for predicting a token or label at each target position.
 
 Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects positions).
 """
@@ -63,7 +63,8 @@ def count(batch: Batch) -> tuple[int, int]:
 def hidden_states(
     model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
-    """The hidden states of a batch, [B, P, D], and the new model state.
+    """The hidden states of ``model.apply``, and the new model state. The shape is [B, T, D], or [B, P, D] if the model
+    selects positions.
 
     No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
     """
@@ -129,13 +130,13 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
     all tokens of the batch except padding. With gradient accumulation or ``pmap``, each part of the batch has its own.
 
     Args:
-        coefficient: weight of the load-balance loss, which is N for a uniform router of N experts per token. Fedus et
-            al. 2022 use 0.01 with N = 1.
+        coefficient: weight of the load-balance loss. If each token selects N experts and the router is uniform, this
+            loss is N. Fedus et al. 2022 use 0.01 with N = 1.
         z_coefficient: weight of the z-loss. Zoph et al. 2022 use 0.001.
 
     Raises:
         ValueError: a coefficient is negative or not finite.
-        TypeError: in the loss function: the model has no experts.
+        TypeError: the loss function is called with a model without experts.
 
     Example:
         >>> model = get_model("mixtral-tiny")                                              # doctest: +SKIP

@@ -75,8 +75,8 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     Args:
         label_smoothing: fraction of the target probability that is spread over all labels (Szegedy et al. 2016,
             section 7).
-        class_weights: the weight of rows with each label, like ``weight`` of ``torch.nn.CrossEntropyLoss``
-            without label smoothing. None: equal weights.
+        class_weights: one weight per label; the loss of a row is multiplied by the weight of its label. Without label
+            smoothing, this equals ``weight`` of ``torch.nn.CrossEntropyLoss``. None: equal weights.
 
     Raises:
         ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive.

@@ -50,7 +50,7 @@ class CollectiveStats:
 
     Attributes:
         kind: such as ``all-reduce``.
-        count: number of executions in a step, the largest of these operations.
+        count: number of executions in a step, summed over all collectives of this kind.
         bytes: bytes per device, summed over all executions.
         seconds: lower bound of the total time, which assumes that all links are used; None if the links are unknown.
     """
@@ -87,8 +87,9 @@ class KernelStats:
         grid: grid steps per call; None if unknown.
         bundles: number of VLIW instruction bundles (one per cycle) at each loop depth (see ``plan.kernels``); None if
             there is no schedule.
-        cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. Code that
-            a step skips counts, the iterations of an inner loop count once, and waiting for memory does not count.
+        cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. The number
+            includes code that a grid step skips, and one iteration of each inner loop. It does not include the time
+            that the kernel waits for memory.
     """
 
     name: str
@@ -110,8 +111,8 @@ class Plan:
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             the peak is unknown.
         mfu_exposed: the MFU if the step takes ``seconds + communication``.
-        memory_bound: seconds to read the state and the parameters once, a lower bound of the step time. Only the
-            experts of one token count. None for training or an unknown device.
+        memory_bound: seconds to read the state and the parameters once, a lower bound of the step time. In a mixture of
+            experts, only the experts that one token uses are read. None for training or an unknown device.
         notes: costs that the numbers do not include.
     """
 
@@ -354,6 +355,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps: code that a step skips is counted, waiting for memory is not"
+            "kernel cycles are bundles times grid steps: they include code that a grid step skips, but not waits for "
+            "memory"
         )
     return notes

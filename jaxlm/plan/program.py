@@ -1,4 +1,4 @@
-"""The step that a plan compiles: the step of training or decoding, with shapes instead of arrays.
+"""The training or decoding step that ``jaxlm.plan`` compiles. Its arguments are shapes, not arrays.
 
 Shapes: B batch, T tokens per row, S tokens per source, P predicted positions.
 """
@@ -58,9 +58,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def bytes_read_by_a_token(model: Model, params: Params) -> float:
-    """Bytes per device of the parameters that one decoding step must read at least.
+    """Lower bound of the bytes of parameters that each device reads to decode one token.
 
-    These are the parameters of ``flops.matmul_leaves``, and one token's share of the experts.
+    It counts the parameters in ``flops.matmul_leaves``. Of the experts, it counts only the fraction that one token
+    selects.
 
     Args:
         params: a tree of ``jax.ShapeDtypeStruct`` with shardings, for :attr:`Model.specs`.
@@ -149,7 +150,7 @@ def _layout_note(model: Model) -> str:
 def without_recomputation(model: Model) -> Model:
     """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation.
 
-    Experts compute only their tokens, unless they have a capacity, which determines their FLOPs.
+    Each expert processes only the tokens that selected it. With a capacity, the FLOPs follow from the capacity instead.
     """
     if getattr(model.config, "capacity_factor", None) is None:
         model = model.with_fields(experts_implementation="ragged_dot")
@@ -171,8 +172,8 @@ def decoding_step(
     *,
     param_dtype: str = "float32",
 ) -> Step:
-    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row. It is the last of
-    ``sequence`` tokens, which is also the number of slots of the cache.
+    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row. The cache has ``sequence``
+    slots, and the step decodes the last of ``sequence`` tokens.
 
     Raises:
         TypeError: the family has no state, so it cannot decode.

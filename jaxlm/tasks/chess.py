@@ -82,8 +82,8 @@ def next_move_accuracy(
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
     wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
-    The confidence intervals are percentile bootstrap intervals over games; if all moves or no moves are hits, Wilson
-    intervals of the number of games.
+    The confidence intervals are percentile bootstrap intervals over games. If all moves or no moves are hits, they are
+    Wilson intervals of a proportion in which each game is one trial.
 
     An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the
     number of moves per game.
@@ -286,7 +286,7 @@ def _best_id_and_rank(
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=segment_ids_BT[:, :-1])
     logits_BTV = model.logits(params, hidden_BTD)[..., :vocab_size]
     true_BT1 = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)
-    # The comparison `logits >= true` would give rank 0 if the logits are NaN.
+    # NaN logits get the worst rank. With `logits >= true`, they would count as a hit.
     return jnp.argmax(logits_BTV, axis=-1), jnp.sum(~(logits_BTV < true_BT1), axis=-1) - 1
 
 

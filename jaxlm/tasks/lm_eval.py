@@ -62,7 +62,7 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The interface for ``model_args`` as a dictionary: the arguments of :meth:`from_pretrained` by name."""
+        """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`."""
         additional = {name: value for name, value in (additional_config or {}).items() if value is not None}
         arguments = {**arg_dict, **additional}
         known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}
@@ -77,7 +77,7 @@ class HarnessModel(LM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The interface for ``model_args`` as text, for example ``pretrained=DIR,dtype=bfloat16``."""
+        """The ``HarnessModel`` for ``model_args``, a text such as ``pretrained=DIR,dtype=bfloat16``."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -102,7 +102,10 @@ class HarnessModel(LM):
         raise ValueError("jaxlm does not support chat templates: evaluate with apply_chat_template=False")
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model's family and size, and the truncated requests. The harness adds them to ``results["config"]``."""
+        """The model's family and size, and the numbers of truncated requests.
+
+        The harness adds them to ``results["config"]``.
+        """
         model = self.requests.model
         return {
             "model_family": model.family,

@@ -247,7 +247,8 @@ def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) ->
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
-    """The ``no_answer_threshold`` with the largest F1 among the scores of ``answers``.
+    """The ``no_answer_threshold`` that gives the largest F1. Candidates are the ``score`` of each answer, and a number
+    below all scores.
 
     Use answers to the questions of a validation set, not of the test set.
 

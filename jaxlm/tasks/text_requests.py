@@ -46,8 +46,8 @@ class TextRequests:
         batch_size: number of rows in a batch.
         max_length: maximum number of tokens that the model reads. Default: the model's ``max_positions``, or no limit
             if the family has no maximum.
-        prefix_token_id: the token that is the context of a text without a context. Default: the tokenizer's BOS token,
-            or its end token if it has no BOS token.
+        prefix_token_id: the token that the model reads as context if a request has no context. Default: the tokenizer's
+            BOS token, or its end token if it has no BOS token.
         max_gen_toks: default for the maximum number of new tokens of a request.
         seed: seed of random sampling.
 

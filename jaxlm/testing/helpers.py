@@ -69,8 +69,8 @@ def source_of(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
 def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
     """A batch for the model's task from tokens [B, T + 1].
 
-    Targets are the next tokens, shifted tokens at every third position, or labels that are computed from the tokens.
-    Padding has weight 0.
+    The task determines the targets: the next tokens; ``(token + 1) % 7`` at every third position (masked); or labels
+    computed from the tokens. Padding has weight 0.
     """
     inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
     source = source_of(model, len(tokens))

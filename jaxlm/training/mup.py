@@ -4,8 +4,8 @@ With muP, the magnitude of activations and of their updates does not depend on t
 learning rate of a narrow base model is also about the best one of a wide model, if depth, batch size and number of
 steps are the same. :func:`mup` compares the specs of both models. An axis whose sizes differ grows with the width. The
 leading axes of a matrix are its inputs, the others are its outputs (``jaxlm.adapt.num_row_axes``); in an output head
-[vocab, embed], it is the other way round. These are the rules for AdamW and a matrix whose
-inputs grow by the width ratio r:
+[vocab, embed], it is the other way round. These are the rules for AdamW. r is the factor by which the number of inputs
+of a matrix grows:
 
     matrix                                 standard deviation of the initial values    learning rate
     only outputs grow (token table)        base                                        base
@@ -39,8 +39,8 @@ from jaxlm.models import Model
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 OUTPUT_VECTORS = ("score",)
-"""Last keys of the paths of parameters v that are used in a product ``v · h`` (the scores of additive attention). They
-are treated as matrices with one output."""
+"""Names (last key of the path) of parameters that are a vector v in a dot product ``v · h``, as in additive attention.
+They are treated as matrices with one output."""
 
 SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
 """Names of axes that must have equal sizes in both models."""
@@ -48,7 +48,8 @@ SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
 SAME_FIELDS = (
     "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token"
 )  # fmt: skip
-"""Config fields that must be equal in both models, in addition to all fields that are fractions, names or flags."""
+"""Integer config fields that must be equal in both models. All fields of the types float, str and bool must also be
+equal."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,8 +79,8 @@ RECIPES: dict[str, Recipe] = {
             weight_decay=0.0, clip_norm=None,
         ),
         524_288, "128 rows of 512 tokens",
-        "Raffel et al. 2020, sections 3.1.2 and 3.1.3: 1 / sqrt(max(n, 10^4)), relative to the size of each parameter",
-        "The learning rate is relative to the size of each parameter, so it transfers between model sizes. It is "
+        "Raffel et al. 2020, sections 3.1.2 and 3.1.3: 1 / sqrt(max(n, 10^4)), relative to the RMS of each parameter",
+        "The learning rate is relative to the RMS of each parameter, so it transfers between model sizes. It is "
         "constant at 0.01 for the first 10,000 steps. Fine-tuning (section 3.1.3): constant 0.001.",
     ),
     "xlnet": Recipe(
@@ -107,7 +107,7 @@ RECIPES: dict[str, Recipe] = {
             name="nt_asgd", learning_rate=30.0, schedule="constant", warmup_steps=0, beta1=0.0, weight_decay=1.2e-6,
             clip_norm=0.25,
         ),
-        None, "80 rows of about 70 tokens (WikiText-2), 40 (Penn Treebank)",
+        None, "80 rows (WikiText-2) or 40 rows (Penn Treebank) of about 70 tokens",
         "Merity et al. 2017 (AWD-LSTM), section 5; decay and clipping from the authors' main.py",
         "Averaging starts when validation stops improving (jaxlm.training.nt_asgd). The learning rate is for the mean "
         "loss per token, the published dropout and up to 750 epochs; short trainings learn faster with AdamW. The "

@@ -13,7 +13,8 @@ from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config, Mixer
 
 UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Models with negative eigenvalues are saved with jaxlm's own names."""
+"""Config fields that no Hugging Face format has. A model in which one of them differs from its default is saved with
+jaxlm's own names."""
 
 _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
 
@@ -29,7 +30,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
-    """The pattern of the mixers of all layers."""
+    """The shortest pattern of mixers whose repetition gives the mixers of all layers, from ``config.json``."""
     types = config.get("layer_types")
     if types is None:
         interval = integer(config, "full_attention_interval", 4)
@@ -121,7 +122,7 @@ _QWEN3_NEXT = Format(
         "final_norm/scale_minus_one": "norm.weight",
     },
     unprefixed_tensors=DECODER_HEADS,
-    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     layouts={
         "layers/delta_rule/query_key_value_gate/weight": ((1, 2), (0,)),
         "layers/delta_rule/beta_decay/weight": ((1, 2, 3), (0,)),

@@ -64,7 +64,8 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
-    # These fields are also written without a window, so that they replace the window of a loaded config.
+    # These fields are also written for a model without a window. Otherwise, the window of a loaded config would be
+    # kept.
     kind = "full_attention" if cfg.window is None else "sliding_attention"
     fields = {
         **_write_fields(cfg),
@@ -104,7 +105,7 @@ def _write_qwen3_moe(cfg: Config) -> dict[str, Any]:
 
 
 def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
-    """The shortest pattern of these kinds; None if all layers are full or all are window."""
+    """The shortest pattern whose repetition gives these kinds; None if all kinds are ``full`` or all are ``window``."""
     pattern = shortest_pattern(kinds)
     return None if pattern in ((), ("full",), ("window",)) else pattern
 
@@ -229,7 +230,7 @@ _LLAMA = Format(
         "final_norm/scale": "norm.weight",
     },
     unprefixed_tensors=DECODER_HEADS,
-    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     layouts={
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},

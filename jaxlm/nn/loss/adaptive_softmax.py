@@ -195,7 +195,10 @@ def _logits(output: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
 
 
 def _input_table_and_projection(params: Params, i: int) -> tuple[jax.Array, Any]:
-    """Input table and projection (or None) of cluster i, if each cluster has its own table."""
+    """The input table of cluster i and its projection (None: there is none).
+
+    If all clusters share one table, i must be 0.
+    """
     if i == 0:
         return params["token_embedding"], params.get("token_projection")
     tail = params["tails"][f"cluster_{i}"]

@@ -57,7 +57,7 @@ def lstm(
         # tokens, so its state is the initial state.
         padding_output_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(is_real_BT[:, :, None], hidden_BTH, padding_output_BH[:, None])
-        # cuDNN supports padding only at the end of a row. Other rows give NaN.
+        # cuDNN supports padding only at the end of a row. A row with padding elsewhere, or without tokens, gives NaN.
         invalid_B1 = jnp.any(is_real_BT != keep_BT, axis=1, keepdims=True)
         hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
         hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))

@@ -34,9 +34,9 @@ Implementation = Literal["reference", "chunked"]
 STABILIZER_LIMITS = (-80.0, 40.0)
 """The output uses ``exp(-m)`` with m in these limits.
 
-Below -80, ``exp(-m)`` would overflow; the output and its error are then less than 1e-34 times the values. Above 40, the
-limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of zeros gives zeros even if ``epsilon``
-is 0; without the limit, it would give 0 / 0.
+If m is below -80, ``exp(-m)`` can overflow. Then both the exact output and the output with this limit are less than
+1e-34 times the values. Above 40, the limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of
+zeros gives zeros even if ``epsilon`` is 0; without the limit, it would give 0 / 0.
 """
 
 
@@ -194,7 +194,8 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, ma
     """The stabilizer m of each step, [B, T, H].
 
     A step maps m to ``max(a + m, b)``. The composition of two such maps has the same form, so a parallel scan can
-    combine them. A scan is more accurate than differences of sums over many steps.
+    combine them. A scan is more accurate than differences of cumulative sums, whose rounding errors grow with the
+    number of steps.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if masks is not None:

@@ -68,8 +68,8 @@ def ssd(
     value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
     log_decay_BTH = A_H.astype(jnp.float32)[None, None] * dt_BTH
     if negative_eigenvalues:
-        # Let s_t be the product of the signs of the decays up to step t. Then s_t h_t is a recurrence with the absolute
-        # values of the decays and the values s_t dt_t x_t.
+        # Let s_t be the product of the signs of the decays up to step t. Then s_t h_t follows the same recurrence with
+        # the absolute values of the decays, and with s_t dt_t x_t instead of dt_t x_t.
         log_decay_BTH, is_negative_BTH = _log_of_twice_minus_one(log_decay_BTH)
         if keep_BT is not None:
             is_negative_BTH &= keep_BT[:, :, None]
