@@ -22,7 +22,7 @@ from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
-from jaxlm.training.optimizer import optimizer_sharding
+from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
 
 CarrySize = tuple[int, int]
 """Size (rows, tokens) of the model state that is carried from batch to batch, as arguments of ``Model.init_state``."""
@@ -110,6 +110,13 @@ class Trainer:
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
     spike_deviations: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer, OptimizerConfig):
+            raise TypeError(
+                "the optimizer is an OptimizerConfig, but a Trainer needs an Optax optimizer: use make_optimizer(...) or "
+                "TrainingConfig.trainer(...)"
+            )
 
     # ------------------------------------------------------------------------------------------------- state
 

@@ -237,6 +237,11 @@ def test_bad_optimizer_configs_raise_an_error_with_the_field(change, message):
         OptimizerConfig(**change)
 
 
+def test_a_trainer_needs_an_optax_optimizer():
+    with pytest.raises(TypeError, match="a Trainer needs an Optax optimizer: use make_optimizer"):
+        Trainer(tiny_model("gpt2-tiny"), OptimizerConfig(), causal.loss)
+
+
 def test_bad_schedules_raise_an_error():
     with pytest.raises(ValueError, match="warmup_steps=100 must be fewer than the 100 steps"):
         learning_rate(OptimizerConfig(), 100)
