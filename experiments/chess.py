@@ -7,7 +7,7 @@ take 100 minutes on one CPU core; the next move is then right in 31 % of the pos
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm or t5. docs/tasks/chess.md has the results.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm or t5. docs/tasks/chess.md has all results.
 """
 
 from __future__ import annotations

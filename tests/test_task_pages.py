@@ -106,7 +106,7 @@ REPLACEMENTS = {
             '"num_layers": 1, "num_heads": 2, "embed_dim": 16, "mlp_dim": 16'
         ),
         "length=256": "length=32", "steps=300": "steps=2", "warmup_steps=30": "warmup_steps=1",
-        "games=20": "games=2, max_moves=12",
+        "games=20": "games=2, max_moves=12", "20_000": "2",
     },
     "question_answering": {
         "steps=3000": "steps=2", "warmup_steps=150": "warmup_steps=1", "num_buckets=8": "num_buckets=1",

@@ -114,8 +114,8 @@ class Trainer:
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, OptimizerConfig):
             raise TypeError(
-                "the optimizer is an OptimizerConfig, but a Trainer needs an Optax optimizer: use make_optimizer(...) or "
-                "TrainingConfig.trainer(...)"
+                "the optimizer is an OptimizerConfig, but a Trainer needs an Optax optimizer: use make_optimizer or "
+                "TrainingConfig.trainer"
             )
 
     # ------------------------------------------------------------------------------------------------- state
