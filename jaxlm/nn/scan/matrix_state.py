@@ -55,9 +55,10 @@ def linear_attention(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
+        chunk: L, for ``chunked`` only, a power of two; None: a default for the platform. With a value, the default
+            implementation is not ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
-            of a chunk, and the result is exact for all decays. ``pallas`` is a TPU kernel with the same chunks, for one
+            of a chunk, and the result is exact for all decays. ``pallas`` is a TPU kernel that computes chunks, for one
             decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
 
     Raises:
@@ -76,6 +77,8 @@ def linear_attention(
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
     num_decays = 1 if log_decay.ndim == 3 else query_BTGK.shape[-1]
     unsupported = matrix_state_pallas.unsupported_reason(query_BTGK, value_BTHV, num_decays)
+    if chunk is not None:
+        unsupported = f"has chunks of a fixed size, so it does not support chunk={chunk}"
     if implementation is None:
         implementation = choices.linear_attention(T, unsupported)
     if implementation not in get_args(Implementation):

@@ -30,7 +30,7 @@ from jaxlm.devices import LANES
 MIN_LOG_DECAY = -104.0
 """Smaller log decays are set to this value, whose exponential is 0 in float32."""
 MAX_HEADS = 8
-"""Maximum number of heads of a block, unless more heads are needed for whole registers."""
+"""Maximum number of heads of a block. A block has more heads only if fewer heads do not fill whole registers."""
 MAX_STATE = 2**21
 """Maximum bytes of the states of a block of heads. A kernel has up to five arrays of this size in VMEM."""
 
@@ -47,17 +47,26 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array, num_decays:
         return "supports one decay per head, not one per channel"
     if not query_BTGK.shape[0]:
         return "needs at least one row"
-    if _heads_per_block(query_BTGK.shape, value_BTHV.shape) is None:
+    (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
+    groups_are_sharded = _groups_are_sharded(G, H)
+    if H % num_shards or (G % num_shards and G > 1):
+        return f"needs numbers of heads and groups that the {num_shards} shards of the heads divide, not {H} and {G}"
+    local_groups = G // num_shards if groups_are_sharded else G
+    if _heads_per_block(local_groups, H // num_shards, K, V) is None:
         return "needs widths of heads that fill registers of 128 lanes, for blocks of heads that fit into VMEM"
     return None
 
 
-def _heads_per_block(query_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> int | None:
-    """The number of heads of a block. None: no number of heads gives blocks of whole registers that fit into VMEM.
+def _groups_are_sharded(G: int, H: int) -> bool:
+    """Whether the groups are sharded like the heads. A single group of several heads is on every device."""
+    return G > 1 or H == 1
+
+
+def _heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
+    """The number of heads of a block on one device. None: no number gives whole registers that fit into VMEM.
 
     All heads of a block share one query and key, or each has its own.
     """
-    (G, K), (H, V) = query_shape[2:], value_shape[2:]
 
     def is_possible(J: int) -> bool:
         has_own = H == G
@@ -94,13 +103,14 @@ def linear_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attention(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
     run = functools.partial(_forward, L=L, interpret=interpret, save_states=False)
-    out_BTHV, last_BHKV, _ = _map_shards(run, inputs, [_STATE], [_HEADS, _STATE, _STATES])(*inputs, state_BHKV)
+    mapped = _map_shards(run, _groups_axes(inputs), [_STATE], [_HEADS, _STATE, _STATES])
+    out_BTHV, last_BHKV, _ = mapped(*inputs, state_BHKV)
     return out_BTHV, last_BHKV
 
 
 def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
     run = functools.partial(_forward, L=L, interpret=interpret, save_states=True)
-    mapped = _map_shards(run, inputs, [_STATE], [_HEADS, _STATE, _STATES])
+    mapped = _map_shards(run, _groups_axes(inputs), [_STATE], [_HEADS, _STATE, _STATES])
     out_BTHV, last_BHKV, states_BCHKV = mapped(*inputs, state_BHKV)
     return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
 
@@ -110,9 +120,11 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     query, key, _, log_BTH, _ = inputs
     dout_BTHV, dlast_BHKV = cotangents
     run = functools.partial(_backward, L=L, interpret=interpret)
-    # Gradients of queries and keys [B, T, N, G, K]: heads of several devices may share a query and key.
-    gradient = ("batch", None, None, "heads", None) if _has_own(inputs) else ("batch", None, "heads", None, None)
-    mapped = _map_shards(run, inputs, [_STATES, _HEADS, _STATE], [gradient, gradient, _HEADS, _HEADS[:3], _STATE])
+    # Gradients of queries and keys [B, T, N, G, K]: each device has its own groups, or its own blocks of heads.
+    groups = _groups_axes(inputs)
+    gradient = ("batch", None, None, "heads", None) if groups == _HEADS else ("batch", None, "heads", None, None)
+    out_axes = [gradient, gradient, _HEADS, _HEADS[:3], _STATE]
+    mapped = _map_shards(run, groups, [_STATES, _HEADS, _STATE], out_axes)
     dquery, dkey, dvalue, dsum_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
     dquery, dkey = (jnp.sum(dx, axis=2).astype(x.dtype) for dx, x in ((dquery, query), (dkey, key)))
     # A log decay is a summand of b_t for this step and all later steps of its chunk.
@@ -128,24 +140,24 @@ _STATE = ("batch", "heads", None, None)
 _STATES = ("batch", None, "heads", None, None)
 
 
-def _has_own(inputs: Any) -> bool:
-    """Whether each head has its own query and key."""
-    return inputs[0].shape[2] == inputs[2].shape[2]
+def _groups_axes(inputs: Any) -> tuple[str | None, ...]:
+    """The logical axes of queries and keys."""
+    return _HEADS if _groups_are_sharded(inputs[0].shape[2], inputs[2].shape[2]) else ("batch", None, None, None)
 
 
 def _map_shards(
-    function: Callable[..., Any], inputs: Any, other_axes: list[Any], out_axes: list[Any]
+    function: Callable[..., Any], groups: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
 ) -> Callable[..., Any]:
     """The function of the shards of each device. Its arguments are the inputs and arrays with ``other_axes``."""
-    groups = _HEADS if _has_own(inputs) else ("batch", None, None, None)
     in_axes = [groups, groups, _HEADS, _HEADS[:3], _HEADS[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
 
 
 class _Blocks(NamedTuple):
-    """How the arrays are split into blocks. The grid is (batch, blocks of heads, chunks).
+    """How the arrays of one device are split into blocks. The grid is (batch, blocks of heads, chunks).
 
     Attributes:
+        T: number of steps, with padding.
         has_own: whether each head has its own query and key.
         from_last: whether the grid goes from the last chunk to the first.
     """
@@ -173,7 +185,8 @@ class _Blocks(NamedTuple):
         """The block spec of an array of this kind.
 
         Kinds: ``keys`` [B, T, G * K], ``values`` [B, T, H * V], ``columns``, ``dsum`` and ``dkeys`` [B, N, T, X],
-        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V].
+        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V],
+        ``one state`` [B, 1, H, K, V].
         """
         from jax.experimental import pallas as pl
 
@@ -186,6 +199,8 @@ class _Blocks(NamedTuple):
             return pl.BlockSpec((None, L, J * self.V), lambda b, n, c: (b, self._chunk(c), n))
         if kind == "state":
             return pl.BlockSpec((None, J, self.K, self.V), lambda b, n, c: (b, n, 0, 0))
+        if kind == "one state":  # for every chunk, the same block
+            return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
         if kind == "states":
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
         width = {"columns": J + 1, "rows": J + 1, "dsum": J, "dkeys": self.K * (J if self.has_own else 1)}[kind]
@@ -196,7 +211,7 @@ class _Blocks(NamedTuple):
 
 def _blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> _Blocks:
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
-    J = _heads_per_block(query.shape, value.shape)
+    J = _heads_per_block(G, H, K, V)
     assert J is not None  # unsupported_reason checks this
     padded = T + -T % L
     return _Blocks(B, padded, padded // L, L, G, H, K, V, J, G == H, from_last)
@@ -248,15 +263,12 @@ def _forward(
     """The outputs of one device, the last state, and the state before each chunk (of one chunk if it is not saved)."""
     blocks = _blocks(query, value, L, from_last=False)
     T, C = query.shape[1], blocks.C if save_states else 1
-    states = blocks.spec("states") if save_states else blocks._replace(C=1).spec("states")
-    if not save_states:
-        from jax.experimental import pallas as pl
-
-        states = pl.BlockSpec(states.block_shape, lambda b, n, c: (b, 0, n, 0, 0))
     out_BTX, last_BHKV, states_BCHKV = _call(
         _forward_kernel, "linear_attention", blocks, interpret,
         in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
-        out_specs=(blocks.spec("values"), blocks.spec("state"), states),
+        out_specs=tuple(
+            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
+        ),
         out_shape=(
             jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
             jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),

@@ -96,13 +96,46 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["own keys", "shared keys, padded time"])
-def test_heads_of_several_devices(name, on_tpu):
-    arguments = arrays(*SHAPES[name])
-    want = value_and_gradients(arguments, implementation="pallas")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 33, 4, 4, 8, 16),  # own keys
+        (1, 20, 1, 8, 16, 32),  # one group
+        (1, 20, 2, 8, 128, 64),  # a group for each device
+        (1, 20, 4, 8, 128, 128),  # two groups for each device
+    ],
+)
+def test_heads_of_several_devices(shape, on_tpu):
+    arguments, options = arrays(*shape), masks(*shape[:2])
+    want = value_and_gradients(arguments, implementation="reference", **options)
     with Sharding(make_mesh({"data": 1, "tensor": 2}, devices=jax.devices()[:2])).scope():
-        got = value_and_gradients(arguments, implementation="pallas")
+        got = value_and_gradients(arguments, implementation="pallas", **options)
     assert_trees_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (1, 20, 2, 8, 128, 64),
+            "needs numbers of heads and groups that the 4 shards of the heads divide, not 8 and 2",
+        ),
+        ((1, 20, 4, 8, 128, 32), "needs widths of heads that fill registers of 128 lanes"),  # 2 heads of 32 on a device
+    ],
+)
+def test_heads_that_the_devices_cannot_share_are_named(shape, message, on_tpu):
+    with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
+        query, _, value, _, _ = arrays(*shape)
+        assert message in matrix_state_pallas.unsupported_reason(query, value, 1)
+
+
+def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
+    monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
+    shape = (1, 300, 1, 2, 8, 64)
+    got, want = (
+        value_and_gradients(arrays(*shape), implementation=name, **masks(1, 300)) for name in ("pallas", "reference")
+    )
+    assert_trees_close(got, want, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +158,9 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
     assert choices.linear_attention(64, None) == "chunked"
     with pytest.raises(ValueError, match="runs only on tpu"):
         linear_attention(*arrays(*SHAPES["own keys"]), implementation="pallas")
+    with monkeypatch.context() as context, pytest.raises(ValueError, match="does not support chunk=32"):
+        context.setattr(choices, "wrong_platform", lambda implementation: None)
+        linear_attention(*arrays(*SHAPES["own keys"]), implementation="pallas", chunk=32)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     assert choices.linear_attention(64, None) == "pallas"
     assert choices.linear_attention(64, "supports something else") == "chunked"
