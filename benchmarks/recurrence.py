@@ -1,8 +1,8 @@
 """LSTM and GRU layers: jaxlm and torch (oneDNN on CPU) with the same weights and random inputs.
 
-    python -m benchmarks.recurrence                                    three sizes; for each, the forward pass alone,
-    and forward plus backward python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
-    python -m benchmarks.recurrence --quick                            a short test that the benchmark works
+    python -m benchmarks.recurrence            three sizes, each forward, and forward plus backward
+    python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
+    python -m benchmarks.recurrence --quick    a short test that the benchmark works
 
 ``gru`` applies the reset gate after the matrix product, as torch does. ``gru-before`` applies it before the product
 (Cho et al. 2014) and has no baseline. Outputs, last states and all gradients must agree before the measurement.

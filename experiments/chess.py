@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,10 +142,10 @@ def read(experiment: Experiment) -> Games:
     return games.select(range(count))
 
 
-def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
+def build(experiment: Experiment, games: Sequence[str], resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer."""
     tokenizer = experiment.model.tokenizer(
-        resume, lambda: MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
+        resume, lambda: MoveTokenizer.from_games(games, experiment.notation, min_count=experiment.min_count)
     )
     fields = {"vocab_size": tokenizer.vocab_size}
     if experiment.model.name.startswith(("gpt", "llama")):
@@ -161,7 +161,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
     extra = () if experiment.extra_data is None else read_games(experiment.extra_data, experiment.notation).moves
-    model, params, tokenizer = build(experiment, training, resume)
+    model, params, tokenizer = build(experiment, training.moves + extra, resume)
     (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
             model, tokenizer, part, config.batch_size, config.sequence_length,

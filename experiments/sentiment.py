@@ -89,7 +89,8 @@ class Experiment:
     label_smoothing: float = 0.0
     """Fraction of the target probability that is spread uniformly over all labels."""
     folds: int | None = None
-    """Number of cross-validation folds. The score is the mean over the folds. None: one test split."""
+    """Number of cross-validation folds. The score is the accuracy over the test examples of all folds. None: one test
+    split."""
     output: Path | None = None
     """Run directory; None: runs/sentiment-<time>."""
 
@@ -158,7 +159,10 @@ def build(
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    if config.name in ("alexnet", "resnet"):  # the inputs of these families have a fixed length
+    if config.pretrained is None and config.name in (
+        "alexnet",
+        "resnet",
+    ):  # the inputs of these families have a fixed length
         kernels = config_lib.assignments("model.set", config.set).get("kernels")
         limits = {"max_length": experiment.data.max_length, "kernels": kernels}
         fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), **limits)
@@ -186,6 +190,8 @@ def train_and_test(
     trainer = config.trainer(model, experiment.optimizer, loss)
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
+    if experiment.folds is not None:  # the directory of all folds
+        config_lib.write(dataclasses.replace(experiment, output=directory.parent), directory.parent / "config.json")
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training_part):,} examples, "
         f"{len(validation_part):,} for validation, {len(test):,} for the test · "
@@ -215,12 +221,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return train_and_test(experiment, *parts(experiment.data), resume)[0]
     folds = read(experiment.data.train, experiment.data).folds(experiment.folds)
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
-    output.mkdir(parents=True, exist_ok=True)
-    config_lib.write(experiment, output / "config.json")
     for fold, (training, test) in enumerate(folds):
         directory = output / f"fold-{fold}"
         is_started = (directory / "config.json").exists()  # only in a resumed run
-        fold_experiment = dataclasses.replace(experiment, output=directory, folds=None)
+        fold_experiment = dataclasses.replace(experiment, output=directory)
         result, score = train_and_test(fold_experiment, training, test, directory if is_started else None)
         if score is None:
             return result

@@ -106,6 +106,8 @@ def parse_experiment(
     parser.add_argument("--seed", metavar="N", help="the same as --training.seed N")
     known, rest = parser.parse_known_args(arguments)
     if known.seed is not None:
+        if any(word.startswith("--training.seed") for word in rest):
+            parser.error("--seed and --training.seed exclude each other")
         rest += ["--training.seed", known.seed]
     if known.preset is not None and known.resume is not None:
         parser.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
@@ -158,12 +160,13 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process with an exit status. After Ctrl-C (130), SIGINT ends the process.
+    """End the process with an exit status. After Ctrl-C (130), end it by SIGINT, so that ``subprocess`` reports -2.
 
-    A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough.
+    A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough. One of
+    several processes of a run ends with the status 130.
     """
     if status == INTERRUPTED and not processes.is_joined():
-        atexit._run_exitfuncs()
+        atexit._run_exitfuncs()  # private; a signal ends the process without these functions
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -34,8 +34,7 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required for a script: you accept that the script is only printed and not executed. Required, except for local:N;
-    jaxlm never executes the script."""
+    """Required, except for local:N. It confirms that the script is only printed: jaxlm never executes it."""
     restarts: int = 0
     """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
     The command must name a run directory (--output or --resume)."""

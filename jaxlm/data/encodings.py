@@ -6,7 +6,6 @@ A tokenizer makes the full encoding. The functions of this module select tokens 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,14 +75,16 @@ def truncate(encoding: Encoding, max_length: int) -> Encoding:
     return _select_tokens(encoding, {0: (0, first), 1: (0, second)})
 
 
-def truncate_all(encodings: Sequence[Encoding], max_length: int, name: str) -> list[Encoding]:
-    """The encodings with at most ``max_length`` tokens each (:func:`truncate`).
+def truncate_all(encodings: list[Encoding], max_length: int | None, name: str) -> list[Encoding]:
+    """The encodings with at most ``max_length`` tokens each (:func:`truncate`); None: the unchanged encodings.
 
     The logger "jaxlm" warns with the number of truncated encodings.
 
     Args:
         name: what the encodings are, for the warning, for example ``texts of train.tsv``.
     """
+    if max_length is None:
+        return encodings
     num_truncated = sum(len(encoding.ids) > max_length for encoding in encodings)
     if num_truncated:
         _LOG.warning("%d of %d %s are truncated to %d tokens", num_truncated, len(encodings), name, max_length)

@@ -167,7 +167,10 @@ class Examples(Sequence[Example]):
         return self._part([self.rows[index] for index in indices])
 
     def _part(self, rows: Sequence[Example]) -> Examples:
-        """Some of the examples. The name says that the number of an example is not that in the file."""
+        """The part of the examples with these rows.
+
+        Its name begins with "a part of", because the number of an example is not its number in the file.
+        """
         name = self.name if self.name.startswith(_PART) else f"{_PART}{self.name}"
         return dataclasses.replace(self, rows=rows, name=name, rejected=())
 
@@ -471,11 +474,12 @@ def read_jsonl(
 
 
 def first_keys(path: str | Path, encoding: str = "utf-8") -> list[str]:
-    """The keys of the first JSON object of a file. Empty if the first line is not an object."""
-    first = next((line for _, line in read_lines(path, encoding) if line.strip()), "")
-    with contextlib.suppress(ValueError):
-        row = json.loads(first)
-        return list(row) if isinstance(row, dict) else []
+    """The keys of the first line that is a JSON object. Empty if no line is one."""
+    for _, line in read_lines(path, encoding):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                return list(row)
     return []
 
 

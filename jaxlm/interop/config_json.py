@@ -1,8 +1,7 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
 ``Model.metadata`` contains the loaded files. When a model is saved, a loaded field that jaxlm does not set is written
-back unchanged. jaxlm replaces a field that describes the
-model only if the model has changed since loading.
+back unchanged. jaxlm replaces a field that describes the model only if the model has changed since loading.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -153,8 +152,11 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
 
 def _check_task(name: str, task: Any) -> None:
     """Raise ``ValueError`` if the family has no task with labels. An error about ``num_labels`` would be less clear."""
-    tasks = typing.get_args(typing.get_type_hints(family(name).Config)["task"])
-    if not hasattr(family(name).Config, "num_labels"):
+    config_class = family(name).Config
+    if hasattr(config_class, "num_labels"):
+        return
+    tasks = typing.get_args(typing.get_type_hints(config_class).get("task"))
+    if task not in tasks:
         raise ValueError(f"family {name} has no task {task!r}: it has {', '.join(tasks)}")
 
 

@@ -45,7 +45,7 @@ class Config(recurrent.RecurrentConfig):
     num_layers: int = 2
     """Number of layers."""
     embed_dim: int = 650
-    """Width of the embeddings, and of the last layer if the output head is tied."""
+    """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
     hidden_dim: int = 650
     """Width of each direction of the other layers."""
     reset: GRUReset = "after"

@@ -54,9 +54,9 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     num_layers: int = 3
     """Number of layers."""
     embed_dim: int = 400
-    """Width of the embeddings, and of the last layer with tie_embeddings."""
+    """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
     hidden_dim: int = 1150
-    """Width of each layer, per direction. With tie_embeddings, the last layer has the width embed_dim instead."""
+    """Width of each direction of the other layers."""
     direction: Direction = "forward"
     """Read forward, or in both directions with concatenated outputs (an encoder)."""
     tie_embeddings: bool = True

@@ -104,9 +104,9 @@ class MaterialPlayer:
 
     The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
     the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and of a promotion, minus the largest loss that
-    the opponent's next capture can cause. If the piece is protected, its loss is its value minus the value of the
-    least valuable attacker. Smaller terms prefer few replies of the opponent and advanced pawns. Moves that draw by
-    stalemate or repeat a position come last. Random choices are not used.
+    the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected, its value
+    minus that of the least valuable attacker. Smaller terms prefer few replies of the opponent and advanced pawns.
+    Moves that draw by stalemate or repeat a position come last. Random choices are not used.
     """
 
     max_moves = None
@@ -235,7 +235,7 @@ def play_match(
     *,
     max_moves: int = 200,
     opening_moves: int = 0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> MatchResult:
     """The result of a match of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
 
@@ -246,7 +246,7 @@ def play_match(
     Args:
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
             Without random openings, deterministic players repeat the same game.
-        seed: seed of all random choices, except those of an engine.
+        seed: seed of all random choices, except those of an engine (an argument of ``np.random.default_rng``).
 
     Raises:
         ValueError: a count is outside its range, or ``max_moves`` is too large for a player.

@@ -23,7 +23,7 @@ from jaxlm.training.report import Board
 _GAMES_PER_MATCH = 500
 """Number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
-"""Added to the seed of generated games, so that their random moves differ from those of a match with a small seed."""
+"""First number of the seed of generated games, so that their random moves differ from those of a match."""
 
 
 def game_batches(
@@ -82,7 +82,8 @@ def _packed_batch(window: Window) -> Batch:
 def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Games:
     """``count`` games of ``MaterialPlayer`` against ``RandomPlayer``. A game takes about 0.08 s on one core.
 
-    Nearly all of these games end with a checkmate. Master games seldom do, because players resign. ``MaterialPlayer``
+    Nearly all of these games end with a checkmate. Master games seldom end with a checkmate, because players
+    resign. ``MaterialPlayer``
     has white in every second game.
 
     Args:
@@ -96,7 +97,7 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
         raise ValueError(f"count={count} must be at least 0")
     matches = [
         play_match(
-            MaterialPlayer(), RandomPlayer(), min(_GAMES_PER_MATCH, count - start), seed=_GENERATED_SEED + seed + start
+            MaterialPlayer(), RandomPlayer(), min(_GAMES_PER_MATCH, count - start), seed=(_GENERATED_SEED, seed, start)
         ).games
         for start in range(0, count, _GAMES_PER_MATCH)
     ]

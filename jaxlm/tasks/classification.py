@@ -39,15 +39,13 @@ def encode(
         ValueError: an example has an unknown label, no tokens, or more tokens than the model has positions.
     """
     if len(labels) < 2:
-        raise ValueError(f"{examples.name} has only the label {labels[0]!r}: a classifier needs at least two labels")
+        raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = model.max_positions
     encoded: list[Encoded] = []
-    encodings = tokenizer.encode_inputs_batch(texts, pairs)
-    if max_length is not None:
-        encodings = truncate_all(encodings, max_length, f"texts of {examples.name}")
+    encodings = truncate_all(tokenizer.encode_inputs_batch(texts, pairs), max_length, f"texts of {examples.name}")
     for text, encoding, label in zip(texts, encodings, label_numbers, strict=True):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
             allowed = "at least 1" if limit is None else f"from 1 to {limit}"

@@ -46,11 +46,10 @@ def encode(
     eos_id = tokenizer.special_ids.eos
     if eos_id is None:
         raise ValueError("the tokenizer has no EOS token: train a tokenizer with template='eos'")
-    sources, targets = (tokenizer.encode_inputs_batch(examples.column(name)) for name in ("source", "target"))
-    if max_source is not None:
-        sources = truncate_all(sources, max_source, f"sources of {examples.name}")
-    if max_target is not None:
-        targets = truncate_all(targets, max_target, f"targets of {examples.name}")
+    sources, targets = (
+        truncate_all(tokenizer.encode_inputs_batch(examples.column(name)), limit, f"{name}s of {examples.name}")
+        for name, limit in (("source", max_source), ("target", max_target))
+    )
     if targets[0].ids[-1] != eos_id:
         raise ValueError("the tokenizer adds no EOS token at the end: train a tokenizer with template='eos'")
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]

@@ -28,7 +28,7 @@ from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
 from jaxlm.training.plots import save_attention
 from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, write_results
-from jaxlm.training.trackers import make_tracker
+from jaxlm.training.trackers import check_tracker, make_tracker
 from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
@@ -52,8 +52,8 @@ class ModelConfig:
     def merge(self, preset: ModelConfig) -> ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
-        Another ``name`` or ``pretrained`` directory has other fields. Then the preset's fields are not used, and a line
-        says so.
+        Another ``name`` or ``pretrained`` directory has other fields. Then the preset's fields are not used. If ``set``
+        is not given, a line says so.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:
@@ -141,7 +141,10 @@ def command_line(
             default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
         if hasattr(experiment, "model"):
-            experiment = dataclasses.replace(experiment, model=experiment.model.merge(initial.model))  # type: ignore
+            preset = initial.model  # type: ignore[attr-defined]
+            if resume is not None:  # the weights of a resumed run are those of its checkpoint
+                preset = dataclasses.replace(preset, pretrained=experiment.model.pretrained)
+            experiment = dataclasses.replace(experiment, model=experiment.model.merge(preset))  # type: ignore
         checks.check_settings(experiment, initial)
         output = resume or experiment.output  # type: ignore[attr-defined]
 
@@ -170,12 +173,14 @@ def prepare_run(
 
     Raises:
         FileExistsError: the directory is not empty.
+        ImportError: the package of ``training.tracker`` is not installed.
         OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
         ValueError: the model cannot be exported; the tokenizer does not belong to the model; the model has no
             next-token head for a next-token loss; the model does not support ``request``; or ``evaluate`` does not
             return ``training.best_metric``.
     """
     checks.check_task(trainer)
+    check_tracker(experiment.training.tracker)
     checks.check_best_metric(experiment.training, evaluate)
     checks.check_tokenizer(trainer.model, tokenizer)
     model_config_json(trainer.model, "float32", tokenizer)  # raises if the model cannot be exported
@@ -209,13 +214,17 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
     if resume is None:
         return
     saved_experiment = config_lib.read(type(experiment), resume / "config.json")
-    for field in ("model.name", "optimizer.name", *fields):
+
+    def check(field: str) -> None:
         value, saved = map(operator.attrgetter(field), (experiment, saved_experiment))
         if dataclasses.is_dataclass(value):
-            fields = [f"{field}.{inner.name}" for inner in dataclasses.fields(value)]
-            check_unchanged(experiment, resume, fields)
+            for inner in dataclasses.fields(value):
+                check(f"{field}.{inner.name}")
         elif value != saved:
             raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
+
+    for field in ("model.name", "optimizer.name", *fields):
+        check(field)
 
 
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:

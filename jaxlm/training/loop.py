@@ -86,7 +86,7 @@ class TrainingConfig:
     """Steps between records in metrics.jsonl."""
     tracker: TrackerName | None = None
     """The modules in ``experiments/`` also log the metrics to this service: TensorBoard (in the run directory), Weights
-    & Biases, or Trackio. In Python, pass trackers to ``Run``."""
+    & Biases, or Trackio. A resumed run is a new run of the service. In Python, pass trackers to ``Run``."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
     losses; OLMo-core uses 6. None skips an update only if the loss or the gradient is not finite."""

@@ -7,6 +7,7 @@ class.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -106,6 +107,12 @@ class TrackioTracker(_RunTracker):
         except ImportError as error:
             raise ImportError("TrackioTracker needs trackio: pip install trackio") from error
         super().__init__(trackio, project, name, config)
+
+
+def check_tracker(name: TrackerName | None) -> None:
+    """Raise ``ImportError`` if the package of the service is not installed."""
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise ImportError(f"--training.tracker {name} needs the package {name}: pip install {name}")
 
 
 def make_tracker(name: TrackerName, directory: Path, config: Mapping[str, Any]) -> Tracker:

@@ -183,9 +183,10 @@ def test_labelled_json_lines(tmp_path):
     path.write_text('{"label": 1, "words": "fine"}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: .*'sentence'"):
         read_labelled(path)
-    path.write_text("fine\n")
+    path.write_text('fine\n{"label": 1, "text": "good"}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: not JSON"):
         read_labelled(path)
+    assert read_labelled(path, on_error="report").column("text") == ["good"]
 
 
 def test_labelled_lines_are_not_json_and_have_no_tab(tmp_path):

@@ -90,6 +90,8 @@ def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     lines = [f"{label} it is {word}\n" for label, words in WORDS.items() for word in words.split()] * 4
     (tmp_path / "lines.all").write_text("".join(lines))
     arguments = ("--data.train", tmp_path / "lines.all", "--folds", "2", "--output", tmp_path / "run")
+    assert main(*TINY, *arguments, "--optimizer.warmup-steps", "900") == 2
+    assert not (tmp_path / "run").exists(), "a failed check writes nothing"
     assert main(*TINY, *arguments) == 0
     assert "accuracy over 2 folds" in capsys.readouterr().out
     results = json.loads((tmp_path / "run/results.json").read_text())

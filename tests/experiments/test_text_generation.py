@@ -325,6 +325,25 @@ def fake_run(monkeypatch):
     return record
 
 
+def test_model_options_change_single_fields_of_the_preset(fake_run, capsys, tmp_path):
+    preset = text_generation.PRESETS["lstm"].model.set
+    assert main("--preset", "lstm", "--model.set", "num_layers=3", "remat=full", "--seed", "7") == 0
+    model = fake_run["experiment"].model
+    assert set(model.set) == {*preset, "num_layers=3", "remat=full"} - {"num_layers=2"}
+    assert fake_run["experiment"].training.seed == 7
+    assert main("--preset", "lstm", "--model.set") == 0
+    assert fake_run["experiment"].model.set == ()
+    assert main("--preset", "lstm", "--model.name", "llama", "--model.set", "num_layers=1") == 0
+    assert fake_run["experiment"].model.set == ("num_layers=1",)
+    assert "not used" not in capsys.readouterr().out
+    assert main("--preset", "lstm", "--model.name", "llama") == 0
+    assert fake_run["experiment"].model.set == ()
+    assert f"the preset's fields of lstm are not used: {' '.join(preset)}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main("--seed", "1", "--training.seed", "2")
+    assert "--seed and --training.seed exclude each other" in capsys.readouterr().err
+
+
 def test_the_nanogpt_preset_is_the_published_configuration(fake_run):
     """The configuration is in nanoGPT's README, section "I only have a macbook"."""
     assert main("--preset", "nanogpt", "--data", "tinyshakespeare.txt") == 0

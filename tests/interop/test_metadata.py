@@ -503,6 +503,8 @@ def test_a_family_without_a_task_with_labels_says_so(tmp_path: Path) -> None:
     save_pretrained(tmp_path, model, initial_params(model))
     with pytest.raises(ValueError, match="family mamba2 has no task 'classification': it has causal, none"):
         load_pretrained(tmp_path, task="classification", num_labels=3)
+    with pytest.raises(ValueError, match="'num_labels'"):
+        load_pretrained(tmp_path, task="none", num_labels=3)
 
 
 @pytest.mark.parametrize("variant", ["lstm-tiny", "gru-tiny"])

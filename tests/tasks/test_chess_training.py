@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.data.games import Games, to_uci
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.tasks import chess_training
 from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
 from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards
 from jaxlm.testing.helpers import tiny_model
@@ -72,7 +73,7 @@ def test_a_mating_player_plays_a_mate_in_one() -> None:
     assert [len(board.move_stack) for board in boards] == [6, 3, 0]
 
 
-def test_generated_games_are_legal_games_with_mates_that_follow_the_seed() -> None:
+def test_generated_games_are_legal_games_with_mates_that_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     games = generated_games(6, "san", seed=1)
     assert (len(games), games.notation) == (6, "san")
     assert set(games.results) <= {"1-0", "0-1"}
@@ -83,5 +84,8 @@ def test_generated_games_are_legal_games_with_mates_that_follow_the_seed() -> No
     assert generated_games(6, "uci", seed=1).moves == tuple(to_uci(line) for line in games.moves)
     assert not set(games.moves) & set(generated_games(6, "san", seed=2).moves)
     assert len(generated_games(0)) == 0
+    monkeypatch.setattr(chess_training, "_GAMES_PER_MATCH", 2)
+    first, second = (set(generated_games(4, seed=seed).moves) for seed in (0, 2))
+    assert (len(first), len(first | second)) == (4, 8), "blocks of different seeds differ"
     with pytest.raises(ValueError, match="count=-1 must be at least 0"):
         generated_games(-1)

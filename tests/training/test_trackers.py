@@ -1,5 +1,6 @@
 """Trackers with fake services; live tests also read the event files of TensorBoard."""
 
+import importlib.util
 import sys
 import types
 
@@ -8,7 +9,7 @@ import pytest
 from experiments import sentiment
 from jaxlm.training.experiment import make_run
 from jaxlm.training.loop import TrainingConfig
-from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
+from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker, check_tracker
 
 
 class FakeRun:
@@ -80,6 +81,13 @@ def test_an_experiment_logs_to_the_tracker_of_its_config(monkeypatch, tmp_path, 
     for run in runs:
         assert (run.options["project"], run.options["name"]) == ("jaxlm", "first")
         assert run.options["config"]["training"]["tracker"] == "trackio"
+
+
+def test_a_missing_package_of_a_tracker_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_tracker(None)
+    with pytest.raises(ImportError, match="--training.tracker wandb needs the package wandb: pip install wandb"):
+        check_tracker("wandb")
 
 
 @pytest.mark.live
