@@ -19,7 +19,6 @@ from pathlib import Path
 
 from benchmarks import harness, report
 from benchmarks.harness import UserError
-from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,4 +155,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

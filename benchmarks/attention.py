@@ -13,10 +13,10 @@ computes this array. Outputs and all gradients must agree before the measurement
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from benchmarks import harness, shapes
-from jaxlm.command_line import end_process
 
 IMPLEMENTATIONS = {"jaxlm": "benchmarks.attention_baselines:Jaxlm", "torch": "benchmarks.attention_baselines:Torch"}
 VARIANTS = ("plain", "bias", "relative", "decode")
@@ -101,4 +101,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

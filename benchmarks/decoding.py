@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 
 from benchmarks import complete_models, harness, shapes
-from jaxlm.command_line import end_process
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.decoding_baselines:Jaxlm",
@@ -59,4 +59,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -10,13 +10,13 @@ float64. In the case "padding", the first row is padded on the left and the last
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import harness, shapes
-from jaxlm.command_line import end_process
 
 Results = dict[str, np.ndarray]
 """``hidden``, ``logits``, ``loss``, and the gradient of each parameter by its name in transformers."""
@@ -136,4 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

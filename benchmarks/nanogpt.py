@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import harness
-from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,4 +137,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -31,7 +31,6 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import UserError
-from jaxlm.command_line import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,4 +205,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -11,10 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from benchmarks import harness, shapes
-from jaxlm.command_line import end_process
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.recurrence_baselines:JaxlmRecurrence",
@@ -123,4 +123,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -15,13 +15,13 @@ import dataclasses
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import OURS, UserError
-from jaxlm.command_line import end_process
 
 BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
 END = "<!-- end of measured -->"
@@ -375,4 +375,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

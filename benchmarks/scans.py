@@ -13,11 +13,11 @@ operations, and a matrix product for linear attention.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 from benchmarks import harness, shapes
 from benchmarks.harness import OURS, UserError
-from jaxlm.command_line import end_process
 
 BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
@@ -77,4 +77,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import Any, NamedTuple
 
 from benchmarks import harness
 from benchmarks.harness import UserError
-from jaxlm.command_line import end_process
 
 BASES = ("parameters", "flops")
 
@@ -305,4 +305,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

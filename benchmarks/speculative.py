@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from jaxlm.command_line import end_process
 
 PLAIN = "plain"
 """Name of decoding without a draft model."""
@@ -140,4 +140,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

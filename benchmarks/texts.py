@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from jaxlm.command_line import end_process
 
 TRANSLATORS = {
     "jaxlm": "benchmarks.texts_baselines:JaxlmTranslator",
@@ -147,4 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

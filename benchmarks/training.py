@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 from benchmarks import complete_models, harness, shapes
-from jaxlm.command_line import end_process
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.training_baselines:Jaxlm",
@@ -70,4 +70,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())

@@ -131,7 +131,7 @@ def test_invalid_input_prints_one_line(capsys: pytest.CaptureFixture[str], file:
     for arguments, message in (
         (("--data.file", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
         (
-            ("--data.file", file, "--vocab-size", "320", "--model.set", "copy=True"),
+            ("--data.file", file, "--vocab-size", "320", "--model.set", "source_vocab_size=9"),
             "copy=True needs source_vocab_size=None",
         ),
     ):
