@@ -159,10 +159,8 @@ def build(
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    if config.pretrained is None and config.name in (
-        "alexnet",
-        "resnet",
-    ):  # the inputs of these families have a fixed length
+    has_fixed_length = config.name in ("alexnet", "resnet")
+    if config.pretrained is None and has_fixed_length:
         kernels = config_lib.assignments("model.set", config.set).get("kernels")
         limits = {"max_length": experiment.data.max_length, "kernels": kernels}
         fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), **limits)
