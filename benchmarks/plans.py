@@ -3,10 +3,10 @@
     python -m benchmarks.plans
     python -m benchmarks.plans --model gpt2 --batch 8 --sequence 512 --decode
 
-Memory: the plan adds the arrays of the step and its temporaries (``Plan.memory``, without the code). The measurement is
-the peak of the memory during the steps, without the memory that the process used before it created the arrays. On a
-CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``, whose peak includes the
-creation of the arrays.
+Memory: the plan adds the arrays of the step and its temporaries (``Plan.memory``, without the size of the compiled
+program). The measurement is the peak of the memory during the steps, without the memory that the process used before it
+created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``,
+whose peak includes the creation of the arrays.
 
 Time: the lower bound is the larger one of two times: the FLOPs of the step at the speed of a large matmul, and the
 bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding

@@ -125,7 +125,8 @@ class WindowedGeneration:
         new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)
         key = request.key
         if key is not None:
-            # With the key of the first window, the tokens are the same as in `generate`. Later windows have other keys.
+            # The first window uses the key of the request unchanged, so that its tokens equal those of `generate`.
+            # Later windows have other keys.
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
         return prefill(
             request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,

@@ -2,8 +2,8 @@
 
 The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle, plus the time for which it waits. The
 body of the loop over the grid contains all bundles that one grid step may execute. The dump marks predicated bundles
-(``pl.when``) with ``PF`` but does not say how often they run. So bundles times grid steps is an upper bound of the
-cycles without waiting for memory.
+(``pl.when``) with ``PF`` but does not say how often they run. So for a kernel without inner loops, bundles times grid
+steps is an upper bound of the cycles, without waiting for memory.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from jaxlm.training.report import Board
 _GAMES_PER_MATCH = 500
 """Number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
-"""First number of the seed of generated games, so that their random moves differ from those of a match."""
+"""First element of the seed of generated games. It makes their random moves differ from those of a match."""
 
 
 def game_batches(
@@ -82,9 +82,8 @@ def _packed_batch(window: Window) -> Batch:
 def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Games:
     """``count`` games of ``MaterialPlayer`` against ``RandomPlayer``. A game takes about 0.08 s on one core.
 
-    Nearly all of these games end with a checkmate. Master games seldom end with a checkmate, because players
-    resign. ``MaterialPlayer``
-    has white in every second game.
+    Nearly all of these games end with a checkmate. Master games seldom end with a checkmate, because players resign.
+    ``MaterialPlayer`` has white in every second game.
 
     Args:
         seed: seed of the random moves.

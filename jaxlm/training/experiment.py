@@ -45,15 +45,15 @@ class ModelConfig:
     """Family or variant, for example lstm or t5-small."""
     set: tuple[str, ...] = ()
     """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields that the
-    preset sets, and replace their values. Without a field, the option removes all fields of the preset."""
+    preset sets, and replace their values. The option with no field after it removes all fields of the preset."""
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
     def merge(self, preset: ModelConfig) -> ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
-        Another ``name`` or ``pretrained`` directory has other fields. Then the preset's fields are not used. If ``set``
-        is not given, a line says so.
+        If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
+        are not used. If ``set`` is not given, a line says so.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:

@@ -41,8 +41,8 @@ class Format:
         hf_name_of_field: jaxlm config field -> HF config field. Both have the same value, except for the fields in
             ``values``.
         default_fields: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set
-            it (through ``hf_name_of_field``). Fields that are not in ``hf_name_of_field`` also select the format in
-            which a model is saved: the first format of the family whose default fields have the values of the model.
+            it (through ``hf_name_of_field``). The entries that are not in ``hf_name_of_field`` also select the format
+            for saving: the first format of the family for which these entries equal the fields of the model.
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
             function raises a ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
@@ -55,8 +55,8 @@ class Format:
         required: HF config field -> the only value that the family supports. A missing field has this value.
         not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
-            the field is also present with the same value, because transformers applies the alias after it has derived
-            other values from the field.
+            the field is also present with the same value, because transformers derives other values from the field
+            before it applies the alias.
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
         unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.

@@ -49,7 +49,7 @@ class Mask:
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """The dense boolean mask [B or 1, T, S], or None if nothing is masked; for few queries or keys."""
+    """The dense boolean mask [B or 1, T, S], or None if nothing is masked. Use it only for few queries or keys."""
     orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]

@@ -43,7 +43,8 @@ class RotaryScaling:
     beta_slow: float = 1.0
     """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
     truncate: bool = True
-    """yarn: round to integers the pair indices between which the frequencies change from unchanged to divided."""
+    """yarn: between two pair indices, the frequencies change gradually from unchanged to divided. True rounds these two
+    indices to integers."""
     attention_factor: float | None = None
     """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
 
@@ -71,7 +72,8 @@ class RotaryScaling:
 def rotary_frequencies(
     width: int, base: float, scaling: RotaryScaling | None = None, max_positions: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """The rotation angle of each pair per position, [P] float32, and the magnitude (1 for all kinds except yarn).
+    """The rotation angle of each pair per position, [P] float32, and the factor of the cosines and sines (1 for all
+    kinds except yarn).
 
     Args:
         width: K, the width of a head.

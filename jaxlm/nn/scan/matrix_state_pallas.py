@@ -6,9 +6,10 @@ once, for several heads, and keeps the state of these heads until the last chunk
 also writes the state before each chunk.
 
 Let b_t be the sum of the log decays of a chunk up to step t. The product of the decays of steps s + 1 to t is
-``exp(b_t - b_s)``. A reset starts a new segment of the chunk: a step reads only earlier steps of its segment. Log
-decays below ``MIN_LOG_DECAY`` are set to it, so that all sums are finite. The rounding error of a sum is about 6e-8
-times the sum, so products are less accurate after a decay of almost 0.
+``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
+steps of its segment. Only the first segment reads the state before the chunk. Log decays below ``MIN_LOG_DECAY`` are
+set to it, so that all sums are finite. The rounding error of a sum is about 6e-8 times its magnitude. A decay of almost
+0 has a large negative logarithm, so products of later decays are less accurate.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -50,10 +51,12 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array, num_decays:
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
     groups_are_sharded = _groups_are_sharded(G, H)
     if H % num_shards or (G % num_shards and G > 1):
-        return f"needs numbers of heads and groups that the {num_shards} shards of the heads divide, not {H} and {G}"
+        return f"needs {num_shards} shards to divide the numbers of heads and groups, {H} and {G}"
     local_groups = G // num_shards if groups_are_sharded else G
     if _heads_per_block(local_groups, H // num_shards, K, V) is None:
-        return "needs widths of heads that fill registers of 128 lanes, for blocks of heads that fit into VMEM"
+        return (
+            "needs widths of heads for which a block of heads fills registers of 128 lanes and its states fit into VMEM"
+        )
     return None
 
 
@@ -63,7 +66,8 @@ def _groups_are_sharded(G: int, H: int) -> bool:
 
 
 def _heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
-    """The number of heads of a block on one device. None: no number gives whole registers that fit into VMEM.
+    """The number of heads of a block on one device. None: no number of heads gives a block of whole registers whose
+    states fit into VMEM.
 
     All heads of a block share one query and key, or each has its own.
     """
@@ -148,7 +152,7 @@ def _groups_axes(inputs: Any) -> tuple[str | None, ...]:
 def _map_shards(
     function: Callable[..., Any], groups: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
 ) -> Callable[..., Any]:
-    """The function of the shards of each device. Its arguments are the inputs and arrays with ``other_axes``."""
+    """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
     in_axes = [groups, groups, _HEADS, _HEADS[:3], _HEADS[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
 
@@ -260,7 +264,7 @@ def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, reset_BT: jax.Array, state_BHKV: jax.Array,
     *, L: int, interpret: bool, save_states: bool,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
-    """The outputs of one device, the last state, and the state before each chunk (of one chunk if it is not saved)."""
+    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
     blocks = _blocks(query, value, L, from_last=False)
     T, C = query.shape[1], blocks.C if save_states else 1
     out_BTX, last_BHKV, states_BCHKV = _call(
@@ -422,7 +426,7 @@ def _backward_kernel(
         dk_heads.append(_dot(dscores, q, (0, 0)) + suffix * _dot(v, dafter_in, (1, 1)))
         dv_of_state = suffix * _dot(k, dafter_in, (1, 0))
         dv = _dot(weights, dy, (0, 0)) + dv_of_state
-        # The gradient of b_t. The state after the chunk times its gradient is added to the last step.
+        # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
         v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
         last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(v32 * dv_of_state, keepdims=True)
         db = jnp.sum(y * dy32 - v32 * dv, axis=1, keepdims=True)

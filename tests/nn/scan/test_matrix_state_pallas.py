@@ -117,7 +117,7 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     query, _, value, _, _ = arrays(1, 20, 2, 8, 128, 64)
     with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
         reason = matrix_state_pallas.unsupported_reason(query, value, 1)
-    assert reason == "needs numbers of heads and groups that the 4 shards of the heads divide, not 8 and 2"
+    assert reason == "needs 4 shards to divide the numbers of heads and groups, 8 and 2"
 
 
 def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
@@ -134,7 +134,7 @@ def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
     [
         ((1, 8, 2, 2, 8, 8), np.float16, False, "supports float32 and bfloat16, not float16"),
         ((1, 8, 2, 2, 8, 8), np.float32, True, "supports one decay per head, not one per channel"),
-        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs widths of heads that fill registers of 128 lanes"),
+        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs widths of heads for which a block"),
     ],
 )
 def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_tpu):
