@@ -31,7 +31,6 @@ from jaxlm.data.debian import read_descriptions
 from jaxlm.data.docstrings import docstrings
 from jaxlm.data.duplicates import group_similar
 from jaxlm.data.examples import Example, Examples
-from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import Model
 from jaxlm.objectives.batch import smoothed_token_loss
@@ -160,23 +159,15 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 
-def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer."""
-    texts = training.column("source") + training.column("target")
-    tokenizer = experiment.model.tokenizer(
-        resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
-    )
-    fields = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
-    return *experiment.model.build(experiment.training.seed, fields), tokenizer
-
-
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train a summarizer, summarize the test split and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
     examples = read(experiment.data)
     training, validation, test = parts(experiment.data, examples)
-    model, params, tokenizer = build(experiment, training, resume)
+    model, params, tokenizer = lib.build_encoder_decoder(
+        experiment.model, training, experiment.vocab_size, config.seed, resume
+    )
     shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
     training, validation, test = (part for part, _ in shortened)
     facts = {"rejected lines": len(examples.rejected), "truncated texts": [number for _, number in shortened]}

@@ -26,7 +26,6 @@ from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import verses
 from jaxlm.data.examples import Examples, OnError, read_pairs
-from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import Model
 from jaxlm.objectives.batch import smoothed_token_loss
@@ -145,22 +144,14 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
     return training, validation, test
 
 
-def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer."""
-    texts = training.column("source") + training.column("target")
-    tokenizer = experiment.model.tokenizer(
-        resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
-    )
-    fields = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
-    return *experiment.model.build(experiment.training.seed, fields), tokenizer
-
-
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train a translator, translate the test split and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
     training, validation, test = parts(experiment.data)
-    model, params, tokenizer = build(experiment, training, resume)
+    model, params, tokenizer = lib.build_encoder_decoder(
+        experiment.model, training, experiment.vocab_size, config.seed, resume
+    )
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
         length_multiple=4,

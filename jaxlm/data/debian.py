@@ -138,9 +138,8 @@ def read_descriptions(path: str | Path) -> Examples:
         examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
         rows = []
         for number, row in enumerate(examples):
-            name = f"text {number}"
-            packages = {"project": project(row["package"])} if "package" in row else {"package": name, "project": name}
-            rows.append({**row, **packages})
+            package = row.get("package", f"text {number}")
+            rows.append({**row, "package": package, "project": project(package) if "package" in row else package})
         return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()
     for line, record in _read_records(path):

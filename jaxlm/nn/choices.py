@@ -198,19 +198,14 @@ def linear_attention(steps: int, unsupported: str | None) -> Literal["reference"
         steps: T, the number of steps.
         unsupported: why ``pallas`` does not support the arguments.
     """
-    if steps < MIN_CHUNKED_STEPS:
-        return "reference"
-    return "pallas" if sharding.platform() == "tpu" and unsupported is None else "chunked"
-
-
-def mlstm(steps: int) -> Literal["reference", "chunked"]:
-    """The implementation of ``mlstm``."""
-    return "chunked" if steps >= MIN_CHUNKED_STEPS else "reference"
+    without_kernel = matrix_scan(steps)
+    use_pallas = sharding.platform() == "tpu" and unsupported is None and without_kernel == "chunked"
+    return "pallas" if use_pallas else without_kernel
 
 
 def kernel_chunk(steps: int) -> int:
-    """The number of steps of a chunk of a TPU kernel for matrix states."""
-    return min(128, steps + -steps % 16)
+    """The number of steps of a chunk of the TPU kernel of ``linear_attention``."""
+    return min(LINEAR_ATTENTION_CHUNK_ACCELERATOR, steps + -steps % 16)
 
 
 def linear_attention_chunk() -> int:
@@ -218,8 +213,8 @@ def linear_attention_chunk() -> int:
     return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
 
 
-def delta_rule(steps: int) -> Literal["reference", "chunked"]:
-    """The implementation of ``gated_delta_rule`` and ``generalized_delta_rule``."""
+def matrix_scan(steps: int) -> Literal["reference", "chunked"]:
+    """The implementation of ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule``."""
     return "chunked" if steps >= MIN_CHUNKED_STEPS else "reference"
 
 

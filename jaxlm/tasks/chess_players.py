@@ -9,6 +9,7 @@ A move is the move of one player, not of both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -112,10 +113,7 @@ class MaterialPlayer:
     max_moves = None
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        return [_find_mate(board) or self._best_move(board) for board in boards]
-
-    def _best_move(self, board: chess.Board) -> chess.Move:
-        return max(list(board.legal_moves), key=lambda move: _material_score(board, move))
+        return [max(list(board.legal_moves), key=functools.partial(_material_score, board)) for board in boards]
 
 
 class EnginePlayer:
@@ -349,7 +347,7 @@ _PIECE_VALUES = (0, 1, 3, 3, 5, 9, 0)
 
 
 def _material_score(board: chess.Board, move: chess.Move) -> float:
-    """The score of a legal move for ``MaterialPlayer``, in pawns. The move does not give checkmate."""
+    """The score of a legal move for ``MaterialPlayer``, in pawns. Checkmate has an infinite score."""
     color = board.turn
     captured = 1 if board.is_en_passant(move) else board.piece_type_at(move.to_square) or 0
     score = float(_PIECE_VALUES[captured])
@@ -360,7 +358,9 @@ def _material_score(board: chess.Board, move: chess.Move) -> float:
         score += 0.03 * (rank if color else 7 - rank)
     board.push(move)
     replies = board.legal_moves.count()
-    if replies == 0 or board.is_repetition(2):
+    if replies == 0 and board.is_check():
+        score = math.inf
+    elif replies == 0 or board.is_repetition(2):
         score -= 1000.0
     score -= 0.02 * replies + _largest_loss(board, color)
     board.pop()

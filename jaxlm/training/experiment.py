@@ -16,7 +16,7 @@ import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import processes
 from jaxlm.command_line import exit_status, parse_experiment, split_debug
-from jaxlm.data import Tokenizer, load_tokenizer
+from jaxlm.data import Tokenizer, load_tokenizer, train_tokenizer
 from jaxlm.data.examples import Examples, InvalidLineError
 from jaxlm.decoding import GenerationConfig
 from jaxlm.interop.config_json import model_config_json
@@ -96,6 +96,16 @@ class ModelConfig:
         return get_model(self.name, **fixed, **changes), None
 
 
+def build_encoder_decoder(
+    config: ModelConfig, training: Examples, vocab_size: int, seed: int, resume: Path | None
+) -> tuple[Model, Any, Tokenizer]:
+    """The model, its initial parameters (None: random), and the tokenizer, which is trained on sources and targets."""
+    texts = training.column("source") + training.column("target")
+    tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, "bpe", vocab_size, template="eos"))
+    fields = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
+    return *config.build(seed, fields), tokenizer
+
+
 def read_examples(read: Callable[..., Examples], *paths: Path, **options: Any) -> Examples:
     """The examples that ``read(*paths, **options)`` returns. Prints the lines that were left out.
 
@@ -140,11 +150,10 @@ def command_line(
         experiment, initial, resume = parse_experiment(
             default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
-        if hasattr(experiment, "model"):
-            preset = initial.model  # type: ignore[attr-defined]
-            if resume is not None:  # the weights of a resumed run are those of its checkpoint
-                preset = dataclasses.replace(preset, pretrained=experiment.model.pretrained)
-            experiment = dataclasses.replace(experiment, model=experiment.model.merge(preset))  # type: ignore
+        model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
+        if resume is not None:  # the weights of a resumed run are those of its checkpoint
+            preset = dataclasses.replace(preset, pretrained=model.pretrained)
+        experiment = dataclasses.replace(experiment, model=model.merge(preset))  # type: ignore[type-var]
         checks.check_settings(experiment, initial)
         output = resume or experiment.output  # type: ignore[attr-defined]
 

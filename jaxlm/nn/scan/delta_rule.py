@@ -180,7 +180,7 @@ def _run(
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
     T = inputs[0].shape[1]
     if implementation is None:
-        implementation = choices.delta_rule(T)
+        implementation = choices.matrix_scan(T)
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no {name} implementation {implementation!r}: choose from {choice}")

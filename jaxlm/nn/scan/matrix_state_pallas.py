@@ -49,10 +49,9 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array, num_decays:
     if not query_BTGK.shape[0]:
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
-    groups_are_sharded = _groups_are_sharded(G, H)
     if H % num_shards or (G % num_shards and G > 1):
         return f"needs {num_shards} shards to divide the numbers of heads and groups, {H} and {G}"
-    local_groups = G // num_shards if groups_are_sharded else G
+    local_groups = G // num_shards if _groups_are_sharded(G, H) else G
     if _heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
             "needs widths of heads for which a block of heads fills registers of 128 lanes and its states fit into VMEM"
@@ -106,17 +105,18 @@ def linear_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attention(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    run = functools.partial(_forward, L=L, interpret=interpret, save_states=False)
-    mapped = _map_shards(run, _groups_axes(inputs), [_STATE], [_HEADS, _STATE, _STATES])
-    out_BTHV, last_BHKV, _ = mapped(*inputs, state_BHKV)
-    return out_BTHV, last_BHKV
+    return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
 
 
 def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    run = functools.partial(_forward, L=L, interpret=interpret, save_states=True)
-    mapped = _map_shards(run, _groups_axes(inputs), [_STATE], [_HEADS, _STATE, _STATES])
-    out_BTHV, last_BHKV, states_BCHKV = mapped(*inputs, state_BHKV)
+    out_BTHV, last_BHKV, states_BCHKV = _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=True)
     return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
+
+
+def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The results of :func:`_forward` for all devices."""
+    run = functools.partial(_forward, **options)
+    return _map_shards(run, _groups_axes(inputs), [_STATE], [_HEADS, _STATE, _STATES])(*inputs, state_BHKV)
 
 
 def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
@@ -161,13 +161,10 @@ class _Blocks(NamedTuple):
     """How the arrays of one device are split into blocks. The grid is (batch, blocks of heads, chunks).
 
     Attributes:
-        T: number of steps, with padding.
-        has_own: whether each head has its own query and key.
         from_last: whether the grid goes from the last chunk to the first.
     """
 
     B: int
-    T: int
     C: int
     L: int
     G: int
@@ -175,8 +172,17 @@ class _Blocks(NamedTuple):
     K: int
     V: int
     J: int
-    has_own: bool
     from_last: bool
+
+    @property
+    def T(self) -> int:
+        """The number of steps, with padding."""
+        return self.C * self.L
+
+    @property
+    def has_own(self) -> bool:
+        """Whether each head has its own query and key."""
+        return self.G == self.H
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -217,8 +223,7 @@ def _blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> _Blo
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
     J = _heads_per_block(G, H, K, V)
     assert J is not None  # unsupported_reason checks this
-    padded = T + -T % L
-    return _Blocks(B, padded, padded // L, L, G, H, K, V, J, G == H, from_last)
+    return _Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 
 
 def _pad_time(x_BT: jax.Array, L: int) -> jax.Array:

@@ -95,7 +95,7 @@ def mlstm(
     _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
     B, T = query_BTHK.shape[:2]
     if implementation is None:
-        implementation = choices.mlstm(T)
+        implementation = choices.matrix_scan(T)
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no mlstm implementation {implementation!r}: choose from {choice}")
