@@ -191,31 +191,28 @@ LINEAR_ATTENTION_CHUNK = {"cpu": 32}
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 
 
-def linear_attention(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
-    """The implementation of ``linear_attention``: ``pallas`` on a TPU if it supports the arguments.
+def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
+    """The implementation of ``linear_attention``, ``mlstm`` and the delta rules.
+
+    It is ``pallas`` on a TPU if it supports the arguments.
 
     Args:
         steps: T, the number of steps.
         unsupported: why ``pallas`` does not support the arguments.
     """
-    without_kernel = matrix_scan(steps)
-    use_pallas = sharding.platform() == "tpu" and unsupported is None and without_kernel == "chunked"
-    return "pallas" if use_pallas else without_kernel
+    if steps < MIN_CHUNKED_STEPS:
+        return "reference"
+    return "pallas" if sharding.platform() == "tpu" and unsupported is None else "chunked"
 
 
 def kernel_chunk(steps: int) -> int:
-    """The number of steps of a chunk of the TPU kernel of ``linear_attention``."""
+    """The number of steps of a chunk of the TPU kernels of ``linear_attention`` and ``gated_delta_rule``."""
     return min(LINEAR_ATTENTION_CHUNK_ACCELERATOR, steps + -steps % 16)
 
 
 def linear_attention_chunk() -> int:
     """The number of steps of a chunk of ``linear_attention``."""
     return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
-
-
-def matrix_scan(steps: int) -> Literal["reference", "chunked"]:
-    """The implementation of ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule``."""
-    return "chunked" if steps >= MIN_CHUNKED_STEPS else "reference"
 
 
 GATED_DELTA_RULE_CHUNK = {"cpu": 32}

@@ -24,7 +24,7 @@ Shapes: B batch, T time, H heads, K width of queries and keys, V width of values
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,13 @@ from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.scan import delta_rule_pallas
+from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import (
+    Implementation,
     block_pairs,
     check_equal_heads,
+    choose_implementation,
     decay_products,
     join_chunks,
     pair_scores_and_decays,
@@ -43,8 +47,6 @@ from jaxlm.nn.scan.matrix_state import (
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import check_masks
-
-Implementation = Literal["reference", "chunked"]
 
 
 def gated_delta_rule(
@@ -76,10 +78,12 @@ def gated_delta_rule(
         chunk: L, a power of two, used only by ``chunked``; None: a default for the platform.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
             matmuls compute all steps of a chunk. For the backward pass, it saves the state before each chunk and
-            recomputes everything else. None selects the fastest known implementation.
+            recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
+            (``jaxlm.nn.scan.delta_rule_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
+            ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -93,12 +97,23 @@ def gated_delta_rule(
         if x.shape != query_BTHK.shape[:-1]:
             expected = f"[batch, time, heads], {list(query_BTHK.shape[:-1])}"
             raise ValueError(f"{name} {list(x.shape)} must be {expected}")
+    unsupported = unsupported_reason(query_BTHK, value_BTHV)
+    T = query_BTHK.shape[1]
+    implementation = choose_implementation("gated_delta_rule", implementation, T, chunk, unsupported)
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
-    if reset_BT is not None:
+    if reset_BT is not None and implementation != "pallas":
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
-    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1)
-    chunk = choices.gated_delta_rule_chunk() if chunk is None else chunk
-    return _run("gated_delta_rule", _gated_step, _gated_chunk, inputs, state_BHKV, keep_BT, chunk, implementation)
+    inputs, state_BHKV = _prepare((query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, keep_BT)
+    if implementation == "reference":
+        return _scan_steps(_gated_step, inputs, state_BHKV)
+    if implementation == "pallas":
+        if reset_BT is not None and keep_BT is not None:
+            reset_BT = reset_BT & keep_BT  # padding does not change the state
+        per_head = [x[..., 0] for x in inputs[3:]]
+        return delta_rule_pallas.gated_delta_rule(
+            (*inputs[:3], *per_head), state_BHKV, reset_BT, choices.kernel_chunk(T)
+        )
+    return _scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
 
 
 def generalized_delta_rule(
@@ -139,16 +154,17 @@ def generalized_delta_rule(
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
+    implementation = choose_implementation(
+        "generalized_delta_rule", implementation, query_BTHK.shape[1], chunk, "does not support the generalized rule"
+    )
     log_BTHK = log_decay_BTHK.astype(jnp.float32)
     if reset_BT is not None:
         log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
         a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
-    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK)
-    chunk = choices.generalized_delta_rule_chunk() if chunk is None else chunk
-    return _run(
-        "generalized_delta_rule", _generalized_step, _generalized_chunk, inputs, state_BHKV, keep_BT, chunk,
-        implementation,
-    )  # fmt: skip
+    inputs, state_BHKV = _prepare((query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, keep_BT)
+    if implementation == "reference":
+        return _scan_steps(_generalized_step, inputs, state_BHKV)
+    return _scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk or choices.generalized_delta_rule_chunk())
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
@@ -159,43 +175,32 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset
     check_masks(reset, keep, (B, T), "query")
 
 
-def _run(
-    name: str,
-    step: Callable[..., Any],
-    run_chunk: Callable[..., Any],
-    inputs: Any,
-    state_BHKV: jax.Array | None,
-    keep_BT: jax.Array | None,
-    chunk: int,
-    implementation: Implementation | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The outputs and the last state of the rule ``name``.
+def _prepare(
+    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array | None, keep_BT: jax.Array | None
+) -> tuple[list[jax.Array], jax.Array]:
+    """The inputs with zeros at padding, and the first state, float32. The inputs are queries, keys, values, and others.
 
-    Args:
-        step: ``step(state, *inputs)`` returns the state and the output of one step.
-        run_chunk: the same for all steps of a chunk.
-        inputs: queries, keys, values, and the other inputs of the rule, with the resets already applied.
+    The time axis is not sharded, because the steps are sequential.
     """
-    if chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
-    T = inputs[0].shape[1]
-    if implementation is None:
-        implementation = choices.matrix_scan(T)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no {name} implementation {implementation!r}: choose from {choice}")
-    # The time axis is not sharded, because the steps are sequential.
-    inputs = [sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs]
+    arrays = [sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs]
     if keep_BT is not None:
-        inputs = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in inputs]
+        arrays = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in arrays]
     if state_BHKV is None:
-        _, k, v, *_ = inputs
+        _, k, v, *_ = arrays
         state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
-    state_BHKV = state_BHKV.astype(jnp.float32)
-    if implementation == "reference":
-        steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
-        last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
-        return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
+    return arrays, state_BHKV.astype(jnp.float32)
+
+
+def _scan_steps(step: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array) -> Any:
+    """The outputs and the last state. ``step(state, *inputs)`` returns the state and the output of one step."""
+    steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
+    last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
+    return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
+
+
+def _scan_chunks(run_chunk: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
+    """The outputs and the last state. ``run_chunk`` is a step (:func:`_scan_steps`) for all steps of a chunk."""
+    T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
     # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.
     # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan import matrix_state_pallas
+from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.segments import check_masks
 
 Implementation = Literal["reference", "chunked", "pallas"]
@@ -72,20 +73,10 @@ def linear_attention(
         ([1.0, 1.5, 1.75], [1.75])
     """
     _check(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
-    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
-        raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
-    num_decays = 1 if log_decay.ndim == 3 else query_BTGK.shape[-1]
-    unsupported = matrix_state_pallas.unsupported_reason(query_BTGK, value_BTHV, num_decays)
-    if chunk is not None:
-        unsupported = f"has chunks of a fixed size, so it does not support chunk={chunk}"
-    if implementation is None:
-        implementation = choices.linear_attention(T, unsupported)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
-    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
-        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
+    per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
+    unsupported = per_channel or unsupported_reason(query_BTGK, value_BTHV)
+    implementation = choose_implementation("linear_attention", implementation, T, chunk, unsupported)
     # The time axis is not sharded, because the steps are sequential.
     axes = ("batch", None, "heads", None)
     group_axes = axes if G == H else ("batch", None, None, None)
@@ -115,6 +106,34 @@ def linear_attention(
     if chunk is None:
         chunk = choices.linear_attention_chunk()
     return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
+
+
+def choose_implementation(
+    name: str, implementation: Implementation | None, steps: int, chunk: int | None, unsupported: str | None
+) -> Implementation:
+    """The implementation of the function ``name``: the given one, or the fastest known one if it is None.
+
+    Args:
+        steps: T, the number of steps.
+        chunk: the number of steps of a chunk, if the caller chose it.
+        unsupported: why ``pallas`` does not support the arguments, as the end of a sentence; None if it does.
+
+    Raises:
+        ValueError: a chunk that is not a power of two, an unknown implementation, or ``pallas`` on another platform or
+            with arguments that it does not support.
+    """
+    if chunk is not None:
+        if chunk < 1 or chunk & (chunk - 1):
+            raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
+        unsupported = f"has chunks of a fixed size, so it does not support chunk={chunk}"
+    if implementation is None:
+        return choices.matrix_scan(steps, unsupported)
+    if implementation not in get_args(Implementation):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no {name} implementation {implementation!r}: choose from {choice}")
+    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
+        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
+    return implementation
 
 
 def _check(

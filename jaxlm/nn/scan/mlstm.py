@@ -17,19 +17,18 @@ Shapes: B batch, T time, H heads, K width of queries and keys, V width of values
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlm import sharding
-from jaxlm.nn import choices
-from jaxlm.nn.scan.matrix_state import check_equal_heads, linear_attention
+from jaxlm.devices import LANES
+from jaxlm.nn.scan.head_blocks import unsupported_reason
+from jaxlm.nn.scan.matrix_state import Implementation, check_equal_heads, choose_implementation, linear_attention
 from jaxlm.nn.segments import both_masks, check_masks, select_state
 from jaxlm.spec import ArraySpec, State
-
-Implementation = Literal["reference", "chunked"]
 
 STABILIZER_LIMITS = (-80.0, 40.0)
 """The output uses ``exp(-m)`` with m in these limits.
@@ -80,10 +79,12 @@ def mlstm(
         chunk: steps of a chunk, a power of two, used only by ``chunked``; None: a default for the platform.
         implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
             stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
-            and saves one state per chunk for the backward pass. None selects the fastest known implementation.
+            and saves one state per chunk for the backward pass. ``pallas`` uses its TPU kernel instead. None selects
+            the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
+            ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones, gate = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1))
@@ -94,11 +95,8 @@ def mlstm(
     """
     _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
     B, T = query_BTHK.shape[:2]
-    if implementation is None:
-        implementation = choices.matrix_scan(T)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no mlstm implementation {implementation!r}: choose from {choice}")
+    unsupported = unsupported_reason(query_BTHK, value_BTHV)
+    implementation = choose_implementation("mlstm", implementation, T, chunk, unsupported)
     # The time axis is not sharded, because the steps are sequential.
     q, k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (query_BTHK, key_BTHK, value_BTHV))
     log_input_BTH, log_forget_BTH = (
@@ -116,7 +114,7 @@ def mlstm(
     state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
     if implementation == "reference":
         return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
-    return _chunked(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk)
+    return _chunked(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk, implementation)
 
 
 def _check(
@@ -167,7 +165,7 @@ def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: 
 
 def _chunked(
     q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
-    masks: Any, epsilon: float, chunk: int | None,
+    masks: Any, epsilon: float, chunk: int | None, implementation: Implementation,
 ) -> Any:  # fmt: skip
     reset, keep = (None, None) if masks is None else masks
     m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], masks)
@@ -178,16 +176,29 @@ def _chunked(
     # In float16, the numerator and the normalizer could overflow before the division.
     dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype
     key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(dtype)
-    # A value that is always 1 makes n the last column of the state.
-    value_BTHW = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1).astype(dtype)
-    state_BHKW = jnp.concatenate([state["cell"], state["normalizer"][..., None]], axis=-1)
-    out_BTHW, last_BHKW = linear_attention(
-        q.astype(dtype), key_BTHK, value_BTHW, log_decay_BTH, state_BHKW, reset_BT=reset, keep_BT=keep, chunk=chunk,
-        implementation="chunked",
-    )  # fmt: skip
-    out_BTHW = out_BTHW.astype(jnp.float32)
-    out_BTHV = _output(out_BTHW[..., :-1], out_BTHW[..., -1], m_BTH, epsilon).astype(v.dtype)
-    return out_BTHV, {"cell": last_BHKW[..., :-1], "normalizer": last_BHKW[..., -1], "stabilizer": m_BTH[:, -1]}
+
+    def run(value_BTHV: jax.Array, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return linear_attention(
+            q.astype(dtype), key_BTHK, value_BTHV.astype(dtype), log_decay_BTH, state_BHKV, reset_BT=reset,
+            keep_BT=keep, chunk=chunk, implementation=implementation,
+        )  # fmt: skip
+
+    # A value that is always 1 makes n a column of the state.
+    V, ones = v.shape[-1], jnp.ones_like(v[..., :1])
+    cell, normalizer = state["cell"], state["normalizer"][..., None]
+    if implementation == "pallas":  # columns in whole registers: another column in the same array would copy the array
+        out, cell = run(v, cell)
+        sums, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
+    else:
+        joined, state_BHKW = run(*(jnp.concatenate(pair, axis=-1) for pair in ((v, ones), (cell, normalizer))))
+        out, sums, cell, normalizer = joined[..., :V], joined[..., V:], state_BHKW[..., :V], state_BHKW[..., V:]
+    out_BTHV = _output(out.astype(jnp.float32), sums[..., 0].astype(jnp.float32), m_BTH, epsilon).astype(v.dtype)
+    return out_BTHV, {"cell": cell, "normalizer": normalizer[..., 0], "stabilizer": m_BTH[:, -1]}
+
+
+def _pad_width(x: jax.Array, width: int) -> jax.Array:
+    """The array with zeros after its last axis, so that this axis has ``width`` entries."""
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, width - x.shape[-1])))
 
 
 def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, masks: Any) -> jax.Array:

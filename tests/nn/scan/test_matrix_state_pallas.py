@@ -1,4 +1,4 @@
-"""Tests of the TPU kernels of linear_attention, interpreted on the CPU, against the reference."""
+"""Tests of the TPU kernels of linear_attention, gated_delta_rule and mlstm, interpreted on the CPU."""
 
 import functools
 
@@ -9,7 +9,16 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan import linear_attention, matrix_state_pallas, ssd
+from jaxlm.nn.scan import (
+    delta_rule_pallas,
+    gated_delta_rule,
+    generalized_delta_rule,
+    head_blocks,
+    linear_attention,
+    matrix_state_pallas,
+    mlstm,
+    ssd,
+)
 from jaxlm.plan import topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, relative_error
@@ -20,6 +29,7 @@ SHAPES = {  # B, T, G, H, K, V
     "two groups": (1, 20, 2, 8, 128, 32),
     "two blocks of heads": (1, 20, 1, 8, 16, 32),
 }
+OWN_KEYS = SHAPES["own keys"]
 
 
 def arrays(B, T, G, H, K, V, dtype=np.float32):
@@ -30,18 +40,43 @@ def arrays(B, T, G, H, K, V, dtype=np.float32):
     return query * dtype(K**-0.5), key, value, log_decay, state
 
 
+def delta_rule_arrays(*shape, dtype=np.float32):
+    query, key, value, log_decay, state = arrays(*shape, dtype=dtype)
+    key = (key / np.linalg.norm(key.astype(np.float32), axis=-1, keepdims=True)).astype(dtype)
+    beta = np.random.default_rng(1).uniform(0.0, 2.0, log_decay.shape).astype(np.float32)
+    return query, key, value, log_decay, beta, state
+
+
+def mlstm_arrays(*shape, dtype=np.float32):
+    query, key, value, log_forget, cell = arrays(*shape, dtype=dtype)
+    log_input, normalizer, stabilizer = (
+        np.random.default_rng(1).normal(size=size).astype(np.float32)
+        for size in (log_forget.shape, cell.shape[:3], cell.shape[:2])
+    )
+    return query, key, value, log_input, log_forget, {"cell": cell, "normalizer": normalizer, "stabilizer": stabilizer}
+
+
+FUNCTIONS = {
+    "linear_attention": (linear_attention, arrays),
+    "gated_delta_rule": (gated_delta_rule, delta_rule_arrays),
+    "mlstm": (mlstm, mlstm_arrays),
+}
+
+
 def masks(B, T):
     rng = np.random.default_rng(1)
     return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.1), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.8)}
 
 
-def value_and_gradients(arguments, **options):
-    def loss(*arguments):
-        out, last = linear_attention(*arguments, **options)
+def value_and_gradients(arguments, function=linear_attention, **options):
+    def loss(arguments):
+        out, last = function(*arguments, **options)
         weights = np.random.default_rng(2).normal(size=out.shape)
-        return jnp.sum(weights * out.astype(jnp.float32)) + jnp.sum(jnp.sin(last)), (out, last)
+        return jnp.sum(weights * out.astype(jnp.float32)) + sum(map(jnp.sum, map(jnp.sin, jax.tree.leaves(last)))), (
+            out, last,
+        )  # fmt: skip
 
-    gradients, values = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arguments)
+    gradients, values = jax.jit(jax.grad(loss, has_aux=True))(tuple(arguments))
     return {"values": values, "gradients": gradients}
 
 
@@ -50,9 +85,9 @@ def on_tpu(monkeypatch):
     """Run the kernels in Pallas's interpreter, with chunks of 16 steps and blocks of at most 4 heads."""
     monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 16)
-    interpreted = functools.partial(matrix_state_pallas.linear_attention, interpret=True)
-    monkeypatch.setattr(matrix_state_pallas, "linear_attention", interpreted)
-    monkeypatch.setattr(matrix_state_pallas, "MAX_HEADS", 4)
+    monkeypatch.setattr(head_blocks, "MAX_HEADS", 4)
+    for module, name in ((matrix_state_pallas, "linear_attention"), (delta_rule_pallas, "gated_delta_rule")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -64,20 +99,48 @@ def test_values_and_gradients(shape, masked, on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "mlstm"])
+def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
+    function, arguments = FUNCTIONS[name]
+    options = masks(*OWN_KEYS[:2]) if masked else {}
+    got, want = (
+        value_and_gradients(arguments(*OWN_KEYS), function, implementation=implementation, **options)
+        for implementation in ("pallas", "reference")
+    )
+    assert_trees_close(got, want, 1e-5)
+
+
+def test_equal_keys_of_the_delta_rule(on_tpu):
+    """The powers of the triangular matrix would overflow here, its inverse does not."""
+    query, key, value, log_decay, beta, state = delta_rule_arrays(*OWN_KEYS)
+    key, log_decay, beta = np.broadcast_to(key[:, :1], key.shape), np.zeros_like(log_decay), np.full_like(beta, 2.0)
+    got, want = (
+        value_and_gradients(
+            (query, key, value, log_decay, beta, state), gated_delta_rule, implementation=implementation
+        )
+        for implementation in ("pallas", "reference")
+    )
+    assert_trees_close(got, want, 2e-5)
+
+
 def test_decays_of_almost_zero(on_tpu):
     """The state is forgotten, also by a log decay of -inf, and the gradients are finite."""
-    query, key, value, log_decay, state = arrays(*SHAPES["own keys"])
+    query, key, value, log_decay, state = arrays(*OWN_KEYS)
     log_decay[:, 5], log_decay[:, 20] = -np.inf, -500.0
     got = value_and_gradients((query, key, value, log_decay, state), implementation="pallas")
     want = value_and_gradients((query, key, value, log_decay, state), implementation="chunked")
     assert_trees_close(got, want, 2e-5)  # a sum of log decays of 208 has a rounding error of 1e-5
 
 
-def test_bfloat16(on_tpu):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bfloat16(name, on_tpu):
     """The errors are about the rounding error of bfloat16, 0.004, as for the implementation chunked."""
-    arguments = arrays(*SHAPES["shared keys, padded time"], dtype=jnp.bfloat16)
-    got, chunked = (value_and_gradients(arguments, implementation=name) for name in ("pallas", "chunked"))
-    exact = value_and_gradients([np.asarray(x, np.float32) for x in arguments], implementation="reference")
+    function, make_arguments = FUNCTIONS[name]
+    arguments = make_arguments(*OWN_KEYS, dtype=jnp.bfloat16)
+    got, chunked = (value_and_gradients(arguments, function, implementation=name) for name in ("pallas", "chunked"))
+    in_float32 = jax.tree.map(lambda x: np.asarray(x, np.float32), arguments)
+    exact = value_and_gradients(in_float32, function, implementation="reference")
     for result, other, want in zip(*map(jax.tree.leaves, (got, chunked, exact)), strict=True):
         assert result.dtype == other.dtype
         as_float = np.asarray(result, np.float32)
@@ -106,17 +169,27 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     ],
 )
 def test_heads_of_several_devices(shape, on_tpu):
-    arguments, options = arrays(*shape), masks(*shape[:2])
-    want = value_and_gradients(arguments, implementation="reference", **options)
+    check_on_several_devices("linear_attention", shape)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule", "mlstm"])
+def test_several_devices(name, on_tpu):
+    check_on_several_devices(name, OWN_KEYS)
+
+
+def check_on_several_devices(name, shape):
+    function, make_arguments = FUNCTIONS[name]
+    arguments, options = make_arguments(*shape), masks(*shape[:2])
+    want = value_and_gradients(arguments, function, implementation="reference", **options)
     with Sharding(make_mesh({"data": 1, "tensor": 2}, devices=jax.devices()[:2])).scope():
-        got = value_and_gradients(arguments, implementation="pallas", **options)
+        got = value_and_gradients(arguments, function, implementation="pallas", **options)
     assert_trees_close(got, want, 1e-5)
 
 
 def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     query, _, value, _, _ = arrays(1, 20, 2, 8, 128, 64)
     with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
-        reason = matrix_state_pallas.unsupported_reason(query, value, 1)
+        reason = head_blocks.unsupported_reason(query, value)
     assert reason == "needs 4 shards to divide the numbers of heads and groups, 8 and 2"
 
 
@@ -145,36 +218,56 @@ def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_
         linear_attention(query, key, value, log_decay, state, implementation="pallas")
 
 
+def test_the_generalized_delta_rule_has_no_kernel(on_tpu):
+    query, key, value, _, _ = arrays(*OWN_KEYS)
+    with pytest.raises(
+        ValueError, match="'pallas' does not support the generalized rule: use implementation='chunked'"
+    ):
+        generalized_delta_rule(query, key, value, 0 * key, key, key, implementation="pallas")
+
+
 def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
-    assert choices.linear_attention(64, None) == "chunked"
+    assert choices.matrix_scan(64, None) == "chunked"
     with pytest.raises(ValueError, match="runs only on tpu"):
-        linear_attention(*arrays(*SHAPES["own keys"]), implementation="pallas")
+        linear_attention(*arrays(*OWN_KEYS), implementation="pallas")
     monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
     with pytest.raises(ValueError, match="does not support chunk=32"):
-        linear_attention(*arrays(*SHAPES["own keys"]), implementation="pallas", chunk=32)
+        linear_attention(*arrays(*OWN_KEYS), implementation="pallas", chunk=32)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    assert choices.linear_attention(64, None) == "pallas"
-    assert choices.linear_attention(64, "supports something else") == "chunked"
-    assert choices.linear_attention(1, None) == "reference"
+    assert choices.matrix_scan(64, None) == "pallas"
+    assert choices.matrix_scan(64, "supports something else") == "chunked"
+    assert choices.matrix_scan(1, None) == "reference"
     assert [choices.kernel_chunk(steps) for steps in (1, 100, 128, 1000)] == [16, 112, 128, 128]
 
 
 @pytest.mark.live
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 300, 1, 24, 128, 64), (2, 100, 4, 4, 256, 256), (8, 256, 8, 64, 128, 64)])
-def test_the_tpu_compiler_accepts_the_kernels(shape, dtype):
-    B, T, G, H, K, V = shape
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("linear_attention", (2, 300, 1, 24, 128, 64)),
+        ("linear_attention", (2, 100, 4, 4, 256, 256)),
+        ("linear_attention", (8, 256, 8, 64, 128, 64)),
+        ("gated_delta_rule", (2, 300, 16, 16, 128, 128)),
+        ("gated_delta_rule", (1, 100, 4, 4, 64, 128)),
+        ("mlstm", (2, 300, 8, 8, 256, 512)),
+    ],
+)
+def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
     topology.prepare()
     device = topology.get_topology("v5e:2x2").devices[0]
     target = Sharding(make_mesh({"data": 1}, devices=[device]))
-    shapes = ((B, T, G, K), (B, T, G, K), (B, T, H, V))
-    arguments = [jax.ShapeDtypeStruct(size, dtype, sharding=target.replicated()) for size in shapes]
-    log_decay = jax.ShapeDtypeStruct((B, T, H), jnp.float32, sharding=target.replicated())
+    function, make_arguments = FUNCTIONS[name]
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.replicated()),
+        make_arguments(*shape, dtype=dtype),
+    )
 
-    def loss(*arguments):
-        out, last = linear_attention(*arguments)
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(last)
+    def loss(arguments):
+        out, last = function(*arguments)
+        return jnp.sum(out.astype(jnp.float32)) + sum(map(jnp.sum, jax.tree.leaves(last)))
 
     with target.scope():
-        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arguments, log_decay).compile().as_text()
-    assert text.count("linear_attention_backward") >= 1
+        text = jax.jit(jax.grad(loss)).lower(arguments).compile().as_text()
+    kernel = "gated_delta_rule" if name == "gated_delta_rule" else "linear_attention"
+    assert text.count(f"{kernel}_backward") >= 1

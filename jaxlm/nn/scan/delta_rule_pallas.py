@@ -1,0 +1,311 @@
+"""Pallas kernels for the gated delta rule, and for its gradients, on TPU.
+
+The equations of a chunk are those of ``jaxlm.nn.scan.delta_rule``: with the triangular matrix ``A[t, s] = beta_t *
+D(s, t) * (k_t @ k_s)`` for s < t, the vectors u solve ``(I + A) @ u = beta * (v - old values)``. Then the chunk is
+linear attention with the values u. A kernel keeps the inverse of ``I + A``, the scores and the states in VMEM. The
+backward kernel computes the inverse again. ``head_blocks`` defines the blocks of heads and the products of decays.
+
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, N blocks
+of heads, J heads of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn.scan.head_blocks import (
+    HEADS,
+    STATE,
+    STATES,
+    Blocks,
+    Decays,
+    call_kernel,
+    chunk_decays,
+    dot,
+    finite_log_decays,
+    pad_time,
+    padded_inputs,
+    split_heads,
+)
+
+
+def gated_delta_rule(
+    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array, reset_BT: jax.Array | None, L: int, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
+
+    Args:
+        inputs: queries, keys, values, and log decays and betas [B, T, H], as for ``jaxlm.nn.scan.gated_delta_rule``.
+            Padding has zeros in all of them.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere.
+        L: number of steps of a chunk, a multiple of 128, or at least T.
+        interpret: use Pallas's interpreter, on any device.
+    """
+    query, key, value, log_BTH, beta_BTH = inputs
+    log_BTH, reset_BT = finite_log_decays(log_BTH, reset_BT)
+    return _rule((query, key, value, log_BTH, beta_BTH.astype(jnp.float32), reset_BT), state_BHKV, L, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rule(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
+    return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
+
+
+def _rule_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
+    out_BTHV, last_BHKV, states_BCHKV = _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=True)
+    return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
+
+
+_INPUTS = [HEADS, HEADS, HEADS, HEADS[:3], HEADS[:3], HEADS[:2]]
+
+
+def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The results of :func:`_forward` for all devices."""
+    run = functools.partial(_forward, **options)
+    return sharding.map_shards(run, [*_INPUTS, STATE], [HEADS, STATE, STATES])(*inputs, state_BHKV)
+
+
+def _rule_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
+    inputs, states_BCHKV = saved
+    run = functools.partial(_backward, L=L, interpret=interpret)
+    mapped = sharding.map_shards(run, [*_INPUTS, STATES, HEADS, STATE], [*_INPUTS[:5], STATE])
+    *gradients, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
+    return (*(dx.astype(x.dtype) for dx, x in zip(gradients, inputs, strict=False)), None), dstate_BHKV
+
+
+_rule.defvjp(_rule_forward, _rule_backward)
+
+
+def _per_head(x_BTH: jax.Array, blocks: Blocks) -> jax.Array:
+    """The array [B, N, T, J] with padded time."""
+    return pad_time(x_BTH, blocks.L).reshape(blocks.B, blocks.T, -1, blocks.J).transpose(0, 2, 1, 3)
+
+
+_KINDS = ("keys", "keys", "values", "columns", "rows", "per head")
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, beta_BTH: jax.Array, reset_BT: jax.Array,
+    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
+) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
+    blocks = split_heads(query, value, L, from_last=False)
+    T, C = query.shape[1], blocks.C if save_states else 1
+    out_BTX, last_BHKV, states_BCHKV = call_kernel(
+        _forward_kernel, "gated_delta_rule", blocks, interpret,
+        in_specs=[blocks.spec(kind) for kind in (*_KINDS, "state")],
+        out_specs=tuple(
+            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
+            jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
+            jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
+        ),
+    )(
+        *padded_inputs(query, key, value, log_BTH, reset_BT, blocks), _per_head(beta_BTH, blocks), state_BHKV
+    )  # fmt: skip
+    return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
+
+
+def _backward(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, beta_BTH: jax.Array, reset_BT: jax.Array,
+    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The gradients of one device: of queries, keys, values, log decays and betas, and of the first state."""
+    blocks = split_heads(query, value, L, from_last=True)
+    B, T, H = beta_BTH.shape
+    flat = [jax.ShapeDtypeStruct((B, blocks.T, H * width), value.dtype) for width in (blocks.K, blocks.V)]
+    per_head = jax.ShapeDtypeStruct((B, H // blocks.J, blocks.T, blocks.J), jnp.float32)
+    dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
+    *gradients, dlog, dbeta, dstate = call_kernel(
+        _backward_kernel, "gated_delta_rule_backward", blocks, interpret,
+        in_specs=[blocks.spec(kind) for kind in (*_KINDS, "states", "values", "state")],
+        out_specs=tuple(blocks.spec(kind) for kind in ("keys", "keys", "values", "per head", "per head", "state")),
+        out_shape=(
+            flat[0], flat[0], flat[1], per_head, per_head, jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
+        ),
+    )(
+        *padded_inputs(query, key, value, log_BTH, reset_BT, blocks), _per_head(beta_BTH, blocks), states_BCHKV,
+        dout_BTX, dlast_BHKV,
+    )  # fmt: skip
+    dlog_BTH, dbeta_BTH = (x.transpose(0, 2, 1, 3).reshape(B, blocks.T, H)[:, :T] for x in (dlog, dbeta))
+    shapes = query.shape, key.shape, value.shape
+    return (
+        *(x[:, :T].reshape(shape) for x, shape in zip(gradients, shapes, strict=True)), dlog_BTH, dbeta_BTH, dstate
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+
+
+def _exact_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The matmul of float32 matrices, more exact than ``dtype``, the dtype of the values.
+
+    For float32, it has the precision of float32. For bfloat16, each matrix is the sum of two bfloat16 matrices, and the
+    product of the second ones is left out. The relative error is about 1e-5, and the matmul is twice as fast.
+    """
+    if dtype == jnp.float32:
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    (a_high, a_low), (b_high, b_low) = _high_and_low(a), _high_and_low(b)
+    return dot(a_high, b_high, contract) + (dot(a_high, b_low, contract) + dot(a_low, b_high, contract))
+
+
+def _high_and_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 matrices whose sum is about x."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _inverses(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    """The inverse of ``I + lower`` for each strictly lower triangular matrix, [L, L].
+
+    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs, as in ``triangular.inverse_unit_lower``. Here, all pairs
+    are joined by two matmuls of the whole matrix X of the inverses of the diagonal blocks: ``X - X @ C @ X``, where C
+    has the blocks below the diagonal.
+    """
+    L = lowers[0].shape[0]
+    t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
+    inverses = [jnp.where(t == s, 1.0, 0.0)] * len(lowers)
+    for power in range((L - 1).bit_length()):
+        size = 1 << power
+        is_joined = (t // (2 * size) == s // (2 * size)) & (t // size != s // size)
+        joined = [jnp.where(is_joined, lower, 0.0) for lower in lowers]
+        if size > 1:
+            joined = [_exact_dot(below, inverse, dtype) for below, inverse in zip(joined, inverses, strict=True)]
+            joined = [_exact_dot(inverse, below, dtype) for inverse, below in zip(inverses, joined, strict=True)]
+        inverses = [inverse - below for inverse, below in zip(inverses, joined, strict=True)]
+    return inverses
+
+
+def _is_earlier(L: int) -> jax.Array:
+    """[L, L], whether step s (column) is before step t (row)."""
+    t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
+    return s < t
+
+
+def _overlaps(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
+    """For each head, ``D(s, t) * (k_t @ k_s)`` for s < t, [L, L]."""
+    K, is_earlier = blocks.K, _is_earlier(blocks.L)
+    keys = [key[:, head * K : (head + 1) * K] for head in range(blocks.J)]
+    return [jnp.where(is_earlier, dot(k, k, (1, 1)) * decays.pairs(head), 0.0) for head, k in enumerate(keys)]
+
+
+def _forward_kernel(
+    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, beta: Any, first: Any, out: Any,
+    last: Any, states: Any, carry: Any,
+) -> None:  # fmt: skip
+    """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(2) == 0)
+    def initialize() -> None:
+        carry[...] = first[...]
+
+    states[...] = carry[...]
+    J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
+    decays, betas, outputs = chunk_decays(columns, rows, J), beta[...], []
+    inverses = _inverses(
+        [betas[:, head : head + 1] * x for head, x in enumerate(_overlaps(blocks, key, decays))], dtype
+    )
+    for head in range(J):
+        column = slice(head, head + 1)
+        of_key, of_value = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v = query[:, of_key], key[:, of_key], value[:, of_value]
+        state, prefix = carry[head], decays.prefix[:, column]
+        state_in = state.astype(dtype)
+        old = prefix * dot(k, state_in, (1, 0))
+        u = _exact_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
+        weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
+        outputs.append(dot(weights, u, (1, 0)) + prefix * dot(q, state_in, (1, 0)))
+        scaled_key = (k.astype(jnp.float32).T * decays.suffix_rows[column]).astype(dtype)
+        carry[head] = decays.total[:, column] * state + dot(scaled_key, u, (1, 0))
+    out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
+    last[...] = carry[...]
+
+
+def _backward_kernel(
+    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, beta: Any, states: Any, dout: Any,
+    dlast: Any, dquery: Any, dkey: Any, dvalue: Any, dlog: Any, dbeta: Any, dstate: Any, carry: Any,
+) -> None:  # fmt: skip
+    """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(2) == 0)
+    def initialize() -> None:
+        carry[...] = dlast[...]
+
+    J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
+    is_earlier, decays, betas = _is_earlier(L), chunk_decays(columns, rows, J), beta[...]
+    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, i], whether i >= t
+    overlaps = _overlaps(blocks, key, decays)
+    inverses = _inverses([betas[:, head : head + 1] * x for head, x in enumerate(overlaps)], dtype)
+    dq_heads, dk_heads, dv_heads, dbeta_heads, dlog_pairs, dlog_prefix, dlog_suffix = ([] for _ in range(7))
+    for head in range(J):
+        column = slice(head, head + 1)
+        of_key, of_value = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v = query[:, of_key], key[:, of_key], value[:, of_value]
+        dy = dout[:, of_value]
+        pairs, state, dafter, b = decays.pairs(head), states[head], carry[head], betas[:, column]
+        prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
+        state_in, dafter_in, overlap, inverse = (
+            state.astype(dtype),
+            dafter.astype(dtype),
+            overlaps[head],
+            inverses[head],
+        )
+        k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
+        # The values of the forward pass.
+        from_state = prefix * dot(q, state_in, (1, 0))
+        old = prefix * dot(k, state_in, (1, 0))
+        error = v.astype(jnp.float32) - old
+        u = _exact_dot(inverse, b * error, dtype)
+        u_in = u.astype(dtype)
+        weights = dot(q, k, (1, 1)) * pairs
+        # The gradients, backward from the outputs and the state after the chunk.
+        du_of_state = suffix * dot(k, dafter_in, (1, 0))
+        du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
+        dright = _exact_dot(inverse, du, dtype, (0, 0))
+        dright_in = (b * dright).astype(dtype)
+        doverlap = jnp.where(is_earlier, -_exact_dot(dright, u, dtype, (1, 1)), 0.0)  # of A
+        dweights = dot(dy, u_in, (1, 1))
+        dscores = (dweights * pairs).astype(dtype)
+        dk_pairs = (b * doverlap * pairs).astype(dtype)
+        dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
+        dk_heads.append(
+            dot(dscores, q, (0, 0)) + dot(dk_pairs, k, (1, 0)) + dot(dk_pairs, k, (0, 0))
+            + suffix * dot(u_in, dafter_in, (1, 1)) - prefix * dot(dright_in, state_in, (1, 1))
+        )  # fmt: skip
+        dv_heads.append(b * dright)
+        dbeta_heads.append(
+            jnp.sum(dright * error, axis=1, keepdims=True) + jnp.sum(doverlap * overlap, axis=1, keepdims=True)
+        )
+        carry[head] = (
+            total * dafter
+            + dot((prefix * q32).astype(dtype), dy, (0, 0))
+            - dot((prefix * k32).astype(dtype), dright_in, (0, 0))
+        )  # fmt: skip
+        # A log decay of step i is a summand of the logarithm of D(s, t) for s < i <= t.
+        by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + doverlap * b * overlap
+        later = _exact_dot(at_or_after, by_pair, dtype)  # [i, s]: the sum over t >= i
+        of_total = total * jnp.sum(state * dafter, keepdims=True)
+        dlog_pairs.append(jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total)
+        dlog_prefix.append(jnp.sum(from_state * dy32 - old * (b * dright), axis=1, keepdims=True))
+        dlog_suffix.append(jnp.sum(u * du_of_state, axis=1, keepdims=True))
+    join = functools.partial(jnp.concatenate, axis=1)
+    dquery[...], dkey[...], dvalue[...] = (join(heads).astype(dtype) for heads in (dq_heads, dk_heads, dv_heads))
+    # A prefix has the decays up to its step, and a suffix those after its step.
+    dlog[...] = (
+        join(dlog_pairs)
+        + _exact_dot(at_or_after, join(dlog_prefix), dtype)
+        + _exact_dot(1.0 - at_or_after, join(dlog_suffix), dtype)
+    )
+    dbeta[...] = join(dbeta_heads)
+    dstate[...] = carry[...]

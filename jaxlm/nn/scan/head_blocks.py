@@ -1,0 +1,241 @@
+"""Blocks of heads and products of decays, which the Pallas kernels of matrix-state recurrences on TPU share.
+
+The kernels compute a recurrence in chunks of the time axis, for several heads at once. They keep the state of these
+heads in VMEM from the first chunk to the last one.
+
+Let b_t be the sum of the log decays of a chunk up to step t. The product of the decays of steps s + 1 to t is
+``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
+steps of its segment. Only the first segment reads the state before the chunk. Log decays below ``MIN_LOG_DECAY`` are
+set to it, so that all sums are finite. The rounding error of a sum is about 6e-8 times its magnitude. A decay of almost
+0 has a large negative logarithm, so products of later decays are less accurate.
+
+Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
+of a chunk, N blocks of heads, J heads of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.devices import LANES
+
+MIN_LOG_DECAY = -104.0
+"""Smaller log decays are set to this value, whose exponential is 0 in float32."""
+MAX_HEADS = 8
+"""Maximum number of heads of a block. A block has more heads only if fewer heads do not fill whole registers."""
+MAX_STATE = 2**20
+"""Maximum bytes of the states of a block of heads. A kernel has seven arrays of this size in VMEM: three blocks, with
+two buffers each, and the carry. The compiler gives a kernel 16 MiB."""
+
+
+def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array) -> str | None:
+    """Why the kernels do not support the arguments, as the end of a sentence; None if they support them."""
+    if value_BTHV.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"supports float32 and bfloat16, not {value_BTHV.dtype}"
+    if not query_BTGK.shape[0]:
+        return "needs at least one row"
+    (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
+    if H % num_shards or (G % num_shards and G > 1):
+        return f"needs {num_shards} shards to divide the numbers of heads and groups, {H} and {G}"
+    local_groups = G // num_shards if groups_are_sharded(G, H) else G
+    if heads_per_block(local_groups, H // num_shards, K, V) is None:
+        return (
+            "needs widths of heads for which a block of heads fills registers of 128 lanes and its states fit into VMEM"
+        )
+    return None
+
+
+def groups_are_sharded(G: int, H: int) -> bool:
+    """Whether the groups are sharded like the heads. A single group of several heads is on every device."""
+    return G > 1 or H == 1
+
+
+def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
+    """The number of heads of a block on one device. None: no number of heads gives a block of whole registers whose
+    states fit into VMEM.
+
+    All heads of a block share one query and key, or each has its own.
+    """
+
+    def is_possible(J: int) -> bool:
+        has_own = H == G
+        whole_values = J * V % LANES == 0 or J == H
+        whole_keys = (J * K % LANES == 0 or J == H) if has_own else (K % LANES == 0 or G == 1)
+        one_group = has_own or (H // G) % J == 0
+        return H % J == 0 and whole_values and whole_keys and one_group and 4 * J * K * V <= MAX_STATE
+
+    possible = [J for J in range(1, H + 1) if is_possible(J)]
+    return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
+
+
+HEADS = ("batch", None, "heads", None)
+STATE = ("batch", "heads", None, None)
+STATES = ("batch", None, "heads", None, None)
+
+
+class Blocks(NamedTuple):
+    """How the arrays of one device are split into blocks. The grid is (batch, blocks of heads, chunks).
+
+    Attributes:
+        from_last: whether the grid goes from the last chunk to the first.
+    """
+
+    B: int
+    C: int
+    L: int
+    G: int
+    H: int
+    K: int
+    V: int
+    J: int
+    from_last: bool
+
+    @property
+    def T(self) -> int:
+        """The number of steps, with padding."""
+        return self.C * self.L
+
+    @property
+    def has_own(self) -> bool:
+        """Whether each head has its own query and key."""
+        return self.G == self.H
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.B, self.H // self.J, self.C
+
+    def _chunk(self, c: Any) -> Any:
+        return self.C - 1 - c if self.from_last else c
+
+    def spec(self, kind: str) -> Any:
+        """The block spec of an array of this kind.
+
+        Kinds: ``keys`` [B, T, G * K], ``values`` [B, T, H * V], ``columns``, ``per head`` and ``dkeys`` [B, N, T, X],
+        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V],
+        ``one state`` [B, 1, H, K, V].
+        """
+        from jax.experimental import pallas as pl
+
+        L, J, heads_per_group = self.L, self.J, self.H // self.G
+        if kind == "keys":
+            if self.has_own:
+                return pl.BlockSpec((None, L, J * self.K), lambda b, n, c: (b, self._chunk(c), n))
+            return pl.BlockSpec((None, L, self.K), lambda b, n, c: (b, self._chunk(c), n * J // heads_per_group))
+        if kind == "values":
+            return pl.BlockSpec((None, L, J * self.V), lambda b, n, c: (b, self._chunk(c), n))
+        if kind == "state":
+            return pl.BlockSpec((None, J, self.K, self.V), lambda b, n, c: (b, n, 0, 0))
+        if kind == "one state":  # for every chunk, the same block
+            return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
+        if kind == "states":
+            return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
+        width = {"columns": J + 1, "rows": J + 1, "per head": J, "dkeys": self.K * (J if self.has_own else 1)}[kind]
+        if kind == "rows":
+            return pl.BlockSpec((None, None, width, L), lambda b, n, c: (b, n, 0, self._chunk(c)))
+        return pl.BlockSpec((None, None, L, width), lambda b, n, c: (b, n, self._chunk(c), 0))
+
+
+def split_heads(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
+    (B, T, G, K), (H, V) = query.shape, value.shape[2:]
+    J = heads_per_block(G, H, K, V)
+    assert J is not None  # unsupported_reason checks this
+    return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
+
+
+def finite_log_decays(log_BTH: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The log decays, float32 and finite, and the resets as an array. Log decays at resets are set to 0."""
+    log_BTH = jnp.maximum(log_BTH.astype(jnp.float32), MIN_LOG_DECAY)
+    if reset_BT is None:
+        reset_BT = jnp.zeros_like(log_BTH[..., 0], bool)
+    return jnp.where(reset_BT[..., None], 0.0, log_BTH), reset_BT
+
+
+def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
+    """The array with zeros after the last step, so that it has whole chunks."""
+    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
+
+
+def sums_and_segments(log_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """The sums b of each head and the segments of the chunks, as columns [B, N, T, J + 1] and rows [B, N, J + 1, T].
+
+    The first J entries are the sums. The last entry is the number of the segment in the chunk.
+    """
+    B, T, C, L, J = blocks.B, blocks.T, blocks.C, blocks.L, blocks.J
+    b_BTH = jnp.cumsum(log_BTH.reshape(B, C, L, -1), axis=2).reshape(B, T, -1, J)
+    segment_BT = jnp.cumsum(reset_BT.reshape(B, C, L).astype(jnp.float32), axis=2).reshape(B, T, 1, 1)
+    segment_BTN1 = jnp.broadcast_to(segment_BT, (*b_BTH.shape[:3], 1))
+    columns = jnp.concatenate([b_BTH, segment_BTN1], axis=-1).transpose(0, 2, 1, 3)
+    return columns, columns.transpose(0, 1, 3, 2)
+
+
+def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pl.pallas_call(
+        functools.partial(kernel, blocks), name=name, grid=blocks.grid, interpret=interpret,
+        scratch_shapes=[pltpu.VMEM((blocks.J, blocks.K, blocks.V), jnp.float32)], **arguments,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )  # fmt: skip
+
+
+def padded_inputs(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks
+) -> tuple[jax.Array, ...]:
+    """Queries and keys [B, T, G * K], values [B, T, H * V], and the columns and rows of the log decays."""
+    L = blocks.L
+    flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
+    flat[:2] = (x.astype(value.dtype) for x in flat[:2])
+    return *flat, *sums_and_segments(pad_time(log_BTH, L), pad_time(reset_BT, L), blocks)
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """The matmul over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+class Decays(NamedTuple):
+    """Products of the decays of a chunk, for a block of heads.
+
+    Attributes:
+        is_pair: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
+        columns, rows: b_t, [L, J] and [J, L].
+        prefix: [L, J], of all steps up to and including t. 0 after a reset.
+        suffix, suffix_rows: [L, J] and [J, L], of all steps after t. 0 before a reset.
+        total: [1, J], of all steps.
+    """
+
+    is_pair: jax.Array
+    columns: jax.Array
+    rows: jax.Array
+    prefix: jax.Array
+    suffix: jax.Array
+    suffix_rows: jax.Array
+    total: jax.Array
+
+    def pairs(self, head: int) -> jax.Array:
+        """The products of the decays of steps s + 1 to t for one head, [L, L]; 0 if t does not read s."""
+        difference = self.columns[:, head : head + 1] - self.rows[head : head + 1]
+        return jnp.exp(jnp.where(self.is_pair, difference, -jnp.inf))
+
+
+def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
+    """The products of decays, from the blocks ``columns`` [L, J + 1] and ``rows`` [J + 1, L]."""
+    b_t, segment_t, b_s, segment_s = columns[:, :J], columns[:, J:], rows[:J], rows[J:]
+    L = b_t.shape[0]
+    t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
+    b_last, last_segment = b_t[-1:], segment_t[-1:]
+    prefix = jnp.where(segment_t == 0, jnp.exp(b_t), 0.0)
+    return Decays(
+        (t >= s) & (segment_t == segment_s), b_t, b_s, prefix,
+        jnp.where(segment_t == last_segment, jnp.exp(b_last - b_t), 0.0),
+        jnp.where(segment_s == last_segment, jnp.exp(b_s[:, -1:] - b_s), 0.0),
+        prefix[-1:],
+    )  # fmt: skip
