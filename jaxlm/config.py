@@ -82,7 +82,7 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name)
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
         if literals and not _has_type(hint, value, True):
-            choices = ", ".join(str(choice) for literal in literals for choice in typing.get_args(literal))
+            choices = ", ".join(repr(choice) for literal in literals for choice in typing.get_args(literal))
             raise ValueError(f"{name}={value!r} is unknown: choose from {choices}")
 
 

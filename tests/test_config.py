@@ -88,7 +88,7 @@ def test_a_choice_of_an_optional_field_is_checked():
 
     config_lib.check_choices(Choices())
     config_lib.check_value(tuple[Any, ...], (1, "a"), "anything")
-    with pytest.raises(ValueError, match="mode='up' is unknown: choose from min, max"):
+    with pytest.raises(ValueError, match="mode='up' is unknown: choose from 'min', 'max'"):
         config_lib.check_choices(Choices("up"))
 
 

@@ -19,7 +19,7 @@ Shapes: B batch, T time, S length of the classifier's features, C channels, V vo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,6 @@ class Config(common.ModelConfig):
         super().__post_init__()
         common.check_positive(self, "vocab_size", "max_positions", "embed_dim", "channels", "fc_dim", "num_labels")
         common.check_rates(self, "dropout")
-        common.check_choices(self, embedding=get_args(Embedding), task=get_args(Task))
         if not self.kernels or len(self.kernels) != len(self.pools) or min(*self.kernels, *self.pools) < 1:
             raise ValueError(
                 f"kernels={self.kernels} and pools={self.pools} must have the same length, at least one entry, "

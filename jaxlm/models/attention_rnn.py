@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,6 @@ class Config(common.ModelConfig):
         common.check_positive(self, "source_vocab_size", "window", "attention_dim")
         common.check_rates(self, "dropout")
         common.check_start_id(self)
-        common.check_choices(self, attention=get_args(Attention), score=get_args(Score), task=get_args(Task))
         if self.attention == "bahdanau":
             common.check_values(self, "attention='bahdanau'", num_layers=1, score="concat", window=None)
         if self.copy:

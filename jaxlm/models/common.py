@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import check_choices
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
@@ -38,7 +39,7 @@ class ModelConfig:
         num_layers = getattr(self, "num_layers", 0)  # a field of most families
         if num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
-        check_choices(self, dtype=get_args(ComputeDtype))
+        check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,6 @@ class LayeredConfig(ModelConfig):
     remat: Remat = "dots"
     """Activations that the backward pass recomputes: none; all except the outputs of matmuls without batch axes (linear
     layers), of attention kernels and of experts (dots); or all activations inside a block (full)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choices(self, remat=get_args(Remat))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,13 +217,6 @@ def check_rates(cfg: ModelConfig, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) is not None and not 0.0 <= getattr(cfg, name) < 1.0:
             raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
-
-
-def check_choices(cfg: ModelConfig, **choices: tuple[Any, ...]) -> None:
-    """Raise ``ValueError`` unless every named field has one of the given values."""
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
 
 
 def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:

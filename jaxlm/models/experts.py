@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
@@ -48,7 +48,6 @@ class ExpertsConfig(common.LayeredConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(self, "num_experts", "experts_per_token", "expert_dim", "expert_interval")
-        common.check_choices(self, experts_implementation=(None, *get_args(Implementation)))
         if self.capacity_factor is not None and not self.capacity_factor > 0.0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")
         if self.capacity_factor is not None and self.experts_implementation is not None:

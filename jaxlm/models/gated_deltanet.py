@@ -103,7 +103,6 @@ class Config(experts.ExpertsConfig):
             "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
             "max_positions", "shared_expert_dim",
         )  # fmt: skip
-        common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
         common.check_pattern(self, get_args(Mixer))

@@ -12,7 +12,7 @@ Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +79,6 @@ class Config(common.TransformerConfig):
             self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
         )
         common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
-        common.check_choices(
-            self, activation=get_args(Activation), norm_position=get_args(NormPosition), task=get_args(Task),
-            attention_implementation=(None, *get_args(Implementation)),
-        )  # fmt: skip
         common.check_divides(self, "num_heads", "embed_dim")
 
 

@@ -77,9 +77,6 @@ class Config(common.LayeredConfig):
             self, "vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "window"
         )  # fmt: skip
         common.check_rates(self, "attention_dropout")
-        common.check_choices(
-            self, task=("causal", "none"), attention_implementation=(None, *get_args(Implementation))
-        )  # fmt: skip
         common.check_pattern(self, get_args(Mixer))
         common.check_divides(self, "num_heads", "embed_dim")
         common.check_divides(self, "num_kv_heads", "num_heads")

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import get_args
 
-from jaxlm.models import common, recurrent
+from jaxlm.models import recurrent
 from jaxlm.models.recurrent import (
     apply,
     apply_with_outputs,
@@ -50,10 +49,6 @@ class Config(recurrent.RecurrentConfig):
     """Width of each direction of the other layers."""
     reset: GRUReset = "after"
     """Where the reset gate acts: after the product with the hidden weights (torch, cuDNN) or before it (Cho et al.)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.check_choices(self, reset=get_args(GRUReset))
 
     @property
     def cell(self) -> recurrent.Cell:

@@ -8,7 +8,7 @@ Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ class AttentionConfig(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
-        common.check_choices(self, attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "attention_kv_heads", "attention_heads")
         rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
 

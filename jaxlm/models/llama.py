@@ -102,9 +102,6 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
             "mlp_dim", "window", "num_labels",
         )  # fmt: skip
         common.check_rates(self, "attention_dropout")
-        common.check_choices(
-            self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)), block=get_args(Block)
-        )
         if self.block == "gemma":
             common.check_values(self, "block='gemma'", num_experts=None)
         _check_pattern(self)

@@ -103,7 +103,6 @@ class Config(hybrid.AttentionConfig):
             self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "state_size", "num_groups",
             "norm_groups",
         )  # fmt: skip
-        common.check_choices(self, task=get_args(Task))
         common.check_pattern(self, get_args(Mixer))
         width = mixer_width(self)
         if width < 1 or width % self.head_dim:

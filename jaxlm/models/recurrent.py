@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_name
 
 Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
+Task = Literal["causal", "classification", "token_classification", "none"]
 RATES = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
 
@@ -78,7 +79,7 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     """Initial embeddings and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
     """Bound of the uniform initial weights of the layers; None means 1 / sqrt(width of the layer)."""
-    task: heads.Task = "causal"
+    task: Task = "causal"
     """Output head: causal, classification, token_classification or none."""
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
@@ -87,10 +88,6 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_labels")
         common.check_rates(self, *RATES)
-        common.check_choices(
-            self, direction=get_args(Direction), dropout_mask=get_args(DropoutMask),
-            task=("causal", "classification", "token_classification", "none"),
-        )  # fmt: skip
         if self.direction == "both" and self.task == "causal":
             raise ValueError("direction='both' reads the tokens that task='causal' predicts: use direction='forward'")
 

@@ -17,7 +17,7 @@ Shapes: B batch, T time, S length after all halvings, C channels, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,6 @@ class Config(common.ModelConfig):
         common.check_positive(
             self, "vocab_size", "max_positions", "embed_dim", "channels", "k_max", "fc_dim", "num_labels"
         )
-        common.check_choices(self, downsample=get_args(Downsample), task=get_args(Task))
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"blocks={self.blocks} must give at least one block for each group")
         if not 0.0 < self.norm_momentum <= 1.0:

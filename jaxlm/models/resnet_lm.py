@@ -12,7 +12,7 @@ Shapes: B batch, T time, C channels, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,6 @@ class Config(common.ModelConfig):
         super().__post_init__()
         common.check_positive(self, "vocab_size", "embed_dim")
         common.check_rates(self, "dropout")
-        common.check_choices(self, task=get_args(Task))
         if not self.blocks:
             raise ValueError("blocks=() must contain at least one block")
         for number, (channels, kernel, residual) in enumerate(self.blocks):

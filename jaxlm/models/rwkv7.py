@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,6 @@ class Config(common.LayeredConfig):
             self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "decay_rank", "rate_rank",
             "value_rank", "gate_rank",
         )  # fmt: skip
-        common.check_choices(self, task=get_args(Task))
         common.check_divides(self, "head_dim", "embed_dim")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,6 @@ class Config(common.TransformerConfig):
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "head_dim", "mlp_dim")
         common.check_rates(self, "dropout")
-        common.check_choices(self, mlp=get_args(Mlp), task=get_args(Task))
         if _num_decoder_layers(self) < 0:
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} must be at least 0")
         if _num_decoder_layers(self) == 0 and self.task != "none":

@@ -92,7 +92,6 @@ class Config(common.TransformerConfig):
             "mlp_dim", "memory_length", "num_labels",
         )  # fmt: skip
         common.check_rates(self, "dropout", "attention_dropout")
-        common.check_choices(self, task=("causal", "classification", "none"))
         if self.embed_dim % 2:
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be even: distances are encoded as pairs of sine and cosine"

@@ -16,7 +16,7 @@ width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+
+Task = Literal["permutation", "classification", "token_classification", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Config(common.TransformerConfig):
     """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
     """A call with ``order`` adds only its first ``reuse_length`` tokens to the memory; None means all tokens."""
-    task: heads.Task = "permutation"
+    task: Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
@@ -73,7 +75,6 @@ class Config(common.TransformerConfig):
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels")
         common.check_rates(self, "dropout", "pool_dropout")
-        common.check_choices(self, activation=get_args(Activation), task=("permutation", *heads.HEADS, "none"))
         common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim={self.embed_dim} must be even: distances are encoded as sines and cosines")

@@ -76,7 +76,6 @@ class Config(common.LayeredConfig):
         common.check_positive(
             self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "key_dim", "value_dim"
         )
-        common.check_choices(self, task=("causal", "none"))
         common.check_pattern(self, get_args(Mixer))
         for width in ("key_dim", "value_dim", *(["embed_dim"] if "slstm" in self.pattern else [])):
             common.check_divides(self, "num_heads", width)

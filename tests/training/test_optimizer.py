@@ -328,8 +328,8 @@ def test_cosine_and_linear_hold_before_the_decay():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "adam"}, "name='adam' is unknown: choose from adamw, adafactor"),
-        ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose from cosine"),
+        ({"name": "adam"}, "name='adam' is unknown: choose from 'adamw', 'adafactor'"),
+        ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose from 'cosine'"),
         ({"hold_steps": -1}, "hold_steps=-1 must not be negative"),
         ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\], or None"),
         ({"nesterov": True}, "nesterov=True is only for sgd and nt_asgd, not for name='adamw'"),

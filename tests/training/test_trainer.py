@@ -245,7 +245,7 @@ def test_a_trainer_needs_an_optax_optimizer():
 def test_bad_schedules_raise_an_error():
     with pytest.raises(ValueError, match="warmup_steps=100 must be fewer than the 100 steps"):
         learning_rate(OptimizerConfig(), 100)
-    with pytest.raises(ValueError, match="schedule='cosin' is unknown: choose from cosine"):
+    with pytest.raises(ValueError, match="schedule='cosin' is unknown: choose from 'cosine'"):
         learning_rate(OptimizerConfig(schedule="cosin"), 1000)
 
 
