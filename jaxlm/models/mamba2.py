@@ -198,7 +198,8 @@ def _mixer(
         x, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden,
         negative_eigenvalues=cfg.negative_eigenvalues, **masks,
     )  # fmt: skip
-    y = (y + weights["D"].astype(x.dtype)[None, None, :, None] * x).reshape(z.shape)
+    skip = jnp.repeat(weights["D"].astype(x.dtype), cfg.head_dim)[None, None] * x.reshape(z.shape)
+    y = y.reshape(z.shape) + skip
 
     gate = jax.nn.silu(z)
     y = y if cfg.norm_before_gate else y * gate

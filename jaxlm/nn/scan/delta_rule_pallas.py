@@ -29,6 +29,7 @@ from jaxlm.nn.scan.head_blocks import (
     chunk_decays,
     dot,
     finite_log_decays,
+    join_heads,
     pad_time,
     padded_inputs,
     split_heads,
@@ -82,14 +83,6 @@ def _rule_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
 _rule.defvjp(_rule_forward, _rule_backward)
 
 
-def _per_head(x_BTH: jax.Array, blocks: Blocks) -> jax.Array:
-    """The array [B, N, T, J] with padded time."""
-    return pad_time(x_BTH, blocks.L).reshape(blocks.B, blocks.T, -1, blocks.J).transpose(0, 2, 1, 3)
-
-
-_KINDS = ("keys", "keys", "values", "columns", "rows", "per head")
-
-
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, beta_BTH: jax.Array, reset_BT: jax.Array,
     state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
@@ -99,7 +92,7 @@ def _forward(
     T, C = query.shape[1], blocks.C if save_states else 1
     out_BTX, last_BHKV, states_BCHKV = call_kernel(
         _forward_kernel, "gated_delta_rule", blocks, interpret,
-        in_specs=[blocks.spec(kind) for kind in (*_KINDS, "state")],
+        in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
         out_specs=tuple(
             blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
         ),
@@ -108,9 +101,7 @@ def _forward(
             jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
             jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
         ),
-    )(
-        *padded_inputs(query, key, value, log_BTH, reset_BT, blocks), _per_head(beta_BTH, blocks), state_BHKV
-    )  # fmt: skip
+    )(*padded_inputs(query, key, value, log_BTH, beta_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
     return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
 
 
@@ -126,16 +117,18 @@ def _backward(
     dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
     *gradients, dlog, dbeta, dstate = call_kernel(
         _backward_kernel, "gated_delta_rule_backward", blocks, interpret,
-        in_specs=[blocks.spec(kind) for kind in (*_KINDS, "states", "values", "state")],
+        in_specs=[
+            blocks.spec(kind)
+            for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
+        ],
         out_specs=tuple(blocks.spec(kind) for kind in ("keys", "keys", "values", "per head", "per head", "state")),
         out_shape=(
             flat[0], flat[0], flat[1], per_head, per_head, jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
         ),
     )(
-        *padded_inputs(query, key, value, log_BTH, reset_BT, blocks), _per_head(beta_BTH, blocks), states_BCHKV,
-        dout_BTX, dlast_BHKV,
+        *padded_inputs(query, key, value, log_BTH, beta_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
     )  # fmt: skip
-    dlog_BTH, dbeta_BTH = (x.transpose(0, 2, 1, 3).reshape(B, blocks.T, H)[:, :T] for x in (dlog, dbeta))
+    dlog_BTH, dbeta_BTH = (join_heads(x, blocks)[:, :T] for x in (dlog, dbeta))
     shapes = query.shape, key.shape, value.shape
     return (
         *(x[:, :T].reshape(shape) for x, shape in zip(gradients, shapes, strict=True)), dlog_BTH, dbeta_BTH, dstate
@@ -199,7 +192,7 @@ def _overlaps(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
 
 
 def _forward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, beta: Any, first: Any, out: Any,
+    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, first: Any, out: Any,
     last: Any, states: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
@@ -211,7 +204,8 @@ def _forward_kernel(
 
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
-    decays, betas, outputs = chunk_decays(columns, rows, J), beta[...], []
+    decays, outputs = chunk_decays(columns, rows, J), []
+    betas = decays.scale
     inverses = _inverses(
         [betas[:, head : head + 1] * x for head, x in enumerate(_overlaps(blocks, key, decays))], dtype
     )
@@ -232,7 +226,7 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, beta: Any, states: Any, dout: Any,
+    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any,
     dlast: Any, dquery: Any, dkey: Any, dvalue: Any, dlog: Any, dbeta: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
@@ -243,7 +237,8 @@ def _backward_kernel(
         carry[...] = dlast[...]
 
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
-    is_earlier, decays, betas = _is_earlier(L), chunk_decays(columns, rows, J), beta[...]
+    is_earlier, decays = _is_earlier(L), chunk_decays(columns, rows, J)
+    betas = decays.scale
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, i], whether i >= t
     overlaps = _overlaps(blocks, key, decays)
     inverses = _inverses([betas[:, head : head + 1] * x for head, x in enumerate(overlaps)], dtype)

@@ -135,7 +135,7 @@ class Blocks(NamedTuple):
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
         if kind == "states":
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
-        width = {"columns": J + 1, "rows": J + 1, "per head": J, "dkeys": self.K * (J if self.has_own else 1)}[kind]
+        width = {"columns": 2 * J + 1, "rows": 2 * J + 1, "per head": J, "dkeys": self.K}[kind]
         if kind == "rows":
             return pl.BlockSpec((None, None, width, L), lambda b, n, c: (b, n, 0, self._chunk(c)))
         return pl.BlockSpec((None, None, L, width), lambda b, n, c: (b, n, self._chunk(c), 0))
@@ -161,17 +161,22 @@ def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
 
 
-def sums_and_segments(log_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """The sums b of each head and the segments of the chunks, as columns [B, N, T, J + 1] and rows [B, N, J + 1, T].
+def _per_step(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
+    """The numbers of each step that are not vectors, as columns [B, N, T, 2 * J + 1] and rows [B, N, 2 * J + 1, T].
 
-    The first J entries are the sums. The last entry is the number of the segment in the chunk.
+    They are the sums b of each head, the scales of each head, and the number of the segment in the chunk.
     """
     B, T, C, L, J = blocks.B, blocks.T, blocks.C, blocks.L, blocks.J
-    b_BTH = jnp.cumsum(log_BTH.reshape(B, C, L, -1), axis=2).reshape(B, T, -1, J)
+    b_BTNJ = jnp.cumsum(log_BTH.reshape(B, C, L, -1), axis=2).reshape(B, T, -1, J)
     segment_BT = jnp.cumsum(reset_BT.reshape(B, C, L).astype(jnp.float32), axis=2).reshape(B, T, 1, 1)
-    segment_BTN1 = jnp.broadcast_to(segment_BT, (*b_BTH.shape[:3], 1))
-    columns = jnp.concatenate([b_BTH, segment_BTN1], axis=-1).transpose(0, 2, 1, 3)
+    segment_BTN1 = jnp.broadcast_to(segment_BT, (*b_BTNJ.shape[:3], 1))
+    columns = jnp.concatenate([b_BTNJ, scale_BTH.reshape(b_BTNJ.shape), segment_BTN1], axis=-1).transpose(0, 2, 1, 3)
     return columns, columns.transpose(0, 1, 3, 2)
+
+
+def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
+    """The numbers of each step and head, [B, T, H], with padded time."""
+    return x_BNTJ.transpose(0, 2, 1, 3).reshape(blocks.B, blocks.T, blocks.H)
 
 
 def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
@@ -186,13 +191,14 @@ def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **argum
 
 
 def padded_inputs(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks
-) -> tuple[jax.Array, ...]:
-    """Queries and keys [B, T, G * K], values [B, T, H * V], and the columns and rows of the log decays."""
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array,
+    reset_BT: jax.Array, blocks: Blocks,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Queries and keys [B, T, G * K], values [B, T, H * V], and the columns and rows of the blocks."""
     L = blocks.L
     flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
     flat[:2] = (x.astype(value.dtype) for x in flat[:2])
-    return *flat, *sums_and_segments(pad_time(log_BTH, L), pad_time(reset_BT, L), blocks)
+    return *flat, *_per_step(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -202,11 +208,12 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 class Decays(NamedTuple):
-    """Products of the decays of a chunk, for a block of heads.
+    """Products of the decays of a chunk, for a block of heads, and the scales of its steps.
 
     Attributes:
         is_pair: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
         columns, rows: b_t, [L, J] and [J, L].
+        scale, scale_rows: [L, J] and [J, L].
         prefix: [L, J], of all steps up to and including t. 0 after a reset.
         suffix, suffix_rows: [L, J] and [J, L], of all steps after t. 0 before a reset.
         total: [1, J], of all steps.
@@ -215,6 +222,8 @@ class Decays(NamedTuple):
     is_pair: jax.Array
     columns: jax.Array
     rows: jax.Array
+    scale: jax.Array
+    scale_rows: jax.Array
     prefix: jax.Array
     suffix: jax.Array
     suffix_rows: jax.Array
@@ -227,14 +236,14 @@ class Decays(NamedTuple):
 
 
 def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
-    """The products of decays, from the blocks ``columns`` [L, J + 1] and ``rows`` [J + 1, L]."""
-    b_t, segment_t, b_s, segment_s = columns[:, :J], columns[:, J:], rows[:J], rows[J:]
+    """The products of decays, from the blocks ``columns`` [L, 2 * J + 1] and ``rows`` [2 * J + 1, L]."""
+    b_t, segment_t, b_s, segment_s = columns[:, :J], columns[:, 2 * J :], rows[:J], rows[2 * J :]
     L = b_t.shape[0]
     t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
     b_last, last_segment = b_t[-1:], segment_t[-1:]
     prefix = jnp.where(segment_t == 0, jnp.exp(b_t), 0.0)
     return Decays(
-        (t >= s) & (segment_t == segment_s), b_t, b_s, prefix,
+        (t >= s) & (segment_t == segment_s), b_t, b_s, columns[:, J : 2 * J], rows[J : 2 * J], prefix,
         jnp.where(segment_t == last_segment, jnp.exp(b_last - b_t), 0.0),
         jnp.where(segment_s == last_segment, jnp.exp(b_s[:, -1:] - b_s), 0.0),
         prefix[-1:],

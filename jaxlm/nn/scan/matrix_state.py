@@ -36,15 +36,16 @@ def linear_attention(
     log_decay: jax.Array,
     state_BHKV: jax.Array | None = None,
     *,
+    scale_BTH: jax.Array | None = None,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + k_t v_t.T``, and the last state.
+    """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + scale_t * k_t v_t.T``, and the last state.
 
-    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. No scale is applied.
-    Matmul inputs have the dtype of the values; everything else is float32.
+    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. The products of queries
+    and keys are not scaled. Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
         query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may also be a divisor
@@ -53,6 +54,7 @@ def linear_attention(
         log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
             state to zeros.
         state_BHKV: the state before the first step; None: zeros.
+        scale_BTH: factors of the new values; None: 1.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
@@ -73,6 +75,8 @@ def linear_attention(
         ([1.0, 1.5, 1.75], [1.75])
     """
     _check(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
+    if scale_BTH is not None and scale_BTH.shape != value_BTHV.shape[:3]:
+        raise ValueError(f"scale {list(scale_BTH.shape)} must be {list(value_BTHV.shape[:3])}, one for each head")
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
     per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
     unsupported = per_channel or unsupported_reason(query_BTGK, value_BTHV)
@@ -86,26 +90,29 @@ def linear_attention(
     log_BTHE = sharding.constrain(log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE, axes)
     if reset_BT is not None and implementation != "pallas":
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
+    scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
+    scale_BTH1 = sharding.constrain(scale_BTH1, axes)
     if keep_BT is not None:
-        keep_BT11 = keep_BT[:, :, None, None]
-        query_BTGK, key_BTGK, value_BTHV, log_BTHE = (
-            jnp.where(keep_BT11, x, 0) for x in (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
+        query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1 = (
+            jnp.where(keep_BT[:, :, None, None], x, 0) for x in (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1)
         )
     if state_BHKV is None:
         key_BHK = _per_head(key_BTGK[:, 0], H)
         state_BHKV = jnp.zeros_like(key_BHK[:, :, :, None] * value_BTHV[:, 0, :, None, :], jnp.float32)
-    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
-    if implementation == "reference":
-        return _reference(inputs, state_BHKV.astype(jnp.float32))
+    state_BHKV = state_BHKV.astype(jnp.float32)
     if implementation == "pallas":
-        inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE[..., 0])
         if reset_BT is not None and keep_BT is not None:
             reset_BT = reset_BT & keep_BT  # padding does not change the state
-        chunk = choices.kernel_chunk(T)
-        return matrix_state_pallas.linear_attention(inputs, state_BHKV.astype(jnp.float32), reset_BT, chunk)
+        with_scale = (query_BTGK, key_BTGK, value_BTHV, log_BTHE[..., 0], scale_BTH1[..., 0])
+        return matrix_state_pallas.linear_attention(with_scale, state_BHKV, reset_BT, choices.kernel_chunk(T))
+    if scale_BTH is not None:
+        value_BTHV = (scale_BTH1 * value_BTHV.astype(jnp.float32)).astype(value_BTHV.dtype)
+    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
+    if implementation == "reference":
+        return _reference(inputs, state_BHKV)
     if chunk is None:
         chunk = choices.linear_attention_chunk()
-    return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
+    return _chunked(inputs, state_BHKV, min(chunk, 1 << (T - 1).bit_length()))
 
 
 def choose_implementation(

@@ -32,6 +32,7 @@ from jaxlm.nn.scan.head_blocks import (
     dot,
     finite_log_decays,
     groups_are_sharded,
+    join_heads,
     pad_time,
     padded_inputs,
     split_heads,
@@ -39,20 +40,20 @@ from jaxlm.nn.scan.head_blocks import (
 
 
 def linear_attention(
-    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None,
-    L: int, *, interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array, reset_BT: jax.Array | None, L: int, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
 
     Args:
-        inputs: queries, keys, values and log decays [B, T, H], as for ``jaxlm.nn.scan.linear_attention``. Padding has
-            zeros in all of them.
+        inputs: queries, keys, values, and log decays and scales [B, T, H], as for ``jaxlm.nn.scan.linear_attention``.
+            Padding has zeros in all of them.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
         L: number of steps of a chunk, a multiple of 128, or at least T.
         interpret: use Pallas's interpreter, on any device.
     """
-    *others, log_BTH = inputs
-    return _attention((*others, *finite_log_decays(log_BTH, reset_BT)), state_BHKV, L, interpret)
+    query, key, value, log_BTH, scale_BTH = inputs
+    log_BTH, reset_BT = finite_log_decays(log_BTH, reset_BT)
+    return _attention((query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV, L, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -73,20 +74,25 @@ def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[ja
 
 def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
     inputs, states_BCHKV = saved
-    query, key, _, log_BTH, _ = inputs
+    query, key, _, log_BTH, *_ = inputs
     dout_BTHV, dlast_BHKV = cotangents
     run = functools.partial(_backward, L=L, interpret=interpret)
-    # Gradients of queries and keys [B, T, N, G, K]: each device has its own groups, or its own blocks of heads.
-    groups = _groups_axes(inputs)
-    gradient = ("batch", None, None, "heads", None) if groups == HEADS else ("batch", None, "heads", None, None)
-    out_axes = [gradient, gradient, HEADS, HEADS[:3], STATE]
+    # Gradients of shared queries and keys are [B, T, N, G, K]: each device has its own groups, or its own blocks of
+    # heads. Those of queries and keys for each head are [B, T, H, K].
+    groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
+    gradient: tuple[str | None, ...] = HEADS
+    if is_shared:
+        gradient = ("batch", None, None, "heads", None) if groups == HEADS else ("batch", None, "heads", None, None)
+    out_axes = [gradient, gradient, HEADS, HEADS[:3], HEADS[:3], STATE]
     mapped = _map_shards(run, groups, [STATES, HEADS, STATE], out_axes)
-    dquery, dkey, dvalue, dsum_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
-    dquery, dkey = (jnp.sum(dx, axis=2).astype(x.dtype) for dx, x in ((dquery, query), (dkey, key)))
+    dquery, dkey, dvalue, dsum_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
+    if is_shared:
+        dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
+    dquery, dkey = dquery.astype(query.dtype), dkey.astype(key.dtype)
     # A log decay is a summand of b_t for this step and all later steps of its chunk.
     dsum_BCLH = dsum_BTH.reshape(dsum_BTH.shape[0], -1, L, dsum_BTH.shape[2])
     dlog_BTH = lax.cumsum(dsum_BCLH, axis=2, reverse=True).reshape(dsum_BTH.shape)[:, : log_BTH.shape[1]]
-    return (dquery, dkey, dvalue, dlog_BTH, None), dstate_BHKV
+    return (dquery, dkey, dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -101,13 +107,13 @@ def _map_shards(
     function: Callable[..., Any], groups: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
 ) -> Callable[..., Any]:
     """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
-    in_axes = [groups, groups, HEADS, HEADS[:3], HEADS[:2], *other_axes]
+    in_axes = [groups, groups, HEADS, HEADS[:3], HEADS[:3], HEADS[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, reset_BT: jax.Array, state_BHKV: jax.Array,
-    *, L: int, interpret: bool, save_states: bool,
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
+    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
     blocks = split_heads(query, value, L, from_last=False)
@@ -123,45 +129,54 @@ def _forward(
             jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
             jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
         ),
-    )(*padded_inputs(query, key, value, log_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
+    )(*padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
     return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
 
 
 def _backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, reset_BT: jax.Array,
+    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
     states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The gradients of one device.
 
-    They are those of queries and keys, [B, T, N, G, K] float32 (N = 1 if each head has its own); of the values; of b,
-    [B, T, H] float32, with the padding; and of the first state.
+    They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b, [B, T, H], with the
+    padding; of the scales; and of the first state.
     """
     blocks = split_heads(query, value, L, from_last=True)
     B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
-    dkeys = jax.ShapeDtypeStruct((B, N, blocks.T, K * (blocks.J if blocks.has_own else 1)), jnp.float32)
+    dkeys = (
+        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), value.dtype)
+        if blocks.has_own
+        else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
+    )
+    per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
+    dkeys_kinds = ["keys" if blocks.has_own else "dkeys"] * 2
     dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    dquery, dkey, dvalue, dsum, dstate = call_kernel(
+    dquery, dkey, dvalue, dsum, dscale, dstate = call_kernel(
         _backward_kernel, "linear_attention_backward", blocks, interpret,
         in_specs=[
             blocks.spec(kind)
             for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
         ],
-        out_specs=tuple(blocks.spec(kind) for kind in ("dkeys", "dkeys", "values", "per head", "state")),
+        out_specs=tuple(blocks.spec(kind) for kind in (*dkeys_kinds, "values", "per head", "per head", "state")),
         out_shape=(
-            dkeys, dkeys, jax.ShapeDtypeStruct((B, blocks.T, blocks.H * blocks.V), value.dtype),
-            jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32),
+            dkeys, dkeys, jax.ShapeDtypeStruct((B, blocks.T, blocks.H * blocks.V), value.dtype), per_head, per_head,
             jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
         ),
-    )(*padded_inputs(query, key, value, log_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV)  # fmt: skip
+    )(
+        *padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
+    )  # fmt: skip
 
-    def per_group(dx_BNTX: jax.Array) -> jax.Array:
+    def per_group(dx: jax.Array) -> jax.Array:
         if blocks.has_own:
-            return dx_BNTX[:, :, :T].transpose(0, 2, 1, 3).reshape(B, T, 1, blocks.G, K)
+            return dx[:, :T].reshape(key.shape)
         # The blocks of a group are consecutive.
-        return dx_BNTX[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
+        return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
 
-    dsum_BTH = dsum.transpose(0, 2, 1, 3).reshape(B, blocks.T, blocks.H)
-    return per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), dsum_BTH, dstate
+    dsum_BTH, dscale_BTH = (join_heads(x, blocks) for x in (dsum, dscale))
+    return (
+        per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), dsum_BTH, dscale_BTH[:, :T], dstate
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the kernels
@@ -187,8 +202,9 @@ def _forward_kernel(
             scores, k_transposed = dot(q, k, (1, 1)), k.T.astype(jnp.float32)
         v, state, column = value[:, head * V : (head + 1) * V], carry[head], slice(head, head + 1)
         from_state = decays.prefix[:, column] * dot(q, state.astype(dtype), (1, 0))
-        outputs.append(dot((scores * decays.pairs(head)).astype(dtype), v, (1, 0)) + from_state)
-        scaled_key = (k_transposed * decays.suffix_rows[column]).astype(dtype)
+        scale_row = decays.scale_rows[column]
+        outputs.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
+        scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
         carry[head] = decays.total[:, column] * state + dot(scaled_key, v, (1, 0))
     out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
     last[...] = carry[...]
@@ -196,7 +212,7 @@ def _forward_kernel(
 
 def _backward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any, dlast: Any,
-    dquery: Any, dkey: Any, dvalue: Any, dsum: Any, dstate: Any, carry: Any,
+    dquery: Any, dkey: Any, dvalue: Any, dsum: Any, dscale: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
     from jax.experimental import pallas as pl
@@ -208,7 +224,7 @@ def _backward_kernel(
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
     decays = chunk_decays(columns, rows, J)
-    dq_heads, dk_heads, dv_heads, dsum_heads = [], [], [], []
+    dq_heads, dk_heads, dv_heads, dsum_heads, dscale_heads = ([] for _ in range(5))
     for head in range(J):
         if blocks.has_own or head == 0:
             q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
@@ -218,22 +234,30 @@ def _backward_kernel(
         pairs, state, dafter = decays.pairs(head), states[head], carry[head]
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
-        weights = (scores * pairs).astype(dtype)
-        dscores = (dot(dy, v, (1, 1)) * pairs).astype(dtype)
+        scale = decays.scale[:, column]
+        # ``pairs`` with the scale of step s.
+        scaled_pairs = pairs * decays.scale_rows[column]
+        weights = (scores * scaled_pairs).astype(dtype)
+        dscores = (dot(dy, v, (1, 1)) * scaled_pairs).astype(dtype)
         y = dot(weights, v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
         dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
-        dk_heads.append(dot(dscores, q, (0, 0)) + suffix * dot(v, dafter_in, (1, 1)))
-        dv_of_state = suffix * dot(k, dafter_in, (1, 0))
-        dv = dot(weights, dy, (0, 0)) + dv_of_state
+        dk_heads.append(dot(dscores, q, (0, 0)) + scale * suffix * dot(v, dafter_in, (1, 1)))
+        of_state = suffix * dot(k, dafter_in, (1, 0))
+        dscaled = dot((scores * pairs).astype(dtype), dy, (0, 0)) + of_state  # the gradient of scale * v
+        dv = scale * dscaled
         # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
         v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
-        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(v32 * dv_of_state, keepdims=True)
+        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scale * v32 * of_state, keepdims=True)
         db = jnp.sum(y * dy32 - v32 * dv, axis=1, keepdims=True)
         dsum_heads.append(jnp.where(is_last_row, db + last, db))
+        dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
         dv_heads.append(dv)
         carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))
-    join = functools.partial(jnp.concatenate, axis=1) if blocks.has_own else sum
-    dquery[...], dkey[...] = join(dq_heads), join(dk_heads)
+    # Shared queries and keys get the sum of the gradients of the heads.
+    for dx, heads in ((dquery, dq_heads), (dkey, dk_heads)):
+        dx[...] = (jnp.concatenate(heads, axis=1) if blocks.has_own else functools.reduce(jnp.add, heads)).astype(
+            dx.dtype
+        )
     dvalue[...] = jnp.concatenate(dv_heads, axis=1).astype(dtype)
-    dsum[...] = jnp.concatenate(dsum_heads, axis=1)
+    dsum[...], dscale[...] = jnp.concatenate(dsum_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
     dstate[...] = carry[...]

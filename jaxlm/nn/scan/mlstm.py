@@ -175,12 +175,11 @@ def _chunked(
         log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
     # In float16, the numerator and the normalizer could overflow before the division.
     dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype
-    key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(dtype)
 
     def run(value_BTHV: jax.Array, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
         return linear_attention(
-            q.astype(dtype), key_BTHK, value_BTHV.astype(dtype), log_decay_BTH, state_BHKV, reset_BT=reset,
-            keep_BT=keep, chunk=chunk, implementation=implementation,
+            q.astype(dtype), k.astype(dtype), value_BTHV.astype(dtype), log_decay_BTH, state_BHKV,
+            scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset, keep_BT=keep, chunk=chunk, implementation=implementation,
         )  # fmt: skip
 
     # A value that is always 1 makes n a column of the state.

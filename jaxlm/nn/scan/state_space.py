@@ -65,7 +65,6 @@ def ssd(
             f"the number of groups must divide the {x_BTHP.shape[2]} heads of x"
         )
     dt_BTH = dt_BTH.astype(jnp.float32)
-    value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
     log_decay_BTH = A_H.astype(jnp.float32)[None, None] * dt_BTH
     if negative_eigenvalues:
         # Let s_t be the product of the signs of the decays up to step t. Then s_t h_t follows the same recurrence with
@@ -73,14 +72,15 @@ def ssd(
         log_decay_BTH, is_negative_BTH = _log_of_twice_minus_one(log_decay_BTH)
         if keep_BT is not None:
             is_negative_BTH &= keep_BT[:, :, None]
-        sign_BTH1 = (1 - 2 * (jnp.cumsum(is_negative_BTH, axis=1) % 2))[..., None].astype(x_BTHP.dtype)
-        value_BTHP *= sign_BTH1
+        sign_BTH = 1 - 2 * (jnp.cumsum(is_negative_BTH, axis=1) % 2)
+        dt_BTH *= sign_BTH
     y_BTHP, state_BHNP = linear_attention(
-        C_BTGN, B_BTGN, value_BTHP, log_decay_BTH, state_BHNP,
+        C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
         reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
     )  # fmt: skip
     if negative_eigenvalues:
-        y_BTHP, state_BHNP = y_BTHP * sign_BTH1, state_BHNP * sign_BTH1[:, -1, :, None].astype(jnp.float32)
+        y_BTHP = y_BTHP * sign_BTH[..., None].astype(y_BTHP.dtype)
+        state_BHNP = state_BHNP * sign_BTH[:, -1, :, None, None].astype(jnp.float32)
     return y_BTHP, state_BHNP
 
 
