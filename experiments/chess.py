@@ -117,7 +117,7 @@ PRESETS = {
     "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", optimizer=ADAMW),
     "t5": preset(
         "t5", "num_layers=2", "num_heads=4", "embed_dim=128", "head_dim=32", "mlp_dim=512", "dropout=0.0",
-        optimizer=recipe("t5", 300), tests=TestSizes(10, 1000, 20, 10, 4),
+        optimizer=recipe("t5"), tests=TestSizes(10, 1000, 20, 10, 4),
     ),
     "full": preset(
         "llama", "num_layers=8", "num_heads=4", "embed_dim=128", "mlp_dim=352", "remat=none",
