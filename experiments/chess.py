@@ -169,10 +169,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         )
         for part in (training.moves + extra, validation.moves)
     )  # fmt: skip
-    trainer = config.trainer(model, experiment.optimizer, causal.loss)
+    trainer = config.trainer(model, experiment.optimizer, causal.training_loss(model))
     num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
     evaluate = Evaluator(
-        model, {"loss": causal.loss, "token_accuracy": token_accuracy},
+        model, {"loss": causal.evaluation_loss(model), "token_accuracy": token_accuracy},
         [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
