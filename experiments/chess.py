@@ -26,13 +26,13 @@ from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
-from jaxlm.tasks.chess_training import game_batches, match_boards, move_samples
+from jaxlm.tasks.chess_training import game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
-from jaxlm.training.report import Board, write_boards, write_samples
+from jaxlm.training.report import Board, write_boards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _report(
         moves = chess.next_move_accuracy(*trained_model, lines)
         rate = round(len(lines) / (time.perf_counter() - started), 1)
         scores += [moves.top_1, moves.top_5, moves.legal]
-        write_samples(directory, move_samples(*trained_model, lines))
+        write_test(directory, *trained_model, lines, target_length=experiment.target_length)
     if positions := chess.mates_in_one(short_games[: tests.mates]):
         scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:
