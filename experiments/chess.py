@@ -26,13 +26,13 @@ from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
-from jaxlm.tasks.chess_training import game_batches, match_boards, move_samples
+from jaxlm.tasks.chess_training import game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
-from jaxlm.training.report import Board, write_boards, write_samples
+from jaxlm.training.report import Board, write_boards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ PRESETS = {
     "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", optimizer=ADAMW),
     "t5": preset(
         "t5", "num_layers=2", "num_heads=4", "embed_dim=128", "head_dim=32", "mlp_dim=512", "dropout=0.0",
-        optimizer=recipe("t5", 300), tests=TestSizes(10, 1000, 20, 10, 4),
+        optimizer=recipe("t5"), tests=TestSizes(10, 1000, 20, 10, 4),
     ),
     "full": preset(
         "llama", "num_layers=8", "num_heads=4", "embed_dim=128", "mlp_dim=352", "remat=none",
@@ -169,10 +169,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         )
         for part in (training.moves + extra, validation.moves)
     )  # fmt: skip
-    trainer = config.trainer(model, experiment.optimizer, causal.loss)
+    trainer = config.trainer(model, experiment.optimizer, causal.training_loss(model))
     num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
     evaluate = Evaluator(
-        model, {"loss": causal.loss, "token_accuracy": token_accuracy},
+        model, {"loss": causal.evaluation_loss(model), "token_accuracy": token_accuracy},
         [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
@@ -203,7 +203,7 @@ def _report(
         moves = chess.next_move_accuracy(*trained_model, lines)
         rate = round(len(lines) / (time.perf_counter() - started), 1)
         scores += [moves.top_1, moves.top_5, moves.legal]
-        write_samples(directory, move_samples(*trained_model, lines))
+        write_test(directory, *trained_model, lines, target_length=experiment.target_length)
     if positions := chess.mates_in_one(short_games[: tests.mates]):
         scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:

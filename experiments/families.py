@@ -90,7 +90,7 @@ class Recipe:
 
     def optimizer(self, steps: int) -> OptimizerConfig:
         """The published optimizer of the family with ``optimizer_changes``."""
-        optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.optimizer_changes)
+        optimizer = dataclasses.replace(recipe(get_model(self.variant).family), **self.optimizer_changes)
         return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
 
 

@@ -196,8 +196,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if state is not None:  # the carried state is valid only until the end of the columns
         count = min(count, (len(corpus.parts["validation"]) - 1) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
-    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=state)
-    trainer = config.trainer(model, experiment.optimizer, causal.loss, carry_size=state, sharding=sharding)
+    evaluate = Evaluator(model, causal.evaluation_loss(model), held_out, sharding=sharding, carry_size=state)
+    loss = causal.training_loss(model)
+    trainer = config.trainer(model, experiment.optimizer, loss, carry_size=state, sharding=sharding)
     directory = lib.prepare_run(
         "text_generation", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip

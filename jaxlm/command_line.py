@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -21,7 +22,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import tyro
 from safetensors import SafetensorError
@@ -87,13 +88,39 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
     return config
 
 
-def parse_experiment(
-    default: T, presets: Mapping[str, T], arguments: Sequence[str], *, program: str, description: str
-) -> tuple[T, T, Path | None]:
-    """The config from the command line, the initial config, and the run directory to resume or None.
+@dataclasses.dataclass(frozen=True)
+class ExperimentOptions(Generic[T]):
+    """The options of an experiment.
 
-    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. Options such as ``--model.num-layers 6``
-    change its fields. ``--help`` lists all options.
+    Attributes:
+        config: the config, with all options.
+        initial: the config of ``--preset``, ``--recipe`` and ``--resume``, without the options that change its fields.
+        recipe: the name that ``--recipe`` selects, or None.
+        resume: the run directory to resume, or None.
+    """
+
+    config: T
+    initial: T
+    recipe: str | None
+    resume: Path | None
+
+
+def parse_experiment(
+    default: T,
+    presets: Mapping[str, T],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    recipes: Mapping[str, Any],
+) -> ExperimentOptions[T]:
+    """The config from the command line.
+
+    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces its optimizer.
+    Options such as ``--model.num-layers 6`` change its fields. ``--help`` lists all options.
+
+    Args:
+        recipes: the values of the config's field ``optimizer`` that ``--recipe`` selects by name.
 
     Raises:
         SystemExit: as in :func:`parse`.
@@ -101,7 +128,15 @@ def parse_experiment(
         ValueError: ``config.json`` is damaged, or has a field that is unknown or has another type.
     """
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
+    preset_names = "{" + ",".join(presets) + "}"
+    parser.add_argument(
+        "--preset", choices=sorted(presets), metavar=preset_names, help="start from a named configuration"
+    )
+    parser.add_argument(
+        "--recipe", choices=sorted(recipes), metavar="FAMILY",
+        help="train with the published optimizer settings of a family, instead of those of the preset; other "
+        f"--optimizer options change single values. Families: {', '.join(recipes)}",
+    )  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
     parser.add_argument("--seed", metavar="N", help="the same as --training.seed N")
     known, rest = parser.parse_known_args(arguments)
@@ -111,15 +146,16 @@ def parse_experiment(
         rest += ["--training.seed", known.seed]
     if known.preset is not None and known.resume is not None:
         parser.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
+    if known.recipe is not None and known.resume is not None:
+        parser.error("--recipe and --resume exclude each other: a resumed run keeps its optimizer")
     initial = default if known.preset is None else presets[known.preset]
     if known.resume is not None:
         initial = read(type(default), known.resume / "config.json")
-    preset_names = "{" + ",".join(presets) + "}"
-    options = "".join(
-        f"  {' '.join(a.option_strings)} {a.metavar or preset_names}: {a.help}\n" for a in parser._actions
-    )
+    if known.recipe is not None:
+        initial = dataclasses.replace(initial, optimizer=recipes[known.recipe])  # type: ignore[type-var]
+    options = "".join(f"  {' '.join(a.option_strings)} {a.metavar}: {a.help}\n" for a in parser._actions)
     config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=initial)
-    return config, initial, known.resume
+    return ExperimentOptions(config, initial, known.recipe, known.resume)
 
 
 class Parser(argparse.ArgumentParser):
@@ -263,6 +299,7 @@ _REPLACEMENTS = (
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
     (r"could not convert string to float: (.*)", r"\1 is not a number"),
     (r"no type matching (.*) could be instantiated from \[(.*)\]", r"\2 is not \1"),
+    (r"is not INT\|FLOAT", "is not a number"),
     (r"Expected 1 values", "Give one"),
 )
 """Regular expressions for messages of tyro and Python, and their replacements."""

@@ -145,10 +145,10 @@ def test_error_for_a_damaged_file_and_an_interrupted_write_keeps_the_old_file(tm
 
 
 def parse(*arguments, presets=None):
-    config, _, resume = parse_experiment(
-        Outer(), presets or {}, list(arguments), program="program", description="words"
+    parsed = parse_experiment(
+        Outer(), presets or {}, list(arguments), program="program", description="words", recipes={}
     )
-    return config, resume
+    return parsed.config, parsed.resume
 
 
 def test_options_of_nested_fields_are_typed(tmp_path, capsys):

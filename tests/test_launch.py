@@ -94,9 +94,9 @@ def test_a_slice_of_several_hosts_runs_an_experiment_by_default():
     (command,) = re.findall(r"python -m jaxlm.launch experiments.text_generation (.*)'", script("v5e:4x4", zone="z"))
     arguments = shlex.split(command)
     assert not set(";&|<>$'\"") & set(command)
-    experiment, _, _ = command_line.parse_experiment(
-        text_generation.PRESETS["gpt"], {}, arguments, program="test", description=""
-    )
+    experiment = command_line.parse_experiment(
+        text_generation.PRESETS["gpt"], {}, arguments, program="test", description="", recipes={}
+    ).config
     assert (experiment.mesh, experiment.training.batch_size) == ("data=16", 128)
     assert experiment.training.checkpoint_every is None
     assert experiment.output == Path("results/gpt2")

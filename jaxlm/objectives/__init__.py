@@ -5,7 +5,9 @@
 ``total`` is a sum over targets, and ``weight`` its divisor. So gradients that are accumulated over microbatches equal
 the gradients of the whole batch. A batch without targets gives ``total`` 0, ``weight`` 0 and a gradient of 0. Its mean
 loss is 0 / 0 = NaN, as with ``reduction="mean"`` in torch, and the ``Trainer`` skips the step. ``state`` is the model
-state for the next batch of a stream, or None if the model has no state. The ``task`` of a config is the name of the
+state for the next batch of a stream, or None if the model has no state. A loss that is a
+``jaxlm.objectives.batch.LossWithTerms`` also has terms, such as the losses of routers, which are logged under their
+names. The ``task`` of a config is the name of the
 objective that trains the model.
 """
 

@@ -5,6 +5,7 @@ Shapes: B batch, T time, P target positions (T, or fewer if the batch or the mod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,39 @@ from jaxlm.spec import Params, State
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
 """``loss(model, params, batch, *, key, state) -> (total, weight, state)``: see ``jaxlm.objectives``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWithTerms:
+    """A loss function with terms that ``Trainer`` and ``Evaluator`` report under their own names.
+
+    Attributes:
+        names: names of the terms.
+        function: returns ``(total, weight, state, terms)``. The first three are those of a loss. ``terms`` is a dict
+            from the names to totals; the mean of a term is its total divided by ``weight``.
+    """
+
+    names: tuple[str, ...]
+    function: Callable[..., tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]]
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """The results of the loss without its terms."""
+        total, weight, state, _ = self.function(*arguments, **options)
+        return total, weight, state
+
+
+def loss_and_terms(
+    loss: Loss, *arguments: Any, **options: Any
+) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
+    """The results of ``loss(*arguments, **options)`` and its terms; no terms if it is not a :class:`LossWithTerms`."""
+    if isinstance(loss, LossWithTerms):
+        return loss.function(*arguments, **options)
+    return *loss(*arguments, **options), {}
+
+
+def term_names(loss: Loss) -> tuple[str, ...]:
+    """The names of the terms of a loss."""
+    return loss.names if isinstance(loss, LossWithTerms) else ()
 
 
 @struct.dataclass
@@ -122,12 +156,15 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
     return loss
 
 
-def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0.0) -> Loss:
+def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0.0) -> LossWithTerms:
     """Make a loss function like :func:`token_loss` for a model with experts, with losses of their routers.
 
     The mean loss, ``total / weight``, is the mean negative log-likelihood plus ``coefficient`` times the load-balance
     loss and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The losses of the routers are those of
     all tokens of the batch except padding. With gradient accumulation or ``pmap``, each part of the batch has its own.
+
+    The terms ``load_balance_loss`` and ``router_z_loss`` are the losses of the routers without their coefficients. They
+    are reported also if the coefficients are 0.
 
     Args:
         coefficient: weight of the load-balance loss. If each token selects N experts and the router is uniform, this
@@ -148,14 +185,15 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
 
     def loss(
         model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
         hidden, state, statistics = model.apply_with_routing(params, batch.tokens, **_inputs(batch, key, state))
         total = model.cross_entropy(params, _at_targets(batch, hidden), batch.targets, batch.weights)
-        router_loss = coefficient * load_balance_loss(statistics) + z_coefficient * router_z_loss(statistics)
         weight = jnp.sum(batch.weights)
-        return total + weight * router_loss, weight, state
+        load_balance, router_z = weight * load_balance_loss(statistics), weight * router_z_loss(statistics)
+        terms = {"load_balance_loss": load_balance, "router_z_loss": router_z}
+        return total + coefficient * load_balance + z_coefficient * router_z, weight, state, terms
 
-    return loss
+    return LossWithTerms(("load_balance_loss", "router_z_loss"), loss)
 
 
 def token_accuracy(

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.objectives.batch import Batch, token_loss, token_loss_with_load_balance
+from jaxlm.models import Model
+from jaxlm.objectives.batch import Batch, Loss, token_loss, token_loss_with_load_balance
 
 loss = token_loss
 loss_with_load_balance = token_loss_with_load_balance
+
+_TRAINING_LOSS_WITH_EXPERTS = loss_with_load_balance(0.01)  # the coefficient of Fedus et al. 2022
+_EVALUATION_LOSS_WITH_EXPERTS = loss_with_load_balance(0.0)
+
+
+def training_loss(model: Model) -> Loss:
+    """The loss for training a model: ``loss``, or ``loss_with_load_balance(0.01)`` if the model has experts."""
+    return _TRAINING_LOSS_WITH_EXPERTS if model.has_experts else loss
+
+
+def evaluation_loss(model: Model) -> Loss:
+    """The loss for evaluating a model. Its mean is that of ``loss``. With experts, it has the terms of the routers."""
+    return _EVALUATION_LOSS_WITH_EXPERTS if model.has_experts else loss
 
 
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.ndarray | None = None) -> Batch:

@@ -125,7 +125,7 @@ def training_step(
         ValueError: a size is not divisible by its mesh axes, or the model cannot read the batch.
     """
     task = model.task
-    update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
+    update = make_optimizer(optimizer, model.specs, round(optimizer.warmup_steps) + 1000)
     carry_size = carry_size_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import spec
-from jaxlm.data.encodings import Encoding
+from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
@@ -45,6 +45,7 @@ def write_attention_maps(
     *,
     pairs: Sequence[str] | None = None,
     max_tokens: int | None = None,
+    output_special_tokens: bool = True,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` of a run. The report shows them.
 
@@ -52,7 +53,10 @@ def write_attention_maps(
     are the same as for :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        maps = attention_maps(model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens)
+        maps = attention_maps(
+            model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens,
+            output_special_tokens=output_special_tokens,
+        )  # fmt: skip
         write_attention(run, maps)
 
 
@@ -65,6 +69,7 @@ def attention_maps(
     *,
     pairs: Sequence[str] | None = None,
     max_tokens: int | None = None,
+    output_special_tokens: bool = True,
 ) -> list[AttentionMap]:
     """The attention map of each text: its attention weights, averaged over layers and heads.
 
@@ -78,6 +83,8 @@ def attention_maps(
         max_tokens: maximum number of tokens of a text or an output, including special tokens. Longer texts are
             truncated at the end. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no
             truncation.
+        output_special_tokens: whether outputs have the special tokens of the tokenizer's template. They must have them
+            if the targets of the training had them.
 
     Raises:
         TypeError: the family has no attention, or ``texts`` is a single string.
@@ -107,6 +114,8 @@ def attention_maps(
         kind, rows = ("pool", None) if "pool" in weights else ("self", columns)
     else:
         targets = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
+        if not output_special_tokens:
+            targets = [Encoding(*(field[target.sequence_ids != SPECIAL] for field in target)) for target in targets]
         rows = [_token_texts(tokenizer, (text,), encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
@@ -139,6 +148,6 @@ def _token_texts(tokenizer: Tokenizer, inputs: Sequence[str], encoding: Encoding
     """The text of each token of an encoded text or pair. The text of a special token is its name, such as ``[CLS]``."""
     spans = zip(encoding.ids.tolist(), encoding.sequence_ids.tolist(), encoding.offsets.tolist(), strict=True)
     return [
-        inputs[number][start:stop] if stop > start else tokenizer.decode([token])
+        inputs[number][start:stop] if stop > start else tokenizer.decode([token], skip_special_tokens=False)
         for token, number, (start, stop) in spans
     ]

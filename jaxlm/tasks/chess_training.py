@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
 from jaxlm.tasks import seq2seq
+from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.chess_players import MatchResult, MaterialPlayer, RandomPlayer, play_match
 from jaxlm.tasks.chess_reading import board_after, next_move_probabilities
-from jaxlm.training.report import Board
+from jaxlm.training.report import Board, write_samples
 
+MAP_TOKENS = 40
+"""Maximum number of tokens, including BOS, in the attention map of a game."""
 _GAMES_PER_MATCH = 500
 """Number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
@@ -141,6 +145,34 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
             best, best_piece = index + 1, captured
         board.push_uci(word)
     return best
+
+
+def write_test(
+    run: Path,
+    model: Model,
+    params: Params,
+    tokenizer: MoveTokenizer,
+    games: Sequence[str],
+    *,
+    target_length: int = 8,
+) -> None:
+    """Write the :func:`move_samples` of the games to ``samples.jsonl``, and an attention map of the first game.
+
+    The map has the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, the columns are
+    at most the first half of the game, and the rows are the next ``target_length`` moves. Families without attention
+    have no map.
+    """
+    write_samples(run, move_samples(model, params, tokenizer, games))
+    words, limit = games[0].split(), model.max_positions
+    length = min(len(words), MAP_TOKENS - 1 if limit is None else min(MAP_TOKENS, limit) - 1)
+    outputs = None
+    if model.reads_source:
+        length = min(length, len(words) // 2)
+        outputs = [" ".join(words[length : length + target_length])]
+    # The targets of the training are moves without BOS (game_batches).
+    write_attention_maps(
+        run, model, params, tokenizer, [" ".join(words[:length])], outputs, output_special_tokens=False
+    )  # fmt: skip
 
 
 def move_samples(

@@ -218,7 +218,7 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
 
 def check_task(trainer: Trainer) -> None:
     """Raise ``ValueError`` if the loss is next-token prediction and the model has no next-token head."""
-    if trainer.loss is causal.loss:
+    if trainer.loss in (causal.loss, causal.training_loss(trainer.model)):
         require_task(trainer.model, ("causal", "seq2seq"), "it predicts no next tokens", "choose a family that does")
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models import Model
-from jaxlm.objectives.batch import Loss
+from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
 from jaxlm.training.trainer import CarrySize, to_global_batch
@@ -24,7 +24,8 @@ class Evaluator:
 
     Args:
         losses: the ``loss`` function of an objective, whose mean is reported as ``loss``. Or a dict from metric names
-            to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
+            to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
+            terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
         sharding: how batches are distributed over devices; None uses one device.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
             starts from an empty state. None carries no state.
@@ -33,7 +34,7 @@ class Evaluator:
         extra_metric_names: the names of the additional metrics.
 
     Raises:
-        ValueError: ``batches`` is empty.
+        ValueError: ``batches`` is empty, or a term of a loss has the name of another metric.
 
     Example:
         >>> evaluate = Evaluator(model, causal.loss, batches)     # doctest: +SKIP
@@ -55,15 +56,20 @@ class Evaluator:
         self._initial_state = None if carry_size is None else model.init_state(*carry_size)
         self._extra_metrics, self._extra_metric_names = extra_metrics, extra_metric_names
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
+        self._terms = tuple(dict.fromkeys(name for loss in self._losses.values() for name in term_names(loss)))
+        for name in self._terms:
+            if name in self._losses:
+                raise ValueError(f"the metric {name!r} is also a term of a loss: rename the metric or leave it out")
         self.batches = [to_global_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
         def add_batch(sums: dict[str, Any], params: Params, batch: Any, state: Any) -> Any:
             with contextlib.nullcontext() if sharding is None else sharding.scope():
-                batch_sums, new_state = {}, None
+                batch_sums, new_state = dict[str, Any](), None
                 for name, loss in self._losses.items():
-                    *batch_sums[name], new_state = loss(model, params, batch, state=state)
+                    total, weight, new_state, terms = loss_and_terms(loss, model, params, batch, state=state)
+                    batch_sums |= {key: [value, weight] for key, value in {name: total, **terms}.items()}
                 return jax.tree.map(jnp.add, sums, batch_sums), new_state
 
         # Each call needs the sums of the previous call, so calls never run at the same time. On virtual CPU devices,
@@ -74,7 +80,7 @@ class Evaluator:
     def names(self) -> tuple[str, ...] | None:
         """Names of the metrics; None if ``extra_metrics`` is given without ``extra_metric_names``."""
         known = self._extra_metrics is None or self._extra_metric_names
-        return (*self._losses, *self._extra_metric_names) if known else None
+        return (*self._losses, *self._terms, *self._extra_metric_names) if known else None
 
     def __call__(self, params: Params) -> dict[str, float]:
         """A dict of the metrics of a model with these parameters.
@@ -82,7 +88,8 @@ class Evaluator:
         Raises:
             ValueError: all targets of the batches have weight 0.
         """
-        sums, state = {name: [jnp.zeros(()), jnp.zeros(())] for name in self._losses}, self._initial_state
+        names, state = (*self._losses, *self._terms), self._initial_state
+        sums = {name: [jnp.zeros(()), jnp.zeros(())] for name in names}
         for batch in self.batches:
             sums, state = self._add_batch(sums, params, batch, state)
             if self._initial_state is None:

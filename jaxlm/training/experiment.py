@@ -26,7 +26,9 @@ from jaxlm.training import checks
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
+from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.plots import save_attention
+from jaxlm.training.recipes import RECIPES, recipe
 from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, write_results
 from jaxlm.training.trackers import check_tracker, make_tracker
 from jaxlm.training.trainer import Trainer
@@ -147,14 +149,18 @@ def command_line(
     options, debug = split_debug(arguments)
 
     def command() -> int:
-        experiment, initial, resume = parse_experiment(
-            default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
-        )
+        parsed = parse_experiment(
+            default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0],
+            recipes={family: recipe(family) for family in RECIPES},
+        )  # fmt: skip
+        experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
         if resume is not None:  # the weights of a resumed run are those of its checkpoint
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
         experiment = dataclasses.replace(experiment, model=model.merge(preset))  # type: ignore[type-var]
         checks.check_settings(experiment, initial)
+        if parsed.recipe is not None:
+            print_once(_describe_recipe(parsed.recipe, experiment.optimizer))  # type: ignore[attr-defined]
         output = resume or experiment.output  # type: ignore[attr-defined]
 
         def check_output() -> str:
@@ -166,6 +172,14 @@ def command_line(
         return EXIT_STATUS[run(experiment, resume).interrupted]
 
     return exit_status(command, f"experiments.{name}", debug=debug)
+
+
+def _describe_recipe(family: str, optimizer: OptimizerConfig) -> str:
+    """One line with the source of a recipe and the values of ``optimizer`` that differ from it."""
+    published = dataclasses.asdict(recipe(family))
+    changes = [f"{name}={value}" for name, value in dataclasses.asdict(optimizer).items() if value != published[name]]
+    changed = f", changed: {' '.join(changes)}" if changes else ""
+    return f"optimizer: recipe of {family} ({RECIPES[family].source}){changed}"
 
 
 def prepare_run(

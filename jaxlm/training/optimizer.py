@@ -39,8 +39,9 @@ class OptimizerConfig:
     """Peak learning rate."""
     schedule: Schedule = "cosine"
     """Decay of the learning rate after the warm-up."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate increases linearly to its peak."""
+    warmup_steps: int | float = 100
+    """Steps over which the learning rate increases linearly to its peak. A number below 1 is a fraction of the steps of
+    the training."""
     hold_steps: int = 0
     """Steps at the peak learning rate, between warm-up and decay."""
     final_fraction: float = 0.1
@@ -77,6 +78,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and weight_decay={self.weight_decay} must not be negative"
             )
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be a whole number of steps, or below 1 for a fraction of the "
+                "training"
+            )
         if self.hold_steps < 0:
             raise ValueError(f"hold_steps={self.hold_steps} must not be negative")
         if self.clip_norm is not None and self.clip_norm <= 0.0:
@@ -101,7 +107,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
         ValueError: the warm-up (for cosine and linear, warm-up plus hold steps) is not shorter than the training, or
             ``inverse_square_root`` has neither warm-up nor hold steps.
     """
-    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = round(config.warmup_steps * steps if config.warmup_steps < 1 else config.warmup_steps)
     if warmup >= steps:
         raise ValueError(f"warmup_steps={warmup} must be fewer than the {steps} steps of the training")
     decay_start = warmup + config.hold_steps

@@ -1,10 +1,12 @@
 """The published training recipe of each family: optimizer, schedule, weight decay and clipping.
 
-    >>> recipe("t5", steps=3000).name
+    >>> recipe("t5").name
     'adafactor'
 
+The option ``--recipe FAMILY`` of the experiments selects a recipe by the name of its family.
+
 A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates.
-:func:`recipe` scales the warm-up to the length of a training and changes no other value. Learning rates often do not
+:func:`recipe` makes the warm-up a fraction of the training and changes no other value. Learning rates often do not
 transfer. Small models need larger learning rates (the best peak learning rate of a Transformer is roughly proportional
 to the inverse of its width), and small batches need smaller learning rates. ``Recipe.transfer`` has notes on this.
 """
@@ -228,26 +230,24 @@ RECIPES: dict[str, Recipe] = {
 """The published recipe of each family."""
 
 
-def recipe(family: str, steps: int) -> OptimizerConfig:
-    """The published optimizer settings of a family, for a training of ``steps`` updates.
+def recipe(family: str) -> OptimizerConfig:
+    """The published optimizer settings of a family, for a training of any length.
 
-    The warm-up is the same fraction of the training as in the paper; all other values are those of the paper. Use
-    ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
+    The warm-up is the same fraction of the training as in the paper (``warmup_steps`` is below 1); all other values are
+    those of the paper. Use ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
 
     A family of another package has no published recipe; it gets the default settings (AdamW).
 
     Raises:
-        ValueError: the family is unknown, or ``steps`` is less than 1.
+        ValueError: the family is unknown.
     """
     if family not in family_names():
         raise ValueError(f"no recipe for family {family!r}: choose from {', '.join(RECIPES)}")
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
     if family not in RECIPES:
-        default = OptimizerConfig()
-        return dataclasses.replace(default, warmup_steps=min(default.warmup_steps, steps - 1))
+        return OptimizerConfig()
     published = RECIPES[family]
     warmup = published.optimizer.warmup_steps
-    if published.steps is not None:
-        warmup = round(warmup * steps / published.steps)
-    return dataclasses.replace(published.optimizer, warmup_steps=warmup)
+    if warmup == 0:
+        return published.optimizer
+    assert published.steps is not None
+    return dataclasses.replace(published.optimizer, warmup_steps=warmup / published.steps)

@@ -18,7 +18,7 @@ from flax import struct
 from jaxlm import spec
 from jaxlm.adapt import Adaptation
 from jaxlm.models import Model
-from jaxlm.objectives.batch import Loss
+from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
@@ -229,7 +229,8 @@ class Trainer:
         A skipped step changes only the counters. Parameters, optimizer state and moving average stay bitwise the same,
         and so does the model state, except that rows with ``batch.reset`` are emptied. Metrics are float32 scalars:
         ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters),
-        ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``.
+        ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``, and the mean of each term
+        of the loss (``jaxlm.objectives.batch.LossWithTerms``).
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
@@ -240,6 +241,9 @@ class Trainer:
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
             axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
+
+        Raises:
+            ValueError: a term of the loss has the name of another metric.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -253,7 +257,7 @@ class Trainer:
             sums = jax.lax.psum(sums, axis_name)
             if model_state is None:
                 new_model_state = jax.lax.pmean(new_model_state, axis_name)
-        grads, total_loss, weight = sums
+        grads, total_loss, weight, terms = sums
         loss, scale = total_loss / weight, 1.0 / weight
         norm = optax.tree.norm(grads) * scale
         accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -276,6 +280,10 @@ class Trainer:
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
+        for name, term in terms.items():
+            if name in metrics:
+                raise ValueError(f"the loss has a term {name!r}, but every step has a metric {name!r}: rename the term")
+            metrics[name] = term / weight
         params, optimizer, ema, model_state, frozen = trees
         losses = state.recent_losses
         if losses is not None:
@@ -295,15 +303,17 @@ class Trainer:
         return (count >= SPIKE_WINDOW // 2) & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
 
     def _gradients(self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
-        """The sums (gradient, loss, weight) over the batch, and the state that the loss returns."""
+        """The sums (gradient, loss, weight, terms) over the batch, and the state that the loss returns."""
 
         def loss_and_state(params: Params) -> tuple[jax.Array, Any]:
             model_params = self._merge(params, frozen)
-            total, weight, new_state = self.loss(self.model, model_params, batch, key=key, state=model_state)
-            return total, (weight, new_state)
+            total, weight, new_state, terms = loss_and_terms(
+                self.loss, self.model, model_params, batch, key=key, state=model_state
+            )
+            return total, (weight, terms, new_state)
 
-        (total, (weight, new_state)), grads = jax.value_and_grad(loss_and_state, has_aux=True)(params)
-        return (grads, total, weight), new_state
+        (total, (weight, terms, new_state)), grads = jax.value_and_grad(loss_and_state, has_aux=True)(params)
+        return (grads, total, weight, terms), new_state
 
     def _accumulated_gradients(
         self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any
@@ -319,7 +329,8 @@ class Trainer:
             new_sums, new_state = self._gradients(params, frozen, micro_batch, jax.random.fold_in(key, index), None)
             return jax.tree.map(jnp.add, sums, new_sums), new_state
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        terms = {name: jnp.zeros(()) for name in term_names(self.loss)}
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()), terms)
         indexed_micro_batches = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
         sums, new_states = jax.lax.scan(add_micro_batch, zeros, indexed_micro_batches)
         return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new_states)

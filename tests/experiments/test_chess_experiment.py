@@ -14,7 +14,7 @@ from experiments import chess
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer, MoveTokenizer, chess_games, load_tokenizer
 from jaxlm.testing.helpers import initial_params, tiny_model
-from jaxlm.training.report import read_boards, read_results, read_samples
+from jaxlm.training.report import read_attention, read_boards, read_results, read_samples
 
 SMALL = (
     "--training.evaluate-every", "2", "--training.checkpoint-every", "2", "--training.batch-size", "2",
@@ -69,6 +69,15 @@ def test_the_report_has_the_boards(finished_run: Path) -> None:
     page = (finished_run / "report.html").read_text()
     for board in boards:
         assert f"chess position {board.fen}" in page
+
+
+def test_the_report_has_an_attention_map_of_a_game(finished_run: Path) -> None:
+    (item,) = read_attention(finished_run)
+    assert item.rows[0] == item.columns[0] == "<bos>"
+    assert " ".join(item.columns[1:]) == item.title
+    assert (finished_run / "attention.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished_run / "report.html").read_text()
+    assert f"<figcaption>{item.title}</figcaption>" in page
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run(finished_run: Path, file: Path, tmp_path: Path) -> None:

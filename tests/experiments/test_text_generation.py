@@ -269,6 +269,36 @@ def test_every_family_is_scored_on_complete_splits(tmp_path, text, preset, chang
     assert len(sample["output"]) == 8
 
 
+EXPERTS = "num_layers=2 num_heads=2 embed_dim=16 mlp_dim=16 num_experts=4 experts_per_token=2"
+DELTA = (
+    "shared_expert_dim=8 delta_key_heads=2 delta_value_heads=2 delta_key_dim=8 delta_value_dim=8 "
+    "pattern=('delta_rule',)"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", EXPERTS), ("gated_deltanet", f"{EXPERTS.replace('num_heads=2 ', '')} {DELTA}")]
+)
+def test_the_losses_of_the_routers_have_their_own_names(tmp_path, text, capsys, family, changes):
+    run = tmp_path / "run"
+    command = ("--model.name", family, *SHORT_RUN, "--validation-fraction", "0.3", "--data", text, "--output", run)
+    assert main(*command, "--training.evaluate-every", "2", "--model.set", *changes.split()) == 0
+    records = read_metrics(run / "metrics.jsonl")
+    for name in ("load_balance_loss", "router_z_loss"):
+        steps, values = metric_curve(records, name)
+        assert steps == [1, 2, 3]
+        assert 0.0 < min(values) <= max(values) < 10.0
+        assert metric_curve(records, f"validation_{name}")[0] == [2, 3]
+    balance = metric_curve(records, "validation_load_balance_loss")[1][-1]
+    assert 1.5 < balance < 4.0  # 2 if the router is uniform
+    assert f"load_balance_loss {balance:.4f}" in capsys.readouterr().err
+    assert "load balance loss" in read_text(run / "report.html")
+
+
+def test_the_routers_of_a_dense_model_have_no_losses(finished_run):
+    assert not any("load_balance_loss" in record for record in read_metrics(finished_run / "metrics.jsonl"))
+
+
 def test_losses_of_a_stateful_model_on_a_mesh_are_the_same(tmp_path, text):
     small = ("--model.set", "num_layers=1", "embed_dim=16", "hidden_dim=16", "embedding_dropout=0.0",
              "input_dropout=0.0", "output_dropout=0.0", "weight_dropout=0.0")  # fmt: skip

@@ -9,6 +9,7 @@ from jaxlm import spec
 from jaxlm.nn.experts import load_balance_loss, router_z_loss
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import causal
+from jaxlm.objectives.batch import loss_and_terms, term_names
 from jaxlm.testing.helpers import (
     add_noise,
     apply,
@@ -79,6 +80,32 @@ def test_the_mean_loss_is_cross_entropy_plus_the_losses_of_the_routers():
     plain = mean_loss_and_gradients(model, params, causal.loss)
     assert got[0] > plain[0] + 0.5
     assert_trees_close(mean_loss_and_gradients(model, params, causal.loss_with_load_balance(0.0)), plain, 1e-6)
+
+
+@pytest.mark.parametrize("coefficients", [(0.0, 0.0), (0.5, 0.25)])
+def test_the_terms_are_the_losses_of_the_routers_without_coefficients(coefficients):
+    model, params = mixtral()
+    batch = causal.batch(random_tokens(model, 2, 11), SEGMENTS)
+    _, _, statistics = model.apply_with_routing(params, batch.tokens, segment_ids=batch.segment_ids)
+    loss = causal.loss_with_load_balance(coefficients[0], z_coefficient=coefficients[1])
+    assert term_names(loss) == ("load_balance_loss", "router_z_loss")
+    total, weight, _, terms = loss_and_terms(loss, model, params, batch)
+    assert terms["load_balance_loss"] / weight == pytest.approx(float(load_balance_loss(statistics)), rel=1e-5)
+    assert terms["router_z_loss"] / weight == pytest.approx(float(router_z_loss(statistics)), rel=1e-5)
+    assert float(loss(model, params, batch)[0]) == float(total)
+    assert term_names(causal.loss) == ()
+    assert loss_and_terms(causal.loss, model, params, batch)[3] == {}
+
+
+def test_the_losses_of_a_model_depend_on_whether_it_has_experts():
+    dense, (model, params) = tiny_model("llama-tiny"), mixtral()
+    assert causal.training_loss(dense) is causal.evaluation_loss(dense) is causal.loss
+    batch = causal.batch(random_tokens(model, 2, 11), SEGMENTS)
+    for got, want in (
+        (causal.training_loss(model), causal.loss_with_load_balance(0.01)), (causal.evaluation_loss(model), causal.loss)
+    ):  # fmt: skip
+        assert float(got(model, params, batch)[0]) == pytest.approx(float(want(model, params, batch)[0]), rel=1e-6)
+        assert term_names(got) == ("load_balance_loss", "router_z_loss")
 
 
 @pytest.mark.parametrize("fields", [{"scan_layers": True}, {"remat": "full"}, {"remat": "none", "scan_layers": True}])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import chess
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data.games import Games, to_uci
+from jaxlm.data.games import Games, chess_games, to_uci
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks import chess_training
 from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
-from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards, write_test
+from jaxlm.testing.helpers import initial_params, tiny_model
+from jaxlm.training.report import read_attention, read_samples
 
 UCI = MoveTokenizer("uci")
 SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
@@ -50,6 +54,46 @@ def test_options_must_be_at_least_1(name: str) -> None:
     options = {"length": 5, "positions_per_game": 1, "target_length": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         game_batches(model, UCI, [SCHOLAR], 1, **options)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("gpt2-tiny", {"max_positions": 30}), ("transformer-xl-tiny", {})])
+def test_the_attention_map_of_a_causal_model_has_the_first_moves_of_a_game(
+    name: str, fields: dict[str, int], tmp_path: Path
+) -> None:
+    model, games = tiny_model(name, vocab_size=UCI.vocab_size, **fields), list(chess_games("uci").moves[:2])
+    params, words = initial_params(model), games[0].split()
+    assert 40 <= len(words) <= 60
+    write_test(tmp_path, model, params, UCI, [" ".join(words[:12]), " ".join(games[1].split()[:20])])
+    (item,) = read_attention(tmp_path)
+    assert item.title == " ".join(words[:12])
+    assert list(item.rows) == list(item.columns) == ["<bos>", *words[:12]]
+    weights = np.asarray(item.weights)
+    assert np.allclose(np.triu(weights, 1), 0.0), "a move attends to the moves before it"
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-3)
+    assert len(read_samples(tmp_path)) == 2
+    write_test(tmp_path, model, params, UCI, games[:1])
+    (item,) = read_attention(tmp_path)
+    assert item.columns == ["<bos>", *words[: fields.get("max_positions", chess_training.MAP_TOKENS) - 1]]
+
+
+def test_the_attention_map_of_an_encoder_decoder_has_the_next_moves_as_rows(tmp_path: Path) -> None:
+    model, line = tiny_model("t5-tiny", vocab_size=UCI.vocab_size), chess_games("uci").moves[0]
+    params, words = initial_params(model), line.split()[:10]
+    write_test(tmp_path, model, params, UCI, [" ".join(words)], target_length=3)
+    (item,) = read_attention(tmp_path)
+    assert list(item.columns) == ["<bos>", *words[:5]]
+    assert list(item.rows) == words[5:8]
+    # The decoder reads what it reads in the training: its start id, then the target without the last move.
+    source, target = UCI.encode_game(" ".join(words))[None, :6], UCI.encode(" ".join(words[5:8]))
+    tokens = np.concatenate([[model.config.decoder_start_id], target[:-1]])[None]
+    layers = model.attention_weights(params, jnp.asarray(tokens), source=jnp.asarray(source))["cross"]
+    np.testing.assert_allclose(item.weights, np.stack(layers)[:, 0].mean(axis=(0, 1)), atol=1e-4)
+
+
+def test_a_family_without_attention_has_no_attention_map(tmp_path: Path) -> None:
+    model = tiny_model("lstm-tiny", vocab_size=UCI.vocab_size)
+    write_test(tmp_path, model, initial_params(model), UCI, ["e2e4 e7e5"])
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 def test_match_boards_show_captures_and_last_positions() -> None:

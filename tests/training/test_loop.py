@@ -21,9 +21,17 @@ from jaxlm.adapt import Freeze
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches, RandomWindows
 from jaxlm.data.buckets import Bucketed
+from jaxlm.nn.experts import load_balance_loss
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    assert_trees_close,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -465,3 +473,20 @@ def test_a_trainer_from_an_optimizer_config_equals_one_from_an_optimizer():
     assert [float(trainer.learning_rate(step)) for step in (0, 2)] == pytest.approx([0.01 / 3, 0.01])
     with pytest.raises(ValueError, match="warmup_steps=6 must be fewer than the 6 steps"):
         config.trainer(model, OptimizerConfig(warmup_steps=6), causal.loss)
+
+
+def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
+    model = tiny_model("mixtral-tiny")
+    params, batch = initial_params(model), causal.batch(random_tokens(model, 4, 9))
+    plain = Evaluator(model, causal.loss, [batch])(params)
+    evaluate = Evaluator(model, {"nats": causal.loss, "loss": causal.loss_with_load_balance(0.5)}, [batch, batch])
+    assert evaluate.names == ("nats", "loss", "load_balance_loss", "router_z_loss")
+    values = evaluate(params)
+    assert set(values) == set(evaluate.names)
+    assert values["nats"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert values["loss"] == pytest.approx(values["nats"] + 0.5 * values["load_balance_loss"], rel=1e-6)
+    _, _, statistics = model.apply_with_routing(params, batch.tokens)
+    assert values["load_balance_loss"] == pytest.approx(float(load_balance_loss(statistics)), rel=1e-5)
+    losses = {"loss": causal.loss_with_load_balance(0.5), "router_z_loss": causal.loss}
+    with pytest.raises(ValueError, match="the metric 'router_z_loss' is also a term of a loss: rename the metric"):
+        Evaluator(model, losses, [batch])

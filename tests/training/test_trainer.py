@@ -12,6 +12,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.adapt import Freeze, LoRA
 from jaxlm.objectives import causal
+from jaxlm.objectives.batch import LossWithTerms, loss_and_terms
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
     assert_trees_close,
@@ -97,6 +98,38 @@ def test_gradient_accumulation_equals_the_full_batch_with_uneven_padding(count):
         (expected[0].params, expected[0].optimizer, expected[1]),
         2e-5,
     )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_metrics_have_the_mean_of_each_term_of_the_loss(count):
+    model = tiny_model("mixtral-tiny")
+    segments = np.ones((4, 11), np.int32)
+    segments[0, 4:] = segments[3, :2] = 0  # the two micro-batches have different weights
+    batch = causal.batch(random_tokens(model, 4, 11), segments)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), model.specs, 20)
+    trainer = Trainer(model, optimizer, causal.training_loss(model), grad_accum_steps=count)
+    state = trainer.init(jax.random.key(0))
+    micro_batches = [jax.tree.map(lambda x, n=n: x[n::count], batch) for n in range(count)]
+    sums = [loss_and_terms(causal.training_loss(model), model, state.params, part) for part in micro_batches]
+    weight = sum(float(part[1]) for part in sums)
+    means = {name: sum(float(part[3][name]) for part in sums) / weight for name in sums[0][3]}
+    cross_entropy = float(causal.loss(model, state.params, batch)[0]) / weight
+    _, metrics = jax.jit(trainer.step)(state, batch)
+    assert float(metrics["load_balance_loss"]) == pytest.approx(means["load_balance_loss"], rel=1e-5)
+    assert float(metrics["router_z_loss"]) == pytest.approx(means["router_z_loss"], rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(cross_entropy + 0.01 * means["load_balance_loss"], rel=1e-5)
+
+
+def test_a_term_with_the_name_of_a_metric_raises_an_error():
+    model, optimizer, batch = model_optimizer_batch()
+
+    def loss(*arguments, **options):
+        total, weight, state = causal.loss(*arguments, **options)
+        return total, weight, state, {"weight": total}
+
+    trainer = Trainer(model, optimizer, LossWithTerms(("weight",), loss))
+    with pytest.raises(ValueError, match="the loss has a term 'weight', but every step has a metric 'weight': rename"):
+        jax.eval_shape(trainer.step, trainer.abstract(), batch)
 
 
 def test_grad_accum_steps_must_divide_the_batch():
