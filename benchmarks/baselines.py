@@ -88,7 +88,7 @@ class Machine(Implementation):
             "family": model.family,
             "parameters": model.num_parameters,
             "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
-            "decoded_bytes": 4 * complete_models.decoded_parameters(model),
+            "decoded_bytes": 4 * complete_models.num_decoding_parameters(model),
             "vocab_size": model.config.vocab_size,
         }
         if model.family in complete_models.SIZES:

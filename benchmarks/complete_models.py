@@ -1,7 +1,7 @@
 """Benchmarks of complete models: the training batch of each family, and its classes in other libraries.
 
 The worker ``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it.
-Only the functions that create the batch import JAX. Shapes: B batch, T time, P predicted positions, S source.
+JAX is imported only in the functions that need it. Shapes: B batch, T time, P predicted positions, S source.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ SIZES = {
 }  # fmt: skip
 """Default training batch of each family: rows, and tokens per row. The sizes of the LSTM are from Zaremba et al. 2014.
 A VDCNN reads texts of 1024 characters. For T5, the source and the target have this number of tokens each."""
-TORCH = {
+TORCH_CLASSES = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
     "mamba2": "Mamba2ForCausalLM",
 }  # fmt: skip
 """Class name in transformers, by family; empty: the class is in ``torch_models``."""
-FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}
+FLAX = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
 """Name of the deprecated Flax class in transformers, by family."""
-DECODES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
+DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
-CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
+CLASSES = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX}
 FILE = "batch.npz"
-QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
+TINY_FIELDS: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
 """Config fields of the tiny variants, so that they have the same architecture as the large variants."""
 
 
@@ -44,7 +44,7 @@ def build(name: str, *, quick: bool = False) -> Any:
     fields: dict[str, Any] = {}
     if quick:
         name = next(variant for variant in family(model.family).VARIANTS if variant.endswith("-tiny"))
-        fields = QUICK.get(model.family, {})
+        fields = TINY_FIELDS.get(model.family, {})
     return jaxlm.get_model(name, **model.zero_dropout, **fields)
 
 
@@ -65,7 +65,7 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     return batch or default_batch, length or default_length
 
 
-def decoded_parameters(model: Any) -> int:
+def num_decoding_parameters(model: Any) -> int:
     """Number of parameters in the matrix products of decoding one token."""
     from jaxlm.plan import flops
 
@@ -81,9 +81,7 @@ def counted_flops(model: Any, batch: Any) -> Any:
 
     model, loss = without_recomputation(model), objective(model.task).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
-    return flops.Flops(
-        3 * forward.amount, "3 * dots and convolutions of the forward pass, only at the predicted positions"
-    )
+    return flops.Flops(3 * forward.amount, "3 * dots and convolutions of the forward pass (head: predicted positions)")
 
 
 def example(model: Any, batch: int, length: int) -> Any:
@@ -126,7 +124,7 @@ def save(batch: Any, directory: str) -> None:
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
-    """The arrays of a batch by name. ``labels`` are the targets; ``targets`` are the positions that XLNet predicts."""
+    """The arrays of a batch by name. ``labels``: ``Batch.targets``; ``targets``: the positions that XLNet predicts."""
     with np.load(Path(directory) / FILE) as file:
         return dict(file)
 

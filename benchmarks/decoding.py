@@ -40,7 +40,7 @@ def run(options: Decoding) -> None:
     for name in options.model.replace(" ", "").split(","):
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
-            supported = harness.with_class(targets, family, complete_models.CLASSES, complete_models.DECODES)
+            supported = harness.with_class(targets, family, complete_models.CLASSES, complete_models.DECODED_FAMILIES)
             for batch, prompt in itertools.product(batches, prompts):
                 sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}
                 measured = session.compare(

@@ -43,7 +43,7 @@ class JaxTraining(Implementation):
 class Jaxlm(JaxTraining):
     """``Trainer.jit_step``, or only the loss.
 
-    As in the experiments, the layers are not stacked, and the process keeps freed memory.
+    As in the experiments: unstacked layers, and ``jaxlm.host.keep_freed_memory``.
     """
 
     keeps_memory = True
@@ -75,7 +75,7 @@ class Jaxlm(JaxTraining):
 
 
 class Flax(JaxTraining):
-    """The Flax class of transformers, in a jitted step with donated state."""
+    """The Flax class of transformers: the jitted loss, or a jitted step with donated state."""
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
@@ -116,7 +116,7 @@ class Flax(JaxTraining):
 
 
 def flax_model(directory: str, family: str) -> Any:
-    """The Flax class of a family with the weights of a checkpoint."""
+    """The Flax model of a family with the weights of a checkpoint."""
     import inspect
 
     import jax.numpy as jnp
@@ -186,7 +186,7 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
     if family == "transformer_xl":
         tokens = tensor(arrays["tokens"])
         return model, lambda: model.loss(tokens, labels)
-    if complete_models.TORCH[family]:
+    if complete_models.TORCH_CLASSES[family]:
         inputs = {name: tensor(x) for name, x in complete_models.inputs(family, arrays).items()}
         options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
 
@@ -211,10 +211,10 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
 def torch_model(directory: str, family: str) -> Any:
     """The torch model of a checkpoint, from transformers or ``torch_models``."""
-    if not complete_models.TORCH[family]:
+    if not complete_models.TORCH_CLASSES[family]:
         from benchmarks import torch_models
 
         return torch_models.read(directory, family)
     import transformers
 
-    return getattr(transformers, complete_models.TORCH[family]).from_pretrained(directory)
+    return getattr(transformers, complete_models.TORCH_CLASSES[family]).from_pretrained(directory)

@@ -1,4 +1,5 @@
-"""Sharding: maps logical axis names to mesh axes. No other file uses a mesh directly.
+"""Sharding: maps logical axis names to mesh axes. Other files use a mesh only to make it, to read its size, or to pass
+it to ``shard_map``.
 
 Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
 axes split each logical axis. Data, tensor and sequence parallelism and fully sharded parameters are four such tables.
@@ -9,8 +10,8 @@ For example:
 
 The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Full
 sharding needs both: it splits the width of parameters and the batch of activations over the same mesh axis, so this
-axis cannot also split the width of activations. For the same reason, the batch of an array that also has the axis
-``expert`` is called ``expert_batch``: it is split only over the mesh axes of ``batch`` that do not split ``expert``.
+axis cannot also split the width of activations. If an array has an axis ``expert``, its batch axis is called
+``expert_batch``: the mesh axes of ``batch`` split it, except those that split ``expert``.
 """
 
 from __future__ import annotations
@@ -333,8 +334,8 @@ def map_shards(
 ) -> Callable[..., Any]:
     """The function in which each device applies ``function`` to its shards of the arguments (``shard_map``).
 
-    Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` must not call :func:`constrain`,
-    and is called outside of any scope.
+    Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` runs outside of any scope, so
+    :func:`constrain` does nothing in it.
 
     Args:
         in_axes: the logical axes of each argument.

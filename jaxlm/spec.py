@@ -301,7 +301,7 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
 
 
 MAX_GROUPED_ENTRIES = 2**20
-"""Maximum number of entries, per layer, of arrays that :func:`init` draws together.
+"""Maximum number of entries (per layer) of an array that :func:`init` draws together with others.
 
 Arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then several times
 smaller than with one operation per array. Each larger array is drawn in its own operation, which needs less memory.
@@ -426,7 +426,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
 def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
     """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
 
-    Indices must be in range. Others are clipped without an error, because a check would cost a pass over every leaf.
+    Indices must be in range. Others are clipped without an error.
     """
     return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 

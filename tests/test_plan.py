@@ -175,7 +175,7 @@ ENTRY %main (x: bf16[1,64], y: bf16[8,8], g: f32[4,64]) -> f32[1,64] {
 
 def test_collectives_inside_fusions_are_found_and_counted_once():
     collectives = hlo.costs(hlo.parse(FUSED)).collectives
-    assert [(collective.kind, collective.bytes, collective.group) for collective in collectives] == [
+    assert [(collective.kind, collective.bytes, collective.group_size) for collective in collectives] == [
         ("all-gather", 4 * 64 * 2, 4), ("reduce-scatter", 4 * 64 * 4, 4),
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Train the causal families on published experiments, and compare the results with the published claims.
+"""Train models of many families on published experiments, and compare the results with the published claims.
 
     python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
     python -m experiments.laboratory recall --model gpt mamba2    some models
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, nargs="?", const=DOCS, help="write laboratory.md to this directory")
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
-        parser.error("--page writes all results: remove the names, --model, --case and --width")
+        parser.error("--page writes all results: omit the experiments, --model, --case and --width")
     names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or [*MODELS, *ENCODER_DECODERS]
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS

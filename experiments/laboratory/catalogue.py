@@ -168,7 +168,7 @@ _FORMAL_LANGUAGES = Experiment(
 # -------------------------------------------------------------------------------------------------- state tracking
 
 
-def _word_case(group: str, moved_points: int | None = None) -> Case:
+def _word_problem_case(group: str, moved_points: int | None = None) -> Case:
     elements = None if moved_points is None else np.flatnonzero(synthetic.moved_points(group) == moved_points)
 
     def sample(length: int, rng: np.random.Generator) -> Batch:
@@ -184,10 +184,10 @@ def _word_case(group: str, moved_points: int | None = None) -> Case:
 
 
 _WORD_CASES = {
-    "parity": _word_case("Z2"),
-    "Z60": _word_case("Z60"),
-    "S5, transpositions": _word_case("S5", moved_points=2),
-    "A5, 3-cycles": _word_case("A5", moved_points=3),
+    "parity": _word_problem_case("Z2"),
+    "Z60": _word_problem_case("Z60"),
+    "S5, transpositions": _word_problem_case("S5", moved_points=2),
+    "A5, 3-cycles": _word_problem_case("A5", moved_points=3),
 }
 _HARD_GROUPS = ("S5, transpositions", "A5, 3-cycles")
 _MERRILL = "Merrill et al. 2024, abstract and introduction"
@@ -222,7 +222,7 @@ _STATE_TRACKING = Experiment(
     ),
     chance={
         "parity": 1 / 2, "Z60": 1 / 60,
-        # The products of n transpositions are all odd or all even.
+        # A product of n transpositions is one of 60 permutations: all are odd, or all are even.
         "S5, transpositions": 1 / 60, "A5, 3-cycles": 1 / 60,
     },
 )  # fmt: skip

@@ -3,8 +3,9 @@
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
     tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
 
-Subwords are built from the 256 bytes, so every text can be encoded, and decoding is exact. The tokenizer adds a space
-before each text, so that the first word has the same ids as elsewhere in a text. Decoding removes the added space.
+Subwords are built from the 256 bytes, so every text can be encoded, and decoding is exact. A subword tokenizer adds a
+space before each text, so that the first word has the same ids as elsewhere in a text. Decoding removes the added
+space.
 """
 
 from __future__ import annotations
@@ -242,21 +243,21 @@ def _make_reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) 
     """The trained unigram model with reproducible scores and order.
 
     The trainer sums scores in the order of a hash table, so the last digits vary. Bytes that do not occur in the texts
-    get the lowest score plus 0, 1, 2, ... times 0.0001, in the same variable order. This function rounds the scores,
+    get the lowest score plus 0, 1, 2, ... times 0.0001, also in hash table order. This function rounds the scores,
     and gives all these bytes the lowest score.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]
     lowest = min(score for _, score in pieces)
-    pieces_by_step: dict[float, list[str]] = {}
+    pieces_by_increment: dict[float, list[str]] = {}
     for piece, score in pieces:
         if len(piece) == 1:
-            pieces_by_step.setdefault(round((score - lowest) / 1e-4, 3), []).append(piece)
+            pieces_by_increment.setdefault(round((score - lowest) / 1e-4, 3), []).append(piece)
     unseen: set[str] = set()
-    step = 0.0
-    while step in pieces_by_step:
-        unseen.update(pieces_by_step[step])
-        step += 1
+    increment = 0.0
+    while increment in pieces_by_increment:
+        unseen.update(pieces_by_increment[increment])
+        increment += 1
     scores = [(piece, round(lowest if piece in unseen else score, 6)) for piece, score in pieces]
     scores.sort(key=lambda entry: (-entry[1], entry[0]))
     specials = [(piece, score) for piece, score in content["vocab"][:num_specials]]

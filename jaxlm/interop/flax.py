@@ -1,6 +1,6 @@
 """Flax modules of a model, ``linen`` and ``nnx``, for code that needs a Flax module.
 
-A module has the parameter tree of ``model.init``, with the same structure and without wrappers. A call returns the
+Its parameters have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call returns the
 result of ``model.apply``. The model state is an argument of the call, as in ``model.apply``.
 
     linen   variables = {"params": params}                       params = variables["params"]

@@ -4,9 +4,9 @@ All families use the same code. The formats of the families are tables of names 
 without such a table is saved in jaxlm's own format: ``model_type`` is ``jaxlm-<family>``, ``config`` contains the
 fields of the family's config, and the name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
 
-Loading first checks the config. Then it checks the name, shape and dtype of every tensor in the file headers. Then it
-reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle files, because loading a
-pickle can run arbitrary code.
+Loading checks the checksums, then the config. Then it checks the name, shape and dtype of every tensor in the file
+headers. Then it reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle files,
+because loading a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -194,7 +194,7 @@ def save_pretrained(
         other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
-        # Shards are moved one by one. Without the old index, a mixture of old and new shards cannot be loaded.
+        # Shards are moved one by one. The old index is deleted first, because shards without an index cannot be loaded.
         integrity.install_files(temporary, directory, written, delete_first=[INDEX] if INDEX in weights else [])
     for file in os.listdir(directory):
         is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
@@ -548,7 +548,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, by path. Parameters that differ only in the layer have the same dtype."""
+    """The dtype of each parameter, by path. The same parameter of different layers has one dtype."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names

@@ -106,17 +106,17 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     weights = _weights(model, with_prefix=_has_prefix(model, tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
-    lora_paths = {weight_of[name].path_of_all_layers for name, suffix in names_and_suffixes if suffix}
-    fully_trained = {weight_of[name].path_of_all_layers for name, suffix in names_and_suffixes if not suffix}
+    lora_paths = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if suffix}
+    fully_trained = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if not suffix}
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
     reader = _Reader(directory, tensors, rank)
     leaves = {}
     for path, weight in weights.items():
-        if weight.path_of_all_layers in fully_trained:
+        if weight.path_without_layer in fully_trained:
             leaves[path] = weight.full_weight_to_model(reader.full_weight(weight))
-        elif weight.path_of_all_layers in lora_paths:
+        elif weight.path_without_layer in lora_paths:
             leaves |= weight.factors_to_model(*reader.factors(weight))
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
@@ -150,7 +150,7 @@ def save_adapter(
     }
     tensors: dict[str, np.ndarray] = {}
     lora_paths = lora.target_paths(model.specs)
-    lora_weights = [weight for weight in weights.values() if weight.path_of_all_layers in lora_paths]
+    lora_weights = [weight for weight in weights.values() if weight.path_without_layer in lora_paths]
     for weight in lora_weights:
         tensors |= weight.factors_to_peft(flat[f"{weight.path}/{LORA_A}"], flat[f"{weight.path}/{LORA_B}"])
     targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
@@ -200,20 +200,20 @@ class _Weight:
         path: path of the parameter in the model.
         location: its names and its layout in the files of a transformers class.
         padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
-        row_axes: number of leading axes of the shape that form the rows of the weight matrix (see ``num_row_axes``);
-            None: the parameter is not a matrix.
-        is_table: whether the parameter is a token embedding or an output head, whose rows are the vocabulary.
+        num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
+            ``num_row_axes``); None: the parameter is not a matrix.
+        is_table: whether the parameter is an embedding table or an output head.
     """
 
     path: str
     location: Location
     padded_shape: tuple[int, ...]
-    row_axes: int | None
+    num_row_axes: int | None
     is_table: bool
 
     @property
-    def path_of_all_layers(self) -> str:
-        """The path without the number of the layer, if layers of different kinds have one parameter each."""
+    def path_without_layer(self) -> str:
+        """The path without its layer number; only models with unequal layers have one in the path."""
         return spec.split_layer(self.path)[0]
 
     @property
@@ -229,19 +229,19 @@ class _Weight:
     @property
     def is_conv1d(self) -> bool:
         """Whether the transformers weight has the shape [in, out], as in GPT-2's ``Conv1D``."""
-        return not self.is_table and self.row_axes is not None and self.location.layout == self._rows_and_columns
+        return not self.is_table and self.num_row_axes is not None and self.location.layout == self._rows_and_columns
 
     @property
     def _rows_and_columns(self) -> Layout:
         """The axes of ``shape`` that form the rows of the matrix, and the axes that form its columns."""
-        assert self.row_axes is not None
+        assert self.num_row_axes is not None
         axes = tuple(range(len(self.shape)))
-        return (axes[: self.row_axes], axes[self.row_axes :])
+        return (axes[: self.num_row_axes], axes[self.num_row_axes :])
 
     def require_linear(self) -> None:
         """Raise ``ValueError`` unless the parameter is the weight of a linear module in the transformers class."""
         is_head = self.is_table and self.path.split("/")[0] == "head"
-        matrix_layouts = () if self.row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
+        matrix_layouts = () if self.num_row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
         if (
             self.location.layout not in matrix_layouts
             or self.location.num_rows is not None
@@ -277,13 +277,13 @@ class _Weight:
 
     def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
         """jaxlm's ``{path: factor}``, from PEFT's A and B of each matrix."""
-        row_axes = self.row_axes
-        assert row_axes is not None
+        num_row_axes = self.num_row_axes
+        assert num_row_axes is not None
         rank = peft_a[0].shape[0]
         left = [b if self.is_table else a.T for a, b in zip(peft_a, peft_b, strict=True)]
         right = [a if self.is_table else b.T for a, b in zip(peft_a, peft_b, strict=True)]
-        lora_a = np.stack([x.reshape(*self.shape[:row_axes], rank) for x in left])
-        lora_b = np.stack([x.reshape(rank, *self.shape[row_axes:]) for x in right])
+        lora_a = np.stack([x.reshape(*self.shape[:num_row_axes], rank) for x in left])
+        lora_b = np.stack([x.reshape(rank, *self.shape[num_row_axes:]) for x in right])
         if self.is_table:
             lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
         factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
@@ -304,7 +304,7 @@ class _Weight:
         return self._stack(x)
 
     def _require_own_tensor(self) -> None:
-        """Raise ``ValueError`` if the tensor contains several parameters, because an adapter describes only one."""
+        """Raise ``ValueError`` if the tensor of transformers also contains other parameters of the model."""
         if self.location.num_rows is not None:
             raise ValueError(
                 f"{self.path} is a part of {self.names[0]} in the transformers class, so it cannot be saved or loaded "
@@ -343,7 +343,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             path=path,
             location=locations[path],
             padded_shape=leaf.shape[len(locations[path].stack) :],
-            row_axes=num_row_axes(path, leaf),
+            num_row_axes=num_row_axes(path, leaf),
             is_table=is_table(path, leaf),
         )
         for path, leaf in spec.flatten(model.specs).items()

@@ -47,8 +47,8 @@ class LayeredConfig(ModelConfig):
     """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. Layers may have several kinds."""
 
     remat: Remat = "dots"
-    """Activations that the backward pass recomputes: none; all except the outputs of matmuls without batch axes (linear
-    layers), of attention kernels and of experts (dots); or all activations inside a block (full)."""
+    """Activations that the backward pass recomputes. none: no activations. full: all inside a block. dots: all inside a
+    block except the outputs of linear layers, attention kernels and experts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

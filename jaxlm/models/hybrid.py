@@ -48,11 +48,11 @@ class AttentionConfig(common.TransformerConfig):
         super().__post_init__()
         common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
         common.check_divides(self, "attention_kv_heads", "attention_heads")
-        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
+        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if the width is odd
 
 
 def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:
-    """The specs of a layer's attention. ``output`` draws the output layer, and ``inputs`` the other weights."""
+    """The specs of a layer's attention. ``output`` initializes the output layer, ``inputs`` the rest."""
     D, H, G, K = cfg.embed_dim, cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim
     bias = cfg.attention_bias
     return {
@@ -64,7 +64,7 @@ def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[
 
 
 def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the key-value cache of ``batch`` rows; its ``layers`` contain one layer."""
+    """The specs of a key-value cache with a single layer, for ``batch`` rows."""
     common.check_state_length(cfg, length)
     dtype = jnp.dtype(cfg.dtype)
     return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
@@ -128,8 +128,8 @@ class Multipliers:
     """Multiplier of the output of an MLP."""
 
 
-def multiply(m: Multipliers, params: Params) -> dict[str, Any]:
-    """The parameters with which a model without multipliers has the outputs of ``params`` with multipliers.
+def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
+    """The parameters with the multipliers folded into the weights, so that the model needs no multipliers.
 
     Each multiplier belongs to the input or to the output of a linear layer. So the weight of the layer is multiplied,
     and, for an output, also the bias. The multiplier of the logits is not included, because the head may be tied.

@@ -149,7 +149,7 @@ def apply(
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
         angles = hybrid.attention_angles(cfg, context.positions)
     if cfg.multipliers is not None:
-        params = hybrid.multiply(cfg.multipliers, params)
+        params = hybrid.fold_multipliers(cfg.multipliers, params)
     dtype, x_dtype = jnp.dtype(cfg.dtype), jnp.dtype("float32" if cfg.residual_in_float32 else cfg.dtype)
     x = embed(params["token_embedding"], tokens, x_dtype, size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))

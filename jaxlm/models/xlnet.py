@@ -7,7 +7,8 @@ and values. So a block processes the concatenated streams, except that attention
 (``jaxlm.nn.attention.two_streams``).
 
 The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
-approximation of GELU, which ``VARIANTS`` use. Hugging Face and models loaded from its files use the exact GELU.
+approximation of GELU, which the published ``VARIANTS`` use. Hugging Face and models loaded from its files use the exact
+GELU.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -107,8 +108,8 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. This is not the same as equal types for all
-            tokens, which add the bias of equal types.
+            depends on whether their types are equal. Default: no such bias. Equal types for all tokens are different:
+            they add the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -188,7 +189,7 @@ def _attention(
         table = linear(weights["relative"], encoded_RD)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
-        """The queries multiplied with the named weight if attention is absorbed, else the unchanged queries."""
+        """The queries times the named weight (see ``absorb_weight``) if ``use_absorbed``, else the queries."""
         return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
@@ -256,7 +257,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
 
 
 def _add_to_memory(state: State, tokens: Any, segment_ids: jax.Array | None, token_types: Any, new_inputs: Any) -> Any:
-    """The state with the segment ids and types of the new tokens, and their inputs to all layers, appended."""
+    """The state after appending the new tokens' segment ids, types and inputs of all layers."""
     context, new_state = memory.make_context(tokens, state, segment_ids)
     layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)
     types = memory.append(state["token_types"], token_types, context.kept_indices)

@@ -38,7 +38,7 @@ def batch(
 
     Raises:
         ValueError: the shapes do not match, a row has several documents, or an answer ends before it begins, begins
-            before the text or is in the padding.
+            below 0 or is in the padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)

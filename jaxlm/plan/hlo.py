@@ -3,7 +3,7 @@
 The text of ``compiled.as_text()`` is the compiler's schedule. XLA for TPU writes ``estimated_cycles`` next to each
 operation for which XLA has a cost model. This module sums these cycles, and counts a loop body once per iteration.
 The trip count of a loop is read from ``known_trip_count`` if the backend writes this field. Otherwise the trip count is
-computed from the loop counter, which must start at a constant, change by a constant and be compared with a constant.
+computed from the loop counter, which must start at a constant, increase by a constant and be compared with a constant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _REFERENCE = re.compile(r"%([\w.\-<>]+)")
 class Instruction:
     """One line of a computation.
 
-    ``text`` is the text of the operands. ``rest`` is the text after the operands: attributes, metadata, backend config.
+    ``text`` is the text of the operands. ``attribute_text`` is the text after them: attributes, metadata, backend
+    config.
     """
 
     name: str
@@ -42,25 +43,25 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     text: str
-    rest: str
+    attribute_text: str
     is_root: bool
 
     @property
     def cycles(self) -> int | None:
         """The compiler's estimate for one execution, or None if there is none."""
-        match = _CYCLES.search(self.rest)
+        match = _CYCLES.search(self.attribute_text)
         return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
         """The JAX operation of the instruction, such as ``jit(step)/dot_general``; if there is none, its HLO name."""
-        match = _NAME.search(self.rest)
+        match = _NAME.search(self.attribute_text)
         return match[1] if match else self.name
 
     @property
     def is_kernel(self) -> bool:
         """Whether the instruction calls a Pallas kernel."""
-        match = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
+        match = _TARGET.search(self.attribute_text) if self.opcode == "custom-call" else None
         return match is not None and match[1] in KERNELS
 
     @property
@@ -74,7 +75,7 @@ class Instruction:
         """Names of the computations that these attributes refer to."""
         names: list[str] = []
         for attribute in attributes:
-            match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-<>]+)", self.rest)
+            match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-<>]+)", self.attribute_text)
             names += _REFERENCE.findall(match[1]) if match else []
         return names
 
@@ -172,13 +173,13 @@ def shape_bytes(shape: str) -> int:
 
 def trip_count(program: Program, computation: Iterable[Instruction], loop: Instruction) -> int | None:
     """The number of iterations of a ``while`` loop, or None if the number is known only at run time."""
-    stated = _TRIPS.search(loop.rest)
+    stated = _TRIPS.search(loop.attribute_text)
     if stated:
         return int(stated[1])
     condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
     test = next(i for i in condition if i.is_root)
     test = _through_copies(condition, test)
-    direction = re.search(r"direction=(\w+)", test.rest)
+    direction = re.search(r"direction=(\w+)", test.attribute_text)
     if test.opcode != "compare" or direction is None or len(test.operands) != 2:
         return None
     initial_of = _initial_constants(computation, loop)
@@ -224,7 +225,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def _parameter_index(instruction: Instruction) -> int | None:
-    index = _INDEX.search(instruction.rest)
+    index = _INDEX.search(instruction.attribute_text)
     return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
@@ -290,13 +291,13 @@ class Collective:
     Attributes:
         bytes: size of the operands or of the result in one execution; the larger of the two numbers.
         times: number of executions in one run of the program.
-        group: number of devices in a replica group; None if unknown.
+        group_size: number of devices in a replica group; None if unknown.
     """
 
     kind: str
     bytes: int
     times: int
-    group: int | None
+    group_size: int | None
     op_name: str
 
 
@@ -372,7 +373,7 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
     """Add the collectives inside a fusion to ``total``.
 
-    If a collective overlaps several fusions, each of these fusions contains the collective with the same channel id.
+    If a collective runs during several fusions, each of them contains a copy with the same channel id.
     So each channel id counts once. A fusion of an all-reduce and a slice of its result is a reduce-scatter.
 
     Args:
@@ -386,7 +387,7 @@ def _add_fused_collectives(program: Program, fusion: Instruction, times: int, ch
                 _add_fused_collectives(program, i, times, channels, total)
             if kind not in COLLECTIVES:
                 continue
-            channel = _CHANNEL.search(i.rest)
+            channel = _CHANNEL.search(i.attribute_text)
             if channel is not None and channel[1] in channels:
                 continue
             if channel is not None:
@@ -400,7 +401,7 @@ def _collective(computation: list[Instruction], i: Instruction, kind: str, times
     result = shape_bytes(i.shape)
     if i.opcode.endswith("-start") and i.shape.startswith("("):
         result = max(result - operands, 0)  # the result of a ``-start`` is a tuple of its operands and its result
-    return Collective(kind, max(operands, result), times, _group_size(i.rest), i.op_name)
+    return Collective(kind, max(operands, result), times, _group_size(i.attribute_text), i.op_name)
 
 
 def _group_size(rest: str) -> int | None:

@@ -303,7 +303,7 @@ def _estimates(
 def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[CollectiveStats]:
     totals_of_kind: dict[str, list[float]] = {}
     for op in costs.collectives:
-        group = op.group or 2
+        group = op.group_size or 2
         ring = (group - 1) / group  # the share of an array that a device sends in one pass around a ring
         sent_share = {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring)
         sent = sent_share * op.bytes

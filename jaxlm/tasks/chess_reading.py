@@ -325,7 +325,7 @@ def _last_logits(
     segment_ids_BT: jax.Array,
     *,
     begin_id: int | None,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # only a jit cache key: `constrain` reads the active sharding
 ) -> jax.Array:
     """The logits [B, V] of the token that follows each row."""
     if model.reads_source:

@@ -150,8 +150,8 @@ def convolution_fields(
 ) -> dict[str, int | tuple[int, ...]]:
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
-    The inputs of these families have a fixed length, here at least 32 tokens. An alexnet with one layer of kernels
-    gets max pooling over the whole text, as the model of Kim (2014).
+    The inputs of these families have a fixed length, here at least 32 tokens. An alexnet with one convolution gets max
+    pooling over the whole text, as the model of Kim (2014).
 
     Args:
         max_length: longer inputs will be truncated to this many tokens; None: no truncation.

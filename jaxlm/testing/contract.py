@@ -678,7 +678,7 @@ def test_sharded_step_equals_single_device_step(name):
 
 
 def check_sharded_step(name, mesh, *, scan_layers=False):
-    """Check loss, new parameters and gradients (10 times Adam's first moment) against one device."""
+    """Check the metrics, new parameters and optimizer state against a step on one device."""
     model, _, batch = training_setup(name)
     model = with_stacked_layers(model) if scan_layers else model
     _, new_state, want = single_step(name)

@@ -1,4 +1,4 @@
-"""Checks that all experiments run before training, so that a wrong setting fails within seconds.
+"""Checks before the training of an experiment, so that a wrong setting fails within seconds.
 
 ``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before it reads data.
 ``experiment.prepare_run`` calls the other functions directly before training. Config classes check the ranges of their

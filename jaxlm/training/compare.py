@@ -67,7 +67,7 @@ def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
 
 
 def _run_names(paths: Sequence[Path]) -> list[str]:
-    """The names of the directories, or their complete paths if two directories have the same name."""
+    """The names of the directories, or the paths as given if two directories have the same name."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 

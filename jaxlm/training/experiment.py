@@ -55,7 +55,7 @@ class ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
-        are not used. If ``set`` is not given, a line says so.
+        are not used. Without ``set``, a message says this.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:
@@ -155,7 +155,7 @@ def command_line(
         )  # fmt: skip
         experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
-        if resume is not None:  # the weights of a resumed run are those of its checkpoint
+        if resume is not None:  # a new path of ``pretrained`` keeps the fields of the preset
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
         experiment = dataclasses.replace(experiment, model=model.merge(preset))  # type: ignore[type-var]
         checks.check_settings(experiment, initial)
@@ -262,7 +262,7 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
     """Write ``config.json`` and, if the run finished, ``model/`` (Hugging Face layout) and the loss curves.
 
     Returns whether the run finished. ``config.json`` is also written after an interruption, so that the next
-    ``--resume`` uses the changed options. It is not written before training, so that a failed ``--resume`` does not
+    ``--resume`` uses the changed options. ``--resume`` does not write it before training, so a failed start does not
     change it.
     """
     if processes.is_first():

@@ -29,9 +29,9 @@ NAMES = {
 
 
 def test_every_measured_family_has_baseline_classes() -> None:
-    assert complete_models.SIZES.keys() == complete_models.TORCH.keys() == NAMES.keys()
-    assert set(complete_models.FLAX) < set(complete_models.TORCH)
-    assert set(complete_models.DECODES) < set(complete_models.TORCH)
+    assert complete_models.SIZES.keys() == complete_models.TORCH_CLASSES.keys() == NAMES.keys()
+    assert set(complete_models.FLAX) < set(complete_models.TORCH_CLASSES)
+    assert set(complete_models.DECODED_FAMILIES) < set(complete_models.TORCH_CLASSES)
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -53,7 +53,7 @@ def test_a_saved_batch_is_loaded_and_has_a_loss(family: str, tmp_path: Path) -> 
     assert (total.shape, weight.shape) == ((), ())
     labels = complete_models.labels(arrays)
     assert np.sum(labels != complete_models.IGNORED) == np.sum(arrays["weights"] > 0) > 0
-    if complete_models.TORCH[family]:
+    if complete_models.TORCH_CLASSES[family]:
         assert all(len(x) == 3 for x in complete_models.inputs(family, arrays).values())
     assert complete_models.counted_flops(model, batch).amount > 0
 
@@ -82,11 +82,11 @@ def test_decoded_parameters_are_the_weights_multiplied_per_token() -> None:
     once_per_source = ("encoder/", "cross_attention/key/", "cross_attention/value/")
     not_decoded = sum(leaf.size for name, leaf in leaves.items() if any(part in name for part in once_per_source))
     assert 0 < not_decoded < t5.num_parameters
-    assert complete_models.decoded_parameters(t5) == t5.num_parameters - not_decoded
+    assert complete_models.num_decoding_parameters(t5) == t5.num_parameters - not_decoded
     table = (
         lstm.config.vocab_size * lstm.config.embed_dim
     )  # the input embedding is only looked up, and the output head has separate weights
-    assert complete_models.decoded_parameters(lstm) == lstm.num_parameters - table
+    assert complete_models.num_decoding_parameters(lstm) == lstm.num_parameters - table
 
 
 def test_xlnet_masks_for_transformers() -> None:
@@ -127,7 +127,7 @@ def test_complete_models_are_measured_without_a_baseline(tmp_path: Path, capsys:
     assert decoding.main(common) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["shape"] == "lstm-zaremba-medium B2 prompt 8 + 16 tokens"
-    assert row["work"]["amount"] == 16 * 4 * complete_models.decoded_parameters(
+    assert row["work"]["amount"] == 16 * 4 * complete_models.num_decoding_parameters(
         complete_models.build("lstm-zaremba-medium", quick=True)
     )
 
@@ -153,7 +153,7 @@ def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_pat
             training.FAMILY_TOLERANCES.get(family, training.TOLERANCES) if passes == "step" else training.TOLERANCES
         )
         harness.check_losses(losses, tolerances)
-    if family in complete_models.DECODES:
+    if family in complete_models.DECODED_FAMILIES:
         quick = shapes.QUICK_DECODING
         sizes = {"batch": int(quick.batch), "prompt": int(quick.prompt), "tokens": quick.tokens}
         harness.check_same({name.lower(): run(decoding_baselines, name, 1, **sizes) for name in names})

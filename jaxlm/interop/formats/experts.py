@@ -38,7 +38,7 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
 
     Args:
         config: the contents of ``config.json``.
-        num_experts: the default of the field.
+        num_experts: used if ``config`` has no such field.
     """
     experts = integer(config, "num_experts", num_experts)
     interval = integer(config, "decoder_sparse_step", 1)

@@ -15,8 +15,8 @@ paper also allows an exponential).
 At the first step of a document, the previous m counts as -inf, so that ``m_1 = log i_1``. All states of a new document
 are 0. As in the authors' code, ``n = 0`` identifies a new document, because n is at least 1 after each step.
 
-The loop runs in chunks. The backward pass saves only the state before each chunk, computes the steps of a chunk again,
-and computes the gradient of R in one matmul per chunk.
+The loop runs in chunks. The forward pass saves its inputs and the state before each chunk. The backward pass computes
+the steps of a chunk again, and the gradient of R in one matmul per chunk.
 
 Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q: the same width, on the
 output axis of R), C chunks, L steps of a chunk.

@@ -132,7 +132,7 @@ def generalized_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` of the generalized delta rule (equations: see the module), and the last state.
 
-    Dtypes are as in :func:`gated_delta_rule`. If the same step is repeated, the state can stay bounded only if no
+    Dtypes are as in :func:`gated_delta_rule`. With constant g, a and b, the state can stay bounded only if no
     eigenvalue of ``diag(exp(g)) + b a.T`` has a magnitude above 1.
 
     Args:
@@ -199,12 +199,12 @@ def _scan_steps(step: Callable[..., Any], inputs: list[jax.Array], state_BHKV: j
 
 
 def _scan_chunks(run_chunk: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
-    """The outputs and the last state. ``run_chunk`` is a step (:func:`_scan_steps`) for all steps of a chunk."""
+    """The outputs and the last state. ``run_chunk`` is like ``step`` of :func:`_scan_steps`, for a chunk."""
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
     # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.
-    # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
-    # this difference would be inaccurate for strong decays.
+    # ``linear_attention`` instead computes the gradient of the decays as a difference of two inner products. Here, this
+    # difference would be inaccurate for strong decays.
     recomputed = jax.checkpoint(run_chunk, prevent_cse=False)
     chunks = [split_into_chunks(x, L) for x in inputs]
     last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
@@ -290,7 +290,7 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    a_t needs the decays D(s, t-1), which a query of step t - 1 also has. So the code uses ``a_{t+1}`` as a second query
+    a_t needs D(s, t-1), the same decays as a query of step t - 1. So the code uses ``a_{t+1}`` as a second query
     of step t, and then moves its scores from step t to step t + 1.
     """
     dtype = v_BHLV.dtype

@@ -30,8 +30,8 @@ MIN_LOG_DECAY = -104.0
 MAX_HEADS = 8
 """Maximum number of heads of a block. A block has more heads only if fewer heads do not fill whole registers."""
 MAX_STATE = 2**20
-"""Maximum bytes of the states of a block of heads. A kernel has seven arrays of this size in VMEM: three blocks, with
-two buffers each, and the carry. The compiler gives a kernel 16 MiB."""
+"""Maximum bytes of the states of a block of heads. A kernel has seven such arrays in VMEM: three inputs or outputs,
+with two buffers each, and the carry. The compiler gives a kernel 16 MiB."""
 
 
 def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array) -> str | None:
@@ -42,7 +42,7 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array) -> str | No
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if H % num_shards or (G % num_shards and G > 1):
-        return f"needs {num_shards} shards to divide the numbers of heads and groups, {H} and {G}"
+        return f"needs numbers of heads and groups that {num_shards} divides, not {H} and {G}"
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
@@ -64,19 +64,19 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
     """
 
     def is_possible(J: int) -> bool:
-        has_own = H == G
+        has_own_keys = H == G
         whole_values = J * V % LANES == 0 or J == H
-        whole_keys = (J * K % LANES == 0 or J == H) if has_own else (K % LANES == 0 or G == 1)
-        one_group = has_own or (H // G) % J == 0
+        whole_keys = (J * K % LANES == 0 or J == H) if has_own_keys else (K % LANES == 0 or G == 1)
+        one_group = has_own_keys or (H // G) % J == 0
         return H % J == 0 and whole_values and whole_keys and one_group and 4 * J * K * V <= MAX_STATE
 
     possible = [J for J in range(1, H + 1) if is_possible(J)]
     return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
 
 
-HEADS = ("batch", None, "heads", None)
-STATE = ("batch", "heads", None, None)
-STATES = ("batch", None, "heads", None, None)
+HEAD_AXES = ("batch", None, "heads", None)
+STATE_AXES = ("batch", "heads", None, None)
+STATES_AXES = ("batch", None, "heads", None, None)
 
 
 class Blocks(NamedTuple):
@@ -102,7 +102,7 @@ class Blocks(NamedTuple):
         return self.C * self.L
 
     @property
-    def has_own(self) -> bool:
+    def has_own_keys(self) -> bool:
         """Whether each head has its own query and key."""
         return self.G == self.H
 
@@ -124,7 +124,7 @@ class Blocks(NamedTuple):
 
         L, J, heads_per_group = self.L, self.J, self.H // self.G
         if kind == "keys":
-            if self.has_own:
+            if self.has_own_keys:
                 return pl.BlockSpec((None, L, J * self.K), lambda b, n, c: (b, self._chunk(c), n))
             return pl.BlockSpec((None, L, self.K), lambda b, n, c: (b, self._chunk(c), n * J // heads_per_group))
         if kind == "values":
@@ -141,7 +141,8 @@ class Blocks(NamedTuple):
         return pl.BlockSpec((None, None, L, width), lambda b, n, c: (b, n, self._chunk(c), 0))
 
 
-def split_heads(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
+def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
+    """The blocks of queries [B, T, G, K] and values [B, T, H, V] of one device."""
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
     J = heads_per_block(G, H, K, V)
     assert J is not None  # unsupported_reason checks this
@@ -211,7 +212,7 @@ class Decays(NamedTuple):
     """Products of the decays of a chunk, for a block of heads, and the scales of its steps.
 
     Attributes:
-        is_pair: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
+        is_read: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
         columns, rows: b_t, [L, J] and [J, L].
         scale, scale_rows: [L, J] and [J, L].
         prefix: [L, J], of all steps up to and including t. 0 after a reset.
@@ -219,7 +220,7 @@ class Decays(NamedTuple):
         total: [1, J], of all steps.
     """
 
-    is_pair: jax.Array
+    is_read: jax.Array
     columns: jax.Array
     rows: jax.Array
     scale: jax.Array
@@ -232,7 +233,7 @@ class Decays(NamedTuple):
     def pairs(self, head: int) -> jax.Array:
         """The products of the decays of steps s + 1 to t for one head, [L, L]; 0 if t does not read s."""
         difference = self.columns[:, head : head + 1] - self.rows[head : head + 1]
-        return jnp.exp(jnp.where(self.is_pair, difference, -jnp.inf))
+        return jnp.exp(jnp.where(self.is_read, difference, -jnp.inf))
 
 
 def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:

@@ -23,9 +23,9 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn.scan.head_blocks import (
-    HEADS,
-    STATE,
-    STATES,
+    HEAD_AXES,
+    STATE_AXES,
+    STATES_AXES,
     Blocks,
     call_kernel,
     chunk_decays,
@@ -33,9 +33,9 @@ from jaxlm.nn.scan.head_blocks import (
     finite_log_decays,
     groups_are_sharded,
     join_heads,
+    make_blocks,
     pad_time,
     padded_inputs,
-    split_heads,
 )
 
 
@@ -69,7 +69,9 @@ def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bo
 def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The results of :func:`_forward` for all devices."""
     run = functools.partial(_forward, **options)
-    return _map_shards(run, _groups_axes(inputs), [STATE], [HEADS, STATE, STATES])(*inputs, state_BHKV)
+    return _map_shards(run, _groups_axes(inputs), [STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(
+        *inputs, state_BHKV
+    )
 
 
 def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
@@ -80,18 +82,18 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     # Gradients of shared queries and keys are [B, T, N, G, K]: each device has its own groups, or its own blocks of
     # heads. Those of queries and keys for each head are [B, T, H, K].
     groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
-    gradient: tuple[str | None, ...] = HEADS
+    gradient: tuple[str | None, ...] = HEAD_AXES
     if is_shared:
-        gradient = ("batch", None, None, "heads", None) if groups == HEADS else ("batch", None, "heads", None, None)
-    out_axes = [gradient, gradient, HEADS, HEADS[:3], HEADS[:3], STATE]
-    mapped = _map_shards(run, groups, [STATES, HEADS, STATE], out_axes)
-    dquery, dkey, dvalue, dsum_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
+        gradient = ("batch", None, None, "heads", None) if groups == HEAD_AXES else ("batch", None, "heads", None, None)
+    out_axes = [gradient, gradient, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], STATE_AXES]
+    mapped = _map_shards(run, groups, [STATES_AXES, HEAD_AXES, STATE_AXES], out_axes)
+    dquery, dkey, dvalue, db_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
     if is_shared:
         dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
     dquery, dkey = dquery.astype(query.dtype), dkey.astype(key.dtype)
     # A log decay is a summand of b_t for this step and all later steps of its chunk.
-    dsum_BCLH = dsum_BTH.reshape(dsum_BTH.shape[0], -1, L, dsum_BTH.shape[2])
-    dlog_BTH = lax.cumsum(dsum_BCLH, axis=2, reverse=True).reshape(dsum_BTH.shape)[:, : log_BTH.shape[1]]
+    db_BCLH = db_BTH.reshape(db_BTH.shape[0], -1, L, db_BTH.shape[2])
+    dlog_BTH = lax.cumsum(db_BCLH, axis=2, reverse=True).reshape(db_BTH.shape)[:, : log_BTH.shape[1]]
     return (dquery, dkey, dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
 
 
@@ -100,14 +102,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _groups_axes(inputs: Any) -> tuple[str | None, ...]:
     """The logical axes of queries and keys."""
-    return HEADS if groups_are_sharded(inputs[0].shape[2], inputs[2].shape[2]) else ("batch", None, None, None)
+    return HEAD_AXES if groups_are_sharded(inputs[0].shape[2], inputs[2].shape[2]) else ("batch", None, None, None)
 
 
 def _map_shards(
     function: Callable[..., Any], groups: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
 ) -> Callable[..., Any]:
     """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
-    in_axes = [groups, groups, HEADS, HEADS[:3], HEADS[:3], HEADS[:2], *other_axes]
+    in_axes = [groups, groups, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
 
 
@@ -116,7 +118,7 @@ def _forward(
     state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
-    blocks = split_heads(query, value, L, from_last=False)
+    blocks = make_blocks(query, value, L, from_last=False)
     T, C = query.shape[1], blocks.C if save_states else 1
     out_BTX, last_BHKV, states_BCHKV = call_kernel(
         _forward_kernel, "linear_attention", blocks, interpret,
@@ -142,17 +144,17 @@ def _backward(
     They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b, [B, T, H], with the
     padding; of the scales; and of the first state.
     """
-    blocks = split_heads(query, value, L, from_last=True)
+    blocks = make_blocks(query, value, L, from_last=True)
     B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
     dkeys = (
         jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), value.dtype)
-        if blocks.has_own
+        if blocks.has_own_keys
         else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
     )
     per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
-    dkeys_kinds = ["keys" if blocks.has_own else "dkeys"] * 2
+    dkeys_kinds = ["keys" if blocks.has_own_keys else "dkeys"] * 2
     dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    dquery, dkey, dvalue, dsum, dscale, dstate = call_kernel(
+    dquery, dkey, dvalue, db, dscale, dstate = call_kernel(
         _backward_kernel, "linear_attention_backward", blocks, interpret,
         in_specs=[
             blocks.spec(kind)
@@ -168,14 +170,14 @@ def _backward(
     )  # fmt: skip
 
     def per_group(dx: jax.Array) -> jax.Array:
-        if blocks.has_own:
+        if blocks.has_own_keys:
             return dx[:, :T].reshape(key.shape)
         # The blocks of a group are consecutive.
         return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
 
-    dsum_BTH, dscale_BTH = (join_heads(x, blocks) for x in (dsum, dscale))
+    db_BTH, dscale_BTH = (join_heads(x, blocks) for x in (db, dscale))
     return (
-        per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), dsum_BTH, dscale_BTH[:, :T], dstate
+        per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), db_BTH, dscale_BTH[:, :T], dstate
     )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def _forward_kernel(
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, outputs = chunk_decays(columns, rows, J), []
     for head in range(J):
-        if blocks.has_own or head == 0:
+        if blocks.has_own_keys or head == 0:
             q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
             scores, k_transposed = dot(q, k, (1, 1)), k.T.astype(jnp.float32)
         v, state, column = value[:, head * V : (head + 1) * V], carry[head], slice(head, head + 1)
@@ -212,7 +214,7 @@ def _forward_kernel(
 
 def _backward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any, dlast: Any,
-    dquery: Any, dkey: Any, dvalue: Any, dsum: Any, dscale: Any, dstate: Any, carry: Any,
+    dquery: Any, dkey: Any, dvalue: Any, db: Any, dscale: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
     from jax.experimental import pallas as pl
@@ -224,9 +226,9 @@ def _backward_kernel(
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
     decays = chunk_decays(columns, rows, J)
-    dq_heads, dk_heads, dv_heads, dsum_heads, dscale_heads = ([] for _ in range(5))
+    dq_heads, dk_heads, dv_heads, db_heads, dscale_heads = ([] for _ in range(5))
     for head in range(J):
-        if blocks.has_own or head == 0:
+        if blocks.has_own_keys or head == 0:
             q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
             scores, q_transposed = dot(q, k, (1, 1)), q.T
         v, dy = value[:, head * V : (head + 1) * V], dout[:, head * V : (head + 1) * V]
@@ -248,16 +250,16 @@ def _backward_kernel(
         # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
         v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
         last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scale * v32 * of_state, keepdims=True)
-        db = jnp.sum(y * dy32 - v32 * dv, axis=1, keepdims=True)
-        dsum_heads.append(jnp.where(is_last_row, db + last, db))
+        db_head = jnp.sum(y * dy32 - v32 * dv, axis=1, keepdims=True)
+        db_heads.append(jnp.where(is_last_row, db_head + last, db_head))
         dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
         dv_heads.append(dv)
         carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))
     # Shared queries and keys get the sum of the gradients of the heads.
     for dx, heads in ((dquery, dq_heads), (dkey, dk_heads)):
-        dx[...] = (jnp.concatenate(heads, axis=1) if blocks.has_own else functools.reduce(jnp.add, heads)).astype(
+        dx[...] = (jnp.concatenate(heads, axis=1) if blocks.has_own_keys else functools.reduce(jnp.add, heads)).astype(
             dx.dtype
         )
     dvalue[...] = jnp.concatenate(dv_heads, axis=1).astype(dtype)
-    dsum[...], dscale[...] = jnp.concatenate(dsum_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
+    db[...], dscale[...] = jnp.concatenate(db_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
     dstate[...] = carry[...]

@@ -185,7 +185,7 @@ def _chunked(
     # A value that is always 1 makes n a column of the state.
     V, ones = v.shape[-1], jnp.ones_like(v[..., :1])
     cell, normalizer = state["cell"], state["normalizer"][..., None]
-    if implementation == "pallas":  # columns in whole registers: another column in the same array would copy the array
+    if implementation == "pallas":  # n has its own array of whole registers: appending a column to v would copy v
         out, cell = run(v, cell)
         sums, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
     else:

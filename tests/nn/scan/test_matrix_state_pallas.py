@@ -190,7 +190,7 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     query, _, value, _, _ = arrays(1, 20, 2, 8, 128, 64)
     with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
         reason = head_blocks.unsupported_reason(query, value)
-    assert reason == "needs 4 shards to divide the numbers of heads and groups, 8 and 2"
+    assert reason == "needs numbers of heads and groups that 4 divides, not 8 and 2"
 
 
 def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
