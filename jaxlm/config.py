@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import numbers
@@ -20,6 +21,14 @@ from jaxlm.json_files import read_object
 C = TypeVar("C")
 
 
+_field_types: Any = functools.cache(typing.get_type_hints)
+
+
+def field_types(kind: type[Any]) -> Mapping[str, Any]:
+    """The types of the fields of a config class by name. They are computed once per class."""
+    return _field_types(kind)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as a dict of JSON values; paths become strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -32,7 +41,7 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
         ValueError: ``kind`` does not have a field, a field without default is missing, or a value does not have the
             type of its field.
     """
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
@@ -78,7 +87,7 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
 
 def check_choices(config: Any) -> None:
     """Raise ``ValueError`` if a ``Literal`` field of a config does not have one of its values."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
         if literals and not _has_type(hint, value, True):

@@ -155,7 +155,7 @@ def _check_task(name: str, task: Any) -> None:
     config_class = family(name).Config
     if hasattr(config_class, "num_labels"):
         return
-    tasks = typing.get_args(typing.get_type_hints(config_class).get("task"))
+    tasks = typing.get_args(config_lib.field_types(config_class).get("task"))
     if task not in tasks:
         raise ValueError(f"family {name} has no task {task!r}: it has {', '.join(tasks)}")
 
@@ -214,7 +214,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type,
                 f"{path}: {alias}={config[alias]!r} is an alias of {field}, which is "
                 f"{config.get(field, 'missing')!r}: set only {field}"
             )
-    hints = typing.get_type_hints(config_class)
+    hints = config_lib.field_types(config_class)
     fields = {}
     for name, hf_name in table.hf_name_of_field.items():
         if hf_name not in config:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.config import check_value
+from jaxlm.config import check_value, field_types
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
@@ -439,7 +439,7 @@ def get_model(name: str, **overrides: Any) -> Model:
         known = sorted({*family_names(), *variant_names()})
         raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(config)]
-    hints = typing.get_type_hints(type(config))
+    hints = field_types(type(config))
     for field, value in overrides.items():
         if field not in fields:
             raise ValueError(
