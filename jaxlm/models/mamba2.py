@@ -190,16 +190,16 @@ def _mixer(
     BC, BC_tail = causal_depthwise_convolution(weights["BC_convolution"], stream, BC, BC_tail)
     x, BC = jax.nn.silu(x), jax.nn.silu(BC)
 
-    x = constrain(x.reshape(B, T, num_heads(cfg), cfg.head_dim), ("batch", "seq", "heads", "kv"))
+    x_BTHP = constrain(x.reshape(B, T, num_heads(cfg), cfg.head_dim), ("batch", "seq", "heads", "kv"))
     BC = BC.reshape(B, T, 2, cfg.num_groups, cfg.state_size)
     dt = jax.nn.softplus(dt.astype(jnp.float32) + weights["dt_bias"][None, None])
     dt = jnp.clip(dt, cfg.dt_limit_min, cfg.dt_limit_max)
     y, hidden = ssd(
-        x, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden,
+        x_BTHP, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden,
         negative_eigenvalues=cfg.negative_eigenvalues, **masks,
     )  # fmt: skip
-    skip = jnp.repeat(weights["D"].astype(x.dtype), cfg.head_dim)[None, None] * x.reshape(z.shape)
-    y = y.reshape(z.shape) + skip
+    # A TPU pads an axis of head_dim entries to 128. So elementwise operations use arrays without this axis.
+    y = y.reshape(z.shape) + jnp.repeat(weights["D"].astype(x.dtype), cfg.head_dim)[None, None] * x
 
     gate = jax.nn.silu(z)
     y = y if cfg.norm_before_gate else y * gate

@@ -89,6 +89,23 @@ def test_strong_and_weak_decays(decay):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_scales_multiply_the_new_values(implementation):
+    q, k, v, log_decay, state = arrays("grouped")
+    options = {"implementation": implementation, **masks()}
+
+    def with_scale(q, k, v, scale, state):
+        return linear_attention(q, k, v, log_decay, state, scale_BTH=scale, **options)
+
+    def scaled_values(q, k, v, scale, state):
+        scale = jnp.where(options["keep_BT"][..., None], scale, 0.0)
+        return linear_attention(q, k, v * scale[..., None], log_decay, state, **options)
+
+    scale = jnp.where(options["keep_BT"][..., None], jnp.sin(log_decay), jnp.nan)  # NaN at padding
+    arguments = (q, k, v, scale, state)
+    assert_trees_close(results(with_scale, arguments), results(scaled_values, arguments), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
     q, k, v, log_decay, state = arrays(decay)
@@ -163,6 +180,8 @@ def test_bad_inputs_raise():
         linear_attention(q[:, :0], k[:, :0], v[:, :0], log_decay[:, :0])
     with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2, 1\] must be \[2, 13, 2\], one for each head, or"):
         linear_attention(q, k, v, log_decay[..., None])
+    with pytest.raises(ValueError, match=r"scale \[2, 13, 1\] must be \[2, 13, 2\], one for each head"):
+        linear_attention(q, k, v, log_decay, scale_BTH=log_decay[..., :1])
     with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
         linear_attention(q, k, v, log_decay, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):

@@ -56,7 +56,12 @@ def mlstm_arrays(*shape, dtype=np.float32):
     return query, key, value, log_input, log_forget, {"cell": cell, "normalizer": normalizer, "stabilizer": stabilizer}
 
 
+def with_scale(query, key, value, log_decay, scale, state, **options):
+    return linear_attention(query, key, value, log_decay, state, scale_BTH=scale, **options)
+
+
 FUNCTIONS = {
+    "scale": (with_scale, delta_rule_arrays),
     "linear_attention": (linear_attention, arrays),
     "gated_delta_rule": (gated_delta_rule, delta_rule_arrays),
     "mlstm": (mlstm, mlstm_arrays),
@@ -100,7 +105,7 @@ def test_values_and_gradients(shape, masked, on_tpu):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
     function, arguments = FUNCTIONS[name]
     options = masks(*OWN_KEYS[:2]) if masked else {}
@@ -172,7 +177,7 @@ def test_heads_of_several_devices(shape, on_tpu):
     check_on_several_devices("linear_attention", shape)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_several_devices(name, on_tpu):
     check_on_several_devices(name, OWN_KEYS)
 
