@@ -134,8 +134,8 @@ def parse_experiment(
     )
     parser.add_argument(
         "--recipe", choices=sorted(recipes), metavar="FAMILY",
-        help="train with the published optimizer settings of a family, instead of those of the preset; other "
-        f"--optimizer options change single values. Families: {', '.join(recipes)}",
+        help="train with the published optimizer settings of a family, instead of those of the preset; "
+        f"--optimizer options change single values of the recipe. Families: {', '.join(recipes)}",
     )  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
     parser.add_argument("--seed", metavar="N", help="the same as --training.seed N")

@@ -21,12 +21,25 @@ from jaxlm.json_files import read_object
 C = TypeVar("C")
 
 
-_field_types: Any = functools.cache(typing.get_type_hints)
+def field_types(kind: Any) -> Mapping[str, Any]:
+    """The types of the fields of a config class by name. They are computed once per class.
 
-
-def field_types(kind: type[Any]) -> Mapping[str, Any]:
-    """The types of the fields of a config class by name. They are computed once per class."""
+    Raises:
+        TypeError: an annotation has an unknown name.
+    """
     return _field_types(kind)
+
+
+@functools.cache
+def _field_types(kind: Any) -> Mapping[str, Any]:
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError as error:
+        raise TypeError(
+            f"an annotation of {kind.__qualname__} has an unknown name ({error}): define the name at the top level of "
+            "its module, before the first instance of the class"
+        ) from error
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -88,9 +101,8 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
 def check_choices(config: Any) -> None:
     """Raise ``ValueError`` if a ``Literal`` field of a config does not have one of its values."""
     for name, hint in field_types(type(config)).items():
-        value = getattr(config, name)
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
-        if literals and not _has_type(hint, value, True):
+        if literals and not _has_type(hint, value := getattr(config, name), True):
             choices = ", ".join(repr(choice) for literal in literals for choice in typing.get_args(literal))
             raise ValueError(f"{name}={value!r} is unknown: choose from {choices}")
 

@@ -8,6 +8,8 @@ import pytest
 from jaxlm import config as config_lib
 from jaxlm.command_line import parse_experiment
 from jaxlm.models import get_model, gpt
+from jaxlm.models.common import ModelConfig
+from jaxlm.testing.helpers import TINY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,3 +181,26 @@ def test_help_explains_every_option(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Number of blocks." in text
     assert "--resume" in text
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_family_refuses_unknown_values_of_choices(name):
+    config = get_model(name).config
+    fields = [
+        field
+        for field, hint in config_lib.field_types(type(config)).items()
+        if "Literal" in str(hint) and "tuple" not in str(hint)
+    ]
+    assert "dtype" in fields
+    for field in fields:
+        with pytest.raises(ValueError, match=f"{field}='zzz' is unknown: choose from"):
+            dataclasses.replace(config, **{field: "zzz"})
+
+
+def test_an_annotation_with_an_unknown_name_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Broken(ModelConfig):
+        mode: "Mode" = 1  # noqa: F821
+
+    with pytest.raises(TypeError, match="an annotation of .*Broken has an unknown name .*Mode.*: define the name"):
+        Broken()

@@ -44,7 +44,7 @@ def test_files_generation_and_training_settings_of_a_registered_family(tmp_path,
     assert text.removeprefix("to be") in capsys.readouterr().out
     text_generation.check_family(model)
     assert carry_size_of(model, 3) == (3, 1)
-    assert recipe("mingru") == OptimizerConfig()
+    assert recipe("mingru") == OptimizerConfig(warmup_steps=0.05)
 
 
 def test_experiments_train_a_registered_family(tmp_path):

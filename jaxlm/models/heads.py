@@ -12,7 +12,7 @@ Shapes: B batch, T time, D width of hidden states.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,6 @@ from jaxlm.nn.embedding import unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Params
-
-Task = Literal[
-    "causal", "masked", "permutation", "seq2seq", "classification", "token_classification", "span_qa", "none"
-]
 
 HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
 """The name of each task's head in the parameters."""

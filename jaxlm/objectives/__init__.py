@@ -7,8 +7,7 @@ the gradients of the whole batch. A batch without targets gives ``total`` 0, ``w
 loss is 0 / 0 = NaN, as with ``reduction="mean"`` in torch, and the ``Trainer`` skips the step. ``state`` is the model
 state for the next batch of a stream, or None if the model has no state. A loss that is a
 ``jaxlm.objectives.batch.LossWithTerms`` also has terms, such as the losses of routers, which are logged under their
-names. The ``task`` of a config is the name of the
-objective that trains the model.
+names. The ``task`` of a config is the name of the objective that trains the model.
 """
 
 from __future__ import annotations

@@ -46,9 +46,16 @@ class LossWithTerms:
 def loss_and_terms(
     loss: Loss, *arguments: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
-    """The results of ``loss(*arguments, **options)`` and its terms; no terms if it is not a :class:`LossWithTerms`."""
+    """The results of ``loss(*arguments, **options)`` and its terms; no terms if it is not a :class:`LossWithTerms`.
+
+    Raises:
+        ValueError: the names of the returned terms are not ``loss.names``.
+    """
     if isinstance(loss, LossWithTerms):
-        return loss.function(*arguments, **options)
+        *results, terms = loss.function(*arguments, **options)
+        if set(terms) != set(loss.names):
+            raise ValueError(f"the loss returned the terms {sorted(terms)}, but its names are {sorted(loss.names)}")
+        return *results, terms
     return *loss(*arguments, **options), {}
 
 

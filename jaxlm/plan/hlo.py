@@ -404,15 +404,15 @@ def _collective(computation: list[Instruction], i: Instruction, kind: str, times
     return Collective(kind, max(operands, result), times, _group_size(i.attribute_text), i.op_name)
 
 
-def _group_size(rest: str) -> int | None:
+def _group_size(attribute_text: str) -> int | None:
     """The number of devices in one replica group; None if the text does not contain this number."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attribute_text)
     if listed:
         return len(listed[1].split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attribute_text)
     if iota:
         return int(iota[2])
-    mesh = re.search(r"replica_groups=(?:@?\w*)\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+    mesh = re.search(r"replica_groups=(?:@?\w*)\[([^\]]*)\]\s*\{([^}]*)\}", attribute_text)
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'", mesh[2])

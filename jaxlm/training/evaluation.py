@@ -56,10 +56,13 @@ class Evaluator:
         self._initial_state = None if carry_size is None else model.init_state(*carry_size)
         self._extra_metrics, self._extra_metric_names = extra_metrics, extra_metric_names
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
-        self._terms = tuple(dict.fromkeys(name for loss in self._losses.values() for name in term_names(loss)))
-        for name in self._terms:
-            if name in self._losses:
-                raise ValueError(f"the metric {name!r} is also a term of a loss: rename the metric or leave it out")
+        terms = [name for loss in self._losses.values() for name in term_names(loss)]
+        for name in terms:
+            if name in (*self._losses, *extra_metric_names) or terms.count(name) > 1:
+                raise ValueError(
+                    f"a loss has the term {name!r}, which is also another metric or a term of another loss: rename one"
+                )
+        self._terms = tuple(terms)
         self.batches = [to_global_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")

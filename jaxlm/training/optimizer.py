@@ -41,7 +41,7 @@ class OptimizerConfig:
     """Decay of the learning rate after the warm-up."""
     warmup_steps: int | float = 100
     """Steps over which the learning rate increases linearly to its peak. A number below 1 is a fraction of the steps of
-    the training."""
+    the training, which is rounded to whole steps."""
     hold_steps: int = 0
     """Steps at the peak learning rate, between warm-up and decay."""
     final_fraction: float = 0.1
@@ -109,16 +109,18 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = round(config.warmup_steps * steps if config.warmup_steps < 1 else config.warmup_steps)
+    setting = f"warmup_steps={config.warmup_steps}"
+    if config.warmup_steps < 1:
+        setting += f" ({warmup} steps)"
     if warmup >= steps:
-        raise ValueError(f"warmup_steps={warmup} must be fewer than the {steps} steps of the training")
+        raise ValueError(f"{setting} must be fewer than the {steps} steps of the training")
     decay_start = warmup + config.hold_steps
     if config.schedule in ("cosine", "linear") and decay_start >= steps:
         raise ValueError(
-            f"warmup_steps={warmup} plus hold_steps={config.hold_steps} must be fewer than the {steps} steps of the "
-            "training"
+            f"{setting} plus hold_steps={config.hold_steps} must be fewer than the {steps} steps of the training"
         )
     if config.schedule == "inverse_square_root" and decay_start == 0:
-        raise ValueError("schedule='inverse_square_root' needs warm-up or hold steps: set warmup_steps")
+        raise ValueError(f"schedule='inverse_square_root' needs at least one warm-up or hold step, and has {setting}")
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps - decay_start, config.final_fraction),
         "linear": lambda: optax.linear_schedule(peak, final, steps - decay_start),

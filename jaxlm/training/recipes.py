@@ -236,7 +236,8 @@ def recipe(family: str) -> OptimizerConfig:
     The warm-up is the same fraction of the training as in the paper (``warmup_steps`` is below 1); all other values are
     those of the paper. Use ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
 
-    A family of another package has no published recipe; it gets the default settings (AdamW).
+    A family of another package has no published recipe; it gets the default settings (AdamW),
+    with 5 % of the training as warm-up.
 
     Raises:
         ValueError: the family is unknown.
@@ -244,7 +245,7 @@ def recipe(family: str) -> OptimizerConfig:
     if family not in family_names():
         raise ValueError(f"no recipe for family {family!r}: choose from {', '.join(RECIPES)}")
     if family not in RECIPES:
-        return OptimizerConfig()
+        return OptimizerConfig(warmup_steps=0.05)
     published = RECIPES[family]
     warmup = published.optimizer.warmup_steps
     if warmup == 0:

@@ -29,6 +29,11 @@ CarrySize = tuple[int, int]
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
+METRIC_NAMES = frozenset((
+    "step", "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row", "learning_rate",
+    "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
+))  # fmt: skip
+"""Names of the metrics of a step and of a line of the log. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128
 """Number of recent losses with which the next loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
@@ -117,6 +122,8 @@ class Trainer:
                 "the optimizer is an OptimizerConfig, but a Trainer needs an Optax optimizer: use make_optimizer or "
                 "TrainingConfig.trainer"
             )
+        if taken := sorted(set(term_names(self.loss)) & METRIC_NAMES):
+            raise ValueError(f"the loss has the terms {taken}, which are names of other metrics: rename the terms")
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -241,9 +248,6 @@ class Trainer:
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
             axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
-
-        Raises:
-            ValueError: a term of the loss has the name of another metric.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -280,10 +284,7 @@ class Trainer:
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
-        for name, term in terms.items():
-            if name in metrics:
-                raise ValueError(f"the loss has a term {name!r}, but every step has a metric {name!r}: rename the term")
-            metrics[name] = term / weight
+        metrics |= {name: term / weight for name, term in terms.items()}
         params, optimizer, ema, model_state, frozen = trees
         losses = state.recent_losses
         if losses is not None:

@@ -488,5 +488,5 @@ def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
     _, _, statistics = model.apply_with_routing(params, batch.tokens)
     assert values["load_balance_loss"] == pytest.approx(float(load_balance_loss(statistics)), rel=1e-5)
     losses = {"loss": causal.loss_with_load_balance(0.5), "router_z_loss": causal.loss}
-    with pytest.raises(ValueError, match="the metric 'router_z_loss' is also a term of a loss: rename the metric"):
+    with pytest.raises(ValueError, match="a loss has the term 'router_z_loss', which is also another metric"):
         Evaluator(model, losses, [batch])

@@ -321,7 +321,7 @@ def test_cosine_and_linear_hold_before_the_decay():
     np.testing.assert_allclose([rate(n) for n in (10, 50, 75, 100)], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
     with pytest.raises(ValueError, match="warmup_steps=10 plus hold_steps=40 must be fewer than the 50 steps"):
         learning_rate(config, 50)
-    with pytest.raises(ValueError, match="needs warm-up or hold steps: set warmup_steps"):
+    with pytest.raises(ValueError, match="needs at least one warm-up or hold step, and has warmup_steps=0"):
         learning_rate(OptimizerConfig(schedule="inverse_square_root", warmup_steps=0), 50)
 
 

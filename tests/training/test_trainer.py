@@ -120,16 +120,22 @@ def test_the_metrics_have_the_mean_of_each_term_of_the_loss(count):
     assert float(metrics["loss"]) == pytest.approx(cross_entropy + 0.01 * means["load_balance_loss"], rel=1e-5)
 
 
-def test_a_term_with_the_name_of_a_metric_raises_an_error():
-    model, optimizer, batch = model_optimizer_batch()
+@pytest.mark.parametrize("name", ["weight", "learning_rate", "tokens"])
+def test_a_term_with_the_name_of_a_metric_raises_an_error(name):
+    model, optimizer, _ = model_optimizer_batch()
+    with pytest.raises(ValueError, match=f"terms \\['{name}'\\], which are names of other metrics: rename"):
+        Trainer(model, optimizer, LossWithTerms((name,), causal.loss))
+
+
+def test_terms_must_have_the_names_of_the_loss():
+    model, _, batch = model_optimizer_batch()
 
     def loss(*arguments, **options):
         total, weight, state = causal.loss(*arguments, **options)
-        return total, weight, state, {"weight": total}
+        return total, weight, state, {"b": total}
 
-    trainer = Trainer(model, optimizer, LossWithTerms(("weight",), loss))
-    with pytest.raises(ValueError, match="the loss has a term 'weight', but every step has a metric 'weight': rename"):
-        jax.eval_shape(trainer.step, trainer.abstract(), batch)
+    with pytest.raises(ValueError, match=r"the loss returned the terms \['b'\], but its names are \['a'\]"):
+        loss_and_terms(LossWithTerms(("a",), loss), model, initial_params(model), batch)
 
 
 def test_grad_accum_steps_must_divide_the_batch():

@@ -75,7 +75,8 @@ def gated_delta_rule(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, a power of two, used only by ``chunked``; None: a default for the platform.
+        chunk: L, a power of two, for ``chunked`` only; None: a default for the platform. With a value, the
+            default implementation is not ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
             matmuls compute all steps of a chunk. For the backward pass, it saves the state before each chunk and
             recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
@@ -139,10 +140,11 @@ def generalized_delta_rule(
         log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
         a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the key with which the step adds this value to the state.
-        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`.
+        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. There is no ``pallas``.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+        ValueError: shapes that do not match, a chunk that is not a power of two, or an implementation that is unknown
+            or ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)

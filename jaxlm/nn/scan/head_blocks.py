@@ -29,12 +29,11 @@ MIN_LOG_DECAY = -104.0
 """Smaller log decays are set to this value, whose exponential is 0 in float32."""
 MAX_HEADS = 8
 """Maximum number of heads of a block. A block has more heads only if fewer heads do not fill whole registers."""
-MAX_STATE = 2**20
-"""Maximum bytes of the states of a block of heads. A kernel has seven such arrays in VMEM: three inputs or outputs,
-with two buffers each, and the carry. The compiler gives a kernel 16 MiB."""
+MAX_VMEM = 15 * 2**20
+"""Maximum bytes of the arrays of a block of heads in VMEM. The compiler gives a kernel 16 MiB."""
 
 
-def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array) -> str | None:
+def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Why the kernels do not support the arguments, as the end of a sentence; None if they support them."""
     if value_BTHV.dtype not in (jnp.float32, jnp.bfloat16):
         return f"supports float32 and bfloat16, not {value_BTHV.dtype}"
@@ -68,10 +67,19 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
         whole_values = J * V % LANES == 0 or J == H
         whole_keys = (J * K % LANES == 0 or J == H) if has_own_keys else (K % LANES == 0 or G == 1)
         one_group = has_own_keys or (H // G) % J == 0
-        return H % J == 0 and whole_values and whole_keys and one_group and 4 * J * K * V <= MAX_STATE
+        return H % J == 0 and whole_values and whole_keys and one_group and _vmem_bytes(J, K, V) <= MAX_VMEM
 
     possible = [J for J in range(1, H + 1) if is_possible(J)]
     return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
+
+
+def _vmem_bytes(J: int, K: int, V: int) -> int:
+    """Bytes of the arrays of a backward kernel in VMEM for a block of J heads, at most: float32, chunks of 128 steps.
+
+    Inputs and outputs have two buffers. They are four arrays of keys, three of values and three of states. The carry is
+    another array of states.
+    """
+    return 4 * (2 * LANES * J * (4 * K + 3 * V) + 7 * J * K * V)
 
 
 HEAD_AXES = ("batch", None, "heads", None)
@@ -181,6 +189,10 @@ def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
+    """The outputs of a kernel on the grid of ``blocks``, as a function of its arrays.
+
+    The last argument of the kernel is the carry, [J, K, V] float32, which stays from one chunk to the next one.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 

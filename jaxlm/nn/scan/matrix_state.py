@@ -132,7 +132,7 @@ def choose_implementation(
     if chunk is not None:
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
-        unsupported = f"has chunks of a fixed size, so it does not support chunk={chunk}"
+        unsupported = unsupported or f"has chunks of a fixed size, so it does not support chunk={chunk}"
     if implementation is None:
         return choices.matrix_scan(steps, unsupported)
     if implementation not in get_args(Implementation):
@@ -230,13 +230,13 @@ def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
     """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
     B, T, H, X = x_BTHX.shape
     x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
-    return x_BTHX.reshape(B, -1, L, H, X).transpose(1, 0, 3, 2, 4)
+    return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
 
 
 def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
     """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
-    _, B, H, _, X = x_CBHLX.shape
-    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, X)[:, :T]
+    C, B, H, L, X = x_CBHLX.shape
+    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]
 
 
 @jax.custom_vjp

@@ -78,10 +78,10 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     inputs, states_BCHKV = saved
     query, key, _, log_BTH, *_ = inputs
     dout_BTHV, dlast_BHKV = cotangents
-    run = functools.partial(_backward, L=L, interpret=interpret)
     # Gradients of shared queries and keys are [B, T, N, G, K]: each device has its own groups, or its own blocks of
     # heads. Those of queries and keys for each head are [B, T, H, K].
     groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
+    run = functools.partial(_backward, L=L, interpret=interpret, is_shared=is_shared)
     gradient: tuple[str | None, ...] = HEAD_AXES
     if is_shared:
         gradient = ("batch", None, None, "heads", None) if groups == HEAD_AXES else ("batch", None, "heads", None, None)
@@ -137,17 +137,20 @@ def _forward(
 
 def _backward(
     query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
-    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool,
+    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool, is_shared: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The gradients of one device.
 
     They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b, [B, T, H], with the
     padding; of the scales; and of the first state.
+
+    Args:
+        is_shared: whether several heads share queries and keys, on this device or on several devices.
     """
     blocks = make_blocks(query, value, L, from_last=True)
     B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
     dkeys = (
-        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), value.dtype)
+        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), jnp.float32 if is_shared else value.dtype)
         if blocks.has_own_keys
         else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
     )
@@ -171,7 +174,8 @@ def _backward(
 
     def per_group(dx: jax.Array) -> jax.Array:
         if blocks.has_own_keys:
-            return dx[:, :T].reshape(key.shape)
+            dx = dx[:, :T].reshape(key.shape)
+            return dx[:, :, None] if is_shared else dx
         # The blocks of a group are consecutive.
         return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
 
@@ -239,21 +243,21 @@ def _backward_kernel(
         scale = decays.scale[:, column]
         # ``pairs`` with the scale of step s.
         scaled_pairs = pairs * decays.scale_rows[column]
-        weights = (scores * scaled_pairs).astype(dtype)
+        # y and ``dscaled`` use the same rounded weights and values. Their errors must cancel in the sum over steps.
+        weights, scaled_v = (scores * pairs).astype(dtype), (scale * v.astype(jnp.float32)).astype(dtype)
         dscores = (dot(dy, v, (1, 1)) * scaled_pairs).astype(dtype)
-        y = dot(weights, v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
+        y = dot(weights, scaled_v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
         dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
         dk_heads.append(dot(dscores, q, (0, 0)) + scale * suffix * dot(v, dafter_in, (1, 1)))
         of_state = suffix * dot(k, dafter_in, (1, 0))
-        dscaled = dot((scores * pairs).astype(dtype), dy, (0, 0)) + of_state  # the gradient of scale * v
-        dv = scale * dscaled
+        dscaled = dot(weights, dy, (0, 0)) + of_state  # the gradient of scale * v
         # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
-        v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
-        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scale * v32 * of_state, keepdims=True)
-        db_head = jnp.sum(y * dy32 - v32 * dv, axis=1, keepdims=True)
+        v32, dy32, scaled_v32 = v.astype(jnp.float32), dy.astype(jnp.float32), scaled_v.astype(jnp.float32)
+        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scaled_v32 * of_state, keepdims=True)
+        db_head = jnp.sum(y * dy32 - scaled_v32 * dscaled, axis=1, keepdims=True)
         db_heads.append(jnp.where(is_last_row, db_head + last, db_head))
         dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
-        dv_heads.append(dv)
+        dv_heads.append(scale * dscaled)
         carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))
     # Shared queries and keys get the sum of the gradients of the heads.
     for dx, heads in ((dquery, dq_heads), (dkey, dk_heads)):

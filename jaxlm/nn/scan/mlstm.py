@@ -76,7 +76,8 @@ def mlstm(
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         epsilon: added to the divisor of the output.
-        chunk: steps of a chunk, a power of two, used only by ``chunked``; None: a default for the platform.
+        chunk: steps of a chunk, a power of two, for ``chunked`` only; None: a default for the platform.
+            With a value, the default implementation is not ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
             stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
             and saves one state per chunk for the backward pass. ``pallas`` uses its TPU kernel instead. None selects
@@ -95,7 +96,8 @@ def mlstm(
     """
     _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
     B, T = query_BTHK.shape[:2]
-    unsupported = unsupported_reason(query_BTHK, value_BTHV)
+    normalizers = jax.ShapeDtypeStruct((*value_BTHV.shape[:3], LANES), value_BTHV.dtype)
+    unsupported = unsupported_reason(query_BTHK, value_BTHV) or unsupported_reason(query_BTHK, normalizers)
     implementation = choose_implementation("mlstm", implementation, T, chunk, unsupported)
     # The time axis is not sharded, because the steps are sequential.
     q, k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (query_BTHK, key_BTHK, value_BTHV))
@@ -114,7 +116,7 @@ def mlstm(
     state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
     if implementation == "reference":
         return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
-    return _chunked(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk, implementation)
+    return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk, implementation)
 
 
 def _check(
@@ -163,7 +165,7 @@ def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: 
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-def _chunked(
+def _by_linear_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
     masks: Any, epsilon: float, chunk: int | None, implementation: Implementation,
 ) -> Any:  # fmt: skip

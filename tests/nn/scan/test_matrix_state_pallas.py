@@ -88,9 +88,14 @@ def value_and_gradients(arguments, function=linear_attention, **options):
 @pytest.fixture
 def on_tpu(monkeypatch):
     """Run the kernels in Pallas's interpreter, with chunks of 16 steps and blocks of at most 4 heads."""
-    monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
+    interpret(monkeypatch)
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 16)
     monkeypatch.setattr(head_blocks, "MAX_HEADS", 4)
+
+
+def interpret(monkeypatch):
+    """Run the kernels in Pallas's interpreter."""
+    monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
     for module, name in ((matrix_state_pallas, "linear_attention"), (delta_rule_pallas, "gated_delta_rule")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
@@ -117,7 +122,7 @@ def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
 
 
 def test_equal_keys_of_the_delta_rule(on_tpu):
-    """The powers of the triangular matrix would overflow here, its inverse does not."""
+    """Powers of the triangular matrix have entries of up to 2e6 here. Its inverse has small entries."""
     query, key, value, log_decay, beta, state = delta_rule_arrays(*OWN_KEYS)
     key, log_decay, beta = np.broadcast_to(key[:, :1], key.shape), np.zeros_like(log_decay), np.full_like(beta, 2.0)
     got, want = (
@@ -138,11 +143,13 @@ def test_decays_of_almost_zero(on_tpu):
     assert_trees_close(got, want, 2e-5)  # a sum of log decays of 208 has a rounding error of 1e-5
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_bfloat16(name, on_tpu):
+@pytest.mark.parametrize(
+    ("name", "shape"), [*((name, OWN_KEYS) for name in FUNCTIONS), ("scale", SHAPES["shared keys, padded time"])]
+)
+def test_bfloat16(name, shape, on_tpu):
     """The errors are about the rounding error of bfloat16, 0.004, as for the implementation chunked."""
     function, make_arguments = FUNCTIONS[name]
-    arguments = make_arguments(*OWN_KEYS, dtype=jnp.bfloat16)
+    arguments = make_arguments(*shape, dtype=jnp.bfloat16)
     got, chunked = (value_and_gradients(arguments, function, implementation=name) for name in ("pallas", "chunked"))
     in_float32 = jax.tree.map(lambda x: np.asarray(x, np.float32), arguments)
     exact = value_and_gradients(in_float32, function, implementation="reference")
@@ -150,6 +157,38 @@ def test_bfloat16(name, on_tpu):
         assert result.dtype == other.dtype
         as_float = np.asarray(result, np.float32)
         assert relative_error(as_float, want) < max(0.02, 2.0 * relative_error(np.asarray(other, np.float32), want))
+
+
+def test_the_sum_of_the_gradients_of_decays_in_bfloat16(on_tpu, monkeypatch):
+    """It is the gradient of A of ``ssd``. Rounding errors of y and of the gradients of the values must cancel."""
+    monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
+    arguments = delta_rule_arrays(1, 128, 1, 4, 16, 32, dtype=jnp.bfloat16)
+
+    def gradient(arguments, implementation):
+        gradients = value_and_gradients(arguments, with_scale, implementation=implementation)["gradients"]
+        return np.sum(np.asarray(gradients[3], np.float64), axis=1)
+
+    exact = gradient([np.asarray(x, np.float32) for x in arguments], "reference")
+    error, chunked_error = (relative_error(gradient(arguments, name), exact) for name in ("pallas", "chunked"))
+    assert error < 2.0 * chunked_error + 0.005
+
+
+@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("steps", [40, 130])
+def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch):
+    interpret(monkeypatch)
+    function, make_arguments = FUNCTIONS[name]
+    *inputs, state = make_arguments(1, steps, 2, 2, 8, 16)
+    options = masks(1, steps)
+    inputs = [jnp.where(options["keep_BT"].reshape(1, steps, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in inputs]
+    got, want = (function(*inputs, state, implementation=each, **options) for each in ("pallas", "reference"))
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_mlstm_needs_whole_registers_for_the_normalizer(on_tpu):
+    arguments = mlstm_arrays(1, 16, 32, 32, 100, 64)
+    with pytest.raises(ValueError, match="needs widths of heads for which a block of heads fills registers"):
+        mlstm(*arguments, implementation="pallas")
 
 
 def test_state_space_model_with_negative_eigenvalues(on_tpu):
@@ -171,6 +210,7 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
         (1, 20, 1, 8, 16, 32),  # one group
         (1, 20, 2, 8, 128, 64),  # a group for each device
         (1, 20, 4, 8, 128, 128),  # two groups for each device
+        (1, 20, 1, 2, 16, 32),  # one group, and one head for each device
     ],
 )
 def test_heads_of_several_devices(shape, on_tpu):
