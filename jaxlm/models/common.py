@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import check_choices
+from jaxlm import config as config_lib
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
@@ -39,7 +39,7 @@ class ModelConfig:
         num_layers = getattr(self, "num_layers", 0)  # a field of most families
         if num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
-        check_choices(self)
+        config_lib.check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
