@@ -244,7 +244,7 @@ def _backward_kernel(
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_earlier, decays = _is_earlier(L), chunk_decays(columns, rows, J)
     betas = decays.scale
-    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, i], whether i >= t
+    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     key_products = _key_products(blocks, key, decays)
     inverses = _inverses([betas[:, head : head + 1] * x for head, x in enumerate(key_products)], dtype)
     dq_heads, dk_heads, dv_heads, dbeta_heads, dlog_pairs, dlog_prefix, dlog_suffix = ([] for _ in range(7))
@@ -255,12 +255,8 @@ def _backward_kernel(
         dy = dout[:, of_value]
         pairs, state, dafter, b = decays.pairs(head), states[head], carry[head], betas[:, column]
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
-        state_in, dafter_in, key_product, inverse = (
-            state.astype(dtype),
-            dafter.astype(dtype),
-            key_products[head],
-            inverses[head],
-        )
+        state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
+        key_product, inverse = key_products[head], inverses[head]
         k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
         # The values of the forward pass.
         from_state = prefix * dot(q, state_in, (1, 0))
@@ -274,7 +270,7 @@ def _backward_kernel(
         du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
         dright = _exact_dot(inverse, du, dtype, (0, 0))
         dright_in = (b * dright).astype(dtype)
-        dA = jnp.where(is_earlier, -_exact_dot(dright, u, dtype, (1, 1)), 0.0)  # of A
+        dA = jnp.where(is_earlier, -_exact_dot(dright, u, dtype, (1, 1)), 0.0)
         dweights = dot(dy, u_in, (1, 1))
         dscores = (dweights * pairs).astype(dtype)
         dk_pairs = (b * dA * pairs).astype(dtype)
