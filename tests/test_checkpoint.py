@@ -525,7 +525,7 @@ def test_an_earlier_step_is_restored_only_on_request(tmp_path: Path, caplog: pyt
         assert "wrong checksum of b; it is kept as" in caplog.text
         with pytest.raises(ValueError, match="is only for the latest step"):
             checkpointer.restore(tree, 1, on_corrupt="previous")
-        with pytest.raises(ValueError, match="on_corrupt='Previous' is unknown: choose from 'stop', 'previous'"):
+        with pytest.raises(ValueError, match="on_corrupt='Previous' is unknown: choose from stop, previous"):
             checkpointer.restore(tree, on_corrupt="Previous")  # type: ignore[arg-type]
         (tmp_path / "1" / "record" / "metadata").unlink()
         with pytest.raises(CorruptCheckpointError, match="no other step is intact"):

@@ -105,7 +105,11 @@ def linear_attention(
             reset_BT = reset_BT & keep_BT  # padding does not change the state
         with_scale = (query_BTGK, key_BTGK, value_BTHV, log_BTHE[..., 0], scale_BTH1[..., 0])
         return matrix_state_pallas.linear_attention(with_scale, state_BHKV, reset_BT, choices.kernel_chunk(T))
-    if scale_BTH is not None:
+    # For mLSTM, scaled keys are more accurate: its values and its normalizer then have the same rounding errors. Keys
+    # that several heads share cannot be scaled.
+    if scale_BTH is not None and G == H:
+        key_BTGK = (scale_BTH1 * key_BTGK.astype(jnp.float32)).astype(key_BTGK.dtype)
+    elif scale_BTH is not None:
         value_BTHV = (scale_BTH1 * value_BTHV.astype(jnp.float32)).astype(value_BTHV.dtype)
     inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
