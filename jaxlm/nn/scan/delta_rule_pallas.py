@@ -25,14 +25,11 @@ from jaxlm.nn.scan.head_blocks import (
     STATES_AXES,
     Blocks,
     Decays,
-    call_kernel,
     chunk_decays,
     dot,
     finite_log_decays,
-    join_heads,
-    make_blocks,
-    pad_time,
-    padded_inputs,
+    run_backward,
+    run_forward,
 )
 
 
@@ -67,8 +64,8 @@ _INPUT_AXES = [HEAD_AXES, HEAD_AXES, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HE
 
 
 def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The results of :func:`_forward` for all devices."""
-    run = functools.partial(_forward, **options)
+    """The results of ``run_forward`` for all devices."""
+    run = functools.partial(run_forward, _forward_kernel, "gated_delta_rule", **options)
     return sharding.map_shards(run, [*_INPUT_AXES, STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(
         *inputs, state_BHKV
     )
@@ -76,67 +73,17 @@ def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[ja
 
 def _rule_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
     inputs, states_BCHKV = saved
-    run = functools.partial(_backward, L=L, interpret=interpret)
+    name = "gated_delta_rule_backward"
+    run = functools.partial(run_backward, _backward_kernel, name, L=L, interpret=interpret, is_shared=False)
     mapped = sharding.map_shards(
         run, [*_INPUT_AXES, STATES_AXES, HEAD_AXES, STATE_AXES], [*_INPUT_AXES[:5], STATE_AXES]
     )
-    *gradients, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
+    *others, dlog_BTH, dbeta_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
+    gradients = (*others, dlog_BTH[:, : dbeta_BTH.shape[1]], dbeta_BTH)
     return (*(dx.astype(x.dtype) for dx, x in zip(gradients, inputs, strict=False)), None), dstate_BHKV
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
-
-
-def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, beta_BTH: jax.Array, reset_BT: jax.Array,
-    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
-) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
-    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
-    blocks = make_blocks(query, value, L, from_last=False)
-    T, C = query.shape[1], blocks.C if save_states else 1
-    out_BTX, last_BHKV, states_BCHKV = call_kernel(
-        _forward_kernel, "gated_delta_rule", blocks, interpret,
-        in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
-        out_specs=tuple(
-            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
-            jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
-            jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
-        ),
-    )(*padded_inputs(query, key, value, log_BTH, beta_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
-    return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
-
-
-def _backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, beta_BTH: jax.Array, reset_BT: jax.Array,
-    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The gradients of one device: of queries, keys, values, log decays and betas, and of the first state."""
-    blocks = make_blocks(query, value, L, from_last=True)
-    B, T, H = beta_BTH.shape
-    flat = [jax.ShapeDtypeStruct((B, blocks.T, H * width), value.dtype) for width in (blocks.K, blocks.V)]
-    per_head = jax.ShapeDtypeStruct((B, H // blocks.J, blocks.T, blocks.J), jnp.float32)
-    dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    *gradients, dlog, dbeta, dstate = call_kernel(
-        _backward_kernel, "gated_delta_rule_backward", blocks, interpret,
-        in_specs=[
-            blocks.spec(kind)
-            for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
-        ],
-        out_specs=tuple(blocks.spec(kind) for kind in ("keys", "keys", "values", "per head", "per head", "state")),
-        out_shape=(
-            flat[0], flat[0], flat[1], per_head, per_head, jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
-        ),
-    )(
-        *padded_inputs(query, key, value, log_BTH, beta_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
-    )  # fmt: skip
-    dlog_BTH, dbeta_BTH = (join_heads(x, blocks)[:, :T] for x in (dlog, dbeta))
-    shapes = query.shape, key.shape, value.shape
-    return (
-        *(x[:, :T].reshape(shape) for x, shape in zip(gradients, shapes, strict=True)), dlog_BTH, dbeta_BTH, dstate
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the kernels

@@ -261,3 +261,85 @@ def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
         jnp.where(segment_s == last_segment, jnp.exp(b_s[:, -1:] - b_s), 0.0),
         prefix[-1:],
     )  # fmt: skip
+
+
+def run_forward(
+    kernel: Any, name: str, query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array,
+    scale_BTH: jax.Array, reset_BT: jax.Array,
+    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
+) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``).
+
+    Args:
+        kernel: its arguments are the blocks, one array for each kind of ``in_specs`` and ``out_specs``, and the carry.
+        name: the name of the kernel in the program.
+        query, key, value, log_BTH, scale_BTH, reset_BT, state_BHKV, L, interpret: see
+            ``matrix_state_pallas.linear_attention``. Log decays are finite.
+    """
+    blocks = make_blocks(query, value, L, from_last=False)
+    T, C = query.shape[1], blocks.C if save_states else 1
+    out_BTX, last_BHKV, states_BCHKV = call_kernel(
+        kernel, name, blocks, interpret,
+        in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
+        out_specs=tuple(
+            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
+            jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
+            jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
+        ),
+    )(*padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
+    return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
+
+
+def run_backward(
+    kernel: Any, name: str, query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array,
+    scale_BTH: jax.Array, reset_BT: jax.Array,
+    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool, is_shared: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The gradients of one device.
+
+    They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b or of the log decays,
+    as the kernel returns it, [B, T, H], with the padding; of the scales; and of the first state.
+
+    Args:
+        kernel, name: see :func:`run_forward`. The other arguments, too, with the states before all chunks.
+        is_shared: whether several heads share queries and keys, on this device or on several devices.
+    """
+    blocks = make_blocks(query, value, L, from_last=True)
+    B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
+    dkeys = (
+        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), jnp.float32 if is_shared else value.dtype)
+        if blocks.has_own_keys
+        else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
+    )
+    per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
+    dkeys_kinds = ["keys" if blocks.has_own_keys else "dkeys"] * 2
+    dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
+    dquery, dkey, dvalue, ddecay, dscale, dstate = call_kernel(
+        kernel, name, blocks, interpret,
+        in_specs=[
+            blocks.spec(kind)
+            for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
+        ],
+        out_specs=tuple(blocks.spec(kind) for kind in (*dkeys_kinds, "values", "per head", "per head", "state")),
+        out_shape=(
+            dkeys, dkeys, jax.ShapeDtypeStruct((B, blocks.T, blocks.H * blocks.V), value.dtype), per_head, per_head,
+            jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
+        ),
+    )(
+        *padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
+    )  # fmt: skip
+
+    def per_group(dx: jax.Array) -> jax.Array:
+        if blocks.has_own_keys:
+            dx = dx[:, :T].reshape(key.shape)
+            return dx[:, :, None] if is_shared else dx
+        # The blocks of a group are consecutive.
+        return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
+
+    ddecay_BTH, dscale_BTH = (join_heads(x, blocks) for x in (ddecay, dscale))
+    return (
+        per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), ddecay_BTH, dscale_BTH[:, :T], dstate
+    )  # fmt: skip

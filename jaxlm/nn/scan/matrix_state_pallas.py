@@ -27,15 +27,12 @@ from jaxlm.nn.scan.head_blocks import (
     STATE_AXES,
     STATES_AXES,
     Blocks,
-    call_kernel,
     chunk_decays,
     dot,
     finite_log_decays,
     groups_are_sharded,
-    join_heads,
-    make_blocks,
-    pad_time,
-    padded_inputs,
+    run_backward,
+    run_forward,
 )
 
 
@@ -67,8 +64,8 @@ def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bo
 
 
 def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The results of :func:`_forward` for all devices."""
-    run = functools.partial(_forward, **options)
+    """The results of ``run_forward`` for all devices."""
+    run = functools.partial(run_forward, _forward_kernel, "linear_attention", **options)
     return _map_shards(run, _groups_axes(inputs), [STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(
         *inputs, state_BHKV
     )
@@ -81,7 +78,9 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     # Gradients of shared queries and keys are [B, T, N, G, K]: each device has its own groups, or its own blocks of
     # heads. Those of queries and keys for each head are [B, T, H, K].
     groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
-    run = functools.partial(_backward, L=L, interpret=interpret, is_shared=is_shared)
+    run = functools.partial(
+        run_backward, _backward_kernel, "linear_attention_backward", L=L, interpret=interpret, is_shared=is_shared
+    )
     gradient: tuple[str | None, ...] = HEAD_AXES
     if is_shared:
         gradient = ("batch", None, None, "heads", None) if groups == HEAD_AXES else ("batch", None, "heads", None, None)
@@ -111,78 +110,6 @@ def _map_shards(
     """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
     in_axes = [groups, groups, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
-
-
-def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
-    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
-) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
-    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
-    blocks = make_blocks(query, value, L, from_last=False)
-    T, C = query.shape[1], blocks.C if save_states else 1
-    out_BTX, last_BHKV, states_BCHKV = call_kernel(
-        _forward_kernel, "linear_attention", blocks, interpret,
-        in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
-        out_specs=tuple(
-            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
-            jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
-            jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
-        ),
-    )(*padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
-    return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
-
-
-def _backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
-    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool, is_shared: bool,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The gradients of one device.
-
-    They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b, [B, T, H], with the
-    padding; of the scales; and of the first state.
-
-    Args:
-        is_shared: whether several heads share queries and keys, on this device or on several devices.
-    """
-    blocks = make_blocks(query, value, L, from_last=True)
-    B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
-    dkeys = (
-        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), jnp.float32 if is_shared else value.dtype)
-        if blocks.has_own_keys
-        else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
-    )
-    per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
-    dkeys_kinds = ["keys" if blocks.has_own_keys else "dkeys"] * 2
-    dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    dquery, dkey, dvalue, db, dscale, dstate = call_kernel(
-        _backward_kernel, "linear_attention_backward", blocks, interpret,
-        in_specs=[
-            blocks.spec(kind)
-            for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
-        ],
-        out_specs=tuple(blocks.spec(kind) for kind in (*dkeys_kinds, "values", "per head", "per head", "state")),
-        out_shape=(
-            dkeys, dkeys, jax.ShapeDtypeStruct((B, blocks.T, blocks.H * blocks.V), value.dtype), per_head, per_head,
-            jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
-        ),
-    )(
-        *padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
-    )  # fmt: skip
-
-    def per_group(dx: jax.Array) -> jax.Array:
-        if blocks.has_own_keys:
-            dx = dx[:, :T].reshape(key.shape)
-            return dx[:, :, None] if is_shared else dx
-        # The blocks of a group are consecutive.
-        return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
-
-    db_BTH, dscale_BTH = (join_heads(x, blocks) for x in (db, dscale))
-    return (
-        per_group(dquery), per_group(dkey), dvalue[:, :T].reshape(value.shape), db_BTH, dscale_BTH[:, :T], dstate
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the kernels
