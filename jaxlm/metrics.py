@@ -103,7 +103,7 @@ def proportion(name: str, successes: int, count: int) -> Score:
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"{name}: {successes} successes of {count} examples: need 0 <= successes <= count, count >= 1")
-    from scipy.stats import binomtest  # type: ignore[import-untyped, unused-ignore]
+    from scipy.stats import binomtest
 
     interval = binomtest(int(successes), int(count)).proportion_ci(method="wilson")
     return Score(name, successes / count, float(interval.low), float(interval.high), int(count), "Wilson interval")

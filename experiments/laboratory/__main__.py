@@ -8,7 +8,8 @@
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 copying (copying and induction heads), pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``),
-learning_rate (the best learning rate of each width, with and without muP).
+learning_rate (the best learning rate of each width, with and without muP), scaling (loss of three sizes at equal FLOPs
+and at equal numbers of parameters).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
 interrupted command again to continue it. With --quick, the results are in OUTPUT/quick.
 """
@@ -40,9 +41,11 @@ def quick(experiment: Experiment) -> Experiment:
 
 
 def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
-    """The experiment with these cases and widths; None: all."""
+    """The experiment with these cases and widths; None: all. The width that selects the learning rate always runs."""
     plan = experiment.plan
     chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
+    if plan.one_rate and chosen_widths:
+        chosen_widths = tuple(dict.fromkeys((plan.widths[0], *chosen_widths)))
     chosen_cases = {name: case for name, case in experiment.cases.items() if cases is None or name in cases}
     return dataclasses.replace(experiment, plan=dataclasses.replace(plan, widths=chosen_widths), cases=chosen_cases)
 
@@ -54,8 +57,11 @@ def run(experiments: dict[str, Experiment], models: list[str], directory: Path) 
         results = Results(directory / f"{name}.jsonl")
         for model in (model for model in experiment.models if model in models):
             for case_name, case in experiment.cases.items():
+                plan = experiment.plan
                 for width in experiment.plan.widths:
-                    run_model(name, case_name, case, experiment.plan, model, width, results, _report)
+                    best = run_model(name, case_name, case, plan, model, width, results, _report)
+                    if plan.one_rate:
+                        plan = dataclasses.replace(plan, learning_rates=(best,))
 
 
 def _report(result: Result) -> None:

@@ -24,6 +24,7 @@ class Chart(enum.Enum):
 
     CASES = "the accuracy of each model on each case, as colored cells"
     LEARNING_RATES = "accuracy against learning rate, one curve per width"
+    SCALING = "loss against training FLOPs and against parameters, one line per model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,30 +231,43 @@ _STATE_TRACKING = Experiment(
 # ------------------------------------------------------------------------------------------- copying and induction
 
 
-_LONGEST_ROW = 128
+@functools.cache
+def _text_tokens() -> tuple[int, np.ndarray, np.ndarray]:
+    """The size of the vocabulary of characters, the training tokens and the validation tokens."""
+    tokenizer = CharTokenizer.from_text(shakespeare())
+    return tokenizer.vocab_size, *split_tokens(tokenizer.encode(shakespeare()), 0.1)
 
 
-def _length_case(draw: Callable[[np.random.Generator, int, int], Batch], vocab_size: int, length: int) -> Case:
+def _length_case(
+    draw: Callable[[np.random.Generator, int, int], Batch], vocab_size: int, length: int, longest_row: int = 128
+) -> Case:
     """A case with rows of one length in training, and rows of two and four times this length in the tests."""
 
     def sample(length: int) -> Sample:
         return lambda rng: draw(rng, 64, length)
 
     tests = {VALIDATION: sample(length), "twice the length": sample(2 * length), "four times": sample(4 * length)}
-    return Case(vocab_size, _LONGEST_ROW, sample(length), tests)
+    return Case(vocab_size, longest_row, sample(length), tests)
+
+
+def _needle(rng: np.random.Generator, rows: int, length: int) -> Batch:
+    vocab_size, training, _ = _text_tokens()
+    return synthetic.needle(rng, rows, length, training, vocab_size=vocab_size)
 
 
 _COPYING = Experiment(
     title="Copying and induction",
     description=(
         "Copying: repeat a string of 16 letters after a separator. Induction: the last token of a row of 32 occurred "
-        "once before; the target is the token that followed it. Both are tested on strings and rows of two and four "
-        "times the length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 rows; those "
+        "once before; the target is the token that followed it. Needle: recall a number of four digits that is at a "
+        "random position of a text of 64 characters. All are tested on strings and rows of two and four times the "
+        "length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 rows; those "
         "of copying have strings of up to 300 letters and models of 160 million parameters."
     ),
     cases={
         "copying": _length_case(synthetic.copying, 27, 16),
         "induction": _length_case(synthetic.induction, 16, 32),
+        "needle": _length_case(_needle, _text_tokens()[0] + 11, 64, 256),
     },
     plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2), stop_at=0.999),
     claims=(
@@ -270,7 +284,7 @@ _COPYING = Experiment(
             "Gu and Dao 2024, section 4.1.2", ("mamba2",), "four times", minimum=0.95, cases=("induction",),
         ),
     ),
-    chance={"copying": 1 / 26, "induction": 1 / 15},
+    chance={"copying": 1 / 26, "induction": 1 / 15, "needle": 1 / 10},
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- pronunciation
@@ -317,13 +331,6 @@ def _text_case(base_width: int | None) -> Case:
     )  # fmt: skip
 
 
-@functools.cache
-def _text_tokens() -> tuple[int, np.ndarray, np.ndarray]:
-    """The size of the vocabulary of characters, the training tokens and the validation tokens."""
-    tokenizer = CharTokenizer.from_text(shakespeare())
-    return tokenizer.vocab_size, *split_tokens(tokenizer.encode(shakespeare()), 0.1)
-
-
 def _most_frequent_share() -> float:
     validation = _text_tokens()[2]
     return float(np.bincount(validation).max()) / len(validation)
@@ -348,6 +355,25 @@ _LEARNING_RATE = Experiment(
     chart=Chart.LEARNING_RATES,
 )  # fmt: skip
 
+_SCALING = Experiment(
+    title="Loss at equal FLOPs and equal numbers of parameters",
+    description=(
+        "Three sizes of each model predict the next character of the included plays of Shakespeare, for equally many "
+        "characters. With muP, one learning rate serves all widths; validation selects it at width 64. A power law is "
+        "fitted to the losses of each model: a line through the logarithms of loss and FLOPs, or loss and number of "
+        "parameters. It gives the losses at equal FLOPs and at an equal number of parameters, with the 95 % interval "
+        "of the line. Three widths in a range of a factor of four are few; published power laws cover several powers "
+        "of ten (Kaplan et al. 2020)."
+    ),
+    cases={"Shakespeare": dataclasses.replace(_text_case(64), measures_loss=True)},
+    plan=Plan(
+        steps=1000, widths=(64, 128, 256), layers=2, learning_rates=(2e-3, 4e-3, 8e-3), test_batches=32, one_rate=True
+    ),
+    claims=(),
+    chance={"Shakespeare": _most_frequent_share()},
+    chart=Chart.SCALING,
+)  # fmt: skip
+
 EXPERIMENTS = {
     "recall": _RECALL,
     "formal_languages": _FORMAL_LANGUAGES,
@@ -355,5 +381,6 @@ EXPERIMENTS = {
     "copying": _COPYING,
     "pronunciation": _PRONUNCIATION,
     "learning_rate": _LEARNING_RATE,
+    "scaling": _SCALING,
 }
 """The experiments by name."""

@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import scipy.stats
+
+from experiments.laboratory import scaling
 from experiments.laboratory.catalogue import EXPERIMENTS, Chart, Claim, Experiment
 from experiments.laboratory.runs import VALIDATION, Result
-
-# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
-_T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 Group = tuple[str, str, int]
 """Case, model and width."""
@@ -53,7 +53,7 @@ def mean_and_interval(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.3f}"
-    quantile = _T_QUANTILES[min(len(values) - 2, len(_T_QUANTILES) - 1)]
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
     return f"{mean:.3f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
@@ -77,8 +77,9 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     lines += [
-        f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each row of "
-        f"the table; seeds: {plan.seeds}. Accuracies are means over the seeds with 95 % intervals (Student's t).",
+        f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each "
+        f"{'model' if plan.one_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means over the seeds "
+        "with 95 % intervals (Student's t).",
     ]
     if experiment.claims:
         lines += [
@@ -97,6 +98,8 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
     lines += ["", f"![{experiment.title}]({picture})"]
+    if experiment.chart is Chart.SCALING:
+        lines += ["", *scaling.table(runs.values())]
     tests = list(next(iter(experiment.cases.values())).tests)
     lines += [
         "",
@@ -222,6 +225,8 @@ def write(
         path = pictures / f"laboratory_{name}.png"
         if experiment.chart is Chart.LEARNING_RATES:
             draw_learning_rates(experiment, results[name], path)
+        elif experiment.chart is Chart.SCALING:
+            scaling.draw(experiment.title, runs.values(), path)
         else:
             draw(experiment, runs, path)
         parts.append(section(name, experiment, runs, f"pictures/{path.name}"))

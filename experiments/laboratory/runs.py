@@ -20,6 +20,7 @@ from experiments.laboratory.models import model_of
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, Loss, token_accuracy, token_loss
+from jaxlm.plan.flops import counted_flops
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.mup import mup
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -44,6 +45,7 @@ class Case:
         accuracy: the metric of the tests, in [0, 1].
         fields: config fields of the models of this case.
         base_width: width of the base model for muP (``jaxlm.training.mup``); None: no muP.
+        measures_loss: whether a result has the validation loss and the training FLOPs.
     """
 
     vocab_size: int
@@ -53,6 +55,7 @@ class Case:
     accuracy: Loss = token_accuracy
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_width: int | None = None
+    measures_loss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Plan:
         stop_at: validation accuracy at which a run ends early; None: runs never end early.
         evaluate_every: updates between two evaluations on the validation batches.
         test_batches: number of batches of each test.
+        one_rate: whether all widths use the learning rate that validation selects for the first width. This needs muP.
     """
 
     steps: int
@@ -78,6 +82,7 @@ class Plan:
     stop_at: float | None = None
     evaluate_every: int = 500
     test_batches: int = 8
+    one_rate: bool = False
 
 
 Key = tuple[str, str, str, int, float, int, int, int]
@@ -96,6 +101,8 @@ class Result:
         loss: training loss of the last update, in nats per target.
         seconds: duration of training and tests, with the compilation if it is the first run of this model and case.
         machine: the processor and the versions of the packages.
+        validation_loss: nats per target on the validation batches; None: not measured.
+        flops: training FLOPs (dots and convolutions of all updates); None: not counted.
     """
 
     experiment: str
@@ -112,6 +119,8 @@ class Result:
     loss: float
     seconds: float
     machine: str
+    validation_loss: float | None = None
+    flops: float | None = None
 
     @property
     def key(self) -> Key:
@@ -150,13 +159,13 @@ class Training:
         )
         self._trainer = Trainer(self._model, optimizer, token_loss)
         self._step = self._trainer.jit_step()
-        self._evaluators = {
-            name: Evaluator(
-                self._model, {"accuracy": case.accuracy},
-                [self._for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)],
-            )
-            for name, sample in case.tests.items()
-        }  # fmt: skip
+        self._evaluators = {}
+        for name, sample in case.tests.items():
+            metrics = {"accuracy": case.accuracy}
+            if case.measures_loss and name == VALIDATION:
+                metrics["loss"] = token_loss
+            batches = [self._for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)]
+            self._evaluators[name] = Evaluator(self._model, metrics, batches)
 
     def _for_model(self, batch: Batch) -> Batch:
         has_source = "source" in batch.inputs
@@ -182,12 +191,20 @@ class Training:
             if self._evaluators[VALIDATION](state.params)["accuracy"] >= plan.stop_at:
                 break
         loss = float(metrics["loss"])
-        accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in self._evaluators.items()}
+        tests = {name: evaluate(state.params) for name, evaluate in self._evaluators.items()}
+        accuracy = {name: metrics["accuracy"] for name, metrics in tests.items()}
+        flops = count * self._flops() if self._case.measures_loss else None
         experiment, case_name, model_name = self._names
         return Result(
             experiment, case_name, model_name, self._width, learning_rate, seed, plan.layers, plan.steps, accuracy,
             self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
+            tests[VALIDATION].get("loss"), flops,
         )  # fmt: skip
+
+    def _flops(self) -> float:
+        """FLOPs of an update, counted in the trace of the training step."""
+        batch = self._for_model(self._case.training(np.random.default_rng(0)))
+        return counted_flops(self._trainer.step, self._trainer.abstract(), batch).amount
 
 
 def _machine() -> str:
@@ -238,8 +255,11 @@ def run_model(
     width: int,
     results: Results,
     report: Callable[[Result], None],
-) -> None:
-    """Run one model on one case: all learning rates with seed 0, then the other seeds with the best learning rate."""
+) -> float:
+    """The best learning rate of one model on one case.
+
+    All learning rates run with seed 0, then the other seeds with the best learning rate.
+    """
     training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))
 
     def run(learning_rate: float, seed: int) -> Result:
@@ -255,3 +275,4 @@ def run_model(
     best = max(first_seed_results, key=lambda result: result.accuracy[VALIDATION])
     for seed in range(1, plan.seeds):
         run(best.learning_rate, seed)
+    return best.learning_rate

@@ -5,6 +5,7 @@
     word_problem        products of group elements: state tracking (Merrill et al. 2024; Grazzi et al. 2025)
     copying             repeat a string after a separator (Jelassi et al. 2024)
     induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
+    needle              recall a number that is inserted into a text
 
 Each function draws a batch with a numpy generator, so equal generators give equal batches. All batches suit causal
 models: the loss and the metrics count only ``target_positions``.
@@ -282,6 +283,34 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
     np.put_along_axis(tokens, first, vocab_size - 1, axis=1)
     tokens[:, -1] = vocab_size - 1
     return _batch(tokens, targets, np.full((rows, 1), length - 1))
+
+
+def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *, vocab_size: int) -> Batch:
+    """A batch of windows of a text, [N, length], that contain a marker with a number, and end with the marker.
+
+    The number has four digits and is at a random position of the window. The targets are its digits, after the marker
+    at the end. The model also reads the earlier digits of the answer.
+
+    Args:
+        text: tokens of the text, ids in [0, vocab_size), shape [S] with S > length.
+        vocab_size: number of ids of the text. The digits have the ids from vocab_size to vocab_size + 9, the marker has
+            the id vocab_size + 10.
+
+    Raises:
+        ValueError: the length is less than 9, or the text is not longer than the length.
+    """
+    if length < 9:
+        raise ValueError(f"length={length} must be at least 9: a marker and four digits, and a marker and three digits")
+    if len(text) <= length:
+        raise ValueError(f"the text has {len(text)} tokens: it must be longer than length={length}")
+    starts = rng.integers(0, len(text) - length, (rows, 1))
+    tokens = text[starts + np.arange(length)]
+    number = vocab_size + rng.integers(0, 10, (rows, 4))
+    marked = np.concatenate([np.full((rows, 1), vocab_size + 10), number], axis=1)
+    position = rng.integers(0, length - 8, (rows, 1))
+    np.put_along_axis(tokens, position + np.arange(5), marked, axis=1)
+    tokens[:, -4:] = marked[:, :4]
+    return _batch(tokens, number, np.broadcast_to(length - 4 + np.arange(4), number.shape))
 
 
 def _batch(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.laboratory import __main__ as command
-from experiments.laboratory import page, pronunciation, runs
+from experiments.laboratory import page, pronunciation, runs, scaling
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim
 from experiments.laboratory.models import MODELS, model_of
 from jaxlm import spec
@@ -49,6 +49,7 @@ def test_a_hybrid_of_two_layers_has_attention():
     assert not any("attention" in path for path in spec.flatten(recurrent.specs))
 
 
+@pytest.mark.thorough
 def test_training_learns_a_task_and_is_repeatable():
     case = EXPERIMENTS["formal_languages"].cases["bucket_sort"]
     case = dataclasses.replace(case, tests={runs.VALIDATION: case.training})
@@ -68,6 +69,7 @@ def test_a_run_ends_at_the_requested_accuracy():
     assert runs.Training("state_tracking", "Z60", case, plan, "gru", 32).run(1e-3, 0).steps == 5
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["t5", "gpt"])
 def test_pronunciations_are_learned_with_and_without_an_encoder(name):
     case = EXPERIMENTS["pronunciation"].cases["CMUdict"]
@@ -176,6 +178,67 @@ def test_page_draws_accuracy_against_learning_rate(tmp_path):
     assert (tmp_path / "pictures/laboratory_learning_rate.png").stat().st_size > 5000
 
 
+def scaling_run(model, width, flops, loss, seed=0):
+    run = result(case="Shakespeare", model=model, width=width, seed=seed, steps=1000)
+    return dataclasses.replace(
+        run, experiment="scaling", parameters=width**2, flops=flops, validation_loss=loss, accuracy={"validation": 0.5}
+    )
+
+
+def test_a_power_law_gives_exponent_and_loss_with_intervals():
+    flops = np.array([1e9, 4e9, 1.6e10])
+    law = scaling.PowerLaw(flops, 20.0 * flops**-0.1)
+    assert law.exponent == pytest.approx((-0.1, 0.0), abs=1e-9)
+    assert law.loss(8e9) == pytest.approx([20.0 * 8e9**-0.1] * 3)
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal((1000, 9)))
+    laws = [scaling.PowerLaw(np.repeat(flops, 3), 20.0 * np.repeat(flops, 3) ** -0.1 * each) for each in noise]
+    covered = [low <= 20.0 * 3e10**-0.1 <= high for _, low, high in (law.loss(3e10) for law in laws)]
+    assert 0.93 < np.mean(covered) < 0.97
+    assert 0.93 < np.mean([abs(law.exponent[0] + 0.1) <= law.exponent[1] for law in laws]) < 0.97
+
+
+def test_page_compares_losses_at_equal_flops_and_parameters(tmp_path):
+    measured = [
+        scaling_run(model, width, factor * 1e9 * width**2, 30.0 * (factor * 1e9 * width**2) ** -0.05 / factor, seed)
+        for model, factor in (("gpt", 1), ("lstm", 2))
+        for width in (64, 128, 256)
+        for seed in range(3)
+    ]
+    measured.append(scaling_run("gru", 64, 1e13, 1.0))  # one width gives no line
+    text = page.write({"scaling": measured}, tmp_path).read_text()
+    # The models have runs at 4.1e12 to 6.6e13 and at 8.2e12 to 1.3e14 FLOPs: the middle of the common range is 2.3e13.
+    assert "loss at 2.3e+13 training FLOPs" in text
+    assert f"| gpt | 9 | -0.050 ± 0.000 | {30.0 * (2**0.5 * 1e9 * 128**2) ** -0.05:.3f} [" in text
+    assert f"| lstm | 9 | -0.050 ± 0.000 | {15.0 * (2**0.5 * 1e9 * 128**2) ** -0.05:.3f} [" in text
+    assert "loss at 16,384 parameters" in text
+    assert "| gru | 1 |" not in text
+    assert "selected by validation for each model" in text
+    assert (tmp_path / "pictures/laboratory_scaling.png").stat().st_size > 5000
+
+
+def test_the_first_width_selects_the_learning_rate_of_all_widths(tmp_path, monkeypatch):
+    trained = []
+
+    def run_model(name, case_name, case, plan, model, width, results, report):
+        trained.append((width, plan.learning_rates))
+        return plan.learning_rates[-1]
+
+    monkeypatch.setattr(command, "run_model", run_model)
+    assert command.main(["scaling", "--model", "gpt", "--width", "256", "--output", str(tmp_path)]) == 0
+    rates = EXPERIMENTS["scaling"].plan.learning_rates
+    assert trained == [(64, rates), (256, rates[-1:])]
+
+
+def test_a_result_has_the_validation_loss_and_the_flops_of_all_steps():
+    case = EXPERIMENTS["scaling"].cases["Shakespeare"]
+    plan = dataclasses.replace(PLAN, steps=3)
+    trained = runs.Training("scaling", "Shakespeare", case, plan, "gru", 64).run(1e-3, 0)
+    assert 2.0 < trained.validation_loss < np.log(case.vocab_size) + 0.5
+    weights = 6 * 64 * 64 + 64 * case.vocab_size  # of one layer and the head, which is not tied
+    assert trained.flops == pytest.approx(3 * 6 * weights * 32 * 64, rel=0.1)
+
+
+@pytest.mark.thorough
 def test_mup_changes_initial_values_and_learning_rates_of_a_wider_model(monkeypatch):
     experiment, rates = EXPERIMENTS["learning_rate"], []
     make_optimizer = runs.make_optimizer

@@ -117,6 +117,23 @@ def test_copying_and_induction():
     assert set(np.argmax(batch.tokens == 15, axis=1)) == set(range(5))
 
 
+def test_needle_asks_for_the_number_after_the_marker():
+    text = rng(3).integers(0, 20, 100)
+    batch = synthetic.needle(rng(), 300, 12, text, vocab_size=20)
+    assert batch.tokens.shape == (300, 12)
+    assert batch.target_positions[0].tolist() == [8, 9, 10, 11]
+    for tokens, number in zip(batch.tokens, batch.targets, strict=True):
+        first, last = np.flatnonzero(tokens == 30)
+        assert last == 8
+        assert np.array_equal(tokens[first + 1 : first + 5], number)
+        assert np.array_equal(tokens[9:], number[:3])
+        # The other tokens are a window of the text.
+        window = np.where(tokens < 20, tokens, -1)
+        assert any(all(w in (-1, t) for w, t in zip(window, text[s : s + 12], strict=True)) for s in range(88))
+    assert set(np.argmax(batch.tokens == 30, axis=1)) == set(range(4))
+    assert set(batch.targets.ravel()) == set(range(20, 30))
+
+
 def test_equal_seeds_give_equal_batches():
     first, second, other = (synthetic.recall(rng(seed), 3, 16, 2, vocab_size=64).tokens for seed in (1, 1, 2))
     assert np.array_equal(first, second)
@@ -136,6 +153,8 @@ def test_equal_seeds_give_equal_batches():
         (lambda: synthetic.word_problem("Z2", rng(), 1, 4, elements=[]), r"elements=\[\] must be ids from 0 to 1"),
         (lambda: synthetic.moved_points("Z60"), "group='Z60' is not a group of permutations: choose from S5, A5"),
         (lambda: synthetic.induction(rng(), 1, 2), "length=2 must be at least 3"),
+        (lambda: synthetic.needle(rng(), 1, 8, np.zeros(50), vocab_size=2), "length=8 must be at least 9"),
+        (lambda: synthetic.needle(rng(), 1, 9, np.zeros(9), vocab_size=2), "the text has 9 tokens: it must be longer"),
     ],
 )
 def test_bad_arguments_raise(call, message):

@@ -1,0 +1,125 @@
+"""Power laws between the validation loss of a model and its training FLOPs or its number of parameters.
+
+For each model, a line is fitted to the logarithms, by least squares over the runs of all widths and seeds. The fits
+give the loss of each model at equal FLOPs and at an equal number of parameters, with 95 % intervals of the fitted line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from experiments.laboratory.runs import Result
+
+
+class Measure(NamedTuple):
+    """A quantity on the horizontal axis: its name, its value for a run, and its format in a table."""
+
+    name: str
+    value: Callable[[Result], float]
+    format: str
+
+
+MEASURES = (
+    Measure("training FLOPs", lambda run: run.flops or math.nan, ".1e"),
+    Measure("parameters", lambda run: float(run.parameters), ",.0f"),
+)
+
+
+class PowerLaw:
+    """loss = factor * x ** exponent, fitted to runs.
+
+    Args:
+        x: FLOPs or numbers of parameters, one per run. At least two values must differ.
+        loss: validation losses of the runs, in nats.
+    """
+
+    def __init__(self, x: Sequence[float], loss: Sequence[float]) -> None:
+        self._log_x = np.log(x)
+        self._fit = scipy.stats.linregress(self._log_x, np.log(loss))
+        residuals = np.log(loss) - self._fit.intercept - self._fit.slope * self._log_x
+        self._freedom = len(self._log_x) - 2
+        self._deviation = math.sqrt(float(residuals @ residuals) / self._freedom) if self._freedom else math.nan
+        self._quantile = float(scipy.stats.t.ppf(0.975, self._freedom)) if self._freedom else math.nan
+
+    @property
+    def exponent(self) -> tuple[float, float]:
+        """The exponent, and the half width of its 95 % interval (NaN for two runs)."""
+        return float(self._fit.slope), self._quantile * float(self._fit.stderr)
+
+    def loss(self, x: float) -> tuple[float, float, float]:
+        """The fitted loss at ``x``, and the ends of its 95 % interval (NaN for two runs)."""
+        distance = math.log(x) - float(self._log_x.mean())
+        spread = float(((self._log_x - self._log_x.mean()) ** 2).sum())
+        half = self._quantile * self._deviation * math.sqrt(1 / len(self._log_x) + distance**2 / spread)
+        log_loss = float(self._fit.intercept) + float(self._fit.slope) * math.log(x)
+        return math.exp(log_loss), math.exp(log_loss - half), math.exp(log_loss + half)
+
+
+def runs_by_model(groups: Iterable[Sequence[Result]]) -> dict[str, list[Result]]:
+    """The runs of each model that has runs of at least two widths and a measured loss."""
+    runs: dict[str, list[Result]] = {}
+    for group in groups:
+        for run in group:
+            if run.validation_loss is not None:
+                runs.setdefault(run.model, []).append(run)
+    return {model: each for model, each in runs.items() if len({run.width for run in each}) > 1}
+
+
+def fit(runs: Sequence[Result], measure: Measure) -> PowerLaw:
+    """The power law of the runs of one model."""
+    return PowerLaw([measure.value(run) for run in runs], [run.validation_loss or math.nan for run in runs])
+
+
+def common_value(runs: Mapping[str, Sequence[Result]], measure: Measure) -> float:
+    """The middle of the range in which all models have runs, or of the gap if there is no such range."""
+    values = [[measure.value(run) for run in each] for each in runs.values()]
+    return math.sqrt(max(map(min, values)) * min(map(max, values)))
+
+
+def table(groups: Iterable[Sequence[Result]]) -> list[str]:
+    """Lines of a Markdown table: exponents, and losses at equal FLOPs and at an equal number of parameters."""
+    runs = runs_by_model(groups)
+    if not runs:
+        return []
+    at = {measure: common_value(runs, measure) for measure in MEASURES}
+    header = [text for m in MEASURES for text in (f"exponent of {m.name}", f"loss at {at[m]:{m.format}} {m.name}")]
+    lines = [f"| model | runs | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2)]
+    for model, each in runs.items():
+        cells = [model, str(len(each))]
+        for measure in MEASURES:
+            law = fit(each, measure)
+            (exponent, half), (loss, low, high) = law.exponent, law.loss(at[measure])
+            cells += [f"{exponent:.3f} ± {half:.3f}", f"{loss:.3f} [{low:.3f}, {high:.3f}]"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
+    """Draw the losses of all runs with the fitted lines: one panel against FLOPs, one against parameters."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = runs_by_model(groups)
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
+        for number, (model, each) in enumerate(runs.items()):
+            color, law = colormaps["tab20"](number), fit(each, measure)
+            values = [measure.value(run) for run in each]
+            axes.scatter(values, [run.validation_loss for run in each], color=color, s=12)
+            ends = [min(values), max(values)]
+            axes.plot(ends, [law.loss(end)[0] for end in ends], color=color, label=model)
+        axes.set(xscale="log", yscale="log", xlabel=measure.name)
+        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.legend(frameon=False, fontsize=8)
+    figure.supylabel("validation loss, nats per character", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
