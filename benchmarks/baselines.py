@@ -7,6 +7,7 @@ imports only its own framework. ``training_baselines`` and ``decoding_baselines`
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 import time
@@ -134,9 +135,9 @@ class JaxSampled(Implementation):
     arguments: tuple[Any, ...]
     compiled: Any = None
 
+    @abc.abstractmethod
     def name_results(self, results: Any) -> dict[str, Any]:
         """The arrays that the function returned, by name."""
-        raise NotImplementedError
 
     def run(self) -> dict[str, list[float]]:
         import numpy as np

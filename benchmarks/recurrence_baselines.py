@@ -12,7 +12,7 @@ from benchmarks.worker import Implementation
 class JaxlmRecurrence(JaxSampled):
     """``jaxlm.nn.recurrence.lstm`` or ``gru``, compiled with jit: output, last state and, optionally, gradients.
 
-    The process keeps freed memory, as in the experiments.
+    The process keeps freed memory (``jaxlm.host.keep_freed_memory``), as the programs in ``experiments`` do.
     """
 
     keeps_memory = True

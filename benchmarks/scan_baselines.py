@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,9 @@ class Case(Implementation):
 
     is_first_run = True
 
+    @abc.abstractmethod
     def compute(self) -> list[Any]:
         """Run one repetition, wait until it has ended, and return the output, or all gradients (backward)."""
-        raise NotImplementedError
 
     def read(self, result: Any) -> np.ndarray:
         """A result as a NumPy array."""

@@ -7,6 +7,7 @@ with one sentence. The traceback of an error is printed to stderr.
 
 from __future__ import annotations
 
+import abc
 import importlib
 import json
 import os
@@ -17,19 +18,19 @@ import traceback
 from typing import Any
 
 
-class Implementation:
+class Implementation(abc.ABC):
     """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
 
     keeps_memory = False
     """Whether the process keeps freed memory (``jaxlm.host``). The worker sets this before it creates the
     implementation."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most implementations have nothing to prepare)
         """Create the inputs that a repetition consumes. This is not part of the measured time."""
 
+    @abc.abstractmethod
     def run(self) -> Any:
         """Run one repetition, wait until it has ended, and return its result, to compare the implementations."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Properties of the implementation, which are written to the results."""

@@ -1,5 +1,6 @@
 """Pytest settings: eight virtual CPU devices; rank promotion is an error (pyproject.toml makes warnings errors)."""
 
+import collections
 import gc
 import os
 import signal
@@ -43,9 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A group is a module. In test_contract.py, a group is the tests of one variant. A live test is its own group: such
     tests share few models, and a long module would keep one process busy while the other one has no tests left.
-    Contract tests that apply to no variant of a module are removed.
+    Contract tests that apply to no variant of a module are removed. Of tests with the mark ``plain_cases``, all but
+    some cases get the mark ``thorough``.
     """
     items[:] = [item for item in items if not _has_no_parameters(item)]
+    _mark_thorough_cases(items)
     for item in items:
         group = item.nodeid.split("::")[0]
         if group.endswith("test_contract.py"):
@@ -53,6 +56,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif item.get_closest_marker("live"):
             group = item.nodeid
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _mark_thorough_cases(items: list[pytest.Item]) -> None:
+    """Mark the cases that plain ``pytest`` does not run: see the mark ``plain_cases`` in pyproject.toml."""
+    cases_of_test = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("plain_cases") and not item.get_closest_marker("thorough"):
+            cases_of_test[item.nodeid.split("[")[0]].append(item)
+    for cases in cases_of_test.values():
+        mark = cases[0].get_closest_marker("plain_cases")
+        if "name" in mark.kwargs:
+            plain = [item for item in cases if item.callspec.params["name"] in mark.kwargs["name"]]
+        else:
+            count = min(mark.args[0], len(cases))
+            plain = [cases[i * len(cases) // count] for i in range(count)]
+        for item in cases:
+            if item not in plain:
+                item.add_marker("thorough")
 
 
 def _has_no_parameters(item: pytest.Item) -> bool:

@@ -54,6 +54,7 @@ def random_like(trained):
 # --------------------------------------------------------------------------------------- every adaptation
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=str)
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
 def test_merge_undoes_split_and_specs_match(adaptation, layout):
@@ -74,6 +75,7 @@ def test_merge_undoes_split_and_specs_match(adaptation, layout):
     )
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("adaptation", [ADAPTATIONS[2], ADAPTATIONS[5]], ids=["freeze", "lora"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_training_changes_only_the_trained_parameters(adaptation, name):
@@ -215,6 +217,7 @@ def test_frozen_layers_of_a_model_with_batch_normalisation():
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     "name", ["gpt2-tiny", "mixtral-tiny", "t5-tiny", "attention-rnn-tiny", "lstm-tiny", "resnet-tiny"]
 )

@@ -183,6 +183,7 @@ def test_help_explains_every_option(capsys):
     assert "--resume" in text
 
 
+@pytest.mark.plain_cases(6)
 @pytest.mark.parametrize("name", TINY)
 def test_a_family_refuses_unknown_values_of_choices(name):
     config = get_model(name).config

@@ -33,6 +33,7 @@ def page_faults(choice: str) -> int:
     return int(process.stdout)
 
 
+@pytest.mark.thorough
 def test_kept_memory_is_reused():
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         assert not host.keep_freed_memory()

@@ -38,6 +38,7 @@ def test_import_jaxlm_loads_only_jaxlm_and_safetensors():
     assert modules & lazy_modules == set()
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     "name",
     [

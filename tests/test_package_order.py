@@ -93,6 +93,7 @@ def test_no_family_imports_another():
     assert wrong == []
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [("orbax", {"jaxlm/checkpoint.py"}), ("jax.experimental.shard_map", set())],

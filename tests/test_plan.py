@@ -431,6 +431,7 @@ def test_plans_are_shown_side_by_side(cpu_topology):
     assert "2*N*rows" in text
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", FIRST_VARIANTS)
 def test_the_steps_of_every_family_can_be_lowered(name):
     """Lower the steps for eight devices. The live tests also compile them for a TPU."""

@@ -13,6 +13,7 @@ CONSTANT = re.compile(r"`([A-Z][A-Z_]+)` \(([\d,]+)\)")
 NAME = re.compile(r"`(jaxlm(?:\.\w+)+)`")
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run(page):
     run_page(f"docs/primitives/{page}.md")

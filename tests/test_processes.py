@@ -200,6 +200,7 @@ def test_two_processes_train_like_one_process(tmp_path):
             assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
     first, second = (re.search(r"stopped (\w+) (\d+)", out).groups() for out in launch("until_signalled", tmp_path))
     assert first[1] == second[1]

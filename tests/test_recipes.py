@@ -4,6 +4,7 @@ import pytest
 from tests.pages import check_links, run_page
 
 
+@pytest.mark.thorough
 def test_every_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = run_page("docs/recipes.md", min_blocks=8)

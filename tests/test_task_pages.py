@@ -125,6 +125,7 @@ REPLACEMENTS = {
 """Page -> {text in its blocks: replacement}, so that each page runs in seconds."""
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("page", TASKS)
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "_generated" n
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 
 
+@pytest.mark.thorough
 def test_every_block_of_the_tour_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page("docs/tour.md", min_blocks=20)

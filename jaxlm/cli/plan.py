@@ -25,8 +25,8 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row (for decoding: the new token included); None: the model's max_positions, at most 1024, or 512
-    if the model has no limit."""
+    """Tokens per row (for decoding: the new token included); None: max_positions of the model or 1024, whichever is
+    smaller; 512 if the model has no max_positions."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
@@ -34,13 +34,13 @@ class Plan:
     set: tuple[str, ...] = ()
     """Changes to fields of the model's config, for example num_layers=24 remat=full scan_layers=true."""
     dtype: str = "bfloat16"
-    """Compute dtype."""
+    """Compute dtype, unless --set has dtype."""
     param_dtype: str = "float32"
     """Dtype of the parameters for --decode; training uses float32 parameters."""
     grad_accum_steps: int = 1
     """Gradient accumulation: number of micro-batches per batch."""
     dropout: bool = True
-    """Use the dropout rates of the config; --no-dropout sets all of them to 0."""
+    """Use the dropout rates of the config; --no-dropout sets all of them to 0, except those in --set."""
     xla: tuple[str, ...] = ()
     """XLA compiler options, for example xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None

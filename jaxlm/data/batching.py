@@ -175,8 +175,8 @@ class ContiguousStreams:
     """``batch_size`` contiguous streams of one token array. Each batch continues the rows of the previous batch.
 
     This is the order for truncated backpropagation through time. Tokens at the end of a stream that do not fill a
-    window are dropped (``num_dropped_tokens`` counts them). ``reset`` is True in the first batch of an epoch, because
-    this batch begins at the start of every stream.
+    window, and tokens at the end of the array that no stream contains, are dropped (``num_dropped_tokens`` counts
+    them). ``reset`` is True in the first batch of an epoch, because this batch begins at the start of every stream.
 
     Args:
         tokens: ``[N]`` ids.
@@ -235,7 +235,7 @@ class PackedDocuments:
         documents: 1-D arrays of ids. No document may be empty.
         length: T.
         batch_size: B.
-        seed: seed of the order of documents and rows.
+        seed: seed of the order of pieces and rows.
         pad_id: the id of padding tokens. Their segment id is 0.
 
     Raises:

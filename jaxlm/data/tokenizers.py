@@ -90,7 +90,7 @@ class Tokenizer(Protocol):
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """Apply ``encode_inputs`` to each text (and its pair). One call is faster than single calls."""
+        """Apply ``encode_inputs`` to each text (and its pair). This is faster than one call per text."""
         ...
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
@@ -134,7 +134,8 @@ class EncodeInputsMixin:
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """Apply ``encode_inputs`` to each text (and its pair). One call is faster than single calls.
+        """Apply ``encode_inputs`` to each text (and its pair). This is faster than one call per text.
+
 
         Raises:
             TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
@@ -181,7 +182,7 @@ class EncodeInputsMixin:
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """The ids as an array [tokens], after a check of their dtype, shape and range."""
+    """The ids as an array [tokens]. The dtype, shape and range are checked unless there are no ids."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
@@ -261,7 +262,7 @@ class CharTokenizer(EncodeInputsMixin):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32. Raises ``ValueError`` that names the first character outside ``characters``."""
+        """The ids of a text, int32. A character that is not in ``characters`` is a ``ValueError`` that names it."""
         known, points = _code_points(self.characters), _code_points(text)
         order = np.argsort(known)
         ranks = np.searchsorted(known, points, sorter=order)
@@ -305,7 +306,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
     Args:
         backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off. ``save`` writes their original
             settings.
-        special_tokens: role in ``ROLES`` -> token. None: the tokenizer has no token for the role. For a role that is
+        special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes.
 
@@ -345,9 +346,10 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
         """The tokenizer of ``tokenizer.json``, or of GPT-2's ``vocab.json`` and ``merges.txt`` (byte-level BPE).
 
-        The special token of a role comes from the first of these sources that names a token: ``tokenizer_config.json``,
+        The special token of a role comes from the first of these sources that has the role: ``tokenizer_config.json``,
         ``special_tokens_map.json``, the ids in ``config.json``, the template in ``tokenizer.json``, and the tokens that
-        published vocabularies use. ``save`` writes all files of the tokenizer back unchanged.
+        published vocabularies use. The value null means that the role has no token. ``save`` keeps the content of all
+        files of the tokenizer.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
@@ -469,7 +471,8 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        # An id in config.json may be a class default, so use it only if it is the id of a special token.
+        # An id in config.json may be only the default of its class in transformers: use it if a special token has this
+        # id.
         if role not in declared and isinstance(first, int) and first in added:
             declared[role] = added[first]
         if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
@@ -522,7 +525,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
                 from jaxlm.data.moves import MoveTokenizer  # imported here, because moves.py imports this module
 
                 return MoveTokenizer.from_json(content)
-        raise ValueError(f'{jaxlm_file} has an unknown type of tokenizer: "type" is {content.get("type")!r}')
+        raise ValueError(
+            f'{jaxlm_file} does not describe a tokenizer of this version of jaxlm: "type" is {content.get("type")!r}, '
+            f"with the fields {', '.join(content)}"
+        )
     if (directory / "tokenizer.json").exists() or all(
         (directory / name).exists() for name in ("vocab.json", "merges.txt")
     ):
@@ -534,7 +540,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
-    """Save a tokenizer that is only ``jaxlm_tokenizer.json``, and remove the files of an earlier tokenizer."""
+    """Save a tokenizer whose only file is ``jaxlm_tokenizer.json``, and remove the files of an earlier tokenizer."""
     remove_tokenizer_files(Path(directory))
     write_json(Path(directory) / JAXLM_FILE, content)
 

@@ -97,7 +97,7 @@ def speculative_generate(
 
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
-            ``num_proposed`` more positions than ``generate``.
+            ``num_proposed`` more positions than in ``generate``.
         ValueError: the models have different vocabulary sizes and ``allowed_ids`` is None, ``num_proposed`` is below 1,
             or ``sampling`` has a repetition penalty.
         NotFiniteError: logits of a model are not finite.
@@ -143,8 +143,8 @@ class _Progress:
 
     Attributes:
         states: the states of the target model and of the draft model. They contain all tokens of a row except its
-            newest token.
-        newest: [B], the newest token of each row.
+            newest token, if the row has not ended.
+        newest: [B], the newest token of each row that has not ended.
         ended: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
         keys: [B], the random key of each row; None for greedy decoding.
     """
@@ -224,7 +224,8 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     index_T = jnp.arange(K + 1)[None, :]
     new_BT = jnp.where(index_T < accepted_B[:, None], jnp.pad(proposed_BK, ((0, 0), (0, 1))), last_B[:, None])
     ends_BT = is_end(new_BT, settings.end_ids)
-    # A token is new if it was accepted or drawn last, follows no end token, and does not exceed max_new_tokens.
+    # A token is new if it is an accepted proposal or the last token of the round, and no end token or max_new_tokens
+    # tokens precede it.
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)

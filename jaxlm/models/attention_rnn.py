@@ -240,7 +240,7 @@ def init_decode_state(
     cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: jax.Array | None = None,
     key: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
+    """The decode state for ``source`` [B, S], before the first target token of each row; ``length`` is not used.
 
     Target tokens without segment ids belong to document 1 and attend to document 1 of the source. With a ``key``, the
     encoder applies dropout.

@@ -21,7 +21,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 MAX_LAYERS = 10_000
-"""Maximum number of layers. With many more layers, the specs would use up the memory of the host before an error."""
+"""Maximum number of layers. With many more layers, the specs would fill the memory of the host before a check fails."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayeredConfig(ModelConfig):
-    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. Layers may have several kinds."""
+    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may be of several
+    kinds."""
 
     remat: Remat = "dots"
     """Activations that the backward pass recomputes. none: no activations. full: all inside a block. dots: all inside a
@@ -53,7 +54,7 @@ class LayeredConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(LayeredConfig):
-    """Base class for the ``Config`` of a family with identical layers, which :func:`run_layers` runs."""
+    """Base class for the ``Config`` of a family whose layers can be stacked if all are of the same kind."""
 
     scan_layers: bool = False
     """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
@@ -111,7 +112,8 @@ def run_layers_with_outputs(
     without the layers whose output is None. If no layer has an output, the third result is None.
 
     Args:
-        block: the function of all layers; or, if ``weights`` is a tuple, a tuple with one function per layer.
+        block: the function of all layers; or a tuple with one function per layer. With stacked weights, all layers use
+            the first function, so all functions must then be equal.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:

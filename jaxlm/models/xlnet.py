@@ -68,7 +68,8 @@ class Config(common.TransformerConfig):
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, distance encodings, attention probabilities, MLPs, sublayer outputs and output."""
+    """Dropout rate on embeddings, distance encodings, attention probabilities, MLPs, sublayer outputs and
+    the output of the last layer."""
     pool_dropout: float | None = None
     """Dropout rate on the input of the classifier; None: the same as ``dropout``."""
 
@@ -108,8 +109,8 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. Equal types for all tokens are different:
-            they add the bias of equal types.
+            depends on whether their types are equal. Default: no such bias. Equal types for all tokens are not the
+            default: they add the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The

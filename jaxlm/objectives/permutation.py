@@ -1,14 +1,18 @@
 """Permutation language modelling (Yang et al. 2019): some tokens of a row are predicted in a random order.
 
-    row        [previous text of the stream | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
+    row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
     targets    spans of 1 to 5 tokens in each of the two parts, about one token in six, but never separators
     order      an index in a permutation; context tokens, which are not predicted, have the lowest order of their part
+
+The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
+first part. B continues A or, with probability 0.5, is a random text.
+
 
 The code follows the authors' ``data_utils.py``, because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
 than the first part, so the first part does not depend on the second part and can be stored in the memory. The next
-window of a stream begins ``reuse_length`` tokens later. The authors take a random B from anywhere in the stream; here,
-a random B comes from another row of the batch. All functions run on the host, and their results depend only on the
+window of a text begins ``reuse_length`` tokens later. The authors take a random B from anywhere in the text; here, it
+comes from another row of the batch. All functions run on the host, and their results depend only on the
 tokens and the random generator.
 Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 """
@@ -30,7 +34,8 @@ PAD_ID, CLS_ID, SEP_ID = 5, 3, 4
 FIRST_TYPE, SECOND_TYPE, CLS_TYPE, PAD_TYPE = 0, 1, 2, 4
 """Token types of the first sentence, the second sentence (both with their separator), ``<cls>`` and padding."""
 UNORDERED = -1
-"""The order of context tokens, which are visible to all tokens of their part."""
+"""The order of context tokens, which are visible to all tokens of their part. In the second part, ``reuse_length`` is
+added to all orders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,7 @@ def batch(
         rng: random generator, used for one row after the other.
         word_starts: [B, N] bool, True for the first token of each word. Predicted spans begin at these tokens. None: at
             any token.
-        sentences: [B, N] integers that change at the start of each sentence. A ends before the start of a sentence.
+        sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence.
             None: A ends at any position.
         right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
         reset: as in ``Batch``.

@@ -1,4 +1,4 @@
-"""Metrics of language models that play chess. The module also exports the public names of the other chess modules.
+"""Metrics of language models that play chess. The module also exports the names in ``__all__`` from other modules.
 
     tokenizer = MoveTokenizer("uci")
     accuracy = next_move_accuracy(model, params, tokenizer, games)
@@ -82,8 +82,8 @@ def next_move_accuracy(
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
     wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
-    The confidence intervals are percentile bootstrap intervals over games. If all moves or no moves are hits, they are
-    Wilson intervals of a proportion in which each game is one trial.
+    The confidence intervals are percentile bootstrap intervals over games. If a score is 0 or 1, its
+    interval is instead the Wilson interval of a proportion with one trial per game.
 
     An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the
     number of moves per game.
@@ -177,7 +177,7 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """All positions of ``games`` in which a legal move gives checkmate, in the order of the games.
+    """All positions before a move of ``games`` in which a legal move gives checkmate, in the order of the games.
 
     Each position is returned as the line of moves that leads to it. About one in a hundred master games has such a
     position. The search takes about 14 ms per game.
@@ -201,7 +201,7 @@ def mate_in_one_accuracy(
     interval.
 
     Args:
-        positions: lines of moves, each followed by a possible mate in one, from :func:`mates_in_one`.
+        positions: lines of moves after which a mate in one is possible, for example from :func:`mates_in_one`.
 
     Raises:
         ValueError: there are no positions, a position has no mate in one, or an argument is invalid for
@@ -223,7 +223,9 @@ def mate_in_one_accuracy(
 
 
 def _ratio_over_games(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
-    """``sum(hits) / sum(counts)`` with its percentile bootstrap interval over games. 0 if all counts are 0.
+    """``sum(hits) / sum(counts)`` with its percentile bootstrap interval over games, or 0 if all counts are 0.
+
+    If the fraction is 0 or 1, the interval is a Wilson interval.
 
     Args:
         hits, counts: [games].

@@ -36,7 +36,8 @@ METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it never waits for a step that it has just dispatched."""
 
 EARLY_STEPS = 10
-"""The metrics of the first steps of a run, up to this number, are always written, regardless of ``log_every``."""
+"""The metrics of the first steps of a run or of a resumed run, up to this number, are always written, regardless of
+``log_every``."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""
@@ -572,7 +573,7 @@ class _Loop:
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._abstract_state, best=True)
         metric = self._config.best_metric
-        bar.say(f"the weights of step {int(state.step)} are used: of the saved steps, it has the best {metric}")
+        bar.say(f"using the weights of step {int(state.step)}, which has the best {metric} of all saved steps")
         if self._best is not None and self._to_minimize(saved["validation"][metric]) > self._best:
             bar.say(f"an earlier evaluation had a better {metric}, but its weights were not saved")
         return self._result(reader, state, saved["validation"], None)

@@ -39,7 +39,7 @@ SPIKE_WINDOW = 128
 
 
 def carry_size_of(model: Model, rows: int) -> CarrySize | None:
-    """The size of the model state that training carries along a text; None if the family reads independent windows."""
+    """The size of the model state that training carries from window to window; None if the windows are independent."""
     length = model.carried_state_length
     return None if length is None else (rows, length)
 

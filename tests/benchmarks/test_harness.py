@@ -299,6 +299,7 @@ def test_the_recurrence_table_has_times_per_step(rows: list[Row]) -> None:
     assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # statistics of 1/3, 2/4 and 20/40
 
 
+@pytest.mark.thorough
 def test_quick_recurrences_run_without_a_baseline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     arguments = ["--quick", "--against", "", "--layers", "gru-before", "--rounds", "1", "--json", str(path)]

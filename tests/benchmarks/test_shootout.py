@@ -4,9 +4,12 @@ import json
 import math
 from types import SimpleNamespace
 
+import pytest
+
 from benchmarks import shootout
 
 
+@pytest.mark.thorough
 def test_two_families_are_compared_at_equal_parameters_and_flops(tmp_path):
     output = tmp_path / "run"
     assert shootout.main(["--quick", "--families", "lstm,gpt", "--output", str(output)]) == 0

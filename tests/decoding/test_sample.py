@@ -209,6 +209,7 @@ def test_only_allowed_ids_are_generated() -> None:
 # ------------------------------------------------------------------------------------ one loop, one compile
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("chunk", [1, 3, 50])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
 def test_chunks_are_bit_identical_to_one_call(gpt: Pair, pad: Pad, sampling: Sampling, chunk: int) -> None:

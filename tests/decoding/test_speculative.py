@@ -36,6 +36,7 @@ def models_of(target, draft, num_proposed=3, **overrides):
     )
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(("target", "draft"), [("gpt", "lstm"), ("gru", "llama"), ("transformer_xl", "resnet_lm")])
 def test_greedy_tokens_equal_those_of_generate(target, draft):
     models = models_of(target, draft)
@@ -74,6 +75,7 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
     np.testing.assert_array_equal(got.generation.tokens, want.tokens)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
 def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):
     """A chi-square test of the first three tokens of 4,000 rows, over all texts of three tokens."""
@@ -112,6 +114,7 @@ def _probabilities(model, params, prompt, sampling, ids):
     return np.exp(np.take_along_axis(np.asarray(log_p, np.float64), texts[..., None], -1)[..., 0].sum(axis=1))
 
 
+@pytest.mark.thorough
 def test_the_draws_of_a_row_do_not_depend_on_the_other_rows():
     models = models_of("gpt", "lstm", vocab_size=64)
     keys = jax.random.split(jax.random.key(3), 3)

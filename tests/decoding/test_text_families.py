@@ -65,6 +65,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
     return BYTES.decode(np.asarray(beams.tokens)[0, 0, : int(beams.lengths[0, 0])])
 
 
+@pytest.mark.plain_cases(1)
 @every_family
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_beams: int) -> None:
@@ -74,6 +75,7 @@ def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_b
     assert len(set(out)) > 1, "this model ignores its inputs"
 
 
+@pytest.mark.plain_cases(1)
 @every_family
 def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = pair(name)
@@ -84,6 +86,7 @@ def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch
     assert generate_text(model, params, BYTES, TEXTS, config_of()) == expected, "padding to buckets changes texts"
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("name", "draft"), [("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "lstm-tiny"), ("attention-rnn-tiny", "t5-tiny")]
 )
@@ -136,6 +139,7 @@ def test_positions_that_a_draft_model_needs() -> None:
         generate_text(model, params, BYTES, texts[:1], config_of(max_new_tokens=12), draft=draft_pair)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
     model, params = pair(name)
@@ -145,6 +149,7 @@ def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -
     assert len(set(generate_text(model, params, BYTES, ["a"] * 4, config_of(sampling=sampling), key=key))) == 4
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["t5-tiny", "gpt2-tiny"])
 def test_compilations_are_bounded_by_the_buckets(name: str) -> None:
     model, params = pair(name)
@@ -197,6 +202,7 @@ def word_tokenizer() -> Any:
     return PretrainedTokenizer(backend)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> None:
     tokenizer, model = word_tokenizer(), tiny_model("t5-tiny", vocab_size=63)

@@ -80,6 +80,7 @@ def test_the_report_has_an_attention_map_of_a_game(finished_run: Path) -> None:
     assert f"<figcaption>{item.title}</figcaption>" in page
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_equals_an_uninterrupted_run(finished_run: Path, file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)

@@ -75,6 +75,7 @@ def test_entropy_ignores_targets_with_weight_0() -> None:
     assert families.entropy([batch, batch]) == pytest.approx(np.log(2))
 
 
+@pytest.mark.thorough
 def test_a_run_writes_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert families.main(["--family", "lstm", "resnet_lm", "--steps", "3", "--output", str(run)]) == 0

@@ -86,6 +86,7 @@ def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     assert maps[0].columns[1:3] == ["it", "is"]
 
 
+@pytest.mark.thorough
 def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     lines = [f"{label} it is {word}\n" for label, words in WORDS.items() for word in words.split()] * 4
     (tmp_path / "lines.all").write_text("".join(lines))

@@ -81,6 +81,7 @@ def test_the_exported_model_generates_summaries(finished_run: Path) -> None:
     assert len(outputs) == 1
 
 
+@pytest.mark.thorough
 def test_t5_trains_on_the_same_data(file: Path, tmp_path: Path) -> None:
     model = ("--model.set", "num_layers=1", "num_heads=2", "head_dim=4", "embed_dim=8", "mlp_dim=16")
     assert main("--preset", "t5", *TINY, *model, "--data.file", file, "--output", tmp_path / "run") == 0

@@ -109,12 +109,14 @@ def _abstract_state(run):
     return Trainer(model, optimizer, causal.loss).abstract()
 
 
+@pytest.mark.thorough
 def test_jaxlm_generate_prints_the_sample_of_the_run(finished_run, capsys):
     arguments = ["generate", str(finished_run), "--prompt", "ROMEO:", "--max-new-tokens", "24"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == read_text(finished_run / "sample.txt") + "\n"
 
 
+@pytest.mark.thorough
 def test_losses_on_a_mesh_are_the_same(finished_run, tmp_path):
     assert main(*TINY, "--mesh", "data=4,tensor=2", "--output", tmp_path / "run") == 0
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished_run), rtol=1e-4)
@@ -234,6 +236,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("preset", "changes", "method"),
     [

@@ -77,6 +77,7 @@ def test_empty_lines_are_an_error_or_are_left_out(files, tmp_path, capsys):
     assert "line 17 is left out" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_training_continues_from_pretrained_weights_with_their_tokenizer(finished_run, files, tmp_path):
     arguments = ("--model.pretrained", finished_run / "model", "--model.set", "--epochs", 8)
     assert main(*TINY, *arguments, "--data.directory", files, "--output", tmp_path / "run") == 0

@@ -79,7 +79,11 @@ def reference(weights: dict[str, np.ndarray], head: str | None) -> np.ndarray:
 
 
 def old_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The names of checkpoints before fairseq 0.9: one matrix for queries, keys and values, and "decoder"."""
+    """The same weights as in checkpoints before fairseq 0.9.
+
+    One matrix has the weights of queries, keys and values. Names begin with ``decoder`` instead of ``encoder``, and
+    have ``emb_layer_norm`` instead of ``layernorm_embedding``.
+    """
     old = dict(weights)
     for layer in range(LAYERS):
         name = f"encoder.sentence_encoder.layers.{layer}.self_attn"

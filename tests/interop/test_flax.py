@@ -1,4 +1,4 @@
-"""Tests that Flax modules have the outputs, gradients and training of the functional API."""
+"""Tests that Flax modules give the outputs and gradients of the functional API, and that they can be trained."""
 
 import functools
 

@@ -37,6 +37,7 @@ def rewrite(directory, config, tensors):
     save_file(tensors, directory / "adapter_model.safetensors")
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize(
     ("name", "overrides", "lora"),
     [

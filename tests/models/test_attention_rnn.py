@@ -46,6 +46,7 @@ def test_published_sizes():
     assert get_model("luong-2015").num_parameters == expected
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [(VARIANTS[0], {}), (VARIANTS[1], {"score": "dot", "window": 2}), (COPY, {}), (VARIANTS[1], {"copy": True})],
@@ -83,6 +84,7 @@ def test_beam_search_finds_all_continuations(name, overrides):
         np.testing.assert_array_equal(out.tokens[row][has_distinct_score], continuations[order][has_distinct_score])
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", [*VARIANTS, COPY])
 def test_packed_rows_decode_in_several_calls(name):
     """Each document uses its own source, for two ways to split the row into calls."""

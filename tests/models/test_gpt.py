@@ -49,6 +49,7 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
             assert weight.init == spec.Normal(0.02 * factor)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_labelling_heads(name, task, outputs):

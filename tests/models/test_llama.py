@@ -157,6 +157,7 @@ def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
         assert relative_error(packed[:, positions], alone) < 2e-5
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("fields", [{}, {"experts_implementation": "blocks"}, {"capacity_factor": 0.75}])
 def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
     model = tiny_model("mixtral-tiny", **fields)
@@ -281,6 +282,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.plain_cases(4)
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model("llama-tiny", **SHAPES[name])
@@ -334,6 +336,7 @@ def test_experts_in_files():
             read_experts(**wrong)
 
 
+@pytest.mark.thorough
 def test_a_loaded_model_that_changes_its_layers_writes_them(tmp_path):
     """A loaded config keeps fields that did not change, and they must still describe the model."""
     model = tiny_model("llama-tiny", **QWEN3_MOE, num_layers=4, expert_interval=2)

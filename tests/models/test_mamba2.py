@@ -183,6 +183,7 @@ def test_the_residual_stream_is_float32_by_default():
     assert ratios == [pytest.approx(1.072, abs=0.01), 1.0]
 
 
+@pytest.mark.thorough
 def test_layers_of_one_kind_can_be_stacked():
     """Blocks with an MLP and with a mixer, with attention, or with both and multipliers."""
     tokens = random_tokens(tiny_model("bamba-tiny"), 2, 9)
@@ -244,6 +245,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.plain_cases(4)
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, scan_layers, tmp_path):

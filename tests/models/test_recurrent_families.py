@@ -33,7 +33,7 @@ def hidden_of(model, params, tokens, **inputs):
 
 
 def outputs_of(model, params, tokens, key):
-    """The outputs of the last layer (after dropout, before dropout)."""
+    """Two arrays: the outputs of the last layer after dropout, and before dropout."""
     return jax.jit(lambda p: model.module.apply_with_outputs(model.config, p, tokens, key=key)[:2])(params)
 
 
@@ -89,7 +89,7 @@ def test_weight_dropout_has_one_mask_for_all_rows_and_steps(name):
 
 
 @pytest.mark.parametrize("mask", ["locked", "fresh"])
-def test_locked_dropout_has_one_mask_for_all_steps(name, mask):
+def test_only_locked_dropout_has_one_mask_for_all_steps(name, mask):
     model, params, tokens = setup(name, output_dropout=0.4, dropout_mask=mask, num_layers=1)
     dropped, raw = outputs_of(model, params, tokens, jax.random.key(2))
     kept = np.asarray(dropped) != 0
@@ -109,7 +109,11 @@ def test_input_and_hidden_dropout_change_outputs_with_both_masks(name, rate):
 
 
 def test_documents_start_and_continue_over_calls(name):
-    """Two calls. Row 0: a new document in call 2; row 1: one document continues after padding; row 2: padding only."""
+    """Two calls of 5 tokens.
+
+    Row 0: call 2 starts a new document. Row 1: document 1 continues after padding, then document 2 starts. Row 2: call
+    1 has only padding.
+    """
     model, params, tokens = setup(name, batch=3, length=10)
     segments = np.array([[1] * 5 + [2] * 5, [1, 1, 1, 0, 0, 0, 1, 1, 2, 2], [0] * 5 + [1] * 5], np.int32)
     step = jax.jit(lambda t, s, ids: model.apply(params, t, state=s, segment_ids=ids))
@@ -160,7 +164,7 @@ def test_pool_is_the_maximum_over_real_tokens(name):
     assert np.array_equal(model.pool({}, hidden), hidden.max(axis=1, keepdims=True))
 
 
-def test_regularization_equals_the_published_code(name):
+def test_regularization_equals_the_published_formula(name):
     model, params, tokens = setup(name, output_dropout=0.4, num_layers=1)
     dropped, raw = (np.asarray(x, np.float64) for x in outputs_of(model, params, tokens, jax.random.key(2)))
     want = 2.0 * (dropped**2).mean() + 0.5 * ((raw[:, 1:] - raw[:, :-1]) ** 2).mean()
@@ -174,6 +178,7 @@ def test_regularization_equals_the_published_code(name):
     assert float(recurrent.regularization(dropped, raw, 0 * segments)) == 0.0
 
 
+@pytest.mark.plain_cases(8)
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

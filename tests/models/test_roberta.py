@@ -30,7 +30,7 @@ def test_published_sizes(name, task, count):
     assert get_model(name, task=task).num_parameters == count
 
 
-def test_the_first_position_of_a_document_is_2():
+def test_the_first_token_of_a_document_reads_row_2_of_the_table():
     model, params, _ = setup()
     assert params["position_embedding"].shape == (66, 32)
     tokens = np.arange(64, dtype=np.int32)[None]
@@ -101,11 +101,8 @@ def test_max_positions_in_files_is_the_number_of_table_rows(tmp_path, task):
         ("pad_token_id", 0, "pad_token_id=0 is not supported"),
         ("hidden_act", "relu", "hidden_act='relu' is not supported"),  # the head of transformers would still have GELU
         ("max_position_embeddings", 2, "max_position_embeddings=2 must be an integer above 2"),
-        (
-            "type_vocab_size",
-            None,
-            r"token_type_embeddings.weight expected F32\[2, 32\]",
-        ),  # the default of transformers differs from that of jaxlm
+        # Without this field, the default of transformers applies: 2 token types. The default of jaxlm is 1.
+        ("type_vocab_size", None, r"token_type_embeddings.weight expected F32\[2, 32\]"),
     ],
 )
 def test_an_unsupported_config_raises(tmp_path, field, value, message):

@@ -93,6 +93,7 @@ def test_weight_decay_excludes_vectors_and_matrices_of_low_rank():
     }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_texts_longer_than_a_chunk_can_be_read_in_pieces():
     """75 tokens with left padding and two documents are several chunks; the pieces end inside of chunks."""
     model, params, tokens = setup(length=75)

@@ -34,6 +34,7 @@ def setup(batch=2, length=12, **overrides):
     return model, params, random_tokens(model, batch, length)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("case", ["base", "divided", "pre_norm", "padded"])
 def test_segments_with_memory_equal_transformers(case):
     """Some segments are shorter than the memory, some longer. The case padded also has same_length."""

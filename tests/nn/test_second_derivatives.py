@@ -146,6 +146,7 @@ CASES = {
 }
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_hessian_vector_product_equals_that_of_the_plain_definition(name):
     custom, plain, x = CASES[name]

@@ -108,6 +108,7 @@ def test_the_losses_of_a_model_depend_on_whether_it_has_experts():
         assert term_names(got) == ("load_balance_loss", "router_z_loss")
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("fields", [{"scan_layers": True}, {"remat": "full"}, {"remat": "none", "scan_layers": True}])
 def test_statistics_do_not_depend_on_the_loop_over_layers(fields):
     loss = causal.loss_with_load_balance(0.5)

@@ -1,4 +1,5 @@
-"""Reference of mamba2: the Mamba-2 classes of transformers, and its hybrids with attention: Bamba and Falcon-H1."""
+"""Reference of mamba2: the classes of transformers for Mamba-2 and for its hybrids with attention, Bamba and
+Falcon-H1."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
     "groups": ("Mamba2ForCausalLM", {**_WIDE, "n_groups": 6, "use_bias": True, "expand": 1, "head_dim": 8}, None),
     "headless": ("Mamba2Model", {**_WIDE, "conv_kernel": 2}, "left"),
     "bamba": ("BambaForCausalLM", _BAMBA, "left"),
-    # With biases in in_proj, padding on the left changes real tokens in transformers.
+    # If in_proj has biases, padding on the left changes the outputs of real tokens in transformers.
     "bamba_bias": (
         "BambaForCausalLM",
         {

@@ -89,6 +89,7 @@ def test_san_moves_with_unnecessary_origin_are_legal_and_ambiguous_moves_are_not
 # -------------------------------------------------------------------------------------------- probabilities
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_probabilities_do_not_depend_on_the_batch(name: str) -> None:
     model, params = model_and_params(name)
@@ -118,6 +119,7 @@ def test_legal_only_renormalises_the_probabilities() -> None:
         next_move_probabilities(model, params, UCI, [FOOL], legal_only=True)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_incremental_reading_equals_reading_the_complete_game(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chess_reading, "MIN_CAPACITY", 8)  # so that the state must grow

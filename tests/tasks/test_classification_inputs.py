@@ -38,6 +38,7 @@ def tokenizer(template="none"):
     return train_tokenizer(WORDS, "word", 60, template=template)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["bert-tiny", "xlnet-tiny"])
 def test_training_and_prediction_encode_texts_in_the_same_way(name):
     """Training and ``classify`` compute equal probabilities, because they encode texts in the same way."""
@@ -73,6 +74,7 @@ def supports_classification(name):
     return hasattr(model.module, "pool")
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", [name for name in FIRST_VARIANTS if supports_classification(name)])
 def test_empty_rows_do_not_change_loss_and_gradient(name):
     """Empty rows of an incomplete batch change neither the loss nor the gradient."""

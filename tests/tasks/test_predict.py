@@ -55,6 +55,7 @@ def words_tokenizer() -> Any:
 # ---------------------------------------------------------------------------------------------- labels of texts
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_predicts_the_same_with_and_without_a_batch(name: str) -> None:
     model, params = classifier(name)
@@ -207,6 +208,7 @@ def test_causal_families_score_all_tokens_except_the_first(name: str) -> None:
     assert scores.perplexity == pytest.approx(np.exp(mean))
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
 def test_encoder_decoders_score_targets_given_sources(name: str) -> None:
     model, params = model_and_params(name, decoder_start_id=7)

@@ -226,6 +226,7 @@ def brute_force(name: str, tokens: Any, question: str, context: str, max_tokens:
 TOKENIZER_OF = {"bert-tiny": "bpe cls_sep", "roberta-tiny": "bpe bos_eos", "xlnet-tiny": "unigram sep_cls"}
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_the_best_spans_of_all_windows(name: str) -> None:
     max_tokens = 7

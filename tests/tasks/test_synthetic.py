@@ -30,7 +30,7 @@ def test_gaps_of_recall_follow_the_power_law():
     expected = np.arange(1, 16) ** -0.99
     counts = np.bincount(gaps, minlength=15)
     chi_square = np.sum((counts - 4000 * expected / expected.sum()) ** 2 / (4000 * expected / expected.sum()))
-    assert chi_square < 36.1  # 0.1 % quantile of 14 degrees of freedom
+    assert chi_square < 36.1  # 99.9 % quantile of 14 degrees of freedom
     uniform = synthetic.recall(rng(), 4000, 32, 1, vocab_size=64, power=1.0)
     assert np.ptp(np.bincount((uniform.target_positions[:, 0] - 2) // 2)) < 120
 
@@ -40,7 +40,7 @@ def modular_value(symbols):
 
 
 ANSWERS = {
-    "even_pairs": lambda x: [int(x[0] != x[-1])],  # the number of changes is even if both ends are equal
+    "even_pairs": lambda x: [int(x[0] != x[-1])],  # the number of neighbours that differ is even if both ends are equal
     "modular_arithmetic": lambda x: [modular_value(x)],
     "parity": lambda x: [x.tolist().count(1) % 2],
     "cycle_navigation": lambda x: [(x.tolist().count(2) - x.tolist().count(0)) % 5],

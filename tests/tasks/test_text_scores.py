@@ -53,6 +53,7 @@ def test_every_token_except_the_first_is_a_target_once(size: int, rows: int, len
         assert np.array_equal(batch.targets[:, -1], next_batch.tokens[:, 0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lstm", "transformer_xl"])
 def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_generation, "NUM_COLUMNS", 1)

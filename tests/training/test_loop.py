@@ -97,6 +97,7 @@ class SignalBatches(Batches):
         return window
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bitwise_equal(tmp_path, complete_run, capfd, signal_number):
     data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 7, signal_number)
@@ -147,6 +148,7 @@ test_loop.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", checkpoint_ever
 """
 
 
+@pytest.mark.thorough
 def test_a_run_resumed_after_sigkill_is_bitwise_equal(tmp_path, complete_run):
     """Kill the run at three moments. Most kills are during a save, because every step saves a checkpoint."""
     directory, resume = tmp_path / "killed", "fresh"
@@ -173,6 +175,7 @@ def saved_steps(directory):
     return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
 
 
+@pytest.mark.thorough
 def test_a_run_can_be_resumed_on_another_mesh(tmp_path, complete_run):
     run(tmp_path, data=SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 6, signal.SIGTERM))
     resumed = run(tmp_path, resume=True, sharding=Sharding(make_mesh("fsdp=4,tensor=2")))
@@ -180,6 +183,7 @@ def test_a_run_can_be_resumed_on_another_mesh(tmp_path, complete_run):
     assert resumed.validation_loss == pytest.approx(complete_run.validation_loss, rel=1e-4)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(("name", "scan_layers"), [("adamw", False), ("adafactor", True), ("optax", False)])
 def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, name, scan_layers):
     """Convert parameters, moments and EMA. This works with any Optax optimizer that is elementwise."""
@@ -376,7 +380,7 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     assert result.validation == {"loss": 1.0, "score": 0.7}
     messages = capfd.readouterr().err
     assert "step 8: score has not improved in 2 evaluations: training stops" in messages
-    assert "the weights of step 4 are used: of the saved steps, it has the best score" in messages
+    assert "using the weights of step 4, which has the best score of all saved steps" in messages
     assert sorted(saved_steps(tmp_path / "stops")) == [4, 8]
     assert metric_curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
         [2, 4, 6, 8],

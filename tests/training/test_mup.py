@@ -39,6 +39,7 @@ def logits_change(name, width, *, with_mup):
     return float(jnp.sqrt(jnp.mean((logits(state.params) - first) ** 2)))
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in MODELS if name not in FAST] + FAST)
 def test_logits_of_a_wide_model_change_as_much_as_those_of_a_narrow_one(name):
     ratio = logits_change(name, WIDE, with_mup=True) / logits_change(name, NARROW, with_mup=True)

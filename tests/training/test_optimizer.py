@@ -62,6 +62,7 @@ def run_optimizer(optimizer, params, gradients):
 # ------------------------------------------------------------------------------------------- layer layouts
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_and_per_layer_parameters_get_equal_updates_and_states(name):
     sizes = {"num_layers": 1, "num_decoder_layers": 2} if name == "adafactor" else {}

@@ -41,6 +41,7 @@ def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
     return objective(model.task).loss(model, params, batch, state=state)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", variant_params(DECODERS))
 def test_losses_of_chunks_sum_to_the_loss_of_the_text(name: str) -> None:
     model = tiny_model(name)
@@ -83,6 +84,7 @@ def initial_state(model: Any, optimizer: Any) -> Any:
     return trainer_of(model, optimizer).init(jax.random.key(0))
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> None:
     model, optimizer, batches = model_optimizer_batches(name)
@@ -116,6 +118,7 @@ def test_a_skipped_step_keeps_the_model_state() -> None:
     assert_trees_equal(state.model_state, before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_model_states_are_sharded_and_restored_from_checkpoints(name: str, tmp_path: Any) -> None:
     model, optimizer, batches = model_optimizer_batches(name)

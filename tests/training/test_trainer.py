@@ -88,6 +88,7 @@ def test_a_step_with_a_nan_loss_changes_no_bit_and_is_counted():
     assert not np.array_equal(after.params["token_embedding"], before.params["token_embedding"])
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("count", [2, 8])
 def test_gradient_accumulation_equals_the_full_batch_with_uneven_padding(count):
     batch = dataclasses.replace(model_optimizer_batch()[2], weights=np.tri(8, 12, 3).astype(np.float32))
@@ -295,6 +296,7 @@ def test_abstract_keeps_the_dtype_of_frozen_parameters():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trainer.abstract(params).frozen)} == {"bfloat16"}
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("adaptation", [LoRA(2, alpha=4.0), Freeze(("embedding",))])
 def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation, scan_layers):
@@ -322,6 +324,7 @@ def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation
     assert sum(leaf.size for leaf in moments) == 2 * spec.count(adaptation.specs(model.specs))
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_abstract_describes_an_adapted_and_sharded_state(name):
     model, _, batch = model_optimizer_batch()

@@ -55,12 +55,11 @@ class Tile(NamedTuple):
         return self.slice_keys(x_S)[None, :]
 
     def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
-        """An array [R, E] float32, whose row i is row i of the product ``scale * q @ strip`` [R, P], shifted.
+        """The array [R, E] float32 whose entry (i, j) is entry (i, R - i + j) of ``scale * q @ strip``, [R, R + E].
 
-        The shift is R - i entries to the left. P is R + E, and the shifted row is cut to E entries. So entry (i, j) of
-        the result is entry (i, R - i + j) of the product. ``strip`` [K, P] is the slice of a table of distances that
-        the tile needs. If ``q_RK`` is None, the strip has one row [1, P], which replaces every row of the product,
-        without ``scale``.
+        So row i of the product is shifted to the left by R - i entries, and its first E entries remain. ``strip``
+        [K, R + E] is the slice of a table of distances that the tile needs. If ``q_RK`` is None, the strip has one row
+        [1, R + E], which replaces every row of the product, without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
@@ -71,9 +70,9 @@ class Tile(NamedTuple):
         return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
 
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-        """An array [R, E]: for query i of the tile and the key with index s, entry (i, first[i] + s) of ``x``.
+        """The array [R, E] that has ``x[i, first[i] + s]`` in row i, in the column of key s.
 
-        i is an index within the tile, but s is an index among all S keys. The indices must be in range.
+        Row i is an index within the tile, but s is an index among all S keys. The indices must be in range.
         """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
@@ -120,7 +119,8 @@ class AttentionBias:
         bias_fn: computes the bias of a tile. It gets the arrays of one row of the batch and one head, without these two
             axes.
         floats: the differentiable arrays by name, each [1 or B, 1 or H, ...].
-        integers: None, or arrays by name: ``query`` [1 or B, T] and ``key`` [1 or B, S].
+        integers: integer arrays that the function needs, such as positions: ``query`` [1 or B, T], ``key`` [1 or B, S],
+            or both. None: no arrays.
     """
 
     bias_fn: BiasFn = struct.field(pytree_node=False)
@@ -134,7 +134,7 @@ def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile)
     return {name: lax.dynamic_slice_in_dim(x, *slices[name]) if name in slices else x for name, x in floats.items()}
 
 
-def add_slices(
+def add_tile_gradients(
     bias_fn: BiasFn, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
 ) -> dict[str, jax.Array]:
     """The gradients ``total`` of the arrays, plus the gradients ``added`` of the slices of one tile."""

@@ -22,7 +22,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
-from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile, add_slices, drop_unit_axes, slice_for_tile, vmap_axes
+from jaxlm.nn.attention.bias import (
+    AttentionBias,
+    BiasFn,
+    Tile,
+    add_tile_gradients,
+    drop_unit_axes,
+    slice_for_tile,
+    vmap_axes,
+)
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, products, scores
 from jaxlm.nn.dropout import keep_rows
@@ -276,7 +284,8 @@ def _head_backward(
         rows = (tile.slice_queries(x) for x in (out, lse, dout))
         block_dq, block_dk, block_dv, block_dbias = _backward_block(static, block, integers, *rows)
         dbias = tuple(
-            add_slices(bias_fn, old, new, tile) for bias_fn, old, new in zip(static.bias_fns, dbias, block_dbias)
+            add_tile_gradients(bias_fn, old, new, tile)
+            for bias_fn, old, new in zip(static.bias_fns, dbias, block_dbias)
         )
         return (
             _write_rows(dq, block_dq, tile.row), _add_columns(dk, block_dk, tile), _add_columns(dv, block_dv, tile),

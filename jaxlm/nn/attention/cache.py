@@ -151,7 +151,7 @@ def resize(specs: spec.Tree, state: State | None, slots: int) -> Any:
 
 
 def rollback(state: State, dropped_B: jax.Array) -> State:
-    """The state without the last ``dropped`` tokens of each row, padding included. Their slots are free again."""
+    """The state without the last ``dropped`` tokens of each row, where padding counts as a token."""
     length_B = state["length"] - dropped_B.astype(state["length"].dtype)
     is_kept_BS = jnp.arange(state["segment_ids"].shape[1])[None, :] < length_B[:, None]
     return {**state, "length": length_B, "segment_ids": jnp.where(is_kept_BS, state["segment_ids"], 0)}

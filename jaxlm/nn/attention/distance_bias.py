@@ -1,8 +1,8 @@
 """Relative attention biases, which depend on the distance between query and key.
 
     T5 (Raffel et al. 2020, section 2.1):             one number per head and distance
-    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a vector r for each head and distance;
-                                                      XLNet uses the same
+    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a learned vector v for each head, and
+                                                      a vector r for each head and distance; XLNet uses the same
 
 The distance is ``query position - key position``. The numbers or vectors are the rows of a table, sorted by descending
 distance. The functions return an ``AttentionBias``, of which ``attention`` computes only one tile at a time.
@@ -57,7 +57,7 @@ def distance_bias(
         queries, keys: T and S.
         query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start
             at the same position, ``keys - queries`` if they end at the same position.
-        q_BTHK: the queries that are multiplied with the vectors of the table.
+        q_BTHK: the vectors that are multiplied with the vectors of the table: q + v in the equation above.
         scale: factor of these products; not used for numbers.
     """
     # Row 0 of the padded table is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the largest

@@ -142,9 +142,8 @@ def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
 
     The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So these queries attend to the
     inputs themselves, and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The
-    inputs in the memory are not projected again for every new token, and they need half the space of cached keys and
-    values.
-    ``jaxlm.nn.choices.absorbed_attention`` decides when this is cheaper.
+    inputs in the memory are not projected again for every new token. If H * K = D, they need half the space of cached
+    keys and values. ``jaxlm.nn.choices.absorbed_attention`` decides when this is cheaper.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 

@@ -2,7 +2,7 @@
 
 A block of queries is multiplied with all keys at once. Its scores, with biases, stay in VMEM until they are multiplied
 with the values. Without the kernel, XLA writes each tile of the scores to HBM, and it does so several times if a
-relative bias moves diagonals into columns (``jaxlm.nn.attention.pallas_tile``).
+relative bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
 The backward pass recomputes the scores. Because a block has whole rows, it can also compute the sums over rows, so it
 reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
@@ -84,7 +84,7 @@ def attention(
     grouped = k_BSGK.shape[2] != H
 
     def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
-        """``x`` broadcast to all heads and, if necessary, to all rows.
+        """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
         consecutive grid steps. The steps of the same block of queries in different rows are not consecutive, so

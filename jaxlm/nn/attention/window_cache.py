@@ -63,9 +63,10 @@ def make_context(
         state: a dict with ``num_tokens`` and ``document_start``; other entries are returned unchanged. None: no
             earlier tokens.
         start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``). None:
-            each row is one document without padding, and ``state`` is None.
+            each row is one document without padding; ``state`` must then be None too.
         keep_BT: False at padding. Without a state, no padding may be between two tokens of a document, because the
-            window would count it. ``real_tokens_first`` moves padding to the end of the rows.
+            window would count it. The indices from ``jaxlm.nn.convolution.window.real_tokens_first`` move padding to
+            the end of the rows.
         window: number of tokens that a token attends to, itself included.
     """
     B, T = tokens_BT.shape

@@ -24,9 +24,8 @@ from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
-The position of output t is ``t * stride``. ``same``: the middle tap of the window is at this position; with an even
-kernel, the earlier one of the two middle taps is there. With an even kernel and a dilation above 1, the window begins
-``(K - 1) * dilation // 2`` steps before this position. ``causal``: the window ends at this position."""
+The window of output t begins at step ``t * stride`` (``valid``), ``(K - 1) * dilation`` steps earlier
+(``causal``: it ends at this step), or ``(K - 1) * dilation // 2`` steps earlier (``same``)."""
 
 
 def windows(
@@ -44,8 +43,8 @@ def windows(
     Args:
         kernel: K, the number of taps of a window; taps are ``dilation`` steps apart.
         stride: steps from one window to the next.
-        segment_ids: [B, T]; taps outside the window's segment give ``fill``. The segment of a window is that of its
-            position; for ``valid``, that of its last tap.
+        segment_ids: [B, T]; taps outside the window's segment give ``fill``. The segment of a window is that of
+            step ``t * stride``; for ``valid``, that of its last tap.
         fill: the value of taps outside the input or the segment.
 
     Raises:
@@ -117,10 +116,9 @@ class Stream:
 
 
 def past_specs(batch: int, tail_length: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``tail_length`` real tokens, which are part of a model's state, like its
-    tails.
+    """Spec of the segment ids of the last ``tail_length`` real tokens.
 
-    An id of 0 means that no token was read yet.
+    Like the tails, these ids are part of the state of a model. An id of 0 means that no token was read yet.
     """
     return ArraySpec((batch, max(tail_length, 1)), ("batch", None), dtype=jnp.int32)
 

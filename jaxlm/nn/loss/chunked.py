@@ -29,8 +29,8 @@ def chunked_cross_entropy(
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
 
     The time axis is split into chunks of at most ``chunk_logits`` logits (default: ``jaxlm.nn.choices.max_logits``). A
-    chunk has at least one time step, even if that is more logits. The forward pass also computes the gradients
-    of each chunk. The backward pass only multiplies them by the cotangent of the loss, so it recomputes nothing.
+    chunk has at least one time step, even if one step has more logits. Under differentiation, the forward pass also
+    computes the gradients of each chunk, and the backward pass only multiplies them by the cotangent of the loss.
     Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``. Positions
     whose weight is not positive are ignored.
 

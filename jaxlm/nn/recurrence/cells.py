@@ -20,12 +20,12 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform
 
 GRUReset = Literal["after", "before"]
-"""The reset gate is applied ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that
-one matmul computes all gates; or ``before`` it, to the state itself (Cho et al. 2014)."""
+"""Where the reset gate is applied. ``after``: to the product of the state and the hidden weights (cuDNN, torch, Keras,
+Flax), so one matmul can serve all gates. ``before``: to the state, before this product (Cho et al. 2014)."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. The default ``init`` is as in torch: uniform in ``+- 1 / sqrt(width)``."""
+    """The specs of one LSTM layer. By default, weights are uniform in ``+- 1 / sqrt(width)``, as in torch."""
     return _specs(4, inputs, width, init)
 
 

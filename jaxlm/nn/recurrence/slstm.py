@@ -91,8 +91,8 @@ def slstm(
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
         chunk: steps of a chunk, used only by ``chunked``; None: a default for the shape.
-        implementation: ``reference`` is a ``lax.scan`` over :func:`slstm_cell`; ``chunked`` is the same loop with a
-            custom gradient (see the module), the default.
+        implementation: ``reference`` is a ``lax.scan`` over :func:`slstm_cell`; ``chunked``, the default, is
+            the same loop with a custom gradient (see the module docstring).
 
     Raises:
         ValueError: shapes that do not match, or an unknown implementation.

@@ -63,6 +63,7 @@ def masks(B, T, S):
         yield "causal, segments", Mask(causal=True, **segments), triangle & same
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_of_every_mask(shape):
     q, k, v, cotangent = inputs(*shape)
@@ -117,6 +118,7 @@ def test_a_query_without_visible_keys_gives_zeros_and_no_gradient():
         assert np.all(np.asarray(grads[0])[0, 1] == 0)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=True)])
 def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask):
     q, k, v, cotangent = inputs(2, 300, 300, 2, 8)
@@ -138,6 +140,7 @@ def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask
     assert float(jnp.mean(kept)) == pytest.approx(0.7, abs=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sections", [1, 4])
 def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections):
     """The code for thousands of queries, tested on a short sequence whose last block is not full."""
@@ -232,6 +235,7 @@ def test_errors_name_bad_input():
         Mask(window=3)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("sequential", [True, False])
 def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequential):
     monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
@@ -283,6 +287,7 @@ def cached_inputs(filled, S=700, G=2):
     return q, k, v, mask
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("filled", [(3, 90), (170, 4), (300, 350), (700, 20)])
 def test_few_queries_over_a_cache(monkeypatch, filled, kind):

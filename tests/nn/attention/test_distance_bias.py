@@ -59,6 +59,7 @@ def compare(function, reference, *arguments):
     assert_trees_close(jax.jit(run, static_argnums=0)(function), jax.jit(run, static_argnums=0)(reference), 1e-5)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize(("queries", "keys", "query_offset"), SHAPES)
 def test_distance_bias(queries, keys, query_offset, vectors):
@@ -140,6 +141,7 @@ def bias_of(kind, table, vectors, q, types):
     ]
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize(
     "kind", ["numbers", "numbers of positions", "vectors", "vectors of queries", "vectors and types"]

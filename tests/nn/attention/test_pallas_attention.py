@@ -86,6 +86,7 @@ def run(attend, kinds, S, floats, cotangent):
     return value_and_gradients(*floats)
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]
@@ -107,6 +108,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
         assert np.any(np.all(np.asarray(want[0]) == 0.0, axis=(2, 3)))
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_as_accurate_as_blockwise():
     """In bfloat16, the error relative to the float32 reference is not larger than that of ``blockwise``."""
     kinds, mask, S = ("vectors", "types"), Mask(), 256
@@ -131,6 +133,7 @@ def test_bfloat16_is_as_accurate_as_blockwise():
     assert all(x < 1.3 * y + 2e-3 for x, y in zip(got, blockwise, strict=True)), (got, blockwise)
 
 
+@pytest.mark.thorough
 def test_each_device_runs_its_own_rows_and_heads():
     floats, cotangent = arrays(128, 128)
     mask = Mask(causal=True, **orders(128, 128))

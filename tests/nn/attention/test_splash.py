@@ -32,7 +32,7 @@ CASES = {
     "bidirectional, padded": (Mask(), 130, 250, 2, 2),
     "window": (Mask(causal=True, window=70), 256, 256, 1, 1),
     "causal documents": (Mask(causal=True, **segments(256, 256, same=True)), 256, 256, 2, 2),
-    "segments, without keys": (Mask(**segments(130, 200, same=False)), 130, 200, 2, 2),
+    "segments, some queries without keys": (Mask(**segments(130, 200, same=False)), 130, 200, 2, 2),
 }
 
 
@@ -40,7 +40,7 @@ CASES = {
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     mask, T, S, H, G = CASES[name]
     scale = 0.25 if name == "causal" else 0.3  # a power of two is a separate code path
-    monkeypatch.setattr(splash, "MAX_BLOCK", 128)  # several blocks; some of them are skipped
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)  # several blocks, of which masks skip some
     q, k, v, cotangent = inputs(T, S, H, G, 16)
 
     def run(function):

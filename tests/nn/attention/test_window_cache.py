@@ -34,6 +34,7 @@ def visible_attention(q_HK, keys_NGK, values_NGK):
     return np.einsum("HN,NHK->HK", weights_HN / weights_HN.sum(axis=1, keepdims=True), heads[1])
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("window", [1, 3, 4, 16])
 def test_attention_equals_that_over_the_last_tokens_of_the_document(window):
     rng = np.random.default_rng(0)

@@ -37,6 +37,7 @@ def outputs_of_experts(params, x_D):
     return np.stack(outputs_ED), exp_E / exp_E.sum()
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "blocks"])
 def test_each_token_gets_the_weighted_sum_of_its_experts(implementation, renormalize):
@@ -64,6 +65,7 @@ KEEP = np.ones((B, T), bool)
 KEEP[0, :4] = KEEP[1, 8:] = False
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("keep_BT", [None, KEEP], ids=["all", "padded"])
 @pytest.mark.parametrize(
     "options", [{"implementation": "ragged_dot"}, {"implementation": "blocks"}, {"capacity_factor": 9.0}]

@@ -51,7 +51,7 @@ def test_chunked_equals_unchunked_in_value_and_all_gradients(chunk_logits):
 
 
 def test_the_logits_of_all_positions_never_exist():
-    """The largest temporary array of the compiled gradient is a chunk of logits, or the table."""
+    """All temporary arrays of the compiled gradient together are smaller than an eighth of the logits."""
     rows, width, vocabulary = 4096, 16, 4096
     params = {"table": jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)}
     hidden = jax.ShapeDtypeStruct((1, rows, width), jnp.float32)
@@ -85,7 +85,7 @@ def test_a_target_outside_the_vocabulary_gives_nan():
         assert np.isnan(chunked_cross_entropy(head, params, hidden, targets, weights))
 
 
-def test_bfloat16_keeps_its_statistics_in_float32():
+def test_the_loss_of_bfloat16_hidden_states_is_float32():
     params, hidden, targets, weights = make_arrays()
     got = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(
         hidden.astype(jnp.bfloat16)

@@ -59,6 +59,7 @@ def value_and_gradients(layer, kind, arguments, **options):
     return {"values": values, "gradients": gradients}
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +71,7 @@ def test_values_and_gradients(kind, masked, reverse):
     assert_trees_close(got, want, 1e-5)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("kind", "B", "T"), [("lstm", 1, 1), ("lstm", 48, 4), ("gru", 5, 7), ("gru", 48, 3)])
 def test_blocks_of_rows_and_steps(kind, B, T, reverse, monkeypatch):
@@ -90,6 +92,7 @@ def test_bfloat16(kind):
     assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), got), want, 3e-2)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_device_runs_its_own_rows(kind):
     arguments = arrays(kind, B=8)  # two rows per device

@@ -104,6 +104,7 @@ def reference_results(kind, masked, reverse):
     )
 
 
+@pytest.mark.plain_cases(4)
 @pytest.mark.parametrize(("masked", "reverse"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_all_gradients_equal_those_of_the_loop(kind, masked, reverse, options):
@@ -177,6 +178,7 @@ def test_a_loop_over_the_cell_equals_the_layer(kind):
     assert_trees_close(state, last, 1e-6)
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_padded_document_equals_a_separate_document(kind, reverse):
@@ -212,6 +214,7 @@ def test_boundaries_of_documents_that_continue_across_padding_and_calls():
     assert last_B.tolist() == [1, 0, 3]
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize(
     ("rows", "options"), [(B, "reference"), (B, "chunks of 2 with remat"), (1, "one chunk")], indirect=["options"]
 )
@@ -291,6 +294,7 @@ def cudnn_by_reference(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, (7, 3, 1)])
 def test_the_call_of_cudnn_computes_the_layer(lengths, reverse, cudnn_by_reference):

@@ -64,6 +64,7 @@ def results(function, arguments):
     return outputs, gradients
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("kind", ["one document", "documents"])
 def test_values_and_all_gradients_equal_the_equations(kind, with_state):
@@ -79,6 +80,7 @@ def test_values_and_all_gradients_equal_the_equations(kind, with_state):
         assert_trees_close(got, want, 5e-6)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_calls_and_single_steps_equal_one_call(implementation):
     params, x, _ = arguments()
@@ -95,6 +97,7 @@ def test_several_calls_and_single_steps_equal_one_call(implementation):
         assert relative_error(state, want[:, t]) < 1e-6
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
     params, x, _ = arguments()

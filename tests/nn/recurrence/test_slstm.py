@@ -79,6 +79,7 @@ def float64_results(arguments, **options):
         return results(equations, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments), **options)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_those_of_the_equations(masked):
     options = masks() if masked else {}
@@ -89,6 +90,7 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked):
         assert_trees_close(results(slstm, arguments(), **options, chunk=chunk), want, 3e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_strong_gates(implementation):
     """Gates from exp(-100) to exp(100). The state is computed without a stabilizer in float64."""

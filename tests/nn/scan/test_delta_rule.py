@@ -79,6 +79,7 @@ def float64_results(arguments, **options):
         return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
 
+@pytest.mark.plain_cases(1)
 @every_rule
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_those_of_the_loop(name, masked):
@@ -150,6 +151,7 @@ def test_orthogonal_keys_give_linear_attention(implementation):
     assert_trees_close(got, want, 1e-6)
 
 
+@pytest.mark.plain_cases(1)
 @every_rule
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_calls_equal_one_call(name, implementation):
@@ -164,6 +166,7 @@ def test_several_calls_equal_one_call(name, implementation):
     assert relative_error(state, want_last) < 1e-6
 
 
+@pytest.mark.plain_cases(1)
 @every_rule
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, implementation):

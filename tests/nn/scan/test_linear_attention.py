@@ -62,6 +62,7 @@ def float64_results(arguments, **options):
         return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
 
+@pytest.mark.plain_cases(4)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
@@ -105,6 +106,7 @@ def test_scales_multiply_the_new_values(implementation):
     assert_trees_close(results(with_scale, arguments), results(scaled_values, arguments), 1e-6)
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
@@ -125,6 +127,7 @@ def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
     assert relative_error(state, want_last) < 1e-6
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(decay, implementation):

@@ -51,6 +51,7 @@ def results(scan, arguments, **options):
     return outputs, gradients
 
 
+@pytest.mark.plain_cases(4)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked", ["none", "reset", "keep", "both"])
 def test_values_and_all_gradients_equal_those_of_the_loop(masked, reverse):
@@ -75,6 +76,7 @@ def test_several_calls_equal_one_call(implementation):
     assert relative_error(state, want_last) < 1e-6
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation, reverse):

@@ -100,6 +100,7 @@ def interpret(monkeypatch):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, masked, on_tpu):
@@ -203,6 +204,7 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     "shape",
     [

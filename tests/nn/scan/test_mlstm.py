@@ -84,6 +84,7 @@ def float64_results(arguments, **options):
 CELL = functools.partial(mlstm, epsilon=EPSILON)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_those_of_the_equations(masked):
     arguments, options = arrays(), masks() if masked else {}
@@ -95,6 +96,7 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked):
         assert_trees_close(got, want, 5e-6)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("strength", [10.0, 100.0])
 def test_strong_gates(strength, implementation):
@@ -106,6 +108,7 @@ def test_strong_gates(strength, implementation):
     assert_trees_close(got, want, 1e-5, floor=0.1)
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("gate", [-1e4, -100.0, 1e4])
 def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
@@ -132,6 +135,7 @@ def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
     assert relative_error(out[:, 0], v[:, 0]) < 1e-6
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_padding_after_large_gates_is_zero_without_epsilon(implementation):
     q, k, v, log_i, log_f, _ = arrays()

@@ -72,6 +72,7 @@ def expected(masked, **options):
         return results(recurrence, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize("options", [{"implementation": "reference"}, {"chunk": 4}, {"chunk": 16}, {"chunk": 64}, {}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_the_recurrence(masked, options):
