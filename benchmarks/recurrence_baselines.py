@@ -15,7 +15,7 @@ class JaxlmRecurrence(JaxSampled):
     The process keeps freed memory (``jaxlm.host.keep_freed_memory``), as the programs in ``experiments`` do.
     """
 
-    keeps_memory = True
+    keeps_freed_memory = True
 
     def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
         jax = jax_exact()

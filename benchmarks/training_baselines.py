@@ -46,7 +46,7 @@ class Jaxlm(JaxTraining):
     As in the experiments: unstacked layers, and ``jaxlm.host.keep_freed_memory``.
     """
 
-    keeps_memory = True
+    keeps_freed_memory = True
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()

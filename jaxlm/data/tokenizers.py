@@ -438,11 +438,11 @@ def _read_backend(directory: Path) -> Any:
                 backend.add_special_tokens(["<|endoftext|>"])
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
-    _check_distinct(backend.get_vocab(), vocab)
+    _check_unique_ids(backend.get_vocab(), vocab)
     return backend
 
 
-def _check_distinct(vocab: Mapping[str, int], file: Path) -> None:
+def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
     """Raise ``ValueError`` if two tokens have the same id, because decoding is then ambiguous."""
     tokens: dict[int, str] = {}
     for token, number in sorted(vocab.items()):

@@ -309,7 +309,7 @@ def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 
-def draw_keys(settings: Settings, key: jax.Array | None, batch: int) -> jax.Array | None:
+def keys_of_rows(settings: Settings, key: jax.Array | None, batch: int) -> jax.Array | None:
     """One random key per row [B], from the argument ``key`` of :func:`generate`; None for greedy decoding."""
     if settings.sampling.temperature == 0.0:
         return None
@@ -367,7 +367,7 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
         finite=jnp.ones((B,), bool),
         seen=seen_BV,
-        keys=draw_keys(settings, key, B),
+        keys=keys_of_rows(settings, key, B),
         sampling=sampling,
         end_ids=end_ids,
         num_ids=num_ids,

@@ -26,7 +26,7 @@ from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, is_end, read_prompts, read_tokens
-from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, draw_keys, filter_logits, settings_of
+from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
 from jaxlm.models import Model
 from jaxlm.spec import Array
 
@@ -170,14 +170,14 @@ def _generate(
         read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
         for (model, params), state in zip(models.pairs, states, strict=True)
     )
-    keys_B = draw_keys(settings, key, B)
+    keys_B = keys_of_rows(settings, key, B)
     logits_BV = logits_BV[:, : settings.num_ids]
     newest_B = _draw(settings, keys_B, jnp.zeros(B, jnp.int32), _log_probs(settings, logits_BV))
     result = SpeculativeGeneration(
         Generation(
             tokens=jnp.full((B, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32).at[:, 0].set(newest_B),
             lengths=jnp.ones(B, jnp.int32),
-            log_probs=jnp.zeros((B, N)).at[:, 0].set(_at_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
+            log_probs=jnp.zeros((B, N)).at[:, 0].set(_log_probs_of_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
             finite=rows_finite(logits_BV),
         ),
         rounds=jnp.zeros(B, jnp.int32),
@@ -264,7 +264,7 @@ def _append(
     generation = dataclasses.replace(
         generation,
         tokens=generation.tokens.at[row_and_index].set(new_BT, mode="drop"),
-        log_probs=generation.log_probs.at[row_and_index].set(_at_tokens(log_probs_BTV, new_BT), mode="drop"),
+        log_probs=generation.log_probs.at[row_and_index].set(_log_probs_of_tokens(log_probs_BTV, new_BT), mode="drop"),
         lengths=generation.lengths + jnp.sum(is_new_BT, axis=1, dtype=jnp.int32),
     )
     return dataclasses.replace(result, generation=generation)
@@ -302,7 +302,7 @@ def _is_accepted(
     q_BKV: jax.Array,
 ) -> jax.Array:
     """Whether each proposal is accepted if all proposals before it are accepted, bool [B, K]."""
-    log_ratio_BK = _at_tokens(p_BKV, proposed_BK) - _at_tokens(q_BKV, proposed_BK)
+    log_ratio_BK = _log_probs_of_tokens(p_BKV, proposed_BK) - _log_probs_of_tokens(q_BKV, proposed_BK)
     if keys_B is None:
         return log_ratio_BK >= 0.0  # True if the proposal is also the target model's most likely token
     uniform_BK = jnp.stack(
@@ -325,6 +325,6 @@ def _residual(settings: Settings, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array
     return jnp.where(is_empty_B1, p_BV, jnp.log(residual_BV))
 
 
-def _at_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+def _log_probs_of_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
     """The log-probability of each token: ``log_probs`` [..., V] at ``tokens`` [...]."""
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

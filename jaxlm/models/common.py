@@ -194,8 +194,8 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: St
     """
     if state is None:
         return x_BTD, None
-    assert context.valid_B is not None
-    return jnp.where(context.valid_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
+    assert context.fits_B is not None
+    return jnp.where(context.fits_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
 
 
 def segment_ids_or_ones(ids: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -254,7 +254,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {
         "layers": tuple(layer_specs[mixer] for mixer in common.mixers(cfg)),
         "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
-        **window_cache.row_specs(batch),
+        **window_cache.token_count_specs(batch),
     }
 
 

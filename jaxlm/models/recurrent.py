@@ -221,11 +221,11 @@ def regularization(
     raw_BTD: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
-    activation: float = 2.0,
-    slowness: float = 1.0,
+    activation_weight: float = 2.0,
+    slowness_weight: float = 1.0,
 ) -> jax.Array:
     """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 5):
-    ``activation * mean(dropped ** 2) + slowness * mean((raw[t + 1] - raw[t]) ** 2)``.
+    ``activation_weight * mean(dropped ** 2) + slowness_weight * mean((raw[t + 1] - raw[t]) ** 2)``.
 
     As in the published code, these are means and not norms. The first mean is over real tokens, the second one over
     adjacent tokens of the same document.
@@ -233,16 +233,16 @@ def regularization(
     Args:
         dropped_BTD, raw_BTD: outputs of the last layer after and before dropout, from ``apply_with_outputs``.
         segment_ids: [B, T] int32, 0 for padding. Default: one document.
-        activation: alpha, weight of the activation regularization.
-        slowness: beta, weight of the temporal activation regularization.
+        activation_weight: alpha, weight of the activation regularization.
+        slowness_weight: beta, weight of the temporal activation regularization.
     """
     ones_BT = jnp.ones(raw_BTD.shape[:2], jnp.int32)
     segments = ones_BT if segment_ids is None else segment_ids
     steps_BTD = raw_BTD[:, 1:].astype(jnp.float32) - raw_BTD[:, :-1].astype(jnp.float32)
     same_document_BT = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
-    return activation * _mean_square(dropped_BTD.astype(jnp.float32), segments > 0) + slowness * _mean_square(
-        steps_BTD, same_document_BT
-    )
+    return activation_weight * _mean_square(
+        dropped_BTD.astype(jnp.float32), segments > 0
+    ) + slowness_weight * _mean_square(steps_BTD, same_document_BT)
 
 
 def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
 from jaxlm.nn.convolution import convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import k_max_pool, max_pool
-from jaxlm.nn.convolution.window import fixed_length
+from jaxlm.nn.convolution.window import pad_to_length
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
@@ -110,7 +110,7 @@ def apply(
         raise ValueError("a classifier of whole texts carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids, None, None)
     dtype, training = jnp.dtype(cfg.dtype), key is not None
-    tokens, is_real_BT, is_one_text_B = fixed_length(tokens, segment_ids, cfg.max_positions)
+    tokens, is_real_BT, is_one_text_B = pad_to_length(tokens, segment_ids, cfg.max_positions)
     x = jnp.where(is_real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size), 0.0)
     x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
     x = constrain(x, ("batch", "seq", "activation_embed"))

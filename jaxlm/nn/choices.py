@@ -346,8 +346,8 @@ chunks are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long a
 def max_logits() -> int:
     """The maximum number of logits that exist at the same time, on all devices together."""
     platform = sharding.platform()
-    keeps_memory = platform == "cpu" and host.keeps_freed_memory()
-    per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if keeps_memory else 1)
+    keeps_freed_memory = platform == "cpu" and host.keeps_freed_memory()
+    per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if keeps_freed_memory else 1)
     return per_device * sharding.num_shards(("batch", None, "vocab"))
 
 

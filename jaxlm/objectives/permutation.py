@@ -108,7 +108,7 @@ def batch(
     make_mask = functools.partial(
         span_mask, alpha=config.alpha, beta=config.beta, max_span_length=config.max_span_length
     )
-    make_order = functools.partial(local_order, length=config.permutation_length)
+    make_order = functools.partial(order_of_part, length=config.permutation_length)
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
@@ -181,7 +181,7 @@ def _predicted_and_order(
     Args:
         parts: the slice of each part and the number of its targets.
         direction: -1 for a reversed row, else 1. The spans of a reversed row are drawn in reading order.
-        make_mask, make_order: :func:`span_mask` and :func:`local_order` with their options.
+        make_mask, make_order: :func:`span_mask` and :func:`order_of_part` with their options.
     """
     predicted, order = np.zeros(is_special.shape, bool), np.zeros(is_special.shape, np.int32)
     offset = 0
@@ -243,7 +243,7 @@ def span_mask(
     return mask
 
 
-def local_order(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
     """The factorization order of the tokens, [T] int32. It is -1 for tokens that are False in ``ordered``.
 
     Each block of ``length`` consecutive tokens is permuted, all blocks with the same permutation.

@@ -110,9 +110,9 @@ class Plan:
         communication: seconds of the collectives, if all links are used and no collective overlaps computation.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             the peak is unknown.
-        mfu_exposed: the MFU if the step takes ``seconds + communication``.
-        memory_bound: seconds to read the state and the parameters once, a lower bound of the step time. In a mixture of
-            experts, only the experts that one token uses are read. None for training or an unknown device.
+        mfu_with_communication: the MFU if the step takes ``seconds + communication``.
+        min_memory_seconds: seconds to read the state and the parameters once, a lower bound of the step time. In a
+            mixture of experts, only the experts that one token uses are read. None for training or an unknown device.
         notes: costs that the numbers do not include.
     """
 
@@ -135,8 +135,8 @@ class Plan:
     seconds: float | None
     communication: float | None
     mfu: float | None
-    mfu_exposed: float | None
-    memory_bound: float | None
+    mfu_with_communication: float | None
+    min_memory_seconds: float | None
     collectives: list[CollectiveStats]
     most_expensive: list[OperationStats]
     kernels: list[KernelStats]
@@ -198,17 +198,18 @@ def plan(
         "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
         "flops": step.flops.amount, "flops_formula": step.flops.formula,
     }  # fmt: skip
-    memory_bound = None
+    min_memory_seconds = None
     if decode and devices.device is not None:
         parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
-        memory_bound = (parameters + parts["state"]) / devices.device.bandwidth
+        min_memory_seconds = (parameters + parts["state"]) / devices.device.bandwidth
     try:
         compiled = _compile(traced, dict(compiler_options or {}))
     except _DoesNotFitError as error:
-        unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
+        unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_with_communication"))
         return Plan(
-            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=memory_bound,
-            collectives=[], most_expensive=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
+            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None,
+            min_memory_seconds=min_memory_seconds, collectives=[], most_expensive=[], kernels=[], notes=[],
+            compile_seconds=time.perf_counter() - start,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
@@ -221,7 +222,7 @@ def plan(
         fits=fits,
         reason="" if fits else f"needs {memory.total / 2**30:.2f} of {(memory.limit or 0) / 2**30:.2f} GiB per device",
         memory=memory,
-        memory_bound=memory_bound,
+        min_memory_seconds=min_memory_seconds,
         collectives=_collective_stats(costs, devices.device),
         most_expensive=_most_expensive(costs, kernel_stats),
         kernels=kernel_stats,
@@ -284,7 +285,7 @@ def _estimates(
     costs: hlo.Costs, kernel_stats: list[KernelStats], model_flops: float, devices: topology.Topology
 ) -> dict[str, Any]:
     device, count = devices.device, len(devices.devices)
-    seconds = mfu = exposed = None
+    seconds = mfu = with_communication = None
     known = [kernel.cycles for kernel in kernel_stats if kernel.cycles is not None]
     cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(kernel_stats) else None
     collectives = _collective_stats(costs, device)
@@ -294,9 +295,10 @@ def _estimates(
         seconds = cycles / device.clock
         mfu = peak_fraction(model_flops / (seconds * count), device.kind)
         if communication is not None:
-            exposed = peak_fraction(model_flops / ((seconds + communication) * count), device.kind)
+            with_communication = peak_fraction(model_flops / ((seconds + communication) * count), device.kind)
     return {
-        "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu, "mfu_exposed": exposed,
+        "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu,
+        "mfu_with_communication": with_communication,
     }  # fmt: skip
 
 

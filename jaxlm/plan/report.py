@@ -43,10 +43,10 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "estimated step", lambda p: _seconds(p.seconds)
     yield "  MFU", lambda p: _percent(p.mfu)
     yield "communication, at least", lambda p: _seconds(p.communication)
-    yield "  MFU, no overlap", lambda p: _percent(p.mfu_exposed)
+    yield "  MFU, no overlap", lambda p: _percent(p.mfu_with_communication)
     yield "tokens/s", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
-    if any(plan.memory_bound is not None for plan in plans):
-        yield "memory reads, at least", lambda p: _seconds(p.memory_bound)
+    if any(plan.min_memory_seconds is not None for plan in plans):
+        yield "memory reads, at least", lambda p: _seconds(p.min_memory_seconds)
     kinds = dict.fromkeys(collective.kind for plan in plans for collective in plan.collectives)
     for kind in kinds:
         yield kind, lambda p, kind=kind: _collective_cell(p, kind)  # type: ignore[misc]

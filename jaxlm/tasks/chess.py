@@ -54,14 +54,14 @@ from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
 
 __all__ = [
     "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MaterialPlayer", "MatingPlayer", "ModelPlayer",
-    "MoveReader", "NextMoves", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate",
+    "MoveReader", "NextMoveScores", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate",
     "mate_in_one_accuracy", "mates_in_one", "next_move_accuracy", "next_move_probabilities", "play_match",
     "play_on_terminal",
 ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class NextMoves:
+class NextMoveScores:
     """Scores of next-move predictions in recorded games. The model reads the true moves before each predicted move.
 
     Attributes:
@@ -77,7 +77,7 @@ class NextMoves:
 
 def next_move_accuracy(
     model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
-) -> NextMoves:
+) -> NextMoveScores:
     """The next-move accuracy of the model in ``games``. Illegal moves are not masked.
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
@@ -107,7 +107,7 @@ def next_move_accuracy(
         hits[:, index] = np.sum(in_vocabulary & (ranks < 1)), np.sum(in_vocabulary & (ranks < 5)), num_legal
     moves = np.array([len(line.split()) for line in games])
     names = ("next move", "next move in top 5", "legal best move")
-    return NextMoves(*(_ratio_over_games(name, row, moves) for name, row in zip(names, hits, strict=True)))
+    return NextMoveScores(*(_ratio_over_games(name, row, moves) for name, row in zip(names, hits, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,9 @@ def test_regularization_equals_the_published_formula(name):
     model, params, tokens = setup(name, output_dropout=0.4, num_layers=1)
     dropped, raw = (np.asarray(x, np.float64) for x in outputs_of(model, params, tokens, jax.random.key(2)))
     want = 2.0 * (dropped**2).mean() + 0.5 * ((raw[:, 1:] - raw[:, :-1]) ** 2).mean()
-    assert relative_error(recurrent.regularization(dropped, raw, activation=2.0, slowness=0.5), want) < 1e-6
+    assert (
+        relative_error(recurrent.regularization(dropped, raw, activation_weight=2.0, slowness_weight=0.5), want) < 1e-6
+    )
     # Row 0: two documents of 3 and 4 tokens and 2 padding tokens; row 1: padding only.
     segments = np.array([[1] * 3 + [2] * 4 + [0] * 2, [0] * 9], np.int32)
     steps = np.concatenate([np.diff(raw[0, :3], axis=0), np.diff(raw[0, 3:7], axis=0)])

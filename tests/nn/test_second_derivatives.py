@@ -40,13 +40,15 @@ def linear_loss(tree):
     return sum_of_sines(jnp.einsum("BTD,DF->BTF", tree["x"], tree["weight"]) + tree["bias"][None, None, :])
 
 
-def loss_of(tree, chunk_logits):
+def loss_of(tree, max_chunk_logits):
     head = lambda params, hidden: hidden @ params  # noqa: E731
     weights = jnp.array([[1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     targets = jnp.arange(8).reshape(2, 4) % 6
-    if chunk_logits is None:
+    if max_chunk_logits is None:
         return sum_of_sines(jnp.sum(weights * cross_entropy(head(tree["w"], tree["h"]), targets)))
-    return sum_of_sines(chunked_cross_entropy(head, tree["w"], tree["h"], targets, weights, chunk_logits=chunk_logits))
+    return sum_of_sines(
+        chunked_cross_entropy(head, tree["w"], tree["h"], targets, weights, max_chunk_logits=max_chunk_logits)
+    )
 
 
 def cell_loss(cell, names):

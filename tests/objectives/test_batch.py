@@ -49,8 +49,8 @@ def test_token_accuracy_ignores_tokens_with_weight_0():
     assert [float(x) for x in token_accuracy(MODEL, params, three_correct)[:2]] == [6.0, 11.0]
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
-def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, chunk_logits):
+@pytest.mark.parametrize("max_chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
+def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, max_chunk_logits):
     model = tiny_model("gpt2-tiny", vocab_size=101, vocab_multiple=8)
     params = initial_params(model)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 12), 0, 101), np.int32)
@@ -58,7 +58,7 @@ def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, chunk_l
     hidden, _ = apply(model, params, batch.tokens, segment_ids=batch.segment_ids)
     best = np.argmax(np.asarray(model.logits(params, hidden))[..., :101], axis=-1)
     batch = batch.replace(targets=np.where(np.arange(11) % 3 == 0, best, batch.targets))
-    monkeypatch.setattr(choices, "max_logits", lambda: chunk_logits)
+    monkeypatch.setattr(choices, "max_logits", lambda: max_chunk_logits)
     np.testing.assert_array_equal(chunked_argmax(model.logits, params, hidden), best)
     num_correct, weight, _ = jax.jit(lambda params: token_accuracy(model, params, batch))(params)
     assert (float(num_correct), float(weight)) == (float(np.sum(best == batch.targets)), 22.0)

@@ -80,11 +80,11 @@ def test_orders_give_the_authors_dense_masks(seed):
 
 
 def test_all_blocks_have_the_same_permutation():
-    order = permutation.local_order(np.ones(12, bool), 4, np.random.default_rng(3))
+    order = permutation.order_of_part(np.ones(12, bool), 4, np.random.default_rng(3))
     assert np.array_equal(order // 4, np.repeat([0, 1, 2], 4))
     assert np.array_equal(order[4:8] - 4, order[:4])
     ordered = np.array([True, False, True, True])
-    assert permutation.local_order(ordered, 4, np.random.default_rng(3)).tolist() == [
+    assert permutation.order_of_part(ordered, 4, np.random.default_rng(3)).tolist() == [
         value if is_ordered else -1 for value, is_ordered in zip(order[:4].tolist(), ordered, strict=True)
     ]
 

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
     ``row`` and ``column`` may be traced. TPU kernels pass a subclass with other implementations of the methods
-    (``pallas_tile.Block``). So a :class:`PaddableBiasFn` must slice, multiply and gather only with these methods.
+    (``pallas_tile.Block``). So a :class:`KernelBiasFn` must slice, multiply and gather only with these methods.
     """
 
     row: Any
@@ -54,7 +54,7 @@ class Tile(NamedTuple):
         """An integer array with one entry per key, sliced to the tile, as a row [1, E]."""
         return self.slice_keys(x_S)[None, :]
 
-    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+    def shifted_product(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
         """The array [R, E] float32 whose entry (i, j) is entry (i, R - i + j) of ``scale * q @ strip``, [R, R + E].
 
         So row i of the product is shifted to the left by R - i entries, and its first E entries remain. ``strip``
@@ -101,7 +101,7 @@ class BiasFn(Protocol):
 
 
 @runtime_checkable
-class PaddableBiasFn(BiasFn, Protocol):
+class KernelBiasFn(BiasFn, Protocol):
     """A bias function that TPU kernels support: it gathers only with ``Tile.gather_shifted``, never single entries."""
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:

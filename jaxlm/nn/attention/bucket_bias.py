@@ -60,7 +60,8 @@ def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: boo
 
     Row n is the bias for ``query position - key position = max_distance - n``.
 
-    This is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with ``longest=max_distance``.
+    This is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with
+    ``max_distance=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
     # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.

@@ -166,14 +166,14 @@ class Context:
         positions: [B, T] of the new tokens.
         mask: which keys (cached and new) each new token may attend to.
         start_B: the slot of each row's first new token; None without a state.
-        valid_B: False for a row whose cache is too short for the new tokens; None without a state.
+        fits_B: False for a row whose cache is too short for the new tokens; None without a state.
     """
 
     segment_ids: jax.Array | None
     positions: jax.Array
     mask: Mask
     start_B: jax.Array | None
-    valid_B: jax.Array | None
+    fits_B: jax.Array | None
 
 
 def with_window(context: Context, window: int, state: State | None) -> Context:

@@ -40,7 +40,7 @@ def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
 
 def distance_bias(
     table: jax.Array,
-    longest: int,
+    max_distance: int,
     queries: int,
     keys: int,
     *,
@@ -51,18 +51,18 @@ def distance_bias(
     """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
 
     Args:
-        table: [N, H] numbers if ``q_BTHK`` is None, otherwise [N, H, K] vectors. Row n is for distance ``longest - n``.
-            For distances outside the table, the nearest row is used.
-        longest: the distance of row 0.
+        table: [N, H] numbers if ``q_BTHK`` is None, otherwise [N, H, K] vectors. Row n is for distance ``max_distance -
+            n``. For distances outside the table, the nearest row is used.
+        max_distance: the distance of row 0.
         queries, keys: T and S.
         query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start
             at the same position, ``keys - queries`` if they end at the same position.
         q_BTHK: the vectors that are multiplied with the vectors of the table: q + v in the equation above.
         scale: factor of these products; not used for numbers.
     """
-    # Row 0 of the padded table is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the largest
-    # distance, from the last query to the first key.
-    first, rows = longest - (query_offset + queries), queries + keys
+    # Row 0 of the padded table is not used for any score, but ``Tile.shifted_product`` needs it. Row 1 is for the
+    # largest distance, from the last query to the first key.
+    first, rows = max_distance - (query_offset + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
     floats = _table_arrays(table, q_BTHK)
@@ -71,13 +71,13 @@ def distance_bias(
     return AttentionBias(_ByDistance(queries, scale), floats)
 
 
-def distance_bias_at_queries(
-    table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
+def distance_bias_at_query_positions(
+    table: jax.Array, max_distance: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
 ) -> AttentionBias:
     """The bias as in :func:`distance_bias`, for queries at any positions; the position of a key is its index.
 
-    The table must have a row for every distance that occurs: ``longest - N < query position - key index <= longest``
-    for all queries and keys. Otherwise the bias is undefined.
+    The table must have a row for every distance that occurs: ``max_distance - N < query position - key index <=
+    max_distance`` for all queries and keys. Otherwise the bias is undefined.
 
     Args:
         query_BT: [1 or B, T] integers, the position of each query relative to key 0.
@@ -90,12 +90,12 @@ def distance_bias_at_queries(
         raise ValueError(
             f"a table of {table.shape[0]} distances is too short for {keys} keys: it needs at least {keys} rows"
         )
-    return AttentionBias(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
+    return AttentionBias(_ByQueryPosition(max_distance, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
 
 
 def distance_bias_at_positions(
     table: jax.Array,
-    longest: int,
+    max_distance: int,
     query_BT: jax.Array,
     key_BS: jax.Array,
     *,
@@ -106,7 +106,9 @@ def distance_bias_at_positions(
 
     This bias gathers single entries, so it is slower than :func:`distance_bias`, which shifts whole rows.
     """
-    return AttentionBias(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
+    return AttentionBias(
+        _ByPositions(max_distance, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS}
+    )
 
 
 def type_bias(
@@ -136,7 +138,7 @@ class _ByDistance:
         return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        return tile.diagonals(arrays["table"], arrays.get("query"), self.scale)
+        return tile.shifted_product(arrays["table"], arrays.get("query"), self.scale)
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
         padded_floats = {"table": _pad_axis(floats["table"], queries, keys, axis=-1)}
@@ -147,9 +149,9 @@ class _ByDistance:
 
 @dataclasses.dataclass(frozen=True)
 class _ByQueryPosition:
-    """Bias function that uses row ``longest - query position + s`` of the table for key s."""
+    """Bias function that uses row ``max_distance - query position + s`` of the table for key s."""
 
-    longest: int
+    max_distance: int
     keys: int
     scale: float
 
@@ -158,7 +160,7 @@ class _ByQueryPosition:
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         product_RN = tile.product(arrays["query"], arrays["table"], self.scale)
-        return tile.gather_shifted(product_RN, self.longest - tile.query_column(integers["query"]))
+        return tile.gather_shifted(product_RN, self.max_distance - tile.query_column(integers["query"]))
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
         table, query = floats["table"], _pad_axis(floats["query"], 0, queries, axis=-2)
@@ -168,9 +170,9 @@ class _ByQueryPosition:
 
 @dataclasses.dataclass(frozen=True)
 class _ByPositions:
-    """Bias function that uses row ``longest - distance`` of the table, or the nearest row."""
+    """Bias function that uses row ``max_distance - distance`` of the table, or the nearest row."""
 
-    longest: int
+    max_distance: int
     scale: float
 
     def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
@@ -179,7 +181,7 @@ class _ByPositions:
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
         table = arrays["table"]
-        row_RE = jnp.clip(self.longest - (query_R1 - key_1E), 0, table.shape[-1] - 1)
+        row_RE = jnp.clip(self.max_distance - (query_R1 - key_1E), 0, table.shape[-1] - 1)
         if "query" not in arrays:
             return table[0].at[row_RE].get(mode="promise_in_bounds")
         product_RN = tile.product(arrays["query"], table, self.scale)

@@ -25,14 +25,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.attention import split, tile_scores
-from jaxlm.nn.attention.bias import AttentionBias, BiasFn, PaddableBiasFn, Tile
+from jaxlm.nn.attention.bias import AttentionBias, BiasFn, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import Block
 from jaxlm.nn.attention.tile_scores import dot
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
-MAX_STRIP_ENTRIES = 512 * 1536
+MAX_BIAS_BLOCK_ENTRIES = 512 * 1536
 """Maximum number of entries of an array [R, R + S] from which the bias of a block is made. Several arrays of this size
 must fit into VMEM."""
 MAX_KEYS = 4096
@@ -51,7 +51,7 @@ def unsupported_reason(
     if dropout_key is not None:
         return "has no dropout: set the rate to 0"
     for bias in biases:
-        if not isinstance(bias.bias_fn, PaddableBiasFn):
+        if not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
             return f"does not support the bias {name}, which gathers single entries"
     if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
@@ -121,7 +121,7 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
 
     q, k, v = map(heads_first, qkv, (query_padding, key_padding, key_padding))
     padded_biases = [
-        cast(PaddableBiasFn, bias_fn).padded(floats, query_padding, key_padding)
+        cast(KernelBiasFn, bias_fn).padded(floats, query_padding, key_padding)
         for bias_fn, floats in zip(static.bias_fns, bias_floats, strict=True)
     ]
     static = dataclasses.replace(static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_biases))
@@ -139,7 +139,7 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
 def _block_size(queries: int, keys: int) -> int:
     """The number of queries of a block: the largest multiple of LANES that divides ``queries`` and fits into VMEM."""
     sizes = range(LANES, min(queries, MAX_BLOCK) + 1, LANES)
-    return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= MAX_STRIP_ENTRIES)
+    return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= MAX_BIAS_BLOCK_ENTRIES)
 
 
 def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:

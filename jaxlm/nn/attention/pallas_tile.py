@@ -38,7 +38,7 @@ class Block(Tile):
     def key_row(self, x_S: jax.Array) -> jax.Array:
         return x_S
 
-    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+    def shifted_product(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
         if q_RK is None:
             return _row_diagonals(self.rows, strip_KP)
         return _diagonals(scale, q_RK, strip_KP)

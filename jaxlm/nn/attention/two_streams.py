@@ -19,7 +19,7 @@ from flax import struct
 
 from jaxlm.nn.attention import memory
 from jaxlm.nn.attention.bias import AttentionBias
-from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions, distance_bias_at_queries
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions, distance_bias_at_query_positions
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.spec import State
 
@@ -54,7 +54,7 @@ class Stream:
         if self.positions is not None:
             return distance_bias_at_positions(table, keys, *self.positions, q_BTHK=q_BTHK, scale=scale)
         if self.query_indices is not None:
-            return distance_bias_at_queries(table, keys, self.query_indices, keys, q_BTHK=q_BTHK, scale=scale)
+            return distance_bias_at_query_positions(table, keys, self.query_indices, keys, q_BTHK=q_BTHK, scale=scale)
         queries = q_BTHK.shape[1]
         return distance_bias(table, keys, queries, keys, query_offset=self.query_offset, q_BTHK=q_BTHK, scale=scale)
 

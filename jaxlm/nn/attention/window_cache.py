@@ -26,7 +26,7 @@ from jaxlm.nn.attention.mask import Mask
 from jaxlm.spec import ArraySpec, State
 
 
-def row_specs(batch: int) -> dict[str, ArraySpec]:
+def token_count_specs(batch: int) -> dict[str, ArraySpec]:
     """Specs of ``num_tokens`` and ``document_start``, which all layers share."""
     return dict.fromkeys(("num_tokens", "document_start"), ArraySpec((batch,), ("batch",), dtype=jnp.int32))
 
@@ -65,7 +65,7 @@ def make_context(
         start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``). None:
             each row is one document without padding; ``state`` must then be None too.
         keep_BT: False at padding. Without a state, no padding may be between two tokens of a document, because the
-            window would count it. The indices from ``jaxlm.nn.convolution.window.real_tokens_first`` move padding to
+            window would count it. The indices from ``jaxlm.nn.convolution.window.real_first_indices`` move padding to
             the end of the rows.
         window: number of tokens that a token attends to, itself included.
     """

@@ -141,12 +141,12 @@ def move_padding_last(
     if segment_ids is None:
         all_tokens_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
         return tokens_BT, Stream(jnp.ones(tokens_BT.shape, jnp.int32), None, past_BP, all_tokens_B)
-    order_BT = real_tokens_first(segment_ids)
+    order_BT = real_first_indices(segment_ids)
     tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
     return tokens_BT, Stream(segment_ids, order_BT, past_BP, jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
 
 
-def real_tokens_first(segment_ids_BT: jax.Array) -> jax.Array:
+def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
     """The indices of each row's real tokens in their order, followed by the indices of its padding, [B, T]."""
     return jnp.argsort(segment_ids_BT == 0, axis=1, stable=True)
 
@@ -195,7 +195,7 @@ def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:
 # ---------------------------------------------------------------------------------------- fixed lengths
 
 
-def fixed_length(
+def pad_to_length(
     tokens_BT: jax.Array, segment_ids: jax.Array | None, length: int, *, reverse: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The real tokens of each row, moved to the start and padded to ``length`` (for character-level classifiers).
@@ -219,7 +219,7 @@ def fixed_length(
         real_BT = jnp.broadcast_to(jnp.arange(length)[None] < T, (len(tokens_BT), length))
         return jnp.pad(tokens_BT, ((0, 0), (0, length - T))), real_BT, jnp.ones(len(tokens_BT), bool)
     single_B = jnp.all((segment_ids == 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)
-    order_BT = real_tokens_first(segment_ids)
+    order_BT = real_first_indices(segment_ids)
     tokens_BT, segment_ids = (
         jnp.pad(jnp.take_along_axis(x, order_BT, axis=1), ((0, 0), (0, length - T))) for x in (tokens_BT, segment_ids)
     )

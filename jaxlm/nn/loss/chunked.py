@@ -24,23 +24,23 @@ def chunked_cross_entropy(
     weights_BT: jax.Array,
     *,
     label_smoothing: float = 0.0,
-    chunk_logits: int | None = None,
+    max_chunk_logits: int | None = None,
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
 
-    The time axis is split into chunks of at most ``chunk_logits`` logits (default: ``jaxlm.nn.choices.max_logits``). A
-    chunk has at least one time step, even if one step has more logits. Under differentiation, the forward pass also
-    computes the gradients of each chunk, and the backward pass only multiplies them by the cotangent of the loss.
-    Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``. Positions
-    whose weight is not positive are ignored.
+    The time axis is split into chunks of at most ``max_chunk_logits`` logits (default:
+    ``jaxlm.nn.choices.max_logits``). A chunk has at least one time step, even if one step has more logits. Under
+    differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only multiplies
+    them by the cotangent of the loss. Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads;
+    not in ``weights``. Positions whose weight is not positive are ignored.
 
     Returns:
         A float32 scalar, in nats.
     """
     if hidden_BTD.size == 0:
         return jnp.zeros(())  # an empty sum
-    if chunk_logits is None:
-        chunk_logits = choices.max_logits()
+    if max_chunk_logits is None:
+        max_chunk_logits = choices.max_logits()
     leaves, tree = jax.tree.flatten(params)
     used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
@@ -53,10 +53,14 @@ def chunked_cross_entropy(
 
     used_leaves = [leaves[index] for index in used_indices]
     weights_BT = weights_BT.astype(jnp.float32)
-    return _chunked_loss(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
+    return _chunked_loss(
+        head_of_used, max_chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT
+    )
 
 
-def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
+def chunked_argmax(
+    head: Head, params: Params, hidden_BTD: jax.Array, *, max_chunk_logits: int | None = None
+) -> jax.Array:
     """The id with the largest logit at each position, [B, T] int32, without an array [B, T, V].
 
     Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
@@ -65,7 +69,7 @@ def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array, *, chunk_l
     B, T, _ = hidden_BTD.shape
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
-    C = _chunk_length(head, choices.max_logits() if chunk_logits is None else chunk_logits, params, hidden_BTD)
+    C = _chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
     argmax_by_chunk = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _split_time(hidden_BTD, C))
     return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
 
@@ -85,17 +89,17 @@ def _split_time(x: jax.Array, C: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _chunk_length(head: Head, chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of time steps of a chunk: as many as ``chunk_logits`` allows, but at least 1."""
+def _chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
+    """C, the number of time steps of a chunk: as many as ``max_chunk_logits`` allows, but at least 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
-    return choices.loss_chunk(T, max(1, chunk_logits // (B * V)))
+    return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked_loss(
     head: Head,
-    chunk_logits: int,
+    max_chunk_logits: int,
     label_smoothing: float,
     params: Params,
     hidden: jax.Array,
@@ -107,13 +111,13 @@ def _chunked_loss(
         losses = cross_entropy(head(params, hidden), targets, label_smoothing)
         return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
 
-    C = _chunk_length(head, chunk_logits, params, hidden)
+    C = _chunk_length(head, max_chunk_logits, params, hidden)
     return jax.lax.scan(add_chunk, jnp.zeros(()), tuple(_split_time(x, C) for x in (hidden, targets, weights)))[0]
 
 
 def _forward(
     head: Head,
-    chunk_logits: int,
+    max_chunk_logits: int,
     label_smoothing: float,
     params: Params,
     hidden: jax.Array,
@@ -125,7 +129,7 @@ def _forward(
         sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
-    C = _chunk_length(head, chunk_logits, params, hidden)
+    C = _chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
     # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
@@ -140,7 +144,7 @@ def _forward(
 
 
 def _backward(
-    head: Head, chunk_logits: int, label_smoothing: float, gradients: Any, cotangent: jax.Array
+    head: Head, max_chunk_logits: int, label_smoothing: float, gradients: Any, cotangent: jax.Array
 ) -> tuple[Any, ...]:
     dparams, dhidden = scale_gradients(gradients, cotangent)
     return dparams, dhidden, None, None

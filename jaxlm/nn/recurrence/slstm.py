@@ -38,7 +38,7 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
 Implementation = Literal["reference", "chunked"]
 
-STATES = ("hidden", "cell", "normalizer", "stabilizer")
+STATE_NAMES = ("hidden", "cell", "normalizer", "stabilizer")
 """The names of h, c, n and m."""
 
 
@@ -54,7 +54,7 @@ def slstm_specs(
 
 def slstm_state_specs(batch: int, heads: int, width: int) -> dict[str, ArraySpec]:
     """Specs of the state: ``hidden``, ``cell``, ``normalizer`` and ``stabilizer``, [B, H, P] float32 each."""
-    return dict.fromkeys(STATES, ArraySpec((batch, heads, width), ("batch", "heads", None)))
+    return dict.fromkeys(STATE_NAMES, ArraySpec((batch, heads, width), ("batch", "heads", None)))
 
 
 def slstm_cell(params: Params, projected_BHGP: jax.Array, state: State) -> State:
@@ -114,8 +114,8 @@ def slstm(
     if masks is not None:  # inputs at padding may be NaN
         projected_BTHGP = jnp.where(masks[1][:, :, None, None, None], projected_BTHGP, 0)
     if state is None:
-        state = dict.fromkeys(STATES, jnp.zeros_like(projected_BTHGP[:, 0, :, 0], jnp.float32))
-    state = {name: state[name].astype(jnp.float32) for name in STATES}
+        state = dict.fromkeys(STATE_NAMES, jnp.zeros_like(projected_BTHGP[:, 0, :, 0], jnp.float32))
+    state = {name: state[name].astype(jnp.float32) for name in STATE_NAMES}
     weight = params["weight_hidden"].astype(projected_BTHGP.dtype)
     time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTHGP, masks))
     if implementation == "reference":
@@ -134,7 +134,7 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
             f"the input {list(projected.shape)} must be [batch, time, heads, gates, width], with at least one step and "
             f"with the heads, gates and width of the parameters, {[H, 4, P]}"
         )
-    for name in STATES if state is not None else ():
+    for name in STATE_NAMES if state is not None else ():
         shape = (projected.shape[0], H, P)
         if name not in state or state[name].shape != shape:
             got = list(state[name].shape) if name in state else "missing"
@@ -146,10 +146,10 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
 
 def _preactivations(weight: jax.Array, bias: jax.Array, projected: jax.Array, hidden: jax.Array) -> jax.Array:
     """The pre-activations of all gates, [B, H, G, P] float32."""
-    return projected.astype(jnp.float32) + bias[None] + _product(weight, hidden)
+    return projected.astype(jnp.float32) + bias[None] + _recurrent_product(weight, hidden)
 
 
-def _product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Array:
+def _recurrent_product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Array:
     """``R h`` of all gates, [B, H, G, Q] float32."""
     hidden_BHP = hidden_BHP.astype(weight_HPGQ.dtype)
     return jnp.einsum("BHP,HPGQ->BHGQ", hidden_BHP, weight_HPGQ, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ from jaxlm.nn.attention.bias import AttentionBias, dense
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
-    distance_bias_at_queries,
+    distance_bias_at_query_positions,
     sinusoids,
     type_bias,
 )
@@ -33,9 +33,9 @@ def test_sinusoids_are_concatenated_and_not_interleaved():
         sinusoids(jnp.arange(3), 5)
 
 
-def gathered_bias(table, longest, distance_BTS, q=None):
+def gathered_bias(table, max_distance, distance_BTS, q=None):
     """The bias by its definition, [B, H, T, S]: the table row of each pair, or its product with the query."""
-    rows = jnp.clip(longest - jnp.asarray(distance_BTS), 0, table.shape[0] - 1)
+    rows = jnp.clip(max_distance - jnp.asarray(distance_BTS), 0, table.shape[0] - 1)
     row_BTS = table[rows]
     if q is None:
         return jnp.moveaxis(row_BTS, -1, 1)
@@ -65,19 +65,21 @@ def compare(function, reference, *arguments):
 def test_distance_bias(queries, keys, query_offset, vectors):
     """The table is exactly long enough, too short at either end, or longer than needed."""
     distance = (query_offset + np.arange(queries))[None, :, None] - np.arange(keys)
-    for longest, rows in ((distance.max(), queries + keys - 1), (2, 4), (40, 60), (2, 1), (-40, 3), (60, 3)):
+    for max_distance, rows in ((distance.max(), queries + keys - 1), (2, 4), (40, 60), (2, 1), (-40, 3), (60, 3)):
         table, q = arrays(queries, rows, vectors)
 
-        def function(table, *q, longest=longest):
+        def function(table, *q, max_distance=max_distance):
             query = q[0] if q else None
             return dense(
-                distance_bias(table, int(longest), queries, keys, query_offset=query_offset, q_BTHK=query, scale=0.5),
+                distance_bias(
+                    table, int(max_distance), queries, keys, query_offset=query_offset, q_BTHK=query, scale=0.5
+                ),
                 queries,
                 keys,
             )
 
-        def reference(table, *q, longest=longest):
-            return gathered_bias(table, longest, distance, *q)
+        def reference(table, *q, max_distance=max_distance):
+            return gathered_bias(table, max_distance, distance, *q)
 
         compare(function, reference, table, *(() if q is None else (q,)))
 
@@ -106,12 +108,12 @@ def test_distance_bias_at_queries():
     table, q = arrays(5, 13, True)
 
     def function(table, q):
-        return dense(distance_bias_at_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
+        return dense(distance_bias_at_query_positions(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
 
     distance = query[:, :, None] - np.arange(7)
     compare(function, lambda table, q: gathered_bias(table, 6, distance, q), table, q)
     with pytest.raises(ValueError, match="a table of 13 distances is too short for 14 keys"):
-        distance_bias_at_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
+        distance_bias_at_query_positions(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
 def test_type_bias():
@@ -134,7 +136,7 @@ def bias_of(kind, table, vectors, q, types):
     if kind == "vectors":
         return distance_bias(vectors, T, T, T, query_offset=0, q_BTHK=q, scale=0.5)
     if kind == "vectors of queries":
-        return distance_bias_at_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
+        return distance_bias_at_query_positions(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
     return [
         distance_bias_at_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
         type_bias(q, types, positions % 3, positions % 2, scale=0.5),

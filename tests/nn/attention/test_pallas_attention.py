@@ -9,7 +9,7 @@ from jaxlm.nn.attention import attention, pallas
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
-    distance_bias_at_queries,
+    distance_bias_at_query_positions,
     type_bias,
 )
 from jaxlm.nn.attention.mask import Mask
@@ -45,7 +45,7 @@ def make_biases(kinds, q, numbers, vectors, types, S):
         "numbers": lambda: distance_bias(numbers, 12, T, S, query_offset=S - T),
         "numbers of all heads": lambda: distance_bias(numbers[:, :1], 12, T, S, query_offset=0),
         "vectors": lambda: distance_bias(vectors, S, T, S, query_offset=S - T, q_BTHK=q, scale=0.5),
-        "vectors of queries": lambda: distance_bias_at_queries(
+        "vectors of queries": lambda: distance_bias_at_query_positions(
             vectors, S, S - T + np.random.default_rng(3).integers(0, T, (B, T)), S, q_BTHK=q, scale=0.5
         ),
         "types": lambda: type_bias(

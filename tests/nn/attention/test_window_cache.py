@@ -38,7 +38,7 @@ def visible_attention(q_HK, keys_NGK, values_NGK):
 @pytest.mark.parametrize("window", [1, 3, 4, 16])
 def test_attention_equals_that_over_the_last_tokens_of_the_document(window):
     rng = np.random.default_rng(0)
-    state = spec.init(window_cache.row_specs(3))
+    state = spec.init(window_cache.token_count_specs(3))
     kv = spec.init(window_cache.layer_specs(3, window, G, K, jnp.float32))
     documents, last_segment = [[], [], []], None
     for call in CALLS:
@@ -59,7 +59,7 @@ def test_attention_equals_that_over_the_last_tokens_of_the_document(window):
                 want = visible_attention(q[row, t], *zip(*document[-window:], strict=True))
                 np.testing.assert_allclose(got[row, t], want, rtol=2e-5, atol=1e-6)
     layer_specs = window_cache.layer_specs(3, window, G, K, jnp.float32)
-    assert spec.diff({**window_cache.row_specs(3), **layer_specs}, {**state, **kv}) == []
+    assert spec.diff({**window_cache.token_count_specs(3), **layer_specs}, {**state, **kv}) == []
 
 
 def test_without_a_state_the_mask_has_no_order():
@@ -82,4 +82,4 @@ def test_no_array_grows_with_the_text():
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in specs.items()} == {
         "key": ((2, 8, G * K), jnp.bfloat16), "value": ((2, 8, G * K), jnp.bfloat16),
     }  # fmt: skip
-    assert all("batch" in leaf.axes for leaf in jax.tree.leaves((specs, window_cache.row_specs(2))))
+    assert all("batch" in leaf.axes for leaf in jax.tree.leaves((specs, window_cache.token_count_specs(2))))

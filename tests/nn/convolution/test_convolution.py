@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import fixed_length, move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_specs, restore_order, tail_specs
 from jaxlm.spec import ONES, Normal
 from jaxlm.testing.helpers import relative_error
 
@@ -152,15 +152,15 @@ def test_each_padded_document_equals_a_separate_document(cuts):
 def test_fixed_length_moves_padding_to_the_end_and_reverses_texts():
     tokens = jnp.array([[9, 1, 2, 9, 3], [4, 5, 6, 7, 8]])
     ids = jnp.array([[0, 1, 1, 0, 1], [1, 1, 2, 2, 2]])
-    output, is_real, has_one_document = fixed_length(tokens, ids, 6)
+    output, is_real, has_one_document = pad_to_length(tokens, ids, 6)
     assert output[0, :3].tolist() == [1, 2, 3]
     assert is_real.tolist() == [[True] * 3 + [False] * 3, [True] * 5 + [False]]
     assert has_one_document.tolist() == [True, False]
-    output, is_real, _ = fixed_length(tokens, ids, 6, reverse=True)
+    output, is_real, _ = pad_to_length(tokens, ids, 6, reverse=True)
     assert output[0, :3].tolist() == [3, 2, 1]
     assert is_real[0].tolist() == [True] * 3 + [False] * 3
     with pytest.raises(ValueError, match="5 tokens exceed max_positions=4"):
-        fixed_length(tokens, ids, 4)
+        pad_to_length(tokens, ids, 4)
 
 
 # ----------------------------------------------------------------------------------- weight normalization

@@ -36,12 +36,12 @@ def test_cross_entropy_against_float64():
     assert relative_error(cross_entropy(jnp.asarray(logits, jnp.float32), targets), want) < 1e-6
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 2 * 5 * V, 2 * 12 * V, 10**9])
-def test_chunked_equals_unchunked_in_value_and_all_gradients(chunk_logits):
+@pytest.mark.parametrize("max_chunk_logits", [1, 2 * 5 * V, 2 * 12 * V, 10**9])
+def test_chunked_equals_unchunked_in_value_and_all_gradients(max_chunk_logits):
     params, hidden, targets, weights = make_arrays()
 
     def chunked(params, hidden):
-        return 2.5 * chunked_cross_entropy(head, params, hidden, targets, weights, chunk_logits=chunk_logits)
+        return 2.5 * chunked_cross_entropy(head, params, hidden, targets, weights, max_chunk_logits=max_chunk_logits)
 
     want = jax.value_and_grad(lambda p, h: 2.5 * unchunked_loss(p, h, targets, weights), argnums=(0, 1))(params, hidden)
     got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden)
@@ -58,9 +58,10 @@ def test_the_logits_of_all_positions_never_exist():
     ints = jax.ShapeDtypeStruct((1, rows), jnp.int32)
     weights = jax.ShapeDtypeStruct((1, rows), jnp.float32)
 
-    def temporaries(chunk_logits):
+    def temporaries(max_chunk_logits):
         grad = jax.grad(
-            lambda p, h, t, w: chunked_cross_entropy(head, p, h, t, w, chunk_logits=chunk_logits), argnums=(0, 1)
+            lambda p, h, t, w: chunked_cross_entropy(head, p, h, t, w, max_chunk_logits=max_chunk_logits),
+            argnums=(0, 1),
         )
         return jax.jit(grad).lower(params, hidden, ints, weights).compile().memory_analysis().temp_size_in_bytes
 
@@ -123,7 +124,7 @@ def test_chunks_on_accelerators_are_multiples_of_lanes_or_powers_of_two(monkeypa
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
 
     def chunked(params, hidden):
-        return chunked_cross_entropy(head, params, hidden, targets, np.ones((1, 300)), chunk_logits=limit * V)
+        return chunked_cross_entropy(head, params, hidden, targets, np.ones((1, 300)), max_chunk_logits=limit * V)
 
     gradient = jax.grad(chunked, argnums=(0, 1))
     assert 1 + sum(scan.params["length"] for scan in _scans(jax.make_jaxpr(gradient)(params, hidden).jaxpr)) == chunks
@@ -141,8 +142,8 @@ def _scans(jaxpr):
                 yield from _scans(inner)
 
 
-@pytest.mark.parametrize("chunk_logits", [2 * 5 * V, 10**9])
-def test_label_smoothing_in_value_and_all_gradients(chunk_logits):
+@pytest.mark.parametrize("max_chunk_logits", [2 * 5 * V, 10**9])
+def test_label_smoothing_in_value_and_all_gradients(max_chunk_logits):
     """Against the cross entropy with an explicit target distribution; two padding ids get no probability."""
     params, hidden, targets, weights = make_arrays()
     targets, smoothing, real = np.minimum(targets, V - 3), 0.2, np.arange(V) < V - 2
@@ -157,7 +158,7 @@ def test_label_smoothing_in_value_and_all_gradients(chunk_logits):
 
     def chunked(params, hidden):
         return chunked_cross_entropy(
-            padded_head, params, hidden, targets, weights, label_smoothing=smoothing, chunk_logits=chunk_logits
+            padded_head, params, hidden, targets, weights, label_smoothing=smoothing, max_chunk_logits=max_chunk_logits
         )
 
     want = jax.value_and_grad(explicit_loss, argnums=(0, 1))(params, hidden)
@@ -182,8 +183,10 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     hidden, targets = jnp.full((1, 512, 1), 0.01, jnp.bfloat16), jnp.ones((1, 512), int)
     table, weights = jnp.zeros((2, 1), jnp.bfloat16), jnp.ones((1, 512))
 
-    def loss(table, chunk_logits):
-        return chunked_cross_entropy(lambda t, x: x @ t.T, table, hidden, targets, weights, chunk_logits=chunk_logits)
+    def loss(table, max_chunk_logits):
+        return chunked_cross_entropy(
+            lambda t, x: x @ t.T, table, hidden, targets, weights, max_chunk_logits=max_chunk_logits
+        )
 
     whole, chunked = (jax.grad(loss)(table, size) for size in (1024, 4))
     assert float(chunked[0, 0]) == pytest.approx(2.56, rel=0.01)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.recurrence import slstm, slstm_cell, slstm_specs, slstm_state_specs
-from jaxlm.nn.recurrence.slstm import STATES
+from jaxlm.nn.recurrence.slstm import STATE_NAMES
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import assert_trees_close, relative_error
@@ -21,7 +21,7 @@ def arguments(strength=1.0):
     """Parameters, inputs, and a state. The normalizer of a state is positive."""
     params = spec.init(slstm_specs(H, P, Normal(0.7), Normal(0.5)), jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 5)
-    state = {name: jax.random.normal(key, (B, H, P)) for name, key in zip(STATES, keys[1:], strict=True)}
+    state = {name: jax.random.normal(key, (B, H, P)) for name, key in zip(STATE_NAMES, keys[1:], strict=True)}
     state["normalizer"] = 1.0 + jnp.abs(state["normalizer"])
     return params, strength * jax.random.normal(keys[0], (B, T, H, 4, P)), state
 
