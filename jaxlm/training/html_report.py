@@ -6,6 +6,7 @@ The page needs no other file, no network and no script. It supports light and da
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,12 @@ SHOWN_SAMPLES = 20
 
 MAX_UNWRAPPED_LENGTH = 20
 """The cells of a sample column are not wrapped if the longest cell has at most this many characters."""
+
+MAX_LARGE_COLUMNS = 30
+"""Attention maps with more columns have smaller cells."""
+
+MAX_TITLE = 200
+"""Longest title of an attention map, in characters."""
 
 REPORT = "report.html"
 CONFIG = "config.json"
@@ -99,6 +106,8 @@ def _value_html(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value is None:
+        return "none"
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
@@ -215,10 +224,15 @@ def _attention_section(run: Path) -> _Section | None:
         return None
     caption = "Each row is a token that attends to the columns; a stronger color is a larger weight." + _SCALE
     figures = "".join(
-        f'<figure class="wide"><figcaption>{escape(item.title)}</figcaption>{_attention_table(item)}</figure>'
+        f'<figure class="wide"><figcaption>{_title(item.title)}</figcaption>{_attention_table(item)}</figure>'
         for item in maps
     )
     return "attention", "Attention", f'<p class="note">{caption}</p><div class="maps">{figures}</div>'
+
+
+def _title(text: str) -> str:
+    """The text on one line, without its end if it is long."""
+    return escape(textwrap.shorten(text, MAX_TITLE, placeholder=" ..."))
 
 
 def _attention_table(item: report.AttentionMap) -> str:
@@ -231,8 +245,10 @@ def _attention_table(item: report.AttentionMap) -> str:
         + "</tr>"
         for row, weights in zip(item.rows, np.asarray(item.weights, np.float64), strict=True)
     )
-    header = "".join(f'<th scope="col" class="upright"><span>{_token(column)}</span></th>' for column in item.columns)
-    return f'<table class="heat map"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
+    upright = ' class="upright"' if max(map(len, item.columns), default=0) > 1 else ""
+    header = "".join(f'<th scope="col"{upright}><span>{_token(column)}</span></th>' for column in item.columns)
+    small = " small" if len(item.columns) > MAX_LARGE_COLUMNS else ""
+    return f'<table class="heat map{small}"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _heat_cell(fraction: float, text: str, title: str) -> str:
@@ -351,6 +367,8 @@ box-shadow:inset 0 0 0 1px var(--line)}
 .strong{color:#fff}
 .total{color:var(--soft);padding-left:10px;text-align:right}
 .map .cell{width:26px;min-width:26px;height:26px;padding:0}
+.map thead th{padding:0 0 4px}
+.map.small{font-size:.72rem}.map.small .cell{width:19px;min-width:19px;height:19px}
 .scale{display:inline-flex;align-items:center;gap:5px;margin-left:12px}
 .scale i{font-style:normal}
 .scale b{width:90px;height:11px;border-radius:3px;box-shadow:inset 0 0 0 1px var(--line);

@@ -204,8 +204,8 @@ def _describe_processor() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
-    cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"
-    return f"{host.processor_name()}, {cores}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{host.processor_name()}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 # --------------------------------------------------------------------------------------------- samples.jsonl

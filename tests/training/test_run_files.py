@@ -232,6 +232,23 @@ def test_the_report_shows_the_content_of_every_file(complete_run):
     assert shades == [0.75, 0.25, 0.0, 0.0, 0.9, 0.1, 0.2, 0.8]
 
 
+def test_large_attention_maps_have_small_cells_and_short_titles(tmp_path):
+    report.write_results(
+        tmp_path, task="chess", family="gpt", parameters=1, minutes=1.0, scores=[], no_answer_threshold=None
+    )
+    letters = list("abcdefghijklmnopqrstuvwxyz01234")
+    maps = [
+        AttentionMap("word\n" * 60, letters, letters, np.eye(31).tolist()),
+        AttentionMap("short", ["a"], ["long", "b"], [[0.5, 0.5]]),
+    ]
+    report.write_attention(tmp_path, maps)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r'<table class="heat (map[ \w]*)">', text) == ["map small", "map"]
+    assert text.count('class="upright"') == 2  # both names of the second map, because one of them is long
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == [" ".join(["word"] * 39) + " ...", "short"]
+    assert "<dt>no answer threshold</dt><dd>none</dd>" in text
+
+
 def test_the_report_omits_the_sections_of_missing_files(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl")
     with (tmp_path / "metrics.jsonl").open("a") as file:
