@@ -62,6 +62,8 @@ class Plan:
         if not self.decode and self.param_dtype != "float32":
             raise ValueError(f"--param-dtype {self.param_dtype} needs --decode: training uses float32 parameters")
         model = self._model()
+        if self.decode:
+            self._check_decodes(model)
         xla = assigned_texts("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
         plans = []
         for mesh in (self.mesh, *self.compare):
@@ -76,6 +78,12 @@ class Plan:
         if self.json is not None:
             self.json.write_text(json.dumps([dataclasses.asdict(item) for item in plans], indent=2) + "\n", "utf-8")
         return 0
+
+    def _check_decodes(self, model: jaxlm.Model) -> None:
+        try:
+            model.state_specs(1, 1, **({"source_length": 1} if model.reads_source else {}))
+        except TypeError as error:
+            raise ValueError(f"--decode: {error}: remove it") from error
 
     def _model(self) -> jaxlm.Model:
         changes = assignments("set", self.set)

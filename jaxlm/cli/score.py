@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
 from jaxlm.decoding.describe import describe
+from jaxlm.decoding.score import perplexity_of
 from jaxlm.tasks.predict import score_texts
 
 
@@ -37,5 +37,5 @@ class Score:
             texts = targets
         scores = score_texts(model, params, tokenizer, texts, sources, batch_size=self.batch_size)
         for total, count in zip(scores.log_likelihoods.tolist(), scores.num_tokens.tolist(), strict=True):
-            print(f"{total:.4f}\t{count}\t{math.exp(-total / count):.4f}")
+            print(f"{total:.4f}\t{count}\t{perplexity_of(-total / count):.4f}")
         return 0

@@ -197,6 +197,14 @@ def _target_token_scores(
     return _scores(model, params, hidden_BTD, targets_BT, is_predicted_BT)
 
 
+def perplexity_of(nats_per_token: float) -> float:
+    """``exp(nats_per_token)``; infinity if the result exceeds the largest float."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
     """The perplexity of a text under a model.
@@ -212,7 +220,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """``exp(nats_per_token)``: the number of equally likely tokens that gives the same negative log-likelihood."""
-        return math.exp(self.nats_per_token)
+        return perplexity_of(self.nats_per_token)
 
 
 def perplexity(

@@ -192,12 +192,12 @@ def _find_format(
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    if "task" in overrides:  # the head of this architecture is not supported, but its base model is supported
+    # Without a prefix, the files do not distinguish the tensors of the base model from those of the head.
+    has_base_model = bool(candidates[-1][1].prefix)
+    if has_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
         return *candidates[-1], {"task": "none"}
-    raise ValueError(
-        f"{path}: architecture {architecture!r} is not supported; pass task=... to load its base model with a new "
-        f"head. Supported: {supported}"
-    )
+    advice = "; pass task=... to load its base model with a new head" if has_base_model else ""
+    raise ValueError(f"{path}: architecture {architecture!r} is not supported{advice}. Supported: {supported}")
 
 
 def _published_fields(config: dict[str, Any], table: Format, config_class: type, path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -24,7 +23,7 @@ from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.score import target_token_scores, token_scores
+from jaxlm.decoding.score import perplexity_of, target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
@@ -41,7 +40,8 @@ class Predictions:
     """The predicted labels of texts.
 
     Attributes:
-        probabilities: [N, L] float32, the probability of each label.
+        probabilities: [N, L] float32, the probability of each label. The probabilities of a text sum to 1, except for
+            a model with ``problem_type="multi_label_classification"`` in its files, whose labels are independent.
         names: the label names. None: the model has no label names.
     """
 
@@ -77,8 +77,8 @@ def classify(
 
     Raises:
         TypeError: ``texts`` or ``pairs`` is a single string.
-        ValueError: the model is not a classifier, or has a single output (a regression score); or a text is empty or
-            longer than the model's positions.
+        ValueError: the model is not a classifier, or its outputs are regression scores (a single output, or
+            ``problem_type="regression"`` in its files); or a text is empty or longer than the model's positions.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
@@ -91,10 +91,19 @@ def classify(
     )  # fmt: skip
     if model.config.num_labels == 1:
         raise ValueError("the model has num_labels=1: its output is a regression score, not a label")
+    problem = _problem_type(model)
+    if problem == "regression":
+        raise ValueError(
+            "config.json has problem_type='regression': the outputs of the model are scores, not labels: compute them "
+            "with model.logits(params, model.pool(params, hidden))"
+        )
+    independent = problem == "multi_label_classification"
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in input_batches(model, encodings, batch_size):
-        probabilities[batch.numbers] = _checked_probabilities(model, params, batch, pool=True)[:, 0]
+        probabilities[batch.numbers] = _checked_probabilities(model, params, batch, pool=True, independent=independent)[
+            :, 0
+        ]
     return Predictions(probabilities, model.labels)
 
 
@@ -221,7 +230,7 @@ class TextScores:
     @property
     def perplexity(self) -> float:
         """``exp(nats_per_token)``."""
-        return math.exp(self.nats_per_token)
+        return perplexity_of(self.nats_per_token)
 
 
 def score_texts(
@@ -430,21 +439,33 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
         yield _InputBatch(numbers, tokens, segment_ids, inputs)
 
 
-def _checked_probabilities(model: Model, params: Params, batch: _InputBatch, *, pool: bool) -> np.ndarray:
+def _problem_type(model: Model) -> str | None:
+    """The field ``problem_type`` of the files of the model, or None if there is none or the head is new."""
+    if model.metadata is None or model.metadata.initialized:
+        return None
+    return model.metadata.config.get("problem_type")
+
+
+def _checked_probabilities(
+    model: Model, params: Params, batch: _InputBatch, *, pool: bool, independent: bool = False
+) -> np.ndarray:
     """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
+
+    The probability of each label is computed separately if the labels are ``independent``.
 
     Raises:
         NotFiniteError: the logits of a token that is not padding (with ``pool``, of a row) are not finite.
     """
     probabilities, finite_B = _label_probabilities(
-        model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool, sharding=active()
-    )
+        model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool,
+        independent=independent, sharding=active(),
+    )  # fmt: skip
     with rename_rows_in_errors("text", batch.numbers):
         check_finite(model, params, finite_B)
     return np.asarray(probabilities)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "pool", "sharding"))
+@functools.partial(jax.jit, static_argnames=("model", "pool", "independent", "sharding"))
 def _label_probabilities(
     model: Model,
     params: Params,
@@ -453,6 +474,7 @@ def _label_probabilities(
     inputs: dict[str, jax.Array],
     *,
     pool: bool,
+    independent: bool,
     sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[jax.Array, jax.Array]:
     """The label probabilities, and whether the logits of each row are finite, bool [B]."""
@@ -463,7 +485,8 @@ def _label_probabilities(
     finite_BT = rows_finite(logits_BTL)
     if not pool:
         finite_BT |= segment_ids_BT == 0
-    return jax.nn.softmax(logits_BTL, axis=-1), jnp.all(finite_BT, axis=1)
+    probabilities_BTL = jax.nn.sigmoid(logits_BTL) if independent else jax.nn.softmax(logits_BTL, axis=-1)
+    return probabilities_BTL, jnp.all(finite_BT, axis=1)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ read windows in random order, without a state.
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from jaxlm.data import ContiguousStreams, RandomWindows, Tokenizer, Window
 from jaxlm.data.tokens import split_tokens
 from jaxlm.decoding.describe import describe, require_task
-from jaxlm.decoding.score import perplexity
+from jaxlm.decoding.score import perplexity, perplexity_of
 from jaxlm.metrics import Score
 from jaxlm.models import Model
 from jaxlm.objectives import causal
@@ -155,7 +154,7 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
     values = {
         "nats per character": nats * ids.size / corpus.num_characters[part],
         "bits per character": bits_per_character(nats, ids.size, corpus.num_characters[part]),
-        "perplexity per token": math.exp(nats),
+        "perplexity per token": perplexity_of(nats),
     }
     return [
         Score(f"{part} {name}", value, count=ids.size - 1, detail=f"whole {part} split, {how}")

@@ -135,3 +135,8 @@ def test_errors_name_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, messag
 def test_errors_name_bad_windows(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         perplexity(*gpt, **{"ids": np.arange(20), "window": 8, "stride": 4, **arguments})
+
+
+def test_a_perplexity_above_the_largest_float_is_infinite() -> None:
+    assert score.perplexity_of(0.0) == 1.0
+    assert score.perplexity_of(1000.0) == np.inf

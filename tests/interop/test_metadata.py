@@ -440,6 +440,26 @@ def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     assert "problem_type" not in config
 
 
+@pytest.mark.parametrize("model_type", ["mt5", "umt5"])
+def test_a_multilingual_t5_keeps_another_mlp_than_its_default(model_type: str, tmp_path: Path) -> None:
+    model = get_model("t5-tiny", mlp="relu", bias_per_layer=model_type == "umt5")
+    save_model(tmp_path / "a", model)
+    edit(tmp_path / "a", model_type=model_type, architectures=[f"{model_type.upper()}ForConditionalGeneration"])
+    loaded, params = load_pretrained(tmp_path / "a")
+    save_pretrained(tmp_path / "b", loaded, params)
+    assert read(tmp_path / "b") == read(tmp_path / "a")
+    assert load_pretrained(tmp_path / "b")[0] == loaded
+    assert loaded.config.mlp == "relu"
+
+
+def test_heads_of_files_without_a_prefix_are_refused_without_advice(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("t5-tiny"))
+    edit(directory, architectures=["T5ForQuestionAnswering"])
+    for overrides in ({}, {"task": "none"}):
+        with pytest.raises(ValueError, match=r"'T5ForQuestionAnswering' is not supported\. Supported: "):
+            load_pretrained(directory, **overrides)
+
+
 def test_an_unsupported_class_loads_as_its_base_model(tmp_path: Path) -> None:
     directory = save_model(tmp_path, get_model("bert-tiny", task="classification", num_labels=1))
     edit(directory, architectures=["BertForMultipleChoice"])

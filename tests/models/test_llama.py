@@ -392,6 +392,15 @@ def test_unsupported_settings_raise(tmp_path, fields, message):
         load_pretrained(save_with_fields(tmp_path, **fields))
 
 
+def test_null_fields_of_rope_scaling_are_ignored(tmp_path):
+    fields = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    models = [
+        load_pretrained(save_with_fields(tmp_path, rope_scaling=scaling))[0]
+        for scaling in (fields, {**fields, "mscale": None, "beta_fast": None})
+    ]
+    assert models[0] == models[1]
+
+
 QWEN2 = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3}
 
 

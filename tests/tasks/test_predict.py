@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 import jaxlm
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
 from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, apply, decode_state, initial_params, tiny_model
@@ -112,6 +115,27 @@ def test_labels_have_the_label_names_of_the_model() -> None:
     token_classifier, params = model_and_params("bert-tiny", task="token_classification", num_labels=2)
     (labels,) = label_words(token_classifier.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
     assert {label.label for label in labels} <= {"O", "NAME"}
+
+
+def test_labels_of_a_multi_label_model_are_independent(tmp_path: Path) -> None:
+    save_pretrained(tmp_path, *classifier())
+    (tmp_path / "checksums.json").unlink()  # the configuration changes
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+
+    def loaded(problem: str, **overrides: Any) -> Any:
+        path.write_text(json.dumps({**config, "problem_type": problem}))
+        return load_pretrained(tmp_path, **overrides)
+
+    shares = classify(*classifier(), BYTES, TEXTS).probabilities
+    probabilities = classify(*loaded("multi_label_classification"), BYTES, TEXTS).probabilities
+    odds = probabilities / (1 - probabilities)
+    np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), shares, rtol=1e-4)
+    assert np.abs(probabilities.sum(axis=1) - 1).min() > 1e-3
+    with pytest.raises(ValueError, match="problem_type='regression': the outputs of the model are scores"):
+        classify(*loaded("regression"), BYTES, TEXTS)
+    new_head = classify(*loaded("regression", num_labels=2), BYTES, TEXTS).probabilities
+    np.testing.assert_allclose(new_head.sum(axis=1), 1.0, rtol=1e-5)
 
 
 def test_errors_for_texts_that_cannot_be_classified() -> None:

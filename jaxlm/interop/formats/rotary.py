@@ -56,13 +56,14 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
         )
     field_of = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
+    hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
     for name, value in hf_scaling.items():
         if name not in field_of or isinstance(value, str):
             raise ValueError(
                 f"{name}={value!r} of {kind} rope_scaling is not supported: the supported fields are "
                 f"{', '.join(field_of)}; their values must not be strings"
             )
-    scaling = {field_of[name]: value for name, value in hf_scaling.items() if value is not None}
+    scaling = {field_of[name]: value for name, value in hf_scaling.items()}
     if "factor" not in scaling:
         raise ValueError(f"rope_scaling of type {kind} has no field factor: add it")
     if kind in ("dynamic", "yarn"):

@@ -90,7 +90,8 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return read
 
 
-def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
+def _format(model_type: str, prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
+    """A format. ``mlp`` is the value of the field of this name if ``feed_forward_proj`` is missing."""
     return Format(
         architectures={
             f"{prefix}ForConditionalGeneration": {"task": "seq2seq"},
@@ -106,8 +107,8 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
             "num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
             "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
         },
-        default_fields=implied,
-        read_fields=_reader(_MLPS[implied.get("mlp", "relu")][0]),
+        default_fields=default_fields,
+        read_fields=_reader(_MLPS[mlp][0]),
         write_fields=_write_fields,
         required={"tie_encoder_decoder": False, "pruned_heads": {}},
         aliases={
@@ -124,14 +125,11 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
     )  # fmt: skip
 
 
-_MULTILINGUAL = {
-    "mlp": "gated_gelu", "tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6,
-    "vocab_size": 250112,
-}  # fmt: skip
+_MULTILINGUAL = {"tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250112}
 """The defaults of mT5's config class. The defaults of umT5 differ in ``tie_embeddings``."""
 
 FORMATS = (
-    _format("t5", "T5", {"bias_per_layer": False}),
-    _format("mt5", "MT5", {**_MULTILINGUAL, "bias_per_layer": False}),
-    _format("umt5", "UMT5", {**_MULTILINGUAL, "tie_embeddings": True, "bias_per_layer": True}),
+    _format("t5", "T5", {"bias_per_layer": False}, mlp="relu"),
+    _format("mt5", "MT5", {**_MULTILINGUAL, "bias_per_layer": False}, mlp="gated_gelu"),
+    _format("umt5", "UMT5", {**_MULTILINGUAL, "tie_embeddings": True, "bias_per_layer": True}, mlp="gated_gelu"),
 )

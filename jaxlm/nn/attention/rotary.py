@@ -126,7 +126,9 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    return 1.0 - np.clip((np.arange(width // 2) - first) / max(last - first, 0.001), 0.0, 1.0)
+    # The difference is negative if the base is small or beta_fast is near beta_slow. The weights then increase with the
+    # index, as in transformers.
+    return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
 
 def rotary_width(head_dim: int, fraction: float) -> int:

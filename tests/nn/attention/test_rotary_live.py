@@ -19,16 +19,21 @@ CASES: dict[str, tuple[dict[str, Any] | None, RotaryScaling | None]] = {
         RotaryScaling("llama3", 4.0, 2048, low_frequency_factor=1.5, high_frequency_factor=6.0),
     ),
     "yarn": (LONG, RotaryScaling("yarn", 4.0, 2048)),
+    "yarn, reversed": (
+        {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 2.0, "truncate": False},
+        RotaryScaling("yarn", 4.0, 8, beta_fast=4.0, beta_slow=2.0, truncate=False),
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("width", "base"), [(64, 500000.0), (128, 10000.0), (8, 100.0)])
-def test_rotary_frequencies_equal_transformers(kind: str, width: int, base: float) -> None:
+def test_rotary_frequencies_equal_transformers(name: str, width: int, base: float) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    reference_fields, scaling = CASES[kind]
+    reference_fields, scaling = CASES[name]
+    kind = name.partition(",")[0]
     config = LlamaConfig(
         hidden_size=2 * width, num_attention_heads=2, rope_theta=base,
         max_position_embeddings=2048 if kind == "dynamic" else 8192,
