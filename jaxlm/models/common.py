@@ -39,6 +39,10 @@ class ModelConfig:
         num_layers = getattr(self, "num_layers", 0)  # a field of most families
         if num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
+        for name in ("rotary_base", "window_rotary_base"):  # fields of families with rotary embeddings
+            base = getattr(self, name, None)
+            if base is not None and not base > 0:
+                raise ValueError(f"{name}={base} must be positive")
         config_lib.check_choices(self)
 
 

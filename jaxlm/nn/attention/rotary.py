@@ -53,7 +53,7 @@ class RotaryScaling:
             raise ValueError(
                 f"kind={self.kind!r} of rotary scaling is unknown: choose from {', '.join(get_args(Kind))}"
             )
-        if self.factor < 1.0:
+        if not self.factor >= 1.0:  # also refuses NaN
             raise ValueError(f"factor={self.factor} of rotary scaling must be at least 1")
         if self.kind != "linear" and (self.original_positions is None or self.original_positions < 1):
             raise ValueError(
