@@ -58,22 +58,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+SLOW_CONTRACT_TESTS = {
+    "test_remat_and_attention_implementation_do_not_change_loss_and_gradients",
+    "test_every_dropout_rate_acts_only_with_a_key",
+    "test_bfloat16_is_finite_and_near_float32",
+    "test_each_position_depends_on_exactly_the_visible_positions",
+    "test_padding_does_not_change_the_other_positions",
+    "test_packed_documents_equal_separate_documents",
+    "test_cached_equals_full_at_every_position",
+    "test_rows_of_unequal_length_decode_independently",
+    "test_a_prefix_branches_and_each_branch_rolls_back",
+    "test_a_token_id_outside_the_vocabulary_gives_nan",
+    "test_sharded_step_equals_single_device_step",
+    "test_runs_under_an_explicit_mesh_and_in_shard_map",
+    "test_loss_falls_in_twenty_steps_without_recompiling",
+}
+"""Contract tests that plain pytest runs only for ``REPRESENTATIVES``, in test_contract.py."""
+
+
 def _mark_thorough_cases(items: list[pytest.Item]) -> None:
     """Mark the cases that plain ``pytest`` does not run: see the mark ``plain_cases`` in pyproject.toml."""
+    from jaxlm.testing.contract import REPRESENTATIVES
+
     cases_of_test = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("plain_cases") and not item.get_closest_marker("thorough"):
+        if item.get_closest_marker("thorough"):
+            continue
+        name = getattr(item, "originalname", item.name)
+        if item.path.name == "test_contract.py" and name in SLOW_CONTRACT_TESTS:
+            if item.callspec.params["name"] not in REPRESENTATIVES:
+                item.add_marker("thorough")
+        elif item.get_closest_marker("plain_cases"):
             cases_of_test[item.nodeid.split("[")[0]].append(item)
     for cases in cases_of_test.values():
-        mark = cases[0].get_closest_marker("plain_cases")
-        if "name" in mark.kwargs:
-            plain = [item for item in cases if item.callspec.params["name"] in mark.kwargs["name"]]
-        else:
-            count = min(mark.args[0], len(cases))
-            plain = [cases[i * len(cases) // count] for i in range(count)]
-        for item in cases:
-            if item not in plain:
-                item.add_marker("thorough")
+        (count,) = cases[0].get_closest_marker("plain_cases").args
+        for item in set(cases) - set(_spread(cases, count)):
+            item.add_marker("thorough")
+
+
+def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """``count`` cases with many different values of the parameters.
+
+    The first one is the last case, which is rarely a trivial one. Each other one adds the most values.
+    """
+    values = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
+    chosen, seen = [], set()
+    for _ in range(min(count, len(cases))):
+        best = max((case for case in reversed(cases) if case not in chosen), key=lambda case: len(values[case] - seen))
+        chosen.append(best)
+        seen |= values[best]
+    return chosen
 
 
 def _has_no_parameters(item: pytest.Item) -> bool:

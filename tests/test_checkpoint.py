@@ -780,7 +780,6 @@ with Checkpointer(sys.argv[1], keep_last=2) as checkpointer:
 """
 
 
-@pytest.mark.thorough
 def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

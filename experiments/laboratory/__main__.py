@@ -3,13 +3,13 @@
     python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
     python -m experiments.laboratory recall --model gpt mamba2    some models
     python -m experiments.laboratory formal_languages --case parity
-    python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes
+    python -m experiments.laboratory --quick                      all experiments with 30 steps, about 10 minutes
     python -m experiments.laboratory --page                       write docs/laboratory.md from the results in OUTPUT
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
-copying (copying and induction heads), pronunciation (letters to phonemes; needs ``pip install 'jaxlm[laboratory]'``),
-learning_rate (the best learning rate of each width, with and without muP), scaling (loss of three sizes at equal FLOPs
-and at equal numbers of parameters).
+copying (copying, induction heads, a needle in a text), pronunciation (letters to phonemes; needs
+``pip install 'jaxlm[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
+scaling (loss of three sizes at equal FLOPs and at equal numbers of parameters).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
 interrupted command again to continue it. With --quick, the results are in OUTPUT/quick.
 """

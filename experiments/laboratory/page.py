@@ -70,8 +70,8 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
     return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", "yes" if agrees else "no"
 
 
-def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], picture: str) -> str:
-    """The Markdown of one experiment with its :func:`selected` runs."""
+def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], picture: str | None) -> str:
+    """The Markdown of one experiment with its :func:`selected` runs and the path of its picture, if it has one."""
     command = f"python -m experiments.laboratory {name}"
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
@@ -97,7 +97,8 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
-    lines += ["", f"![{experiment.title}]({picture})"]
+    if picture is not None:
+        lines += ["", f"![{experiment.title}]({picture})"]
     if experiment.chart is Chart.SCALING:
         lines += ["", *scaling.table(runs.values())]
     tests = list(next(iter(experiment.cases.values())).tests)
@@ -225,11 +226,12 @@ def write(
         path = pictures / f"laboratory_{name}.png"
         if experiment.chart is Chart.LEARNING_RATES:
             draw_learning_rates(experiment, results[name], path)
-        elif experiment.chart is Chart.SCALING:
-            scaling.draw(experiment.title, runs.values(), path)
-        else:
+        elif experiment.chart is Chart.CASES:
             draw(experiment, runs, path)
-        parts.append(section(name, experiment, runs, f"pictures/{path.name}"))
+        elif scaling.runs_by_model(runs.values()):
+            scaling.draw(experiment.title, runs.values(), path)
+        picture = f"pictures/{path.name}" if path.exists() else None
+        parts.append(section(name, experiment, runs, picture))
     page = directory / "laboratory.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page

@@ -176,6 +176,7 @@ class Training:
 
         Equal arguments give equal results on one machine.
         """
+        flops_of_step = self._flops_of_step if self._case.measures_loss else None
         start, plan = time.perf_counter(), self._plan
         key = jax.random.key(seed)
         state = self._trainer.init(key, self._init(key))
@@ -193,15 +194,15 @@ class Training:
         loss = float(metrics["loss"])
         tests = {name: evaluate(state.params) for name, evaluate in self._evaluators.items()}
         accuracy = {name: metrics["accuracy"] for name, metrics in tests.items()}
-        flops = count * self._flops() if self._case.measures_loss else None
         experiment, case_name, model_name = self._names
         return Result(
             experiment, case_name, model_name, self._width, learning_rate, seed, plan.layers, plan.steps, accuracy,
             self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
-            tests[VALIDATION].get("loss"), flops,
+            tests[VALIDATION].get("loss"), None if flops_of_step is None else flops_of_step * count,
         )  # fmt: skip
 
-    def _flops(self) -> float:
+    @functools.cached_property
+    def _flops_of_step(self) -> float:
         """FLOPs of an update, counted in the trace of the training step."""
         batch = self._for_model(self._case.training(np.random.default_rng(0)))
         return counted_flops(self._trainer.step, self._trainer.abstract(), batch).amount

@@ -104,6 +104,8 @@ class Bucketed:
             raise ValueError("no examples to batch")
         first, array_fields = self.examples[0], self._array_fields
         names = list(first)
+        if not array_fields:
+            raise ValueError(f"the examples have no array, only {', '.join(names) or 'no fields'}: encode their texts")
         for number, example in enumerate(self.examples):
             if list(example) != names:
                 raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")

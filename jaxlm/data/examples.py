@@ -423,9 +423,10 @@ def read_table(
     """
     rows = _read_rows(path, delimiter, encoding)
     header = _read_header(path, rows)
-    missing = [column for column in fields.values() if column not in header]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {', '.join(map(repr, header))}")
+    for column in fields.values():
+        if header.count(column) != 1:
+            count = "no column" if column not in header else f"{header.count(column)} columns"
+            raise ValueError(f"{path} has {count} {column!r}: its columns are {', '.join(map(repr, header))}")
 
     def make_example(read_row: Callable[[], list[str]]) -> Example:
         row = read_row()
@@ -441,6 +442,7 @@ def read_jsonl(
     fields: Mapping[str, str],
     *,
     texts: Collection[str] = (),
+    labels: Collection[str] = (),
     encoding: str = "utf-8",
     on_error: OnError = "raise",
 ) -> Examples:
@@ -449,11 +451,12 @@ def read_jsonl(
     Args:
         fields: field of the example -> key of the object.
         texts: fields whose values must be strings.
+        labels: fields whose values must be strings or whole numbers.
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: a line is not a JSON object, a key is missing, a text is empty, or a field of ``texts`` is not a
-            string.
+        ValueError: a line is not a JSON object, a key is missing, a text is empty, or a field of ``texts`` or
+            ``labels`` has another type.
     """
 
     def make_example(line: str) -> Example:
@@ -467,20 +470,29 @@ def read_jsonl(
         for name in texts:
             if not isinstance(example[name], str):
                 raise ValueError(f"{name}={example[name]!r} must be a string")
+        for name in labels:
+            if not isinstance(example[name], str | int) or isinstance(example[name], bool):
+                raise ValueError(f"{name}={example[name]!r} must be a string or a whole number")
         return example
 
     lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding) if line)
     return _collect(path, lines, on_error)
 
 
-def first_keys(path: str | Path, encoding: str = "utf-8") -> list[str]:
-    """The keys of the first line that is a JSON object. Empty if no line is one."""
+def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
+    """The keys of the first line that is a JSON object with a key of ``one_of``, if there is such a line.
+
+    Otherwise, the keys of the first line that is a JSON object. Empty if no line is a JSON object.
+    """
+    first: list[str] = []
     for _, line in read_lines(path, encoding):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict):
-                return list(row)
-    return []
+                if not one_of or not row.keys().isdisjoint(one_of):
+                    return list(row)
+                first = first or list(row)
+    return first
 
 
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
@@ -513,10 +525,19 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
         )
     if suffix not in ("tsv", "csv", "jsonl"):
         return read_labelled_lines(path, encoding=encoding, on_error=on_error)
-    names = first_keys(path, encoding) if suffix == "jsonl" else _read_header(path, _read_rows(path, None, encoding))
-    fields = {"text": next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0]), "label": "label"}
     if suffix == "jsonl":
-        return read_jsonl(path, fields, texts=("text",), encoding=encoding, on_error=on_error)
+        names = first_keys(path, encoding, TEXT_COLUMNS)
+    else:
+        names = _read_header(path, _read_rows(path, None, encoding))
+    text_column = next((name for name in TEXT_COLUMNS if name in names), None)
+    if names and text_column is None:
+        raise ValueError(
+            f"{path} has no text column (one of {', '.join(map(repr, TEXT_COLUMNS))}): its columns are "
+            f"{', '.join(map(repr, names))}"
+        )
+    fields = {"text": text_column or TEXT_COLUMNS[0], "label": "label"}
+    if suffix == "jsonl":
+        return read_jsonl(path, fields, texts=("text",), labels=("label",), encoding=encoding, on_error=on_error)
     return read_table(path, fields, encoding=encoding, on_error=on_error)
 
 

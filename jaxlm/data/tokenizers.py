@@ -136,7 +136,6 @@ class EncodeInputsMixin:
     ) -> list[Encoding]:
         """Apply ``encode_inputs`` to each text (and its pair). This is faster than one call per text.
 
-
         Raises:
             TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
             ValueError: the numbers of texts and pairs differ, or ``max_length`` is too small.
@@ -211,13 +210,19 @@ class ByteTokenizer(EncodeInputsMixin):
     special_ids = SpecialIds(eos=256)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        try:
+            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of the text, {text[error.start]!r}, is a surrogate and has no UTF-8 bytes"
+            ) from error
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
+            ids = self.encode(text)
             sizes = [len(character.encode("utf-8")) for character in text]
             first = np.repeat(np.arange(len(text)), sizes)
-            return self.encode(text), np.stack([first, first + 1], axis=-1)
+            return ids, np.stack([first, first + 1], axis=-1)
 
         return encode_without_template(ids_and_offsets, texts, pairs)
 
@@ -262,7 +267,7 @@ class CharTokenizer(EncodeInputsMixin):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32. A character that is not in ``characters`` is a ``ValueError`` that names it."""
+        """The ids of a text, int32. Raises ``ValueError``, which names the first character not in ``characters``."""
         known, points = _code_points(self.characters), _code_points(text)
         order = np.argsort(known)
         ranks = np.searchsorted(known, points, sorter=order)
@@ -348,8 +353,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         The special token of a role comes from the first of these sources that has the role: ``tokenizer_config.json``,
         ``special_tokens_map.json``, the ids in ``config.json``, the template in ``tokenizer.json``, and the tokens that
-        published vocabularies use. The value null means that the role has no token. ``save`` keeps the content of all
-        files of the tokenizer.
+        published vocabularies use. In the first two, null means that the role has no token.
+        ``save`` keeps the content of all files of the tokenizer.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.

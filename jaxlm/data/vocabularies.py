@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -129,7 +130,7 @@ def train_tokenizer(
         ) from error
     build = _subword_backend if kind in _SUBWORDS else _symbol_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
-    backend.train_from_iterator(_checked_texts(texts), trainer)
+    backend.train_from_iterator(_training_texts(texts, specials, kind), trainer)
     if kind == "unigram":
         backend.model = _make_reproducible(tokenizers, backend, len(specials))
     template_spec = _TEMPLATES[template]
@@ -180,15 +181,28 @@ def _check(
     return specials
 
 
-def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts. Raises ``TypeError`` if a text is not a string, and ``ValueError`` if there are no texts."""
-    position = -1
+def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) -> Iterator[str]:
+    """Yield the parts of the texts between special tokens.
+
+    ``encode`` splits texts in the same way. Without the split, a trainer for words would count a special token of a
+    text as a word, and would give it a second id.
+
+    Raises:
+        TypeError: a text is not a string.
+        ValueError: there are no texts; or all are empty, which a unigram model does not support.
+    """
+    position, is_empty = -1, True
+    special_pattern = re.compile("|".join(map(re.escape, specials)))
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"text {position} must be a string, got {type(text).__name__}: {text!r}")
-        yield text
+        for part in special_pattern.split(text):
+            is_empty = is_empty and not part.strip()
+            yield part
     if position < 0:
         raise ValueError("there are no texts to train a tokenizer on: pass at least one")
+    if is_empty and kind == "unigram":
+        raise ValueError("all texts are empty: a unigram model needs at least one character")
 
 
 def _subword_backend(

@@ -217,11 +217,11 @@ def _start_search(
     B, K, N = prompts_BT.shape[0], rules.num_beams, max_new_tokens
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     row_state, source = _split_source(model, state)
-    token_count_specs, _ = _split_source(model, model.state_specs(B, slots))
+    row_state_specs, _ = _split_source(model, model.state_specs(B, slots))
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), rules.end_ids[0] if rules.end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take_rows(token_count_specs, cache.resize(token_count_specs, row_state, first_slots), parents),
+        state=spec.take_rows(row_state_specs, cache.resize(row_state_specs, row_state, first_slots), parents),
         source=source,
         parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import spec
+from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
 from jaxlm.spec import Array, Params, State
+
+GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
+"""The tasks whose head predicts the next token."""
 
 EndId = int | Sequence[int] | None
 """The token id or token ids that end a row. None: no id ends a row."""
@@ -51,7 +55,8 @@ def check_prompts(
 
     Raises:
         TypeError: the family has no model state, or an argument is not an array.
-        ValueError: wrong shapes, dtypes, ids or counts, or more tokens than the model has positions.
+        ValueError: a head that does not predict the next token, wrong shapes, dtypes, ids or counts, or more tokens
+            than the model has positions.
     """
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     if max_new_tokens < 1:
@@ -59,6 +64,7 @@ def check_prompts(
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the model never reads the last token
     specs = model.state_specs(batch, slots)
+    require_task(model, GENERATIVE_TASKS, "it generates no tokens", "use a language model or an encoder-decoder")
     if state is None and model.reads_source:
         raise ValueError(
             f"{model.family} reads a source: for text, call jaxlm.decoding.generate_text(model, params, tokenizer, "

@@ -31,7 +31,7 @@ class Sampling:
     Attributes:
         temperature: divisor of the logits. 0 selects the most likely token, and the filters have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
-        top_p: keep the fewest most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
         min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
         repetition_penalty: for each token that occurs in the prompt or the output, a positive logit is divided by the
             penalty and a negative logit is multiplied by the penalty (Keskar et al. 2019, section 4.1, with the sign

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
@@ -53,7 +54,8 @@ def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Arr
             other documents. Default: one document.
 
     Raises:
-        ValueError: fewer than 2 tokens, ids outside the vocabulary, or wrong shapes.
+        ValueError: a model that does not predict each token from the tokens before it, fewer than 2 tokens, ids outside
+            the vocabulary, or wrong shapes.
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
@@ -67,12 +69,18 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
 
     The arguments and errors are the same as in :func:`log_likelihood`, which returns only the ``log_probs``.
     """
+    _check_predicts_next_token(model)
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
         raise ValueError("tokens have only 1 column: the first token is not predicted, so at least 2 are needed")
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
+
+
+def _check_predicts_next_token(model: Model) -> None:
+    remedy = "use target_log_likelihood" if model.reads_source else "use a model with task='causal' or 'permutation'"
+    require_task(model, ("causal", "permutation"), "it does not predict each token from the tokens before it", remedy)
 
 
 def target_log_likelihood(
@@ -241,10 +249,12 @@ def perplexity(
         batch_size: number of windows that are scored together.
 
     Raises:
-        ValueError: fewer than 2 tokens, ids outside the vocabulary, a window longer than the model's positions, or
+        ValueError: a model that does not predict each token from the tokens before it, fewer than 2 tokens, ids outside
+            the vocabulary, a window longer than the model's positions, or
             a number outside its range.
         NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
     """
+    _check_predicts_next_token(model)
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
         raise ValueError(f"ids must have shape [tokens] with at least 2 integers, got {ids.dtype}{list(ids.shape)}")

@@ -20,7 +20,7 @@ from jaxlm.decoding.beam import BeamConfig, beam_search
 from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import rename_rows_in_errors
-from jaxlm.decoding.prompts import source_vocab_size
+from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
 from jaxlm.decoding.sample import row_keys
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
 from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, pad_prompts, read_sources
@@ -30,7 +30,6 @@ from jaxlm.spec import Params
 CHUNK = 8
 """Number of tokens between two searches for stop strings."""
 
-GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
 
 UNSET_CONFIG = GenerationConfig()
 """A request in which no field is set."""

@@ -193,10 +193,10 @@ def _find_format(
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
     # Without a prefix, the files do not distinguish the tensors of the base model from those of the head.
-    has_base_model = bool(candidates[-1][1].prefix)
-    if has_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
-        return *candidates[-1], {"task": "none"}
-    advice = "; pass task=... to load its base model with a new head" if has_base_model else ""
+    with_base_model = [(name, table) for name, table in candidates if table.prefix]
+    if with_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
+        return *with_base_model[-1], {"task": "none"}
+    advice = "; pass task=... to load its base model with a new head" if with_base_model else ""
     raise ValueError(f"{path}: architecture {architecture!r} is not supported{advice}. Supported: {supported}")
 
 

@@ -41,8 +41,8 @@ class ModelConfig:
             raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
         for name in ("rotary_base", "window_rotary_base"):  # fields of families with rotary embeddings
             base = getattr(self, name, None)
-            if base is not None and not base > 0:
-                raise ValueError(f"{name}={base} must be positive")
+            if base is not None and not base > 1:
+                raise ValueError(f"{name}={base} must exceed 1")
         config_lib.check_choices(self)
 
 

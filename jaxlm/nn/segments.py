@@ -79,14 +79,17 @@ def segment_boundaries(
 
 
 def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
-    """Check that the masks have the ``shape`` [B, T].
+    """Check that the masks are boolean arrays of the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape. The message contains ``what``, the name of the array with this shape.
+        ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array with this
+            shape.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
+        if mask is not None and mask.dtype != bool:
+            raise ValueError(f"{name} has dtype {mask.dtype}: pass a boolean array, such as segment_ids > 0")
 
 
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:

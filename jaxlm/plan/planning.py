@@ -69,7 +69,7 @@ class OperationStats:
         op_name: the JAX name without ``jit(...)/``; the body of a scan appears in it as ``loop``.
         cycles: estimated cycles in a step.
         share: share of all cycles of the step, including kernel cycles.
-        count: number of executions in a step of the operation that is executed most often.
+        count: of the operations with this name, the largest number of executions in a step.
     """
 
     op_name: str

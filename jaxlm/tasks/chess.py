@@ -177,7 +177,7 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """All positions before a move of ``games`` in which a legal move gives checkmate, in the order of the games.
+    """All positions in ``games`` in which the player to move can give checkmate, in the order of the games.
 
     Each position is returned as the line of moves that leads to it. About one in a hundred master games has such a
     position. The search takes about 14 ms per game.

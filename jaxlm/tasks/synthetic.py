@@ -304,7 +304,7 @@ def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *
     if len(text) <= length:
         raise ValueError(f"the text has {len(text)} tokens: it must be longer than length={length}")
     starts = rng.integers(0, len(text) - length, (rows, 1))
-    tokens = text[starts + np.arange(length)]
+    tokens = text[starts + np.arange(length)].astype(np.int32)
     number = vocab_size + rng.integers(0, 10, (rows, 4))
     marked = np.concatenate([np.full((rows, 1), vocab_size + 10), number], axis=1)
     position = rng.integers(0, length - 8, (rows, 1))

@@ -6,7 +6,6 @@ The page needs no other file, no network and no script. It supports light and da
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -24,7 +23,7 @@ SHOWN_SAMPLES = 20
 MAX_UNWRAPPED_LENGTH = 20
 """The cells of a sample column are not wrapped if the longest cell has at most this many characters."""
 
-MAX_LARGE_COLUMNS = 30
+MAX_COLUMNS_OF_LARGE_CELLS = 30
 """Attention maps with more columns have smaller cells."""
 
 MAX_TITLE = 200
@@ -232,7 +231,8 @@ def _attention_section(run: Path) -> _Section | None:
 
 def _title(text: str) -> str:
     """The text on one line, without its end if it is long."""
-    return escape(textwrap.shorten(text, MAX_TITLE, placeholder=" ..."))
+    line = " ".join(text.split())
+    return escape(line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 4] + " ...")
 
 
 def _attention_table(item: report.AttentionMap) -> str:
@@ -247,7 +247,7 @@ def _attention_table(item: report.AttentionMap) -> str:
     )
     upright = ' class="upright"' if max(map(len, item.columns), default=0) > 1 else ""
     header = "".join(f'<th scope="col"{upright}><span>{_token(column)}</span></th>' for column in item.columns)
-    small = " small" if len(item.columns) > MAX_LARGE_COLUMNS else ""
+    small = " small" if len(item.columns) > MAX_COLUMNS_OF_LARGE_CELLS else ""
     return f'<table class="heat map{small}"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
 
 

@@ -36,8 +36,7 @@ METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it never waits for a step that it has just dispatched."""
 
 EARLY_STEPS = 10
-"""The metrics of the first steps of a run or of a resumed run, up to this number, are always written, regardless of
-``log_every``."""
+"""Number of steps after the start or a resume whose metrics are always written, regardless of ``log_every``."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""

@@ -68,9 +68,22 @@ def test_read_labelled_finds_the_text_column(tmp_path):
     assert read_labelled(write(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
 
 
+def test_read_labelled_reads_valid_lines_after_an_invalid_one(tmp_path):
+    lines = ['{"id": 1}', '{"text": "b", "label": 1}', '{"text": "c", "label": true}', '{"text": "d", "label": NaN}']
+    examples = read_labelled(write(tmp_path / "a.jsonl", "\n".join(lines)), on_error="report")
+    assert examples.rows == [{"text": "b", "label": 1}]
+    assert [line.line for line in examples.rejected] == [1, 3, 4]
+    assert examples.rejected[1].reason == "label=True must be a string or a whole number"
+    for name, text in (("b.tsv", "Text\tlabel\nx\t1\n"), ("b.jsonl", '{"Text": "x", "label": 1}')):
+        message = r"no text column \(one of 'sentence', 'text', 'content'\): its columns are 'Text', 'label'"
+        with pytest.raises(ValueError, match=message):
+            read_labelled(write(tmp_path / name, text))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("label\tsentence\tlabel\n1\tx\t0\n", "has 2 columns 'label': its columns are 'label', 'sentence', 'label'"),
         ("label\ttext\n1\tx\n", "has no column 'sentence': its columns are 'label', 'text'"),
         ("label\tsentence\n1\tx\n2\n", "line 3: the row has 1 columns, but the first line has 2"),
         ("label\tsentence\n1\t \n", "line 2: 'sentence' is empty"),
@@ -181,7 +194,7 @@ def test_labelled_json_lines(tmp_path):
     assert examples.label_names() == ("0", "1")
     assert label_ids(examples.column("label"), ("0", "1")).tolist() == [1, 0]
     path.write_text('{"label": 1, "words": "fine"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .*'sentence'"):
+    with pytest.raises(ValueError, match=r"a.jsonl has no text column .one of 'sentence'"):
         read_labelled(path)
     path.write_text('fine\n{"label": 1, "text": "good"}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: not JSON"):

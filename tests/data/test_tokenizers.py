@@ -37,6 +37,11 @@ def words_file(directory, **special):
     return backend
 
 
+def test_a_surrogate_has_no_bytes():
+    with pytest.raises(ValueError, match=r"character 1 of the text, '\\ud800', is a surrogate"):
+        ByteTokenizer().encode_inputs("a\ud800")
+
+
 def test_byte_tokenizer_decodes_any_text():
     tokenizer = ByteTokenizer()
     for text in ["", "To be", *random_texts()]:

@@ -81,6 +81,15 @@ def test_special_tokens_have_the_first_ids_followed_by_extra_tokens(template):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_the_texts_keep_their_ids(kind):
+    tokenizer = train_tokenizer(["the cat <unk> sat on </s> mat", "a<pad>b c"] * 3, kind, 400, template="eos")
+    assert (tokenizer.special_ids.pad, tokenizer.special_ids.eos, tokenizer.special_ids.unk) == (0, 1, 2)
+    vocab = tokenizer.backend.get_vocab()
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert tokenizer.encode("a</s>b").tolist().count(1) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_tokenizer_equals_the_saved_one(kind, tmp_path):
     tokenizer = train_tokenizer(TEXTS[:500], kind, 300, template="cls_sep", lowercase=True, extra_tokens=["<b>"])
     tokenizer.save(tmp_path)
@@ -103,6 +112,7 @@ def test_a_loaded_tokenizer_equals_the_saved_one(kind, tmp_path):
         ({"texts": "one text"}, TypeError, "texts must be an iterable of strings, got one string"),
         ({"texts": ["a", 3]}, TypeError, "text 1 must be a string, got int: 3"),
         ({"texts": []}, ValueError, "no texts to train a tokenizer on"),
+        ({"texts": ["", " "], "kind": "unigram"}, ValueError, "all texts are empty: a unigram model needs at least"),
         ({"extra_tokens": "<b>"}, TypeError, r"got one string: pass \['<b>'\]"),
         ({"min_frequency": 0}, ValueError, "min_frequency=0 must be at least 1"),
         ({"min_frequency": 2, "kind": "unigram"}, ValueError, "min_frequency=2 has no effect for kind='unigram'"),

@@ -31,6 +31,7 @@ class Recurrent:
     """A model with ``h = tanh(h U + E[x])`` that skips padding. Its state [D, B] has no time axis."""
 
     config: RecurrentConfig = RecurrentConfig()
+    task = "causal"
     reads_source = False
     max_positions = None
 

@@ -356,6 +356,12 @@ def test_the_longest_output_that_fits(gpt: Pair) -> None:
     assert np.isfinite(out.log_probs).all()
 
 
+def test_a_classifier_generates_no_tokens() -> None:
+    model = jaxlm.get_model("gpt2-tiny", task="token_classification", num_labels=3)
+    with pytest.raises(ValueError, match="this is a GPT with a head that labels tokens: it generates no tokens"):
+        generate(model, {}, np.array([[5, 6]]), max_new_tokens=2)
+
+
 def test_error_for_prompts_that_are_lists(gpt: Pair) -> None:
     with pytest.raises(TypeError, match=r"prompts must be an array of integers \[batch, time\], got a list"):
         generate(*gpt, [[5, 6]], max_new_tokens=2)  # type: ignore[arg-type]

@@ -104,6 +104,20 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_size(gpt: Pair) ->
     np.testing.assert_allclose(out.perplexity, 128, rtol=1e-5)
 
 
+def test_only_models_that_predict_the_next_token_have_scores() -> None:
+    for name, fields, message in (
+        ("bert-tiny", {}, "a BERT with a masked-token head: it does not predict each token from the tokens before it"),
+        ("gpt2-tiny", {"task": "token_classification"}, "a GPT with a head that labels tokens: it does not predict"),
+        ("resnet-tiny", {}, "a ResNet with a classification head: it does not predict"),
+        ("t5-tiny", {}, "it does not predict .*; use target_log_likelihood"),
+    ):
+        model = jaxlm.get_model(name, **fields)
+        with pytest.raises(ValueError, match=message):
+            log_likelihood(model, {}, np.array([[5, 6]]))
+        with pytest.raises(ValueError, match=message):
+            perplexity(model, {}, np.array([5, 6, 7]), window=3, stride=1)
+
+
 @pytest.mark.parametrize(
     ("tokens", "segment_ids", "message"),
     [

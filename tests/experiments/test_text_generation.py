@@ -109,7 +109,6 @@ def _abstract_state(run):
     return Trainer(model, optimizer, causal.loss).abstract()
 
 
-@pytest.mark.thorough
 def test_jaxlm_generate_prints_the_sample_of_the_run(finished_run, capsys):
     arguments = ["generate", str(finished_run), "--prompt", "ROMEO:", "--max-new-tokens", "24"]
     assert cli.main(arguments) == 0

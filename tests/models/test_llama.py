@@ -379,7 +379,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"head_dim": "8"}, "head_dim='8' is not an integer"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
-        ({"rope_theta": 0.0}, "rotary_base=0.0 must be positive"),
+        ({"rope_theta": 0.0}, "rotary_base=0.0 must exceed 1"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 of yarn rope_scaling"),

@@ -32,7 +32,6 @@ class Killed(BaseException):
     """A simulated kill. ``except Exception`` does not catch it."""
 
 
-@pytest.mark.thorough
 def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path, monkeypatch):
     text, directory = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("to be, or not to be: that is the question. " * 40)

@@ -148,7 +148,6 @@ test_loop.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", checkpoint_ever
 """
 
 
-@pytest.mark.thorough
 def test_a_run_resumed_after_sigkill_is_bitwise_equal(tmp_path, complete_run):
     """Kill the run at three moments. Most kills are during a save, because every step saves a checkpoint."""
     directory, resume = tmp_path / "killed", "fresh"

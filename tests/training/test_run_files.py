@@ -245,7 +245,7 @@ def test_large_attention_maps_have_small_cells_and_short_titles(tmp_path):
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r'<table class="heat (map[ \w]*)">', text) == ["map small", "map"]
     assert text.count('class="upright"') == 2  # both names of the second map, because one of them is long
-    assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == [" ".join(["word"] * 39) + " ...", "short"]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == [(" ".join(["word"] * 60))[:196] + " ...", "short"]
     assert "<dt>no answer threshold</dt><dd>none</dd>" in text
 
 

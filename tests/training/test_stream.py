@@ -118,7 +118,7 @@ def test_a_skipped_step_keeps_the_model_state() -> None:
     assert_trees_equal(state.model_state, before)
 
 
-@pytest.mark.thorough
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_model_states_are_sharded_and_restored_from_checkpoints(name: str, tmp_path: Any) -> None:
     model, optimizer, batches = model_optimizer_batches(name)

@@ -64,9 +64,9 @@ def attention(
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
             arguments or the platform.
     """
-    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
     dense_bias, biases = _split_bias(bias)
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask, dense_bias, biases)
+    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
@@ -93,8 +93,16 @@ def attention(
 def _check_shapes(
     q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...]
 ) -> None:
+    if any(len(x.shape) != 4 for x in (q_BTHK, k_BSGK, v_BSGK)) or not q_BTHK.shape[1] or not k_BSGK.shape[1]:
+        raise ValueError(
+            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must be [batch, time, heads, width], with at "
+            "least one query and one key"
+        )
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
+    for name, segments, length in (("query", mask.query_segments, T), ("key", mask.key_segments, S)):
+        if segments is not None and (segments.shape[0] not in (1, B) or segments.shape[1:] != (length,)):
+            raise ValueError(f"{name}_segments {segments.shape} must be [1 or {B}, {length}]")
     if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
         raise ValueError(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "

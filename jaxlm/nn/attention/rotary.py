@@ -126,8 +126,8 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    # The difference is negative if the base is small or beta_fast is near beta_slow. The weights then increase with the
-    # index, as in transformers.
+    # The difference is negative if all pairs make fewer than beta_slow turns, or all make more than beta_fast turns.
+    # Then all weights are equal, as in transformers.
     return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
 

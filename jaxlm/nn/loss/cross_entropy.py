@@ -42,7 +42,9 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # "fill" gives NaN for an id outside the vocabulary. Negative ids are replaced by V, because JAX would count them
     # from the end.
     targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
-    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    # Padding rows of the vocabulary have this logit (``jaxlm.nn.embedding.unembed``).
+    return jnp.where(target_BT == jnp.finfo(jnp.float32).min, jnp.nan, target_BT)
 
 
 def loss_and_gradients(

@@ -98,6 +98,8 @@ def _check(
             f"decay {list(decay_BTD.shape)} and input {list(input_BTD.shape)} must both be [batch, time, channels], "
             "with at least one step"
         )
+    if not jnp.issubdtype(input_BTD.dtype, jnp.floating):
+        raise ValueError(f"the input has dtype {input_BTD.dtype}: the states have the same dtype, so pass floats")
     B, T, D = input_BTD.shape
     if state_BD is not None and state_BD.shape != (B, D):
         raise ValueError(f"state_BD {list(state_BD.shape)} must be [batch, channels] of the input, {[B, D]}")

@@ -218,6 +218,12 @@ def test_errors_name_bad_input():
     q, k, v, _ = inputs(1, 4, 6, 2, 4)
     with pytest.raises(ValueError, match="a causal mask over 4 queries and 6 keys needs query_order"):
         attention(q, k, v, Mask(causal=True))
+    with pytest.raises(ValueError, match=r"must be \[batch, time, heads, width\], with at least one query"):
+        attention(q[:, :0], k, v)
+    with pytest.raises(ValueError, match=r"must be \[batch, time, heads, width\], with at least one query"):
+        attention(q[0], k, v)
+    with pytest.raises(ValueError, match=r"key_segments \(1, 4\) must be \[1 or 1, 6\]"):
+        attention(q, k, v, Mask(query_segments=np.ones((1, 4), int), key_segments=np.ones((1, 4), int)))
     with pytest.raises(ValueError, match="must agree in batch and width"):
         attention(q, k[:, :, :1], v)
     with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):

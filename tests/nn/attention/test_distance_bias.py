@@ -103,7 +103,7 @@ def test_distance_bias_at_positions(vectors):
     compare(function, lambda table, *q: gathered_bias(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
-def test_distance_bias_at_queries():
+def test_distance_bias_at_query_positions():
     query = np.random.default_rng(0).integers(0, 7, (B, 5))
     table, q = arrays(5, 13, True)
 

@@ -46,7 +46,7 @@ SCALINGS = {
     "fractional": RotaryScaling(
         "yarn", 4.0, original_positions=16, beta_fast=2.0, beta_slow=0.25, truncate=False, attention_factor=0.7
     ),
-    "reversed": RotaryScaling("yarn", 4.0, 8, beta_fast=4.0, beta_slow=2.0, truncate=False),
+    "all pairs slow": RotaryScaling("yarn", 4.0, 8, beta_fast=4.0, beta_slow=2.0, truncate=False),
 }
 EXPECTED = {
     "linear": ([0.25, 0.079056941, 0.025, 0.0079056947], 1),
@@ -54,7 +54,7 @@ EXPECTED = {
     "llama3": ([1.0, 0.12732396, 0.025, 0.0079056947], 1),
     "yarn": ([1.0, 0.23717082, 0.049999997, 0.0079056947], 1.1386294),
     "fractional": ([1.0, 0.21246868, 0.025664398, 0.0079056947], 0.7),
-    "reversed": ([1.0, 0.31622776, 0.1, 0.031622779], 1.1386294),
+    "all pairs slow": ([1.0, 0.31622776, 0.1, 0.031622779], 1.1386294),
 }
 
 

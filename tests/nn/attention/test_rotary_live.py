@@ -19,7 +19,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, RotaryScaling | None]] = {
         RotaryScaling("llama3", 4.0, 2048, low_frequency_factor=1.5, high_frequency_factor=6.0),
     ),
     "yarn": (LONG, RotaryScaling("yarn", 4.0, 2048)),
-    "yarn, reversed": (
+    "yarn, all pairs slow": (
         {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 2.0, "truncate": False},
         RotaryScaling("yarn", 4.0, 8, beta_fast=4.0, beta_slow=2.0, truncate=False),
     ),

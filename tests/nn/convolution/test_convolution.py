@@ -149,7 +149,7 @@ def test_each_padded_document_equals_a_separate_document(cuts):
             assert relative_error(got[row, index], numpy_causal_convolution(params, x[row, index])) < 1e-6
 
 
-def test_fixed_length_moves_padding_to_the_end_and_reverses_texts():
+def test_pad_to_length_moves_padding_to_the_end_and_reverses_texts():
     tokens = jnp.array([[9, 1, 2, 9, 3], [4, 5, 6, 7, 8]])
     ids = jnp.array([[0, 1, 1, 0, 1], [1, 1, 2, 2, 2]])
     output, is_real, has_one_document = pad_to_length(tokens, ids, 6)

@@ -5,7 +5,8 @@ import pytest
 
 from jaxlm import host, sharding
 from jaxlm.nn import choices
-from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.nn.embedding import unembed
+from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy, selected_cross_entropy
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 
@@ -84,6 +85,24 @@ def test_a_target_outside_the_vocabulary_gives_nan():
     for bad in (V, V + 5, -1):
         targets[0, 0] = bad
         assert np.isnan(chunked_cross_entropy(head, params, hidden, targets, weights))
+
+
+def test_a_target_in_the_padding_of_the_vocabulary_gives_nan():
+    params, hidden, targets, weights = make_arrays()
+    table = jnp.pad(params["table"], ((0, 1), (0, 0)))
+    weights[0, 0], targets[0, 0] = 1.0, V
+
+    def padded_head(table, hidden):
+        return unembed(table, hidden, V)
+
+    logits = padded_head(table, jnp.asarray(hidden))
+    assert np.isnan(cross_entropy(logits, targets)[0, 0])
+    assert np.isfinite(cross_entropy(logits, targets)[0, 1:]).all()
+    for loss in (chunked_cross_entropy, selected_cross_entropy):
+        assert np.isnan(loss(padded_head, table, hidden, targets, weights))
+        assert np.isnan(
+            jax.value_and_grad(loss, argnums=2)(padded_head, table, jnp.asarray(hidden), targets, weights)[0]
+        )
 
 
 def test_the_loss_of_bfloat16_hidden_states_is_float32():

@@ -251,6 +251,15 @@ def test_bad_inputs_raise():
         recurrence.lstm(params, x[..., :3])
     with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 7\]"):
         recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
+    with pytest.raises(
+        ValueError, match=r"the input \[3, 0, 5\] must be \[batch, time, width\], with at least one step"
+    ):
+        recurrence.gru({**params, "weight_input": params["weight_input"][:, :3]}, x[:, :0])
+    hidden = jnp.zeros((3, H))
+    with pytest.raises(ValueError, match=rf"'cell' of the state is missing: it must be \[3, {H}\]"):
+        recurrence.lstm(params, x, {"hidden": hidden})
+    with pytest.raises(ValueError, match=rf"'hidden' of the state is \[2, {H}\]: it must be \[3, {H}\]"):
+        recurrence.lstm(params, x, {"hidden": hidden[:2], "cell": hidden})
     with pytest.raises(ValueError, match="reset='never' is unknown: choose from 'after', 'before'"):
         recurrence.gru_specs(D, H, reset="never")
     with pytest.raises(

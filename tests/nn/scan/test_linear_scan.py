@@ -166,6 +166,10 @@ def test_bad_inputs_raise():
         linear_scan(decay, new, state[:, :2])
     with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 11\]"):
         linear_scan(decay, new, keep_BT=jnp.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="keep_BT has dtype int32: pass a boolean array, such as segment_ids > 0"):
+        linear_scan(decay, new, keep_BT=jnp.ones(new.shape[:2], int))
+    with pytest.raises(ValueError, match="the input has dtype int32: the states have the same dtype, so pass floats"):
+        linear_scan(decay, new.astype(jnp.int32))
     with pytest.raises(
         ValueError, match="no linear_scan implementation 'fast': choose from 'reference', 'sequential', 'chunked'"
     ):
