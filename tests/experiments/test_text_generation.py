@@ -278,6 +278,7 @@ DELTA = (
 )
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("family", "changes"), [("llama", EXPERTS), ("gated_deltanet", f"{EXPERTS.replace('num_heads=2 ', '')} {DELTA}")]
 )
@@ -301,6 +302,7 @@ def test_the_routers_of_a_dense_model_have_no_losses(finished_run):
     assert not any("load_balance_loss" in record for record in read_metrics(finished_run / "metrics.jsonl"))
 
 
+@pytest.mark.thorough
 def test_losses_of_a_stateful_model_on_a_mesh_are_the_same(tmp_path, text):
     small = ("--model.set", "num_layers=1", "embed_dim=16", "hidden_dim=16", "embedding_dropout=0.0",
              "input_dropout=0.0", "output_dropout=0.0", "weight_dropout=0.0")  # fmt: skip

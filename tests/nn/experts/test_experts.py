@@ -143,6 +143,7 @@ def test_an_expert_accepts_the_first_tokens_of_a_row(factor):
     assert (np.asarray(y)[~KEEP] == 0).all()
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_takes_no_capacity(side):
     params, x = setup()
