@@ -5,12 +5,14 @@ In all modules, segment 0 is padding, and segments 1, 2, ... are documents. Shap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxlm.spec import ArraySpec, State
 
 
 def positions_in_segments(
@@ -90,6 +92,20 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
         if mask is not None and mask.dtype != bool:
             raise ValueError(f"{name} has dtype {mask.dtype}: pass a boolean array, such as segment_ids > 0")
+
+
+def check_state(state: State | None, specs: Mapping[str, ArraySpec]) -> None:
+    """Check that the state, if there is one, has an array of the right shape for each spec.
+
+    Raises:
+        ValueError: an array is missing or has another shape.
+    """
+    if state is None:
+        return
+    for name, leaf in specs.items():
+        if name not in state or state[name].shape != leaf.shape:
+            got = list(state[name].shape) if name in state else "missing"
+            raise ValueError(f"{name!r} of the state is {got}: it must be {list(leaf.shape)}")
 
 
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:

@@ -20,8 +20,8 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform
 
 GRUReset = Literal["after", "before"]
-"""Where the reset gate is applied. ``after``: to the product of the state and the hidden weights (cuDNN, torch, Keras,
-Flax), so one matmul can serve all gates. ``before``: to the state, before this product (Cho et al. 2014)."""
+"""The array that the reset gate multiplies. ``after``: the product of the state and the hidden weights (cuDNN, torch,
+Keras, Flax), so one matmul can serve all gates. ``before``: the state, before this product (Cho et al. 2014)."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:

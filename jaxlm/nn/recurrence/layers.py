@@ -15,10 +15,18 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.recurrence import chunked, cudnn, pallas
-from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major
-from jaxlm.nn.segments import both_masks, check_masks, select_state
+from jaxlm.nn.recurrence.cells import (
+    check_width,
+    gru_cell,
+    gru_state_specs,
+    lstm_cell,
+    lstm_state_specs,
+    project,
+    project_time_major,
+)
+from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
 from jaxlm.sharding import constrain
-from jaxlm.spec import Params, State
+from jaxlm.spec import ArraySpec, Params, State
 
 Implementation = Literal["reference", "chunked", "pallas", "cudnn"]
 """``reference`` is a ``lax.scan`` over ``lstm_cell`` or ``gru_cell``; ``chunked`` is ``jaxlm.nn.recurrence.chunked``;
@@ -58,7 +66,7 @@ def lstm(
     Raises:
         ValueError: the shapes do not match, or the implementation does not support the arguments.
     """
-    _check(params, x_BTD, state, ("hidden", "cell"), reset_BT, keep_BT, implementation, remat)
+    _check(params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
         return cudnn.lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
     masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
@@ -102,7 +110,7 @@ def gru(
     The arguments are as in :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. If the parameters
     contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise before it.
     """
-    _check(params, x_BTD, state, ("hidden",), reset_BT, keep_BT, implementation, remat)
+    _check(params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
         raise ValueError("implementation='cudnn' supports only an LSTM: for a GRU, choose reference or chunked")
     masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
@@ -117,7 +125,7 @@ def _check(
     params: Params,
     x_BTD: jax.Array,
     state: State | None,
-    state_names: tuple[str, ...],
+    state_specs: Callable[[int, int], dict[str, ArraySpec]],
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
     implementation: str | None,
@@ -126,12 +134,7 @@ def _check(
     if x_BTD.ndim != 3 or not x_BTD.shape[1]:
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
     check_width(params, x_BTD)
-    shape = (x_BTD.shape[0], params["weight_hidden"].shape[0])
-    for name in state_names if state is not None else ():
-        assert state is not None
-        if name not in state or state[name].shape != shape:
-            got = list(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")
+    check_state(state, state_specs(x_BTD.shape[0], params["weight_hidden"].shape[0]))
     check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(

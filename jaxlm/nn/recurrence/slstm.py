@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.segments import both_masks, check_masks, select_state
+from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
@@ -134,11 +134,7 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
             f"the input {list(projected.shape)} must be [batch, time, heads, gates, width], with at least one step and "
             f"with the heads, gates and width of the parameters, {[H, 4, P]}"
         )
-    for name in STATE_NAMES if state is not None else ():
-        shape = (projected.shape[0], H, P)
-        if name not in state or state[name].shape != shape:
-            got = list(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")
+    check_state(state, slstm_state_specs(projected.shape[0], H, P))
     check_masks(reset, keep, projected.shape[:2])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")

@@ -27,7 +27,7 @@ from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import Implementation, check_equal_heads, choose_implementation, linear_attention
-from jaxlm.nn.segments import both_masks, check_masks, select_state
+from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -128,11 +128,7 @@ def _check(
         if x.shape != query.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
     (B, _, H, K), V = query.shape, value.shape[-1]
-    if state is not None:
-        for name, leaf in mlstm_state_specs(B, H, K, V).items():
-            if name not in state or state[name].shape != leaf.shape:
-                got = list(state[name].shape) if name in state else "missing"
-                raise ValueError(f"{name!r} of the state is {got}: it must be {list(leaf.shape)}")
+    check_state(state, mlstm_state_specs(B, H, K, V))
     check_masks(reset, keep, query.shape[:2], "query")
 
 
