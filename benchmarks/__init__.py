@@ -6,12 +6,12 @@
     python -m benchmarks.scans         linear recurrences and depthwise convolution, compared with plain JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest numerical differences from torch, including gradients
-    python -m benchmarks.shootout      all causal families, at equal parameter counts and at equal FLOPs
-    python -m benchmarks.all           the benchmarks above that need no trained model, one after the other
+    python -m benchmarks.shootout      causal families, at equal parameter counts and at equal FLOPs
+    python -m benchmarks.all           training, decoding, attention, scans and recurrence, one after the other
     python -m benchmarks.report        the page with tables and charts from all results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
-Each benchmark compares implementations: jaxlm and its baselines. The baselines need the extra ``reference``. Each
+The speed benchmarks compare implementations: jaxlm and its baselines. The baselines need the extra ``reference``. Each
 implementation runs in its own process (``worker``, ``*_baselines``). ``harness`` first checks that the results of all
 implementations agree. It then interleaves their repetitions, so that changes in the load of the machine affect all of
 them.

@@ -1,11 +1,12 @@
-"""Run all benchmarks on this machine, one after the other, and write the page with their results.
+"""Run the benchmarks of docs/benchmarks.md, except ``texts``, one after the other, and write their results to files.
 
     python -m benchmarks.all --full                     about two hours on two cores
-    python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that all benchmarks work
+    python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that the benchmarks work
     python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
 
 Each benchmark writes ``NAME.json`` to the output directory, and its log to ``NAME.log``. If the command is interrupted,
-start it again: it continues with the benchmarks that have no result yet. Nothing else should run on the machine.
+start it again: it continues with the benchmarks that have no result yet. Nothing else should run on the machine. With
+``--page``, the measured part of a page is replaced at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Job:
     Attributes:
         name: name of the result file.
         arguments: the benchmark and its options.
-        minutes: expected duration on two cores. Estimates of the remaining time scale it by the time of finished jobs.
+        minutes: expected duration on two cores. The estimate of the remaining time is scaled by the actual durations of
+            the finished jobs.
     """
 
     name: str
@@ -58,12 +60,12 @@ def _jobs() -> tuple[Job, ...]:
 
 
 JOBS = _jobs()
-"""The benchmarks that need no files from the user. ``texts`` and ``speculative`` need trained models."""
+"""The benchmarks of docs/benchmarks.md, except ``texts``, which needs trained models and files from the user."""
 
 
 @dataclasses.dataclass(frozen=True)
 class All:
-    """Run all benchmarks. Exactly one of --full and --quick must be given."""
+    """Run the benchmarks. Exactly one of --full and --quick must be given."""
 
     full: bool = False
     """Measure the sizes of the benchmark page."""

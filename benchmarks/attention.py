@@ -5,9 +5,9 @@
     python -m benchmarks.attention --variants decode                  one query over caches of different fill lengths
     python -m benchmarks.attention --quick                         a short test that the benchmark works
 
-``bias`` adds T5's bias of bucketed distances. ``relative`` adds the bias of Transformer-XL. Both compute the
-gradients of their tables. torch supports these biases only as a dense array for all query-key pairs, so each repetition
-computes this array. Outputs and all gradients must agree before the measurement.
+``bias`` adds T5's bias of bucketed distances. ``relative`` adds the bias of Transformer-XL. The backward pass also
+computes the gradients of the bias tables. torch supports these biases only as a dense array for all query-key pairs, so
+each repetition computes this array. Outputs and all gradients must agree before the measurement.
 """
 
 from __future__ import annotations

@@ -169,7 +169,10 @@ def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """XLNet's mask [B, T, T] for an order [B, T]: 1 if i must not attend to j. Targets [B, P] do not see themselves."""
+    """XLNet's mask [B, T, T] for an order [B, T]: 1 at [b, i, j] if position i must not attend to position j.
+
+    Targets [B, P] do not attend to themselves.
+    """
     is_target = target_mapping(targets, order.shape[1]).max(axis=1) > 0
     query_order = np.where(is_target, order - 1, order)
     return (order[:, None, :] > query_order[:, :, None]).astype(np.float32)

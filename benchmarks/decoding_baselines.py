@@ -14,7 +14,10 @@ from benchmarks.worker import Implementation
 
 
 class Jaxlm(Implementation):
-    """``jaxlm.decoding.generate``: one compiled function for prompt and new tokens, another function for a source."""
+    """``jaxlm.decoding.generate``, which compiles one function for the prompt and the new tokens.
+
+    For an encoder-decoder, another compiled function reads the source.
+    """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()

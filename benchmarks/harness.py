@@ -1,6 +1,6 @@
 """Interleaved measurement of implementations in separate processes, and results as tables and JSON.
 
-This module imports neither JAX nor torch, so that only one worker uses the machine at a time.
+Models run only in the worker processes, one at a time. The process of this module runs no computation of JAX or torch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ DEVICES = {
     "tpu": {"JAX_PLATFORMS": "tpu"},
 }
 """Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch uses
-another device, and then :func:`measure` raises an error because the devices differ."""
+another device instead, and :func:`measure` raises an error because the devices differ."""
 
 
 class Failure(Exception):
@@ -88,8 +88,8 @@ class Worker:
         arguments: arguments of the implementation, JSON values.
 
     Raises:
-        Failure: the implementation could not be set up. All methods raise it if the implementation fails or its
-            process ends.
+        Failure: the implementation could not be set up. All methods raise ``Failure`` if the implementation fails or
+            its process ends.
     """
 
     def __init__(
@@ -172,7 +172,8 @@ class Session:
     def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
         """``rows`` with the fact ``cached_compile_seconds`` in the row of jaxlm.
 
-        It is the extra time of the first repetition in a new process, which reads the compiled program from the cache.
+        This fact is the extra time of the first repetition in a new process, which reads the compiled program from the
+        cache.
         """
         with contextlib.closing(self.start("jaxlm again", target, **arguments)) as worker:
             first = worker.run()[0]
@@ -248,7 +249,7 @@ def with_class(
         raise UserError(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
-        print(f"{', '.join(missing)}: not measured, because it has no model of the family {family}")
+        print(f"{', '.join(missing)}: no model of the family {family}")
     return {name: target for name, target in targets.items() if name not in missing}
 
 
@@ -316,8 +317,8 @@ class Row:
     def record(self) -> dict[str, Any]:
         """All values and their statistics, for JSON.
 
-        The keys are those of older result files, which ``report`` and ``chart`` also read: ``peer`` is the
-        implementation, ``roof`` the peak.
+        The keys are those of older result files, which ``report`` also reads: ``peer`` is the implementation, and
+        ``roof`` is the peak.
         """
         fields = dataclasses.asdict(self)
         fields["peer"], fields["roof"] = fields.pop("implementation"), fields.pop("peak")
@@ -351,7 +352,7 @@ def measure(
     Each round measures one repetition of every implementation. The first implementation changes from round to round.
 
     Args:
-        warm_up: repetitions of each implementation that are not measured, at least 2, because the first one compiles.
+        warm_up: number of repetitions of each implementation before the rounds, at least 2. The first one compiles.
         check: a function of the warm-up results of each implementation. It raises ``Failure`` if they disagree.
     """
     if rounds < 1:
@@ -575,7 +576,7 @@ def main(
 ) -> int:
     """Run ``python -m benchmarks.NAME`` and return its exit status, as ``jaxlm.command_line`` defines it.
 
-    jaxlm imports JAX, so it is imported only to print an error.
+    jaxlm is imported only to print an error, because it imports JAX.
 
     Args:
         kind: the dataclass of the options.

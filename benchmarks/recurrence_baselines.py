@@ -15,7 +15,7 @@ class JaxlmRecurrence(JaxSampled):
     The process keeps freed memory (``jaxlm.host.keep_freed_memory``), as the programs in ``experiments`` do.
     """
 
-    keeps_freed_memory = True
+    is_freed_memory_kept = True
 
     def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
         jax = jax_exact()

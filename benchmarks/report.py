@@ -5,8 +5,9 @@
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
 section for each processor. If several files contain the same operation and shape, the section shows the newest file.
 
-All charts show how many times as fast as a baseline jaxlm is: the median over rounds of the time of the baseline,
-divided by the time of jaxlm. Above 1, jaxlm is faster.
+The bar charts show how many times as fast as a baseline jaxlm is: the median over rounds of the time of the baseline,
+divided by the time of jaxlm. Above 1, jaxlm is faster. Some charts also show the speed of jaxlm in percent of the peak
+of the machine. The line charts show the time as a function of the length.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ END = "<!-- end of measured -->"
 PICTURES = "pictures/benchmarks"
 """Directory of the charts, relative to the page."""
 TITLES = "processors.json"
-"""File in the directory of the results with the title of each processor by the name of its directory."""
+"""JSON file in the directory of the results: name of the directory of a processor -> title of its section."""
 SECTIONS = {
     "training": "Training steps of whole models",
     "decoding": "Decoding of whole models",
@@ -37,7 +38,7 @@ SECTIONS = {
     "recurrence": "Recurrent layers",
     "scans": "Linear recurrences and convolution",
 }
-"""Heading by benchmark program, in the order of the page. Results of other programs have no baselines."""
+"""Heading by benchmark program, in the order of the page. Results of other programs are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +301,7 @@ def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
 
 
 def draw_curves(groups: dict[str, Lines]) -> Any:
-    """Plots of milliseconds against length, one per group. On the logarithmic axes, equal slopes mean equal growth."""
+    """Plots of milliseconds against length on logarithmic axes, one per group. The slope is the exponent of growth."""
     num_rows = -(-len(groups) // 2)
     figure, all_axes = _new_figure(2.8 * num_rows, num_rows, 2)
     for axes in all_axes[len(groups) :]:

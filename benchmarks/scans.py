@@ -5,9 +5,9 @@
     python -m benchmarks.scans --quick                           a short test that the benchmark works
 
 Values and gradients of all implementations must agree before the measurement. A repetition may overwrite some buffers
-(the input of a scan, the output gradients). They are created before each repetition and are not part of the measured
-time, because in a model they are temporary results of the previous layer. The peak is an in-place copy for memory-bound
-operations, and a matrix product for linear attention.
+(the input of a scan, the output gradients). These buffers are created before each repetition. Their creation is not
+part of the measured time, because in a model they are temporary results of the previous layer. The peak is the
+bandwidth of an in-place copy for memory-bound operations, and the FLOP/s of a matrix product for linear attention.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Training:
     """The loss or the optimizer step of a model."""
 
     model: str = "gpt2"
-    """Models of the families gpt, llama, bert, t5, xlnet, lstm, resnet (VDCNN), separated by commas."""
+    """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN) and mamba2, separated by
+    commas."""
     passes: str = "step"
     """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
     batch: int | None = None
@@ -39,7 +40,7 @@ class Decoding:
     """Greedy generation."""
 
     model: str = "gpt2"
-    """Models of the families gpt, llama, t5, xlnet, lstm, separated by commas."""
+    """Models of the families gpt, llama, t5, xlnet, lstm and mamba2, separated by commas."""
     batch: str = "1"
     """Rows; one or more numbers, separated by commas."""
     prompt: str = "32"
@@ -103,8 +104,8 @@ class Recurrence:
 
 
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
-"""Three sizes. Most of the time is for matmuls in the first, for gates in the second, and for reading the weights in
-the third. The third size is a layer of Zaremba et al. 2014 with one row."""
+"""Three sizes. The first spends most of its time on matmuls, the second on gates, and the third on reading the weights.
+The third size is a layer of Zaremba et al. 2014 with one row."""
 GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
 """Number of gates of each layer. ``gru`` applies the reset gate after the product, as torch does."""
 
@@ -225,7 +226,7 @@ def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
 def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
     """Random ids [batch, length], int32, with frequencies 1 / (rank + 2.7), as words have (Mandelbrot 1953).
 
-    Use them for an adaptive softmax, whose FLOPs depend on the frequencies.
+    Use these ids for an adaptive softmax, whose FLOPs depend on the frequencies.
     """
     frequency = 1.0 / (np.arange(vocab_size) + 2.7)
     rng = np.random.default_rng(0)

@@ -1,15 +1,16 @@
-"""Loss and speed of all causal families at equal parameter counts and at equal FLOPs, trained on equally long text.
+"""Loss and speed of causal families at equal parameter counts and at equal FLOPs, trained on equally long text.
 
     python -m benchmarks.shootout                            a million parameters, 400,000 characters per family
     python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
     python -m benchmarks.shootout --quick                    a short test that the benchmark works
 
-The depth of each family is fixed, and its width is chosen. At equal parameters, the number of parameters is as near as
-possible to ``--parameters``. At equal FLOPs, the training FLOPs per character are as near as possible to the FLOPs of
-the GPT with equal parameters. They count dots and convolutions in the trace of the step without remat. All families
-read the same number of characters. Families that carry a state between batches read contiguous streams, the others
-random windows. The loss is measured on the last 10 % of the text. Decoding generates one character at a time in one
-row, after contexts of several lengths, with a state that has capacity for the longest context.
+The depth of each family is fixed, and its width is
+chosen. At equal parameters, the number of parameters is as near as possible to ``--parameters``. At equal FLOPs, the
+training FLOPs per character are as near as possible to the FLOPs of the GPT with equal parameters. The FLOPs are those
+of dots and convolutions in the trace of the step without remat. All families read the same number of characters.
+Families that carry a state between batches read contiguous streams, and the others read random windows. The loss is
+measured on the last 10 % of the text. Decoding generates one character at a time in one row, after contexts of several
+lengths. Its state has capacity for the longest context.
 
 The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process runs all families one after
 the other, so the times are accurate only to an order of magnitude. The losses are comparable.
@@ -38,9 +39,9 @@ class Shootout:
     """Compare the causal families."""
 
     families: str = ""
-    """Families, separated by commas; empty: all causal families."""
+    """Families, separated by commas; empty: all families of this benchmark."""
     equal: str = "parameters,flops"
-    """Quantities that are equal, separated by commas: parameters, flops (training FLOPs per character)."""
+    """Quantities to make equal, separated by commas: parameters, flops (training FLOPs per character)."""
     parameters: int = 1_000_000
     """Parameters of each model, approximately."""
     tokens: int = 400_000
@@ -69,8 +70,12 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "alexnet": lambda u: {"embed_dim": 8 * u, "channels": 16 * u, "fc_dim": 32 * u},
     "mamba2": lambda u: {"embed_dim": 16 * u},
     "griffin": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
+    "gated_deltanet": lambda u: {
+        "embed_dim": 16 * u, "mlp_dim": 44 * u, "delta_key_dim": 4 * u, "delta_value_dim": 4 * u,
+    },
+    "xlstm": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u, "key_dim": 8 * u, "value_dim": 16 * u},
     "rwkv7": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
-}
+}  # fmt: skip
 _WIDEST = 64
 
 

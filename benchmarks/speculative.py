@@ -113,8 +113,8 @@ def _record(
     """The measurements of one function.
 
     ``equal`` is the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1
-    only if rounding decides between two logits. The call for the prompt generates the first token of a row, so
-    ``tokens_per_round`` does not count this token.
+    only if rounding errors change which logit is the largest. The call for the prompt generates the first token of a
+    row, so ``tokens_per_round`` does not count this token.
     """
     median = statistics.median(seconds[name])
     record: dict[str, Any] = {

@@ -32,8 +32,8 @@ UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
 """Pairs of a number of updates and the maximum relative difference of the losses after them."""
 FAMILY_TOLERANCES = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""Tolerances of the steps of single families. The gradients of many parameters before a batch normalization are only
-rounding errors, and the first updates of Adam do not depend on the size of a gradient."""
+"""Tolerances of training steps for single families. The gradients of many parameters before a batch normalization are
+only rounding errors, and the first updates of Adam do not depend on the size of a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,10 +43,11 @@ class JaxTraining(Implementation):
 class Jaxlm(JaxTraining):
     """``Trainer.jit_step``, or only the loss.
 
-    As in the experiments: unstacked layers, and ``jaxlm.host.keep_freed_memory``.
+    As in the experiments, the layers are unstacked, and the process keeps freed memory
+    (``jaxlm.host.keep_freed_memory``).
     """
 
-    keeps_freed_memory = True
+    is_freed_memory_kept = True
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()

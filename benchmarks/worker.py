@@ -21,7 +21,7 @@ from typing import Any
 class Implementation(abc.ABC):
     """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
 
-    keeps_freed_memory = False
+    is_freed_memory_kept = False
     """Whether the process keeps freed memory (``jaxlm.host``). The worker sets this before it creates the
     implementation."""
 
@@ -50,7 +50,7 @@ def serve(target: str) -> None:
             if call == "setup":
                 module, name = target.split(":")
                 kind = getattr(importlib.import_module(module), name)
-                if kind.keeps_freed_memory:
+                if kind.is_freed_memory_kept:
                     importlib.import_module("jaxlm.host").keep_freed_memory()
                 implementation = kind(**arguments)
                 result: Any = None

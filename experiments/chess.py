@@ -3,7 +3,7 @@
     python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
 
 --data reads a PGN file, or a file with one game per line (SAN or UCI moves). With 144,000 master games, 8,300 steps
-take 100 minutes on one CPU core; the next move is then right in 31 % of the positions:
+take 100 minutes on one CPU core. The most probable move is then the played move in 31 % of the positions:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
@@ -74,7 +74,7 @@ class Experiment:
     notation: Notation = "san"
     """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
-    """Use only this many games from the start of the file."""
+    """Use only this many games from the start of the file. None: all games."""
     extra_data: Path | None = None
     """File of games that are added to the training games, for example generated games. None: no more games."""
     min_count: int = 5

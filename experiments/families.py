@@ -6,8 +6,8 @@
 The tokens are the characters of the included corpus. Its last 10 % is for validation. Objectives of the families:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
-    causal, streamed   the next character; a row continues     transformer_xl lstm gru mamba2 griffin
-                       that row of the batch before            gated_deltanet xlstm rwkv7
+    causal, streamed   the next character; each row continues  transformer_xl lstm gru mamba2 griffin
+                       the same row of the previous batch      gated_deltanet xlstm rwkv7
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
@@ -57,8 +57,7 @@ SENTINELS = 30
 VALIDATION = 0.1
 """Fraction of the text for validation."""
 XLNET_PART_LENGTH = 16
-"""Number of positions in each of the two parts of an XLNet row. Each part has its own random order over all of its
-positions."""
+"""Number of positions in each of the two parts of an XLNet row. The positions of each part are permuted separately."""
 
 
 @dataclasses.dataclass(frozen=True)

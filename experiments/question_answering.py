@@ -3,9 +3,9 @@
     python -m experiments.question_answering                    a small BERT from scratch, generated stories, 2 minutes
     python -m experiments.question_answering --preset xlnet     the same with XLNet
 
-Fine-tuning of MiniLM (pretrained BERT weights, 6 layers of width 384) on the SQuAD v1.1 development file (48 articles,
-10,570 questions). Its articles are split into training, validation and test splits. The F1 on the test split is 70.8
-after 69 minutes on two CPU cores.
+The next command fine-tunes MiniLM (pretrained BERT weights, 6 layers of width 384) on the development file of SQuAD
+v1.1 (48 articles, 10,570 questions). The articles of the file are split into training, validation and test splits. The
+F1 on the test split is 70.8 after 69 minutes on two CPU cores.
 
     python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
         --extra-tests new_wiki_v1.0.json nyt_v1.0.json

@@ -2,13 +2,14 @@
 
     python -m experiments.sentiment          a BiLSTM that predicts the play of a passage: accuracy 0.67, 3 minutes
 
-SST-2 (files of GLUE) with pretrained MiniLM (accuracy 0.90, 40 minutes), or an LSTM from scratch (0.84, 4 minutes):
+The next commands train on SST-2 (files of GLUE): pretrained MiniLM (accuracy 0.90, 40 minutes), and an LSTM from
+scratch (accuracy 0.84, 4 minutes).
 
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-A CNN over words (Kim 2014, CNN-rand): MR, Subj, CR and MPQA with 10 folds (MR: 0.759, 42 minutes) and TREC (0.90, 1
-minute):
+The next commands train the CNN over words of Kim (2014, CNN-rand): with 10 folds on MR (accuracy 0.759, 42 minutes),
+and on TREC (accuracy 0.90, 1 minute). Subj, CR and MPQA also need 10 folds.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
@@ -47,13 +48,14 @@ class Data:
     """Files of labelled sentences."""
 
     train: Path | None = None
-    """.tsv or .csv with a header, .jsonl, or lines "label sentence" (also .gz). None: the included passages."""
+    """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence" (also .gz). None: the included
+    passages."""
     test: Path | None = None
     """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     on_error: OnError = "raise"
-    """Invalid lines, for example without a text: raise an error, or skip them and print their numbers (report)."""
+    """raise: an invalid line is an error. report: invalid lines are skipped, and their numbers are printed."""
     validation_fraction: float = 0.02
     """Fraction of the training file for validation. With training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
@@ -153,7 +155,10 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only the lengths are used."""
+    """The model, its initial parameters (None: random), and the tokenizer.
+
+    Only the lengths of the ``test`` texts are used.
+    """
     config, labels = experiment.model, training.label_names()
     texts, size = training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
@@ -188,7 +193,7 @@ def train_and_test(
     trainer = config.trainer(model, experiment.optimizer, loss)
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
-    if experiment.folds is not None:  # the directory of all folds
+    if experiment.folds is not None:  # the parent directory is the run directory of all folds
         config_lib.write(dataclasses.replace(experiment, output=directory.parent), directory.parent / "config.json")
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training_part):,} examples, "

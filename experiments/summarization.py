@@ -2,7 +2,7 @@
 
     python -m experiments.summarization        docstrings of installed packages to their first lines, 2 minutes
 
-Debian package descriptions to their synopses (docs/tasks/summarization.md describes how to get the file):
+The next commands summarize descriptions of Debian packages (docs/tasks/summarization.md describes how to get the file):
 
     python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
     python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
@@ -54,7 +54,7 @@ class Data:
     test_fraction: float = 0.04
     """Fraction of the groups for the test split."""
     largest_group: int = 100
-    """Larger groups are in the training split, because their similar texts would dominate validation or test scores."""
+    """Groups with more texts are in the training split: their similar texts would dominate the other splits."""
     similarity: float = 0.5
     """Two texts are similar if the Jaccard similarity of their word trigrams is at least this number."""
 

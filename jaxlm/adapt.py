@@ -1,8 +1,8 @@
-"""Adaptations: train only a part of a model's parameters (``Freeze``), or low-rank factors of them (``LoRA``).
+"""Adaptations: train only a part of a model's parameters (``Freeze``), or low-rank changes of weights (``LoRA``).
 
 An adaptation splits the parameters of a model into a trained and a frozen tree, and merges the two into ordinary
-parameters again. The merge is a pure function, so a loss is differentiated with respect to the trained tree alone, and
-any Optax optimizer works on it:
+parameters again. The merge is a pure function, so a loss can be differentiated with respect to the trained tree alone.
+Any Optax optimizer can update the trained tree:
 
     >>> model = get_model("gpt2-tiny")                                                   # doctest: +SKIP
     >>> lora = LoRA(rank=4)                                                              # doctest: +SKIP
@@ -10,8 +10,8 @@ any Optax optimizer works on it:
     >>> gradient = jax.grad(lambda trained: loss(model, lora.merge(trained, frozen)))    # doctest: +SKIP
     >>> save_pretrained("directory", model, lora.merge(trained, frozen))                 # doctest: +SKIP
 
-Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). A path contains no layer
-number, and selects the weight in every layer.
+Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). A path contains no layer number, so it
+selects the weight in every layer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Adaptation(Protocol):
 
 
 def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
-    """Number of leading axes (after the stack axes) that form the rows of a matrix; None: it is not a matrix.
+    """Number of leading axes (after the stack axes) that form the rows of a matrix; None if it is no matrix.
 
     A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
     ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are matrices too. Biases
@@ -193,10 +193,11 @@ class LoRA:
     """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
 
     W may have any number of axes. :func:`num_row_axes` defines which of them are the rows of the matrix [in, out].
-    A [in..., rank] and B [rank, out...] keep the axes of W, and its stack axes (:func:`num_stack_axes`). A
-    fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B
-    with zeros (PEFT's default), so that the merged parameters are equal to the base parameters at first. For a table or
-    head [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
+    A [in..., rank] has the row axes of W, and B [rank, out...] has the other axes. Both factors also have the stack
+    axes of W (:func:`num_stack_axes`). A fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized
+    uniformly between ``-1 / sqrt(in)`` and ``1 / sqrt(in)``, and B with zeros (PEFT's default), so that the merged
+    parameters are equal to the base parameters at first. For a table or head [vocab, embed], whose rows are the
+    vocabulary, A is initialized with zeros and B randomly.
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
     parameters except those in ``full_training_patterns``. Each step computes the merged weights and their gradients,
@@ -309,7 +310,7 @@ class LoRA:
         def product(a: jax.Array, b: jax.Array) -> jax.Array:
             return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
 
-        # Each stack axis is in both factors, so it counts twice.
+        # Both factors have the stack axes, so this difference is the number of stack axes.
         for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
             product = jax.vmap(product)
         delta = product(a, b)
@@ -342,7 +343,7 @@ def _matching_paths(field: str, patterns: tuple[str, ...], names: Iterable[str])
 
 
 def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
-    """``{path: leaf}``. Paths have no layer numbers: of several layers with a path, the last leaf is returned."""
+    """``{path: leaf}``. Paths have no layer numbers. If several layers have a path, the last leaf is returned."""
     if isinstance(tree, tuple):
         return {name: leaf for layer in tree for name, leaf in _leaves(layer, prefix).items()}
     if isinstance(tree, dict):
@@ -367,7 +368,7 @@ def _in_stack(name: str) -> bool:
 
 
 def _filter(tree: spec.Tree, keep: Callable[[str], bool], prefix: str = "") -> spec.Tree:
-    """``tree`` with only the leaves for whose path ``keep`` returns True. Empty dicts are removed; may be ``{}``."""
+    """``tree`` with only the leaves whose path satisfies ``keep``. Empty dicts are removed."""
     if isinstance(tree, tuple):
         layers = tuple(_filter(layer, keep, prefix) for layer in tree)
         return layers if any(layers) else {}
@@ -431,7 +432,9 @@ def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
 
 
 def _union(left: spec.Tree, right: spec.Tree, combine: Callable[[Any, Any], Any] | None = None) -> spec.Tree:
-    """The union of both trees. If both have an entry at a path, and one of the two is a leaf, ``combine`` joins them.
+    """The union of both trees.
+
+    If both trees have an entry at a path, and one of the entries is a leaf, the result has ``combine(left, right)``.
 
     Raises:
         ValueError: both trees have such an entry and ``combine`` is None.

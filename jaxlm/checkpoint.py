@@ -7,7 +7,7 @@ it is complete:
     record/   one JSON file: the step, shape, dtype and checksum of each array, the metric, the caller's ``meta``, the
               version of this format, and a checksum of all of these
 
-A killed process leaves at most a temporary directory. No function reads it, and the next save removes it
+A killed process leaves at most a temporary directory. No function reads this directory, and the next save removes it
 (:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only after a newer step has been written to the disk
 (fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`. Arrays are stored
 with their complete shapes, so that they can be restored onto another mesh. Parameters that were saved stacked or
@@ -185,13 +185,13 @@ class Checkpointer:
     """Saves and restores the checkpoints of steps in one directory. Each has a tree of arrays and a JSON dict.
 
     The last ``keep_last`` steps are kept and, if ``keep_best``, also the step with the lowest metric. All other steps
-    are deleted after a newer step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``,
-    and is deleted after a newer step is complete. Only one object at a time may save to a directory, and only this
-    object deletes steps. Other objects may read at the same time. With several processes, all processes make the same
-    calls on a shared directory; ``meta`` is saved from process 0.
+    are deleted after a newer step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``:
+    after a newer step is complete, it is deleted unless it is the best step. Only one object at a time may save to a
+    directory, and only this object deletes steps. Other objects may read at the same time. With several processes, all
+    processes make the same calls on a shared directory; ``meta`` is saved from process 0.
 
-    A save runs in the background. The next ``save``, ``wait``, ``restore`` or ``close`` waits for the save and raises
-    its errors, so a program must make one of these calls before it ends.
+    If ``asynchronous``, a save runs in the background. The next ``save``, ``wait``, ``restore`` or ``close`` waits for
+    the save and raises its errors, so a program must make one of these calls before it ends.
 
     Example:
         >>> with Checkpointer("runs/small") as checkpointer:
@@ -241,8 +241,8 @@ class Checkpointer:
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
             metric: a value to minimize, e.g. the validation loss. A step with the metric NaN is never the best step.
             extra: whether this save is outside of the schedule, e.g. because a signal ends the run. An extra step does
-                not cause the deletion of another step, and :meth:`roll_back` skips it.
-            wait: whether to return only after the checkpoint is complete, as for the last checkpoint of a run.
+                not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
+            wait: whether to return only after the checkpoint is complete. Set it for the last checkpoint of a run.
 
         Raises:
             FileExistsError: ``step`` already exists.
@@ -324,7 +324,7 @@ class Checkpointer:
         self.remove_leftovers()
 
     def _delete(self, steps: Iterable[int]) -> None:
-        """Rename steps for ``remove_leftovers``, which deletes them. A killed process then leaves no partial step."""
+        """Rename steps, so that :meth:`remove_leftovers` deletes them. A killed process leaves no partial step."""
         for step in steps:
             self._path(step).rename(self.directory / f"{step}.deleted")
 
@@ -338,7 +338,7 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------ listing
 
     def steps(self) -> list[int]:
-        """The steps with an intact record in ascending order, without a save that is still running."""
+        """The steps with an intact record, in ascending order. A step that is still being saved is not included."""
         return list(self._scan()[0])
 
     def damaged(self) -> dict[int, str]:
@@ -466,8 +466,8 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: there is no such step.
-            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; no array is read in this case.
-                Or ``on_corrupt`` is unknown.
+            ValueError: names, shapes or dtypes of the saved tree differ from ``target`` (in this case, no array is
+                read), or the arguments are invalid.
             CorruptCheckpointError: the record or an array is damaged. The error names the file and the newest intact
                 step.
         """
@@ -498,7 +498,7 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest intact step that is not ``extra``. Newer steps are deleted.
 
-        Extra steps change neither the result nor the other steps that remain.
+        Extra steps affect neither the result nor the set of scheduled steps that remain.
 
         Raises:
             FileNotFoundError: there is no such step.
@@ -594,7 +594,7 @@ def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """False for log records with the traceback of an error in orbax's threads or tasks, which the caller also gets."""
+    """False for a log record with the traceback of an error in orbax's threads or tasks, which the caller gets too."""
     if not record.exc_info or record.levelno < logging.ERROR:
         return True
     from_orbax = "orbax" in Path(record.pathname).parts
@@ -613,7 +613,7 @@ def _ignore_closed_event_loop() -> None:
     report = sys.unraisablehook
 
     def hook(error: Any) -> None:
-        # A thread of tensorstore, which has no Python frame, calls asyncio.
+        # tensorstore's threads have no Python frame, so the first frame of the traceback is in asyncio.
         frame = None if error.exc_traceback is None else error.exc_traceback.tb_frame
         from_thread = frame is not None and Path(frame.f_code.co_filename).parent.name == "asyncio"
         if not (from_thread and str(error.exc_value) == "Event loop is closed"):

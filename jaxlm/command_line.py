@@ -1,9 +1,12 @@
 """Option parsing and error reporting of ``jaxlm``, ``python -m experiments.NAME`` and ``python -m benchmarks.NAME``.
 
-An error is printed as one line on standard error. The line names the option or file, the value and the fix. The exit
-status is 0 on success, 2 after a user error (an option, a configuration, a file), 1 after a failed run (a full disk, a
-training that diverged, not enough memory), and 128 + signal after an interrupt. Every command accepts ``--debug``,
-which also prints the traceback.
+An error is printed as one line on standard error. The line names the option or file, the value and the fix. Every
+command accepts ``--debug``, which also prints the traceback. The exit status is
+
+- 0 on success,
+- 1 after a failed run (a full disk, training that diverged, not enough memory),
+- 2 after a user error (an invalid option, configuration or file),
+- 128 + the number of the signal after an interrupt.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
     """An instance of the dataclass ``kind`` (or of one type of a union of dataclasses) from command-line arguments.
 
     Args:
-        default: ``default=INSTANCE``, the config whose fields the options change.
+        program: name of the command in messages.
+        description: first text of ``--help``.
+        default: ``default=INSTANCE`` gives the config whose fields the options change.
 
     Raises:
         SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown option, a
@@ -93,8 +98,8 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: the config, with all options.
-        initial: the config of ``--preset``, ``--recipe`` and ``--resume``, without the options that change its fields.
+        config: the initial config, changed by all other options.
+        initial: the config that ``--preset`` or ``--resume`` selects, with the optimizer that ``--recipe`` selects.
         recipe: the name that ``--recipe`` selects, or None.
         resume: the run directory to resume, or None.
     """
@@ -114,12 +119,14 @@ def parse_experiment(
     description: str,
     recipes: Mapping[str, Any],
 ) -> ExperimentOptions[T]:
-    """The config from the command line.
+    """The options of an experiment, from the command line.
 
     ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces its optimizer.
     Options such as ``--model.num-layers 6`` change its fields. ``--help`` lists all options.
 
     Args:
+        default: the initial config without ``--preset`` and ``--resume``.
+        presets: the configs that ``--preset`` selects by name.
         recipes: the values of the config's field ``optimizer`` that ``--recipe`` selects by name.
 
     Raises:
@@ -198,11 +205,11 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 def end_process(status: int) -> NoReturn:
     """End the process with an exit status. After Ctrl-C (130), end it by SIGINT, so that ``subprocess`` reports -2.
 
-    A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough. One of
-    several processes of a run ends with the status 130.
+    A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough. In a run with
+    several processes, each process ends with the exit status 130 instead.
     """
     if status == INTERRUPTED and not processes.is_joined():
-        atexit._run_exitfuncs()  # private; a signal ends the process without these functions
+        atexit._run_exitfuncs()  # private; a signal ends the process without calling the exit functions
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -212,7 +219,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error is a user error, which a retry would repeat, instead of a failure of the run."""
+    """Whether an error is a user error, which a retry would repeat. Other errors are failures of the run."""
     if isinstance(error, BlockingIOError):
         return False
     if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):
@@ -273,7 +280,8 @@ def check_output_file(option: str, path: Path | None) -> None:
 def _message_has_fix(error: BaseException) -> bool:
     """Whether the message of an error contains the fix.
 
-    It is True for exception classes of jaxlm, such as ``DivergedError``, and for a ``RuntimeError`` that jaxlm raised.
+    The result is True for the exception classes of jaxlm, the experiments and the benchmarks, such as
+    ``DivergedError``, and for a ``RuntimeError`` that their code raised.
     """
     traceback_entry = error.__traceback__
     while traceback_entry is not None and traceback_entry.tb_next is not None:

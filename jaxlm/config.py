@@ -50,6 +50,9 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -> C:
     """The config of class ``kind`` from the result of :func:`to_json`.
 
+    Args:
+        where: name of the config in error messages.
+
     Raises:
         ValueError: ``kind`` does not have a field, a field without default is missing, or a value does not have the
             type of its field.
@@ -92,14 +95,15 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
     must have the types of its hint.
 
     Args:
-        choices: whether a ``Literal`` accepts only its values. Otherwise it accepts all values of their types.
+        where: name of the value in the error message.
+        choices: whether a ``Literal`` accepts only its listed values. If False, it accepts every value of their types.
     """
     if not _has_type(hint, value, choices):
         raise ValueError(f"{where}={value!r} must be {_type_name(hint)}")
 
 
 def check_choices(config: Any) -> None:
-    """Raise ``ValueError`` if a ``Literal`` field of a config does not have one of its values."""
+    """Raise ``ValueError`` if a ``Literal`` field of a config has a value that its type does not list."""
     for name, hint in field_types(type(config)).items():
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
         if literals and not _has_type(hint, value := getattr(config, name), True):
@@ -108,7 +112,11 @@ def check_choices(config: Any) -> None:
 
 
 def check_finite(config: Any, where: str = "") -> None:
-    """Raise ``ValueError`` if a number in a config or a nested config is not finite."""
+    """Raise ``ValueError`` if a number in a config or a nested config is not finite.
+
+    Args:
+        where: prefix of the field names in the error message.
+    """
     for name, value in numbers_of(config, where):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
@@ -129,7 +137,11 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the dotted name and the value of every number in a config and its nested configs."""
+    """Yield the dotted name and the value of every number in a config and its nested configs.
+
+    Args:
+        where: prefix of the names.
+    """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -192,7 +204,7 @@ def _has_type(hint: Any, value: Any, choices: bool) -> bool:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float can represent
+    except OverflowError:  # an integer that is too large for a float
         return False
 
 
@@ -218,8 +230,12 @@ def read(kind: type[C], path: Path) -> C:
     return from_json(kind, read_object(path), str(path))
 
 
-def assigned_texts(option: str, texts: Sequence[str], example: str = "num_layers=24") -> dict[str, str]:
+def parse_assignments_as_text(option: str, texts: Sequence[str], example: str = "num_layers=24") -> dict[str, str]:
     """``{name: value}`` from texts such as ``num_layers=24``.
+
+    Args:
+        option: name of the command-line option, for error messages.
+        example: a valid text, for error messages.
 
     Raises:
         ValueError: a text has no ``=``, or a name occurs twice.
@@ -240,11 +256,14 @@ def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
 
     ``true`` and ``false`` are booleans.
 
+    Args:
+        option: name of the command-line option, for error messages.
+
     Raises:
         ValueError: a text has no ``=``, or a name occurs twice.
     """
     values: dict[str, Any] = {}
-    for name, value in assigned_texts(option, texts).items():
+    for name, value in parse_assignments_as_text(option, texts).items():
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

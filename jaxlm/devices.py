@@ -1,6 +1,7 @@
-"""Peak performance of accelerators, from the datasheets of their makers. ``plan``, benchmarks and ``doctor`` use it.
+"""A table of the peak performance of accelerators, from the datasheets of their makers.
 
-Unknown values are None and are never guessed. The share of an unknown peak is shown as "n/a".
+``plan``, the benchmarks and ``doctor`` use the table. Unknown values are None and are never guessed. A fraction of an
+unknown peak is shown as "n/a".
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 from typing import Any
 
 LANES = 128
-"""Entries in a row of a TPU vector register. An axis whose size is a multiple of it needs no padding."""
+"""Entries in a row of a TPU vector register. An axis whose size is a multiple of ``LANES`` needs no padding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,10 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file. An existing file is replaced atomically: a rename after the text was written to disk."""
+    """Write a UTF-8 text file. An existing file is replaced atomically.
+
+    The text is first written to a temporary file on the disk, which is then renamed to ``path``.
+    """
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -181,9 +184,9 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush a directory tree to the disk, bottom-up. In each directory, first the files, then the directory.
+    """Flush a directory tree to the disk, bottom-up.
 
-    The parent of ``directory`` is last.
+    The files of a directory are flushed before the directory itself. The parent of ``directory`` is flushed last.
     """
     for parent, _, names in os.walk(directory, topdown=False):
         for path in (*(Path(parent, name) for name in names), Path(parent)):

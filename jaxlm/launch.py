@@ -1,8 +1,9 @@
 """Scripts that run a command on rented machines, and multi-process runs on this machine.
 
-:func:`script` returns a bash script for the user to read and run. The script creates the machine, installs this
-checkout, runs a command on every host, fetches the results, and deletes the machine even after a failure. jaxlm never
-executes it. :func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.
+:func:`script` returns a bash script for the user to read and run. The script installs this checkout, runs a command on
+every host, and fetches the results. A TPU is created at the start of the script, and deleted at its end, even after a
+failure. A GPU node must already exist. jaxlm never executes the script. :func:`run_local` runs a command in several
+processes on this machine, and restarts them after a failure.
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
@@ -38,10 +39,10 @@ class _TpuGeneration:
 
     type_prefix: str
     """Prefix of the accelerator type, for example v5litepod."""
-    units_per_chip: int
+    type_units_per_chip: int
     """Factor from chips to the number in an accelerator type: 1 if the type counts chips, 2 if it counts cores."""
     runtime_version: str
-    """Name of the runtime version."""
+    """Version of the TPU software on the hosts (``--version`` of ``gcloud``)."""
     num_dimensions: int
     """Number of dimensions of a topology, for example 2 for 4x4."""
     max_chips_per_host: int
@@ -73,16 +74,16 @@ def script(
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine.
-        command: None runs the training benchmark on one host. On several hosts, None trains a GPT of the size of
-            GPT-2, because the benchmarks run only on one host.
+        command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a GPT
+            of the size of GPT-2, because the benchmarks run only on one host.
         zone: Google Cloud zone of the TPU.
         name: name of the new TPU.
         host: ``user@machine`` of a GPU node.
         spot: whether to use a spot machine, which costs less and may be stopped at any time.
 
     Raises:
-        ValueError: the topology is unknown, the command is not a module or is a benchmark on several hosts, or an
-            argument is missing or has no effect.
+        ValueError: the topology is unknown, the command does not start with ``python -m``, the command is a benchmark
+            on several hosts, or an argument is missing or has no effect.
     """
     is_default = command is None
     if command is None:
@@ -116,7 +117,7 @@ def script(
 
 
 def _gpt2_command(chips: int) -> list[str]:
-    """A command that trains a GPT of the size of GPT-2 with 8 x 1024 tokens per chip. It needs no shared directory."""
+    """A command that trains a GPT of the size of GPT-2 with 8 x 1024 tokens per chip. No shared directory is needed."""
     return shlex.split(
         f"python -m experiments.text_generation --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
         "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
@@ -134,7 +135,7 @@ def _tpu_script(
     quoted_zone = shlex.quote(zone)
     ssh = f"gcloud compute tpus tpu-vm ssh {name} --zone={quoted_zone} --worker=all --command"
     spot_option = " --spot" if spot else ""
-    accelerator_type = f"{tpu.type_prefix}-{chips * tpu.units_per_chip}"
+    accelerator_type = f"{tpu.type_prefix}-{chips * tpu.type_units_per_chip}"
     # These commands are quoted below, so that the local shell passes each one to the hosts as one argument.
     install_command = "python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[tpu,test]'"
     run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
@@ -187,7 +188,8 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         lost_after: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-        ValueError: the command is not a module, or has no run directory (``--output`` or ``--resume``) to restart from.
+        ValueError: a number is too small, the command does not start with ``python -m``, the command has no run
+            directory for restarts (``--output`` or ``--resume``), or the directory of a new run is not empty.
     """
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
@@ -222,7 +224,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _USER_ERROR = 2  # exit status of a command after a user error
-_GRACE_SECONDS = 10.0  # after the first failure, the other processes have this time to end by themselves
+_GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
@@ -255,7 +257,7 @@ def _run_directory(arguments: Sequence[str]) -> Path:
 
 
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
-    """The arguments that resume the run in ``directory``, or start it again if it has no ``config.json`` yet."""
+    """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
     if not (directory / "config.json").exists():
         if directory.exists():  # run_local checked that it was empty, so the failed attempt wrote its files
             directory.rename(f"{directory}.incomplete-{time.time_ns()}")
@@ -297,7 +299,7 @@ def _run_once(
                 first_failure = _first_failure(statuses)
                 deadline = time.monotonic() + _GRACE_SECONDS
             if None not in statuses or time.monotonic() > deadline:
-                if _USER_ERROR in statuses:  # the other processes failed because of it
+                if _USER_ERROR in statuses:  # the other processes failed because of this user error
                     index = statuses.index(_USER_ERROR)
                     return _USER_ERROR, f"process {index} of {count} ended with status {_USER_ERROR}"
                 return first_failure or (0, "")
@@ -311,7 +313,7 @@ def _run_once(
 def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
     """The exit status and a description of one failed process.
 
-    A process that a signal ended is preferred, because its end makes the others fail.
+    If a signal ended a process, this process is chosen, because its end makes the others fail.
     """
     status, index = min((status, index) for index, status in enumerate(statuses) if status)
     process = f"process {index} of {len(statuses)}"
@@ -321,7 +323,7 @@ def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Join the processes of a run, then run a module like ``python -m``."""
+    """Join the processes of a run, then run a module as ``python -m`` does."""
     parser = Parser("python -m jaxlm.launch", allow_abbrev=False)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, equal in all processes")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
@@ -348,7 +350,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         found = importlib.util.find_spec(options.module)
         exists = found is not None
-    except ModuleNotFoundError as error:  # in a package of the module, or the package does not exist
+    except ModuleNotFoundError as error:  # a package of the module is missing, or imports a missing module
         exists = error.name is None or not f"{options.module}.".startswith(f"{error.name}.")
     except ValueError:  # an empty name
         exists = False

@@ -6,8 +6,9 @@ scipy computes Wilson intervals.
 
 Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
 mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles. All other
-intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13); there is none if all
-values are equal. Intervals account for the random choice of the examples, but not for the training seed.
+intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13). If all examples have
+the same value, there is no bootstrap interval. Intervals account for the random choice of the examples, but not for the
+training seed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 BOOTSTRAP_SAMPLES = 1000
-"""Number of resampled test sets for a bootstrap interval; sacrebleu and rouge-score use the same number."""
+"""Number of resampled test sets for a bootstrap interval, including the intervals that sacrebleu computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAM
 
 
 def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
-    """The mean of ``values`` [N], one number per example, with its bootstrap interval (none if all are equal).
+    """The mean of ``values`` [N], one number per example, with its bootstrap interval (no interval if all are equal).
 
     Raises:
         ValueError: there are no values, or a value is not finite.
@@ -141,9 +142,10 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
 
 
 def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -> Score:
-    """The F1 in [0, 1], averaged over the classes without weights, with a bootstrap interval (none if all are right).
+    """The unweighted mean of the F1 in [0, 1] over all classes, with a bootstrap interval.
 
-    The classes are all values that occur in the labels [N] or the predictions [N] (integers or strings).
+    The classes are all values that occur in the labels [N] or the predictions [N] (integers or strings). There is no
+    interval if all predictions are right.
 
     Raises:
         ValueError: the shapes differ, there are no labels, or a label is negative.
@@ -181,7 +183,7 @@ def bleu(
         hypotheses: detokenized outputs.
         references: one detokenized reference for each output.
         tokenize: sacrebleu's tokenizer: ``13a`` (WMT), ``intl``, ``char``, ``none``, ...
-        lowercase: ignore case.
+        lowercase: whether to ignore case.
 
     Raises:
         ValueError: the numbers of texts differ, there are no texts, or the tokenizer is unknown.

@@ -7,10 +7,11 @@ must call these functions in the same order. The first process writes the files 
 
 - If a process is killed, stopped or unreachable, ``jax.distributed`` misses its heartbeats and aborts every other
   process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of this abort with one line.
-- If a process fails, or a signal ends it immediately, it writes the cause to the key-value store of
+- If a process fails, or a signal ends it at once, it writes the cause to the key-value store of
   ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second and ends its process,
   even while the main thread waits for other processes inside a collective operation.
-- A process that is done waits for the others. If another process fails meanwhile, it too ends with an error.
+- A process that is done waits for the others. If another process fails meanwhile, the waiting process also ends with
+  an error.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ _DONE = "done"
 _USER_ERROR = 2  # exit status after a user error
 _POLL_SECONDS = 1.0  # seconds between two reads of the key-value store
 _GRACE_SECONDS = 1.0  # seconds after a signal in which the main thread may end by itself
-_ACKNOWLEDGE_SECONDS = 5.0  # seconds in which the others can read the store before process 0 ends, which serves it
-# Words in error messages of JAX, Gloo and NCCL that the end of another process causes.
+# Process 0 serves the key-value store. After a failure, it waits up to this number of seconds, so that the others can
+# read the store before it ends. The same limit applies to a write to the store.
+_ACKNOWLEDGE_SECONDS = 5.0
+# Words in the error messages that JAX, Gloo and NCCL print after another process has ended.
 _CONSEQUENCE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (closed|reset|refused)|Broken pipe")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -119,9 +122,9 @@ _sync_points = itertools.count(1)
 def end_now() -> bool:
     """Whether all processes end now, because one process called :func:`request_end` or received SIGTERM.
 
-    JAX's preemption service makes the processes agree on the call after which they end. In a run with several
-    processes, call this function after every step. The calls are counted here, because the numbers that JAX gets must
-    increase, and the step number decreases after a rollback.
+    JAX's preemption service ensures that the same call returns True in all processes. In a run with several processes,
+    call this function after every step. JAX needs a number that increases with every call. This function counts its
+    calls, because the step number decreases after a rollback.
     """
     end = bool(_multihost_utils().reached_preemption_sync_point(next(_sync_points)))
     if end and _watch is not None:
@@ -129,11 +132,11 @@ def end_now() -> bool:
     return end
 
 
-def require_shared(directory: Path) -> None:
+def require_shared_directory(directory: Path) -> None:
     """Check that ``directory``, which exists in the first process, is the same directory in all processes.
 
     Raises:
-        ValueError: a process does not see the files of the first process in it.
+        ValueError: a process does not see the files of the first process in ``directory``.
     """
     if jax.process_count() == 1:
         return
@@ -357,7 +360,7 @@ class _Watch:
         self._thread.start()
 
     def resume_from(self, directory: Path) -> None:
-        """Set the run directory that messages about a restart name."""
+        """Set the run directory for the message that says how to start all processes again."""
         self._restart_hint = f"start all processes again, with --resume {directory}"
         self._set_abort_message()
 
@@ -381,7 +384,11 @@ class _Watch:
         self._relay.after_abort("")
 
     def wait_for_cause(self) -> None:
-        """If another process has ended, wait until the watch thread or JAX ends this process. Otherwise return."""
+        """Sleep until the watch thread or JAX ends this process, because another process has failed.
+
+        If no other process has failed, return after the time in which a lost process is detected. After a signal,
+        return at once.
+        """
         if not self._received_signals:
             time.sleep(self._lost_after + 2 * _POLL_SECONDS)
 
@@ -423,7 +430,7 @@ class _Watch:
             self._end_deadline = time.monotonic() + _GRACE_SECONDS
 
     def _signal_text(self) -> str:
-        second = " as a second signal, and saved nothing" if len(self._received_signals) > 1 else ""
+        second = " as a second signal, so nothing was saved" if len(self._received_signals) > 1 else ""
         return f"got {self._received_signals[-1].name}{second}"
 
     def _read_outcomes(self) -> None:
@@ -440,9 +447,9 @@ class _Watch:
             try:
                 self._client.key_value_set(f"{_OUTCOME_PREFIX}{self._index}", value, allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
-                return  # as in _read_outcomes
+                return  # process 0 has ended or is stopped, as in _read_outcomes
 
-        # In a thread, because the call never returns if process 0 is stopped.
+        # Use a thread, because the call never returns if process 0 is stopped.
         thread = threading.Thread(target=set_value, daemon=True)
         thread.start()
         thread.join(timeout=_ACKNOWLEDGE_SECONDS)
@@ -468,9 +475,10 @@ _watch: _Watch | None = None
 
 
 def _take_signal_from_jax(number: int) -> Callable[[int], Any]:
-    """Replace JAX's C handler of a signal by the default handler, and return it. It notifies JAX's preemption service.
+    """Replace JAX's C handler of a signal with the default handler, and return JAX's handler.
 
-    ctypes reads the handler, because Python cannot return a handler that was set from C.
+    A call of the returned handler notifies JAX's preemption service. ctypes reads the handler, because Python cannot
+    return a handler that was set from C.
     """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)

@@ -2,16 +2,16 @@
 it to ``shard_map``.
 
 Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
-axes split each logical axis. Data, tensor and sequence parallelism and fully sharded parameters are four such tables.
-For example:
+axes split each logical axis. Data, tensor, sequence and expert parallelism and fully sharded parameters are five such
+tables. For example:
 
     >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
     >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
 
 The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Full
-sharding needs both: it splits the width of parameters and the batch of activations over the same mesh axis, so this
-axis cannot also split the width of activations. If an array has an axis ``expert``, its batch axis is called
-``expert_batch``: the mesh axes of ``batch`` split it, except those that split ``expert``.
+sharding needs both names: it splits the width of parameters and the batch of activations over the same mesh axis, so
+this mesh axis cannot also split the width of activations. If an array has an axis ``expert``, its batch axis is called
+``expert_batch``. This axis is split over the mesh axes of ``batch``, except those that split ``expert``.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Rules:
     """A table of the mesh axes that split each logical axis: ``((logical axis, (mesh axis, ...)), ...)``.
 
     Rules are hashable. :meth:`of` creates them. A logical axis without a rule is not split. A rule may name mesh axes
-    that the mesh does not have. They are ignored, so that one table works for every mesh. A mesh axis that no rule
-    names is an error (:class:`Sharding`).
+    that the mesh does not have. Such mesh axes are ignored, so that one table works for every mesh. A mesh axis that no
+    rule names is an error (:class:`Sharding`).
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
@@ -114,7 +114,7 @@ FULLY_SHARDED = Rules.of(batch="fsdp", embed="fsdp")
 TENSOR_PARALLEL = Rules.of(heads="tensor", mlp="tensor", vocab="tensor")
 SEQUENCE_PARALLEL = Rules.of(seq="sequence")
 EXPERT_PARALLEL = Rules.of(batch="expert", expert="expert")
-"""Outside of mixtures of experts, the mesh axis splits the batch, so that no two devices compute the same."""
+"""In layers without experts, the mesh axis ``expert`` splits the batch, so that devices repeat no computation."""
 DEFAULT_RULES = DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | SEQUENCE_PARALLEL | EXPERT_PARALLEL
 """All five tables. Only the rules whose mesh axes exist in the mesh have an effect."""
 
@@ -190,7 +190,7 @@ class Sharding:
         for axis in self.mesh.axis_names:
             if axis not in self.rules.mesh_axes:
                 raise ValueError(
-                    f"mesh axis {axis!r} is named by no rule, so it would split nothing: "
+                    f"mesh axis {axis!r} has no rule, so it splits no array: "
                     f"{_closest(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
                 )
 
@@ -198,7 +198,8 @@ class Sharding:
         """The sharding of one array with logical ``axes``.
 
         Args:
-            shape: the shape of the array, to check that each size is divisible by its number of shards. None: no check.
+            shape: the shape of the array. Each size must be divisible by the number of shards of its axis. None: the
+                sizes are not checked.
             what: the name of the array in error messages.
 
         Raises:
@@ -212,7 +213,7 @@ class Sharding:
                 pieces = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
                 if size % pieces:
                     raise ValueError(
-                        f"{what}: axis {name!r} of size {size} does not divide over mesh axes "
+                        f"{what}: axis {name!r} of size {size} is not divisible by mesh axes "
                         f"{_format_sizes({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({pieces} shards): "
                         f"make {name!r} a multiple of {pieces} or change the mesh {_format_sizes(self.mesh.shape)}"
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
@@ -332,15 +333,16 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 def map_shards(
     function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Axes | list[Any], *, sum_over: Axes = ()
 ) -> Callable[..., Any]:
-    """The function in which each device applies ``function`` to its shards of the arguments (``shard_map``).
+    """A function that applies ``function`` on each device to the shards of the arguments (``shard_map``).
 
     Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` runs outside of any scope, so
     :func:`constrain` does nothing in it.
 
     Args:
         in_axes: the logical axes of each argument.
-        out_axes: the logical axes of the result; a list of such axes if the result is a tuple of arrays.
-        sum_over: logical axes of arguments over which ``function`` sums. The sums of all their shards are added.
+        out_axes: the logical axes of the result; if the result is a tuple, a list with the axes of each array.
+        sum_over: logical axes of the arguments that ``function`` sums over. The results of the shards of these axes are
+            added (``psum``).
     """
     sharding = _active.get()
     if sharding is None:
@@ -380,7 +382,7 @@ def has_explicit_axes(x: jax.Array) -> bool:
 def gather_sharding(ids: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of ``table.at[ids].get(...)``: the sharding of ``ids``, and an unsharded last axis.
 
-    None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for them.
+    None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for Explicit axes.
     """
     if not has_explicit_axes(ids):
         return None

@@ -118,7 +118,7 @@ LAYERS = "layers"
 """The dict key of the layers of a model, and the name of the axis that :func:`stack` adds."""
 
 EXPERT = "expert"
-"""The name of the axis of the experts. As with ``layers``, each index has its own matrix."""
+"""The name of the axis of the experts. Each index of this axis has its own matrix, as for ``layers``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +230,8 @@ def unstack(tree: Tree) -> Tree:
     Use it for files in the other layout (checkpoints, adapters) and in tools that inspect single layers.
 
     Args:
-        tree: parameters, or a tree that contains trees like them (optimizer moments, ``TrainState``); arrays or specs.
-            A tree that is already per-layer is returned unchanged.
+        tree: parameters, or a tree that contains trees of the same structure (optimizer moments, ``TrainState``);
+            arrays or specs. A tree that is already per-layer is returned unchanged.
     """
 
     def select_layer(x: Any, layer: int) -> Any:
@@ -284,7 +284,7 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     with ``out_shardings``, they do not depend on the number of devices.
 
     Raises:
-        ValueError: a leaf has a random initializer and ``key`` is None.
+        ValueError: ``key`` is None and a leaf has an initializer other than ``Constant``.
     """
 
     named, tree = jax.tree_util.tree_flatten_with_path(specs)
@@ -309,7 +309,7 @@ smaller than with one operation per array. Each larger array is drawn in its own
 
 
 def _draw(specs: dict[str, ArraySpec], key: jax.Array | None) -> dict[str, jax.Array]:
-    """The initial values ``{path name: array}`` of ``{path name: spec}``; all initializers are random."""
+    """The initial values ``{path name: array}`` of ``{path name: spec}``; no initializer is a ``Constant``."""
     groups: dict[Any, list[str]] = {}
     for name, spec in specs.items():
         shape, axes = spec.shape[spec.is_stacked :], spec.axes[spec.is_stacked :]
@@ -407,7 +407,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
     ``dimension`` is the index of ``axis`` in the spec of the leaf.
 
     Args:
-        optional: return a leaf of the first tree unchanged if its spec has no such axis.
+        optional: whether a leaf of the first tree is returned unchanged if its spec has no such axis.
 
     Raises:
         ValueError: a leaf has no such axis, and ``optional`` is False.
@@ -426,7 +426,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
 def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
     """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
 
-    Indices must be in range. Others are clipped without an error.
+    Indices out of range are clipped without an error.
     """
     return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 

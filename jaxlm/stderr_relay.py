@@ -2,8 +2,8 @@
 
 When a process of a run is lost, JAX aborts the other processes from C++. It prints a message and a stack trace to file
 descriptor 2, and no Python code runs. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2.
-A line that begins with a zero byte is not copied. It sets the line to print after such an abort. ``{lost}`` in this
-line is replaced with the indices of the lost processes.
+A line that begins with a zero byte is not copied. Its remaining text is the line to print if JAX aborts the process.
+In the printed line, ``{lost}`` is replaced with the indices of the lost processes.
 
 This file is run by its path and imports nothing from jaxlm, so that it starts quickly.
 """
@@ -18,29 +18,29 @@ ABORT = b"Terminating process because the JAX distributed service detected fatal
 CONSEQUENCES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
-"""Matches the first line of messages that follow the loss of a process. They are not copied. Their other lines match
-``CONTINUED``."""
+"""Matches the first line of each message that follows the loss of a process. The further lines of such a message match
+``CONTINUED``. These messages are not copied."""
 CONTINUED = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 
 def lost(report: bytes) -> str:
     """The indices of the lost processes in JAX's report; "0" if it names none.
 
-    JAX names the lost processes unless process 0, which detects the loss of the others, was lost itself.
+    Process 0 detects the loss of the other processes. If process 0 itself was lost, JAX names no process.
     """
     named = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s+)+)", report)
     return ", ".join(named[1].decode().split()) if named else "0"
 
 
 def relay(source: BinaryIO, target: BinaryIO) -> None:
-    """Copy ``source`` to ``target`` until its end."""
+    """Copy ``source`` to ``target`` until ``source`` ends, with the changes that the module docstring describes."""
     last_line, dropping = b"", False
     for line in source:
         if line.startswith(b"\0"):
             last_line = line[1:] if line[1:].strip() else b""
             continue
         if ABORT in line:
-            report = line + source.read()  # everything, because JAX aborts the process after this line
+            report = line + source.read()  # read to the end: JAX aborts the process after this line
             target.write(last_line.replace(b"{lost}", lost(report).encode()))
             target.flush()
             return

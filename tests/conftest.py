@@ -29,7 +29,8 @@ pytest.register_assert_rewrite("jaxlm.testing")  # shows the values of failed as
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell without job control starts background processes this way. Tests send SIGINT to processes that they start.
+    # A shell without job control starts background processes with SIGINT ignored. Some tests send SIGINT to processes
+    # that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAPS = Path("/proc/self/maps")
@@ -44,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A group is a module. In test_contract.py, a group is the tests of one variant. A live test is its own group: such
     tests share few models, and a long module would keep one process busy while the other one has no tests left.
-    Contract tests that apply to no variant of a module are removed. Of tests with the mark ``plain_cases``, all but
-    some cases get the mark ``thorough``.
+    Contract tests that apply to no variant of a module are removed. If a test has the mark ``plain_cases(count)``, all
+    of its cases except ``count`` get the mark ``thorough``.
     """
     items[:] = [item for item in items if not _has_no_parameters(item)]
     _mark_thorough_cases(items)
@@ -92,14 +93,15 @@ def _mark_thorough_cases(items: list[pytest.Item]) -> None:
             cases_of_test[item.nodeid.split("[")[0]].append(item)
     for cases in cases_of_test.values():
         (count,) = cases[0].get_closest_marker("plain_cases").args
-        for item in set(cases) - set(_spread(cases, count)):
+        for item in set(cases) - set(_choose_varied_cases(cases, count)):
             item.add_marker("thorough")
 
 
-def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
-    """``count`` cases with many different values of the parameters.
+def _choose_varied_cases(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """``count`` of the cases, which together have many different values of the parameters.
 
-    The first one is the last case, which is rarely a trivial one. Each other one adds the most values.
+    The last case is chosen first, because it is rarely trivial. Each further choice is the case that adds the most
+    values.
     """
     values = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
     chosen, seen = [], set()
@@ -111,7 +113,7 @@ def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
 
 
 def _has_no_parameters(item: pytest.Item) -> bool:
-    """Whether the set of parameters of a test is empty; pytest would skip it."""
+    """Whether the set of parameters of a test is empty. pytest would skip such a test."""
     return any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skip"))
 
 

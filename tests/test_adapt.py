@@ -317,6 +317,7 @@ def test_num_row_axes_finds_exactly_the_weights_of_every_family(name):
     ],
 )
 def test_num_row_axes_and_is_table(path, shape, axes, rows, table):
+    """``num_row_axes`` counts the input axes of a matrix; ``is_table`` is True only for vocabulary tables."""
     leaf = ArraySpec(shape, axes)
     assert num_row_axes(path, leaf) == rows
     assert is_table(path, leaf) == table

@@ -13,7 +13,7 @@ import resource, sys
 from jaxlm import host
 if sys.argv[1] == "keep":
     assert host.keep_freed_memory()
-assert host.keeps_freed_memory() == (sys.argv[1] == "keep")
+assert host.is_freed_memory_kept() == (sys.argv[1] == "keep")
 import jax, jax.numpy as jnp
 @jax.jit
 def step(x):
@@ -47,4 +47,4 @@ def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     monkeypatch.setattr(host, "_enabled", False)
     assert host.keep_freed_memory() is False
-    assert host.keeps_freed_memory() is False
+    assert host.is_freed_memory_kept() is False

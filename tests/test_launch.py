@@ -20,7 +20,7 @@ COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
 
 def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[str]]]:
-    """Run a script with fake network programs; returns its status and the arguments of each call to them.
+    """Run a script with fake network programs; returns its status and the arguments of each call of these programs.
 
     A call with a word in ``failing`` fails. ``describe`` fails if the TPU does not exist.
     """

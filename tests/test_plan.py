@@ -188,6 +188,7 @@ def test_collectives_inside_fusions_are_found_and_counted_once():
     ],
 )  # fmt: skip
 def test_bytes_of_shapes(shape, size):
+    """``shape_bytes`` reads array shapes, with and without a layout, and tuples."""
     assert hlo.shape_bytes(shape) == size
 
 
@@ -266,6 +267,7 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
 
 
 def test_counted_flops():
+    """Matmuls and convolutions count, also in loops, in branches and in ``shard_map``."""
     a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
     assert flops.counted_flops(jnp.dot, a, b).amount == 2 * 4 * 8 * 16
     square = jnp.ones((8, 8))
@@ -329,7 +331,7 @@ def test_attention_flops_count_the_window():
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny", "roberta-tiny"])
 def test_the_flops_formula_agrees_with_the_counted_flops(name):
-    """They differ in the masked half of causal attention, and in biases and norms, which the formula's N includes."""
+    """Only the formula omits the masked half of causal attention, and only its N includes biases and norms."""
     model = tiny_model(name)
     B, T = 4, 48
     formula = flops.training_flops(model, B, T)
@@ -385,7 +387,7 @@ def test_abstract_batches_have_the_shapes_of_real_batches():
 
 def test_error_for_an_indivisible_batch():
     sharding = Sharding(make_mesh("data=8"))
-    with pytest.raises(ValueError, match="a batch: axis 'batch' of size 6 does not divide over mesh axes data=8"):
+    with pytest.raises(ValueError, match="a batch: axis 'batch' of size 6 is not divisible by mesh axes data=8"):
         program.abstract_batch(tiny_model("gpt"), 6, 32, sharding)
 
 
@@ -489,6 +491,7 @@ def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):
 
 
 def test_options_change_the_model():
+    """``--set`` changes config fields, and ``--no-dropout`` sets all other dropout rates to 0."""
     options = {"topology": "v5e:2x2", "mesh": "data=4", "batch": 8}
     model = cli.Plan(model="gpt2", **options, set=("num_layers=3", "remat=full", "tie_embeddings=False"))._model()
     assert (model.config.num_layers, model.config.remat, model.config.tie_embeddings) == (3, "full", False)

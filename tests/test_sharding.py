@@ -60,7 +60,7 @@ def test_error_for_an_indivisible_axis_suggests_a_fix():
     sharding = Sharding(make_mesh("data=2,tensor=4"))
     with pytest.raises(
         ValueError,
-        match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 shards\): make 'vocab' a "
+        match=r"head: axis 'vocab' of size 65 is not divisible by mesh axes tensor=4 \(4 shards\): make 'vocab' a "
         r"multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)",
     ):
         sharding.tree({"head": ArraySpec((65, 32), ("vocab", "embed"))})

@@ -1,1 +1,1 @@
-"""The laboratory: published comparisons of architectures, repeated with the causal families."""
+"""The laboratory: published comparisons of architectures, repeated with the models of jaxlm."""

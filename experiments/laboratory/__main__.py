@@ -41,10 +41,13 @@ def quick(experiment: Experiment) -> Experiment:
 
 
 def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
-    """The experiment with these cases and widths; None: all. The width that selects the learning rate always runs."""
+    """The experiment with these cases and widths; None: all.
+
+    If all widths share the learning rate of the first width, the first width is always included.
+    """
     plan = experiment.plan
     chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
-    if plan.one_rate and chosen_widths:
+    if plan.share_learning_rate and chosen_widths:
         chosen_widths = tuple(dict.fromkeys((plan.widths[0], *chosen_widths)))
     chosen_cases = {name: case for name, case in experiment.cases.items() if cases is None or name in cases}
     return dataclasses.replace(experiment, plan=dataclasses.replace(plan, widths=chosen_widths), cases=chosen_cases)
@@ -52,7 +55,7 @@ def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | 
 
 def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
     """Run the experiments with the models. Results are appended to the files in the directory."""
-    check_output(directory, resume=True)  # fails before the first run, not after it
+    check_output(directory, resume=True)  # report an unusable directory before the first run
     for name, experiment in experiments.items():
         results = Results(directory / f"{name}.jsonl")
         for model in (model for model in experiment.models if model in models):
@@ -60,7 +63,7 @@ def run(experiments: dict[str, Experiment], models: list[str], directory: Path) 
                 plan = experiment.plan
                 for width in experiment.plan.widths:
                     best = run_model(name, case_name, case, plan, model, width, results, _report)
-                    if plan.one_rate:
+                    if plan.share_learning_rate:
                         plan = dataclasses.replace(plan, learning_rates=(best,))
 
 

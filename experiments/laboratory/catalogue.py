@@ -139,7 +139,7 @@ def _language_case(name: str) -> Case:
 
     language = synthetic.FORMAL_LANGUAGES[name]
     longest = _TEST_LENGTHS[-1][1]
-    max_length = 2 * longest if language.answers_all else longest + 1
+    max_length = 2 * longest if language.answer_has_input_length else longest + 1
     tests = {VALIDATION: training, **dict(test(bounds) for bounds in _TEST_LENGTHS)}
     return Case(language.vocab_size, max_length, training, tests)
 
@@ -367,7 +367,8 @@ _SCALING = Experiment(
     ),
     cases={"Shakespeare": dataclasses.replace(_text_case(64), measures_loss=True)},
     plan=Plan(
-        steps=1000, widths=(64, 128, 256), layers=2, learning_rates=(2e-3, 4e-3, 8e-3), test_batches=32, one_rate=True
+        steps=1000, widths=(64, 128, 256), layers=2, learning_rates=(2e-3, 4e-3, 8e-3), test_batches=32,
+        share_learning_rate=True,
     ),
     claims=(),
     chance={"Shakespeare": _most_frequent_share()},

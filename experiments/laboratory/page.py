@@ -35,8 +35,8 @@ def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
     """For each case, model and width, the planned runs with the learning rate that has the most runs.
 
-    Of several such rates, it is the one with the highest validation accuracy. After all runs, this is the learning rate
-    that validation selected.
+    If several rates have the most runs, the rate with the highest validation accuracy is used. After all runs, it is
+    the learning rate that validation selected.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in planned(experiment, results):
@@ -58,7 +58,7 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
-    """The range of our accuracies as text, and whether all of them agree with the claim: yes, no or not measured."""
+    """The range of the measured accuracies as text, and whether all agree with the claim: yes, no or not measured."""
     means = {}
     for (case, model, width), group in runs.items():
         if claim.covers(case, model, width):
@@ -78,8 +78,8 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     lines += [
         f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each "
-        f"{'model' if plan.one_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means over the seeds "
-        "with 95 % intervals (Student's t).",
+        f"{'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means "
+        "over the seeds with 95 % intervals (Student's t).",
     ]
     if experiment.claims:
         lines += [

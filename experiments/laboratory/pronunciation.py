@@ -24,9 +24,10 @@ PHONEMES = (
     "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH",
 )  # fmt: skip
 START, END = 0, 1
-"""Ids of the first decoder input and of the end of a pronunciation. Letters and phonemes follow."""
+"""Ids of the first decoder input and of the end of a pronunciation. The ids of letters and phonemes are larger."""
 MAX_LENGTH = 20
-"""Maximum number of letters of a word and of phonemes of a pronunciation. Two words of CMUdict are longer."""
+"""Maximum number of letters of a word and of phonemes of a pronunciation. Two words of CMUdict are longer and are left
+out."""
 MAX_PRONUNCIATIONS = 4
 """Maximum number of pronunciations of a word in CMUdict without stress."""
 
@@ -67,14 +68,20 @@ def batch_of(pairs: Sequence[tuple[str, tuple[str, ...]]]) -> Batch:
 
 
 def training_batch(rng: np.random.Generator) -> Batch:
-    """128 random training words, each with one of its pronunciations."""
+    """A batch of 128 random training words, each with one of its pronunciations."""
     return batch_of(
         [(word, pronunciations[rng.integers(len(pronunciations))]) for word, pronunciations in _draw(0, 128, rng)]
     )
 
 
 def test_batch(part: int, rng: np.random.Generator) -> Batch:
-    """64 random words of a part. A word has :data:`MAX_PRONUNCIATIONS` rows, in which its pronunciations repeat."""
+    """A batch of 64 random words of a split. Each word has :data:`MAX_PRONUNCIATIONS` rows.
+
+    A word with fewer pronunciations repeats them.
+
+    Args:
+        part: 1 for the validation split, 2 for the test split.
+    """
     return batch_of(
         [
             (word, pronunciations[number % len(pronunciations)])

@@ -71,7 +71,8 @@ class Plan:
         stop_at: validation accuracy at which a run ends early; None: runs never end early.
         evaluate_every: updates between two evaluations on the validation batches.
         test_batches: number of batches of each test.
-        one_rate: whether all widths use the learning rate that validation selects for the first width. This needs muP.
+        share_learning_rate: whether all widths use the learning rate that validation selects for the first width. This
+            needs muP.
     """
 
     steps: int
@@ -82,7 +83,7 @@ class Plan:
     stop_at: float | None = None
     evaluate_every: int = 500
     test_batches: int = 8
-    one_rate: bool = False
+    share_learning_rate: bool = False
 
 
 Key = tuple[str, str, str, int, float, int, int, int]
@@ -99,7 +100,7 @@ class Result:
         parameters: number of parameters.
         steps: number of updates.
         loss: training loss of the last update, in nats per target.
-        seconds: duration of training and tests, with the compilation if it is the first run of this model and case.
+        seconds: duration of training and tests. The first run of a model, width and case includes the compilation.
         machine: the processor and the versions of the packages.
         validation_loss: nats per target on the validation batches; None: not measured.
         flops: training FLOPs (dots and convolutions of all updates); None: not counted.
@@ -164,10 +165,10 @@ class Training:
             metrics = {"accuracy": case.accuracy}
             if case.measures_loss and name == VALIDATION:
                 metrics["loss"] = token_loss
-            batches = [self._for_model(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)]
+            batches = [self._adapt_batch(batch) for batch in _test_batches(case_name, name, sample, plan.test_batches)]
             self._evaluators[name] = Evaluator(self._model, metrics, batches)
 
-    def _for_model(self, batch: Batch) -> Batch:
+    def _adapt_batch(self, batch: Batch) -> Batch:
         has_source = "source" in batch.inputs
         return seq2seq.decoder_only(batch) if has_source and not self._model.reads_source else batch
 
@@ -185,7 +186,7 @@ class Training:
         )
         rng, count = np.random.default_rng(seed), 0
         while count < plan.steps:
-            state, metrics = self._step(state, self._for_model(self._case.training(rng)))
+            state, metrics = self._step(state, self._adapt_batch(self._case.training(rng)))
             count += 1
             if plan.stop_at is None or count % plan.evaluate_every:
                 continue
@@ -204,7 +205,7 @@ class Training:
     @functools.cached_property
     def _flops_of_step(self) -> float:
         """FLOPs of an update, counted in the trace of the training step."""
-        batch = self._for_model(self._case.training(np.random.default_rng(0)))
+        batch = self._adapt_batch(self._case.training(np.random.default_rng(0)))
         return counted_flops(self._trainer.step, self._trainer.abstract(), batch).amount
 
 
@@ -257,9 +258,9 @@ def run_model(
     results: Results,
     report: Callable[[Result], None],
 ) -> float:
-    """The best learning rate of one model on one case.
+    """Train one model of one width on one case, and return its best learning rate.
 
-    All learning rates run with seed 0, then the other seeds with the best learning rate.
+    All learning rates run with seed 0. Then the other seeds run with the best learning rate.
     """
     training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))
 

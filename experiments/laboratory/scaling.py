@@ -77,7 +77,10 @@ def fit(runs: Sequence[Result], measure: Measure) -> PowerLaw:
 
 
 def common_value(runs: Mapping[str, Sequence[Result]], measure: Measure) -> float:
-    """The middle of the range in which all models have runs, or of the gap if there is no such range."""
+    """The geometric mean of both ends of the range in which all models have runs.
+
+    If the ranges of the models do not overlap, the result is the geometric mean of both ends of the gap.
+    """
     values = [[measure.value(run) for run in each] for each in runs.values()]
     return math.sqrt(max(map(min, values)) * min(map(max, values)))
 

@@ -22,7 +22,11 @@ Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 
 def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters and tokenizer of a run directory or a directory in Hugging Face layout."""
+    """The model, parameters and tokenizer of a run directory or a directory in Hugging Face layout.
+
+    Args:
+        dtype: compute dtype. None: the dtype of the model's config.
+    """
     model_directory = directory / "model" if (directory / "model").is_dir() else directory
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, params = load_pretrained(model_directory, **overrides)
@@ -35,7 +39,8 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
     """The draft model for speculative decoding and its parameters.
 
     Raises:
-        ValueError: its tokenizer encodes ``texts`` differently than ``tokenizer``, the tokenizer of the target model.
+        ValueError: the draft model's tokenizer has another vocabulary size than ``tokenizer`` (the tokenizer of the
+            target model), or encodes ``texts`` differently.
     """
     model, params, draft_tokenizer = load(directory, dtype)
     same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size

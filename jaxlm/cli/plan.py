@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jaxlm
 from jaxlm.command_line import check_output_file
-from jaxlm.config import assigned_texts, assignments
+from jaxlm.config import assignments, parse_assignments_as_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row (for decoding: the new token included); None: max_positions of the model or 1024, whichever is
-    smaller; 512 if the model has no max_positions."""
+    """Tokens per row, for decoding including the new token. None: max_positions of the model, at most 1024; 512 if the
+    model has no max_positions."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Plan:
         model = self._model()
         if self.decode:
             self._check_decodes(model)
-        xla = assigned_texts("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
+        xla = parse_assignments_as_text("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
         plans = []
         for mesh in (self.mesh, *self.compare):
             with console.status(f"compiling for {self.topology}, {mesh}"):

@@ -58,16 +58,20 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """A JSON-compatible description of the source. A saved state is valid only for the same fingerprint."""
+        """A JSON-compatible description of the source.
+
+        A saved state of an iterator is valid only for a source with the same fingerprint.
+        """
         ...
 
 
 def permute(index: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of the indices ``[n]`` under a pseudo-random permutation of ``range(count)``; it needs O(1) memory.
+    """The images of the indices ``[n]`` under a pseudo-random permutation of ``range(count)``.
 
-    A Feistel network permutes the numbers below a power of four that is at least ``count``. The network is applied
-    repeatedly until the value is below ``count`` (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite
-    Domains"). Each (seed, epoch) has its own permutation.
+    The permutation is not stored: each image is computed from its index. A Feistel network permutes the numbers below a
+    power of four that is at least ``count``. The network is applied repeatedly until the value is below ``count``
+    (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Each (seed, epoch) has its own
+    permutation.
     """
     half_bits = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
@@ -247,7 +251,7 @@ class PackedDocuments:
     batch_size: int
     seed: int = 0
     pad_id: int = 0
-    _pieces: np.ndarray = dataclasses.field(init=False, repr=False)  # [pieces, 3]: (document, start, stop), by row
+    _pieces: np.ndarray = dataclasses.field(init=False, repr=False)  # [pieces, 3]: document, start, stop; sorted by row
     _row_starts: np.ndarray = dataclasses.field(init=False, repr=False)  # [rows + 1], indices into _pieces
 
     def __post_init__(self) -> None:

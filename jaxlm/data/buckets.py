@@ -238,7 +238,9 @@ def _check_scalar(value: Any, first: Any, what: str) -> None:
     """Raise ``ValueError`` unless both values are numbers of the same kind, such as integers, or are booleans."""
     kind, first_kind = np.asarray(value).dtype.kind, np.asarray(first).dtype.kind
     if np.ndim(value) or kind not in "biuf" or kind != first_kind:
-        raise ValueError(f"{what} is {value!r}, but the field is {first!r} in example 0: use one type of number")
+        raise ValueError(
+            f"{what} is {value!r}, but example 0 has {first!r}: all values must be integers, floats or booleans"
+        )
 
 
 def _check_integers(values: np.ndarray, what: str) -> None:
@@ -270,7 +272,7 @@ def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> li
 
 
 def _least_padding(counts: np.ndarray, max_lengths: np.ndarray, max_ranges: int) -> list[tuple[int, int]]:
-    """Cut the groups into ranges (start, stop) with the least padding, by dynamic programming.
+    """The ranges (start, stop) of consecutive groups with the least padding, found by dynamic programming.
 
     Args:
         counts: [N] number of examples in each group.

@@ -11,7 +11,7 @@ from jaxlm.data.text_files import read_text
 def shakespeare() -> str:
     """Thirteen plays of Shakespeare, 1.56 MB of ASCII in the format ``ROMEO:\\ntext\\n\\n``; public domain.
 
-    ``SHAKESPEARE.md`` in this directory has the source, the licence and the normalisation.
+    ``SHAKESPEARE.md`` in this directory describes the source, the licence and the normalisation.
     """
     return _read_embedded("shakespeare.txt.gz")
 
@@ -19,7 +19,7 @@ def shakespeare() -> str:
 def verses() -> Examples:
     """5,833 verses of the Bible in English (``source``) and Spanish (``target``); public domain.
 
-    ``VERSES.md`` in this directory has the source and the licence.
+    ``VERSES.md`` in this directory describes the source and the licence.
     """
     pairs = (line.split("\t") for line in _read_embedded("verses_en_es.tsv.gz").splitlines())
     return Examples([{"source": source, "target": target} for source, target in pairs], "the included verses")

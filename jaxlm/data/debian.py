@@ -160,7 +160,7 @@ def read_descriptions(path: str | Path) -> Examples:
 
 
 def _read_records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
-    """The number of the first line, and the fields, of each control record.
+    """Yield the number of the first line and the fields of each control record.
 
     The value of a field is a list of lines. The leading space of continuation lines is removed.
     """

@@ -44,11 +44,13 @@ def docstrings(
 
     Args:
         directories: directories whose entries are packages. None: the standard library and the installed packages.
-        max_files: maximum number of files that are read from one package, evenly spaced over its files.
-        max_per_package: maximum number of examples from one package, evenly spaced over its examples.
+        max_files: maximum number of files that are read from one package. They are evenly spaced in the list of its
+            files.
+        max_per_package: maximum number of examples from one package. They are evenly spaced in the list of its
+            examples.
         min_words: texts with fewer words are removed.
         max_words: texts with more words are removed.
-        max_summary_words: summaries with more words are removed.
+        max_summary_words: summaries with more words, or with fewer than 3 words, are removed.
 
     Raises:
         FileNotFoundError: a directory does not exist.
@@ -127,7 +129,7 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """The text and the summary of a docstring. None: it has no text, or begins with a section or a symbol.
+    """The text and the summary of a docstring. None: the docstring has no text, or begins with a section or a symbol.
 
     The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text is the paragraphs
     after the summary, up to the first section (``Args:``, or ``Parameters`` with a line of dashes), field list

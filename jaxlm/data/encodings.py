@@ -117,7 +117,7 @@ def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Enco
 
 
 def swap_texts(encoding: Encoding) -> Encoding:
-    """The encoding with the numbers of the two texts exchanged."""
+    """The encoding with the numbers 0 and 1 of the two texts exchanged in ``sequence_ids``."""
     sequence_ids = np.where(encoding.sequence_ids == SPECIAL, SPECIAL, 1 - encoding.sequence_ids)
     return encoding._replace(sequence_ids=sequence_ids.astype(np.int32))
 

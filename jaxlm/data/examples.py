@@ -7,9 +7,9 @@
     datasets.Dataset     a map-style Hugging Face data set          Examples.from_datasets
     random access        an object with ``len`` and ``[n]``          Examples.from_random_access (grain.MapDataset)
 
-An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). An error in a line names
-the file and the line. Empty lines of JSONL files are skipped; no other line is dropped silently: with
-``on_error="report"``, an invalid line is listed in ``rejected``.
+An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). An invalid line raises an
+error that names the file and the line. With ``on_error="report"``, the line is listed in ``rejected`` instead. Only
+empty lines of JSONL files are skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rejected:
 
 
 class InvalidLineError(ValueError):
-    """A line is not a valid example. With ``on_error="report"``, it is listed in ``Examples.rejected`` instead."""
+    """A line is not a valid example. With ``on_error="report"``, ``Examples.rejected`` lists the line instead."""
 
 
 _PART = "a part of "
@@ -58,7 +58,7 @@ class Examples(Sequence[Example]):
         rows: the examples.
         name: the name of the file or data set, for messages.
         rejected: the lines of the file that are not valid examples.
-        class_names: field -> its class names in order, for fields whose class names the data set declares.
+        class_names: field -> class names in order. It has only the fields whose class names the data set declares.
 
     Example:
         >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
@@ -92,8 +92,8 @@ class Examples(Sequence[Example]):
             raise TypeError(f"this is a dictionary of data sets: pass one of {', '.join(map(repr, dataset))}")
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"{type(dataset).__name__} has no length and no index: load it with streaming=False, or read a part "
-                "with datasets.Dataset.from_list(list(dataset.take(1000)))"
+                f"{type(dataset).__name__} has no __len__ or no __getitem__: load it with streaming=False, or read a "
+                "part with datasets.Dataset.from_list(list(dataset.take(1000)))"
             )
         name = name or getattr(getattr(dataset, "info", None), "dataset_name", None) or "the data set"
         missing = [column for column in fields.values() if column not in dataset.column_names]
@@ -127,7 +127,7 @@ class Examples(Sequence[Example]):
             name: the name in messages.
 
         Raises:
-            TypeError: the source has no length or no index.
+            TypeError: the source has no length or cannot be indexed.
             ValueError: the source is empty or infinite. On access: an example is None or not a mapping, or has a
                 missing or empty field.
         """
@@ -167,9 +167,9 @@ class Examples(Sequence[Example]):
         return self._part([self.rows[index] for index in indices])
 
     def _part(self, rows: Sequence[Example]) -> Examples:
-        """The part of the examples with these rows.
+        """A data set with these rows, which are some of the examples.
 
-        Its name begins with "a part of", because the number of an example is not its number in the file.
+        Its name begins with "a part of", because the index of an example differs from its number in the file.
         """
         name = self.name if self.name.startswith(_PART) else f"{_PART}{self.name}"
         return dataclasses.replace(self, rows=rows, name=name, rejected=())
@@ -197,7 +197,7 @@ class Examples(Sequence[Example]):
             parts[part_of[group]].append(index)
         if not all(parts):
             what = "examples" if by is None else f"different values of {by!r}"
-            raise ValueError(f"{len(names)} {what} in {self.name} are too few for parts of {fractions}")
+            raise ValueError(f"{len(names)} {what} in {self.name} are too few for the fractions {fractions}")
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
@@ -214,7 +214,7 @@ class Examples(Sequence[Example]):
     def label_names(self, field: str = "label") -> tuple[str, ...]:
         """The declared class names. If there are none: the distinct labels as strings, sorted.
 
-        They are sorted by value if all of them consist of digits.
+        Labels are sorted by value if all of them consist of digits, and alphabetically otherwise.
         """
         if field in self.class_names:
             return self.class_names[field]
@@ -261,14 +261,14 @@ class _RenamedExamples(Sequence[Example]):
 
 
 def check_random_access(source: Any, name: str) -> None:
-    """Raise an error if ``source`` has no index or no length, or is empty or infinite.
+    """Raise an error if ``source`` is not a non-empty, finite random-access source.
 
     Raises:
-        TypeError: the source has no length or no index.
+        TypeError: the source has no length or cannot be indexed.
         ValueError: the source is empty or infinite.
     """
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
-        raise TypeError(f"{name} is a {type(source).__name__}: it needs a length and an index, like grain.MapDataset")
+        raise TypeError(f"{name} is a {type(source).__name__}: it needs __len__ and __getitem__, like grain.MapDataset")
     if len(source) == 0:
         raise ValueError(f"{name} has no examples")
     if len(source) >= sys.maxsize:
@@ -410,7 +410,8 @@ def read_table(
 
     Args:
         fields: field of the example -> name of the column.
-        delimiter: None: it follows from the suffix of the file name (``.tsv`` or ``.csv``).
+        delimiter: the character between columns. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
+            it.
         encoding: encoding of the file.
         on_error: "report" lists invalid lines in ``rejected`` instead of raising an error.
 
@@ -480,9 +481,9 @@ def read_jsonl(
 
 
 def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
-    """The keys of the first line that is a JSON object with a key of ``one_of``, if there is such a line.
+    """The keys of the first line that is a JSON object with at least one of the keys ``one_of``.
 
-    Otherwise, the keys of the first line that is a JSON object. Empty if no line is a JSON object.
+    If there is no such line, the keys of the first line that is a JSON object. Empty if no line is a JSON object.
     """
     first: list[str] = []
     for _, line in read_lines(path, encoding):

@@ -1,8 +1,8 @@
 """Read chess games from text and PGN files, check them with the rules of chess, and split them.
 
 A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
-``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate, because these follow
-from the position. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
+``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate, because the position
+determines these signs. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ class Games:
         return [group for group in self.groups() if len(group) > 1]
 
     def report(self, max_rejected: int = 5) -> str:
-        """A text with the numbers of games, rejected games and duplicates, and ``max_rejected`` rejected games."""
+        """A text with the numbers of games, rejected games and duplicates, and the first rejected games.
+
+        Args:
+            max_rejected: maximum number of rejected games that are listed.
+        """
         repeated = sum(len(group) - 1 for group in self.duplicates())
         lines = [f"{self.source}: {len(self):,} games, {len(self.rejected):,} rejected, {repeated:,} duplicates"]
         lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:max_rejected]]
@@ -213,7 +217,7 @@ def to_san(line: str) -> str:
     return _replay(line.split(), "san")
 
 
-def plain_san(board: Any, move: Any) -> str:
+def san_without_check_signs(board: Any, move: Any) -> str:
     """The SAN of a legal move on a ``chess.Board``, without the signs for check and mate."""
     return board.san(move).rstrip("+#")
 
@@ -225,7 +229,7 @@ def check_notation(notation: str) -> None:
 
 
 def import_chess() -> ModuleType:
-    """The package ``chess``. Raises an ``ImportError`` that names the extra if it is not installed."""
+    """The package ``chess``. If it is not installed, an ``ImportError`` names the extra that installs it."""
     try:
         import chess
     except ImportError as error:
@@ -268,7 +272,7 @@ def _replay(words: Sequence[str], notation: Notation) -> str:
         if notation == "uci":
             moves.append(move.uci())
         else:
-            moves.append(_canonical_san(board, move, word) if not is_uci else plain_san(board, move))
+            moves.append(_canonical_san(board, move, word) if not is_uci else san_without_check_signs(board, move))
         board.push(move)
     return " ".join(moves)
 
@@ -285,7 +289,7 @@ def _canonical_san(board: Any, move: Any, word: str) -> str:
     plain = word.rstrip("+#")
     if _SAN_WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
         return plain
-    return plain_san(board, move)
+    return san_without_check_signs(board, move)
 
 
 def _split_result(line: str) -> tuple[list[str], str]:

@@ -142,7 +142,7 @@ class MoveTokenizer(EncodeInputsMixin):
         return self._texts[id]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """The line of moves. By default, padding, beginning and end are skipped. An unknown move is ``<unk>``."""
+        """The line of moves. By default, ids of padding, beginning and end are skipped. Unknown moves are ``<unk>``."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]

@@ -19,16 +19,17 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
     have a number after the word: ``data(2) D AE1 T AH0``. The rest of a line after a space and ``#`` is a comment.
 
     Args:
-        path: text file, also with ``.gz``.
-        stress: keep the digits that mark the stress of vowels. Without stress, equal pronunciations occur once.
+        path: a text file, which may be compressed (``.gz``).
+        stress: True keeps the digits that mark the stress of vowels. False removes the digits. Pronunciations that
+            become equal then occur once.
 
     Raises:
-        ValueError: the file has no words, or a word has no phonemes. The message has the line.
+        ValueError: the file has no words, or a word has no phonemes. For such a word, the message has the line number.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         name, *phonemes = line.partition(" #")[0].split() or [""]
-        if name in ("", "#") or name.startswith(";;;"):  # comments; a word may begin with #
+        if name in ("", "#") or name.startswith(";;;"):  # skip empty lines and comments; a word may begin with #
             continue
         if not phonemes:
             raise ValueError(f"{path}, line {number}: the word {name!r} has no phonemes")

@@ -37,7 +37,7 @@ class RandomAccess:
         shuffle: False keeps the order of the elements, for example if ``grain.MapDataset.shuffle`` has shuffled them.
 
     Raises:
-        TypeError: the elements have no length or no index.
+        TypeError: ``elements`` has no length or cannot be indexed.
         ValueError: the number of elements is 0 or infinite, or the first element is not a mapping.
 
     Example:
@@ -74,7 +74,7 @@ class RandomAccess:
         return arrays
 
     def batch(self, index: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The fields of the given rows of step ``index``, ``[B, ...]`` each.
+        """The given rows of the global batch of step ``index``: an array ``[rows, ...]`` for each field.
 
         Raises:
             ValueError: an element differs from the first element of the batch in its fields, shapes or dtypes.

@@ -23,11 +23,12 @@ published files are wrong by one character."""
 
 
 def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "raise") -> Examples:
-    """The questions of a SQuAD file: ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``.
+    """The questions of a SQuAD file as examples.
 
-    ``answers`` has the answers of all annotators, and ``starts`` the positions of their first characters. Both are
-    empty for a question without an answer. ``group`` is the title of the article, or the context if the file has no
-    titles. Split the examples by ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
+    The fields are ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``. ``answers`` has the answers
+    of all annotators, and ``starts`` the positions of their first characters. Both are empty for a question without an
+    answer. ``group`` is the title of the article, or the context if the file has no titles. Split the examples by
+    ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
 
     Args:
         on_error: "report" lists invalid questions in ``rejected`` instead of raising an error. ``Rejected.line`` is
@@ -62,7 +63,7 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
 
 
 def _read_records(path: Path) -> Iterator[Any]:
-    """The questions of the file. A question is an object of the JSONL format (official JSON) or a text line (JSONL)."""
+    """Yield each question of the file: a JSON object in the JSONL format, or an unparsed line of a JSONL file."""
     text = "".join(text_chunks(path))
     try:
         content = json.loads(text)
@@ -89,7 +90,7 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _parse_record(record: Any) -> Mapping[str, Any]:
-    """The JSON object of a question. A record that is a line is parsed."""
+    """The JSON object of a question. ``record`` is this object, or an unparsed line."""
     if isinstance(record, str):
         try:
             record = json.loads(record)
@@ -143,7 +144,7 @@ def _answers(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _find_answer(context: str, text: str, start: int) -> int | None:
-    """The position of the text in the context nearest to ``start``. None: it does not occur within ``MAX_SHIFT``."""
+    """The position of ``text`` in the context that is nearest to ``start``. None: no position within ``MAX_SHIFT``."""
     for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
         if start + shift >= 0 and context.startswith(text, start + shift):
             return start + shift

@@ -47,10 +47,10 @@ _Mention = tuple[str, int]
 
 
 def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: int = 2) -> Examples:
-    """``count`` questions about generated stories: ``id``, ``context``, ``question``, ``answers``, ``starts``,
-    ``group`` (the story) and ``kind``.
+    """``count`` questions about generated stories.
 
-    The same arguments give the same questions. A larger ``count`` only adds questions at the end.
+    The fields are ``id``, ``context``, ``question``, ``answers``, ``starts``, ``group`` (the story) and ``kind``. The
+    same arguments give the same questions. A larger ``count`` only adds questions at the end.
 
     Args:
         seed: seed of the random choices.
@@ -92,7 +92,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
 
 @dataclasses.dataclass
 class _Gift:
-    """A gift: the mentions of its giver, thing and receiver in its sentence."""
+    """A gift: the mentions of the giver, the thing and the receiver in the sentence about the gift."""
 
     giver: _Mention
     thing: _Mention
@@ -100,7 +100,7 @@ class _Gift:
 
 
 class _Story:
-    """A story: its text, the current state of people and things, and the mentions in the text that give this state.
+    """A story: its text, the current state of people and things, and the mentions in the text that state it.
 
     Attributes:
         walks: the rooms that each person walked to, in order.
@@ -122,7 +122,7 @@ class _Story:
         self.gifts: list[_Gift] = []
 
     def add_sentence(self) -> None:
-        """Append a random event that is possible in the current state."""
+        """Append a sentence about a random event that is possible in the current state."""
         carried = [thing for thing in self.things if self.holder[thing] is not None]
         events: list[Callable[[], None]] = [self._walk] * 2
         if any(self.walks.values()) and len(carried) < len(self.things):
@@ -193,7 +193,7 @@ class _Story:
     def _drop(self) -> None:
         thing, person = self._random_carried_thing()
         self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
-        # The last walk of the person mentions the room.
+        # The sentence does not name the room. The sentence of the person's last walk does.
         self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
     def _give(self) -> None:

@@ -28,7 +28,8 @@ _KNOWN_TOKENS = {
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
 }
-"""The tokens that published vocabularies use for each role. They are tried in order if no file names the token."""
+"""The tokens that published vocabularies use for each role. If no file names the token of a role, they are tried in
+order."""
 _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
@@ -107,7 +108,7 @@ class Tokenizer(Protocol):
 
 
 class EncodeInputsMixin:
-    """Mixin: ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows`` for a class with ``_encodings``."""
+    """Mixin that implements ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows`` with ``_encodings``."""
 
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
@@ -267,7 +268,7 @@ class CharTokenizer(EncodeInputsMixin):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32. Raises ``ValueError``, which names the first character not in ``characters``."""
+        """The ids of a text, int32 ``[tokens]``. Raises ``ValueError`` if a character is not in ``characters``."""
         known, points = _code_points(self.characters), _code_points(text)
         order = np.argsort(known)
         ranks = np.searchsorted(known, points, sorter=order)
@@ -476,8 +477,8 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        # An id in config.json may be only the default of its class in transformers: use it if a special token has this
-        # id.
+        # An id in config.json may be only a default of the config class in transformers. So use the id only if a
+        # special token has this id.
         if role not in declared and isinstance(first, int) and first in added:
             declared[role] = added[first]
         if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):

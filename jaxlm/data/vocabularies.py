@@ -29,7 +29,7 @@ class _Template:
     """The special tokens of a template, and their positions in the encoding of a text or a pair.
 
     Attributes:
-        tokens: the token of each role, in the order of the ids.
+        tokens: role (``"pad"``, ``"eos"``, ...) -> token, in the order of the ids.
         single, pair: the template for a text and for a pair, in the syntax of ``tokenizers``.
         config: further entries of ``tokenizer_config.json``.
     """

@@ -1,7 +1,7 @@
 """Decoding: sampling, beam search, scoring and text generation, for every family with a model state.
 
-Decoding uses only ``apply``, ``logits``, ``init_decode_state`` and ``state_specs`` of a model. It never reads the
-contents of the model state.
+Decoding calls the methods ``apply``, ``logits``, ``state_specs``, ``init_state``, ``init_decode_state`` and
+``rollback`` of a model. It reorders and resizes a model state by the axis names in the specs of the state.
 """
 
 from jaxlm.decoding.beam import BeamConfig, Beams, beam_search

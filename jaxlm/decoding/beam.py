@@ -27,7 +27,7 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
-"""A cache of at most twice this number of slots has its full size from the start. A larger cache grows in stages."""
+"""A cache with more than twice this number of slots, and more than twice the prompt length, grows in stages."""
 
 
 @struct.dataclass
@@ -63,9 +63,10 @@ class BeamConfig:
     token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
     7) use another formula."""
     early_stopping: EarlyStopping = "never"
-    """When the search of a row ends. It continues at least until ``num_beams`` hypotheses are finished or none is live.
-    True: then it ends. False (the default of Hugging Face): it ends when no live hypothesis, if it ended now, would
-    score better than the worst of the finished ones. "never": when no continuation of a live hypothesis can."""
+    """When the search of a row ends. The search always continues until ``num_beams`` hypotheses are finished or no
+    hypothesis is live. True: the search ends at this point. False (the default of Hugging Face): it ends when no live
+    hypothesis has a better current score than the worst finished hypothesis. "never": it ends when no continuation of a
+    live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:

@@ -20,8 +20,9 @@ EarlyStopping = bool | Literal["never"]
 class GenerationConfig:
     """Settings of text generation. Hashable.
 
-    None means that a field is not set. For such a field, :meth:`resolve` uses the value in ``generation_config.json``
-    of the directory from which the model was loaded. If there is no such value, it uses the default below.
+    None means that a field is not set (except for ``batch_size``). For such a field, :meth:`resolve` uses the value in
+    ``generation_config.json`` of the directory from which the model was loaded. If there is no such value, ``resolve``
+    uses the default below.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
@@ -32,7 +33,7 @@ class GenerationConfig:
         length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
             Default: 1.
         stop: the text ends before the first complete occurrence of one of these strings. Default: none.
-        batch_size: number of texts that are generated together. None: all texts.
+        batch_size: number of texts that are generated together. None: all texts. Default: 32.
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
             its start token. Set it instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
@@ -103,9 +104,9 @@ class GenerationConfig:
 
         As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
         ``length_penalty`` and ``early_stopping`` are ignored. With greedy decoding, the file's ``temperature``,
-        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file sets ``do_sample`` or ``num_beams``, the other
-        fields of that method have the defaults of
-        transformers: ``top_k`` 50 and ``early_stopping`` False.
+        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file turns sampling (``do_sample``) or beam search
+        (``num_beams``) on, fields of this method that the file does not set have the defaults of transformers:
+        ``top_k`` 50 and ``early_stopping`` False.
 
         Args:
             default: defaults of the calling program.
@@ -201,7 +202,7 @@ _NEUTRAL_VALUES: dict[str, Any] = {
     "num_beam_groups": 1, "num_return_sequences": 1, "renormalize_logits": False, "remove_invalid_values": False,
     "token_healing": False, "guidance_scale": 1.0, "min_new_tokens": 0,
 }  # fmt: skip
-"""Unsupported field -> the value that does not change the text. For unsupported fields that are not listed: null."""
+"""For each unsupported field, the value that does not change the text. For fields that are not listed: null."""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def _not_finite(tree: Any) -> tuple[list[str], str]:
     arrays = {name: x for name, x in spec.flatten(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     counts, maxima = jax.device_get(_statistics(arrays))
     found = [f"{name} ({counts[name]} of {x.size} values)" for name, x in arrays.items() if counts[name]]
-    largest = max(maxima, key=lambda name: maxima[name])
-    return found, f"{maxima[largest]:.3g} in {largest}"
+    largest = max(maxima, key=lambda name: maxima[name], default=None)  # None: no array has floating-point numbers
+    return found, "" if largest is None else f"{maxima[largest]:.3g} in {largest}"
 
 
 @jax.jit

@@ -110,9 +110,9 @@ def source_vocab_size(model: Model) -> int:
 def check_ids(
     model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str, *, vocab_size: int | None = None
 ) -> None:
-    """Raise if ``ids`` is not an integer array [B, T] of ids in the vocabulary, or if ``segment_ids`` does not fit.
+    """Raise an error unless both arrays are integers [B, T] of one shape and all ids are in the vocabulary.
 
-    Ids at padding are checked too, because the model embeds them.
+    The ids of padding tokens are checked too, because the model embeds them.
 
     Args:
         what: the name of the ids in messages.

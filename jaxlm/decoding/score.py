@@ -250,8 +250,7 @@ def perplexity(
 
     Raises:
         ValueError: a model that does not predict each token from the tokens before it, fewer than 2 tokens, ids outside
-            the vocabulary, a window longer than the model's positions, or
-            a number outside its range.
+            the vocabulary, a window longer than the model's positions, or a number outside its range.
         NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
     """
     _check_predicts_next_token(model)

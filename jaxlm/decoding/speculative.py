@@ -142,8 +142,8 @@ class _Progress:
     """The values that the loop updates in each round.
 
     Attributes:
-        states: the states of the target model and of the draft model. They contain all tokens of a row except its
-            newest token, if the row has not ended.
+        states: the states of the target model and of the draft model. For a row that has not ended, they contain all
+            tokens except the newest.
         newest: [B], the newest token of each row that has not ended.
         ended: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
         keys: [B], the random key of each row; None for greedy decoding.
@@ -224,8 +224,8 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     index_T = jnp.arange(K + 1)[None, :]
     new_BT = jnp.where(index_T < accepted_B[:, None], jnp.pad(proposed_BK, ((0, 0), (0, 1))), last_B[:, None])
     ends_BT = is_end(new_BT, settings.end_ids)
-    # A token is new if it is an accepted proposal or the last token of the round, and no end token or max_new_tokens
-    # tokens precede it.
+    # A token is new if it is an accepted proposal or the last token of the round, and if neither an end token nor
+    # max_new_tokens tokens precede it.
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)

@@ -32,7 +32,7 @@ CHUNK = 8
 
 
 UNSET_CONFIG = GenerationConfig()
-"""A request in which no field is set."""
+"""A config in which no field is set, so that :meth:`GenerationConfig.resolve` sets all fields."""
 
 
 def generate_text(
@@ -53,11 +53,11 @@ def generate_text(
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
     texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD.
 
-    Texts are sorted by length, batched, and padded to a few lengths. The loop is compiled once for each combination of
-    batch size, padded length and number of new tokens. The random draws for a text depend on ``key`` and the index of
-    the text, not on its batch. Without beam search and without a draft model, a prompt and its continuation may be
-    longer than the model's context: when the longest row of a batch fills the context, generation continues with the
-    last ``max_positions // 2`` tokens of each row as its new prompt.
+    Texts are sorted by length, batched, and padded to one of a few lengths. The loop is compiled once for each
+    combination of batch size, padded length and number of new tokens. The random draws for a text depend on ``key`` and
+    the index of the text, not on its batch. Without beam search and without a draft model, a prompt and its
+    continuation may be longer than the model's context: when the longest row of a batch fills the context, generation
+    continues with the last ``max_positions // 2`` tokens of each row as its new prompt.
 
     Args:
         config: fields that are not set are read from ``generation_config.json`` in the directory of the model, see
@@ -122,8 +122,8 @@ def stream_text(
 
     Raises:
         The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. The call
-        raises all errors in its arguments, and a ``NotFiniteError`` of the first new token. The iterator raises those
-        of later tokens.
+        raises all errors in its arguments, and a ``NotFiniteError`` of the first new token. The iterator raises a
+        ``NotFiniteError`` of later tokens.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -330,7 +330,9 @@ class _TextGenerator:
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
     def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
-        """After each chunk, the part of each row's text that later tokens cannot change. The last texts are complete.
+        """Yield, after each chunk, the part of each row's text that later tokens cannot change.
+
+        The last texts are complete.
 
         Args:
             batch: token ids of each prompt or source.
@@ -377,7 +379,7 @@ class _TextGenerator:
 def _check_draft(
     target: Model, draft: tuple[Model, Params], num_proposed: int, tokenizer: Tokenizer, num_beams: int
 ) -> None:
-    """Raise ``ValueError`` if ``draft`` cannot propose tokens for ``target``."""
+    """Raise an error if ``draft`` cannot propose tokens for ``target``."""
     if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
         raise TypeError(f"draft is a pair (model, params), got {type(draft).__name__}")
     if num_proposed < 1:

@@ -53,8 +53,8 @@ class TokenRequest:
 def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts padded on the left, and their segment ids; both [B, T].
 
-    T is a bucket length if the model has enough positions for it and ``new_tokens``. Otherwise T is the length of the
-    longest prompt.
+    T is the bucket length of the longest prompt, but at most the number of positions that ``new_tokens`` leaves. If the
+    longest prompt is longer than this maximum, T is the length of the longest prompt.
 
     Args:
         limit: the number of positions of the model. None: there is no limit.
@@ -144,7 +144,9 @@ class WindowedGeneration:
         return self.is_full and self.progress.tokens.shape[1] == self._remaining
 
     def advance(self, ended: np.ndarray, chunk: int) -> None:
-        """Generate up to ``chunk`` more tokens for each row that has not ended. If the window is full, open another.
+        """Generate up to ``chunk`` more tokens for each row that has not ended.
+
+        If the current window is full, open the next window instead, which generates one token.
 
         Args:
             ended: bool [B], rows that need no more tokens.

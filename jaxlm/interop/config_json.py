@@ -1,7 +1,7 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
 ``Model.metadata`` contains the loaded files. When a model is saved, a loaded field that jaxlm does not set is written
-back unchanged. jaxlm replaces a field that describes the model only if the model has changed since loading.
+back unchanged. A field that describes the model is replaced only if its value has changed since loading.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -27,7 +27,7 @@ from jaxlm.models.registry import FAMILIES, family, family_names
 _LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
-"""Overrides that may select another head than the head in the files."""
+"""Overrides that may select a different head from the head in the files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def format_of(model: Model) -> Format:
 
 
 def _fixed_fields(table: Format) -> dict[str, Any]:
-    """The fields with one value in all models of this format, because its configuration has no name for them."""
+    """The fields that have the same value in all models of this format, because ``config.json`` cannot express them."""
     return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
@@ -151,7 +151,10 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
 
 
 def _check_task(name: str, task: Any) -> None:
-    """Raise ``ValueError`` if the family has no task with labels. An error about ``num_labels`` would be less clear."""
+    """Raise ``ValueError`` if the family lacks both the field ``num_labels`` and the task.
+
+    Without this check, the error would be about ``num_labels``, which is less clear.
+    """
     config_class = family(name).Config
     if hasattr(config_class, "num_labels"):
         return
@@ -341,36 +344,39 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     result = {**loaded, **model_fields}
     try:
         description = describe(dict(loaded), Path("config.json"), {})
-    except ValueError:  # jaxlm does not support the loaded class; ``task`` replaced it
+    except ValueError:  # jaxlm does not support the loaded class; the override ``task`` replaced its head
         return result
     previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
         result.pop(field, None)
     rotary_changed = any(model_fields.get(field) != previous.get(field) for field in _ROTARY_FIELDS)
-    if rotary_changed:  # transformers 5 has all of them in this object, which takes precedence over the fields
+    if rotary_changed:  # in transformers 5, rope_parameters takes precedence over all of these fields
         result.pop("rope_parameters", None)
     for field, value in model_fields.items():
         if field in previous and previous[field] == value and not (rotary_changed and field in _ROTARY_FIELDS):
             if field in loaded:
                 result[field] = loaded[field]
-            else:  # the default of the field is this value
+            else:  # the loaded config omits the field, because the value is its default
                 del result[field]
     for alias, field in description.format.aliases.items():
         if alias in result:
             result[alias] = result[field]
     if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
-        result.pop("scale_decoder_outputs", None)  # transformers 5: precedence over tie_word_embeddings
+        result.pop("scale_decoder_outputs", None)  # in transformers 5, it takes precedence over tie_word_embeddings
     if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.initialized:
-        result.pop("problem_type", None)  # describes the loaded head, which is not in this model
+        result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
     return result
 
 
 def _tokenizer_fields(
     model: Model, table: Format, tokenizer: Tokenizer, result: Mapping[str, Any]
 ) -> dict[str, int | None]:
-    """The fields with special token ids of a tokenizer. A role without a token keeps its loaded id, or is null."""
+    """The fields of ``config.json`` with the special token ids of a tokenizer.
+
+    If the tokenizer has no token for a role, the field keeps its loaded value, or is null.
+    """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
     loaded = {} if model.metadata is None else token_fields(model.metadata.config)
@@ -438,5 +444,5 @@ def _loaded_decoder_start_id(model: Model) -> int | None:
     loaded = {} if model.metadata is None else model.metadata.config
     try:
         return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
-    except ValueError:  # jaxlm does not support the loaded class; ``task`` replaced it
+    except ValueError:  # jaxlm does not support the loaded class; the override ``task`` replaced its head
         return loaded.get("decoder_start_token_id")

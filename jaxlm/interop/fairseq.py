@@ -1,6 +1,6 @@
 """Import RoBERTa checkpoints of fairseq from arrays. Neither fairseq nor torch is imported.
 
-A fairseq checkpoint is a pickle, which can run any code when it is loaded, so jaxlm does not open it. If you trust the
+A fairseq checkpoint is a pickle file. Loading a pickle can run any code, so jaxlm does not open it. If you trust the
 file, convert it to arrays with torch:
 
     >>> checkpoint = torch.load("roberta.base/model.pt", weights_only=False)                     # doctest: +SKIP
@@ -59,7 +59,8 @@ def roberta_from_fairseq(
 
     Args:
         weights: the arrays of the checkpoint, by fairseq's names.
-        num_heads: ``encoder_attention_heads`` in the arguments of the checkpoint. It cannot be inferred from shapes.
+        num_heads: ``encoder_attention_heads`` in the arguments of the checkpoint. The number cannot be inferred from
+            shapes.
         head: name of a classification head, such as "mnli". The task of the model is then "classification". None: the
             task is "masked".
         overrides: fields of the family's ``Config``, such as ``dtype="bfloat16"``.
@@ -97,7 +98,9 @@ def roberta_from_fairseq(
         "task": "masked" if head is None else "classification",
     }
     if head is not None:
-        fields["num_labels"] = len(tensors["classifier.out_proj.bias"])
+        if "classifier.out_proj.weight" not in tensors:
+            raise ValueError(f"{head_prefix}out_proj.weight is missing")
+        fields["num_labels"] = len(tensors["classifier.out_proj.weight"])
     model = get_model("roberta", **{**fields, **overrides})
     tensors[_TOKEN_TYPES] = np.zeros((1, width), tensors["roberta.embeddings.word_embeddings.weight"].dtype)
     metadata = Metadata(token_ids={"bos": 0, "pad": 1, "eos": 2}, unused_tensors=tuple(unused))
@@ -105,7 +108,7 @@ def roberta_from_fairseq(
 
 
 def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by their names in Hugging Face files. Arrays of classification heads keep fairseq's names."""
+    """The arrays by their names in Hugging Face files. Arrays of classification heads keep their fairseq names."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         if _IGNORED.search(name):

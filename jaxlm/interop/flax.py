@@ -1,7 +1,8 @@
-"""Flax modules of a model, ``linen`` and ``nnx``, for code that needs a Flax module.
+"""A model as a Flax module, ``linen`` or ``nnx``, for code that needs a Flax module.
 
-Its parameters have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call returns the
-result of ``model.apply``. The model state is an argument of the call, as in ``model.apply``.
+The parameters of the module have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call
+returns the result of ``model.apply``. The model state is an argument of the call, as in ``model.apply``. Convert
+parameters from jaxlm to Flax (left) and back (right) as follows:
 
     linen   variables = {"params": params}                       params = variables["params"]
     nnx     module = as_nnx(model, params=params)                params = module.parameters()
@@ -71,7 +72,7 @@ class NNXModel(nnx.Module):
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def parameters(self) -> spec.Tree:
-        """The parameter tree with the structure of ``model.init``: arrays in dicts."""
+        """The parameters as a tree of arrays with the structure of ``model.init``."""
         return jax.tree.map(lambda param: param[...], self.params, is_leaf=lambda node: isinstance(node, nnx.Param))
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None, **inputs: Any) -> tuple[jax.Array, Any]:

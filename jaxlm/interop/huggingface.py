@@ -1,12 +1,12 @@
 """Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
 All families use the same code. The formats of the families are tables of names (``jaxlm.interop.formats``). A family
-without such a table is saved in jaxlm's own format: ``model_type`` is ``jaxlm-<family>``, ``config`` contains the
-fields of the family's config, and the name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
+without a table is saved in jaxlm's own format: in ``config.json``, ``model_type`` is ``jaxlm-<family>`` and ``config``
+contains the fields of the family's config. The name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
 
-Loading checks the checksums, then the config. Then it checks the name, shape and dtype of every tensor in the file
-headers. Then it reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle files,
-because loading a pickle can run arbitrary code.
+Loading checks the checksums, the config, and then the name, shape and dtype of every tensor in the file headers. After
+these checks, loading reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle
+files, because a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -73,13 +73,13 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    The overrides ``task`` and ``num_labels`` select another head than the head in the files. Then parameters that the
-    files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
+    With the overrides ``task`` or ``num_labels``, the model may have a different head from the files. Then parameters
+    that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
     ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the tensors
     that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly
     the tensors of the model.
 
-    In addition to the result, host memory holds only one parameter at a time (all layers of a stacked parameter).
+    Apart from the result, host memory holds only one parameter at a time (all layers of a stacked parameter).
 
     Args:
         directory: contains ``config.json`` and either ``model.safetensors`` or shards with an index file.
@@ -109,7 +109,7 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
-        # Checked before the specs are built, because the specs of a wrong, huge number of layers would fill memory.
+        # This check comes before the specs are built: with a wrong, huge number of layers, the specs would fill memory.
         for what in ("layers", "experts"):
             number = getattr(model.config, f"num_{what}", None) or 0
             if number > len(tensors):
@@ -207,7 +207,7 @@ def save_pretrained(
 
 
 def _write_weights(directory: Path, model: Model, params: Params, max_shard_bytes: int) -> list[str]:
-    """Write ``params`` to files, and return the file names. Several files need an index, which is the last name."""
+    """Write ``params`` to files, and return the file names. With several files, the last name is the index file."""
     flat = spec.flatten(params)
     locations = locations_of(model, format_of(model))
     sizes = [
@@ -315,7 +315,7 @@ class _Tensor:
 
 
 def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """All tensors in the directory, by name. ``stack`` closes the files."""
+    """All tensors in the directory, by name. ``stack`` keeps the files open and closes them on exit."""
     tensors: dict[str, _Tensor] = {}
     file_of: dict[str, str] = {}
     index = _read_index(directory)
@@ -425,7 +425,7 @@ class _Match:
 def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
-    If the overrides select a head (``description.saved_model`` is then the model without the overrides), the files may
+    If the overrides select a head, ``description.saved_model`` is the model without the overrides. The files may then
     lack the head of the model, and may have other heads.
 
     Raises:
@@ -523,7 +523,7 @@ def _missing_paths(
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
     """The model with ``initialized`` and ``unused_tensors`` in its metadata.
 
-    The logger reports both. Parameters without a value in the files are a warning, because they must be trained.
+    The logger reports initialised parameters as a warning, because they must be trained, and unused tensors as info.
     """
     assert model.metadata is not None
     metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
@@ -548,7 +548,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, by path. The same parameter of different layers has one dtype."""
+    """The dtype of each parameter, by path. A parameter has the same dtype in all layers."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names
@@ -575,7 +575,7 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
 
 
 def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
-    """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
+    """One parameter, with all layers if it is stacked. Vocabulary padding, which the files do not contain, is zero."""
     array = np.zeros(leaf.shape, dtype)
     for name, matrix in zip(location.names, location.matrices(array), strict=True):
         tensor = tensors[name]

@@ -17,15 +17,16 @@ from jaxlm.models.model import Model
 class Location:
     """The tensor names and the layout of one parameter in files.
 
-    A parameter with leading axes of layers or experts is a stack of matrices, and files have a tensor for each of them.
+    A parameter with leading axes of layers or experts is a stack of matrices. Files have one tensor for each matrix of
+    the stack.
 
     Attributes:
-        names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is no stack.
+        names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is not a stack.
         stack: sizes of the leading axes of layers and experts; empty if there are none.
         model_shape: shape of one matrix in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
         first_row: index of the parameter's first row in the tensor.
-        num_rows: number of rows of a tensor that contains several parameters; None: it contains only this parameter.
+        num_rows: number of rows of a tensor with several parameters; None: the tensor contains only this parameter.
     """
 
     names: tuple[str, ...]
@@ -58,16 +59,16 @@ class Location:
         return [axis for group in self.layout for axis in group]
 
     def matrices(self, array: np.ndarray) -> np.ndarray:
-        """A view of the parameter in the model with one leading axis, whose entries belong to :attr:`names`."""
+        """A view of the parameter ``array`` as a stack with one leading axis: one matrix for each of :attr:`names`."""
         return array.reshape(len(self.names), *array.shape[len(self.stack) :])
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The :attr:`rows` of the tensor in files, from one of the :attr:`matrices`, without vocabulary padding."""
+        """A matrix of :attr:`matrices` in the layout of files, without vocabulary padding."""
         array = array[tuple(slice(size) for size in self.model_shape)]
         return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """One of the :attr:`matrices`, without vocabulary padding, from the :attr:`rows` of its tensor in files."""
+        """The inverse of :meth:`to_file`: a matrix in the layout of the model, without vocabulary padding."""
         sizes = [self.model_shape[axis] for axis in self._file_axis_order]
         return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 

@@ -54,7 +54,7 @@ _PEFT_TASKS = {
     "none": "FEATURE_EXTRACTION",
 }
 _READ_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
-# These options only describe how the adapter was trained, or the names of its tensors determine them.
+# These options only describe how the adapter was trained, or follow from the names of its tensors.
 _IGNORED_OPTIONS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
@@ -68,7 +68,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     """The :class:`~jaxlm.adapt.LoRA` and its trained parameters, loaded from a PEFT directory.
 
     The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout. So the function warns if
-    ``lora_dropout`` is above 0. Without further training, dropout has no effect.
+    ``lora_dropout`` is above 0. The difference matters only for further training.
 
     Args:
         directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -131,7 +131,7 @@ def save_adapter(
         directory: created if it does not exist. Other files in it are not changed, except ``checksums.json``, which
             then lists only the adapter.
         model: the base model.
-        lora: the adaptation.
+        lora: the LoRA settings with which ``trained`` was created.
         trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.
         base_model: directory or name of the base model, for ``peft.AutoPeftModel``.
 
@@ -159,8 +159,8 @@ def save_adapter(
         tensors |= weights[path].full_weight_to_peft(flat[path])
     modules_to_save = _modules_to_save(weights, fully_trained)
     task = _PEFT_TASKS.get(model.task)
-    # For these tasks, PEFT adds the head to `modules_to_save`. If the file then has no tensors of the head, PEFT fails.
-    # So the task is saved only if the head is trained.
+    # For the three tasks below, PEFT adds the head to `modules_to_save`, and fails if the file has no tensors of the
+    # head. So the task is saved only if the head is trained.
     head = HEADS.get(model.task)
     trains_head = head is not None and any(path.startswith(f"{head}/") for path in fully_trained)
     if not trains_head and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
@@ -201,7 +201,7 @@ class _Weight:
         location: its names and its layout in the files of a transformers class.
         padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
         num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
-            ``num_row_axes``); None: the parameter is not a matrix.
+            ``jaxlm.adapt.num_row_axes``); None: the parameter is not a matrix.
         is_table: whether the parameter is an embedding table or an output head.
     """
 
@@ -213,7 +213,7 @@ class _Weight:
 
     @property
     def path_without_layer(self) -> str:
-        """The path without its layer number; only models with unequal layers have one in the path."""
+        """The path without its layer number; only models with unequal layers have a layer number in the path."""
         return spec.split_layer(self.path)[0]
 
     @property
@@ -260,7 +260,7 @@ class _Weight:
         return (rank, inputs), (outputs, rank)
 
     def factors_to_peft(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """PEFT's ``{name: tensor}``, from jaxlm's two factors, which are stacked if the weight is stacked."""
+        """PEFT's ``{name: tensor}``, from jaxlm's factors A and B. A stacked weight has stacked factors."""
         self.require_linear()
         tensors = {}
         for name, a_layer, b_layer in zip(
@@ -276,7 +276,7 @@ class _Weight:
         return tensors
 
     def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """jaxlm's ``{path: factor}``, from PEFT's A and B of each matrix."""
+        """jaxlm's ``{path: factor}``, from the list of PEFT's A and the list of PEFT's B, one entry per matrix."""
         num_row_axes = self.num_row_axes
         assert num_row_axes is not None
         rank = peft_a[0].shape[0]
@@ -296,7 +296,7 @@ class _Weight:
         return {name: self.location.to_file(matrix) for name, matrix in matrices}
 
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """jaxlm's parameter that is trained in full, from the tensor of each layer."""
+        """A parameter that is trained in full, in the layout of the model, from the tensor of each layer."""
         self._require_own_tensor()
         x = np.stack([self.location.to_model(tensor) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
@@ -440,7 +440,7 @@ class _Reader:
         return [self._read(name, weight.location.file_shape) for name in weight.names]
 
     def factors(self, weight: _Weight) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """PEFT's A of each layer, and PEFT's B of each layer."""
+        """PEFT's factors A and B of a weight: a list of A and a list of B, one entry per layer."""
         modules = [name.removesuffix(".weight") for name in weight.names]
         a_shape, b_shape = weight.factor_shapes(self.rank)
         return (

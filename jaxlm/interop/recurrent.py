@@ -8,14 +8,15 @@ The number of gates G decides whether a layer is an LSTM (4) or a GRU (3). D is 
 the state. The libraries differ in the order of the gates, the layout of a weight, and the biases:
 
     jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU with reset='after': also bias_hidden
-    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases; import adds them, export sets one to 0
+    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases: import adds them, export zeros bias_hh
     Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
-``bias_hidden`` is the bias of n that the reset gate multiplies. It is not added to the other bias in an import.
-``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape [D, H], but its entries
-are in the row-major order of the transposed matrix [H, D], as in cuDNN. They store a gate's hidden weight as [out, in].
-The shape [2 * G * H] of the bias distinguishes these layers from the other Keras layers.
+``bias_hidden`` is the bias of n that the reset gate multiplies. An import does not add it to the other bias, and an
+export keeps it. ``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape
+[D, H], but the entries are in the row-major order of the transposed matrix [H, D], as in cuDNN. These layers store a
+gate's hidden weight as [out, in]. The shape [2 * G * H] of the bias distinguishes these layers from the other Keras
+layers.
 
 Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so the import changes the
 outputs of such layers.
@@ -44,7 +45,7 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
         reverse: whether to read the backward direction.
 
     Raises:
-        ValueError: a weight is missing, the shapes do not fit an LSTM or GRU, or the LSTM has ``proj_size``.
+        ValueError: a weight is missing, the shapes do not fit an LSTM or GRU, or the LSTM uses ``proj_size``.
     """
     suffix = _suffix(weights, layer, reverse)
     if f"weight_hr{suffix}" in weights:
@@ -94,7 +95,7 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
             the shape of a bias determines ``reset_after``.
 
     Raises:
-        ValueError: the number or the shapes of the arrays do not fit such a layer, or ``reset`` is missing.
+        ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing.
     """
     if len(weights) not in (2, 3):
         raise ValueError(f"{len(weights)} arrays, but one LSTM or GRU has kernel, recurrent_kernel and maybe a bias")

@@ -1,4 +1,4 @@
-"""The families, one module each, and ``get_model``, which finds them by name.
+"""The model families, one module each, and ``get_model``, which makes a model of a family or variant by name.
 
 A family is a module with ``Config``, ``specs``, ``apply``, ``logits``, ``VARIANTS`` and, if it carries state between
 calls, ``state_specs``. ``register_family`` adds a family of another package.

@@ -1,13 +1,13 @@
 """Convolutional networks over characters (Zhang et al. 2015): a classifier, and a causal language model.
 
-Both have six convolutions, with max pooling after the first, the second and the last one, and two hidden layers with
-dropout. The classifier reads texts of exactly ``max_positions`` characters, from the last character to the first.
-Before that, the padding of a row (segment 0) is removed, and zeros are added at the end of the text. So the padding of
-a row does not change the result. A row must contain only one text; a row with several documents gives NaN.
+Both networks have six convolutions, with max pooling after the first, the second and the last one, and two hidden
+layers with dropout. The classifier reads ``max_positions`` characters: the text from its last character to its first,
+then zeros. The padding tokens of a row (segment 0) are removed first, so they do not change the result. A row must
+contain only one text; a row with several documents gives NaN.
 
 The published input is a one-hot vector. So the token table is an identity matrix that is not trained. The rows of
-characters outside the alphabet, with ids of ``embed_dim`` or more, are zero. With ``embedding="learned"``, the table is
-trained; its initial values are Gaussian.
+characters outside the alphabet, with ids of at least ``embed_dim``, are zero. With ``embedding="learned"``, the table
+is trained; its initial values are Gaussian.
 
 The convolutions of the language model are causal. For each pooling of the classifier with stride 3, the language model
 pools with stride 1 and dilates all later layers by 3 (the a trous algorithm, Holschneider et al. 1989), so that the
@@ -43,7 +43,7 @@ class Config(common.ModelConfig):
     """Shape and behaviour of a character-level network. The defaults are the small published classifier."""
 
     vocab_size: int = 71
-    """Number of ids: one per character of the alphabet, and one for all others (including the space, as published)."""
+    """Number of ids: one per character of the alphabet, and one for all others (including space, as published)."""
     max_positions: int = 1014
     """Length to which a classifier pads every text; longer texts are an error. A language model has no limit."""
     embed_dim: int = 70
@@ -51,7 +51,7 @@ class Config(common.ModelConfig):
     embedding: Embedding = "one_hot"
     """Token table: a fixed identity matrix with zeros for ids of embed_dim or more (one_hot), or trained (learned)."""
     reverse: bool = True
-    """Read texts from the last character to the first, as published; language models ignore it."""
+    """Read texts from the last character to the first, as published; language models ignore this field."""
     channels: int = 256
     """Channels of every convolution."""
     kernels: tuple[int, ...] = (7, 7, 3, 3, 3, 3)
@@ -94,14 +94,14 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """For a language model, the hidden states [B, T, fc_dim] and the new state (None without a state).
+    """The hidden states of a language model, [B, T, fc_dim], and the new state (None without a state).
 
-    For a classifier, the features of the text, [B, S, C], and None.
+    A classifier instead returns the features of the text, [B, S, C], and None.
 
     Args:
         tokens: [B, T] integer ids; T at most ``max_positions`` for a classifier. An id outside the vocabulary
             gives NaN.
-        state: for a language model, the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: for a language model, the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -174,7 +174,7 @@ def pool(
 ) -> jax.Array:
     """The pooled output, [B, 1, fc_dim]: the hidden layers applied to all features, with dropout if there is a ``key``.
 
-    ``segment_ids`` has no effect, because padding counts as part of the text.
+    ``segment_ids`` has no effect, because :func:`apply` has already replaced the padding by zeros.
     """
     heads.require_pooled_output(cfg.task, params, "fc_1")
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)

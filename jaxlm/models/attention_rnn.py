@@ -4,11 +4,11 @@
 forms. This module has the shared code: the loop over target tokens, attention, copying, the head and the state.
 
 Initial weights are uniform in both forms, as in Luong et al. Layers and heads have biases; attention scores have none.
-Luong's best models read the source backwards. To reproduce this, reverse the source before the call.
+Luong's best models read the source backwards. To do the same, reverse the source before the call.
 
-With ``copy``, both forms can also copy source tokens (``jaxlm.nn.copying``). This needs one vocabulary for both texts.
-``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the generation
-probability, and the distribution of copied tokens. ``logits`` computes the mixture from it.
+With ``copy``, both forms can also copy source tokens (``jaxlm.nn.copying``). Copying needs one vocabulary for source
+and target. ``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the
+generation probability, and the distribution of copied tokens. ``logits`` computes the mixture from this concatenation.
 
 Shapes: B batch, T target time, S source time, E embedding, C encoder width (bahdanau 2H, luong H), G gates, H hidden
 width, D width of the head's input, V vocabulary.
@@ -152,7 +152,9 @@ def apply(
 def _attend(
     cfg: Config, params: Params, source: dict[str, Any], segment_B: jax.Array, query_BH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The context vectors [B, C] and attention weights [B, S] of one query per row for the row's current document.
+    """The context vectors [B, C] and attention weights [B, S] of one query per row.
+
+    A query attends only to the source tokens of the row's current document.
 
     Args:
         source: the source state from :func:`init_decode_state`. Several rows may share a source
@@ -207,7 +209,9 @@ def encode(
     cfg: Config, params: Params, source: jax.Array, *, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
+    """The encoder's states at each source token, [B, S, C].
+
+    These are the states of both directions (bahdanau) or of the last layer (luong).
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN.
@@ -222,7 +226,8 @@ def _encode(
 ) -> dict[str, Any]:
     """The encoded source: a dict with ``encoded`` (see :func:`encode`) and ``segment_ids``.
 
-    For luong, it also has ``states``, the LSTM state of each layer after each token; with copy, also ``tokens``.
+    For luong, the dict also has ``states``, the LSTM state of each layer after each token. With ``copy``, it also has
+    ``tokens``, the source ids.
     """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
@@ -271,7 +276,7 @@ def _initial_states(cfg: Config, params: Params, source: dict[str, Any], documen
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state: the decoder's recurrent state, the current document of each row, and the source.
 
-    The size does not depend on ``length``. The initial values are the state of a row without a source;
+    The sizes do not depend on ``length``. The initial values are the state of a row without a source;
     :func:`init_decode_state` returns the state for a source.
     """
 

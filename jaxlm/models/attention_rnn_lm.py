@@ -7,7 +7,7 @@
                     (key-value-predict attention), k, v and p are thirds of h.
     classification  "A Structured Self-attentive Sentence Embedding". Bidirectional LSTMs, pooled by ``hops`` parallel
                     attentions without a query. One hop is the attention of Yang et al. 2016, who used GRUs. The
-                    classifier has one layer; Lin et al. use two.
+                    classification head here is one linear layer; Lin et al. use two layers.
 
 The first token of a document has no previous output, so its r is 0. The default sizes are not those of the papers.
 
@@ -72,7 +72,7 @@ class Config(common.ModelConfig):
     init_bound: float = 0.1
     """Initial weights of embeddings, attention and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """The same bound for the LSTM layers; None means 1 / sqrt(hidden_dim)."""
+    """The corresponding bound for the LSTM layers; None means 1 / sqrt(hidden_dim)."""
     task: Task = "causal"
     """Type of the model: causal (unidirectional, predicts tokens) or classification (bidirectional)."""
     num_labels: int = 2
@@ -100,7 +100,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -188,7 +188,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, R * 2H]: for each hop the weighted mean of a row's hidden states, concatenated."""
+    """The pooled output, [B, 1, R * 2H]: the concatenation of one weighted mean of a row's hidden states per hop."""
     weights_BRT = attention_weights(cfg, params, hidden, segment_ids)
     record(weights_BRT[:, :, None], "pool")
     pooled_BRD = jnp.einsum("BRT,BTD->BRD", weights_BRT.astype(hidden.dtype), hidden)
@@ -198,7 +198,7 @@ def pool(
 def attention_weights(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """The pooling weights of each hop for each token, [B, R, T] float32; they are 0 for padding and sum to 1.
+    """The pooling weights of each hop for each token, [B, R, T] float32; the weights are 0 for padding and sum to 1.
 
     Raises:
         ValueError: the task is not classification.
@@ -211,7 +211,7 @@ def attention_weights(
 def redundancy(weights_BRT: jax.Array) -> jax.Array:
     """The penalty ``|A A' - I|^2`` (Frobenius norm) of each row, [B] float32 (Lin et al. 2017, eq. 8).
 
-    Added to the loss, it makes the hops attend to different tokens.
+    A is ``weights_BRT`` of a row. If this penalty is added to the loss, the hops learn to attend to different tokens.
     """
     product_BRR = jnp.einsum("BRT,BQT->BRQ", weights_BRT, weights_BRT)
     return jnp.sum(jnp.square(product_BRR - jnp.eye(weights_BRT.shape[1])[None]), axis=(1, 2))

@@ -2,11 +2,12 @@
 
 A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token, s[t-1]. The
 context vector is an input of the GRU. A maxout layer reads s[t-1], the embedding and the context vector; the head reads
-its output. The initial state is tanh(W h), where h is the backward encoder's state at the first source token.
+the output of the maxout layer. The initial state is tanh(W h), where h is the backward encoder's state at the first
+source token.
 
 The maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code (GroundHog).
-The GRU's reset gate is applied before the recurrent matmul, as in the paper. Its update gate z is the weight of the old
-state, as in ``jaxlm.nn.recurrence``.
+The GRU's reset gate is applied before the recurrent matmul, as in the paper. The GRU's update gate z is the weight of
+the old state, as in ``jaxlm.nn.recurrence``.
 
 Shapes: B batch, T target time, S source time, E embedding, C = 2H encoder width, G gates, H hidden width, D width of
 the head's input.
@@ -45,7 +46,7 @@ def encode(
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    It is computed from the encoder's backward state at the first source token of the document."""
+    The state is computed from the encoder's backward state at the first source token of the document."""
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
     backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
     backward_BTH = jnp.take_along_axis(backward_BSH, first_BT[:, :, None], axis=1)
@@ -70,7 +71,10 @@ def step(
 
 
 def features(weights: Params, x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
-    """The maximum of each pair of units of U s + V e + C c (Goodfellow et al. 2013), [B, T, D]."""
+    """The input of the head, [B, T, D]: the maximum of each pair of units of U s + V e + C c.
+
+    This is a maxout layer (Goodfellow et al. 2013).
+    """
     inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
     pairs_BTD2 = sum(linear(weights[name], x) for name, x in inputs.items())
     return jnp.max(pairs_BTD2, axis=-1)
@@ -103,5 +107,5 @@ def encoder_width(cfg: Config) -> int:
 def state_specs(
     cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specs of the decoder's state, and of the arrays that only this form adds to the source state: none."""
+    """The specs of the decoder's state, and ``{}``: this form adds no arrays to the source state."""
     return {"layer_0": recurrence.gru_state_specs(batch, cfg.hidden_dim)}, {}

@@ -21,7 +21,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 MAX_LAYERS = 10_000
-"""Maximum number of layers. With many more layers, the specs would fill the memory of the host before a check fails."""
+"""Maximum number of layers. The parameter specs of many more layers would fill host memory before a check fails."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
-    """Compute dtype of activations; also the dtype of caches and memories. Parameters and the state of RNNs have
-    their own dtypes."""
+    """Compute dtype of activations, key-value caches and memories of earlier tokens. Parameters and the state of RNNs
+    have their own dtypes."""
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_multiple")
@@ -48,8 +48,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayeredConfig(ModelConfig):
-    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may be of several
-    kinds."""
+    """Base class for the ``Config`` of a family that runs its layers with :func:`run_layers`.
+
+    The layers may be of several kinds.
+    """
 
     remat: Remat = "dots"
     """Activations that the backward pass recomputes. none: no activations. full: all inside a block. dots: all inside a
@@ -62,8 +64,8 @@ class TransformerConfig(LayeredConfig):
 
     scan_layers: bool = False
     """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
-    False: use one tree of parameters per layer and a Python loop. Training steps are faster, but compilation takes
-    longer (docs/labbook.md)."""
+    False: use one tree of parameters per layer and a Python loop, which makes training steps faster but compilation
+    slower (docs/labbook.md)."""
 
 
 def run_layers(
@@ -112,12 +114,12 @@ def run_layers_with_outputs(
 ) -> tuple[jax.Array, Any, Any]:
     """The results of :func:`run_layers` and the third values of all layers, for a block that returns three values.
 
-    Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The outputs are stacked along a new first axis,
-    without the layers whose output is None. If no layer has an output, the third result is None.
+    Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The outputs are stacked along a new first axis;
+    layers whose output is None are left out. If no layer has an output, the third result is None.
 
     Args:
         block: the function of all layers; or a tuple with one function per layer. With stacked weights, all layers use
-            the first function, so all functions must then be equal.
+            the first function, so all functions must be equal.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:
@@ -178,11 +180,12 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
 
 
 def gather_weights(specs: Any, params: Params) -> Any:
-    """The parameters, all-gathered over mesh axes that shard ``embed``; for weights that a loop over time uses.
+    """The parameters, all-gathered over the mesh axes that shard ``embed``.
 
-    Without this call, XLA gathers the weights in each step of the loop. The call is also needed for correctness: if
-    weights in a loop are sharded over ``fsdp``, XLA computes wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2
-    on CPU; the contract test of the sharded step detects this).
+    Call this function for weights that a loop over time uses. Without the call, XLA gathers the weights in each step of
+    the loop. The call is also needed for correctness. If weights in a loop are sharded over ``fsdp``, XLA computes
+    wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU; the test of the sharded step in
+    jaxlm/testing/contract.py detects this).
     """
 
     def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:
@@ -226,7 +229,11 @@ def check_rates(cfg: ModelConfig, *names: str) -> None:
 
 
 def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
-    """Raise ``ValueError`` unless every named field has the value that ``reason`` (such as ``"copy=True"``) needs."""
+    """Raise ``ValueError`` unless every field has its ``required`` value.
+
+    Args:
+        reason: the setting that requires these values, such as ``"copy=True"``.
+    """
     for name, value in required.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"{reason} needs {name}={value!r}, got {getattr(cfg, name)!r}: change one of them")
@@ -277,7 +284,7 @@ def check_tokens(
 def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
     """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not ``allowed``.
 
-    It is also raised if ``scan_layers`` is True and the layers are of several kinds.
+    The error is also raised if ``scan_layers`` is True and the layers are of several kinds.
     """
     if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
         raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
@@ -301,7 +308,11 @@ def check_state_length(cfg: Any, length: int) -> None:
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:
-    """Raise ``ValueError`` unless exactly one of ``source`` and ``state`` is given and the other inputs match it."""
+    """Raise ``ValueError`` unless exactly one of ``source`` and ``state`` is given.
+
+    The error is also raised if ``source`` and ``tokens`` have different numbers of rows, or if ``source_segment_ids``
+    are given with a state.
+    """
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"
         raise ValueError(f"apply takes source (to train) or state (to decode, from init_decode_state), got {got}")

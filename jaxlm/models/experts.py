@@ -1,8 +1,8 @@
 """Config fields, specs and computation of layers with a mixture of experts instead of an MLP, for all families.
 
-A block has the parameters ``mlp`` (a SwiGLU MLP) or ``experts`` (``jaxlm.nn.experts``). A family whose config has these
-fields also has a function ``apply_with_routing``. It returns the results of ``apply`` and a third result: the router
-statistics of the layers with experts, stacked (None without experts).
+A block has the parameters ``mlp`` (a SwiGLU MLP) or ``experts`` (``jaxlm.nn.experts``). A family with
+:class:`ExpertsConfig` also has a function ``apply_with_routing``, which returns the results of ``apply`` and a third
+result: the router statistics of the layers with experts, stacked (None without experts).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class ExpertsConfig(common.LayeredConfig):
     dense_layers: tuple[int, ...] = ()
     """Indices, from 0, of additional layers that have an MLP instead of experts."""
     capacity_factor: float | None = None
-    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds 0 to the tokens
-    that it does not accept. None: experts accept all tokens. This option is for training. Hugging Face files do not
-    contain it. Cached decoding gives different results, because it does not see the whole row."""
+    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds 0 to the
+    outputs of all other tokens. None: experts accept all tokens. This option is for training, and Hugging Face files do
+    not contain it. Cached decoding gives different results, because a call does not see the whole row."""
     experts_implementation: Implementation | None = None
-    """Name of the implementation of experts without a capacity; None selects one for the device and the shapes."""
+    """Name of the implementation if capacity_factor is None; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ def has_experts(cfg: Any, layer: int) -> bool:
 
 
 def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None = None) -> dict[str, Any]:
-    """The specs of a layer: ``{"experts": specs}`` or ``{"mlp": specs}``.
+    """The specs of the experts or the MLP of a layer: ``{"experts": specs}`` or ``{"mlp": specs}``.
 
     Args:
         shared_dim: hidden width of a shared expert; None: no shared expert.

@@ -1,8 +1,8 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), and its hybrid with gated attention: Qwen3-Next (Qwen team 2025).
 
 A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
-attention. The queries, keys and values of the delta rule pass through a short convolution, and its queries and keys
-are scaled to length 1. Attention normalizes queries and keys, applies rotary positions to only a part of each head, and
+attention. The queries, keys and values of the delta rule pass through a short convolution. Then the queries and keys
+are L2-normalized. Attention normalizes queries and keys, applies rotary positions to only a part of each head, and
 has an output gate (Qiu et al. 2025). After the mixer, a block has a SwiGLU MLP or, in Qwen3-Next, a mixture of experts
 (SwiGLU MLPs) and a gated shared expert.
 
@@ -44,7 +44,7 @@ class Config(experts.ExpertsConfig):
     vocab_size: int = 151936
     """Number of token ids."""
     max_positions: int | None = 32768
-    """Maximum length of a sequence; None: no limit. No parameter depends on it."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field."""
     num_layers: int = 48
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("delta_rule", "delta_rule", "delta_rule", "attention")
@@ -54,11 +54,11 @@ class Config(experts.ExpertsConfig):
     mlp_dim: int = 5632
     """Hidden width of the MLP."""
     shared_expert_dim: int | None = None
-    """Hidden width of the shared expert, which layers with experts add to their output; None: there is none."""
+    """Hidden width of the shared expert, which layers with experts add to their output; None: no shared expert."""
     delta_key_heads: int = 16
     """Query and key heads of the delta rule, each shared by delta_value_heads / delta_key_heads value heads."""
     delta_value_heads: int = 32
-    """Value heads of the delta rule. Each has its own state, decay and beta."""
+    """Value heads of the delta rule. Each value head has its own state, decay and beta."""
     delta_key_dim: int = 128
     """Width of a query or key of the delta rule."""
     delta_value_dim: int = 128
@@ -66,8 +66,8 @@ class Config(experts.ExpertsConfig):
     conv_width: int = 4
     """Number of tokens that the convolution before the delta rule reads, the current token included."""
     negative_eigenvalues: bool = False
-    """Beta is in [0, 2] instead of [0, 1], so that the matrix of a step can have negative eigenvalues (Grazzi et al.
-    2025)."""
+    """Beta is in [0, 2] instead of [0, 1], so that the state transition matrix can have negative eigenvalues (Grazzi et
+    al. 2025)."""
     num_heads: int = 16
     """Query heads of attention."""
     num_kv_heads: int = 2
@@ -108,7 +108,7 @@ class Config(experts.ExpertsConfig):
         common.check_pattern(self, get_args(Mixer))
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
-        rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if pairs do not fit
+        rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if this width is not even
 
 
 def apply(
@@ -124,7 +124,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after all tokens of earlier calls (``state_specs``). If the model has attention, a row whose
+        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, a row whose
             tokens do not fit into the cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
@@ -224,8 +224,8 @@ def conv_channels(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. The convolution, ``A_log`` and ``dt_bias`` have the authors' initial values.
 
-    ``query_key_value_gate`` has, for each key head, a query, a key, R values and R output gates. ``beta_decay`` has,
-    for each key head, R betas and R decays.
+    For each key head, ``query_key_value_gate`` computes a query, a key, R values and R output gates, and ``beta_decay``
+    computes R betas and R decays.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
     H, G, K, bias = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias
@@ -277,7 +277,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
     A layer with a delta rule has the state of the delta rule (``memory``) and the last inputs of the convolution
-    (``tail``). Their sizes do not depend on ``length``. A layer with attention has a key-value cache.
+    (``tail``). The sizes of both do not depend on ``length``. A layer with attention has a key-value cache.
     """
     dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
@@ -294,7 +294,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 def carried_state_length(cfg: Config) -> int | None:
     """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
 
-    Any ``length`` gives the same state. The result is None if a layer is attention: training then does not carry the
+    Any ``length`` gives the same state. The result is None if a layer has attention: training then does not carry the
     state, because the cache has a limited size.
     """
     return None if "attention" in common.mixers(cfg) else 1

@@ -52,7 +52,8 @@ class Config(common.TransformerConfig):
     activation: Activation = "gelu_tanh"
     """Nonlinearity of the MLP."""
     norm_position: NormPosition = "before"
-    """Pre-norm (before, GPT-2): norm each sublayer's input. Post-norm (after, GPT-1): norm each residual sum."""
+    """Pre-norm (before, GPT-2): normalize the input of each sublayer. Post-norm (after, GPT-1): normalize each residual
+    sum."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
@@ -96,7 +97,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: cache of earlier tokens (``state_specs``), continued by ``tokens``. Rows that exceed the cache give NaN.
+        state: key-value cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the
+            cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.

@@ -3,7 +3,7 @@
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
 blocks. A Python loop runs the layers, because layers of different kinds cannot be stacked for ``lax.scan``. As in
-RecurrentGemma, token vectors are multiplied by sqrt(D) and logits are soft-capped. The models of the paper do neither.
+RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. De et al. 2024 do neither.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
 G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
@@ -59,7 +59,7 @@ class Config(common.LayeredConfig):
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions, which rotate the first half of each head."""
     logits_soft_cap: float = 30.0
-    """The logits are c * tanh(logits / c), with this c."""
+    """Soft cap c of the logits: c * tanh(logits / c)."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     tie_embeddings: bool = True
@@ -184,7 +184,7 @@ def _mlp(weights: Params, x: jax.Array) -> jax.Array:
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 
@@ -194,7 +194,7 @@ def lru_width(cfg: Config) -> int:
 
 
 def embedding_multiplier(cfg: Config) -> float:
-    """The factor of the token vectors."""
+    """The factor by which token embeddings are multiplied before the first layer."""
     return cfg.embed_dim**0.5
 
 
@@ -238,7 +238,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state of ``batch`` rows for any ``length``.
+    """The specs of the state of ``batch`` rows. The state has the same size for every ``length``.
 
     A recurrent block has the state of its RG-LRU (``hidden``) and the last inputs of its convolution (``tail``). An
     attention block has the keys and values of the last ``window`` tokens.

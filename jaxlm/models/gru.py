@@ -1,10 +1,10 @@
 """GRU language model and bidirectional GRU encoder (Cho et al. 2014; as a language model, Chung et al. 2014).
 
-The model is that of ``jaxlm.models.lstm`` with another cell. The update is ``h' = (1 - z) * n + z * h`` as in torch and
-cuDNN; Chung et al. exchange z and 1 - z. The gates r and z have one bias each (torch has two, which act as their sum).
-All biases are initialised with 0.
+The model is that of ``jaxlm.models.lstm`` with a GRU cell instead of an LSTM cell. The update is
+``h' = (1 - z) * n + z * h`` as in torch and cuDNN; Chung et al. exchange the roles of z and 1 - z. The gates r and z
+have one bias each (torch has two, which act as their sum). All biases are initialised with 0.
 
-Shapes: B batch, T time, D width of the last layer (twice that for both directions), V vocabulary.
+Shapes: B batch, T time, D width of the last layer (twice this width for both directions), V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Config(recurrent.RecurrentConfig):
 
 
 VARIANTS = {
-    # Larger initial weights: with the default bound, the gradients of so small a model are too small to learn quickly.
+    # With the default bound of the initial weights, the gradients of such a small model would be too small to learn in
+    # a few steps.
     "gru-tiny": Config(
         vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, init_bound=0.5, recurrent_init_bound=0.5
     ),

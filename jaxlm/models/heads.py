@@ -61,7 +61,7 @@ def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: flo
 def head_specs(
     task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
 ) -> dict[str, dict[str, ArraySpec]]:
-    """The specs of the task's head, such as ``{"classifier": {"weight", "bias"}}``; empty if it is not in ``HEADS``."""
+    """The specs of the task's head, such as ``{"classifier": {"weight", "bias"}}``; ``{}`` for other tasks."""
     if task not in HEADS:
         return {}
     outputs = 2 if task == "span_qa" else num_labels

@@ -1,6 +1,6 @@
-"""Layers with attention in a family of recurrent layers: config fields, specs, and the computation.
+"""Config fields, specs and computation of the attention layers in a family of recurrent layers.
 
-Also the multipliers of Falcon-H1, which scale the weights of a hybrid.
+The module also has the multipliers of Falcon-H1, constants by which the model multiplies activations.
 
 Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head width.
 """
@@ -40,7 +40,7 @@ class AttentionConfig(common.TransformerConfig):
     rotary_scaling: RotaryScaling | None = None
     """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
     max_positions: int | None = None
-    """Maximum length of a sequence; None: no limit. No parameter depends on it."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field."""
     attention_implementation: Implementation | None = None
     """Name of the attention implementation; None selects one for the device and the shapes."""
 
@@ -48,7 +48,7 @@ class AttentionConfig(common.TransformerConfig):
         super().__post_init__()
         common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
         common.check_divides(self, "attention_kv_heads", "attention_heads")
-        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if the width is odd
+        rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if this width is not even
 
 
 def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[
 
 
 def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
-    """The specs of a key-value cache with a single layer, for ``batch`` rows."""
+    """The specs of a key-value cache with one layer, for ``batch`` rows of at most ``length`` tokens."""
     common.check_state_length(cfg, length)
     dtype = jnp.dtype(cfg.dtype)
     return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
@@ -82,7 +82,7 @@ def attend(
     """The output of a layer's attention, [B, T, D], and the new state of the layer (None without a state).
 
     Args:
-        state: ``key`` and ``value`` of the cache, and any other arrays; None: no state.
+        state: ``key`` and ``value`` of the cache, and other arrays, which are returned unchanged; None: no state.
     """
     names = ("query", "key", "value")
     q, k, v = (constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names)
@@ -96,7 +96,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class Multipliers:
-    """The constants by which a Falcon-H1 multiplies activations (Zuo et al. 2025). They are tuned at small sizes."""
+    """The constants by which a Falcon-H1 multiplies activations (Zuo et al. 2025), tuned on small models."""
 
     embedding: float = 1.0
     """Multiplier of the token vectors."""
@@ -131,8 +131,9 @@ class Multipliers:
 def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
     """The parameters with the multipliers folded into the weights, so that the model needs no multipliers.
 
-    Each multiplier belongs to the input or to the output of a linear layer. So the weight of the layer is multiplied,
-    and, for an output, also the bias. The multiplier of the logits is not included, because the head may be tied.
+    The embedding multiplier scales the token table. Every other multiplier applies to the input or to the output of a
+    linear layer. Both scale the weight of this layer; a multiplier of the output also scales the bias. The multiplier
+    of the logits is not folded, because the head may be tied.
     """
 
     def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the cache
-            gives NaN.
+        state: key-value cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the
+            cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -243,7 +243,7 @@ def _check_pattern(cfg: Config) -> None:
 
 
 def embedding_multiplier(cfg: Config) -> float:
-    """The factor of the token vectors."""
+    """The factor by which token embeddings are multiplied before the first layer."""
     return cfg.embed_dim**0.5 if cfg.block == "gemma" else 1.0
 
 

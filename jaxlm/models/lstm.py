@@ -1,10 +1,10 @@
 """LSTM language model with the regularization of AWD-LSTM (Merity et al. 2017), and bidirectional LSTM encoder.
 
-The code follows that of AWD-LSTM where it differs from the paper: ``recurrent.regularization`` has means instead of
-norms, and the output head has a bias. Each gate has one bias, initialised with 0 (torch has two, which act as their
-sum). The state has constant size.
+Where the published code of AWD-LSTM differs from the paper, this module follows the code: ``recurrent.regularization``
+has means instead of norms, and the output head has a bias. Each gate has one bias, initialised with 0 (torch has two,
+which act as their sum). The state has constant size.
 
-Shapes: B batch, T time, D width of the last layer (twice that for both directions), V vocabulary.
+Shapes: B batch, T time, D width of the last layer (twice this width for both directions), V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ class Config(recurrent.RecurrentConfig):
 
 
 def _zaremba(width: int, rate: float, bound: float) -> Config:
-    """Zaremba et al. 2014 ("Recurrent Neural Network Regularization") on the Penn Treebank."""
+    """The model of Zaremba et al. 2014 ("Recurrent Neural Network Regularization") for the Penn Treebank.
+
+    Args:
+        width: width of the embeddings and the layers.
+        rate: dropout rate.
+        bound: bound of the uniform initial weights.
+    """
     return Config(
         num_layers=2, embed_dim=width, hidden_dim=width, tie_embeddings=False, embedding_dropout=0.0,
         input_dropout=rate, hidden_dropout=rate, output_dropout=rate, weight_dropout=0.0, dropout_mask="fresh",
@@ -58,7 +64,8 @@ VARIANTS = {
     "awd-lstm": Config(),
     "lstm-zaremba-medium": _zaremba(650, 0.5, 0.05),
     "lstm-zaremba-large": _zaremba(1500, 0.65, 0.04),
-    # Larger initial weights: with the default bound, the gradients of so small a model are too small to learn quickly.
+    # With the default bound of the initial weights, the gradients of such a small model would be too small to learn in
+    # a few steps.
     "lstm-tiny": Config(
         vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, init_bound=1.0, recurrent_init_bound=0.5
     ),

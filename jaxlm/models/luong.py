@@ -1,8 +1,8 @@
 """The Luong form of ``jaxlm.models.attention_rnn``: stacked LSTMs with attention (Luong et al. 2015).
 
 The initial states of the decoder are the final states of the encoder. The decoder attends with the state *after* the
-token, h[t]. The head reads the attentional state h~[t] = tanh(W [c; h]), and so does the first layer at the next token
-(input feeding).
+token, h[t]. The head reads the attentional state h~[t] = tanh(W [c; h]). The first layer of the decoder reads h~[t] at
+the next token (input feeding).
 
 Shapes: B batch, T target time, S source time, E embedding, C = H encoder width, G gates, H hidden width, D width of the
 head's input.
@@ -42,7 +42,7 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    It has the encoder's states at the last source token of the document, and a zero ``feed``."""
+    The state contains the encoder's states at the last source token of the document, and zeros for ``feed``."""
     last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
     states = jax.tree.map(
         lambda x_BSH: jnp.take_along_axis(x_BSH, last_BT[:, :, None], axis=1), source["states"]
@@ -74,7 +74,7 @@ def step(
 
 
 def features(weights: Params, x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
-    """The attentional states h~, [B, T, D]."""
+    """The input of the head: the attentional states h~, [B, T, D]."""
     return outputs["attentional"]
 
 
@@ -100,7 +100,7 @@ def encoder_width(cfg: Config) -> int:
 def state_specs(
     cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specs of the decoder's state, and of ``states``, which only this form adds to the source state."""
+    """The specs of the decoder's state, and of ``states``, which this form adds to the source state."""
     decoder: dict[str, Any] = {
         name: recurrence.lstm_state_specs(batch, cfg.hidden_dim) for name in _layer_names(cfg)
     }  # fmt: skip

@@ -1,10 +1,10 @@
 """Mamba-2 (Dao & Gu 2024, "Transformers are SSMs"), and its hybrids with attention: Bamba and Falcon-H1.
 
 A causal model. Each block of Mamba-2 has one mixer: a causal depthwise convolution, a selective state space model
-(SSD), and a gate. It has no positions, and the size of its state does not depend on the length of the text. In a
-hybrid, some blocks have attention with rotary positions instead of the mixer (Bamba, IBM et al. 2024), or the mixer and
-attention in parallel: both read the same input, and their outputs are added (Falcon-H1, Zuo et al. 2025). Each block of
-these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies its weights by constants (``multipliers``).
+(SSD), and a gate. Mamba-2 has no position embeddings, and the size of the state does not depend on the length of the
+text. In a hybrid, some blocks have attention with rotary positions instead of the mixer (Bamba, IBM et al. 2024), or
+the mixer and attention in parallel: both read the same input, and their outputs are added (Falcon-H1, Zuo et al. 2025).
+Each block of these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies activations by constants (``multipliers``).
 
 The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
@@ -73,7 +73,7 @@ class Config(hybrid.AttentionConfig):
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
     norm_groups: int | None = 1
-    """Number of parts of the mixer's output that its norm normalizes separately; None: there is no such norm."""
+    """Number of parts of the mixer's output that its norm normalizes separately; None: the mixer has no norm."""
     linear_bias: bool = False
     """Whether the linear layers of Mamba-2 mixers have biases."""
     conv_bias: bool = True
@@ -81,7 +81,7 @@ class Config(hybrid.AttentionConfig):
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMS norms."""
     multipliers: hybrid.Multipliers | None = None
-    """Constants by which the weights of a Falcon-H1 are multiplied; None: all are 1."""
+    """Constants by which a Falcon-H1 multiplies activations; None: all are 1."""
     residual_in_float32: bool = True
     """Whether the residual stream is float32 for every compute dtype."""
     tie_embeddings: bool = True
@@ -93,7 +93,7 @@ class Config(hybrid.AttentionConfig):
     init_dt_max: float = 0.1
     """Maximum of the initial step sizes dt."""
     init_dt_floor: float = 1e-4
-    """Initial step sizes below this value are set to it."""
+    """Initial step sizes below this value are raised to this value."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
 
@@ -137,8 +137,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state that the call for the preceding tokens returned, or the initial one (``state_specs``). If the
-            model has attention, rows that exceed the cache give NaN.
+        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, a row whose
+            tokens do not fit into the cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -242,7 +242,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
 
     def output(size: int) -> Uniform:
-        """The initializer of an output projection: its bound shrinks with the number of projections of the model."""
+        """The initializer of an output projection: its bound shrinks with the depth of the model."""
         return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
 
     mixer = {
@@ -276,8 +276,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
     ``hidden`` [B, H, N, P] is the state of a Mamba-2 mixer. ``x`` and ``BC`` are the last K - 1 inputs of its
-    convolutions. Their sizes do not depend on ``length``. A block with attention has a key-value cache. ``past`` are
-    the segment ids of the last K - 1 tokens.
+    convolutions. The sizes of these arrays do not depend on ``length``. A block with attention has a key-value cache.
+    ``past`` are the segment ids of the last K - 1 tokens.
     """
     reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
     mixer = {
@@ -300,9 +300,10 @@ def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> A
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` of :func:`state_specs` for training that passes the state from batch to batch (any will do).
+    """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
 
-    None if a block has attention, because its cache has a limited size. Training then passes no state.
+    Any ``length`` gives the same state. The result is None if a block has attention: training then does not carry the
+    state, because the cache has a limited size.
     """
     return None if has_attention(cfg) else 1
 

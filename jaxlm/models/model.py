@@ -51,7 +51,7 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A family and a config. Hashable, so a model may be a static argument of ``jax.jit``.
+    """A family and a config. A model is hashable, so it may be a static argument of ``jax.jit``.
 
     Equality and hash ignore ``metadata``, so models that differ only in their metadata share compiled functions.
 
@@ -125,7 +125,7 @@ class Model:
 
     @property
     def zero_dropout(self) -> dict[str, float]:
-        """The config fields of all dropout rates with the value 0: ``model.with_fields(**model.zero_dropout)``."""
+        """The value 0 for each dropout rate of the config, for ``model.with_fields(**model.zero_dropout)``."""
         return {field.name: 0.0 for field in dataclasses.fields(self.config) if field.name.endswith("dropout")}
 
     def init(self, key: jax.Array) -> spec.Tree:
@@ -185,7 +185,7 @@ class Model:
         shape = (B if B == 0 else hidden.shape[0], T if T == 0 else hidden.shape[1], *hidden.shape[2:])
         state = inputs.get("state")
         if state is None and new_state is not None:
-            state = {name: params[name] for name in new_state}  # an empty batch does not change the running statistics
+            state = {name: params[name] for name in new_state}  # an empty batch keeps the running statistics
         return jnp.zeros(shape, hidden.dtype), state
 
     def _eval_shape(self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any]) -> Any:
@@ -263,13 +263,13 @@ class Model:
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
 
-        The result has the key "self". For an encoder-decoder, the keys are "encoder", "decoder" and "cross"; a key is
-        missing if the family has no such attention. If a classifier pools by attention, there is also a key "pool" (H
-        is the number of hops, T is 1). XLNet with the task permutation has two entries per layer, for its content
-        stream and its query stream. Dropout is off unless ``inputs`` contain a ``key``. The weights of a query without
-        visible keys are 0, and with ``window`` of attention_rnn their sum may be below 1. Some families
-        (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding to the end: in their weights, the
-        rows and columns of padding come last.
+        The result has one list per type of attention, by name: "self", or for an encoder-decoder "encoder", "decoder"
+        and "cross". A type that the family does not have is missing. If a classifier pools by attention, there is also
+        the type "pool" (H is the number of hops, T is 1). XLNet with the task permutation has two entries per layer,
+        for its content stream and its query stream. Dropout is off unless ``inputs`` contain a random ``key``. The
+        weights of a query without visible keys are 0. With ``window`` of attention_rnn, the sum of the weights may be
+        below 1. Some families (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding to the end, so
+        the rows and columns of padding come last in their weights.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -338,7 +338,12 @@ class Model:
             raise TypeError(f"family {self.family!r} has no encoder: call apply instead")
 
     def state_specs(self, batch: int, length: int, **sizes: int) -> spec.Tree:
-        """The specs of the model state that calls return and take. Encoder-decoders also take ``source_length``.
+        """The specs of the model state, which :meth:`apply` takes and returns.
+
+        Args:
+            batch: number of rows.
+            length: maximum number of tokens of a row.
+            sizes: ``source_length``, the number of source tokens; only for encoder-decoders.
 
         Raises:
             TypeError: the family has no state.
@@ -361,10 +366,10 @@ class Model:
     ) -> spec.Tree:
         """The state as if the last call had read only the first ``count`` tokens of each row.
 
-        Later calls give the same results as after a call with only these tokens. If the family has ``rollback(state,
-        dropped)`` (``gpt``, ``llama``, ``t5``), this function frees the cache slots of the other tokens in ``after``.
-        Otherwise the model starts from ``before`` and reads the first ``count`` tokens again. The other tokens are
-        padding in this second call. If the state has a key-value cache, their slots are freed.
+        Later calls give the same results as after a call with only these tokens. If the family has a function
+        ``rollback(state, dropped)`` (``gpt``, ``llama``, ``t5``), that function frees the cache slots of the other
+        tokens in ``after``. Otherwise the model starts from ``before`` and reads the tokens again, with all but the
+        first ``count`` tokens as padding. If the state has a key-value cache, the slots of this padding are freed.
 
         Args:
             before: the state before the last call.
@@ -407,7 +412,7 @@ class Model:
 
     @property
     def embedding_multiplier(self) -> float:
-        """The factor of the token vectors, from the family's function ``embedding_multiplier`` (default: 1)."""
+        """The factor by which token embeddings are multiplied before the first layer; 1 for most families."""
         function = getattr(self.module, "embedding_multiplier", None)
         return 1.0 if function is None else function(self.config)
 
@@ -445,7 +450,7 @@ def get_model(name: str, **overrides: Any) -> Model:
             raise ValueError(
                 f"{family_name} has no field {field!r}: {_suggest(field, fields)}its fields are {', '.join(fields)}"
             )
-        # The config class has errors for values that are not among the choices of a field.
+        # The config class itself raises an error if a value is not among the choices of a field.
         check_value(hints[field], value, field, choices=False)
     return Model(family_name, dataclasses.replace(config, **overrides))
 

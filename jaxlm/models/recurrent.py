@@ -1,10 +1,10 @@
 """The model of the LSTM and GRU families: layers in one or both directions, with the dropout of AWD-LSTM.
 
-``lstm.py`` and ``gru.py`` have the configs and the variants. A config chooses the cell (:meth:`RecurrentConfig.cell`).
+``lstm.py`` and ``gru.py`` have the configs and the variants. A config chooses the cell (:attr:`RecurrentConfig.cell`).
 
 Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models") drop recurrent weights (``weight_dropout``,
 DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps of a row
-(``input_dropout``, ``hidden_dropout``, ``output_dropout``). The code follows theirs.
+(``input_dropout``, ``hidden_dropout``, ``output_dropout``). This module follows their code.
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -37,8 +37,8 @@ class Cell(NamedTuple):
 
     Attributes:
         layer: ``recurrence.lstm`` or ``recurrence.gru``.
-        specs: the specs of its parameters: ``specs(inputs, width, init)``.
-        state_specs: the specs of its state: ``state_specs(batch, width)``.
+        specs: a function that returns the specs of the parameters: ``specs(inputs, width, init)``.
+        state_specs: a function that returns the specs of the state: ``state_specs(batch, width)``.
     """
 
     layer: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -61,8 +61,8 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     direction: Direction = "forward"
     """Read forward, or in both directions with concatenated outputs (an encoder)."""
     tie_embeddings: bool = True
-    """Use the token table as output head (task causal). With the direction forward, the last layer has the width
-    embed_dim for every task, so that a language model can be fine-tuned for another task."""
+    """Use the token table as output head (task causal). If True and the direction is forward, the last layer has the
+    width embed_dim for every task, so that a language model can be fine-tuned for another task."""
     embedding_dropout: float = 0.1
     """Dropout rate on whole word types in the embeddings."""
     input_dropout: float = 0.4
@@ -94,7 +94,7 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     @property
     @abc.abstractmethod
     def cell(self) -> Cell:
-        """The kind of the layers."""
+        """The type of the recurrent layers."""
 
 
 def apply(
@@ -109,8 +109,9 @@ def apply(
     """The outputs of the last layer after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for this token and all later ones.
-        state: from ``state_specs``; the tokens continue the tokens in it.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for later tokens (direction both:
+            for all tokens of the document).
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -178,7 +179,10 @@ def _dropout(cfg: RecurrentConfig, x_BTD: jax.Array, rate: float, key: jax.Array
 
 
 def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -> dict[str, Any]:
-    """The layer with DropConnect (Wan et al. 2013) on its hidden-to-hidden weights: one mask for a whole call."""
+    """The parameters of a layer, with DropConnect (Wan et al. 2013) on the hidden-to-hidden weights.
+
+    All steps of a call share one mask.
+    """
     dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_name(key, "weight_hidden"))
     return {**params, "weight_hidden": dropped}
 
@@ -227,8 +231,8 @@ def regularization(
     """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 5):
     ``activation_weight * mean(dropped ** 2) + slowness_weight * mean((raw[t + 1] - raw[t]) ** 2)``.
 
-    As in the published code, these are means and not norms. The first mean is over real tokens, the second one over
-    adjacent tokens of the same document.
+    As in the published code, these are means instead of norms. The first mean is over real tokens, the second mean over
+    pairs of adjacent tokens of the same document.
 
     Args:
         dropped_BTD, raw_BTD: outputs of the last layer after and before dropout, from ``apply_with_outputs``.
@@ -275,7 +279,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
 
 
 def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state for any ``length``: the state of each layer, and the last document of each row.
+    """The specs of the state for any ``length``: the state of each layer, and the last segment id of each row.
 
     Raises:
         TypeError: the model reads in both directions.
@@ -287,5 +291,5 @@ def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]
 
 
 def carried_state_length(cfg: RecurrentConfig) -> int:
-    """The ``length`` of :func:`state_specs` for training along a text. The state has the same size for any length."""
+    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
     return 1

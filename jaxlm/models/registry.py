@@ -16,14 +16,14 @@ FAMILIES = (
 """Names of the families of this package, each of which is a module of ``jaxlm.models``."""
 
 ENTRY_POINT_GROUP = "jaxlm.families"
-"""Entry-point group in which an installed package lists its families, so that commands find them too."""
+"""Entry-point group in which an installed package lists its families, so that commands find these families."""
 
 _REQUIRED = ("Config", "specs", "apply", "logits")
 _registered: dict[str, Any] = {}
 
 
 def register_family(name: str, module: Any) -> None:
-    """Register a family of another package, so that ``get_model``, files and experiments find it by name.
+    """Register a family of another package, so that ``get_model``, saved models and experiments find it by name.
 
     A package can also list its families in its ``pyproject.toml``. Commands such as ``jaxlm generate`` then find them:
 
@@ -32,13 +32,13 @@ def register_family(name: str, module: Any) -> None:
 
     Args:
         name: the name of the family.
-        module: a module, or another object, with the functions of a family (docs/tour.md, section 3). It needs
-            ``Config``, ``specs``, ``apply`` and ``logits``. ``VARIANTS`` is optional.
+        module: a module, or another object, with the functions of a family (docs/tour.md, section 3).
+            ``Config``, ``specs``, ``apply`` and ``logits`` are required, ``VARIANTS`` is optional.
 
     Raises:
         ValueError: the name is not an identifier, or the name or a variant's name is taken.
-        TypeError: the module does not have the functions of a family, or its ``Config`` or ``VARIANTS`` are of another
-            kind.
+        TypeError: the module does not have the functions of a family, its ``Config`` is not a frozen dataclass, or a
+            variant is not an instance of ``Config``.
     """
     if not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'my_family'")
@@ -101,7 +101,7 @@ def variant_names() -> dict[str, str]:
 
 
 def family_of_variant(variant: str) -> str | None:
-    """The family of a variant, or None. Families of installed packages are loaded only if no other family has it."""
+    """The family of a variant, or None. Installed packages are loaded only if no other family has the variant."""
     return next((name for name in family_names() if variant in _variants(name)), None)
 
 

@@ -2,14 +2,14 @@
 
 The layers are: an embedding and one convolution; blocks of two convolutions with batch normalisation; k-max pooling,
 which keeps the 8 largest entries of each channel in their order; two hidden layers. The blocks form groups. From one
-group to the next, the length is halved and the number of channels is doubled, three times in all. Convolutions before a
-batch norm have no bias, because the norm would subtract it.
+group to the next, the length is halved and the number of channels is doubled (three times with four groups).
+Convolutions before a batch norm have no bias, because the norm would subtract it.
 
 The published model reads texts of exactly 1024 characters. Shorter texts are padded with a symbol whose embedding is
-zero. Here, the padding tokens of a row (segment 0) are moved to its end, and the row is padded to ``max_positions``. So
-the positions of padding in a row do not change the result. As in the published model, the padding counts as part of the
-text: later convolutions read values that are not zero there, and batch statistics include them. A row must contain only
-one text; a row with several documents gives NaN.
+zero. Here, the padding tokens of a row (segment 0) are moved to the end of the row, and the row is padded to
+``max_positions``. So the positions of padding in a row do not change the result. As in the published model, the padding
+counts as part of the text: the values at padding are not zero after the first convolution, and batch statistics include
+these values. A row must contain only one text; a row with several documents gives NaN.
 
 Shapes: B batch, T time, S length after all halvings, C channels, V vocabulary.
 """
@@ -98,8 +98,8 @@ def apply(
     S is ``max_positions / 2 ** (len(blocks) - 1)``, for every T.
 
     Args:
-        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN; in training,
-            for the whole batch and the running statistics.
+        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN. In
+            training, it gives NaN for the whole batch and the running statistics.
         state: None; the model has no state.
         segment_ids: [B, T] int32, 0 for padding. Default: no padding.
         key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the

@@ -1,9 +1,9 @@
 """GCNN (Dauphin et al. 2017): a causal language model with gated convolutions and residual connections.
 
 Each block applies a causal convolution with twice its channels, and multiplies the first half of the output by the
-sigmoid of the second half (GLU). Then it adds a residual: its own input or the input of an earlier block. The sum is
-scaled by sqrt(0.5). Every convolution and linear layer is weight-normalised. There are no position embeddings. The
-output for a token depends only on the last tokens of its document; padding in the row does not change it. The code
+sigmoid of the second half (GLU). Then the block may add a residual: its own input or the input of an earlier block. The
+sum is scaled by sqrt(0.5). Every convolution and linear layer is weight-normalised. There are no position embeddings.
+The output for a token depends only on the tokens of its document in the receptive field, not on padding. The code
 follows fairseq's ``fconv_lm``, except that the head is a linear layer instead of an adaptive softmax.
 
 Shapes: B batch, T time, C channels, V vocabulary.
@@ -47,9 +47,9 @@ class Config(common.ModelConfig):
     """Width of the token embeddings."""
     blocks: tuple[Block, ...] = _wikitext_103_blocks()
     """Channels, kernel size and residual of each block (``Block``). For example, residual 3 in the last of the three
-    blocks of a bottleneck adds the input of the first."""
+    blocks of a bottleneck adds the input of the first block."""
     dropout: float = 0.1
-    """Dropout rate on embeddings and on the input of each block; the scale of the initial weights depends on it."""
+    """Dropout rate on embeddings and block inputs; the scale of the initial weights depends on this rate."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
 
@@ -80,7 +80,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """

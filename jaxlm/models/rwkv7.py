@@ -1,9 +1,9 @@
 """RWKV-7 "Goose" (Peng et al. 2025).
 
-A causal model without attention and without positions. Each block has a time mix, whose state is a matrix for each head
-(generalized delta rule), and a channel mix, an MLP with squared ReLU. Both mixes first interpolate each token with the
-token before it (token shift). From the second block on, the values of the time mix are interpolated with the values of
-the first block (value residual). The size of the state does not depend on the length of the text.
+A causal model without attention and without position embeddings. Each block has a time mix, whose state is a matrix for
+each head (generalized delta rule), and a channel mix, an MLP with squared ReLU. Both mixes first interpolate each token
+with the token before it (token shift). From the second block on, the values of the time mix are interpolated with the
+values of the first block (value residual). The size of the state does not depend on the length of the text.
 
 Names in this module, with the symbols of the paper and of published files: receptance (r, the query), decay (w), rate
 (a, the in-context learning rate), removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
@@ -98,7 +98,7 @@ def apply(
     x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
 
     def block(carry: Any, layer: Any) -> tuple[Any, Any]:
-        x, first_value = carry  # the value of the first block; None in the first block
+        x, first_value = carry  # first_value: the values of the first block; None in the first block
         weights, layer_state, _ = layer
         normed = layer_norm(weights["time_mix_norm"], x, cfg.norm_epsilon)
         mixed, first_value, new_state = _time_mix(
@@ -159,7 +159,7 @@ def _channel_mix(weights: Params, x: jax.Array, tail: Any, stream: Stream) -> tu
 def _token_shift(
     weights: dict[str, jax.Array], x: jax.Array, tail: Any, stream: Stream
 ) -> tuple[dict[str, jax.Array], Any]:
-    """For each weight mu [D], ``(1 - mu) * x_t + mu * x_{t-1}`` [B, T, D]; and the tail, the last token of each row."""
+    """A dict with ``(1 - mu) * x_t + mu * x_{t-1}`` [B, T, D] for each weight mu [D], and the new tail (the last x)."""
     windows, tail = causal_windows(stream, x, tail, 2)
     difference = windows[:, :, 0] - x
     return {name: x + difference * mu.astype(x.dtype)[None, None] for name, mu in weights.items()}, tail
@@ -180,7 +180,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D.
+    """Initial values ``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D.
 
     z is ``y * abs(y)``, where y increases linearly from -1 to 1 along the last axis.
     """
@@ -199,9 +199,9 @@ class Ramp:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters.
 
-    Initial values are as in the authors' code, with one exception: where the authors draw orthogonal matrices, jaxlm
-    draws Gaussian matrices with the same variance. As in the authors' code, weight decay applies to linear layers, the
-    head and the token table, but not to low-rank matrices.
+    Initial values are as in the authors' code, with one exception: jaxlm draws Gaussian matrices with the same variance
+    instead of orthogonal matrices. As in the authors' code, weight decay applies to linear layers, the head and the
+    token table, but not to low-rank matrices.
     """
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
     tree = {
@@ -262,7 +262,7 @@ def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state for any ``length``.
+    """The specs of the state. The state has the same size for every ``length``.
 
     ``memory`` [B, H, K, K] is the state of the delta rule. The tails are the last inputs of the two token shifts.
     ``segment_ids`` is the segment id of the last token.

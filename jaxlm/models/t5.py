@@ -2,7 +2,7 @@
 
 There are two published versions. v1.0 has a ReLU MLP, and its output head is the token table, applied to hidden states
 scaled by ``1 / sqrt(D)``. v1.1 has a gated tanh-GELU MLP (Shazeer 2020) and a separate head without a scale; mT5 and
-FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer. In the other versions,
+FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer. In the other models,
 the layers of the encoder share one table, and the layers of the decoder share another. Attention scores are not scaled
 by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
 
@@ -109,7 +109,7 @@ def encode(
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    # Indices in the row are used as positions, because the distance between two tokens of a document is the same.
+    # Indices in the row are used as positions, because both give the same distance between two tokens of a document.
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
@@ -140,8 +140,9 @@ def apply(
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
-        state: from :func:`init_decode_state`, with the cache of earlier tokens, continued by ``tokens``. Rows that
-            exceed the cache give NaN. Several rows may share a source (``jaxlm.nn.attention.source``).
+        state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
+            row whose tokens do not fit into the cache gives NaN. Several rows may share a source
+            (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -214,7 +215,7 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: j
     else:
         x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
     x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
-    # This matmul has the dtype of the residual stream, because in float16 it is the first one to overflow.
+    # This matmul has the dtype of the residual stream, because it is the first matmul that overflows in float16.
     return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
 
 
@@ -223,7 +224,7 @@ def _norm(cfg: Config, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
-    # The residual stream is float32 instead of float16, in which it would overflow with the published weights.
+    # With compute dtype float16, the residual stream is float32, because published weights would overflow in float16.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
@@ -236,7 +237,7 @@ def _bias_fn(
     """A function from the weights of a layer to its position bias.
 
     Args:
-        params: the parameters of the encoder or of the decoder, with the table that the layers share, if they do.
+        params: the parameters of the encoder or of the decoder, with the shared table of position biases, if any.
         positions: (positions of queries, positions of keys); None: 0, 1, ... ``length - 1`` for both.
     """
 

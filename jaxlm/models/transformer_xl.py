@@ -1,9 +1,9 @@
 """Transformer-XL (Dai et al. 2019): a causal transformer with a memory of earlier segments and relative positions.
 
 The memory of a layer contains the inputs of this layer at earlier tokens (``jaxlm.nn.attention.memory``). The layer
-also attends to the memory, but no gradient flows into it. So training on the next segment of a text continues from the
-previous segment. The code follows the PyTorch code of the authors and of Hugging Face, which have one dropout rate for
-everything but attention. Their memory starts with zeros; here it starts empty.
+also attends to the memory, but no gradient flows into the memory. So training on the next segment of a text continues
+from the previous segment. The code follows the PyTorch code of the authors and of Hugging Face, which have one dropout
+rate for everything but attention. The memory of these two starts with zeros; the memory of this module starts empty.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
@@ -63,7 +63,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = 1000
     """All distances of at least this length have the same encoding; None: no limit."""
     pre_norm: bool = False
-    """Pre-norm (norm of the input of each sublayer) instead of post-norm (norm of each residual sum)."""
+    """Normalize the input of each sublayer (pre-norm) instead of each residual sum (post-norm)."""
     untie_relative: bool = True
     """Whether each layer has its own content and position biases (u and v in the paper), or all layers share them."""
     norm_epsilon: float = 1e-5
@@ -73,9 +73,9 @@ class Config(common.TransformerConfig):
     projection_init_stddev: float = 0.01
     """Standard deviation of the initial projections of token vectors."""
     tie_embeddings: bool = True
-    """Use the token vectors of the input in the softmax."""
+    """Use the token embeddings of the input as weights of the softmax."""
     tie_projections: bool = True
-    """Use the projections of the input in the softmax, in all clusters but the first."""
+    """Use the projections of the input embeddings also in the softmax, in all clusters but the first."""
     dropout: float = 0.1
     """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers and the output."""
     attention_dropout: float = 0.0
@@ -114,15 +114,15 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: from ``state_specs``; the tokens continue the tokens in it. It gets no gradient.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: the memory of the tokens before ``tokens`` (``state_specs``). No gradient flows into the memory.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     dtype = jnp.dtype(cfg.dtype)
     order_BT = None
     if segment_ids is not None:
-        # Padding of the new tokens is moved to the end of each row. Empty slots and padding of the memory are at its
+        # Padding of the new tokens is moved to the end of each row. Empty slots and padding of the memory are at the
         # beginning. So the real tokens are adjacent. Then the distance of two tokens is the difference of their
         # indices, and the bias needs no gather (``distance_bias``).
         order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
@@ -289,7 +289,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` for training that passes the state from batch to batch."""
+    """The ``length`` that training passes to :func:`state_specs`: the number of tokens in the memory."""
     return cfg.memory_length
 
 

@@ -7,8 +7,8 @@ and values. So a block processes the concatenated streams, except that attention
 (``jaxlm.nn.attention.two_streams``).
 
 The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
-approximation of GELU, which the published ``VARIANTS`` use. Hugging Face and models loaded from its files use the exact
-GELU.
+approximation of GELU, and the published ``VARIANTS`` use this approximation. Hugging Face uses the exact GELU, and so
+do models that are loaded from Hugging Face files.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -98,10 +98,11 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """The hidden states, and the new state (None without a state).
 
-    For the task ``permutation``, the hidden states are the query stream. With an ``order``, it is [B, P, D] at the
-    positions ``targets``. Without an order, the model is a left-to-right language model, and the query stream is
-    [B, T, D]: query t has the position after token t, and attends to the tokens up to t. For other tasks, the hidden
-    states are the content stream [B, T, D], in which every token attends to all tokens of its document.
+    For the task ``permutation``, the hidden states are the query stream. With an ``order``, the query stream has the
+    shape [B, P, D] and is computed at the positions ``targets``. Without an order, the model is a left-to-right
+    language model, and the query stream has the shape [B, T, D]: query t has the position after token t, and attends to
+    token t and the tokens before it. For other tasks, the hidden states are the content stream, [B, T, D], in which
+    every token attends to all tokens of its document.
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
@@ -109,12 +110,13 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. Equal types for all tokens are not the
-            default: they add the bias of equal types.
-        right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
+            depends on whether their types are equal. Default: no such bias. If all types are equal, all scores get the
+            bias of equal types, unlike with the default.
+        right_to_left: [B] bool, True for rows whose tokens are in reverse order. The distances in these rows are
+            negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
-            query stream attends only to positions of a lower rank.
+            query stream attends only to positions of a lower rank. Given together with ``targets``.
         targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
     """
     common.check_tokens(tokens, segment_ids, None, None)
@@ -190,7 +192,7 @@ def _attention(
         table = linear(weights["relative"], encoded_RD)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
-        """The queries times the named weight (see ``absorb_weight``) if ``use_absorbed``, else the queries."""
+        """The queries multiplied by the weight ``name`` (``absorb_weight``) if ``use_absorbed``, else the queries."""
         return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
@@ -329,7 +331,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of a memory for the last ``length`` tokens of each of ``batch`` rows.
 
-    It contains the inputs of all blocks, segment ids and token types.
+    The memory contains the inputs of all blocks, segment ids and token types.
 
     Raises:
         TypeError: the task is not permutation.

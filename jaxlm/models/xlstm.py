@@ -59,9 +59,9 @@ class Config(common.LayeredConfig):
     conv_width: int = 4
     """Number of tokens that the convolution of an sLSTM layer reads, the current token included."""
     gate_soft_cap: float | None = 15.0
-    """The pre-activations of the input and forget gate of an mLSTM are c * tanh(x / c), with this c; None: no cap."""
+    """Soft cap c of the pre-activations x of an mLSTM's input and forget gates: c * tanh(x / c); None: no cap."""
     logits_soft_cap: float | None = 30.0
-    """The logits are c * tanh(logits / c), with this c; None: no cap."""
+    """Soft cap c of the logits: c * tanh(logits / c); None: no cap."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms, and to the variance in the norm per head."""
     mlstm_epsilon: float = 1e-6
@@ -167,13 +167,15 @@ def _slstm(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, padded vocabulary] float32 (see ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V is the padded vocabulary, see ``vocab_multiple``)."""
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForgetBias:
-    """Initial biases of forget gates: from ``low`` to ``high`` in equal steps along the last axis, equal for all heads.
+    """Initial biases of forget gates: from ``low`` to ``high`` in equal steps along the last axis.
+
+    The last axis has the heads of an mLSTM, or the channels of one head of an sLSTM.
 
     Args:
         gate: index of the forget gate on the second-to-last axis, the axis of gates. The other gates get 0. None: the
@@ -194,8 +196,8 @@ class ForgetBias:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with initial values as in transformers.
 
-    Output gates and MLP gates are an exception: their weights are random here and zeros in transformers. transformers
-    has no sLSTM. The initial biases of an sLSTM are as in the authors' code with the option ``small_init``.
+    Output gates and MLP gates are an exception: their weights are random here and zeros in transformers. The initial
+    biases of an sLSTM, which transformers does not have, are as in the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P, padded_vocab = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
@@ -243,9 +245,10 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state of ``batch`` rows for any ``length``: the states of the recurrent layers.
+    """The specs of the state of ``batch`` rows: the states of the recurrent layers and the last segment ids (``past``).
 
-    An sLSTM layer also has the last inputs of its convolution (``tail``).
+    The state has the same size for every ``length``. An sLSTM layer also has the last inputs of its convolution
+    (``tail``).
     """
     H, reach = cfg.num_heads, cfg.conv_width - 1
     layer_specs = {

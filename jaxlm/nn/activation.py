@@ -21,7 +21,8 @@ assert set(_FUNCTIONS) == set(get_args(Activation))
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation function called ``name``; its output is recomputed in the backward pass.
+    """The activation function called ``name``. The backward pass recomputes its intermediate values
+    (``jax.checkpoint``).
 
     Raises:
         ValueError: an unknown name; the message lists the known names.
@@ -32,5 +33,6 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """``cap * tanh(x / cap)``, which is close to x for small x and between -cap and cap for all x; None: x."""
+    """``cap * tanh(x / cap)``, which is close to ``x`` for small ``x`` and always between -cap and cap; ``x`` if
+    ``cap`` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)

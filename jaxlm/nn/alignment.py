@@ -1,8 +1,9 @@
 """Attention of recurrent decoders, for one query at a time: Bahdanau et al. 2015 (additive) and Luong et al. 2015.
 
 ``jaxlm.nn.attention`` computes all queries at once. A recurrent decoder cannot do this, because each query depends on
-the context vector of the step before. So the part of the score that does not depend on the query,
-:func:`alignment_keys`, is computed once, before the loop. The parameters determine the score function:
+the context vector of the previous step. So the part of the score that does not depend on the query,
+:func:`alignment_keys`, is computed once, before the loop. The score function follows from the parameters that are
+present:
 
     dot      q . h                               (Luong; no parameters)
     general  q . W h                             (Luong)
@@ -27,9 +28,10 @@ Score = Literal["dot", "general", "concat"]
 def alignment_specs(
     score: Score, query: int, source: int, width: int, init: Initializer, *, local: bool = False
 ) -> dict[str, Any]:
-    """Specs of the parameters of a score between queries [Q] and source vectors [C].
+    """Specs of the parameters of a score function between queries [Q] and source vectors [C].
 
     Args:
+        query, source: the widths Q and C.
         width: A, for the concat score.
         local: add the parameters of local attention, which predict the centre of the window.
 
@@ -76,7 +78,7 @@ def align(
     Without ``window``, each row sums to 1, or to 0 if all positions are masked.
 
     Args:
-        params: with the specs of :func:`alignment_specs`.
+        params: parameters with the specs of :func:`alignment_specs`.
         query_BQ: the decoder's state, in the compute dtype.
         keys_BSA: from :func:`alignment_keys`.
         keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
@@ -117,7 +119,7 @@ def context(weights_BS: jax.Array, source_BSC: jax.Array) -> jax.Array:
 
 
 def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict[str, Any]:
-    """Specs of the parameters of :func:`pooling_weights`."""
+    """Specs of the parameters of :func:`pooling_weights`. ``source`` is C, ``width`` is A and ``hops`` is R."""
     return {
         "key": linear_specs((source, width), ("embed", "mlp"), init),
         "score": linear_specs((width, hops), ("mlp", None), init, bias=False),
@@ -127,7 +129,8 @@ def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict
 def pooling_weights(params: Params, source_BSC: jax.Array, keep_BS: jax.Array | None = None) -> jax.Array:
     """Attention weights without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
 
-    One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6), several hops that of Lin et al. 2017 (eq. 6).
+    One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6). Several hops give the attention of Lin et al.
+    2017 (eq. 6).
     """
     scores_BSR = linear(params["score"], jnp.tanh(linear(params["key"], source_BSC)))
     keep_B1S = None if keep_BS is None else keep_BS[:, None, :]

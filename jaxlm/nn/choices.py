@@ -21,14 +21,15 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 
 
 def wrong_platform(implementation: str | None) -> str | None:
-    """Why the implementation cannot run on the platform, as the end of a sentence; None if it can run."""
+    """Why the implementation cannot run on the platform, as a part of an error message; None if it can run."""
     platform = sharding.platform()
     needed = PLATFORM.get(implementation or "", platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
 
 
 def _is_single_cpu() -> bool:
-    """Whether the computation runs on one CPU device. Several devices need operations that keep the sharding."""
+    """Whether the computation runs on a single CPU device. Several devices need operations that keep the sharding of
+    arrays."""
     return sharding.platform() == "cpu" and sharding.active() is None
 
 
@@ -38,8 +39,8 @@ MIN_BLOCKWISE_QUERIES = 256
 """Minimum number of queries for ``blockwise``: with fewer, ``reference`` is faster. The value must be at most 1024,
 because jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_BIASED_PALLAS_QUERIES = 64
-"""Minimum number of queries for which a TPU computes biases with ``pallas``. The kernel pads queries to a multiple of
-128."""
+"""Minimum number of queries for which attention with biases uses ``pallas`` on a TPU. The kernel pads queries to a
+multiple of 128."""
 MAX_WHOLE_ROW_KEYS = 1024
 """Maximum number of keys for which ``pallas``, which computes whole rows of scores, is faster than ``splash`` (TPU
 compiler's estimate). With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
@@ -81,8 +82,8 @@ def attention(
 def loop_over_heads() -> bool:
     """Whether ``blockwise`` attention computes one head after the other.
 
-    On a CPU, the matmuls are then two-dimensional and the temporaries stay in the cache. Otherwise all heads are
-    computed together.
+    The result is True on a single CPU device: the matmuls are then two-dimensional, and the temporaries stay in the
+    cache. On other devices, all heads are computed together.
     """
     return _is_single_cpu()
 
@@ -90,13 +91,13 @@ def loop_over_heads() -> bool:
 def merge_heads_for_decoding(key_heads: int, num_shards: int) -> bool:
     """Whether ``decode`` computes all heads of a device in one matmul.
 
-    False if ``num_shards`` does not divide ``key_heads``.
+    The result is False if ``num_shards``, the number of devices that split the heads, does not divide ``key_heads``.
     """
     return sharding.platform() in ("cpu", "tpu") and key_heads % num_shards == 0
 
 
 def lane_padding(width: int) -> int:
-    """The number of entries that pad an axis of a cache to a multiple of LANES on a TPU; 0 on other platforms.
+    """The number of entries that pad an axis of a cache from ``width`` to a multiple of LANES on a TPU; otherwise 0.
 
     Without padding, the TPU compiler transposes the whole cache in every layer, to make the slots the last axis instead
     of the heads.
@@ -107,14 +108,14 @@ def lane_padding(width: int) -> int:
 def shift_rows_by_reshape() -> bool:
     """Whether the relative shift of scores (Dai et al. 2019, appendix B) is a reshape instead of one slice per row.
 
-    On a CPU, its gradient is 3 times as slow as that of slices.
+    On a CPU, the gradient of the reshape takes 3 times as long as the gradient of the slices.
     """
     return sharding.platform() != "cpu"
 
 
 MIN_ABSORBED_CONTEXT = 128
-"""The minimum B * S for absorbed attention. With fewer keys, transposing the weights on a CPU takes longer than
-projecting the keys."""
+"""Minimum batch size times number of keys (B * S) for absorbed attention. With fewer keys, transposing the weights on a
+CPU takes longer than projecting the keys."""
 
 
 def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: float, key: jax.Array | None) -> bool:
@@ -157,26 +158,29 @@ CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Ze
 
 
 def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "pallas"]:
-    """The implementation of an LSTM or GRU layer. ``unsupported``: why ``pallas`` does not support the arguments."""
+    """The implementation of an LSTM or GRU layer. ``unsupported``: why ``pallas`` does not support the arguments, or
+    None."""
     use_pallas = sharding.platform() == "tpu" and unsupported is None and not remat
     return "pallas" if use_pallas else "chunked"
 
 
 def recurrence_chunk(batch: int, steps: int) -> int:
-    """The number of steps of a chunk of an LSTM or GRU: all steps, or fewer on a CPU.
+    """The number of steps of a chunk of a recurrent layer: all steps, or fewer on a CPU.
 
-    On a CPU, the arrays of a chunk should fit into the cache, and allocation is slow (0.4 ms/MB for arrays over 32 MB).
+    On a CPU, the arrays of a chunk should fit into the cache, and allocating large arrays is slow (0.4 ms/MB for arrays
+    over 32 MB).
     """
     return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
 
 def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pallas"]:
-    """``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments, otherwise ``chunked``.
+    """The implementation of ``linear_scan``.
 
-    A GPU runs a loop of many steps slowly.
+    On a CPU, it is ``sequential``. On a TPU, it is ``pallas`` if ``pallas`` supports the arguments. Otherwise it is
+    ``chunked``, because a GPU runs a loop of many steps slowly.
 
     Args:
-        unsupported: why ``pallas`` does not support the arguments.
+        unsupported: why ``pallas`` does not support the arguments; None if it supports them.
     """
     platform = sharding.platform()
     if platform == "cpu":
@@ -194,11 +198,12 @@ LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
     """The implementation of ``linear_attention``, ``mlstm`` and the delta rules.
 
-    It is ``pallas`` on a TPU if it supports the arguments.
+    The result is ``reference`` for fewer than ``MIN_CHUNKED_STEPS`` steps. For more steps, it is ``pallas`` on a TPU if
+    ``pallas`` supports the arguments, otherwise ``chunked``.
 
     Args:
         steps: T, the number of steps.
-        unsupported: why ``pallas`` does not support the arguments.
+        unsupported: why ``pallas`` does not support the arguments; None if it supports them.
     """
     if steps < MIN_CHUNKED_STEPS:
         return "reference"
@@ -262,8 +267,8 @@ MIN_BLOCKS_MULTIPLICATIONS = 2**21
 """On a CPU, experts with fewer multiplications (tokens * E * D * F) use ``reference``, whose program is smaller.
 
 Time in ms, forward / forward and backward (jaxlib 0.10.2, 2 cores of a shared machine). A CPU computes ``ragged_dot``
-as a matmul of every row with every expert. N is the number of experts of a token; ``capacity 1.25`` is the
-implementation with a capacity, for comparison:
+as a matmul of every row with every expert. N is the number of experts per token, and ``capacity 1.25`` is the
+implementation with a capacity factor of 1.25, for comparison:
 
     tokens  E   N  D    F    reference   ragged_dot  blocks     capacity 1.25
     1       8   2  256  512  1.1/10      2.7/12      0.3/2      0.4/10
@@ -291,8 +296,11 @@ def experts(tokens: int, gate_shape: tuple[int, ...], *, explicit_mesh: bool) ->
 def expert_block_rows(assignments: int, num_experts: int) -> int:
     """The number of rows of a block of the experts' matmuls (``blocks``).
 
-    A block has half the mean number of rows of an expert, so that few rows are padding. It has at most 256 rows, so
-    that it fits into the cache. When a model decodes, it has one row, so that only the selected experts are read.
+    A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
+    so that it fits into the cache. During decoding, a block has one row, so that only the selected experts are read.
+
+    Args:
+        assignments: number of pairs of a token and one of its selected experts.
     """
     return max(1, min(256, assignments // (2 * num_experts)))
 
@@ -304,19 +312,21 @@ def bias_gradient_by_matmul(bias: jax.Array) -> bool:
     """Whether the gradient of a bias is a matmul with rows of ones.
 
     A bias with several axes belongs to a projection to attention heads. On a TPU, an attention kernel computes the
-    gradient of the output. XLA cannot fuse the gradient of the bias, a sum over rows, into this kernel. The matrix unit
-    computes the sum faster than the vector unit, which needs a separate pass (GPT-2, by the TPU compiler's estimate:
-    0.09 instead of 0.35 M cycles).
+    gradient of the projection's output. The gradient of the bias is a sum of this gradient over rows, which XLA cannot
+    fuse into the kernel. The matrix unit computes the sum faster than the vector unit, which needs a separate pass
+    (GPT-2, by the TPU compiler's estimate: 0.09 instead of 0.35 M cycles).
     """
     return bias.ndim > 1 and sharding.platform() == "tpu"
 
 
 MIN_WEIGHT_GRADIENT_BLOCKS = 4
-"""Minimum number of blocks for a weight gradient that is a sum over blocks of rows. With fewer, it is one matmul."""
+"""Minimum number of blocks for a weight gradient that is a sum over blocks of rows. Otherwise the gradient is one
+matmul."""
 
 
 def weight_gradient_block_rows(num_outputs: int) -> int:
-    """The number of rows with 2 MiB of output gradient, but at least 1024, because matmuls with fewer rows are slow."""
+    """The number of rows of a block: 2 MiB of output gradient, but at least 1024 rows. Matmuls with fewer rows are
+    slow."""
     return max(1024, 2**19 // num_outputs)
 
 
@@ -324,9 +334,9 @@ def weight_gradient_blocks(rows: int, num_inputs: int, num_outputs: int) -> int:
     """Number of full blocks of rows over which the gradient of a weight is summed; 0: the gradient is one matmul.
 
     On a CPU, if the output is narrower than the input, XLA fuses the transpose of the output gradient with the
-    computation of this gradient. The order of memory accesses then does not reuse cache lines. A loop over blocks
-    transposes blocks that fit into the cache. This saves 20 % of the time of a training step of VDCNN, and 5 % for BERT
-    with 8192 rows.
+    operations that compute the output gradient. The order of memory accesses then does not reuse cache lines. A loop
+    over blocks transposes blocks that fit into the cache. This saves 20 % of the time of a training step of VDCNN, and
+    5 % for BERT with 8192 rows.
     """
     if num_outputs >= num_inputs or not _is_single_cpu():
         return 0
@@ -339,15 +349,16 @@ MAX_LOGITS = {"cpu": 2**24}
 matmuls have too few rows; with more, allocating new memory is slow. The number is doubled if the process keeps its
 freed memory (``host.keep_freed_memory``)."""
 MAX_LOGITS_ACCELERATOR = 2**27
-"""The same number on accelerators, 512 MiB. Each chunk reads and writes the gradient of all output weights, so many
-chunks are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the step."""
+"""The same limit for an accelerator: 512 MiB in float32. Each chunk reads and writes the gradient of all output
+weights, so many chunks are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the
+step."""
 
 
 def max_logits() -> int:
     """The maximum number of logits that exist at the same time, on all devices together."""
     platform = sharding.platform()
-    keeps_freed_memory = platform == "cpu" and host.keeps_freed_memory()
-    per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if keeps_freed_memory else 1)
+    is_freed_memory_kept = platform == "cpu" and host.is_freed_memory_kept()
+    per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if is_freed_memory_kept else 1)
     return per_device * sharding.num_shards(("batch", None, "vocab"))
 
 
@@ -365,11 +376,13 @@ def loss_chunk(steps: int, longest: int) -> int:
     return longest - longest % min(LANES, 2 ** (longest.bit_length() - 1))
 
 
-MIN_LOSS_BLOCKS = 16
-"""Minimum number of blocks of ``selected_cross_entropy`` if all weights are nonzero. The last block is padded, so small
-blocks waste less work on padding."""
+TARGET_LOSS_BLOCKS = 16
+"""Number of blocks of ``selected_cross_entropy`` if all weights are nonzero and there are many rows. With few rows,
+there are fewer blocks (``MIN_LOSS_BLOCK_ROWS``). If blocks would exceed ``max_logits``, there are more blocks. The last
+block is padded, so small blocks waste less work on padding."""
 MIN_LOSS_BLOCK_ROWS = {"cpu": 32}
-"""Minimum number of rows per device of such a block, by platform. Matmuls with fewer rows are slow."""
+"""Minimum number of rows per device of a block of ``selected_cross_entropy``, by platform. Matmuls with fewer rows are
+slow."""
 MIN_LOSS_BLOCK_ROWS_ACCELERATOR = LANES
 
 
@@ -377,7 +390,7 @@ def loss_block_rows(rows: int, num_logits: int) -> int:
     """The number of rows of a block of ``selected_cross_entropy``, a multiple of the number of shards of the batch."""
     shards = sharding.num_shards(("batch",))
     min_rows = MIN_LOSS_BLOCK_ROWS.get(sharding.platform(), MIN_LOSS_BLOCK_ROWS_ACCELERATOR) * shards
-    block_rows = math.ceil(rows / (MIN_LOSS_BLOCKS * min_rows)) * min_rows
+    block_rows = math.ceil(rows / (TARGET_LOSS_BLOCKS * min_rows)) * min_rows
     return max(min(block_rows, max_logits() // num_logits, rows) // shards, 1) * shards
 
 

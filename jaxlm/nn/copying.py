@@ -33,7 +33,7 @@ def copy_gate(params: Params, state_BTH: jax.Array, embedding_BTE: jax.Array, co
 
 
 def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int) -> jax.Array:
-    """The copy distribution: for each token id, the sum of the attention weights on its source positions.
+    """The copy distribution: for each token id, the sum of the attention weights of the source positions with this id.
 
     The result is [B, T, V] float32 (See et al. 2017, eq. 9). Source ids outside the vocabulary are ignored.
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _BITS = 16
-"""Random bits per mask entry. Threefry generates 32 bits at a time, which is most of the cost of dropout on a CPU."""
+"""Random bits per mask entry. Threefry generates 32 bits at a time, so one call serves two entries. The calls of
+Threefry are most of the cost of dropout on a CPU."""
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

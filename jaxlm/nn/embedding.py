@@ -47,11 +47,11 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
     are the lowest float32 number, so that their probability is 0.
 
     Args:
-        soft_cap: bound c of the logits of the vocabulary, as ``c * tanh(logits / c)``. None: no bound.
+        soft_cap: bound c of the logits: each logit becomes ``c * tanh(logit / c)``. None: no bound.
     """
     table_VD = table_VD.astype(hidden_BTD.dtype)
     if hidden_BTD.dtype == jnp.float32:
-        logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # its gradient is faster than einsum's on a CPU
+        logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # faster gradient than einsum on a CPU
     else:
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
     logits_BTV = activation.soft_cap(logits_BTV, soft_cap)

@@ -82,7 +82,7 @@ into a sum."""
 
 
 def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
-    # No reshape to two axes, because it would lose the sharding of `heads`. XLA merges the axes without cost.
+    # The axes are not merged by a reshape, because it would lose the sharding of `heads`. XLA merges them without cost.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 

@@ -20,8 +20,8 @@ def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
 def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer normalisation over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``.
 
-    If the parameters have several axes, such as [groups, width], they belong to the last axes of ``x``. This is a group
-    norm (Wu and He 2018) over the channels of each group.
+    If the parameters have several axes, such as [groups, width], these axes are the last axes of ``x``. The result is
+    then a group norm (Wu and He 2018), which normalises the channels of each group separately.
     """
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
@@ -65,7 +65,7 @@ def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpe
 def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``.
 
-    If the scale has several axes, such as [groups, width], they belong to the last axes of ``x``.
+    If the scale has several axes, such as [groups, width], these axes are the last axes of ``x``.
     """
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
@@ -76,7 +76,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
 def l2_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """``x / sqrt(sum(x**2) + epsilon)`` over the last axis, a vector of length 1 (zeros stay zeros), in the dtype of
-    ``x``."""
+    """``x`` divided by its L2 norm over the last axis, ``x / sqrt(sum(x**2) + epsilon)``, in the dtype of ``x``. Zeros
+    stay zeros."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

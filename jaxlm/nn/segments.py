@@ -51,7 +51,7 @@ def segment_boundaries(
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
     ``reset_BT`` is True at the first token of a document that follows another document. ``keep_BT`` is True at real
-    tokens. A document continues after padding, and in the next call if that call gets the last segment.
+    tokens. A document continues after padding. It also continues in the next call if that call gets the last segment.
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
@@ -81,7 +81,7 @@ def segment_boundaries(
 
 
 def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
-    """Check that the masks are boolean arrays of the ``shape`` [B, T].
+    """Check that each mask is None or a boolean array of the ``shape`` [B, T].
 
     Raises:
         ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array with this
@@ -117,7 +117,7 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(select, x, y)
 
 
-def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
+def complete_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
     """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None."""
     if reset_BT is None and keep_BT is None:
         return None

@@ -14,11 +14,12 @@ Kind = Literal["causal", "bidirectional", "source", "pool"]
 source. ``source``: weights of a recurrent decoder over its source. ``pool``: weights that pool the tokens of a text."""
 
 
-class Recorded(NamedTuple):
+class RecordedWeights(NamedTuple):
     """The attention weights of one call of attention.
 
     Attributes:
-        weights: [B, H, T, S] float32; the weights of each query sum to 1, or to less with a window of alignment.
+        weights: [B, H, T, S] float32. The weights of each query sum to 1, or to less in local attention (argument
+            ``window`` of ``jaxlm.nn.alignment.align``).
         kind: the kind of attention.
     """
 
@@ -26,7 +27,9 @@ class Recorded(NamedTuple):
     kind: Kind
 
 
-_RECORD: contextvars.ContextVar[list[Recorded] | None] = contextvars.ContextVar("recorded attention", default=None)
+_RECORD: contextvars.ContextVar[list[RecordedWeights] | None] = contextvars.ContextVar(
+    "recorded attention", default=None
+)
 
 
 def is_recording() -> bool:
@@ -38,17 +41,17 @@ def record(weights_BHTS: jax.Array, kind: Kind) -> None:
     """Append the weights to the list of the enclosing :func:`recorded_weights`, if there is one."""
     recorded = _RECORD.get()
     if recorded is not None:
-        recorded.append(Recorded(weights_BHTS, kind))
+        recorded.append(RecordedWeights(weights_BHTS, kind))
 
 
 @contextlib.contextmanager
-def recorded_weights() -> Iterator[list[Recorded]]:
-    """A context manager with a list, to which each call of attention in the context appends its weights.
+def recorded_weights() -> Iterator[list[RecordedWeights]]:
+    """A context manager that gives a list. Each call of attention in the context appends its weights to the list.
 
     A function under ``jax.jit`` must enter the context and return the weights itself. Loops over layers must be Python
     loops: weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be leaked tracers.
     """
-    recorded: list[Recorded] = []
+    recorded: list[RecordedWeights] = []
     token = _RECORD.set(recorded)
     try:
         yield recorded

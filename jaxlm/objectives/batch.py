@@ -30,8 +30,8 @@ class LossWithTerms:
 
     Attributes:
         names: names of the terms.
-        function: returns ``(total, weight, state, terms)``. The first three are those of a loss. ``terms`` is a dict
-            from the names to totals; the mean of a term is its total divided by ``weight``.
+        function: returns ``(total, weight, state, terms)``. The first three values are the results of a loss. ``terms``
+            is a dict from the names to totals; the mean of a term is its total divided by ``weight``.
     """
 
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class LossWithTerms:
 def loss_and_terms(
     loss: Loss, *arguments: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
-    """The results of ``loss(*arguments, **options)`` and its terms; no terms if it is not a :class:`LossWithTerms`.
+    """The results of ``loss(*arguments, **options)`` and a dict of terms; ``{}`` if it is not a :class:`LossWithTerms`.
 
     Raises:
         ValueError: the names of the returned terms are not ``loss.names``.
@@ -74,7 +74,7 @@ class Batch:
         weights: float32 with the shape of the targets ([B] for spans). A target of weight 0 is ignored.
         segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: each row is one document.
         inputs: further keyword arguments of ``apply``: ``token_types``, ``source``, ``source_segment_ids``, ...
-        reset: [B] bool, True for rows in which a new stream begins. None: all rows continue their streams.
+        reset: [B] bool, True for rows whose model state is reset, because a new stream begins. None: no row is reset.
         target_positions: [B, P] integers, the position of each target in its row. Logits are computed only at these
             positions. None: the model returns one hidden state per target.
     """
@@ -167,11 +167,12 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
     """Make a loss function like :func:`token_loss` for a model with experts, with losses of their routers.
 
     The mean loss, ``total / weight``, is the mean negative log-likelihood plus ``coefficient`` times the load-balance
-    loss and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The losses of the routers are those of
-    all tokens of the batch except padding. With gradient accumulation or ``pmap``, each part of the batch has its own.
+    loss and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The router losses are computed over all
+    tokens of the batch except padding. With gradient accumulation or ``pmap``, they are computed over each part of the
+    batch.
 
-    The terms ``load_balance_loss`` and ``router_z_loss`` are the losses of the routers without their coefficients. They
-    are reported also if the coefficients are 0.
+    The terms ``load_balance_loss`` and ``router_z_loss`` are the losses of the routers without their coefficients. The
+    terms are also reported if the coefficients are 0.
 
     Args:
         coefficient: weight of the load-balance loss. If each token selects N experts and the router is uniform, this
@@ -208,8 +209,8 @@ def token_accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of targets that have the highest logit, the sum of the weights, and the new model state.
 
-    It is an evaluation metric with the signature of a loss. It computes logits in chunks, so [B, P, V] is never in
-    memory.
+    This function is an evaluation metric with the signature of a loss. Logits are computed in chunks, so no array
+    [B, P, V] is stored.
     """
     hidden, state = predicted_states(model, params, batch, key, state)
 

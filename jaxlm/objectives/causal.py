@@ -23,7 +23,7 @@ def training_loss(model: Model) -> Loss:
 
 
 def evaluation_loss(model: Model) -> Loss:
-    """The loss for evaluating a model. Its mean is that of ``loss``. With experts, it has the terms of the routers."""
+    """The loss for evaluating a model: ``loss``. If the model has experts, the router losses are reported as terms."""
     return _EVALUATION_LOSS_WITH_EXPERTS if model.has_experts else loss
 
 

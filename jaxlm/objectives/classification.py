@@ -46,7 +46,7 @@ def batch(
 
 
 def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The targets (int32) and weights (float32) for labels. Both are 0 for the label ``IGNORED_LABEL``.
+    """The targets (int32) and weights (float32) for labels. Target and weight are 0 for the label ``IGNORED_LABEL``.
 
     Raises:
         ValueError: labels are not integers, or a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
@@ -112,7 +112,7 @@ def accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of rows whose label has the highest logit, the sum of the weights, and the new model state.
 
-    It is an evaluation metric with the signature of a loss.
+    This function is an evaluation metric with the signature of a loss.
     """
     pooled_B1D, state = pooled_states(model, params, batch, key, state)
     is_correct = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets

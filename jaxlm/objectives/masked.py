@@ -5,15 +5,16 @@ A fraction ``rate`` of the tokens is selected as targets. In the input, each sel
     80 %  replaced by the mask token       10 %  replaced by a random id       10 %  unchanged
 
 By default, tokens (or words) are selected independently of each other, as in ``transformers``. With ``num_predict``, a
-fixed number of tokens is selected in each row. Then logits are computed only at the selected
-positions (15 % of the logits, their gradients and their memory). Words that are too long for the remaining number are
-skipped, so long words are selected less often. The tokens of a word are selected together and replaced independently,
-as in the authors' code. In that code, ``rate`` also limits the number of selected tokens of a short row; here it does
-not, so give rows of full length.
+fixed number of tokens is selected in each row. Then logits and their gradients are computed only at the selected
+positions, typically 15 % of all positions. A word that has more tokens than are left to select is skipped, so long
+words are selected less often. The tokens of a word are selected together and replaced independently, as in the authors'
+code. In the authors' code, ``rate`` also limits the number of selected tokens of a short row. Here, short rows have
+``num_predict`` selected tokens, too, so give rows of full length.
 
-For BERT's static masking, make the masks once. For RoBERTa's dynamic masking (Liu et al. 2019, section 4.1), make new
-masks in each epoch. A ``to_batch`` function gets neither the step nor the epoch. If it seeds the generator with the
-tokens (``zlib.crc32(window.tokens.tobytes())``), a resumed run has the same masks, and equal windows have equal masks.
+For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
+4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
+epoch. If this function seeds the generator with the tokens (``zlib.crc32(window.tokens.tobytes())``), a resumed run has
+the same masks, and equal windows have equal masks.
 Shapes: B batch, T time, P target positions.
 """
 
@@ -91,7 +92,7 @@ def batch(
     """A batch of masked tokens [B, T]. The targets are the original tokens. A short row may have no target.
 
     Args:
-        word_ids: [B, T] integers. Adjacent tokens with equal word ids are a word, which is selected as a whole. None:
+        word_ids: [B, T] integers. Adjacent tokens with equal word ids form a word, which is selected as a whole. None:
             every token is a word.
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
@@ -138,7 +139,7 @@ def _word_indices(is_special: np.ndarray, segment_ids: np.ndarray | None, word_i
 
 
 def _select_words(is_special: np.ndarray, words: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Select whole words in random order, [B, T] bool. A word that would exceed ``limit`` tokens per row is skipped."""
+    """A mask of words, drawn in random order, [B, T] bool. Words that would exceed ``limit`` tokens are skipped."""
     selected = np.zeros(is_special.shape, bool)
     for row, (row_special, row_words) in enumerate(zip(is_special, words, strict=True)):
         sizes, remaining = np.bincount(row_words, ~row_special).astype(int), limit

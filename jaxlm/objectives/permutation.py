@@ -2,18 +2,18 @@
 
     row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
     targets    spans of 1 to 5 tokens in each of the two parts, about one token in six, but never separators
-    order      an index in a permutation; context tokens, which are not predicted, have the lowest order of their part
+    order      an index in a permutation; context tokens (not in a span, not separators, not <cls>) have the lowest
+               order of their part
 
 The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
 first part. B continues A or, with probability 0.5, is a random text.
 
-
 The code follows the authors' ``data_utils.py``, because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
-than the first part, so the first part does not depend on the second part and can be stored in the memory. The next
-window of a text begins ``reuse_length`` tokens later. The authors take a random B from anywhere in the text; here, it
-comes from another row of the batch. All functions run on the host, and their results depend only on the
-tokens and the random generator.
+than all tokens of the first part. So the first part does not depend on the second part, and the model can store the
+first part in its memory. The next window of a text begins ``reuse_length`` tokens later. The authors take a random B
+from anywhere in the text; here, a random B comes from another row of the batch. All functions run on the host, and
+their results depend only on the tokens and the random generator.
 Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 """
 
@@ -33,9 +33,9 @@ PAD_ID, CLS_ID, SEP_ID = 5, 3, 4
 """Ids of special tokens in the published vocabulary."""
 FIRST_TYPE, SECOND_TYPE, CLS_TYPE, PAD_TYPE = 0, 1, 2, 4
 """Token types of the first sentence, the second sentence (both with their separator), ``<cls>`` and padding."""
-UNORDERED = -1
-"""The order of context tokens, which are visible to all tokens of their part. In the second part, ``reuse_length`` is
-added to all orders."""
+CONTEXT_ORDER = -1
+"""The order of context tokens, which are visible to all tokens of their part. In the second part, ``reuse_length + 1``
+is added to all orders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +85,14 @@ def batch(
     right_to_left: np.ndarray | None = None,
     reset: np.ndarray | None = None,
 ) -> Batch:
-    """A batch of rows [B, N + 3] from windows [B, N] of a text. ``num_predict`` tokens of each row are targets.
+    """A batch of rows [B, N + 3] from windows [B, N] of a text. Each row has ``num_predict`` targets.
 
     Args:
         rng: random generator, used for one row after the other.
-        word_starts: [B, N] bool, True for the first token of each word. Predicted spans begin at these tokens. None: at
-            any token.
-        sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence.
-            None: A ends at any position.
+        word_starts: [B, N] bool, True for the first token of each word. Predicted spans begin at these tokens. None:
+            spans begin at any token.
+        sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence
+            if one ends after the reused part, else at any position. None: A ends at any position.
         right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
         reset: as in ``Batch``.
 
@@ -152,9 +152,10 @@ def _check_shapes(
 def _choose_sentences(
     N: int, row: int, start: int, others: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
-    """For A and for B: a row of the windows, and the slice of this row that contains the text.
+    """The locations of A and B: for each text, the index of its row and its slice of this row.
 
-    A begins at ``start``. With probability 0.5, B is text from one of the rows ``others``, else the text after A.
+    A begins at ``start`` and ends at the end of a sentence, or at any position if no sentence ends after ``start``. If
+    there are rows ``others``, B is text from one of them with probability 0.5. Otherwise, B is the text after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):
@@ -189,7 +190,8 @@ def _predicted_and_order(
         in_span = make_mask(word_starts[part][::direction], num_targets, rng)[::direction]
         order[part] = offset + make_order(in_span | is_special[part], rng=rng)
         predicted[part] = in_span & ~is_special[part]
-        # + 1, because context tokens of the next part have the order offset - 1, which must be above this part.
+        # + 1, because context tokens of the next part have the order offset - 1. This order must exceed all orders of
+        # this part.
         offset += part.stop - part.start + 1
     return predicted, order
 
@@ -205,7 +207,7 @@ def span_mask(
 ) -> np.ndarray:
     """A mask of exactly ``num_targets`` tokens, [T] bool.
 
-    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` tokens. n is drawn from 1 to
+    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` other tokens. n is drawn from 1 to
     ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a word. As in the authors'
     code, n counts tokens instead of words, and single tokens at random positions are added at the end until the mask
     has ``num_targets`` tokens.
@@ -244,12 +246,12 @@ def span_mask(
 
 
 def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """The factorization order of the tokens, [T] int32. It is -1 for tokens that are False in ``ordered``.
+    """The factorization order of the tokens, [T] int32; -1 for tokens that are False in ``ordered``.
 
     Each block of ``length`` consecutive tokens is permuted, all blocks with the same permutation.
     """
     index = np.arange(len(ordered), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
-    return np.where(ordered, index.ravel(), UNORDERED).astype(np.int32)
+    return np.where(ordered, index.ravel(), CONTEXT_ORDER).astype(np.int32)
 
 
 # ------------------------------------------------------------------------------------------------- layout of rows
@@ -258,8 +260,8 @@ def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) ->
 def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a text [B, N] followed by the same rows reversed, [2 B, N], and a mask of reversed rows, [2 B] bool.
 
-    If the model has a memory, pass whole texts and cut the windows afterwards. If windows were reversed one by one,
-    consecutive windows would not continue each other.
+    If the model has a memory, pass whole texts and split the result into windows afterwards. Windows that are reversed
+    one by one do not continue each other.
     """
     return np.concatenate([tokens, tokens[:, ::-1]]), np.repeat([False, True], len(tokens))
 
@@ -267,7 +269,7 @@ def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pair(
     first: np.ndarray, second: np.ndarray | None = None, *, cls_id: int = CLS_ID, sep_id: int = SEP_ID
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``A <sep> B <sep> <cls>`` (or ``A <sep> <cls>``) and its token types, the layout of all XLNet tasks.
+    """The tokens ``A <sep> B <sep> <cls>`` (or ``A <sep> <cls>``) and their token types, as in all XLNet tasks.
 
     Example:
         >>> tokens, types = pair(np.array([20, 21]), np.array([30]))

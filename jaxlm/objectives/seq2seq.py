@@ -51,10 +51,10 @@ def batch(
 
 
 def decoder_only(batch: Batch) -> Batch:
-    """The same batch for a causal model without encoder: each row has the source, then the inputs of the decoder.
+    """The batch for a causal model without encoder: each row is the source, followed by the inputs of the decoder.
 
-    Only the targets of the decoder have a weight. The first input of the decoder, ``start_id``, separates the parts.
-    Padding may be anywhere in a row (``segment_ids`` are 0).
+    Only the targets of the decoder have a weight. The first input of the decoder, ``start_id``, separates the two
+    texts. Padding may be anywhere in a row (``segment_ids`` are 0).
 
     Raises:
         ValueError: a row has several documents.
@@ -76,7 +76,7 @@ def decoder_only(batch: Batch) -> Batch:
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
-    """The previous token of each target, [B, T]: ``start_id`` for the first target of each document and for padding.
+    """The previous token of each target, [B, T]; ``start_id`` for the first target of each document and for padding.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()

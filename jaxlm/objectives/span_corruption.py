@@ -1,4 +1,4 @@
-"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans of a text. The target has the spans.
+"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans, and the target contains the spans.
 
     text    Thank you for inviting me to your party last week
     source  Thank you <s0> me to your party <s1> <end>
@@ -6,8 +6,9 @@
 
 As in the published code, a text begins with a kept span and ends with a removed span. If a custom mask ends with a kept
 span, the target ends with one more sentinel, as in the figure of the paper. The numbers of removed tokens and spans
-depend only on the length of the text, so texts of equal length need no padding. The loss is the same as in ``seq2seq``.
-All functions run on the host, and their results depend only on the texts and the random generator.
+depend only on the length of the text. So the sources and targets of texts of equal length need no padding. The loss is
+the same as in ``seq2seq``. All functions run on the host, and their results depend only on the texts and the random
+generator.
 Shapes: B batch, N tokens of a text.
 """
 
@@ -67,7 +68,10 @@ def batch(
 def noise_mask(
     length: int, rng: np.random.Generator, *, density: float = DENSITY, mean_span: float = MEAN_SPAN
 ) -> np.ndarray:
-    """A random mask of removed tokens, [N] bool. Masks with these numbers of tokens and spans are equally likely."""
+    """A random mask of removed tokens, [N] bool.
+
+    All masks with the required numbers of tokens and spans are equally likely.
+    """
     num_removed, num_spans = _removed_counts(length, density, mean_span)
     removed = _random_partition(num_removed, num_spans, rng)
     kept = _random_partition(length - num_removed, num_spans, rng)
@@ -79,7 +83,8 @@ def corrupt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The source and target of a text [N].
 
-    In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each other run.
+    In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each run of tokens
+    that are not masked.
 
     Raises:
         ValueError: the mask removes the first token, there are too few sentinels, or the text contains a sentinel.

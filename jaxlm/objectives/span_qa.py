@@ -2,9 +2,9 @@
 
 A row is one document that contains question and text. The model predicts two distributions over the real tokens of the
 row: the first for the first token of the answer, the second for the last token. The loss does not depend on the amount
-of padding. In ``transformers``, padding tokens are also candidates, so its loss is equal only without padding. The
+of padding. In ``transformers``, padding tokens are also candidates, so the losses are equal only without padding. The
 target of a question without an answer is ``[CLS]`` (section 4.3).
-Shapes: B batch, T time, L tokens of the longest answer.
+Shapes: B batch, T time, L maximum number of tokens of an answer.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def batch(
 ) -> Batch:
     """A batch of tokens [B, T] with the positions of the first and the last token of each answer, [B, 2].
 
-    A row whose answer is truncated (it ends at T or later) has weight 0. ``transformers`` still counts the start if
-    only the end is truncated.
+    A row whose answer is truncated (it ends at T or later) has weight 0. In ``transformers``, the loss still includes
+    the first token if only the end of the answer is truncated.
 
     Args:
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
@@ -77,7 +77,7 @@ def loss(
     if batch.segment_ids is not None:  # as in ``unembed``, the lowest float32 gives probability 0 in a softmax
         scores_B2T = jnp.where(batch.segment_ids[:, None] > 0, scores_B2T, jnp.finfo(jnp.float32).min)
     losses_B = jnp.mean(cross_entropy(scores_B2T, batch.targets), axis=1)
-    total = jnp.sum(jnp.where(batch.weights > 0, losses_B * batch.weights, 0.0))
+    total = jnp.sum(jnp.where(batch.weights != 0, losses_B * batch.weights, 0.0))
     return total, jnp.sum(batch.weights), state
 
 

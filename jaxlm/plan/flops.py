@@ -71,7 +71,7 @@ def decoding_flops(model: Model, batch: int) -> Flops:
 
 
 def _what(model: Model, *, decoding: bool = False) -> str:
-    """A text for N: the parameters that :func:`active_matmul_parameters` counts."""
+    """A text that describes N, the number of parameters that :func:`active_matmul_parameters` counts."""
     if active_fraction_of_experts(model) == 1.0:
         return "parameters in matmuls"
     return f"active of {matmul_parameters(model, decoding=decoding):,} parameters in matmuls"
@@ -103,7 +103,7 @@ def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
 
 
 def active_matmul_parameters(model: Model, *, decoding: bool = False) -> int:
-    """:func:`matmul_parameters`, of which only the experts that a token selects count."""
+    """The same number as :func:`matmul_parameters`, but with only the experts that a token selects."""
     leaves = matmul_leaves(model, decoding=decoding).values()
     experts = sum(leaf.size for leaf in leaves if spec.EXPERT in leaf.axes)
     return sum(leaf.size for leaf in leaves) - experts + round(experts * active_fraction_of_experts(model))
@@ -139,7 +139,8 @@ def _count_equation(equation: Any) -> float:
         shape = equation.invars[0].aval.shape
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     if name == "ragged_dot_general":
-        # Each row of the left array is multiplied by one matrix of the right array, or is part of one product.
+        # Each row of the left array is multiplied by one matrix of the right array. If the ragged axis is contracted,
+        # each row belongs to one of several products instead.
         (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         lhs, output = equation.invars[0].aval, equation.outvars[0].aval
         if params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions[0] in contracted:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-"""Operations between devices. Of an asynchronous collective's two instructions, only ``-start`` is counted."""
+"""Operations between devices. An asynchronous collective has two instructions, of which only ``-start`` is counted."""
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2")
 """Custom-call targets of Pallas kernels."""
 
@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate for one execution, or None if there is none."""
+        """The compiler's estimate of the cycles of one execution; None if there is no estimate."""
         match = _CYCLES.search(self.attribute_text)
         return int(match[1]) if match else None
 
@@ -66,7 +66,8 @@ class Instruction:
 
     @property
     def display_name(self) -> str:
-        """``op_name`` without the name of the jitted function and the inner functions of ``lax.scan``."""
+        """``op_name`` without the name of the jitted function and the inner functions of ``lax.scan``; ``while``
+        becomes ``loop``."""
         scopes = self.op_name.split("/")
         scopes = [scope for scope in scopes[1:] if scope not in ("closed_call", "body")] if len(scopes) > 1 else scopes
         return "/".join("loop" if scope == "while" else scope for scope in scopes)

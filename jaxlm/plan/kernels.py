@@ -3,7 +3,7 @@
 The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle, plus the time for which it waits. The
 body of the loop over the grid contains all bundles that one grid step may execute. The dump marks predicated bundles
 (``pl.when``) with ``PF`` but does not say how often they run. So for a kernel without inner loops, bundles times grid
-steps is an upper bound of the cycles, without waiting for memory.
+steps is an upper bound of the cycles, if the time that bundles wait for memory is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Schedule:
     bundles: tuple[int, ...]
 
     def cycles(self, steps: int) -> int:
-        """Bundles of a call with ``steps`` grid steps, if all predicated bundles run and inner loops run once."""
+        """Cycles of a call with ``steps`` grid steps: one per bundle, if all predicated bundles run and inner loops run
+        once."""
         per_call, *per_step = self.bundles
         return per_call + steps * sum(per_step)
 

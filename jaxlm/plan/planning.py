@@ -69,7 +69,7 @@ class OperationStats:
         op_name: the JAX name without ``jit(...)/``; the body of a scan appears in it as ``loop``.
         cycles: estimated cycles in a step.
         share: share of all cycles of the step, including kernel cycles.
-        count: of the operations with this name, the largest number of executions in a step.
+        count: the largest number of executions in a step among the operations with this name.
     """
 
     op_name: str
@@ -107,9 +107,10 @@ class Plan:
         fits: whether the step fits into the memory of the device; if not, ``reason`` gives the numbers.
         seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
             None if the cycles or the clock are unknown.
-        communication: seconds of the collectives, if all links are used and no collective overlaps computation.
+        communication: seconds of the collectives, if all links are used and no collective overlaps computation; None if
+            the links are unknown.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
-            the peak is unknown.
+            ``seconds`` or the peak rate is unknown.
         mfu_with_communication: the MFU if the step takes ``seconds + communication``.
         min_memory_seconds: seconds to read the state and the parameters once, a lower bound of the step time. In a
             mixture of experts, only the experts that one token uses are read. None for training or an unknown device.

@@ -150,7 +150,8 @@ def _layout_note(model: Model) -> str:
 def without_recomputation(model: Model) -> Model:
     """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation.
 
-    Each expert processes only the tokens that selected it. With a capacity, the FLOPs follow from the capacity instead.
+    With ``ragged_dot``, each expert processes only the tokens that selected it. In a model with a capacity, each expert
+    processes all its slots.
     """
     if getattr(model.config, "capacity_factor", None) is None:
         model = model.with_fields(experts_implementation="ragged_dot")

@@ -1,6 +1,6 @@
 """Topologies: devices to compile for. The machine may lack them.
 
-The extra ``tpu`` installs the TPU compiler (libtpu), which needs no TPU.
+The extra ``tpu`` of the package installs the TPU compiler (libtpu), which needs no TPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Topology:
 
     Attributes:
         device: the peak performance of each device (FLOP/s, memory, bandwidths); None if ``jaxlm.devices`` does not
-            list it.
+            list this kind of device.
     """
 
     name: str

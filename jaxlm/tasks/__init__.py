@@ -1,1 +1,1 @@
-"""Tasks of language models: data for fine-tuning, evaluation and predictions."""
+"""Tasks of language models: batches for training, predictions, and test results."""

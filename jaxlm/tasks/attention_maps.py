@@ -25,7 +25,7 @@ from jaxlm.training.report import AttentionMap, write_attention
 
 
 def has_attention_maps(model: Model) -> bool:
-    """Whether :func:`attention_maps` supports the model: whether it records attention weights."""
+    """Whether the model can record attention weights, which :func:`attention_maps` needs."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     source = {"source": tokens} if model.reads_source else {}
     try:
@@ -83,8 +83,8 @@ def attention_maps(
         max_tokens: maximum number of tokens of a text or an output, including special tokens. Longer texts are
             truncated at the end. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no
             truncation.
-        output_special_tokens: whether outputs have the special tokens of the tokenizer's template. They must have them
-            if the targets of the training had them.
+        output_special_tokens: True adds the special tokens of the tokenizer's template to the outputs. Use True if the
+            targets of the training had these tokens.
 
     Raises:
         TypeError: the family has no attention, or ``texts`` is a single string.

@@ -34,7 +34,7 @@ class Player(Protocol):
     """The interface of a player. A player selects moves for several boards in one call.
 
     Attributes:
-        max_moves: the largest number of moves on a board for which the player can select the next move. None: no limit.
+        max_moves: maximum number of earlier moves on a board for which the player selects a move. None: no limit.
     """
 
     @property
@@ -106,8 +106,9 @@ class MaterialPlayer:
     The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
     the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and of a promotion, minus the largest loss that
     the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected, its value
-    minus that of the least valuable attacker. Smaller terms prefer few replies of the opponent and advanced pawns.
-    Moves that draw by stalemate or repeat a position come last. Random choices are not used.
+    minus that of the least valuable attacker. Smaller terms of the score favour moves that leave the opponent few
+    replies, and advanced pawns. Moves that draw by stalemate or repeat a position have the lowest scores. The player
+    makes no random choices.
     """
 
     max_moves = None
@@ -194,8 +195,8 @@ class MatchResult:
 
     Attributes:
         wins, draws, losses: numbers of games that the first player won, drew and lost.
-        unfinished: number of draws because the game reached the maximum number of moves.
-        illegal: number of losses by an illegal move.
+        unfinished: number of games that were drawn because they reached the maximum number of moves.
+        illegal: number of games that the first player lost by an illegal move.
         games: the games in UCI notation. The first player has white in games 0, 2, 4, ...
     """
 
@@ -368,7 +369,7 @@ def _material_score(board: chess.Board, move: chess.Move) -> float:
 
 
 def _largest_loss(board: chess.Board, color: bool) -> int:
-    """The largest loss of ``color`` by one capture of the opponent, in pawns. It counts one recapture."""
+    """The largest loss of ``color`` by one capture of the opponent, in pawns. One recapture reduces the loss."""
     largest = 0
     for piece_type in range(1, 6):
         for square in board.pieces(piece_type, color):
@@ -377,7 +378,7 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 continue
             loss = _PIECE_VALUES[piece_type]
             if board.is_attacked_by(color, square):
-                # A king cannot capture a protected piece: its value 0 is replaced, so that the loss is 0.
+                # A king cannot capture a protected piece. So replace the king's value 0, such that the loss is 0.
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest

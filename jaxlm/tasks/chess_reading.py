@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.games import UCI_MOVE, import_chess, plain_san
+from jaxlm.data.games import UCI_MOVE, import_chess, san_without_check_signs
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.describe import require_task
@@ -71,7 +71,7 @@ class LegalMoves:
 
     def text(self, board: chess.Board, move: chess.Move) -> str:
         """The text of a move in the notation of the tokenizer."""
-        return move.uci() if self.tokenizer.notation == "uci" else plain_san(board, move)
+        return move.uci() if self.tokenizer.notation == "uci" else san_without_check_signs(board, move)
 
 
 def next_move_probabilities(
@@ -203,7 +203,7 @@ class MoveReader:
         """Let the model read the new moves of the boards, and return the logits of each board.
 
         Args:
-            indices: the index of each board's row.
+            indices: for each board, the index of its row in ``_rows``.
         """
         new_ids: list[list[int]] = [[] for _ in self._rows]
         for index, board in zip(indices, boards, strict=True):

@@ -27,7 +27,7 @@ MAP_TOKENS = 40
 _GAMES_PER_MATCH = 500
 """Number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
-"""First element of the seed of generated games. It makes their random moves differ from those of a match."""
+"""First element of the seed of generated games, so that their random moves differ from the moves of a match."""
 
 
 def game_batches(
@@ -49,7 +49,7 @@ def game_batches(
     Args:
         games: one line of moves per game, in the tokenizer's notation.
         length: number of tokens of a row; for an encoder-decoder, maximum number of tokens of a source. The rest of a
-            longer game is dropped, because a model cannot know the position in which the rest begins.
+            longer game is dropped, because a model cannot know the board position at which the rest begins.
         positions_per_game: for an encoder-decoder, number of positions of each game, drawn uniformly with
             replacement.
         target_length: maximum number of tokens of a target.

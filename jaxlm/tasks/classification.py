@@ -59,7 +59,7 @@ def encode(
 
 
 def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
-    """A function that converts rows of encoded examples to a batch of the objective."""
+    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.classification``."""
 
     def make(rows: BucketBatch) -> Batch:
         segment_ids = rows.segment_ids("tokens")
@@ -75,7 +75,7 @@ def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
 def batches(
     encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """The batches for an evaluation. They have every example once, sorted by length.
+    """The batches for an evaluation, in the order of the bucket lengths. Every example occurs once.
 
     Args:
         max_length: maximum number of tokens of a row, for example the model's ``max_positions``. None: no limit.
@@ -150,11 +150,11 @@ def convolution_fields(
 ) -> dict[str, int | tuple[int, ...]]:
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
-    The inputs of these families have a fixed length, here at least 32 tokens. An alexnet with one convolution gets max
-    pooling over the whole text, as the model of Kim (2014).
+    The inputs of these families have a fixed length, here at least 32 tokens. ``pools`` is set only for an alexnet with
+    one convolution: its max pooling covers the whole text, as in the model of Kim (2014).
 
     Args:
-        max_length: longer inputs will be truncated to this many tokens; None: no truncation.
+        max_length: maximum number of tokens, to which the caller truncates longer inputs; None: no truncation.
         kernels: the kernel sizes of alexnet, one per layer; None: its default.
     """
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))

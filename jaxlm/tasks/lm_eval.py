@@ -1,6 +1,7 @@
 """The interface of jaxlm models for EleutherAI's lm-evaluation-harness (Gao et al. 2021).
 
-Importing this module registers the model type ``jaxlm`` with the harness. It needs ``pip install 'jaxlm[eval]'``.
+Importing this module registers the model type ``jaxlm`` with the harness. The module needs the packages of
+``pip install 'jaxlm[eval]'``.
 Source of the harness: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
@@ -46,7 +47,7 @@ class HarnessModel(LM):
 
     @classmethod
     def from_pretrained(cls, pretrained: str | Path, *, dtype: str | None = None, **options: Any) -> HarnessModel:
-        """The interface for the model of a run directory, or of a directory in Hugging Face layout.
+        """The ``HarnessModel`` of a run directory, or of a directory in Hugging Face layout.
 
         Args:
             dtype: compute dtype, for example bfloat16. None: the ``dtype`` field of the model's config.
@@ -104,7 +105,7 @@ class HarnessModel(LM):
     def get_model_info(self) -> dict[str, Any]:
         """The model's family and size, and the numbers of truncated requests.
 
-        The harness adds them to ``results["config"]``.
+        The harness adds this dictionary to ``results["config"]``.
         """
         model = self.requests.model
         return {

@@ -421,7 +421,7 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
 
 
 def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
-    """Yield batches of the encodings, padded on the right to few lengths."""
+    """Yield batches of the encodings, padded on the right to bucket lengths."""
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]
@@ -440,7 +440,10 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
 
 
 def _problem_type(model: Model) -> str | None:
-    """The field ``problem_type`` of the files of the model, or None if there is none or the head is new."""
+    """The ``problem_type`` in the ``config.json`` from which the model was loaded.
+
+    None: the model was not loaded, the field is missing, or some parameters were not loaded, so the head may be new.
+    """
     if model.metadata is None or model.metadata.initialized:
         return None
     return model.metadata.config.get("problem_type")

@@ -98,9 +98,10 @@ def to_batch(rows: BucketBatch) -> Batch:
 def batches(
     windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """The batches for an evaluation. They have every window of :func:`training_windows` once, sorted by length.
+    """The batches for an evaluation, in the order of the bucket lengths. Every window occurs once.
 
     Args:
+        windows: the result of :func:`training_windows`.
         max_length: maximum number of tokens of a row, for example ``max_length`` of :func:`training_windows` or
             the model's ``max_positions``. None: no limit, and the length of a batch is rounded up to a multiple of 8.
 
@@ -177,9 +178,10 @@ def answer(
     no_answer_threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """The answer to each question, the span of its context with the largest logit, for families with task "span_qa".
+    """The answer to each question: the span of its context with the largest logit.
 
     Args:
+        model: a model with task "span_qa".
         contexts: the context of each question, of any length.
         max_answer_tokens: maximum number of tokens of an answer.
         max_length: maximum number of tokens of a window. None: 384, or the model's positions if these are fewer.
@@ -247,10 +249,10 @@ def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) ->
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
-    """The ``no_answer_threshold`` that gives the largest F1. Candidates are the ``score`` of each answer, and a number
-    below all scores.
+    """The ``no_answer_threshold`` that gives the largest F1.
 
-    Use answers to the questions of a validation set, not of the test set.
+    The candidates are the ``score`` of each answer, and a number below all scores. Use answers to the questions of a
+    validation set, not of the test set.
 
     Args:
         answers: the result of ``answer(..., no_answer_threshold=None)``.

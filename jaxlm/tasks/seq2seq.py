@@ -56,7 +56,7 @@ def encode(
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:
-    """A function that converts rows of encoded examples to a batch of the objective."""
+    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.seq2seq``."""
     start_id = decoder_start_id(model, tokenizer)
 
     def make(rows: BucketBatch) -> Batch:
@@ -77,7 +77,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
 def batches(
     encoded: Sequence[Encoded], model: Model, tokenizer: Tokenizer, batch_size: int, num_buckets: int = 4
 ) -> list[Batch]:
-    """The batches for an evaluation. They have every example once, sorted by length.
+    """The batches for an evaluation, in the order of the bucket lengths. Every example occurs once.
 
     Raises:
         ValueError: a source or a target has more tokens than the model has positions.

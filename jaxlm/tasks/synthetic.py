@@ -32,15 +32,16 @@ def recall(
 ) -> Batch:
     """A batch of multi-query associative recall, [N, length] tokens with ``pairs`` targets per row.
 
-    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more, and the target at
-    this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, values are the upper half of the ids. Short
-    gaps between a pair and its query are more probable: the gap g has a probability proportional to g ** (power - 1).
-    All other tokens are random ids (Arora et al. 2024, appendix E.1, and the authors' code).
+    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query, and the
+    target at this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, and values are ids of the upper
+    half of the vocabulary. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gap g = 1, 2, ... has a
+    probability proportional to g ** (power - 1), so early positions are more probable. All other tokens are random ids
+    (Arora et al. 2024, appendix E.1, and the authors' code).
 
     Args:
         length: number of tokens, even and at least 4 * pairs.
         vocab_size: number of token ids; more than ``length``.
-        power: a gap g has a probability proportional to ``g ** (power - 1)``; 1: all gaps are equally probable.
+        power: the parameter of the distribution of the gaps; 1: all gaps are equally probable.
 
     Raises:
         ValueError: the length is odd or too small for the pairs, or the vocabulary is too small.
@@ -80,14 +81,14 @@ class FormalLanguage(NamedTuple):
         num_symbols: number of input symbols. The next id marks the positions of the answer.
         num_answers: number of answer symbols; a uniformly random guess has the accuracy 1 / num_answers.
         level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
-        answers_all: whether the answer is as long as the input; otherwise, it is one symbol.
+        answer_has_input_length: True if the answer has as many symbols as the input, False if it has one symbol.
     """
 
     sample: Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
     num_symbols: int
     num_answers: int
     level: str
-    answers_all: bool = False
+    answer_has_input_length: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -143,8 +144,8 @@ FORMAL_LANGUAGES = {
     "modular_arithmetic": FormalLanguage(_modular_arithmetic, 8, 5, "regular"),
     "parity": FormalLanguage(_parity, 2, 2, "regular"),
     "cycle_navigation": FormalLanguage(_cycle_navigation, 3, 5, "regular"),
-    "reverse_string": FormalLanguage(_reverse_string, 2, 2, "dcf", answers_all=True),
-    "bucket_sort": FormalLanguage(_bucket_sort, 5, 5, "cs", answers_all=True),
+    "reverse_string": FormalLanguage(_reverse_string, 2, 2, "dcf", answer_has_input_length=True),
+    "bucket_sort": FormalLanguage(_bucket_sort, 5, 5, "cs", answer_has_input_length=True),
 }
 """Six tasks of Deletang et al. 2023, table 1."""
 
@@ -158,7 +159,7 @@ def formal_language(name: str, rng: np.random.Generator, rows: int, length: int,
     Args:
         name: a key of :data:`FORMAL_LANGUAGES`.
         length: number of symbols of the input.
-        padded_length: every row gets the shape of a row whose input has this length.
+        padded_length: rows are padded to the length of a row whose input has ``padded_length`` symbols.
 
     Raises:
         ValueError: the name is unknown, or the input is longer than ``padded_length``.
@@ -170,7 +171,7 @@ def formal_language(name: str, rng: np.random.Generator, rows: int, length: int,
     language = FORMAL_LANGUAGES[name]
     inputs, answers = language.sample(rng, rows, length)
     num_inputs, num_answers = inputs.shape[1], answers.shape[1]
-    padded_answers = padded_length if language.answers_all else 1
+    padded_answers = padded_length if language.answer_has_input_length else 1
     answer_tokens = np.full((rows, num_answers), language.num_symbols)
     tokens = np.concatenate([inputs, answer_tokens], axis=1)
     tokens = _pad(tokens, padded_length + padded_answers)
@@ -258,8 +259,9 @@ def word_problem(
 
 
 def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 27) -> Batch:
-    """A batch of random strings [N, length], a separator (id vocab_size - 1) and the string again: 2 * length tokens.
+    """A batch of rows with a random string of ``length`` symbols, a separator, and the string again.
 
+    The tokens are [N, 2 * length], because the last symbol is only a target. The separator has the id vocab_size - 1.
     The targets are the symbols of the second string. The model also reads the earlier symbols of the second string.
     """
     symbols = rng.integers(0, vocab_size - 1, (rows, length))
@@ -286,10 +288,10 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
 
 
 def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *, vocab_size: int) -> Batch:
-    """A batch of windows of a text, [N, length], that contain a marker with a number, and end with the marker.
+    """A batch of windows of a text, [N, length]. The model must recall a number that is inserted into the window.
 
-    The number has four digits and is at a random position of the window. The targets are its digits, after the marker
-    at the end. The model also reads the earlier digits of the answer.
+    A marker and a number of four digits replace five tokens at a random position. A second marker and the first three
+    digits replace the last four tokens. The targets at these four positions are the digits of the number.
 
     Args:
         text: tokens of the text, ids in [0, vocab_size), shape [S] with S > length.

@@ -204,7 +204,7 @@ class TextRequests:
         """The ``GenerationConfig`` for the options of a request of :meth:`generate`."""
         unknown = [f"{name}={value!r}" for name, value in options.items() if name not in _OPTIONS]
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: not supported, generation options are {', '.join(_OPTIONS)}")
+            raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
         set_options = {name: value for name, value in options.items() if value is not None}
         lengths = [name for name in _LENGTHS if name in set_options]
         if len(lengths) > 1:

@@ -1,6 +1,6 @@
 """Tests of the family contract (docs/tour.md, section 3), for the families of this package and of others.
 
-A test module imports all names of this module and has the names of its families in ``FAMILIES``:
+A test module imports all names of this module and sets ``FAMILIES`` to the names of its families:
 
     import jaxlm
     import hawk
@@ -10,8 +10,8 @@ A test module imports all names of this module and has the names of its families
     FAMILIES = ("hawk",)
 
 Every test runs on all variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
-model with a state must be causal and decode, a model without a state must be bidirectional, and an encoder-decoder gets
-a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
+model with a state must be causal and support decoding, a model without a state must be bidirectional, and an
+encoder-decoder gets a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
 ``conftest.py`` to see the values of failed assertions.
 """
@@ -63,7 +63,7 @@ REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-ti
 
 
 def for_variants(condition, *, of_package=None):
-    """A decorator that runs a test for every tiny variant for whose model ``condition(model)`` is true.
+    """A decorator that runs a test for every tiny variant whose model satisfies ``condition(model)``.
 
     Args:
         of_package: the names of the variants of this package on which the test runs. None: all of them.
@@ -76,7 +76,7 @@ def for_variants(condition, *, of_package=None):
     return set_condition
 
 
-def has_layers(model):
+def can_stack_layers(model):
     """Whether all layers of the model are of one kind, so that their parameters can be stacked."""
     if not hasattr(model.config, "scan_layers"):
         return False
@@ -90,8 +90,8 @@ def has_layers(model):
 every_variant = for_variants(lambda model: True)
 representatives = for_variants(lambda model: True, of_package=REPRESENTATIVES)
 every_decoder = for_variants(decodes)
-every_layered = for_variants(has_layers)
-every_layered_decoder = for_variants(lambda model: has_layers(model) and decodes(model))
+every_layered = for_variants(can_stack_layers)
+every_layered_decoder = for_variants(lambda model: can_stack_layers(model) and decodes(model))
 
 
 def pytest_generate_tests(metafunc):
@@ -159,7 +159,8 @@ def test_every_config_field_has_a_docstring(family_name):
 
 
 @every_variant
-def test_specs_are_hashable_and_stable(name):
+def test_specs_are_hashable_and_equal_on_every_read(name):
+    """Two reads of the specs give equal values and hashes, and no key contains a dot."""
     model = tiny_model(name)
     first, second = spec.flatten(model.specs), spec.flatten(model.specs)
     assert {path: hash(leaf) for path, leaf in first.items()} == {path: hash(leaf) for path, leaf in second.items()}
@@ -278,7 +279,8 @@ def has_statistics(model):
 
 
 @every_decoder
-def test_no_recompilation_on_the_second_call(name):
+def test_decoding_steps_compile_once(name):
+    """Four decoding steps with one token each are compiled only once."""
     model, params, tokens = setup(name)
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     state = initial_state(model, params, 2, 16)
@@ -320,7 +322,7 @@ def test_bfloat16_is_finite_and_near_float32(name):
 def test_each_position_depends_on_exactly_the_visible_positions(name):
     """In a causal model, d hidden[t] / d embedding[s] is exactly 0 for s > t and nonzero otherwise.
 
-    In other models it is nonzero for all pairs of positions.
+    In other models, this derivative is nonzero for all pairs of positions.
     """
     model, params, _ = setup(name)
     if not has_full_context(model):
@@ -347,7 +349,7 @@ def has_full_context(model):
     return not getattr(model.module, "LIMITED_CONTEXT", False)
 
 
-def encodes_whole_texts(model):
+def downsamples(model):
     """Whether the model downsamples a text, so that hidden states have fewer positions than tokens."""
     tokens = np.zeros((1, 24), np.int32)
     hidden, _ = jax.eval_shape(lambda p: model.apply(p, tokens, **source_of(model, 1)), spec.abstract(model.specs))
@@ -365,7 +367,7 @@ def test_padding_does_not_change_the_other_positions(name, side):
         padded[row, positions], segments[row, positions] = tokens[row, : lengths[row]], 1
     hidden = hidden_of(model, params, padded, segment_ids=segments)
     assert np.isfinite(np.asarray(hidden)).all()
-    if encodes_whole_texts(model):
+    if downsamples(model):
         labels = model.logits(params, model.pool(params, hidden, segment_ids=segments))
         for row, n in enumerate(lengths):
             unpadded_hidden = hidden_of(model, params, tokens[row : row + 1, :n])
@@ -390,7 +392,7 @@ def test_packed_documents_equal_separate_documents(name):
         source = source_of(model, 1)["source"]
         inputs |= {"source": np.tile(source, 3), "source_segment_ids": np.repeat([[1, 2, 3]], source.shape[1], axis=1)}
     packed = hidden_of(model, params, tokens, **inputs)
-    if encodes_whole_texts(model):
+    if downsamples(model):
         assert np.isnan(np.asarray(packed)).all()  # these models do not support packing
         return
     for start, stop in zip(boundaries, boundaries[1:], strict=False):
@@ -398,7 +400,7 @@ def test_packed_documents_equal_separate_documents(name):
     if model.task != "causal":
         return
     weights = batch_of(model, tokens, segments).weights[0]
-    assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # no document predicts the next document
+    assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # last tokens of documents, padding
 
 
 @every_decoder
@@ -441,6 +443,7 @@ def test_rows_of_unequal_length_decode_independently(name, side):
 
 @every_decoder
 def test_take_and_reset_act_on_single_rows_of_a_state(name):
+    """After ``spec.take_rows`` or ``spec.reset``, each row continues as if it were decoded alone."""
     model, params, tokens = setup(name, batch=3, length=12)
     sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
     specs = model.state_specs(3, 12, **sizes)
@@ -481,7 +484,7 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
 
 @every_layered_decoder
 def test_stacked_and_per_layer_states_agree(name):
-    """Prefill with padding, reordering, decoding and reset give the same results up to rounding."""
+    """Prefill with padding, reordering, decoding and reset give the same results in both layouts up to rounding."""
     model, params, tokens = setup(name, batch=3, length=10)
     stacked = with_stacked_layers(model)
     segments = np.ones((3, 8), np.int32)
@@ -571,7 +574,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
         tokens = np.zeros((rows, length), np.int32)
         segments = np.ones((rows, length), np.int32)
         source = source_of(model, rows)
-        if length == 0 and encodes_whole_texts(model):
+        if length == 0 and downsamples(model):
             with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but .* whole texts"):
                 model.apply(params, tokens)
             continue
@@ -689,7 +692,7 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
 
 
 @representatives
-def test_same_seed_same_parameters_on_any_mesh(name):
+def test_same_seed_same_parameters_on_a_mesh(name):
     model, _, _ = training_setup(name)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
     split = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(jax.random.key(0))
@@ -701,7 +704,7 @@ def test_pmap_step_equals_single_device_step(name):
     model, optimizer, batch = training_setup(name)
     _, new_state, want = single_step(name)
     rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(2, 8, *x.shape[1:]), 0, 1), batch)
-    if has_statistics(model):  # each device normalizes over its own rows, like each step of gradient accumulation
+    if has_statistics(model):  # each device normalizes over its own rows, like each micro-batch
         accumulating = Trainer(model, optimizer, loss_function(model), grad_accum_steps=8)
         want = run_one_step(accumulating.jit_step(), new_state(), batch)
     step = Trainer(model, optimizer, loss_function(model)).pmap_step()
@@ -712,6 +715,7 @@ def test_pmap_step_equals_single_device_step(name):
 
 @every_variant
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
+    """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded."""
     model, params, tokens = setup(name, batch=8)
     want, source = hidden_of(model, params, tokens), source_of(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
@@ -729,7 +733,8 @@ def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
 
 
 @representatives
-def test_checkpoint_round_trip(name, tmp_path):
+def test_restored_state_is_bitwise_equal(name, tmp_path):
+    """A restored state has the same bits, and the next step gives the same bits."""
     model, optimizer, batch = training_setup(name)
     step, new_state, _ = single_step(name)
     state, _ = step(new_state(), batch)

@@ -144,7 +144,7 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     (
         "data.train data.validation data.test data.source data.target",
         lambda get: get("data.source") is not None and get("data.directory") is None,
-        "the included verses are used without data.directory",
+        "data.directory is not set, so the verses of jaxlm are used",
     ),
     ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (
@@ -171,7 +171,7 @@ def check_output(directory: Path, *, resume: bool) -> None:
     """Check that a run can write to its directory.
 
     A directory that contains only the files of a tokenizer, in ``model/``, counts as empty. A run that was killed at
-    its start leaves them.
+    its start leaves such a directory.
 
     Raises:
         FileExistsError: the directory of a new run is not empty.
@@ -232,7 +232,7 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
 
 
 def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> GenerationConfig:
-    """Check that the model supports ``request``, and return ``request`` with a value in every field.
+    """Check that the model supports ``request``, and return the result of ``request.resolve(model, tokenizer)``.
 
     Raises:
         ValueError: a value is out of its range.
@@ -250,7 +250,7 @@ def check_beams(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -
 
 
 def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None:
-    """Check that the disk has space for one checkpoint and the exported model.
+    """Check that the disk has space for the exported model and, if the run saves checkpoints, one checkpoint.
 
     Args:
         checkpoints: whether the run saves checkpoints.

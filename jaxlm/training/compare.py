@@ -12,7 +12,7 @@ MISSING = "-"
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
-    """A Markdown table with one row per run. The columns are aligned, so that it is readable in a terminal.
+    """A Markdown table with one row per run, with aligned columns for reading in a terminal.
 
     Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best value in
     parentheses, and each score with its 95 % interval. A dash marks a missing value.

@@ -23,7 +23,7 @@ class Evaluator:
     The batches are kept in memory, so every evaluation uses the same batches.
 
     Args:
-        losses: the ``loss`` function of an objective, whose mean is reported as ``loss``. Or a dict from metric names
+        losses: the ``loss`` function of an objective, whose mean is reported as ``loss``; or a dict from metric names
             to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
             terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
         sharding: how batches are distributed over devices; None uses one device.

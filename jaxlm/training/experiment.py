@@ -46,8 +46,9 @@ class ModelConfig:
     name: str = "gpt2"
     """Family or variant, for example lstm or t5-small."""
     set: tuple[str, ...] = ()
-    """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields that the
-    preset sets, and replace their values. The option with no field after it removes all fields of the preset."""
+    """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields of the
+    preset. If the preset sets the same field, the value given here is used. Without any field, the option removes all
+    fields of the preset."""
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
@@ -55,7 +56,7 @@ class ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
-        are not used. Without ``set``, a message says this.
+        are not used. If the command line has no ``--model.set``, a message says that they are not used.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:
@@ -64,11 +65,11 @@ class ModelConfig:
             return self
         if not self.set:
             return self
-        fields, changes = (config_lib.assigned_texts("model.set", config.set) for config in (preset, self))
+        fields, changes = (config_lib.parse_assignments_as_text("model.set", config.set) for config in (preset, self))
         return dataclasses.replace(self, set=tuple(f"{name}={value}" for name, value in (fields | changes).items()))
 
     def tokenizer(self, resume: Path | None, train: Callable[[], Tokenizer]) -> Tokenizer:
-        """The tokenizer of the run ``resume``, of the ``pretrained`` weights, or the result of ``train()``."""
+        """The tokenizer of the run ``resume``, otherwise that of ``pretrained`` if it is set, otherwise ``train()``."""
         saved = resume / "model" if resume is not None else self.pretrained
         return train() if saved is None else load_tokenizer(saved)
 
@@ -87,15 +88,14 @@ class ModelConfig:
         Raises:
             ValueError: a name or field is unknown, or ``set`` changes a field that follows from the data.
         """
-        if self.pretrained is None:
-            fixed |= tokenizer_fields or {}
+        tokenizer_fields = tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
         for field in changes:
-            if field in fixed:
+            if field in fixed or field in tokenizer_fields:
                 raise ValueError(f"--model.set {field}={changes[field]}: {field} follows from the data, leave it out")
         if self.pretrained is not None:
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
-        return get_model(self.name, **fixed, **changes), None
+        return get_model(self.name, **fixed, **tokenizer_fields, **changes), None
 
 
 def build_encoder_decoder(
@@ -155,7 +155,7 @@ def command_line(
         )  # fmt: skip
         experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
-        if resume is not None:  # a new path of ``pretrained`` keeps the fields of the preset
+        if resume is not None:  # the fields of the preset stay valid if the path of ``pretrained`` changes
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
         experiment = dataclasses.replace(experiment, model=model.merge(preset))  # type: ignore[type-var]
         checks.check_settings(experiment, initial)
@@ -175,7 +175,7 @@ def command_line(
 
 
 def _describe_recipe(family: str, optimizer: OptimizerConfig) -> str:
-    """One line with the source of a recipe and the values of ``optimizer`` that differ from it."""
+    """One line with the source of a recipe and the values of ``optimizer`` that differ from the recipe."""
     published = dataclasses.asdict(recipe(family))
     changes = [f"{name}={value}" for name, value in dataclasses.asdict(optimizer).items() if value != published[name]]
     changed = f", changed: {' '.join(changes)}" if changes else ""
@@ -278,10 +278,10 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
 
 
 def steps_of(epochs: float, steps_per_epoch: int) -> int:
-    """The number of steps of a training of this number of passes over the training split.
+    """The number of training steps for ``epochs`` passes over the training split.
 
     Raises:
-        ValueError: there would be no step.
+        ValueError: the number is less than 1.
     """
     steps = round(epochs * steps_per_epoch)
     if steps < 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import processes
+from jaxlm import integrity, processes
 from jaxlm.metrics import Score
 from jaxlm.training import plots, report
 
@@ -49,7 +49,7 @@ def write_report(run: str | Path) -> Path:
     run = report.check_run(run)
     path = run / REPORT
     if processes.is_first():
-        path.write_text(_page(run), encoding="utf-8")
+        integrity.replace_text(path, _page(run))
     return path
 
 
@@ -88,7 +88,7 @@ def _page(run: Path) -> str:
 
 
 def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """A list of the number of steps and the entries of ``results.json``, except title, scores and versions."""
+    """An HTML list of the steps and the entries of ``results.json``, except task, family, scores and versions."""
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in records if "step" in record]
     if steps:
@@ -230,7 +230,7 @@ def _attention_section(run: Path) -> _Section | None:
 
 
 def _title(text: str) -> str:
-    """The text on one line, without its end if it is long."""
+    """The text on one line, escaped for HTML and cut to :data:`MAX_TITLE` characters."""
     line = " ".join(text.split())
     return escape(line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 4] + " ...")
 

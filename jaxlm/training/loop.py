@@ -53,8 +53,8 @@ class TrainingConfig:
     steps: int = 1000
     """Number of training steps."""
     batch_size: int = 32
-    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. ``train`` uses
-    the batches as they are."""
+    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. ``train``
+    accepts batches of any size."""
     sequence_length: int = 128
     """Tokens per sequence. The modules in ``experiments/`` make batches of this length."""
     grad_accum_steps: int = 1
@@ -86,7 +86,7 @@ class TrainingConfig:
     """Steps between records in metrics.jsonl."""
     tracker: TrackerName | None = None
     """The modules in ``experiments/`` also log the metrics to this service: TensorBoard (in the run directory), Weights
-    & Biases, or Trackio. A resumed run is a new run of the service. In Python, pass trackers to ``Run``."""
+    & Biases, or Trackio. The service shows a resumed run as a new run. In Python, pass trackers to ``Run``."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
     losses; OLMo-core uses 6. None skips an update only if the loss or the gradient is not finite."""
@@ -186,8 +186,9 @@ class Result:
         validation: metrics of the last evaluation, or of the best evaluation (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
         seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation.
-        tokens_per_second: tokens that the model read per second, excluding the first step.
-        examples_per_second: examples per second, excluding the first step.
+        tokens_per_second: tokens that the model read per second, excluding the first step and the first step after each
+            evaluation.
+        examples_per_second: examples per second, excluding the same steps.
         compilations: number of distinct batch shapes; the step was compiled once for each shape.
         tokens: tokens that the model has read up to the last step, including those before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
@@ -227,11 +228,11 @@ def train(
     devices of all processes. All processes must share the directory (without checkpoints, each process may use a
     different directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
 
-    If a resumed run has reached its last step or has stopped early, it returns the result of its checkpoint without
-    further steps. Only one run at a time may train in a directory.
+    If a resumed run has reached its last step or has stopped early, the function returns the result of the run's
+    checkpoint without further steps. Only one run at a time may train in a directory.
 
     Args:
-        trainer: model, optimizer and loss (``config.trainer(...)`` creates one).
+        trainer: model, optimizer and loss (``config.trainer(...)`` creates a trainer).
         data: iterator over the batches of the objective.
         evaluate: a function that computes validation metrics from the model's parameters.
         params: initial parameters; None initializes them at random.
@@ -254,7 +255,7 @@ def train(
         )
     run.directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
-        processes.require_shared(run.directory)
+        processes.require_shared_directory(run.directory)
     checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
     lock = integrity.lock_directory(run.directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
@@ -282,7 +283,7 @@ class _Loop:
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
         self._without_improvement = 0
-        self._validation_losses: list[float] = []  # of all evaluations until NT-ASGD starts averaging
+        self._validation_losses: list[float] = []  # all losses until NT-ASGD starts averaging
         self._batch_offset = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
@@ -308,7 +309,7 @@ class _Loop:
             self._require_same_run(saved)
             _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])
-            training = saved.get("training", {})  # missing in checkpoints of the first versions
+            training = saved.get("training", {})  # missing in checkpoints of early versions of jaxlm
             self._batch_offset = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
             self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
             self._resume_from(state, saved)
@@ -535,7 +536,7 @@ class _Loop:
         return value if self._config.best_mode == "min" else -value
 
     def _save(self, *, extra: bool, wait: bool) -> None:
-        """Save a checkpoint. ``extra``: it is outside of the schedule (:meth:`Checkpointer.save`)."""
+        """Save a checkpoint; ``extra`` and ``wait`` are as in :meth:`Checkpointer.save`."""
         training: dict[str, Any] = {
             "step": self.step,
             "batches_left_out": self._batch_offset,
@@ -600,7 +601,7 @@ def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: 
     """Check that the arrays and the JSON metadata of a checkpoint were saved at the same step.
 
     Raises:
-        CorruptCheckpointError: they do not match.
+        CorruptCheckpointError: the arrays and the metadata do not match.
     """
     step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
     training, next_batch = saved.get("training"), saved["data"]["next"]
@@ -730,7 +731,7 @@ class _MetricsReader:
         if not math.isfinite(values["parameter_norm"]):
             raise DivergedError(
                 f"step {step}: the weights are not finite, although the loss and the gradient were finite ({details}). "
-                f"Lower the learning rate, or look for the fault in the optimizer",
+                f"Lower the learning rate, or check the optimizer",
                 step,
             )
         if not self.skipped_in_a_row:

@@ -1,21 +1,21 @@
 """Maximal update parametrization (muP): one learning rate for all widths (Yang et al. 2022, "Tensor Programs V").
 
 With muP, the magnitude of activations and of their updates does not depend on the width of a model. So the best
-learning rate of a narrow base model is also about the best one of a wide model, if depth, batch size and number of
-steps are the same. :func:`mup` compares the specs of both models. An axis whose sizes differ grows with the width. The
-leading axes of a matrix are its inputs, the others are its outputs (``jaxlm.adapt.num_row_axes``); in an output head
-[vocab, embed], it is the other way round. These are the rules for AdamW. r is the factor by which the number of inputs
-of a matrix grows:
+learning rate of a narrow base model is close to the best learning rate of a wide model, if depth, batch size and
+number of steps are the same. :func:`mup` compares the specs of both models. An axis grows if its size differs between
+the two models. The leading axes of a matrix are its inputs, and the other axes are its outputs
+(``jaxlm.adapt.num_row_axes``). In an output head [vocab, embed], the leading axis is the output. The table shows the
+rules for AdamW. r is the number of inputs of a matrix in the model, divided by that in the base model.
 
     matrix                                 standard deviation of the initial values    learning rate
     only outputs grow (token table)        base                                        base
     inputs and outputs grow (hidden)       base / sqrt(r)                              base / r
     only inputs grow (output head)         base / r                                    base / r
 
-This is table 3 of the paper. Vectors (biases, norm scales) have the values of the base model, except the vectors in
-``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that depends on the width, the initial values and
-the learning rate of the token table are divided by the ratio of these numbers. Adam's ``epsilon`` must be small
-compared with the gradients, which become smaller with the width.
+The rules are those of table 3 of the paper. Vectors (biases, norm scales) have the initial values and the learning rate
+of the base model, except the vectors in ``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that
+depends on the width, the initial values and the learning rate of the token table are divided by the ratio of the two
+numbers. Adam's ``epsilon`` must be small compared with the gradients, which become smaller as the width increases.
 
     base = get_model("llama", num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384, vocab_size=V)
     model = base.with_fields(embed_dim=1024, num_heads=32, mlp_dim=3072)
@@ -48,8 +48,8 @@ SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
 SAME_FIELDS = (
     "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token"
 )  # fmt: skip
-"""Integer config fields that must be equal in both models. All fields of the types float, str and bool must also be
-equal."""
+"""Integer config fields that must be equal in both models. Fields that are not integers or tuples must also be equal,
+except ``dtype``, ``remat`` and the fields that select an implementation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def mup(model: Model, base: Model) -> MuP:
 
 
 def _check_fields(config: Any, base: Any) -> None:
-    """Raise ``ValueError`` if a config field differs that is not a width."""
+    """Raise ``ValueError`` if a config field that must be equal in both models differs."""
     for field in dataclasses.fields(config):
         value, base_value = getattr(config, field.name), getattr(base, field.name)
         may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
@@ -132,7 +132,7 @@ def _check_fields(config: Any, base: Any) -> None:
 
 
 def _check_family(model: Model, leaves: dict[str, ArraySpec]) -> None:
-    """Raise ``ValueError`` if the rules of this module are wrong for the model."""
+    """Raise ``ValueError`` if muP does not support the model."""
     if model.task in ("causal", "masked", "permutation", "seq2seq"):
         tied = getattr(model.config, "tie_embeddings", None)
         if tied or not any(_is_head(name, leaf) for name, leaf in leaves.items()):

@@ -27,7 +27,7 @@ from jaxlm.spec import Params
 
 
 class AveragingState(NamedTuple):
-    """The mean of the parameters after each of the last ``iterates`` updates.
+    """The state of :func:`averaging`: ``mean`` is the mean of the last ``iterates`` values of the parameters.
 
     Before averaging starts, ``iterates`` is 0 and ``mean`` has the current parameters."""
 

@@ -100,8 +100,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The learning-rate schedule, a function of the number of updates so far.
 
     ``inverse_square_root`` (Vaswani et al. 2017, section 5.3): let k be the number of warm-up and hold steps. At an
-    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This does not depend on ``steps``, so the hold steps may
-    continue beyond the end of the training.
+    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This value does not depend on ``steps``, so k may be
+    larger than the number of steps of the training.
+
+    Args:
+        steps: number of updates of the whole training.
 
     Raises:
         ValueError: the warm-up (for cosine and linear, warm-up plus hold steps) is not shorter than the training, or
@@ -147,8 +150,8 @@ def make_optimizer(
     Args:
         specs: specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
         steps: number of updates of the whole training.
-        rates: a factor of the learning rate for each parameter (``jaxlm.training.mup``). Weight decay does not depend
-            on it. None: 1 for all parameters.
+        rates: a factor of the learning rate for each parameter (``jaxlm.training.mup``). These factors do not change
+            the weight decay. None: 1 for all parameters.
 
     Raises:
         ValueError: the warm-up is too long for ``steps``, ``inverse_square_root`` has neither warm-up nor hold steps,
@@ -217,7 +220,7 @@ _ADAFACTOR = optax.chain(
 # ----------------------------------------------------------------------------------------------------- Muon
 
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates. It is about the same as that of AdamW's updates, so that AdamW's learning rate
+"""Root mean square of Muon's updates. AdamW's updates have about the same root mean square, so AdamW's learning rate
 and weight decay can be reused (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
 
 
@@ -225,10 +228,10 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. ``jaxlm.adapt.num_row_axes`` defines which axes are the rows of the matrix. The stack axes
-    (``jaxlm.adapt.num_stack_axes``) index independent matrices, and so does an unnamed output axis next to a named one
-    (queries, keys and values of a fused projection; gates of a recurrence). The tree is also valid for
-    ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    scales. ``jaxlm.adapt.num_row_axes`` defines which axes are the rows of the matrix. Each index of a stack axis
+    (``jaxlm.adapt.num_stack_axes``) has its own matrix. If an output axis has a name, each index of an unnamed output
+    axis also has its own matrix (queries, keys and values of a fused projection; gates of a recurrence). The tree is
+    also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -373,7 +376,8 @@ def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """``optax.clip_by_global_norm`` that multiplies all entries by one scalar (Pascanu et al. 2013, algorithm 1).
+    """A variant of ``optax.clip_by_global_norm`` that multiplies all entries by one scalar (Pascanu et al. 2013,
+    algorithm 1).
 
     Optax divides each entry. XLA writes the quotients to memory before Adam reads them, which costs an extra pass over
     all gradients. If the caller passes ``gradient_norm``, as ``Trainer.step`` does, the norm is not computed again.

@@ -114,7 +114,7 @@ def readable_name(name: str) -> str:
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The line of the training losses, and from :data:`MIN_SMOOTHED_LOSSES` losses on their running mean."""
+    """The line of the training losses. With at least :data:`MIN_SMOOTHED_LOSSES` losses, also their running mean."""
     label = f"training (last {values[-1]:.3f})"
     if len(values) < MIN_SMOOTHED_LOSSES:
         return [Series(label, steps, values)]

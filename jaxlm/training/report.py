@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm import config, host, json_files, processes
+from jaxlm import config, host, integrity, json_files, processes
 from jaxlm.metrics import Score
 
 T = TypeVar("T")
@@ -66,7 +66,10 @@ class MetricsFile:
 
 
 def _remove_incomplete_line(path: Path) -> None:
-    """Remove a last line without a line break. A killed run may leave one; appending to it would give invalid JSON."""
+    """Remove a last line without a line break, which a killed run may leave.
+
+    A record that is appended to such a line would give invalid JSON.
+    """
     if not path.exists():
         return
     content = path.read_bytes()
@@ -76,7 +79,7 @@ def _remove_incomplete_line(path: Path) -> None:
 
 
 _METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
-"""Fields of ``metrics.jsonl`` with one type."""
+"""Types of the fields of ``metrics.jsonl`` that are not metrics."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -430,7 +433,7 @@ def _make_entries(entry_class: type[T], items: Any, where: str) -> list[T]:
             raise ValueError(f"{where}, entry {index}: {type(item).__name__} instead of a JSON object")
         try:
             entries.append(config.from_json(entry_class, item, f"{where}, entry {index}"))
-        except (TypeError, ValueError, OverflowError) as error:  # the checks of the class do not know the file
+        except (TypeError, ValueError, OverflowError) as error:  # errors of the class do not name the file
             text = str(error)
             raise ValueError(text if text.startswith(where) else f"{where}, entry {index}: {text}") from error
     return entries
@@ -445,10 +448,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Replace a file atomically, so that a killed process leaves either the old file or the new file."""
+    """Replace a file, from the first process only. A killed process leaves either the old file or the new file."""
     if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    integrity.replace_text(path, text)

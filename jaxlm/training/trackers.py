@@ -21,7 +21,7 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step. Calls for the same step have metrics of different names.
 
-        Steps decrease only after a rollback. Then the later metrics of a step are valid.
+        Steps decrease only after a rollback. The newest metrics of a step then replace its older metrics.
         """
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class TensorBoardTracker:
 
 
 class _RunTracker:
-    """Base class for Weights & Biases and Trackio: ``init`` of both returns a run with ``log`` and ``finish``."""
+    """Base class for Weights & Biases and Trackio. Their ``init`` returns a run with ``log`` and ``finish``."""
 
     def __init__(self, service: Any, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
         self._run = service.init(project=project, name=name, config=dict(config or {}))
@@ -118,8 +118,8 @@ def check_tracker(name: TrackerName | None) -> None:
 def make_tracker(name: TrackerName, directory: Path, config: Mapping[str, Any]) -> Tracker:
     """A tracker for a run directory.
 
-    TensorBoard files are in ``directory/tensorboard``. The other services have the project ``jaxlm`` and the name of
-    the directory.
+    TensorBoard files are in ``directory/tensorboard``. In the other services, the project is ``jaxlm`` and the run has
+    the name of the directory.
 
     Args:
         config: the configuration of the run, as JSON values.

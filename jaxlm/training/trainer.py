@@ -33,7 +33,7 @@ METRIC_NAMES = frozenset((
     "step", "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row", "learning_rate",
     "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
 ))  # fmt: skip
-"""Names of the metrics of a step and of a line of the log. Terms of a loss must have other names."""
+"""Names of the metrics in a line of ``metrics.jsonl``. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128
 """Number of recent losses with which the next loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
@@ -194,8 +194,8 @@ class Trainer:
     def shardings(self) -> TrainState:
         """The sharding of each array of the state.
 
-        An optimizer array with the same path and shape as a parameter has the sharding of this parameter. Counters and
-        keys are replicated.
+        The optimizer state has the shardings of :func:`jaxlm.training.optimizer.optimizer_sharding`. Counters and keys
+        are replicated.
         """
         assert self.sharding is not None
         replicated = self.sharding.replicated()
@@ -233,8 +233,8 @@ class Trainer:
         """The state after one update, and metrics. The function is pure.
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
-        A skipped step changes only the counters. Parameters, optimizer state and moving average stay bitwise the same,
-        and so does the model state, except that rows with ``batch.reset`` are emptied. Metrics are float32 scalars:
+        A skipped step changes only the counters. Parameters, optimizer state, moving average and model state stay
+        bitwise the same, except that model-state rows with ``batch.reset`` are emptied. Metrics are float32 scalars:
         ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters),
         ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``, and the mean of each term
         of the loss (``jaxlm.objectives.batch.LossWithTerms``).
@@ -338,7 +338,7 @@ class Trainer:
 
     def _update(self, trees: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
         params, optimizer_state, ema, model_state, frozen = trees
-        # XLA fuses this division by the weight into the optimizer, so it needs no extra pass over the gradients.
+        # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         # Clipping reuses `gradient_norm`. Optax drops this argument for optimizers that do not accept it.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update

@@ -12,8 +12,8 @@ from benchmarks import report
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """The commands that were started instead of benchmarks. A benchmark with "decode" in its options fails."""
+def started_commands(monkeypatch):
+    """Record the commands of the benchmarks instead of running them. A command with "decode" in its options fails."""
     commands = []
 
     def start(command, *, stdout, **options):
@@ -37,17 +37,17 @@ def started(monkeypatch):
         path.write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
         return SimpleNamespace(returncode=int("decode" in command))
 
-    # Not subprocess.run itself, because matplotlib uses it to find fonts on a machine without a font cache.
+    # Do not replace subprocess.run itself: matplotlib uses it to find fonts on a machine without a font cache.
     monkeypatch.setattr(all_benchmarks, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
     return commands
 
 
-def test_it_continues_after_a_failure_and_resumes(started, tmp_path, capsys):
+def test_it_continues_after_a_failure_and_resumes(started_commands, tmp_path, capsys):
     output = tmp_path / "results" / "cpu"
     arguments = ["--full", "--only", "attention", "--output", str(output), "--against", "torch"]
     assert all_benchmarks.main(arguments) == 1
-    assert [command[0] for command in started] == ["benchmarks.attention"] * 2
-    assert all(command[-4:-2] == ["--against", "torch"] for command in started)
+    assert [command[0] for command in started_commands] == ["benchmarks.attention"] * 2
+    assert all(command[-4:-2] == ["--against", "torch"] for command in started_commands)
     captured = capsys.readouterr()
     assert "1 of 2 benchmarks failed" in captured.err
     assert "attention_decode.log" in captured.err
@@ -55,9 +55,9 @@ def test_it_continues_after_a_failure_and_resumes(started, tmp_path, capsys):
     assert (output / "attention.json").exists()
     assert not (output / "attention_decode.json").exists()
     assert (output / "attention.log").read_text() == "a log line\n"
-    started.clear()
+    started_commands.clear()
     assert all_benchmarks.main(arguments) == 1
-    assert len(started) == 1  # only the failed one
+    assert len(started_commands) == 1  # only the failed one
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     arguments = ["--full", "--only", "scans", "--output", str(output), "--page", str(page)]
@@ -65,11 +65,11 @@ def test_it_continues_after_a_failure_and_resumes(started, tmp_path, capsys):
     assert "### cpu" in page.read_text()
 
 
-def test_every_job_has_valid_options(started, tmp_path, monkeypatch):
+def test_every_job_has_valid_options(started_commands, tmp_path, monkeypatch):
     """Each command line is parsed by its benchmark."""
     assert all_benchmarks.main(["--quick", "--output", str(tmp_path)]) == 1
-    assert len(started) == len(all_benchmarks.JOBS)
-    for module, *options in started:
+    assert len(started_commands) == len(all_benchmarks.JOBS)
+    for module, *options in started_commands:
         benchmark = __import__(module, fromlist=["main"])
         parsed = []
         monkeypatch.setattr(benchmark, "run", parsed.append)

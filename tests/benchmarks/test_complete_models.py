@@ -73,7 +73,7 @@ def test_counted_flops_equal_the_formula_plus_the_causal_half() -> None:
     assert closed is not None
     cfg = model.config
     causal_half = 6 * cfg.num_layers * cfg.embed_dim * 32 * 64
-    assert relative_error(counted.amount, closed.amount + causal_half) < 0.03  # biases and norms count in the formula
+    assert relative_error(counted.amount, closed.amount + causal_half) < 0.03  # the formula counts biases and norms
 
 
 def test_decoded_parameters_are_the_weights_multiplied_per_token() -> None:
@@ -106,7 +106,7 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
         "jaxlm": "a",
         "torch": "b",
     }
-    assert "flax: not measured, because it has no model of the family xlnet" in capsys.readouterr().out
+    assert "flax: no model of the family xlnet" in capsys.readouterr().out
     with pytest.raises(Failure, match="family 'gru' is not measured here: choose a model of gpt, llama"):
         harness.with_class(targets, "gru", complete_models.CLASSES, complete_models.SIZES)
     assert training.main(["--against", "", "--passes", "backward"]) == 2

@@ -24,7 +24,7 @@ from jaxlm.plan import flops
 
 
 class Dummy(Implementation):
-    """An implementation that counts its repetitions, or has a fault: "setup", "run" or "death"."""
+    """An implementation that counts its repetitions. ``fault`` makes it fail: in "setup", in "run", or by "death"."""
 
     def __init__(self, start: int, fault: str = "") -> None:
         print("a library greets")
@@ -79,7 +79,7 @@ def calls() -> list[str]:
 
 @pytest.fixture
 def rows(calls: list[str]) -> list[Row]:
-    """Measure two warm-up repetitions and three rounds. The first repetition of each round, and round 3, are slow."""
+    """Rows of a measurement with two warm-up repetitions and three rounds. First repetitions and round 3 are slow."""
     implementations: dict[str, Any] = {
         "jaxlm": FakeWorker("jaxlm", calls, [5.0, 2.0, 9.0, 1.0, 9.0, 2.0, 9.0, 20.0], 1.0),
         "torch": FakeWorker("torch", calls, [4.0, 4.0, 9.0, 3.0, 9.0, 4.0, 9.0, 40.0], 1.0),
@@ -327,7 +327,7 @@ def test_training_work_of_gpt2_124m() -> None:
     attention = (
         3 * 2 * 12 * 4 * 12 * 512**2 * 64 / 2
     )  # 3 passes, rows, layers, 2 products of 2 FLOPs, heads, T**2, head size, causal half
-    assert work.amount == pytest.approx(matmul + attention, rel=2e-3)  # biases and norms count in the formula
+    assert work.amount == pytest.approx(matmul + attention, rel=2e-3)  # the formula also counts biases and norms
 
 
 def test_decoding_work_does_not_grow_with_rows() -> None:

@@ -52,14 +52,14 @@ def test_permute_of_an_index_does_not_depend_on_the_other_indices():
 
 
 def test_permute_has_fixed_values():
-    """Change these values only in a new major version, because saved iterators would continue with other batches."""
+    """If these values change, saved iterators continue with other batches: change them only in a new major version."""
     assert permute(np.arange(8), 1000, seed=0, epoch=0).tolist() == [0, 136, 123, 595, 967, 77, 980, 755]
     assert permute(np.asarray([10**12]), 10**12 + 1, seed=1, epoch=5).tolist() == [495376031047]
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_permute_is_uniform(count):
-    """Each cell has 1000 expected hits with standard deviation below 32. Five standard deviations are allowed."""
+    """Each (index, result) pair is expected 1000 times. The limit is five standard deviations of at most 32."""
     hits = np.zeros((count, count))
     for seed in range(1000 * count):
         hits[np.arange(count), permute(np.arange(count), count, seed, 0)] += 1
@@ -82,6 +82,7 @@ def test_orders_of_epochs_and_seeds_are_uncorrelated():
 
 @each_source
 def test_shapes_and_types(make):
+    """Tokens and segment ids are int32 [batch, length + 1]; resets are bool [batch]."""
     source = make()
     window = global_batch(source, 5)
     for array in (window.tokens, window.segment_ids):

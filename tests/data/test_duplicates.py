@@ -45,6 +45,7 @@ def test_many_copies_with_small_changes_are_in_one_group():
 
 
 def test_edge_cases_and_invalid_input():
+    """Empty texts form one group; wrong keys and similarities are errors."""
     assert group_similar([]) == []
     assert group_similar(["", "", "one"]) == [0, 0, 2]
     with pytest.raises(ValueError, match="1 keys for 2 texts"):

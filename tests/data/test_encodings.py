@@ -168,9 +168,9 @@ def save_tokenizer(directory: Path, **files: dict) -> PretrainedTokenizer:
 
 
 def test_special_ids_are_read_from_template_config_and_tokenizer_files(tmp_path):
-    # First the template and well-known token names.
+    # Without other files, the ids come from the template and from well-known token names.
     assert save_tokenizer(tmp_path).special_ids == SpecialIds(pad=1, unk=3, bos=0, eos=2, cls=0, sep=2, mask=4)
-    # Then config.json. It is ignored for 6, which is not a special token, and 900, which is not in the vocabulary.
+    # config.json has priority, except for the ids 6 (not a special token) and 900 (not in the vocabulary).
     config = {"bos_token_id": 5, "eos_token_id": [5, 2], "pad_token_id": 6, "mask_token_id": 900}
     assert save_tokenizer(tmp_path, config=config).special_ids == SpecialIds(1, 3, bos=5, eos=5, cls=0, sep=2, mask=4)
     names = {"bos_token": "</s>", "mask_token": {"content": "<x>"}}

@@ -51,7 +51,8 @@ def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the
     assert read_table(tsv, fields).rows == [{"text": "a\rb", "label": "1"}]
 
 
-def test_other_formats(tmp_path):
+def test_lines_json_and_parallel_files_are_read(tmp_path):
+    """Lines ``label text``, JSON lines with renamed fields, and parallel files are read."""
     lines = write(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
     assert read_labelled_lines(lines, encoding="latin-1").rows[0] == {"label": "0", "text": "caf\xe9 noir"}
     jsonl = write(tmp_path / "a.jsonl", json.dumps({"t": "x", "s": ["y"]}) + "\n\n" + json.dumps({"t": "z", "s": []}))
@@ -162,6 +163,7 @@ def test_labels_are_sorted_numerically():
 
 
 def test_included_examples():
+    """The included verses and play passages have the documented number, content and length."""
     pairs = corpora.verses()
     assert len(pairs) == 5833
     assert pairs[0] == {
@@ -187,6 +189,7 @@ def test_an_index_error_of_a_source_does_not_end_the_examples():
 
 
 def test_labelled_json_lines(tmp_path):
+    """``read_labelled`` reads JSON lines, and names a missing text column and a line that is not JSON."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"label": 1, "content": "fine"}\n{"label": 0, "content": "bad"}\n')
     examples = read_labelled(path)

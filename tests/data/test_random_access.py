@@ -62,7 +62,7 @@ def test_columns_are_renamed_and_classes_keep_their_names_and_order():
     ("dataset", "error", "message"),
     [
         ({"train": FILMS, "test": FILMS}, TypeError, "a dictionary of data sets: pass one of 'train', 'test'"),
-        (iter(()), TypeError, r"has no length and no index: load it with streaming=False, or .*dataset.take"),
+        (iter(()), TypeError, r"has no __len__ or no __getitem__: load it with streaming=False, or .*dataset.take"),
         (
             FakeDataset(text=["a"], label=[0]),
             ValueError,
@@ -101,7 +101,7 @@ def test_examples_are_read_on_access():
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (iter(()), TypeError, "here is a .*iterator: it needs a length and an index, like grain.MapDataset"),
+        (iter(()), TypeError, "here is a .*iterator: it needs __len__ and __getitem__, like grain.MapDataset"),
         ([], ValueError, "here has no examples"),
         (
             LazyElements(sys.maxsize, lambda n: {"sentence": "a", "label": 0}),

@@ -66,7 +66,8 @@ def test_an_empty_file_has_no_lines_and_read_text_rejects_it(tmp_path):
             read_text(path)
 
 
-def test_other_encodings(tmp_path):
+def test_lines_are_read_in_the_given_encoding(tmp_path):
+    """Lines are read in a given encoding. Wrong bytes and unknown encodings are errors."""
     for encoding in ("latin-1", "utf-16", "utf-16-le", "UTF8"):
         assert list(read_lines(write(tmp_path / "a", "é\nb\r\n", encoding), encoding)) == [(1, "é"), (2, "b")]
     with pytest.raises(ValueError, match=r"a is not ascii text: byte 0xc3 at offset 0, line 1"):

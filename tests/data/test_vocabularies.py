@@ -48,6 +48,7 @@ def test_lowercase_changes_only_the_case():
 
 
 def test_word_tokenizer():
+    """Rare words become the unknown token; ids are sorted by frequency."""
     tokenizer = train_tokenizer(["to be or not to be", "to  be\nTo rare"], "word", 100, min_frequency=2)
     assert tokenizer.vocab_size == 3 + 2
     assert tokenizer.decode(tokenizer.encode(" to\nbe   rare To")) == "to be <unk> <unk>"
@@ -57,6 +58,7 @@ def test_word_tokenizer():
 
 
 def test_character_tokenizer():
+    """White space is kept, and unknown characters become the unknown token."""
     tokenizer = train_tokenizer(["ab\n a", "b c"], "character", 7)
     assert tokenizer.decode(tokenizer.encode("b a\na ab")) == "b a\na ab"
     assert tokenizer.vocab_size == 7

@@ -103,7 +103,7 @@ def tiny_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def next_log_probs() -> Callable[..., np.ndarray]:
-    """``(model, params, rows) -> [B, 24, V]``: log-probabilities after each token, by one plain forward pass.
+    """A function ``(model, params, rows) -> [B, 24, V]``: log-probabilities after each token, by one forward pass.
 
     Rows of different lengths are padded at their end, which has no effect in a causal model.
     """

@@ -48,10 +48,10 @@ def next_log_probs(model: Any, params: Any, tokens: Any, inputs: Any) -> Any:
 
 
 def log_probs_after(model: Any, params: Any, row: int, continuations: np.ndarray) -> np.ndarray:
-    """[N, NUM_NEW, IDS] log-probabilities at each token of the continuations [N, NUM_NEW] of the prompt of a row.
+    """[N, NUM_NEW, IDS] log-probabilities at each token of ``continuations`` [N, NUM_NEW] of the prompt of ``row``.
 
-    The prompt has no padding. A short text ends with one more token, which does not change the earlier tokens of a
-    causal model. So the texts of all rows have one shape, and their program is compiled once.
+    The prompt has no padding. The texts of both rows have the same shape, so that the forward pass is compiled once:
+    the shorter texts are padded at the end, which does not change earlier positions of a causal model.
     """
     prompt = PROMPTS[row][SEGMENTS[row] == 1]
     texts = np.zeros((len(continuations), PROMPTS.shape[1] + NUM_NEW - 1), np.int32)
@@ -100,7 +100,7 @@ def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: 
         model, params, PROMPTS, SEGMENTS, max_new_tokens=NUM_NEW, allowed_ids=IDS, state=initial_state(model, params)
     )  # fmt: skip
     for row in range(2):
-        same_texts = np.tile(np.asarray(out.tokens[row]), (len(CONTINUATIONS), 1))  # the shape of the other test
+        same_texts = np.tile(np.asarray(out.tokens[row]), (len(CONTINUATIONS), 1))  # same shape as above
         log_probs = log_probs_after(model, params, row, same_texts)[0]
         assert out.tokens[row].tolist() == np.argmax(log_probs, axis=-1).tolist()
         assert relative_error(out.log_probs[row], np.max(log_probs, axis=-1)) < 1e-4

@@ -25,7 +25,7 @@ from jaxlm.decoding import (
     stream_text,
     target_log_likelihood,
 )
-from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
+from jaxlm.decoding.finite import _not_finite, check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
 
@@ -35,7 +35,7 @@ NUM_NEW = 6
 
 
 def with_values(params: Any, name: str, at: Any, value: float) -> Any:
-    """The parameters with ``params[name][at]`` set."""
+    """The parameters with ``params[name][at]`` set to ``value``."""
     return {**params, name: params[name].at[at].set(value)}
 
 
@@ -60,7 +60,7 @@ def test_error_names_rows_and_parameters(params: Any) -> None:
             "sampling": sampling,
             "key": key,
             "allowed_ids": 9,
-        }  # 9 occurs only in a prompt
+        }  # id 9 occurs only in the prompt of row 1
         with pytest.raises(NotFiniteError, match=message) as caught:
             generate(MODEL, bad, PROMPTS, **options)
         assert caught.value.rows == [1]
@@ -96,6 +96,9 @@ def test_error_names_other_causes(params: Any) -> None:
     state = {"h": jnp.zeros((16, 3)).at[:, 2].set(jnp.nan)}
     with pytest.raises(NotFiniteError, match=r"row 2 .* finite, but 1 state array is not finite: h \(16 of 48"):
         generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW, state=state)
+    state = {"h": state["h"], "count": jnp.zeros(16, jnp.int32)}
+    assert _not_finite({"count": state["count"]}) == ([], ""), "an array of integers is always finite"
+    assert _not_finite(state)[0] == ["h (16 of 48 values)"]
 
 
 def test_error_shortens_long_lists_and_names_low_precision() -> None:
@@ -135,6 +138,7 @@ def test_inside_jit_only_the_flags_report_rows_that_are_not_finite(params: Any) 
 
 
 def test_errors_of_scores(params: Any) -> None:
+    """``log_likelihood`` and ``perplexity`` name the rows or windows, and the parameters, that are not finite."""
     bad = with_values(params, "table", 9, np.nan)
     with pytest.raises(NotFiniteError, match=r"row 1 .*table \(16 of 512 values\)"):
         log_likelihood(MODEL, bad, PROMPTS)
@@ -149,6 +153,7 @@ def test_errors_of_scores(params: Any) -> None:
 
 
 def test_errors_of_target_scores() -> None:
+    """``target_log_likelihood`` names the parameter that is not finite."""
     model = tiny_model("t5-tiny")
     params = initial_params(model)
     bad = {**params, "token_embedding": params["token_embedding"].at[9].set(jnp.nan)}

@@ -88,6 +88,7 @@ def test_a_program_may_have_other_defaults() -> None:
 
 
 def test_sampling_fields_of_the_file() -> None:
+    """The file sets ``Sampling`` as in transformers, and a given ``Sampling`` has priority."""
     fields = {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5}
     assert resolve(do_sample=True, **fields).sampling == Sampling(0.6, None, 0.9, 0.1, 1.5)
     assert resolve(**fields).sampling == Sampling(0.0, repetition_penalty=1.5), "as in transformers"

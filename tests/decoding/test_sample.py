@@ -352,6 +352,7 @@ def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any
 
 
 def test_the_longest_output_that_fits(gpt: Pair) -> None:
+    """A prompt of 2 tokens and 63 new ones fit into 64 positions, because the last token is not read."""
     out = generate(*gpt, np.array([[5, 6]]), max_new_tokens=63)
     assert np.isfinite(out.log_probs).all()
 

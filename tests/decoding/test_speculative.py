@@ -124,7 +124,8 @@ def test_the_draws_of_a_row_do_not_depend_on_the_other_rows():
     np.testing.assert_array_equal(alone.generation.tokens[0], together.generation.tokens[1])
 
 
-def test_bad_input():
+def test_errors_name_the_bad_input():
+    """Errors name the invalid argument, or the draft parameter that is not finite."""
     models = models_of("gpt", "lstm")
     run = functools.partial(speculative_generate, prompts=PROMPTS, max_new_tokens=4)
     with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):

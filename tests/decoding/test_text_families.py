@@ -129,6 +129,7 @@ def test_beams_of_prompts_with_different_lengths_that_fit_only_without_padding()
 
 
 def test_positions_that_a_draft_model_needs() -> None:
+    """A draft model needs ``max_positions`` for each prompt with its new tokens and proposals."""
     (model, params), draft = pair("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
     draft_pair = (draft, initial_params(draft))
     texts, config = ["a" * 34, "b"], GenerationConfig(max_length=40)

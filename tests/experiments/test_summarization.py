@@ -124,6 +124,7 @@ def test_long_sources_are_truncated_and_counted() -> None:
 
 
 def test_first_sentence() -> None:
+    """A sentence ends at a line end after punctuation, or at an empty line; white space is stripped."""
     assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
     assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
 

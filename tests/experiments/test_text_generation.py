@@ -210,7 +210,7 @@ def test_a_nonempty_output_directory_is_rejected(finished_run, capsys):
 def test_an_invalid_mesh_is_rejected(tmp_path, capsys):
     for mesh, message in (
         ("data=3", "mesh data=3 needs 3 devices, there are 8"),
-        ("date=8", "mesh axis 'date' is named by no rule, so it would split nothing: did you mean 'data'"),
+        ("date=8", "mesh axis 'date' has no rule, so it splits no array: did you mean 'data'"),
         ("data", "cannot read 'data' in mesh 'data'"),
     ):
         assert message in error_line(capsys, *TINY, "--mesh", mesh, "--output", tmp_path / "run")
@@ -348,7 +348,7 @@ def test_every_preset_builds_a_model():
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Replace ``text_generation.run``. Return a dict with the experiment it received and the signal that ends it."""
+    """Replace ``text_generation.run``. Return a dict of the experiment that it gets and the signal that ends it."""
     record = {"interrupted": None}
 
     def run(experiment, resume=None):

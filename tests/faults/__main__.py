@@ -28,7 +28,7 @@ from tests.faults.mistakes import mistakes
 
 
 def processes(directory: Path) -> Iterator[Fault]:
-    """Run the tests of ``test_processes_faults.py`` in a process of their own; each test is one fault."""
+    """Run the tests of ``test_processes_faults.py`` in a separate process; each test is one fault."""
     results, module = directory / "results.xml", Path(__file__).parent / "test_processes_faults.py"
     options = ["-n", "0", "-m", "thorough", "-p", "no:cacheprovider", f"--junitxml={results}"]
     subprocess.run([sys.executable, "-m", "pytest", *options, str(module)], check=False)

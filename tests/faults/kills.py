@@ -1,4 +1,5 @@
-"""Kill training runs at random times and resume them until they end. The results must be those without kills."""
+"""Kill training runs at random times and resume them until they end. The results must equal those of a run without
+kills."""
 
 from __future__ import annotations
 

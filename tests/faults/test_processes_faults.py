@@ -62,10 +62,11 @@ FAULTS = {
     "error": (fail, 1, 10, "failed: OSError: the disk is gone"),
     "exit status": (lambda: sys.exit("prog: no file x"), 1, 10, "failed with status 1: prog: no file x"),
     "second SIGTERM": (
-        lambda: send_twice(signal.SIGTERM, signal.SIGTERM), 1, 13, "got SIGTERM as a second signal, and saved nothing",
+        lambda: send_twice(signal.SIGTERM, signal.SIGTERM), 1, 13,
+        "got SIGTERM as a second signal, so nothing was saved",
     ),
     "second SIGINT": (
-        lambda: send_twice(signal.SIGINT, signal.SIGINT), 1, 13, "got SIGINT as a second signal, and saved nothing",
+        lambda: send_twice(signal.SIGINT, signal.SIGINT), 1, 13, "got SIGINT as a second signal, so nothing was saved",
     ),
     "SIGKILL": (lambda: send(signal.SIGKILL), None, LOST_AFTER + 6, LOST),
     "SIGSTOP": (lambda: send(signal.SIGSTOP), None, LOST_AFTER + 6, LOST),

@@ -35,7 +35,7 @@ def fail_if_work_starts(directories: Directories) -> Iterator[None]:
 
 
 def _groups() -> Iterator[Any]:
-    """A command and a mark for each group of rows with both in common."""
+    """Yield the command and the mark of each group of rows that have the same command and the same mark."""
     for command, mark in sorted({(mistake.command.split()[0], mistake.mark) for mistake in MISTAKES}):
         marks = [getattr(pytest.mark, mark)] if mark else []
         yield pytest.param(command, mark, id=f"{command}-{mark}" if mark else command, marks=marks)
@@ -162,6 +162,7 @@ def test_an_unwritable_directory_is_reported_before_the_data_are_read(
 
 
 def test_every_checked_setting_exists() -> None:
+    """Every setting that ``checks`` names is a field of an experiment."""
     modules = [importlib.import_module(f"experiments.{name}") for name in EXPERIMENTS]
     names = {name.rpartition(".")[2] for module in modules for name, _ in _fields(module.Experiment())}
     assert set(checks.MINIMUMS) <= names

@@ -43,7 +43,8 @@ ORDER = np.stack([np.random.default_rng(row).permutation(T) for row in range(B)]
 TARGETS = np.argsort(ORDER, axis=1)[:, -P:].astype(np.int32)
 """A factorization order and its last positions, for XLNet's query stream.
 
-The first positions are not targets, because a query without visible tokens differs from transformers (see docs).
+The first positions are not targets, because a query without visible tokens differs from transformers
+(docs/families/index.md).
 """
 
 TABLES = {table.model_type: table for name in FAMILIES for table in formats.of(name)}

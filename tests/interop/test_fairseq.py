@@ -130,6 +130,10 @@ def test_errors_name_the_bad_weights() -> None:
     missing = {name: x for name, x in weights.items() if "layers.1.fc1.bias" not in name}
     with pytest.raises(ValueError, match=r"layer\.1\.intermediate\.dense\.bias: missing, expected \(20,\)"):
         roberta_from_fairseq(missing, num_heads=H)
+    for name in ("out_proj.weight", "out_proj.bias"):
+        missing = {key: x for key, x in weights.items() if not key.endswith(f"mnli.{name}")}
+        with pytest.raises(ValueError, match=rf"{name}.* missing"):
+            roberta_from_fairseq(missing, num_heads=H, head="mnli")
     untied = {**weights, "encoder.lm_head.weight": np.zeros((V, D), np.float32)}
     with pytest.raises(ValueError, match="untied weights are not supported"):
         roberta_from_fairseq(untied, num_heads=H)

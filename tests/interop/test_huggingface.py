@@ -335,6 +335,7 @@ def test_missing_fields_have_defaults_and_unknown_fields_are_ignored(directory: 
 
 
 def test_contents_of_a_saved_config(tmp_path: Path) -> None:
+    """``config.json`` has exactly the fields of GPT-2, and the permissions of the weights."""
     model = get_model("gpt2-tiny", activation="gelu", mlp_dim=48, attention_dropout=0.25)
     save_pretrained(tmp_path, model, zeros(model))
     assert json.loads((tmp_path / "config.json").read_text()) == {
@@ -367,6 +368,7 @@ def test_contents_of_a_saved_config(tmp_path: Path) -> None:
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
+    """No shard exceeds the limit, the index is correct, and the shards load as the same model."""
     model, params = load_pretrained(GOLDENS / "tied")
     save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

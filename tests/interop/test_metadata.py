@@ -452,7 +452,7 @@ def test_a_multilingual_t5_keeps_another_mlp_than_its_default(model_type: str, t
     assert loaded.config.mlp == "relu"
 
 
-def test_heads_of_files_without_a_prefix_are_refused_without_advice(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_t5_class_does_not_propose_its_base_model(tmp_path: Path) -> None:
     directory = save_model(tmp_path, get_model("t5-tiny"))
     edit(directory, architectures=["T5ForQuestionAnswering"])
     for overrides in ({}, {"task": "none"}):
@@ -516,6 +516,7 @@ def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
 
 
 def test_defaults_of_metadata() -> None:
+    """A new ``Metadata`` is empty, and ``HEADS`` lists the parameters of all heads."""
     assert Metadata() == Metadata(None, {}, {}, None, (), ())
     assert set(HEADS.values()) == {"classifier", "token_classifier", "span"}
 

@@ -7,7 +7,7 @@ import pytest
 import jaxlm
 from jaxlm.testing.helpers import apply, initial_params
 
-SELF = {
+SELF_ATTENTION_IS_CAUSAL = {
     "gpt2-tiny": True, "llama-tiny": True, "bert-tiny": False, "roberta-tiny": False, "transformer-xl-tiny": True,
     "xlnet-tiny": None,
 }  # fmt: skip
@@ -18,7 +18,7 @@ def tokens_of(model, batch, length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(5, model.config.vocab_size, (batch, length)))
 
 
-@pytest.mark.parametrize("name", SELF)
+@pytest.mark.parametrize("name", SELF_ATTENTION_IS_CAUSAL)
 def test_weights_sum_to_one_and_are_zero_where_masked(name):
     model = jaxlm.get_model(name)
     params = initial_params(model)
@@ -35,7 +35,7 @@ def test_weights_sum_to_one_and_are_zero_where_masked(name):
         np.testing.assert_allclose(weights_BHTS[0].sum(-1), 1.0, rtol=1e-5)
         np.testing.assert_allclose(weights_BHTS[1, :, :4].sum(-1), 1.0, rtol=1e-5)
         assert not weights_BHTS[1, :, :4, S - 3 :].any()
-        if SELF[name]:
+        if SELF_ATTENTION_IS_CAUSAL[name]:
             assert not weights_BHTS[0][:, np.triu(np.ones((T, T), bool), 1)].any()
 
 
@@ -85,6 +85,7 @@ def test_recording_does_not_change_later_calls():
 
 
 def test_weights_with_a_state():
+    """The keys include the tokens or slots of the state."""
     model = jaxlm.get_model("transformer-xl-tiny", embed_dim=256, num_heads=4, memory_length=160)
     params, tokens = initial_params(model), tokens_of(model, 1, 160)
     _, state = apply(model, params, tokens, state=model.init_state(1, 160))

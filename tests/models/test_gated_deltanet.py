@@ -158,6 +158,7 @@ def read_pattern(**fields):
 
 
 def test_patterns_in_files():
+    """``full_attention_interval`` and ``layer_types`` give the pattern of the mixers."""
     three_to_one = (*["delta_rule"] * 3, "attention")
     assert read_pattern() == three_to_one  # the default of 48 layers
     assert read_pattern(num_hidden_layers=3) == ("delta_rule",)
@@ -170,6 +171,8 @@ def test_patterns_in_files():
 
 
 def test_experts_in_files():
+    """The fields of Qwen3-Next say which layers have experts, and how many."""
+
     def read(**fields):
         result = formats.of("gated_deltanet")[-1].read_fields({"num_hidden_layers": 2, **fields})
         names = ("num_experts", "expert_interval", "dense_layers", "shared_expert_dim")

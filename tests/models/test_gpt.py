@@ -52,7 +52,8 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
-def test_labelling_heads(name, task, outputs):
+def test_outputs_of_classification_and_span_heads(name, task, outputs):
+    """Each task has the right number of outputs, and a classifier reads the last real token."""
     model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
     params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 8)
     segments = np.ones_like(tokens)

@@ -99,6 +99,7 @@ def test_logits_are_bounded_and_padded_rows_have_no_probability():
 
 
 def test_untied_head_and_no_head():
+    """An untied head is a parameter; ``task="none"`` has no head and no logits."""
     assert "head" in tiny_model("griffin", tie_embeddings=False).specs
     model, params, tokens = setup(task="none", tie_embeddings=False)
     assert "head" not in model.specs

@@ -62,7 +62,7 @@ def jaxlm_logits(model: Any, params: Any, length: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("prompt", "stop"), [(2, WINDOW - 1), (5, WINDOW - 1), (WINDOW, 30)])
 def test_cached_decoding_equals_torch(models: Any, prompt: int, stop: int) -> None:
-    """Within the window from any prompt, and far beyond the window after a prompt that fills torch's cache."""
+    """Texts within the window after any prompt, and texts far beyond it after a prompt that fills torch's cache."""
     torch_model, model, params = models
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     state = model.init_state(2, 1)

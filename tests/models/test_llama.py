@@ -145,7 +145,7 @@ def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
 
 @pytest.mark.parametrize("fields", [{"experts_implementation": "blocks"}, {"capacity_factor": 4.0}])
 def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
-    """With the implementations that the contract test does not choose for its small model."""
+    """Test the two implementations that the contract test does not choose for its small model."""
     model = tiny_model("mixtral-tiny", **fields)
     params, tokens = add_noise(initial_params(model)), random_tokens(model, 1, 14)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0]], np.int32)
@@ -191,7 +191,8 @@ def test_only_differences_of_positions_matter():
 
 
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
-def test_labelling_heads(task, outputs):
+def test_outputs_of_classification_and_span_heads(task, outputs):
+    """Each task has the right number of outputs, and a classifier reads the last real token."""
     model, params, tokens = setup(task=task, num_labels=3)
     segments = np.ones_like(tokens)
     segments[0, 8:] = 0
@@ -296,7 +297,7 @@ def test_files_round_trip(name, tmp_path):
 
 
 def test_files_have_one_tensor_for_each_expert(tmp_path):
-    """In both layouts of layers. The tensors of a layer and an expert are the transposed matrices."""
+    """The tensors of a layer and an expert are the transposed matrices, in both layer layouts."""
     model = tiny_model("mixtral-tiny")
     params = add_noise(initial_params(model))
     save_pretrained(tmp_path, model, params)
@@ -321,6 +322,7 @@ def read_experts(**fields):
 
 
 def test_experts_in_files():
+    """The fields of Qwen3-MoE say which layers have experts, and how many. Wrong fields are errors."""
     assert read_experts() == (128, 1, ())
     assert read_experts(num_experts=8, decoder_sparse_step=2, mlp_only_layers=[1]) == (8, 2, (1,))
     for dense in ({"num_experts": 0}, {"mlp_only_layers": [3, 2, 1, 0]}, {"decoder_sparse_step": 5}):
@@ -411,6 +413,7 @@ def read_window(**fields):
 
 
 def test_windows_in_files():
+    """Qwen2 and Mistral have different fields and defaults for the window."""
     assert read_window(**QWEN2, max_window_layers=0) == 3
     assert read_window(**QWEN2) is None  # by default, only layers from 28 on have a window
     assert read_window(**{**QWEN2, "use_sliding_window": False}, max_window_layers=0) is None

@@ -185,7 +185,7 @@ def test_the_residual_stream_is_float32_by_default():
 
 @pytest.mark.thorough
 def test_layers_of_one_kind_can_be_stacked():
-    """Blocks with an MLP and with a mixer, with attention, or with both and multipliers."""
+    """Each block has an MLP, and a Mamba-2 mixer, attention, or both with multipliers."""
     tokens = random_tokens(tiny_model("bamba-tiny"), 2, 9)
     for name, mixer in (("bamba-tiny", "mamba2"), ("bamba-tiny", "attention"), ("falcon-h1-tiny", "parallel")):
         model = tiny_model(name, pattern=(mixer,))

@@ -38,6 +38,7 @@ def outputs_of(model, params, tokens, key):
 
 
 def test_layer_widths(name):
+    """The last layer has the width of the embedding only if the head is tied."""
     gates = {"lstm": 4, "gru": 3}[name]
     shapes = {
         path: spec["weight_input"].shape

@@ -216,7 +216,7 @@ def test_unused_tensors_of_the_first_block_are_ignored(tmp_path):
         ({"a_low_rank_dim": "5"}, {}, "a_low_rank_dim='5' is not of type int"),
         ({"decay_low_rank_dim": 7}, {}, r"blocks.0.att.w1"),
         ({"num_hidden_layers": 1}, {}, r"blocks.1"),
-        # Tensors of other models of the authors, such as RWKV-7 with DeepEmbed.
+        # Other models of the authors have these tensors, for example RWKV-7 with DeepEmbed.
         ({}, {"blocks.0.ffn.s_emb.weight": np.ones((128, 32), np.float32)}, r"blocks.0.ffn.s_emb.weight"),
         ({}, {"blocks.1.att.x_r": np.ones((1, 1, 31), np.float32)}, r"blocks.1.att.x_r"),
     ],

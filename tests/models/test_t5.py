@@ -169,6 +169,7 @@ def test_initial_scores_and_logits_have_variance_1(form):
 
 
 def test_an_encoder_without_decoder():
+    """It has only encoder parameters, encodes as the full model does, and refuses to decode."""
     model, params = small()
     encoder_config = dataclasses.replace(model.config, num_decoder_layers=0, task="none")
     assert set(t5.specs(encoder_config)) == {"token_embedding", "encoder"}

@@ -202,5 +202,5 @@ def test_fields_of_hugging_face_configs():
     for cfg in (Config(), Config(cutoffs=(), clamp_length=None), Config(tie_projections=False)):
         assert dataclasses.replace(cfg, **read(write(cfg))) == cfg
     for tie_projs in ([True, True], [False, True, False]):
-        with pytest.raises(ValueError, match="the first must be false and the others equal"):
+        with pytest.raises(ValueError, match="the first entry must be false, and all other entries must be equal"):
             read({"tie_projs": tie_projs})

@@ -58,7 +58,7 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
         permuted.append(output.last_hidden_state.detach().numpy())
         memory = output.mems
 
-    # Left to right: a position is added after each segment for its last query, and removed from the memory.
+    # Left to right: one position is added after each segment, for the query of its last token. The memory omits it.
     model.transformer.bi_data = False
     model.transformer.reuse_len = None
     model.transformer.mem_len = 0

@@ -67,8 +67,8 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
 def test_the_chunked_form_equals_torch(pair: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers reads 3 chunks of 8 tokens, and then single tokens.
 
-    In transformers 4.57.6, its chunked form calls a tensor where ``.reshape`` is missing, and one shape has the width
-    of all chunks instead of one chunk. Both are corrected here.
+    The chunked form of transformers 4.57.6 has two errors, which this test corrects: it calls a tensor where
+    ``.reshape`` is missing, and one shape has the width of all chunks instead of one chunk.
     """
     import torch
     from transformers.models.xlstm import modeling_xlstm

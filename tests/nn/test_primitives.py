@@ -26,7 +26,7 @@ def draw(*shape):
     ("rows", "inputs", "shape"), [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4))]
 )
 def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, rows, inputs, shape):
-    """With and without an incomplete last block; the gradients continue through the functions before and after it."""
+    """The last block may be incomplete. Functions before and after the layer make all gradients nonuniform."""
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 
@@ -167,6 +167,7 @@ def test_the_gradients_of_unembed_equal_those_of_the_matmul():
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])
 def test_activations_at_one(name, at_one):
+    """Each activation has the right value at 1. An unknown name is an error."""
     assert float(activation(name)(jnp.float32(1.0))) == pytest.approx(at_one, abs=1e-6)
     with pytest.raises(ValueError, match="no activation is called 'swush'"):
         activation("swush")

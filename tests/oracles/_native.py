@@ -30,7 +30,7 @@ def parameters(model: Model, seed: int) -> dict[str, Any]:
         if path.endswith("variance"):
             array = rng.uniform(0.5, 1.5, array.shape)
         elif path != "token_embedding" or getattr(model.config, "embedding", "learned") == "learned":
-            # Scale by the number of inputs: with large activations, the loss would have only rounding errors.
+            # Scale the noise by the number of inputs: large activations would increase the rounding errors of the loss.
             scale = min(0.25, np.prod(array.shape[:-1]) ** -0.5)
             array = array + scale * rng.standard_normal(array.shape)
         tensors[path] = torch.tensor(array.astype(np.float32), requires_grad=True)

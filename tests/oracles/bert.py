@@ -65,7 +65,7 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     tokens = torch.randint(3, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     types = torch.randint(config.type_vocab_size, (B, T))
     inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
-    if config.model_type == "bert":  # RoBERTa computes them from the padding
+    if config.model_type == "bert":  # RoBERTa computes the positions from the padding
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
 
     labels, targets, weights = _labels(name, config, mask)

@@ -54,7 +54,7 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     declare_tied_head(model)
     model.save_pretrained(directory)
 
-    B, T = 3, min(getattr(config, "max_position_embeddings", 24), 24)  # Mamba-2 has no longest text
+    B, T = 3, min(getattr(config, "max_position_embeddings", 24), 24)  # Mamba-2 has no maximum length
     mask = torch.ones(B, T, dtype=torch.long)
     if padding is not None:
         for row, pads in enumerate((0, 4, 2)):

@@ -36,7 +36,7 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
     ),
     "headless": ("xLSTMModel", {**_WIDE, "num_heads": 1, "gate_soft_cap": None}, None),
 }
-_OWN: dict[str, tuple[dict[str, Any], str]] = {  # config fields, segments
+_EQUATION_CASES: dict[str, tuple[dict[str, Any], str]] = {  # config fields, segments
     "slstm": ({"pattern": ("slstm", "mlstm"), "embed_dim": 12, "mlp_dim": 10, "num_heads": 3}, "packed"),
     "slstm_wide": ({"pattern": ("slstm",), "conv_width": 3, "logits_soft_cap": None}, "left"),
 }
@@ -46,7 +46,7 @@ LIVE = ("wide", "caps", "headless", "slstm_wide")
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     """Write the files of a random model, and return its results for random texts."""
-    if case in _OWN:
+    if case in _EQUATION_CASES:
         return _equations(case, directory)
     import transformers
 
@@ -60,10 +60,10 @@ def _equations(case: str, directory: Path) -> dict[str, np.ndarray]:
 
     from jaxlm import get_model
 
-    fields, segments = _OWN[case]
+    fields, segments = _EQUATION_CASES[case]
     fields = {"vocab_size": 31, "num_layers": 2, "key_dim": 12, "value_dim": 24, **fields}
     model = get_model("xlstm-tiny", **fields)
-    seed = 10 + list(_OWN).index(case)
+    seed = 10 + list(_EQUATION_CASES).index(case)
     tensors = _native.parameters(model, seed)
     tokens = np.random.default_rng(seed).integers(0, 31, (3, 18)).astype(np.int32)
     ids = _native.padding(segments, tokens.shape)

@@ -52,6 +52,7 @@ ANSWERS = {
 @pytest.mark.parametrize("name", sorted(synthetic.FORMAL_LANGUAGES))
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_answers_of_formal_languages(name, length):
+    """Targets, their positions and their weights follow from the symbols of each row."""
     language = synthetic.FORMAL_LANGUAGES[name]
     batch = synthetic.formal_language(name, rng(), 40, length, padded_length=12)
     real = (batch.segment_ids > 0).sum(axis=1)
@@ -82,6 +83,7 @@ def test_multiplication_tables_are_groups(group, order):
 
 
 def test_products_of_word_problems():
+    """Each target is the product of the group elements up to its position."""
     batch = synthetic.word_problem("S5", rng(), 5, 8)
     permutations = list(itertools.permutations(range(5)))
     for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
@@ -94,6 +96,7 @@ def test_products_of_word_problems():
 
 
 def test_word_problems_with_some_elements():
+    """``elements`` limits the tokens, for example to the transpositions of S5."""
     assert np.array_equal(np.bincount(synthetic.moved_points("S5")), [1, 0, 10, 20, 45, 44])
     assert np.array_equal(np.bincount(synthetic.moved_points("A5")), [1, 0, 0, 20, 15, 24])
     swaps = np.flatnonzero(synthetic.moved_points("S5") == 2)
@@ -104,6 +107,7 @@ def test_word_problems_with_some_elements():
 
 
 def test_copying_and_induction():
+    """Copying asks for the first half of a row, induction for the token after the first marker."""
     batch = synthetic.copying(rng(), 6, 10, vocab_size=9)
     assert batch.tokens.shape == (6, 20)
     assert set(batch.tokens[:, 10]) == {8}

@@ -181,6 +181,7 @@ def test_few_shapes_are_compiled() -> None:
 
 
 def test_generation_options() -> None:
+    """Stop strings, sampling options and beams of a request have the meaning of the harness."""
     text_requests = requests("gpt2-tiny")
     (full_text,) = text_requests.generate([("a man", {"max_new_tokens": 8})])
     stop = next(character for character in full_text if character != full_text[0])
@@ -206,7 +207,7 @@ def test_generation_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported, generation options are until, max_gen"),
+        ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported: choose from until, max_gen"),
         ({"max_gen_toks": 3, "max_tokens": 3}, "max_gen_toks and max_tokens have the same meaning: set one of them"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True and temperature=0.0 contradict each other"),
         ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no space for the context, because the model reads max_length"),

@@ -230,6 +230,7 @@ def test_an_optimizer_state_without_another_layout_is_rejected(tmp_path, monkeyp
 
 
 def test_metrics_and_plot_of_a_run(tmp_path, complete_run):
+    """The metrics have the logged steps and the result of the run, and can be drawn."""
     directory = tmp_path.parent / "complete_run"
     records = read_metrics(directory / "metrics.jsonl")
     steps, losses = metric_curve(records, "loss")
@@ -359,6 +360,7 @@ def with_zero_weights(batch):
 
 
 def test_bits_per_character():
+    """Bits per character are bits per token times tokens per character."""
     assert bits_per_character(np.log(2.0), 100, 100) == pytest.approx(1.0)
     assert bits_per_character(np.log(2.0), 100, 400) == pytest.approx(0.25)
 

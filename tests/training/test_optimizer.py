@@ -287,7 +287,7 @@ def test_layer_rates_equal_those_of_beit():
 
 
 def test_layer_decay_multiplies_the_whole_update():
-    """Including weight decay, for stacked and per-layer parameters."""
+    """The factor also applies to weight decay, for stacked and per-layer parameters."""
     model = tiny_model("bert", scan_layers=True)
     params, gradients = params_and_gradients(model)
     config = OptimizerConfig("sgd", **{**PLAIN, "weight_decay": 0.1}, beta1=0.0)

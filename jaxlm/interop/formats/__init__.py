@@ -3,8 +3,8 @@
 The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
 such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
 (``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. A module may have a tuple
-``UNPUBLISHED_FIELDS`` with the config fields that no published format has. jaxlm's own names are also written if one of
-them does not have its default value.
+``UNPUBLISHED_FIELDS`` with the config fields that no published format has. ``save_pretrained`` also writes jaxlm's own
+names if one of these fields does not have its default value.
 """
 
 from __future__ import annotations

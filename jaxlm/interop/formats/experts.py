@@ -13,7 +13,7 @@ HF_NAME_OF_FIELD = {
     "experts_per_token": "num_experts_per_tok",
     "renormalize_experts": "norm_topk_prob",
 }
-"""``Format.hf_name_of_field`` of the fields that need no computation."""
+"""``Format.hf_name_of_field`` of the fields that are copied without a computation."""
 
 SWIGLU = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """Name of a SwiGLU matrix -> its name in files."""
@@ -32,13 +32,14 @@ LAYOUTS: dict[str, Layout] = {f"layers/experts/{name}/weight": TRANSPOSED for na
 
 
 def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
-    """The fields ``num_experts``, ``expert_interval`` and ``dense_layers``.
+    """The jaxlm config fields ``num_experts``, ``expert_interval`` and ``dense_layers``, from ``config.json``.
 
-    If all layers have MLPs, ``num_experts`` is None, and the other fields of experts have their defaults.
+    If all layers have MLPs, ``num_experts`` is None, and all fields about experts have their default values.
 
     Args:
         config: the contents of ``config.json``.
-        num_experts: used if ``config`` has no such field.
+        num_layers: the number of layers.
+        num_experts: the number of experts if ``config`` does not have the field.
     """
     experts = integer(config, "num_experts", num_experts)
     interval = integer(config, "decoder_sparse_step", 1)

@@ -34,12 +34,12 @@ class Format:
 
     Attributes:
         architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
-            ``task``. A model is saved with the first class whose fields have the values of the model. Other classes
-            are not supported.
+            ``task``. A model is saved with the first class whose fields have the values of the model. Classes that are
+            not listed are not supported.
         model_type: ``model_type`` in ``config.json``.
         prefix: the name prefix of all tensors of the base model, in files of classes with a head.
-        hf_name_of_field: jaxlm config field -> HF config field. Both have the same value, except for the fields in
-            ``values``.
+        hf_name_of_field: jaxlm config field -> HF config field. The two fields have the same value, except for the
+            fields in ``values``.
         default_fields: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set
             it (through ``hf_name_of_field``). The entries that are not in ``hf_name_of_field`` also select the format
             for saving: the first format of the family for which these entries equal the fields of the model.
@@ -55,13 +55,13 @@ class Format:
         required: HF config field -> the only value that the family supports. A missing field has this value.
         not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
-            the field is also present with the same value, because transformers derives other values from the field
-            before it applies the alias.
+            the field is also present with the same value. The reason: transformers derives other values from the
+            field before it applies the alias.
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
         unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.
-        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, if the HF tensor has another
-            shape.
+        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert. A missing path means that the HF
+            tensor has the axes of the parameter.
         tied_tensors: name of an additional tensor (without ``prefix``) that a file may contain -> path of the jaxlm
             parameter that must be equal to the tensor.
         renamed: suffix of a tensor name in old files -> suffix of the current name.

@@ -13,7 +13,7 @@ from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config, Mixer
 
 UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Config fields that no Hugging Face format has. A model in which one of them differs from its default is saved with
+"""Config fields that no Hugging Face format has. A model in which such a field differs from its default is saved with
 jaxlm's own names."""
 
 _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
@@ -141,7 +141,7 @@ _QWEN3_NEXT = Format(
 )
 
 FORMATS = (
-    # The class for question answering has another prefix than the other classes.
+    # In the class for question answering, tensor names have the prefix ``transformer.`` instead of ``model.``.
     dataclasses.replace(
         _QWEN3_NEXT, architectures={"Qwen3NextForQuestionAnswering": {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**_QWEN3_NEXT.default_fields, "task": "span_qa"},

@@ -111,7 +111,7 @@ def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...] | None:
 
 
 def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[Any] | None:
-    """A list with one entry per layer from ``config.json``; None if it is missing or null."""
+    """The first ``num_layers`` entries of a list in ``config.json``; None if the list is missing or null."""
     values = config.get(name)
     if values is not None and (not isinstance(values, list) or len(values) < num_layers):
         raise ValueError(f"{name}={values!r} must be a list with one entry for each of {num_layers} layers")
@@ -154,7 +154,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     window = integer(config, "sliding_window", 4096) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5: one object for each type of layer
+    if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5 has one object for each type of layer
         local = {**(rope.get("sliding_attention") or {})}
         base = local.pop("rope_theta", base)
         if local.get("rope_type", "default") != "default":
@@ -424,7 +424,7 @@ _GEMMA3 = dataclasses.replace(
 
 
 def _span_qa(table: Format, architecture: str) -> Format:
-    """The format of a question-answering class. Its base model has another prefix than in the other classes."""
+    """The format of a question-answering class, whose tensor names have the prefix ``transformer.``, not ``model.``."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**table.default_fields, "task": "span_qa"},
@@ -445,7 +445,7 @@ FORMATS = (
     _span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
     _SMOLLM3,
     _GEMMA3,
-    dataclasses.replace(  # tensors of the base class have no prefix
+    dataclasses.replace(  # in files of the base class, tensor names have no prefix
         _GEMMA3,
         architectures={"Gemma3TextModel": {"task": "none"}},
         prefix="",

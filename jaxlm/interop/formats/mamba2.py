@@ -25,7 +25,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     heads, head_dim = config.get("num_heads", 128), config.get("head_dim", 64)
     width = config.get("expand", 2) * config.get("hidden_size", 4096)
     if type(heads) is not int or heads * head_dim != width:
-        raise ValueError(f"num_heads={heads!r} with head_dim={head_dim} must equal expand * hidden_size = {width}")
+        raise ValueError(f"num_heads={heads!r} times head_dim={head_dim} must equal expand * hidden_size = {width}")
     limit = config.get("time_step_limit", [0.0, math.inf])
     if not isinstance(limit, list) or len(limit) != 2:
         raise ValueError(f"time_step_limit={limit!r} must be a list of two numbers")
@@ -54,7 +54,7 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of heads of attention and their width."""
+    """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
     heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
     width = integer(config, "hidden_size", 4096)
     head_dim = integer(config, "head_dim", width // heads)
@@ -66,7 +66,7 @@ def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _head_dim(config: Mapping[str, Any], width: int) -> int:
-    """The width of a head of a mixer of this ``width``, from ``mamba_n_heads`` and ``mamba_d_head``."""
+    """The head width of a mixer with total width ``width``, from ``mamba_n_heads`` and ``mamba_d_head``."""
     heads, head_dim = integer(config, "mamba_n_heads", 128), config.get("mamba_d_head", "auto")
     if head_dim == "auto":
         head_dim = width // heads if heads else 0
@@ -107,16 +107,16 @@ _MULTIPLIER_LISTS = {"ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipl
 
 
 def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
-    """The multipliers; None if all are 1."""
+    """The field ``multipliers``, from ``config.json``; None if all multipliers are 1."""
     names_of = {**{hf_name: (name,) for name, hf_name in _MULTIPLIERS.items()}, **_MULTIPLIER_LISTS}
     fields: dict[str, float] = {}
     for hf_name, names in names_of.items():
         value = config.get(hf_name)
         if value is None and (hf_name not in config or hf_name not in _NOT_NULL):
-            continue  # 1
+            continue  # the multiplier is 1
         numbers = value if hf_name in _MULTIPLIER_LISTS else [value]
         if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-            raise ValueError(f"{hf_name}={value!r} must be a number, or, for {', '.join(_MULTIPLIER_LISTS)}, a list")
+            raise ValueError(f"{hf_name}={value!r} must be a number; {', '.join(_MULTIPLIER_LISTS)} are lists")
         if len(numbers) != len(names):
             raise ValueError(f"{hf_name}={value!r} must have {len(names)} numbers")
         fields.update(zip(names, map(float, numbers), strict=True))
@@ -153,7 +153,10 @@ def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
 
 
 def _mixer_tensors(module: str) -> dict[str, str]:
-    """The tensors of a mixer. in_proj has z, x, B, C and dt in this order; conv1d has x, B and C."""
+    """``{jaxlm path: HF tensor name}`` of a mixer.
+
+    The rows of ``in_proj`` are z, x, B, C and dt in this order; the channels of ``conv1d`` are x, B and C.
+    """
     prefix = f"layers.{{layer}}.{module}."
     return {
         **{f"layers/mixer/{x}/{kind}": f"{prefix}in_proj.{kind}" for kind in _KINDS for x in ("zx", "BC", "dt")},
@@ -188,7 +191,7 @@ _HYBRID_TENSORS = {
     },
     "final_norm/scale": "final_layernorm.weight",
 }
-"""``tensors`` of the hybrids with attention."""
+"""``Format.tensors`` of Bamba and Falcon-H1."""
 _HYBRID_LAYOUTS = {
     **_MIXER_LAYOUTS,
     **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
@@ -196,7 +199,7 @@ _HYBRID_LAYOUTS = {
     "layers/attention/output/weight": ((2,), (0, 1)),
     **{f"layers/mlp/{name}/weight": TRANSPOSED for name in experts.SWIGLU},
 }
-"""``layouts`` of the hybrids with attention."""
+"""``Format.layouts`` of Bamba and Falcon-H1."""
 _HYBRID_FIELDS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -215,7 +218,7 @@ _HYBRID_FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
     "init_stddev": "initializer_range",
 }
-"""``hf_name_of_field`` of the hybrids with attention."""
+"""``Format.hf_name_of_field`` that Bamba and Falcon-H1 share."""
 _HYBRID_DEFAULTS = {
     "vocab_size": 128000,
     "embed_dim": 4096,
@@ -228,7 +231,7 @@ _HYBRID_DEFAULTS = {
     "tie_embeddings": False,
     "negative_eigenvalues": False,
 }
-"""``default_fields`` of the hybrids with attention."""
+"""``Format.default_fields`` that Bamba and Falcon-H1 share."""
 
 _FALCON_H1 = Format(
     architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},

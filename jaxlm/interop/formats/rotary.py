@@ -23,12 +23,12 @@ _SCALING = {
 def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, Any]:
     """The fields ``rotary_base``, ``rotary_fraction`` and ``rotary_scaling`` of jaxlm's config.
 
-    They are read from ``rope_parameters`` (transformers 5) or ``rope_scaling``. Fields that this object does not set
-    are not in the result.
+    The fields are read from the JSON object ``rope_parameters`` (transformers 5) or ``rope_scaling``. Fields that this
+    object does not set are not in the result.
 
     Args:
         fraction: the fraction of the entries of a head that the family rotates; None: the family has the config field
-            ``rotary_fraction``.
+            ``rotary_fraction``, so any fraction is allowed.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -50,7 +50,7 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             raise ValueError(f"{name} has {', '.join(unused)}, but no rope_type that uses them")
         return fields
     if kind == "dynamic":
-        hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read it
+        hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read this field
     if kind not in get_args(Kind):
         raise ValueError(
             f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"

@@ -74,7 +74,7 @@ FORMATS = (
             "layers/channel_mix/shift/key": _VECTOR,
             **{f"layers/channel_mix/{name}/weight": TRANSPOSED for name in ("key", "value")},
         },
-        # Some files of the authors have weights of a value residual in the first block, which are not used.
+        # Some files of the authors have value-residual weights in the first block. These weights are not used.
         ignored=(r"blocks\.0\.att\.v[012]",),
     ),
 )

@@ -33,7 +33,8 @@ def _layout(path: str) -> Layout:
     return ((2,), (0, 1)) if "/output/" in path else ((1, 2), (0,))
 
 
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # lm_head: if tied
+# Files may contain these copies of the token embedding; ``lm_head`` is a copy only if the head is tied.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 _TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
 
 _MLPS: dict[str, tuple[str, str, bool]] = {
@@ -72,7 +73,7 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
                 "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
-        # transformers 5 writes tie_word_embeddings=True for all models, and this field for a separate head.
+        # transformers 5 writes tie_word_embeddings=True for all models. This field is False if the head is separate.
         scale_outputs = config.get("scale_decoder_outputs")
         if isinstance(scale_outputs, bool):
             fields["tie_embeddings"] = scale_outputs
@@ -91,7 +92,7 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 def _format(model_type: str, prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
-    """A format. ``mlp`` is the value of the field of this name if ``feed_forward_proj`` is missing."""
+    """The format of a ``model_type``. ``mlp`` is the config field ``mlp`` if ``feed_forward_proj`` is missing."""
     return Format(
         architectures={
             f"{prefix}ForConditionalGeneration": {"task": "seq2seq"},
@@ -120,7 +121,7 @@ def _format(model_type: str, prefix: str, default_fields: dict[str, Any], *, mlp
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors=dict.fromkeys(_COPIES, "token_embedding"),
         layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
-        # An unused embedding in files of v1.0.
+        # Files of v1.0 contain this unused embedding.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )  # fmt: skip
 

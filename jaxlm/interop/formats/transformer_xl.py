@@ -24,7 +24,9 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
         raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
     if tied[0] or len(set(tied[1:])) > 1:
-        raise ValueError(f"tie_projs={tied} is not supported: the first must be false and the others equal")
+        raise ValueError(
+            f"tie_projs={tied} is not supported: the first entry must be false, and all other entries must be equal"
+        )
     fields["tie_projections"] = all(tied[1:])
     return fields
 

@@ -13,7 +13,7 @@ UNPUBLISHED_FIELDS = ("pattern",)
 """Models with sLSTM layers are saved with jaxlm's own names."""
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
-"""HF field -> HF field with the same meaning. Both must have the same value, because transformers reads both."""
+"""HF field -> HF field with the same meaning. transformers reads both fields, so their values must be equal."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         "num_blocks": cfg.num_layers,
         "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
         "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
-        # The width of the MLP depends on both fields, so both are written: a loaded config may have other values.
+        # The MLP width depends on these two fields. Both are written, because a loaded config may have other values.
         "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
         "ffn_round_up_to_multiple_of": cfg.mlp_dim,
     }

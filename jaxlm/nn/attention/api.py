@@ -37,26 +37,26 @@ def attention(
     """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype.
 
     The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
-    probabilities. The dropout mask of an entry depends only on the random key and on the indices of the entry, so that
-    all implementations drop the same entries.
+    probabilities. Whether an entry is dropped depends only on the random key and on the indices of the entry, so
+    ``reference`` and ``blockwise`` drop the same entries.
 
     Args:
-        k_BSGK, v_BSGK: arrays, or the view of a cache (``jaxlm.nn.attention.cache``). G divides H. G = H is multi-head
+        k_BSGK, v_BSGK: arrays, or views of a cache (``jaxlm.nn.attention.cache``). G divides H. G = H is multi-head
             attention, G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query
             head h reads key head ``h // (H / G)``.
         scale: default ``1 / sqrt(K)``.
-        bias: added to the scaled scores. One or several attention biases (``jaxlm.nn.attention.bias``,
-            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile; or a dense array
-            [1 or B, 1 or H, T, S], which only ``reference`` supports.
-        dropout: dropout rate; used only with a ``key``.
+        bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], which only ``reference``
+            supports, or one or several attention biases (``jaxlm.nn.attention.bias``,
+            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile.
+        dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. The choices are
 
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.
             - ``decode``: for few queries; reads only the filled part of a cache; no dropout.
-            - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``.
-            - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports biases and
-              ``Mask.query_order``; at most 4096 keys, no dropout.
+            - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh axis over tokens.
+            - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
+              and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh axis over tokens.
             - ``cudnn``: NVIDIA GPUs, half precision; head widths that are multiples of 8 up to 128; no biases, no
               dropout, no ``Mask.query_order``, no segments, no mesh axis over tokens.
 
@@ -122,7 +122,8 @@ def _choose(
     q_BTHK: jax.Array, keys: int, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...], key: jax.Array | None,
     implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
-    """The implementation to run: the given one, or the fastest that supports the arguments."""
+    """The implementation to run: the given one, or the fastest known one if it is None; ``reference`` while attention
+    weights are recorded."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
             f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"

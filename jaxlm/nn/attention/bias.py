@@ -5,7 +5,7 @@ attention calls the function for one tile of the scores at a time, and also comp
 bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
-table, P positions.
+table, P = R + E columns of a strip.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Tile(NamedTuple):
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
         """The array [R, E] that has ``x[i, first[i] + s]`` in row i, in the column of key s.
 
-        Row i is an index within the tile, but s is an index among all S keys. The indices must be in range.
+        Row i is an index within the tile, but s is an index among all S keys. Each ``first[i] + s`` must be a column of
+        ``x``.
         """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
@@ -105,7 +106,8 @@ class KernelBiasFn(BiasFn, Protocol):
     """A bias function that TPU kernels support: it gathers only with ``Tile.gather_shifted``, never single entries."""
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        """A function and arrays for an input that is padded at the end by ``queries`` queries and ``keys`` keys.
+        """The bias function and the arrays for an input that is padded at the end by ``queries`` queries and ``keys``
+        keys.
 
         The bias of the padding may have any value.
         """

@@ -1,11 +1,14 @@
 """Attention in blocks of queries: O(T) memory, scores are recomputed in the backward pass (after Dao et al. 2022).
 
 For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. For a
-causal mask by index, the range is known at trace time: it ends at the diagonal and, with a window, starts at the window
-of the first query. For other masks over many keys, the range is computed at run time from the integers of the mask, and
-rounded up to one of a few lengths. The forward pass saves only the output and the log-sum-exp of each row.
+causal mask by index (without ``query_order``), the range is known at trace time: it ends at the last query of the
+block's section (:data:`MAX_SECTIONS`) and, with a window, starts at the window of the section's first query. For a mask
+with ``query_order`` or segments, if there are many keys and one head is computed at a time, the range is instead
+computed at run time from the integers of the mask, and its length is rounded up to one of a few lengths. In all other
+cases, the range contains all keys. In addition to the inputs, the forward pass saves only the output and the
+log-sum-exp of each row.
 
-Shapes as in ``jaxlm.nn.attention.api``; R rows of a block, E keys of a block.
+Shapes as in ``jaxlm.nn.attention.api``; V width of values, R rows of a block, E keys of a block.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ LONG_SEQUENCE = 4096
 MAX_SECTIONS = 8
 """Maximum number of sections into which the queries are split for a causal mask by index. A section reads the keys up
 to its own end and computes its blocks in a loop. The number is limited because each section is compiled separately, and
-because a CPU runs several sections at the same time."""
+because a CPU runs several sections at the same time, each with its own temporaries."""
 ALIGN = 128
 """The start and the end of a range of keys are multiples of this number."""
 MIN_KEYS_FOR_RANGES = 1024
@@ -58,7 +61,7 @@ class _Static(ScoreConfig):
     dropout: float
     sequential: bool
     shared: tuple[bool, ...]
-    """For each bias, whether all rows of the batch share it and are computed together (not ``sequential``)."""
+    """For each bias, whether all rows of the batch share it. False if ``sequential``."""
 
 
 def attention(
@@ -182,11 +185,13 @@ def _all_bias_gradients(
 def _loop_over_blocks(
     static: _Static, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
 ) -> Any:
-    """The final carry of ``carry = visit(carry, tile)``: one tile for each block of queries, with its visible keys."""
+    """The final carry of a loop ``carry = visit(carry, tile)``, with one tile for each block of queries and its visible
+    keys."""
     order, _, segments, _ = integers[0]
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
     is_causal_by_index = static.causal and order is None
-    # Only if one head is computed at a time: several heads may need different keys, and vmap would run all branches.
+    # The range is computed only if one head is computed at a time. Several heads may need different keys, and vmap
+    # would run all branches.
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
     )
@@ -305,7 +310,7 @@ def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | Non
     """The output [B, T, H, V] of attention.
 
     Args:
-        floats: q [B, T, H, K], k and v [B, S, G, K], and for each bias its arrays [1 or B, 1 or H, ...].
+        floats: q [B, T, H, K], k [B, S, G, K], v [B, S, G, V], and for each bias its arrays [1 or B, 1 or H, ...].
     """
     return _forward(static, floats, integers, key)[0]
 
@@ -382,21 +387,23 @@ _HEAD_AXES = (2, 2, 2, 1)
 
 
 def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
-    """A tree of ``function(leaf of each tree, axis of heads)``; an entry of ``axes`` may be for a whole subtree."""
+    """A tree of ``function(leaf of each tree, axis of heads)``. One entry of ``axes`` may apply to a whole subtree."""
     if isinstance(axes, int):
         return jax.tree.map(lambda *x: function(*x, axes), *trees)
     return tuple(_map_with_axes(function, *subtrees, axes=axis) for *subtrees, axis in zip(*trees, axes, strict=True))
 
 
 def _select_head(index: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
-    """The arrays and the integers of head ``index`` of all B * H heads. Only these slices are copied."""
+    """The arrays and the integers of one head: ``index`` counts the B * H heads of all rows. Only these slices are
+    copied."""
     row = index // heads
     head_floats = _map_with_axes(lambda x, axis: _read_head(x, index, heads, axis), floats, axes=axes)
     return head_floats, jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
 
 
 def _head_start(x: jax.Array, index: Any, heads: int, axis: int) -> list[Any]:
-    """The start indices of head ``index`` of all B * H heads, in an array [1 or B, ...] with 1, G or H heads."""
+    """The start indices of the slice of one head in an array [1 or B, ...] with 1, G or H heads; ``index`` as in
+    :func:`_select_head`."""
     starts = [index // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
     starts[axis] = index % heads // (heads // x.shape[axis])
     return starts

@@ -18,10 +18,10 @@ from jaxlm.sharding import gather_sharding
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
-    """The bucket of each ``key position - query position``, [2 * max_distance + 1] int32, from ``-max_distance`` on.
+    """The bucket of each distance ``key position - query position`` from ``-max_distance`` to ``max_distance``, int32.
 
-    It is computed on the host, in float32 as in the published code, so that the boundaries of the buckets do not depend
-    on the rounding of a device.
+    The buckets are computed on the host, in float32 as in the published code, so that their boundaries do not depend on
+    the rounding of a device.
 
     Args:
         buckets: N, the number of buckets.
@@ -60,7 +60,7 @@ def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: boo
 
     Row n is the bias for ``query position - key position = max_distance - n``.
 
-    This is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with
+    The result is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with
     ``max_distance=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))

@@ -196,7 +196,8 @@ def with_window(context: Context, window: int, state: State | None) -> Context:
 def make_context(
     tokens_BT: jax.Array, state: State | None, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with these tokens, but without their keys and values.
+    """The :class:`Context` of new tokens, and the state with their segment ids and positions, but without their keys
+    and values.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.

@@ -17,7 +17,7 @@ MAX_HEAD_WIDTH = 128
 
 
 def unsupported_reason(mask: Mask, dtype: DTypeLike, head_width: int, bias: Any, key: jax.Array | None) -> str | None:
-    """Why cuDNN does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_width % 8 or head_width > MAX_HEAD_WIDTH:
@@ -40,7 +40,8 @@ def attention(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``implementation="xla"`` computes the same on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``implementation="xla"`` gives the same result on all
+    devices."""
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, scale=scale, is_causal=mask.causal, local_window_size=window,

@@ -1,11 +1,11 @@
 """Attention of a few queries over a cache. The cost depends on the filled part of the cache instead of its size.
 
 Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
-is a branch of a ``lax.switch``. On CPU and TPU, one matmul computes all heads, ``k [E, G*K] @ q [G*K, T*H]``. Its query
-matrix is block diagonal, with zeros for the keys of other heads. This needs more arithmetic, but one matmul per head
+is a branch of a ``lax.switch``. On CPU and TPU, one matmul computes all heads, ``k [E, G*K] @ q [G*K, T*H]``. The
+matrix q is block diagonal, with zeros for the keys of other heads. This needs more arithmetic, but one matmul per head
 would first copy the cache into another layout.
 
-Shapes as in ``jaxlm.nn.attention.api``; E slots that are read.
+Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxlm.nn.attention.mask import Mask, keep, softmax
 
 
 def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | None:
-    """Why ``decode`` does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why ``decode`` does not support the arguments, as a part of an error message; None if it supports them."""
     if bias is not None:
         return "takes no dense bias"
     return None if key is None else "has no dropout"

@@ -58,7 +58,7 @@ def distance_bias(
         query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start
             at the same position, ``keys - queries`` if they end at the same position.
         q_BTHK: the vectors that are multiplied with the vectors of the table: q + v in the module docstring.
-        scale: factor of these products; not used for numbers.
+        scale: factor of these products; not used if ``q_BTHK`` is None.
     """
     # Row 0 of the padded table is not used for any score, but ``Tile.shifted_product`` needs it. Row 1 is for the
     # largest distance, from the last query to the first key.

@@ -77,7 +77,7 @@ def make_context(
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with the segment ids of these tokens.
 
-    ``hidden`` of the returned state is not updated yet. The caller does this with :func:`append` or
+    ``hidden`` of the returned state is not updated yet. The caller updates it with :func:`append` or
     :func:`append_layers`.
 
     Args:

@@ -45,7 +45,7 @@ _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 def unsupported_reason(
     queries: int, keys: int, biases: tuple[AttentionBias, ...], dense_bias: Any, dropout_key: Any
 ) -> str | None:
-    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
     if dense_bias is not None:
         return "takes no dense bias"
     if dropout_key is not None:
@@ -250,7 +250,8 @@ def _backward_kernel(
 
 
 class _Layout(NamedTuple):
-    """How arrays are split into blocks on a grid (key heads, rows, query heads of a key head, blocks of queries)."""
+    """How arrays are split into blocks. The grid is (key heads, rows of the batch, query heads of a key head, blocks of
+    queries)."""
 
     R: int
     grid: tuple[int, int, int, int]

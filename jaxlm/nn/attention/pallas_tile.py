@@ -26,7 +26,7 @@ SUBLANE_BITS, LANE_BITS = 3, 7
 
 
 class Block(Tile):
-    """A tile in VMEM. It stores the integers of queries as a column and those of keys as a row."""
+    """A tile in VMEM. Its methods get integers of queries as a column and integers of keys as a row."""
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         shape = self.rows, self.columns
@@ -157,7 +157,8 @@ def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
 
 
 def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of q and of the strip. Rows are reversed, because ``roll`` can only increase the shift per row."""
+    """The gradients of q and of the strip. Rows are reversed, because ``roll`` can only increase the shift from row to
+    row."""
     q_RK, strip_KP = saved
     R, dtype = q_RK.shape[0], q_RK.dtype
     dproduct_RP = _rotate_progressively(
@@ -176,7 +177,8 @@ def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
 
 
 def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
-    """The sums along the diagonals. Groups of SUBLANES rows are aligned and added, then the rows of the total."""
+    """The sums along the diagonals. First, groups of SUBLANES rows are aligned and added. Then the rows of this sum are
+    aligned and added."""
     from jax.experimental.pallas import tpu as pltpu
 
     padded_RP = _append_zero_columns(dout_RE, R)

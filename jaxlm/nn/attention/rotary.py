@@ -80,8 +80,8 @@ def rotary_frequencies(
         base: base of the geometric series of frequencies (``rope_theta``).
         max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
             compute the base in each call from the longest row, so cached keys and later queries may have different
-            bases. The result is the same for sequences of length ``max_positions``; if ``max_positions`` is at most
-            ``original_positions``, also for shorter sequences.
+            bases. The frequencies equal those of other libraries for sequences of length ``max_positions``; if
+            ``max_positions`` is at most ``original_positions``, also for shorter sequences.
 
     Raises:
         ValueError: an odd width, or a width below 4 with dynamic scaling.
@@ -108,7 +108,8 @@ def rotary_frequencies(
 
 
 def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
-    """The weight of each pair's original frequency, [P]: 1 for fast pairs, 0 for slow pairs, linear between them."""
+    """The weight of each pair's original frequency, [P]: 1 for fast pairs, 0 for slow pairs, and a linear ramp between
+    them. With linear scaling, all weights are 0."""
     if scaling.kind == "linear":
         return np.zeros_like(frequencies)
     assert scaling.original_positions is not None
@@ -126,7 +127,7 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    # The difference is negative if all pairs make fewer than beta_slow turns, or all make more than beta_fast turns.
+    # ``last - first`` is negative if all pairs make fewer than beta_slow turns, or all make more than beta_fast turns.
     # Then all weights are equal, as in transformers.
     return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
@@ -153,7 +154,8 @@ def rotary_angles(
     scaling: RotaryScaling | None = None,
     max_positions: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angle of each pair at each position, times the magnitude; both are [B, T, P] float32.
+    """Cosine and sine of the angle of each pair at each position, times the factor of :func:`rotary_frequencies`; both
+    are [B, T, P] float32.
 
     All layers use the same angles. Arguments and errors: see :func:`rotary_frequencies`.
     """

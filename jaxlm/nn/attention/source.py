@@ -18,10 +18,10 @@ SourceKV = Callable[[Any], tuple[Any, Any]]
 
 
 def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
-    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...]: one row per source.
+    """``x`` [B, T, ...] reshaped to [N, B / N * T, ...], where ``sources`` is N: one row per source.
 
-    Row r of ``x`` has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. With the
-    new shape, attention reads the keys of a source once for all rows of the source.
+    Row b of ``x`` has source ``b // (B / N)``. In beam search, the rows of a source are its hypotheses. With the new
+    shape, attention reads the keys of a source once for all rows of the source.
     """
     return x.reshape(sources, -1, *x.shape[2:])
 

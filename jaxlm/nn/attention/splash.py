@@ -29,7 +29,7 @@ _PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token ha
 
 
 def unsupported_reason(mask: Mask, bias: Any, key: jax.Array | None) -> str | None:
-    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
     if bias is not None:
         return "takes no bias"
     if key is not None:
@@ -50,7 +50,7 @@ def attention(
 ) -> jax.Array:
     """Attention as in ``jaxlm.nn.attention.attention``. ``interpret``: use Pallas's interpreter, on any device."""
     if math.frexp(scale)[0] == 0.5:
-        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; fused with the projection
+        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; XLA fuses it with the projection
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
     run = functools.partial(_device_attention, mask.causal, mask.window, interpret)

@@ -12,7 +12,7 @@ from jaxlm import sharding
 
 
 def unsupported_reason() -> str | None:
-    """Why kernels do not support the active mesh, as the end of a sentence; None if they support it."""
+    """Why kernels do not support the active mesh, as a part of an error message; None if they support it."""
     active = sharding.active()
     if active is not None and active.named_sharding(("seq",)).spec[0] is not None:
         return "does not split queries over devices: use a mesh without a sequence axis"

@@ -1,9 +1,9 @@
 """The queries of XLNet's two streams: their masks and positions (Yang et al. 2019, section 2.3).
 
-The content stream has a query at each token. The query stream has a query at each position to predict; it does not
-attend to the token of its own position. Both streams attend to the same keys, the memory and the tokens. Each position
-has an integer, its order: the content stream attends to positions of the same or a lower order, the query stream only
-to positions of a lower order.
+The content stream has a query at each token. The query stream has a query at each position to predict. Such a query
+does not attend to the token of its own position. Both streams attend to the same keys: the memory and the tokens. Each
+position has an integer, its order. The content stream attends to positions of the same or a lower order, and the query
+stream only to positions of a lower order.
 
 Shapes: B batch, T tokens, P positions of the query stream, M memory slots, S = M + T keys.
 """
@@ -108,8 +108,8 @@ def make_streams(
         Args:
             select: a function that gets an array with one entry per token and returns the entries of the queries.
             offset: position of a query minus position of its token.
-            order_BT: the highest order that each query may attend to; None: its index if the mask is causal, else no
-                limit.
+            order_BT: the highest order that each query may attend to. None: the index of the query if the mask is
+                causal, otherwise no limit.
         """
         mask = Mask(
             causal=is_causal,

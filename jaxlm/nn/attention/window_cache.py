@@ -7,7 +7,7 @@ all layers share:
     num_tokens      [B] number of tokens that each row has read, without padding
     document_start  [B] number of these tokens that are before the current document
 
-Every array has an axis ``batch``, which beam search, state resets and shardings need.
+Every array has an axis with the name ``batch``; beam search, state resets and shardings find the axis by this name.
 
 Shapes: B batch, W window and number of slots, T new tokens, S = W + T keys, G heads, K head width.
 """

@@ -54,10 +54,10 @@ def depthwise_convolution(
 
     Args:
         segment_ids: [B, T]; an output reads only its own segment; inputs of other segments count as zeros.
-        implementation: ``reference`` (``lax.conv_general_dilated``, which does not support segments), ``shifts`` (for
-            each tap, the whole input is shifted and multiplied, and the products are summed in one pass; its custom
-            gradient saves only the input), or None for the fastest known: ``shifts`` on a CPU and for segments,
-            ``reference`` otherwise.
+        implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
+            shifts and multiplies the whole input for each tap, and sums the products in one pass; its custom gradient
+            saves the input, but not the products. None chooses the fastest known: ``shifts`` on a CPU and for segments,
+            otherwise ``reference``.
 
     Raises:
         ValueError: weights that do not match the input, an input that is shorter than one window, segments for
@@ -112,8 +112,8 @@ def causal_depthwise_convolution(
 class _Taps:
     """The taps of each output.
 
-    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. Its segment id is that of
-    input ``t + segment_offset``.
+    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. The segment id of output
+    t is that of input ``t + segment_offset``.
     """
 
     offsets: tuple[int, ...]
@@ -151,10 +151,11 @@ _shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
 
 
 def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segment: Sequence[Any]) -> jax.Array:
-    """For each tap, the sum over rows and time of its inputs times the output gradients, [K, C] float32.
+    """The gradient of the weights: for each tap, the sum over rows and time of inputs times output gradients, [K, C]
+    float32.
 
-    On a CPU it is summed over blocks of time, because one sum per tap over the whole input would read the input once
-    per tap. The steps at both ends that do not fill a block are summed without blocks.
+    On a CPU, the gradient is summed over blocks of time, because one sum per tap over the whole input would read the
+    input once per tap. The steps at both ends that do not fill a block are summed without blocks.
     """
     min_offset, max_offset = min(taps.offsets), max(taps.offsets)
     begin = min(max(0, -min_offset), taps.count)

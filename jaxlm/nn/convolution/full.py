@@ -42,9 +42,9 @@ def convolution(
     See ``jaxlm.nn.convolution.window.windows`` for the options. With ``segment_ids`` [B, T], an output reads only its
     own segment; inputs of other segments count as zeros.
 
-    The windows are gathered into one array and multiplied with the weights in one matmul. On a CPU this is as fast as
-    ``lax.conv``, gradients included, for 3 to 7 taps of 64 to 512 channels, and 3 to 7 times faster for a single step.
-    Windows can also be masked at segment boundaries, which ``lax.conv`` does not support.
+    The windows are gathered into one array and multiplied with the weights in one matmul. On a CPU, for 3 to 7 taps and
+    64 to 512 channels, this is as fast as ``lax.conv``, gradients included. For a single step, it is 3 to 7 times
+    faster. Windows can also be masked at segment boundaries, which ``lax.conv`` does not support.
     """
 
     def convolve(params: Params, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

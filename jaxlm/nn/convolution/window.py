@@ -2,9 +2,10 @@
 
 A causal window must contain the last real tokens of its own document and must skip padding, wherever the padding is.
 So :func:`move_padding_last` moves the padding of each row to the row's end before the first layer, and
-:func:`restore_order` restores the original order after the last layer. Between the two, the real tokens of a row are
-adjacent, within a call and across calls. A change of the segment id is a document boundary. Each layer passes its last
-real inputs, the tail, from one call to the next. A text that is read in this way is called a stream.
+:func:`restore_order` restores the original order after the last layer. Between these two functions, the real tokens of
+a row are adjacent, within a call of the model and across calls. A change of the segment id is a document boundary. Each
+layer passes its last real inputs, the tail, from one call to the next. A text that is read in several calls is called a
+stream.
 
 Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model.
 """

@@ -69,8 +69,8 @@ def mixture_of_experts(
         renormalize: whether the weights of a token sum to 1; otherwise, they are its router probabilities.
         keep_BT: False at padding tokens. Their output is not defined, and the statistics ignore them. None: no padding.
         capacity_factor: in each row, an expert accepts at most this multiple of the mean number of tokens per expert
-            (``jaxlm.nn.experts.capacity``). It drops the other tokens that selected it: it adds 0 to them. None: no
-            limit.
+            (``jaxlm.nn.experts.capacity``). The expert drops the other tokens that selected it, so it adds 0 to their
+            outputs. None: no limit.
         implementation: how experts without a capacity are computed. None selects the fastest known. The choices are
 
             - ``reference``: the plain definition; every expert processes every token.
@@ -78,7 +78,8 @@ def mixture_of_experts(
             - ``blocks``: tokens sorted by expert, and a loop over blocks of tokens that have the same expert.
 
     Raises:
-        ValueError: an argument is out of range, or both ``capacity_factor`` and ``implementation`` are given.
+        ValueError: an argument is out of range or unknown, or ``capacity_factor`` and ``implementation`` are both
+            given.
     """
     num_experts = params["router"]["weight"].shape[1]
     if not 1 <= num_selected <= num_experts:

@@ -28,8 +28,8 @@ def with_capacity(
 
     In each row, an expert accepts at most ``factor * (tokens of the row) * N / E`` tokens, rounded up. Earlier tokens
     have priority, so the result for a token depends on the number of later tokens, but not on their values. An expert
-    that did not accept a token adds 0 to its output. If no expert accepts a token, its output is 0, and only the
-    residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
+    that did not accept a token adds 0 to the token's output. If no expert accepts a token, its output is 0, and only
+    the residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
     limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56

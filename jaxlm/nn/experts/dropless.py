@@ -1,6 +1,7 @@
 """Mixture of experts in which each expert processes all tokens that selected it, without a limit (Gale et al. 2023).
 
-The assignments of tokens to experts are sorted by expert. Then one grouped matmul computes the matmuls of all experts.
+The assignments of tokens to experts are sorted by expert. Then each of the projections gate, up and down is one grouped
+matmul for all experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
 A = B * T * N assignments, M blocks, S rows of a block, P slots (rows of all blocks), C input and D output width of a
@@ -37,7 +38,8 @@ def dropless(
     """The weighted sum of the selected experts' outputs for each token, [B, T, D]; not defined at padding.
 
     On a mesh, each device sorts its tokens. If mesh axes split the experts or their hidden width, the devices along
-    these axes get the same tokens. Each applies its part of the experts to them, and the results are summed.
+    these axes get the same tokens. Each device applies its part of the experts to these tokens, and the results are
+    summed.
     """
     num_experts = weights["gate"].shape[0]
     experts_BTN = routing.experts
@@ -98,7 +100,7 @@ _MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
 
 @jax.custom_vjp
 def _block_matmul(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
-    """``x[n] @ w[expert[n]]`` for each of M blocks. The gradient of ``w`` is summed in place, block by block."""
+    """``x[m] @ w[expert[m]]`` for each of M blocks. The gradient of ``w`` is summed in place, block by block."""
     return _multiply_blocks(x_MSC, w_ECD, expert_M)
 
 

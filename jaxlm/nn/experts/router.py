@@ -30,7 +30,8 @@ class Routing(NamedTuple):
 
 
 def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: bool) -> Routing:
-    """The ``num_selected`` experts with the highest probabilities of each token, computed in float32.
+    """The :class:`Routing` of each token to the ``num_selected`` experts with the highest probabilities, computed in
+    float32.
 
     Args:
         params: ``weight`` [D, E].

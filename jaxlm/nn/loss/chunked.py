@@ -32,7 +32,7 @@ def chunked_cross_entropy(
     ``jaxlm.nn.choices.max_logits``). A chunk has at least one time step, even if one step has more logits. Under
     differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only multiplies
     them by the cotangent of the loss. Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads;
-    not in ``weights``. Positions whose weight is not positive are ignored.
+    not in ``weights``. Positions with weight 0 are ignored; weights may be negative.
 
     Returns:
         A float32 scalar, in nats.
@@ -109,7 +109,7 @@ def _chunked_loss(
     def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         hidden, targets, weights = chunk
         losses = cross_entropy(head(params, hidden), targets, label_smoothing)
-        return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
+        return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
 
     C = _chunk_length(head, max_chunk_logits, params, hidden)
     return jax.lax.scan(add_chunk, jnp.zeros(()), tuple(_split_time(x, C) for x in (hidden, targets, weights)))[0]

@@ -51,8 +51,9 @@ def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The weighted loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
-    # Otherwise a hidden state that is not finite at a position of weight 0 would make the gradients NaN.
-    hidden = jnp.where(weights[..., None] > 0, hidden, jnp.zeros_like(hidden))
+    # Set the hidden states at positions of weight 0 to zeros: a value there that is not finite would make the gradients
+    # NaN.
+    hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))
     logits, head_vjp = jax.vjp(head, params, hidden)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
     return loss, *head_vjp(dlogits.astype(logits.dtype))
@@ -67,7 +68,7 @@ def _loss_and_gradient(
     total = jnp.sum(exp, axis=-1, keepdims=True)
     losses = (max_logit + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
     # A position with weight 0 is ignored, even if its target is invalid or its hidden state is not finite.
-    is_weighted = weights > 0
+    is_weighted = weights != 0
     loss = jnp.sum(jnp.where(is_weighted, losses * weights, 0.0))
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     if label_smoothing == 0.0:

@@ -21,7 +21,7 @@ from jaxlm.spec import Params
 def selected_cross_entropy(
     head: Head, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is nonzero.
+    """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is not 0.
 
     Positions with nonzero weight are sorted first, and a loop computes the loss of one block of these positions at a
     time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must
@@ -39,7 +39,7 @@ def selected_cross_entropy(
 def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
         hidden, targets, weights = block
-        return total + jnp.sum(jnp.where(weights > 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
+        return total + jnp.sum(jnp.where(weights != 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
 
     return _fold_weighted_blocks(head, params, (hidden, targets, weights), add_block, 0.0)[0]
 
@@ -49,8 +49,8 @@ def _fold_weighted_blocks(
 ) -> tuple[Any, jax.Array]:
     """Run a loop over blocks of R positions with nonzero weight.
 
-    Each iteration computes ``carry = body(carry, index of the block's first position, block)``. The arrays of a block
-    are [B', R / B', ...], where B' is the number of devices over which the batch is split.
+    Each iteration computes ``carry = body(carry, index of the block's first position in the sorted order, block)``. The
+    arrays of a block are [B', R / B', ...], where B' is the number of devices over which the batch is split.
 
     Args:
         position_arrays: hidden states, targets and weights, [B, T, ...] each.
@@ -63,7 +63,7 @@ def _fold_weighted_blocks(
     N = len(targets)
     V = jax.eval_shape(head, params, hidden[None]).shape[-1]
     R, shards = choices.loss_block_rows(N, V), sharding.num_shards(("batch",))
-    is_weighted = weights > 0
+    is_weighted = weights != 0
     order = jnp.argsort(~is_weighted, stable=True)
     # The last block is padded with copies of position 0 that have weight 0.
     padded_order = jnp.pad(order, (0, -N % R))

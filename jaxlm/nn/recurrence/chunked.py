@@ -47,15 +47,16 @@ class Cell(NamedTuple):
     """The functions of a recurrent cell, for arrays of one step [B, ...] or of a chunk [B, C, ...]."""
 
     products: tuple[int, ...]
-    """The number of gates in each matmul of a state with hidden weights. ``weight_hidden`` has one part per matmul."""
+    """The number of gates in each matmul of a state with hidden weights. ``weight_hidden`` is split into one part per
+    matmul."""
     gates: Callable[[Weights, Projected, jax.Array], Residuals]
     """``gates(weights, projected, hidden)``: the gates of a step or of all steps of a chunk."""
     advance: Callable[[Residuals, State], State]
     """``advance(gates, before)``: the state after the step."""
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
-    gradient of its products [B, G, H], and, for some cells, more arrays that ``dprojected`` needs. Each gate is an
-    array [B, H]."""
+    gradient of the products of the state with the hidden weights [B, G, H], and, for some cells, more arrays that
+    ``dprojected`` needs. Each gate is an array [B, H]."""
     dprojected: Callable[..., jax.Array]
     """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs, from all results of ``backward``
     except the first."""
@@ -78,7 +79,8 @@ def layer(
 
     Args:
         first: the initial state.
-        masks: True where the state is reset to zeros before the token, and True at real tokens, [B, T, 1] each.
+        masks: two masks [B, T, 1]. The first is True where the state is reset to zeros before the token, the second at
+            real tokens. None: no resets and no padding.
         chunk: number of steps of a chunk; the last chunk may be shorter.
         reverse: read from the last token to the first.
         remat: recompute the gates in the backward pass instead of storing them.
@@ -107,7 +109,8 @@ def _forward(
     weights = _split_hidden(cell, weights)
 
     def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
-        """The state after the step, and the arrays to store: the output and the residuals (old cell and gates)."""
+        """The state after the step, and the arrays to store: the output and the residuals (the cell before the step,
+        and gates)."""
         before = _reset(mask, state)
         gates = cell.gates(weights, projected, before[0])
         after = _restore_at_padding(mask, cell.advance(gates, before), before)
@@ -133,7 +136,7 @@ def _forward(
     def first_step() -> Any:
         return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
 
-    _, examples = jax.eval_shape(first_step)  # computes no values, so a count of the operations does not include this
+    _, examples = jax.eval_shape(first_step)  # adds no operations to the program
     # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in examples[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
@@ -161,7 +164,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         return dbefore, tuple(x.astype(dtype) for x in stored)
 
     def run_chunk(begin: Any, steps: int, carry: Any) -> Any:
-        start = begin if reverse else T - begin - steps  # the forward pass in reverse order
+        start = begin if reverse else T - begin - steps  # the order of the forward pass, reversed
         dstate, dx_BTD, dweight_sums = carry
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, start, steps, 1)
         hidden_BCH = _hidden_before(hidden_BTH, first[0], masks, start, steps, reverse)
@@ -383,7 +386,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
         copy: whether to transpose the weights once in advance.
     """
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
-        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before it contracts two axes
+        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before a contraction of two axes
 
         def multiply(dtotal: jax.Array) -> jax.Array:
             dtotal_NX = dtotal.reshape(-1, weight_DX.shape[1])
@@ -450,7 +453,8 @@ def _write_at(array: jax.Array, x: jax.Array, index: Any, axis: int) -> jax.Arra
 
 
 def _zeros(x: jax.ShapeDtypeStruct, steps: int, axis: int) -> jax.Array:
-    """Zeros for one ``x`` per step, with the sharding of ``x``."""
+    """An array of zeros for storing one ``x`` per step, with the sharding of ``x``. ``axis``: the position of the time
+    axis."""
     zeros = jnp.expand_dims(jnp.zeros_like(x), axis)
     return jnp.broadcast_to(zeros, (*x.shape[:axis], steps, *x.shape[axis:]))
 

@@ -24,7 +24,7 @@ from jaxlm.nn.recurrence.cells import (
     project,
     project_time_major,
 )
-from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
+from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Params, State
 
@@ -69,7 +69,7 @@ def lstm(
     _check(params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
         return cudnn.lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
-    masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
 
 
@@ -113,7 +113,7 @@ def gru(
     _check(params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
         raise ValueError("implementation='cudnn' supports only an LSTM: for a GRU, choose reference or chunked")
-    masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     cell = _GRU_AFTER if "bias_hidden" in params else _GRU_BEFORE
     return _layer(cell, params, x_BTD, state, masks, reverse, implementation, remat)
 
@@ -183,7 +183,7 @@ def _layer(
         for name in ("weight_input", "weight_hidden")
     }
     params = {**params, **weights}
-    if masks is not None:  # the gradient of the weights would be NaN if an input of padding is NaN
+    if masks is not None:  # a NaN input at padding would make the gradient of the weights NaN
         x_BTD = jnp.where(masks[1][:, :, None], x_BTD, jnp.zeros_like(x_BTD))
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state

@@ -5,8 +5,8 @@ The kernel keeps the state and the gates of a step in VMEM. The matmuls that do 
 step are outside the kernel, each as one matmul over all steps: the contribution of the inputs to the gates, and the
 gradients of the weights and of the inputs.
 
-In the kernels, the last two axes of arrays are rows and widths, because a TPU stores these axes in tiles of 8 x 128.
-A second derivative of the layer is not supported.
+In the kernels, the last two axes of arrays are the rows of the batch and the hidden width, because a TPU stores the
+last two axes in tiles of 8 x 128. A second derivative of the layer is not supported.
 
 Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of a weight).
 """
@@ -29,25 +29,28 @@ from jaxlm.nn.recurrence.chunked import State, Weights
 MAX_WEIGHT_BYTES = 32 * 2**20
 """Maximum size of the hidden weights. They must fit into VMEM beside the other arrays."""
 MIN_STEPS = 8
-"""Minimum number of steps. The transpose of the weights takes longer than a few steps, for example in decoding."""
+"""Minimum number of steps. For fewer steps, such as in decoding, the transpose of the weights takes longer than the
+steps."""
 MAX_BLOCK_STEPS = 4
 """Maximum number of steps of a block."""
 MAX_BLOCK_WEIGHTS = 2**24
-"""Maximum number of bfloat16 weights that the steps of a block multiply. The steps of a block are unrolled, so more
-products mean a larger program, and larger blocks take minutes to compile. A product of float32 has about four times as
-many instructions."""
+"""Maximum of the number of bfloat16 hidden weights times the number of steps of a block. The steps of a block are
+unrolled, so larger blocks mean a larger program, which takes minutes to compile. A product of float32 has about four
+times as many instructions, so a float32 weight counts as four."""
 MAX_BLOCK_ROWS = 256
 """Maximum number of rows of a block."""
 MAX_BLOCK_ENTRIES = 128 * 1024
-"""Maximum number of entries [rows, H] of a block. VMEM has about 50 such arrays."""
+"""Maximum number of entries of an array [rows, H] of a block. About 50 such arrays are in VMEM."""
 ROW_TILE = 16
-"""If there are several blocks of rows, their number of rows is a multiple of this number (a tile of bfloat16)."""
+"""If there are several blocks of rows, the number of rows of a block is a multiple of this number (a tile of
+bfloat16)."""
 VMEM_LIMIT_BYTES = {"TPU7x": 56 * 2**20}
 """Bytes of VMEM that a kernel may use, by device kind."""
 DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
 """The limit for other devices (TPU v5e, v5p and v6e have 128 MiB)."""
 NUM_STORED = 4
-"""Number of arrays that a step stores for the backward pass. The backward pass of a step returns as many gradients."""
+"""Number of arrays that a step stores for the backward pass, without the cell of an LSTM. The backward pass of a step
+returns the same number of gradients."""
 _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 Kind = Literal["lstm", "gru"]
@@ -55,7 +58,7 @@ Kind = Literal["lstm", "gru"]
 
 
 def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
-    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them.
+    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them.
 
     Args:
         weights: the weights in the compute dtype.
@@ -98,8 +101,9 @@ class _Cell(NamedTuple):
     gates; ``bias_hidden`` is only for a GRU."""
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
     """``backward(stored, before, dafter)``: the gradient of the state before the step, without the gradient through the
-    hidden weights, and the gradients of the products. A GRU has the gradient of the input of gate n as fourth entry,
-    because this gate multiplies the product with r."""
+    hidden weights, and the gradients of the products. For a GRU, the fourth entry is the gradient of the input
+    contribution to gate n. It differs from the gradient of the product, because the reset gate r multiplies only the
+    product."""
 
 
 class _Static(NamedTuple):
@@ -121,7 +125,7 @@ def layer(
     """
     T = x_BTD.shape[1]
     num_padding = -T % _block_steps(weights["weight_hidden"])
-    if num_padding:  # after the last step, in the order of the steps
+    if num_padding:  # padding comes after the last step, in the order in which the steps run
         if masks is None:
             masks = jnp.zeros((*x_BTD.shape[:2], 1), bool), jnp.ones((*x_BTD.shape[:2], 1), bool)
         padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
@@ -168,7 +172,7 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         before_TBH = jnp.concatenate([first_1BH, hidden_TBH[:-1]])
     if mask_TB1 is not None:
         before_TBH = jnp.where((mask_TB1 & 1) == 1, jnp.zeros_like(before_TBH), before_TBH)
-    if static.kind == "gru":  # for an LSTM, the forward pass has stored the only value that is needed, the cell
+    if static.kind == "gru":  # an LSTM needs only the cell before the step, which is stored already
         stored = (*stored, before_TBH[None])
     by_time = jnp.swapaxes(doutput_BTH, 0, 1)[None], *stored
     weight_GKH = jnp.transpose(weights["weight_hidden"], (1, 2, 0))  # once, not in every step
@@ -373,7 +377,8 @@ def _call(
     static: _Static, name: Literal["forward", "backward"], by_time: Any, mask_TB1: Any, constants: Any, state: State,
     outputs: Sequence[tuple[int, Any]],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The results of a kernel for all blocks of rows and steps: a state, the sums of ``backward``, and ``outputs``.
+    """The results of a kernel for all blocks of rows and steps: a state, the sums (only for ``backward``), and
+    ``outputs``.
 
     Args:
         outputs: size of the first axis and dtype of each output [..., T, B, H].

@@ -15,8 +15,8 @@ paper also allows an exponential).
 At the first step of a document, the previous m counts as -inf, so that ``m_1 = log i_1``. All states of a new document
 are 0. As in the authors' code, ``n = 0`` identifies a new document, because n is at least 1 after each step.
 
-The loop runs in chunks. The forward pass saves its inputs and the state before each chunk. The backward pass computes
-the steps of a chunk again, and the gradient of R in one matmul per chunk.
+The implementation ``chunked`` runs the loop in chunks. Its forward pass saves the inputs and the state before each
+chunk. Its backward pass computes the steps of a chunk again, and the gradient of R in one matmul per chunk.
 
 Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q: the same width, on the
 output axis of R), C chunks, L steps of a chunk.
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
+from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
@@ -110,7 +110,7 @@ def slstm(
         raise ValueError(f"no slstm implementation {implementation!r}: choose from {choice}")
     # The time axis is not sharded, because the steps are sequential.
     projected_BTHGP = constrain(projected_BTHGP, ("batch", None, "heads", None, None))
-    masks = both_masks(reset_BT, keep_BT, (B, T))
+    masks = complete_masks(reset_BT, keep_BT, (B, T))
     if masks is not None:  # inputs at padding may be NaN
         projected_BTHGP = jnp.where(masks[1][:, :, None, None, None], projected_BTHGP, 0)
     if state is None:

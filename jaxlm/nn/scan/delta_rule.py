@@ -75,8 +75,8 @@ def gated_delta_rule(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, a power of two, for ``chunked`` only; None: a default for the platform. With a value, the
-            default implementation is not ``pallas``.
+        chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
+            ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
             matmuls compute all steps of a chunk. For the backward pass, it saves the state before each chunk and
             recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
@@ -180,9 +180,9 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset
 def _prepare(
     inputs: tuple[jax.Array, ...], state_BHKV: jax.Array | None, keep_BT: jax.Array | None
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The inputs with zeros at padding, and the first state, float32. The inputs are queries, keys, values, and others.
+    """The inputs with zeros at padding, and the state before the first step, float32.
 
-    The time axis is not sharded, because the steps are sequential.
+    The inputs are queries, keys, values, and others. The time axis is not sharded, because the steps are sequential.
     """
     arrays = [sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs]
     if keep_BT is not None:
@@ -201,7 +201,7 @@ def _scan_steps(step: Callable[..., Any], inputs: list[jax.Array], state_BHKV: j
 
 
 def _scan_chunks(run_chunk: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
-    """The outputs and the last state. ``run_chunk`` is like ``step`` of :func:`_scan_steps`, for a chunk."""
+    """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk."""
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
     # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.

@@ -27,7 +27,7 @@ from jaxlm.nn.scan.head_blocks import (
     Decays,
     chunk_decays,
     dot,
-    finite_log_decays,
+    prepare_log_decays,
     run_backward,
     run_forward,
 )
@@ -46,7 +46,7 @@ def gated_delta_rule(
         interpret: use Pallas's interpreter, on any device.
     """
     query, key, value, log_BTH, beta_BTH = inputs
-    log_BTH, reset_BT = finite_log_decays(log_BTH, reset_BT)
+    log_BTH, reset_BT = prepare_log_decays(log_BTH, reset_BT)
     return _rule((query, key, value, log_BTH, beta_BTH.astype(jnp.float32), reset_BT), state_BHKV, L, interpret)
 
 
@@ -89,12 +89,12 @@ _rule.defvjp(_rule_forward, _rule_backward)
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _exact_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The matmul of float32 matrices. ``dtype``, that of the values, sets its precision.
+def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The matmul of float32 matrices. ``dtype`` is the dtype of the values and determines the precision.
 
-    For float32, it has the precision of float32. For bfloat16, each matrix is the sum of two bfloat16 matrices, and the
-    product of the second ones is left out. The relative error is about 1e-5. This takes half the time of a matmul with
-    the precision of float32.
+    With float32, the matmul has float32 precision. With bfloat16, each matrix is split into a sum of two bfloat16
+    matrices, and the product of the two smaller summands is left out. The relative error is then about 1e-5. This takes
+    half the time of a matmul with float32 precision.
     """
     if dtype == jnp.float32:
         dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -124,14 +124,14 @@ def _inverses(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
         is_joined = (t // (2 * size) == s // (2 * size)) & (t // size != s // size)
         joined = [jnp.where(is_joined, lower, 0.0) for lower in lowers]
         if size > 1:
-            joined = [_exact_dot(below, inverse, dtype) for below, inverse in zip(joined, inverses, strict=True)]
-            joined = [_exact_dot(inverse, below, dtype) for inverse, below in zip(inverses, joined, strict=True)]
+            joined = [_accurate_dot(below, inverse, dtype) for below, inverse in zip(joined, inverses, strict=True)]
+            joined = [_accurate_dot(inverse, below, dtype) for inverse, below in zip(inverses, joined, strict=True)]
         inverses = [inverse - below for inverse, below in zip(inverses, joined, strict=True)]
     return inverses
 
 
 def _is_earlier(L: int) -> jax.Array:
-    """[L, L], whether step s (column) is before step t (row)."""
+    """Whether step s (column) is before step t (row), [L, L]."""
     t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
     return s < t
 
@@ -168,7 +168,7 @@ def _forward_kernel(
         state, prefix = carry[head], decays.prefix[:, column]
         state_in = state.astype(dtype)
         old = prefix * dot(k, state_in, (1, 0))
-        u = _exact_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
+        u = _accurate_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
         weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
         outputs.append(dot(weights, u, (1, 0)) + prefix * dot(q, state_in, (1, 0)))
         scaled_key = (k.astype(jnp.float32).T * decays.suffix_rows[column]).astype(dtype)
@@ -205,19 +205,19 @@ def _backward_kernel(
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         key_product, inverse = key_products[head], inverses[head]
         k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
-        # The values of the forward pass.
+        # Recompute the values of the forward pass.
         from_state = prefix * dot(q, state_in, (1, 0))
         old = prefix * dot(k, state_in, (1, 0))
         error = v.astype(jnp.float32) - old
-        u = _exact_dot(inverse, b * error, dtype)
+        u = _accurate_dot(inverse, b * error, dtype)
         u_in = u.astype(dtype)
         weights = dot(q, k, (1, 1)) * pairs
-        # The gradients, backward from the outputs and the state after the chunk.
+        # Compute the gradients, starting at the outputs and at the state after the chunk.
         du_of_state = suffix * dot(k, dafter_in, (1, 0))
         du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
-        dright = _exact_dot(inverse, du, dtype, (0, 0))
+        dright = _accurate_dot(inverse, du, dtype, (0, 0))
         dright_in = (b * dright).astype(dtype)
-        dA = jnp.where(is_earlier, -_exact_dot(dright, u, dtype, (1, 1)), 0.0)
+        dA = jnp.where(is_earlier, -_accurate_dot(dright, u, dtype, (1, 1)), 0.0)
         dweights = dot(dy, u_in, (1, 1))
         dscores = (dweights * pairs).astype(dtype)
         dk_pairs = (b * dA * pairs).astype(dtype)
@@ -237,18 +237,18 @@ def _backward_kernel(
         )  # fmt: skip
         # A log decay of step i is a summand of the logarithm of D(s, t) for s < i <= t.
         by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * b * key_product
-        later = _exact_dot(at_or_after, by_pair, dtype)  # [i, s]: the sum over t >= i
+        later = _accurate_dot(at_or_after, by_pair, dtype)  # [i, s]: the sum over t >= i
         of_total = total * jnp.sum(state * dafter, keepdims=True)
         dlog_pairs.append(jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total)
         dlog_prefix.append(jnp.sum(from_state * dy32 - old * (b * dright), axis=1, keepdims=True))
         dlog_suffix.append(jnp.sum(u * du_of_state, axis=1, keepdims=True))
     join = functools.partial(jnp.concatenate, axis=1)
     dquery[...], dkey[...], dvalue[...] = (join(heads).astype(dtype) for heads in (dq_heads, dk_heads, dv_heads))
-    # A prefix has the decays up to its step, and a suffix those after its step.
+    # A prefix is the product of the decays up to its step. A suffix is the product of the decays after its step.
     dlog[...] = (
         join(dlog_pairs)
-        + _exact_dot(at_or_after, join(dlog_prefix), dtype)
-        + _exact_dot(1.0 - at_or_after, join(dlog_suffix), dtype)
+        + _accurate_dot(at_or_after, join(dlog_prefix), dtype)
+        + _accurate_dot(1.0 - at_or_after, join(dlog_suffix), dtype)
     )
     dbeta[...] = join(dbeta_heads)
     dstate[...] = carry[...]

@@ -6,8 +6,8 @@ heads in VMEM from the first chunk to the last one.
 Let b_t be the sum of the log decays of a chunk up to step t. The product of the decays of steps s + 1 to t is
 ``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
 steps of its segment. Only the first segment reads the state before the chunk. Log decays below ``MIN_LOG_DECAY`` are
-set to it, so that all sums are finite. The rounding error of a sum is about 6e-8 times its magnitude. A decay of almost
-0 has a large negative logarithm, so products of later decays are less accurate.
+set to this value, so that all sums are finite. The rounding error of a sum is about 6e-8 times its magnitude. A decay
+of almost 0 has a large negative logarithm, so products of later decays are less accurate.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -28,13 +28,14 @@ from jaxlm.devices import LANES
 MIN_LOG_DECAY = -104.0
 """Smaller log decays are set to this value, whose exponential is 0 in float32."""
 MAX_HEADS = 8
-"""Maximum number of heads of a block. A block has more heads only if fewer heads do not fill whole registers."""
+"""Maximum number of heads of a block. A block has more heads only if no smaller number of heads fills whole
+registers."""
 MAX_VMEM = 15 * 2**20
 """Maximum bytes of the arrays of a block of heads in VMEM. The compiler gives a kernel 16 MiB."""
 
 
 def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why the kernels do not support the arguments, as the end of a sentence; None if they support them."""
+    """Why the kernels do not support the arguments, as a part of an error message; None if they support them."""
     if value_BTHV.dtype not in (jnp.float32, jnp.bfloat16):
         return f"supports float32 and bfloat16, not {value_BTHV.dtype}"
     if not query_BTGK.shape[0]:
@@ -45,7 +46,8 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
-            "needs widths of heads for which a block of heads fills registers of 128 lanes and its states fit into VMEM"
+            "needs a number of heads J so that J * K and J * V are multiples of 128 and the states of J heads fit "
+            "into VMEM"
         )
     return None
 
@@ -74,10 +76,10 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
 
 
 def _vmem_bytes(J: int, K: int, V: int) -> int:
-    """Bytes of the arrays of a backward kernel in VMEM for a block of J heads, at most: float32, chunks of 128 steps.
+    """Upper bound of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
 
-    Inputs and outputs have two buffers. They are four arrays of keys, three of values and three of states. The carry is
-    another array of states.
+    The inputs and outputs are four arrays of the size of the keys, three of the size of the values, and three of the
+    size of the states. Each of them has two buffers. The carry is another array of the size of the states.
     """
     return 4 * (2 * LANES * J * (4 * K + 3 * V) + 7 * J * K * V)
 
@@ -125,8 +127,8 @@ class Blocks(NamedTuple):
         """The block spec of an array of this kind.
 
         Kinds: ``keys`` [B, T, G * K], ``values`` [B, T, H * V], ``columns``, ``per head`` and ``dkeys`` [B, N, T, X],
-        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V],
-        ``one state`` [B, 1, H, K, V].
+        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V], ``one state`` [B, 1, H, K, V]. X is a
+        width that depends on the kind.
         """
         from jax.experimental import pallas as pl
 
@@ -139,7 +141,7 @@ class Blocks(NamedTuple):
             return pl.BlockSpec((None, L, J * self.V), lambda b, n, c: (b, self._chunk(c), n))
         if kind == "state":
             return pl.BlockSpec((None, J, self.K, self.V), lambda b, n, c: (b, n, 0, 0))
-        if kind == "one state":  # for every chunk, the same block
+        if kind == "one state":  # every chunk has the same block
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
         if kind == "states":
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
@@ -157,8 +159,9 @@ def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> 
     return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 
 
-def finite_log_decays(log_BTH: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The log decays, float32 and finite, and the resets as an array. Log decays at resets are set to 0."""
+def prepare_log_decays(log_BTH: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The log decays, float32 and finite, and the resets as an array (without resets: all False). Log decays at resets
+    are set to 0."""
     log_BTH = jnp.maximum(log_BTH.astype(jnp.float32), MIN_LOG_DECAY)
     if reset_BT is None:
         reset_BT = jnp.zeros_like(log_BTH[..., 0], bool)
@@ -166,14 +169,14 @@ def finite_log_decays(log_BTH: jax.Array, reset_BT: jax.Array | None) -> tuple[j
 
 
 def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
-    """The array with zeros after the last step, so that it has whole chunks."""
+    """The array with zeros appended after the last step, so that it has whole chunks of L steps."""
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
 
 
 def _per_step(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
-    """The numbers of each step that are not vectors, as columns [B, N, T, 2 * J + 1] and rows [B, N, 2 * J + 1, T].
+    """The scalars of each step, as columns [B, N, T, 2 * J + 1] and as rows [B, N, 2 * J + 1, T].
 
-    They are the sums b of each head, the scales of each head, and the number of the segment in the chunk.
+    They are the sum b of each head, the scale of each head, and the index of the step's segment in the chunk.
     """
     B, T, C, L, J = blocks.B, blocks.T, blocks.C, blocks.L, blocks.J
     b_BTNJ = jnp.cumsum(log_BTH.reshape(B, C, L, -1), axis=2).reshape(B, T, -1, J)
@@ -184,14 +187,14 @@ def _per_step(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blo
 
 
 def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
-    """The numbers of each step and head, [B, T, H], with padded time."""
+    """``x`` as an array [B, T, H], with the padding of the time axis."""
     return x_BNTJ.transpose(0, 2, 1, 3).reshape(blocks.B, blocks.T, blocks.H)
 
 
 def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
-    """The outputs of a kernel on the grid of ``blocks``, as a function of its arrays.
+    """A function that gets the input arrays of a kernel and returns its outputs on the grid of ``blocks``.
 
-    The last argument of the kernel is the carry, [J, K, V] float32, which stays from one chunk to the next one.
+    The last argument of the kernel is the carry, [J, K, V] float32. Its value is kept from one chunk to the next one.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -225,11 +228,11 @@ class Decays(NamedTuple):
 
     Attributes:
         is_read: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
-        columns, rows: b_t, [L, J] and [J, L].
-        scale, scale_rows: [L, J] and [J, L].
-        prefix: [L, J], of all steps up to and including t. 0 after a reset.
-        suffix, suffix_rows: [L, J] and [J, L], of all steps after t. 0 before a reset.
-        total: [1, J], of all steps.
+        columns, rows: the sums b_t, [L, J] and [J, L].
+        scale, scale_rows: the scales of the steps, [L, J] and [J, L].
+        prefix: [L, J], the product of the decays of all steps up to and including t; 0 after a reset.
+        suffix, suffix_rows: [L, J] and [J, L], the product of the decays of all steps after t; 0 before a reset.
+        total: [1, J], the product of the decays of all steps; 0 if the chunk has a reset.
     """
 
     is_read: jax.Array
@@ -271,7 +274,8 @@ def run_forward(
     """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``).
 
     Args:
-        kernel: its arguments are the blocks, one array for each kind of ``in_specs`` and ``out_specs``, and the carry.
+        kernel: a function. Its arguments are the blocks, one array for each entry of ``in_specs`` and ``out_specs``,
+            and the carry.
         name: the name of the kernel in the program.
         query, key, value, log_BTH, scale_BTH, reset_BT, state_BHKV, L, interpret: see
             ``matrix_state_pallas.linear_attention``. Log decays are finite.
@@ -300,11 +304,13 @@ def run_backward(
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The gradients of one device.
 
-    They are those of queries and keys, [B, T, H, K] or [B, T, N, G, K]; of the values; of b or of the log decays,
-    as the kernel returns it, [B, T, H], with the padding; of the scales; and of the first state.
+    In this order, they are the gradients of queries and of keys, [B, T, H, K], or [B, T, blocks of a group, G, K] if
+    ``is_shared``; of the values; of the sums b (``linear_attention``) or of the log decays (``gated_delta_rule``), with
+    the padded steps; of the scales; and of the state before the first step.
 
     Args:
-        kernel, name: see :func:`run_forward`. The other arguments, too, with the states before all chunks.
+        kernel, name: see :func:`run_forward`, also for the other arguments.
+        states_BCHKV: the state before each chunk.
         is_shared: whether several heads share queries and keys, on this device or on several devices.
     """
     blocks = make_blocks(query, value, L, from_last=True)

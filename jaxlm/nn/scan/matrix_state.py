@@ -58,8 +58,8 @@ def linear_attention(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, for ``chunked`` only, a power of two; None: a default for the platform. With a value, the default
-            implementation is not ``pallas``.
+        chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
+            ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
             of a chunk, and the result is exact for all decays. ``pallas`` is a TPU kernel that computes chunks, for one
             decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
@@ -127,7 +127,8 @@ def choose_implementation(
     Args:
         steps: T, the number of steps.
         chunk: the number of steps of a chunk, if the caller chose it.
-        unsupported: why ``pallas`` does not support the arguments, as the end of a sentence; None if it does.
+        unsupported: why ``pallas`` does not support the arguments, as a part of an error message; None if it supports
+            them.
 
     Raises:
         ValueError: a chunk that is not a power of two, an unknown implementation, or ``pallas`` on another platform or
@@ -284,9 +285,9 @@ def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
     on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``; that of the last one, b_L, has another
-    summand, the state after the chunk times its gradient. The log decay of step t is a summand of b_s for all steps
-    s >= t, so its gradient is the sum of their gradients.
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The gradient of the last one, b_L, has
+    another summand: the state after the chunk times its gradient. The log decay of step t is a summand of b_s for all
+    steps s >= t, so its gradient is the sum of the gradients of these b_s.
 
     Args:
         dsum_BHLK: ``q * dq - k * dk``. With one decay per head, only the sum over the last axis matters. ``out * dout``
@@ -322,11 +323,12 @@ def _float32_chunk(
     log_BHLE: jax.Array,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls have the ``dtype``.
+    """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls are cast to ``dtype``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
-    is the same sum for t = L. Decays are multiplied and never divided, so that every product is in [0, 1].
+    is the expression in parentheses for t = L. Decays are multiplied and never divided, so every product is at least 0
+    and at most 1.
     """
     decay_BHLE = jnp.exp(log_BHLE)
 
@@ -362,7 +364,7 @@ def _float32_chunk(
 
 
 def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Products of the decays of a chunk, for one decay per head. No decay is divided, so a decay may be 0.
+    """Products of the decays of a chunk, for one decay per head. Nothing is divided by a decay, so a decay may be 0.
 
     Returns:
         For steps t and s, the product of the decays of steps s + 1 to t, [B, H, L, L], which is 0 for s > t; the

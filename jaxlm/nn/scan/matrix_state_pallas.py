@@ -29,8 +29,8 @@ from jaxlm.nn.scan.head_blocks import (
     Blocks,
     chunk_decays,
     dot,
-    finite_log_decays,
     groups_are_sharded,
+    prepare_log_decays,
     run_backward,
     run_forward,
 )
@@ -49,7 +49,7 @@ def linear_attention(
         interpret: use Pallas's interpreter, on any device.
     """
     query, key, value, log_BTH, scale_BTH = inputs
-    log_BTH, reset_BT = finite_log_decays(log_BTH, reset_BT)
+    log_BTH, reset_BT = prepare_log_decays(log_BTH, reset_BT)
     return _attention((query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV, L, interpret)
 
 
@@ -75,8 +75,8 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     inputs, states_BCHKV = saved
     query, key, _, log_BTH, *_ = inputs
     dout_BTHV, dlast_BHKV = cotangents
-    # Gradients of shared queries and keys are [B, T, N, G, K]: each device has its own groups, or its own blocks of
-    # heads. Those of queries and keys for each head are [B, T, H, K].
+    # Gradients of shared queries and keys are [B, T, blocks of a group, G, K]: each device has its own groups, or its
+    # own blocks of heads. Gradients of queries and keys for each head are [B, T, H, K].
     groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
     run = functools.partial(
         run_backward, _backward_kernel, "linear_attention_backward", L=L, interpret=interpret, is_shared=is_shared
@@ -90,7 +90,7 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     if is_shared:
         dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
     dquery, dkey = dquery.astype(query.dtype), dkey.astype(key.dtype)
-    # A log decay is a summand of b_t for this step and all later steps of its chunk.
+    # The log decay of a step is a summand of b_t for this step and all later steps of the chunk.
     db_BCLH = db_BTH.reshape(db_BTH.shape[0], -1, L, db_BTH.shape[2])
     dlog_BTH = lax.cumsum(db_BCLH, axis=2, reverse=True).reshape(db_BTH.shape)[:, : log_BTH.shape[1]]
     return (dquery, dkey, dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
@@ -168,9 +168,10 @@ def _backward_kernel(
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         scale = decays.scale[:, column]
-        # ``pairs`` with the scale of step s.
+        # ``pairs`` times the scale of step s.
         scaled_pairs = pairs * decays.scale_rows[column]
-        # y and ``dscaled`` use the same rounded weights and values. Their errors must cancel in the sum over steps.
+        # y and ``dscaled`` use the same rounded weights and values, because their errors must cancel in the sum over
+        # steps.
         weights, scaled_v = (scores * pairs).astype(dtype), (scale * v.astype(jnp.float32)).astype(dtype)
         dscores = (dot(dy, v, (1, 1)) * scaled_pairs).astype(dtype)
         y = dot(weights, scaled_v, (1, 0)) + prefix * dot(q, state_in, (1, 0))

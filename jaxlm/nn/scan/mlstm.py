@@ -27,11 +27,11 @@ from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import Implementation, check_equal_heads, choose_implementation, linear_attention
-from jaxlm.nn.segments import both_masks, check_masks, check_state, select_state
+from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
-"""The output uses ``exp(-m)`` with m in these limits.
+"""The output uses ``exp(-m)`` with m clipped to these limits.
 
 If m is below -80, ``exp(-m)`` can overflow. Then both the exact output and the output with this limit are less than
 1e-34 times the values. Above 40, the limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of
@@ -76,12 +76,12 @@ def mlstm(
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         epsilon: added to the divisor of the output.
-        chunk: steps of a chunk, a power of two, for ``chunked`` only; None: a default for the platform.
-            With a value, the default implementation is not ``pallas``.
+        chunk: steps of a chunk, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is
+            given, ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
             stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
-            and saves one state per chunk for the backward pass. ``pallas`` uses its TPU kernel instead. None selects
-            the fastest known implementation.
+            and saves one state per chunk for the backward pass. ``pallas`` uses the TPU kernel of ``linear_attention``
+            instead. None selects the fastest known implementation.
 
     Raises:
         ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
@@ -104,7 +104,7 @@ def mlstm(
     log_input_BTH, log_forget_BTH = (
         sharding.constrain(x.astype(jnp.float32), ("batch", None, "heads")) for x in (log_input_BTH, log_forget_BTH)
     )
-    masks = both_masks(reset_BT, keep_BT, (B, T))
+    masks = complete_masks(reset_BT, keep_BT, (B, T))
     if masks is not None:  # inputs at padding may be NaN
         keep = masks[1]
         q, k, v = (jnp.where(keep[:, :, None, None], x, 0) for x in (q, k, v))
@@ -208,7 +208,7 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, ma
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if masks is not None:
         reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
-        b_BTH = jnp.where(reset_BT1, jnp.maximum(log_f_BTH, log_i_BTH), b_BTH)  # from m = 0
+        b_BTH = jnp.where(reset_BT1, jnp.maximum(log_f_BTH, log_i_BTH), b_BTH)  # a reset sets m to 0 before the step
         a_BTH = jnp.where(reset_BT1, -jnp.inf, a_BTH)
         a_BTH, b_BTH = jnp.where(keep_BT1, a_BTH, 0.0), jnp.where(keep_BT1, b_BTH, -jnp.inf)
 

@@ -3,12 +3,12 @@
 The kernels read and write each array once. The implementation ``chunked`` of ``linear_scan`` reads and writes a chunk
 in each of its log2(CHUNK) rounds.
 
-The backward pass is a recurrence in the opposite order, too. Let dhidden[t] be the gradient of the output h[t], and
+The backward pass is also a recurrence, in the opposite order. Let dhidden[t] be the gradient of the output h[t], and
 e[t] the gradient that step t passes back to h[t - 1]. Then ``e[t] = decay[t] * (e[t + 1] + dhidden[t])``.
 
 A TPU register has 8 rows (time) of 128 channels. Within a tile of rows, the kernel runs a parallel scan by doubling.
 After round s, each row has the product of the decays of the 2^s steps that end at this row, and the state that these
-steps give from a zero state. At the end, the kernel adds this product times the state before the tile.
+steps give from a zero state. At the end, the kernel adds to this state the product times the state before the tile.
 
 Shapes: B batch, T time, D channels, C steps of a block, W channels of a block.
 """
@@ -28,9 +28,11 @@ from jaxlm.devices import LANES
 MAX_STEPS = 256
 """Maximum number of steps of a block."""
 MAX_CHANNELS = 512
-"""Maximum number of channels of a block, if the number of channels is a multiple of 128; otherwise a block has all."""
+"""Maximum number of channels of a block, if the number of channels is a multiple of 128. Otherwise a block has all
+channels."""
 MAX_ENTRIES = 256 * 512
-"""Maximum number of entries of a block, unless a block has one tile. A kernel has up to ten blocks in VMEM."""
+"""Maximum number of entries of a block, unless a block has only one tile of rows. A kernel has up to ten blocks in
+VMEM."""
 _TILE_ROWS = {4: 8, 2: 16}
 """Rows of a tile by the bytes of an entry."""
 _AXES = ("batch", None, "mlp")
@@ -38,7 +40,7 @@ _STATE_AXES = ("batch", "mlp")
 
 
 def unsupported_reason(decay_BTD: jax.Array, input_BTD: jax.Array) -> str | None:
-    """Why the kernels do not support the arguments, as the end of a sentence; None if they support them."""
+    """Why the kernels do not support the arguments, as a part of an error message; None if they support them."""
     for x in (decay_BTD, input_BTD):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"supports float32 and bfloat16, not {x.dtype}"
@@ -66,7 +68,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of the decay [B, T, D], of the input [B, T, D] and of the state before the first step [B, D].
 
-    Their dtypes are, in this order, that of the decay, that of ``dhidden``, and float32.
+    Their dtypes, in this order, are the dtype of the decay, the dtype of ``dhidden``, and float32.
 
     Args:
         hidden_BTD: the state after each step.
@@ -84,6 +86,7 @@ class _Blocks(NamedTuple):
     """How arrays [B, T, D] are split into blocks [C, W] of steps and channels. The grid is (batch, channels, steps).
 
     Attributes:
+        rows: number of rows of a tile.
         num_padding: number of steps of padding, so that blocks have whole tiles.
         from_last: whether the grid goes from the last block of steps to the first.
     """
@@ -168,7 +171,8 @@ def _backward(
     """The gradients of one device."""
     T = hidden_BTD.shape[1]
     blocks = _blocks((decay_BTD, hidden_BTD, dhidden_BTD), not reverse)
-    # In the order of the backward pass, the padding comes after the last step, so before the first step of the scan.
+    # In the order of the backward pass, the padding comes after the last step. This is before the first step of the
+    # scan.
     num_padding = blocks.num_padding
     padding = ((0, 0), (0, num_padding) if reverse else (num_padding, 0), (0, 0))
     decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)

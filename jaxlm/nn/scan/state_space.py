@@ -87,7 +87,8 @@ def ssd(
 def _log_of_twice_minus_one(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``log(abs(2 * exp(log_decay) - 1))``, and whether ``2 * exp(log_decay) - 1`` is negative.
 
-    The absolute value is at least the float32 epsilon, because the gradient is infinite at 0.
+    The absolute value is clipped to at least the float32 epsilon, because the gradient of the logarithm is infinite at
+    0.
     """
     minus_one = 2.0 * jnp.expm1(log_decay)  # the decay minus 1, exact for small steps
     is_negative, epsilon = minus_one < -1.0, jnp.finfo(jnp.float32).eps

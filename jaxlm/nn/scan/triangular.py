@@ -47,8 +47,8 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     """The inverse of ``I + lower``, [B, H, L, L], for a strictly lower triangular matrix.
 
     Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. The inverse of a pair [[E, 0], [C, F]] is
-    ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. No powers of the matrix are needed, which could
-    overflow.
+    ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. This method needs no powers of the matrix, which
+    could overflow.
     """
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])

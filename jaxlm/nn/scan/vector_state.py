@@ -27,7 +27,7 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan import pallas
-from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.nn.segments import check_masks, complete_masks
 
 Implementation = Literal["reference", "sequential", "chunked", "pallas"]
 
@@ -60,8 +60,8 @@ def linear_scan(
             the state at step 0.
         implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
             or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``.
-            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives, ``pallas`` supports none;
-            reverse-over-reverse derivatives need ``reference``.
+            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives. ``pallas`` supports no
+            second derivatives. Reverse-over-reverse derivatives need ``reference``.
 
     Raises:
         ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` on
@@ -99,12 +99,12 @@ def _check(
             "with at least one step"
         )
     if not jnp.issubdtype(input_BTD.dtype, jnp.floating):
-        raise ValueError(f"the input has dtype {input_BTD.dtype}: the states have the same dtype, so pass floats")
+        raise ValueError(f"the input has dtype {input_BTD.dtype}: it must be a floating-point dtype")
     B, T, D = input_BTD.shape
     if state_BD is not None and state_BD.shape != (B, D):
         raise ValueError(f"state_BD {list(state_BD.shape)} must be [batch, channels] of the input, {[B, D]}")
     check_masks(reset_BT, keep_BT, (B, T))
-    return both_masks(reset_BT, keep_BT, (B, T))
+    return complete_masks(reset_BT, keep_BT, (B, T))
 
 
 def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.Array:

@@ -297,6 +297,7 @@ def cached_inputs(filled, S=700, G=2):
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("filled", [(3, 90), (170, 4), (300, 350), (700, 20)])
 def test_few_queries_over_a_cache(monkeypatch, filled, kind):
+    """``decode`` has the values and gradients of ``reference`` on each platform."""
     monkeypatch.setattr(sharding, "platform", lambda: kind)
     q, k, v, mask = cached_inputs(filled)
     table = jax.random.normal(jax.random.key(9), (9, 4))
@@ -343,7 +344,7 @@ def test_only_the_filled_part_of_a_cache_is_read(filled, read):
 
 
 def test_few_queries_over_a_source_read_only_its_real_tokens():
-    """Cross attention to an encoder has no orders; it uses the same branches."""
+    """Cross attention to an encoder has no orders, but it uses the same branches as a cache."""
     q, k, v, _ = cached_inputs((0, 0))
     segments = jnp.where(jnp.arange(700)[None] < jnp.array([[300], [20]]), 1, 0)
     mask = Mask(query_segments=jnp.ones((2, 2), jnp.int32), key_segments=segments)

@@ -12,6 +12,8 @@ UNIDIRECTIONAL = (16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 11
 
 
 def test_buckets_of_t5():
+    """The bucket of each distance equals its definition, in both directions and in one."""
+
     def bucket(distance, starts):
         exact = starts[0]
         return distance if distance < exact else exact - 1 + sum(distance >= start for start in starts)

@@ -117,6 +117,7 @@ def test_distance_bias_at_query_positions():
 
 
 def test_type_bias():
+    """The bias depends on whether query and key have the same token type."""
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
     table, q = arrays(5, 2, True)

@@ -68,6 +68,7 @@ def test_mask_and_distances_equal_those_of_single_documents():
 
 
 def test_positions_without_segments():
+    """Distances count the memory, and a window works without a state."""
     state = spec.init(memory.memory_specs(1, 2, 3, 1, jnp.float32))
     for _ in range(3):
         context, state = memory.make_context(jnp.zeros((2, 2), int), state, None)

@@ -60,6 +60,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings(name):
+    """Frequencies and magnitude of each scaling equal those of transformers."""
     frequencies, magnitude = rotary_frequencies(8, 100.0, SCALINGS[name], max_positions=64)
     assert relative_error(frequencies, EXPECTED[name][0]) < 1e-6
     assert magnitude == pytest.approx(EXPECTED[name][1])

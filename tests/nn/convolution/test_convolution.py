@@ -108,7 +108,7 @@ def run_call(params, x, indices, ids, past, tail):
 
 
 def run_stream(params, x, ids, cuts, dilation=1):
-    """The outputs of a layer that reads its input ``x`` in several calls."""
+    """The outputs of a layer that reads ``x`` in several calls, split at ``cuts``."""
     B, T, C = x.shape
     reach = (params["weight"].shape[0] - 1) * dilation
     past, tail = spec.init((past_specs(B, reach), tail_specs(B, reach, C, jnp.float32)))

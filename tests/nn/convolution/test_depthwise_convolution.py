@@ -153,7 +153,7 @@ def run_call(params, x, indices, ids, past, tail, dilation):
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilation):
-    """A layer with the input ``x`` reads it in several calls."""
+    """The layer reads each row in several calls, split at ``cuts``."""
     params, x = arrays(3, 11)
     ids = jnp.array(
         [

@@ -51,7 +51,7 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(implementation, renorma
 
 
 def value_and_gradients(params, x, keep_BT=None, **options):
-    """A function of the output at real tokens and of the statistics, and its gradients."""
+    """A scalar function of the outputs at real tokens and of the statistics: its value and its gradients."""
 
     def function(params, x):
         y, statistics = mixture_of_experts(params, x, num_selected=3, renormalize=True, keep_BT=keep_BT, **options)

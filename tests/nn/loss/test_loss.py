@@ -18,7 +18,7 @@ def make_arrays():
     params = {"table": rng.normal(size=(V, D)).astype(np.float32), "unused": np.ones((3, 3), np.float32)}
     hidden = rng.normal(size=(B, T, D)).astype(np.float32)
     targets = rng.integers(0, V, (B, T)).astype(np.int32)
-    weights = rng.integers(0, 2, (B, T)).astype(np.float32) * 1.5
+    weights = rng.choice([-0.5, 0.0, 1.5], (B, T)).astype(np.float32)
     return params, hidden, targets, weights
 
 
@@ -49,6 +49,19 @@ def test_chunked_equals_unchunked_in_value_and_all_gradients(max_chunk_logits):
     assert_trees_close(got, want, 3e-6)
     assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 1e-6
     assert np.all(np.asarray(got[1][0]["unused"]) == 0)
+
+
+def test_selected_equals_unchunked_in_value_and_all_gradients():
+    params, hidden, targets, weights = make_arrays()
+    table = {"table": params["table"]}
+
+    def loss(function):
+        return jax.jit(jax.value_and_grad(lambda p, h: function(p, h, targets, weights), argnums=(0, 1)))(table, hidden)
+
+    want = loss(unchunked_loss)
+    assert_trees_close(loss(lambda *arrays: selected_cross_entropy(head, *arrays)), want, 3e-6)
+    value = jax.jit(lambda p, h: selected_cross_entropy(head, p, h, targets, weights))(table, hidden)
+    assert relative_error(value, want[0]) < 1e-6
 
 
 def test_the_logits_of_all_positions_never_exist():
@@ -131,7 +144,7 @@ def test_chunks_are_as_large_as_the_limit_per_device_allows(monkeypatch):
     assert chunks() == 16
     with Sharding(make_mesh("data=4,tensor=2")).scope():
         assert chunks() == 2
-    monkeypatch.setattr(host, "keeps_freed_memory", lambda: True)
+    monkeypatch.setattr(host, "is_freed_memory_kept", lambda: True)
     assert chunks() == 8
 
 
@@ -163,7 +176,7 @@ def _scans(jaxpr):
 
 @pytest.mark.parametrize("max_chunk_logits", [2 * 5 * V, 10**9])
 def test_label_smoothing_in_value_and_all_gradients(max_chunk_logits):
-    """Against the cross entropy with an explicit target distribution; two padding ids get no probability."""
+    """Compare with the cross entropy of an explicit target distribution; two padding ids get no probability."""
     params, hidden, targets, weights = make_arrays()
     targets, smoothing, real = np.minimum(targets, V - 3), 0.2, np.arange(V) < V - 2
 

@@ -10,7 +10,7 @@ import pytest
 from jaxlm import sharding, spec
 from jaxlm.nn import choices, recurrence
 from jaxlm.nn.recurrence import pallas
-from jaxlm.nn.segments import both_masks
+from jaxlm.nn.segments import complete_masks
 from jaxlm.plan import planning, topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import add_noise, assert_trees_close
@@ -36,7 +36,7 @@ def masks(B, T):
 def kernel_layer(kind, params, x_BTD, state, *, reset_BT=None, keep_BT=None, reverse=False):
     """The layer, computed by the interpreted kernel."""
     weights = {name: x.astype(x_BTD.dtype) if name.startswith("weight") else x for name, x in params.items()}
-    both = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    both = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     both = None if both is None else tuple(mask[:, :, None] for mask in both)
     names = sorted(state, reverse=True)  # hidden, cell
     first = tuple(state[name] for name in names)
@@ -64,6 +64,7 @@ def value_and_gradients(layer, kind, arguments, **options):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind, masked, reverse):
+    """The kernel has the values and gradients of the reference."""
     arguments = arrays(kind)
     options = {"reverse": reverse, **(masks(3, 6) if masked else {})}
     got = value_and_gradients(kernel_layer, kind, arguments, **options)
@@ -84,6 +85,7 @@ def test_blocks_of_rows_and_steps(kind, B, T, reverse, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
+    """With bfloat16 inputs, outputs are bfloat16, the state is float32, and errors are small."""
     params, x, state = arrays(kind)
     got = value_and_gradients(kernel_layer, kind, (params, x.astype(jnp.bfloat16), state))
     want = value_and_gradients(reference_layer, kind, (params, x, state))

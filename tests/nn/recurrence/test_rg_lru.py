@@ -43,7 +43,7 @@ def equations(params, x_BTW, state_BW, start_BT, keep_BT):
 
 
 def masks(kind, with_state):
-    """The masks that the equations and ``rg_lru`` get: all starts, all real steps; and the arguments of ``rg_lru``."""
+    """Document starts and real steps for the equations, and the mask arguments of ``rg_lru``."""
     last = jnp.array([1, 1]) if with_state else None
     segments = SEGMENTS if kind == "documents" else np.ones_like(SEGMENTS)
     start, keep, _ = segment_boundaries(jnp.asarray(segments), last, include_first=True)

@@ -42,7 +42,7 @@ def masks():
 
 
 def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
-    """The equation with a matrix by which each step multiplies the state, as a loop over steps."""
+    """The equation as a loop over steps: each step multiplies the state by a matrix, and adds ``key value.T``."""
     *others, state = others
     if len(others) == 1:  # gated: exp(g) * (I - beta k k.T)
         new_key = others[0][..., None] * k

@@ -150,6 +150,7 @@ def test_only_decay_and_states_are_saved_for_the_gradient():
 
 
 def test_vmap_over_an_ensemble():
+    """``vmap`` of the sequential scan equals separate scans."""
     decay, new, state = (jnp.stack([x, x[::-1]]) for x in arrays())
     got = jax.jit(jax.vmap(functools.partial(linear_scan, implementation="sequential")))(decay, new, state)
     want = [reference_loop(*(x[i] for x in (decay, new, state))) for i in range(2)]
@@ -168,7 +169,7 @@ def test_bad_inputs_raise():
         linear_scan(decay, new, keep_BT=jnp.ones((3, 2), bool))
     with pytest.raises(ValueError, match="keep_BT has dtype int32: pass a boolean array, such as segment_ids > 0"):
         linear_scan(decay, new, keep_BT=jnp.ones(new.shape[:2], int))
-    with pytest.raises(ValueError, match="the input has dtype int32: the states have the same dtype, so pass floats"):
+    with pytest.raises(ValueError, match="the input has dtype int32: it must be a floating-point dtype"):
         linear_scan(decay, new.astype(jnp.int32))
     with pytest.raises(
         ValueError, match="no linear_scan implementation 'fast': choose from 'reference', 'sequential', 'chunked'"

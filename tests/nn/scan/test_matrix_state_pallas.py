@@ -104,6 +104,7 @@ def interpret(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, masked, on_tpu):
+    """The kernel of ``linear_attention`` has the values and gradients of the reference."""
     options = masks(*shape[:2]) if masked else {}
     got = value_and_gradients(arrays(*shape), implementation="pallas", **options)
     want = value_and_gradients(arrays(*shape), implementation="reference", **options)
@@ -161,7 +162,7 @@ def test_bfloat16(name, shape, on_tpu):
 
 
 def test_the_sum_of_the_gradients_of_decays_in_bfloat16(on_tpu, monkeypatch):
-    """It is the gradient of A of ``ssd``. Rounding errors of y and of the gradients of the values must cancel."""
+    """This sum is the gradient of ``A`` of ``ssd``: rounding errors of y and of the value gradients must cancel."""
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
     arguments = delta_rule_arrays(1, 128, 1, 4, 16, 32, dtype=jnp.bfloat16)
 
@@ -188,7 +189,7 @@ def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch
 
 def test_mlstm_needs_whole_registers_for_the_normalizer(on_tpu):
     arguments = mlstm_arrays(1, 16, 32, 32, 100, 64)
-    with pytest.raises(ValueError, match="needs widths of heads for which a block of heads fills registers"):
+    with pytest.raises(ValueError, match="needs a number of heads J so that J"):
         mlstm(*arguments, implementation="pallas")
 
 
@@ -216,11 +217,13 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     ],
 )
 def test_heads_of_several_devices(shape, on_tpu):
+    """Heads that are split over devices give the results of one device."""
     check_on_several_devices("linear_attention", shape)
 
 
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_several_devices(name, on_tpu):
+    """The other functions also give the results of one device."""
     check_on_several_devices(name, OWN_KEYS)
 
 
@@ -254,7 +257,7 @@ def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
     [
         ((1, 8, 2, 2, 8, 8), np.float16, False, "supports float32 and bfloat16, not float16"),
         ((1, 8, 2, 2, 8, 8), np.float32, True, "supports one decay per head, not one per channel"),
-        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs widths of heads for which a block"),
+        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs a number of heads J so that J"),
     ],
 )
 def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_tpu):

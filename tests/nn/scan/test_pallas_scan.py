@@ -54,6 +54,7 @@ def on_tpu(monkeypatch):
     [(2, 48, 256, True), (2, 21, 40, True), (1, 1, 3, False)],  # several blocks; padded steps; one step
 )
 def test_values_and_gradients(B, T, D, masked, reverse, on_tpu):
+    """The kernel has the values and gradients of the reference."""
     options = {"reverse": reverse, **(masks(B, T) if masked else {})}
     got = value_and_gradients(arrays(B, T, D), implementation="pallas", **options)
     want = value_and_gradients(arrays(B, T, D), implementation="reference", **options)
@@ -61,6 +62,7 @@ def test_values_and_gradients(B, T, D, masked, reverse, on_tpu):
 
 
 def test_bfloat16(on_tpu):
+    """With bfloat16 inputs, outputs are bfloat16, the state is float32, and errors are small."""
     decay, new, state = arrays(2, 20, 40)
     low = decay.astype(jnp.bfloat16), new.astype(jnp.bfloat16), state
     got = value_and_gradients(low, implementation="pallas")

@@ -83,6 +83,7 @@ def test_values_and_all_gradients_equal_the_recurrence(masked, options):
 @pytest.mark.parametrize("options", [{"implementation": "reference"}, {"chunk": 4}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_negative_eigenvalues(masked, options):
+    """Values and gradients equal the recurrence with the decay ``2 exp(dt A) - 1``."""
     got = results(ssd, arrays(), negative_eigenvalues=True, **(masks() if masked else {}), **options)
     want = expected(masked, negative_eigenvalues=True)
     assert_trees_close(got, want, 1e-4)  # decays close to 0 lose digits: the gradient of their logarithm is large
