@@ -43,10 +43,10 @@ def _jobs() -> tuple[Job, ...]:
         "gpt2": 3, "bert-base-uncased": 4, "t5-small": 3, "xlnet-base-cased": 5, "transformer-xl-base": 8, "vdcnn-9": 5,
         "lstm-zaremba-medium": 2,
     }  # fmt: skip
-    decoders = {"gpt2": 6, "t5-small": 4, "lstm-zaremba-medium": 3}
+    decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     lengths = ("--prompt", "32,512", "--batch", "1,8")
     return (
-        Job("attention", ("attention",), 6),
+        Job("attention", ("attention",), 13),
         Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
         Job("recurrence", ("recurrence",), 5),
         Job("scans", ("scans",), 4),

@@ -1,15 +1,17 @@
 """Communication between the processes of a multi-process run. With one process, these functions do not communicate.
 
 In a run with several processes, for example on a TPU slice with several hosts, all processes run the same program and
-must call these functions in the same order. The first process writes the files of the run.
+must call these functions in the same order. The first process writes the files of the run. All processes write the
+arrays of checkpoints.
 
 :func:`run` joins the processes and ensures that they end together, in three ways:
 
 - If a process is killed, stopped or unreachable, ``jax.distributed`` misses its heartbeats and aborts every other
   process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of this abort with one line.
-- If a process fails, or a signal ends it at once, it writes the cause to the key-value store of
-  ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second and ends its process,
-  even while the main thread waits for other processes inside a collective operation.
+- If a process fails, or ends after a signal without waiting for the end of a step, it first writes the cause to the
+  key-value store of ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second. It
+  ends its process if another process has failed, even while the main thread waits for other processes inside a
+  collective operation.
 - A process that is done waits for the others. If another process fails meanwhile, the waiting process also ends with
   an error.
 """
@@ -68,7 +70,7 @@ def _multihost_utils() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is the first process, which writes the files and prints."""
+    """Whether this is the first process, which prints and writes all files except the arrays of checkpoints."""
     return jax.process_index() == 0
 
 
@@ -109,7 +111,13 @@ def barrier(name: str) -> None:
 
 
 def request_end() -> None:
-    """Request that all processes end after the same step (:func:`end_now`). Signal handlers call it."""
+    """Request that all processes end after the same step (:func:`end_now`). Signal handlers call it.
+
+    Raises:
+        RuntimeError: there is only one process.
+    """
+    if jax.process_count() == 1:
+        raise RuntimeError("request_end needs several processes: with one process, end the loop of your program")
     if _watch is None:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX's signal handler makes the request
     else:
@@ -135,13 +143,15 @@ def end_now() -> bool:
 def require_shared_directory(directory: Path) -> None:
     """Check that ``directory``, which exists in the first process, is the same directory in all processes.
 
+    Later messages about lost processes propose to resume from ``directory``.
+
     Raises:
         ValueError: a process does not see the files of the first process in ``directory``.
     """
     if jax.process_count() == 1:
         return
     if _watch is not None:
-        _watch.resume_from(directory)
+        _watch.set_restart_directory(directory)
 
     def create_file() -> str:
         file, path = tempfile.mkstemp(prefix=".shared-", dir=directory)
@@ -203,7 +213,7 @@ def run(
     relay = _Relay()
     sys.stderr = relay.stderr
     logging.getLogger("absl").addFilter(_keep_log_record)
-    relay.after_abort(
+    relay.set_abort_line(
         f"{process_name}: the coordinator {address} did not answer, or not all processes joined, within {join_within} "
         "s: check the address, and that all processes run"
     )
@@ -289,7 +299,7 @@ def _keep_log_record(record: logging.LogRecord) -> bool:
 
     Without this filter, orbax logs their traceback while JAX ends this process.
     """
-    return record.exc_info is None or not _is_consequence(record.exc_info[1])
+    return not record.exc_info or not _is_consequence(record.exc_info[1])
 
 
 def _first_line(error: BaseException) -> str:
@@ -303,18 +313,24 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 class _Stderr(io.TextIOWrapper):
     """Standard error that remembers its last line. If a program prints an error and exits, this line is the cause."""
 
-    last_line = ""
+    _complete_line = _begun_line = ""
+
+    @property
+    def last_line(self) -> str:
+        """The last line that is not empty. It may not have its end yet."""
+        return _ESCAPES.sub("", self._begun_line).strip() or self._complete_line
 
     def write(self, text: str) -> int:
-        for line in _ESCAPES.sub("", text).splitlines():
-            self.last_line = line.strip() or self.last_line
+        *complete, self._begun_line = re.split(r"[\r\n]", self._begun_line + text)
+        for line in complete:
+            self._complete_line = _ESCAPES.sub("", line).strip() or self._complete_line
         return super().write(text)
 
 
 class _Relay:
-    """Runs ``jaxlm.stderr_relay`` between file descriptor 2 and standard error.
+    """Runs ``jaxlm.stderr_relay`` between file descriptor 2 and the original standard error.
 
-    The attribute ``stderr`` writes to standard error directly, without the relay.
+    The attribute ``stderr`` writes to the original standard error directly, without the relay.
     """
 
     def __init__(self) -> None:
@@ -329,7 +345,7 @@ class _Relay:
         self._process = process
         self.stderr = _Stderr(os.fdopen(direct, "wb"), encoding="utf-8", errors="replace", write_through=True)
 
-    def after_abort(self, line: str) -> None:
+    def set_abort_line(self, line: str) -> None:
         """Set the line to print if JAX aborts this process; an empty line prints nothing."""
         os.write(2, f"\0{line}\n".encode())
 
@@ -359,7 +375,7 @@ class _Watch:
         self._thread = threading.Thread(target=self._watch_loop, name="jaxlm-processes", daemon=True)
         self._thread.start()
 
-    def resume_from(self, directory: Path) -> None:
+    def set_restart_directory(self, directory: Path) -> None:
         """Set the run directory for the message that says how to start all processes again."""
         self._restart_hint = f"start all processes again, with --resume {directory}"
         self._set_abort_message()
@@ -381,7 +397,7 @@ class _Watch:
             time.sleep(_POLL_SECONDS / 10)
         self._stopped.set()
         self._thread.join()
-        self._relay.after_abort("")
+        self._relay.set_abort_line("")
 
     def wait_for_cause(self) -> None:
         """Sleep until the watch thread or JAX ends this process, because another process has failed.
@@ -401,7 +417,7 @@ class _Watch:
     def _set_abort_message(self) -> None:
         description = f"was lost (killed, stopped, or without a heartbeat for {self._lost_after} s)"
         process_name = f"process {self._index} of {self._count}"
-        self._relay.after_abort(f"{process_name} ends: process {{lost}} {description}; {self._restart_hint}")
+        self._relay.set_abort_line(f"{process_name} ends: process {{lost}} {description}; {self._restart_hint}")
 
     def _watch_loop(self) -> None:
         while not self._stopped.is_set():
@@ -422,7 +438,8 @@ class _Watch:
             return
         self._received_signals.append(signal.Signals(number))
         # The handler of the training loop requests the end of all processes and then removes itself. If the main thread
-        # waits in C++, the handler has not been called yet.
+        # waits in C++, the handler has not been called yet. So a first signal needs no other action if this handler is
+        # installed, or if it has made its request.
         handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._end_requested
         if len(self._received_signals) == 1 and handled:
             self.request_end()
@@ -456,7 +473,7 @@ class _Watch:
 
     def _end_process(self, cause: str, status: int) -> NoReturn:
         self._end_lock.acquire()  # never released, so that only one thread ends the process
-        self._relay.after_abort("")
+        self._relay.set_abort_line("")
         self._publish_outcome(cause)
         prefix = f"process {self._index} "
         message = cause.removeprefix(prefix) if cause.startswith(prefix) else f"ends: {cause}"

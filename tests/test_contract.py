@@ -1,4 +1,4 @@
-"""The contract tests for every family of the package, and for meshes that need one family only."""
+"""The contract tests for every family of the package, and tests of further meshes for one to three families."""
 
 import pytest
 

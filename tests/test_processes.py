@@ -4,6 +4,8 @@ The processes run this file as a program: ``python -m jaxlm.launch ... tests.tes
 """
 
 import concurrent.futures
+import io
+import logging
 import os
 import re
 import signal
@@ -198,6 +200,32 @@ def test_two_processes_train_like_one_process(tmp_path):
         if what == "fsdp":
             assert_trees_equal(restore_last(together / "parts", alone.state), state)  # a resumed run is equal bitwise
             assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
+
+
+def test_the_cause_of_a_failure_is_the_last_line_of_standard_error():
+    stderr = processes._Stderr(io.BytesIO(), encoding="utf-8")
+    for text in ("first\n", "prog: \x1b[31merror:\x1b[0m ", "disk", " full", "\n", "\n  \n"):
+        stderr.write(text)
+    assert stderr.last_line == "prog: error: disk full"
+    stderr.write("step 3\rno line end")
+    assert stderr.last_line == "no line end"
+
+
+def test_errors_that_another_process_caused_are_not_logged():
+    def record(exc_info):
+        return logging.LogRecord("orbax", logging.ERROR, "file", 1, "message", None, exc_info)
+
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Connection closed by peer [127.0.0.1]:1234")
+    assert processes._is_consequence(lost)
+    assert not processes._keep_log_record(record((type(lost), lost, None)))
+    error = OSError("disk full")
+    for exc_info in ((type(error), error, None), None, False):
+        assert processes._keep_log_record(record(exc_info))
+
+
+def test_one_process_cannot_request_the_end_of_others():
+    with pytest.raises(RuntimeError, match="request_end needs several processes"):
+        processes.request_end()
 
 
 @pytest.mark.thorough

@@ -16,10 +16,12 @@ from jaxlm.training.checks import check_beams
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Generate text from prompts. With one prompt, the text is printed while it is generated. With several prompts,
-    each text is printed on one line.
+    """Generate text from prompts. With one prompt on the command line, the text is printed while it is generated,
+    unless it is a beam search. With several prompts, or prompts from a file, each text is printed on one line.
 
-    An option that is not given gets its value from generation_config.json in DIR, or else its default.
+    If max-new-tokens, the sampling options, num-beams or stop are not given, generation_config.json of the model sets
+    them. If this file turns sampling on, the other sampling options have the defaults of transformers (temperature 1,
+    top-k 50). Without the file, the defaults below apply.
     """
 
     directory: Directory

@@ -22,7 +22,8 @@ class Launch:
     topology: str
     """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
     command: str | None = None
-    """Command to run: python -m MODULE ... The script copies the directory results/ of the command to this machine.
+    """Command to run: python -m MODULE ... The script copies the files that the command writes to results/ to this
+    machine.
     None: the training benchmark on one host, or the training of a GPT of the size of GPT-2 on several hosts. Required
     for local:N."""
     zone: str | None = None
@@ -34,7 +35,7 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required, except for local:N. It confirms that the script is only printed: jaxlm never executes it."""
+    """Required, but not allowed for local:N. It confirms that the script is only printed: jaxlm never executes it."""
     restarts: int = 0
     """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
     The command must name a run directory (--output or --resume)."""

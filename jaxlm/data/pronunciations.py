@@ -17,6 +17,7 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
 
     A line has a word and its phonemes, separated by spaces: ``data D EY1 T AH0``. The lines of further pronunciations
     have a number after the word: ``data(2) D AE1 T AH0``. The rest of a line after a space and ``#`` is a comment.
+    Empty lines and lines that begin with ``;;;`` or with ``#`` and a space are skipped.
 
     Args:
         path: a text file, which may be compressed (``.gz``).
@@ -28,7 +29,7 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
     """
     words: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        name, *phonemes = line.partition(" #")[0].split() or [""]
+        name, *phonemes = re.split(r"\s#", line, maxsplit=1)[0].split() or [""]
         if name in ("", "#") or name.startswith(";;;"):  # skip empty lines and comments; a word may begin with #
             continue
         if not phonemes:

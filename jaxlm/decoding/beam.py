@@ -35,7 +35,7 @@ class Beams:
     """The hypotheses for each prompt, best first.
 
     Attributes:
-        tokens: [B, K, N] int32; after the end, the (first) end id is repeated.
+        tokens: [B, K, N] int32; after the end, the first end id is repeated (0 if there is no end id).
         lengths: [B, K] int32, number of new tokens of each hypothesis, including its end token.
         scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. If fewer than K hypotheses
             exist, the remaining entries have score -inf and length 0.
@@ -73,7 +73,7 @@ class BeamConfig:
             raise ValueError(f"num_beams={self.num_beams} must be at least 1")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
 
 
@@ -91,8 +91,9 @@ def beam_search(
 ) -> Beams:
     """The best continuations of each prompt that a beam search finds.
 
-    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis is
-    kept if it is among the ``num_beams`` best candidates of its step. Hugging Face's ``generate`` has the same rules.
+    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis
+    counts if it is among the ``num_beams`` best candidates of its step, and the ``num_beams`` best of these are kept.
+    Hugging Face's ``generate`` has the same rules.
 
     Args:
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
@@ -100,7 +101,7 @@ def beam_search(
 
     Raises:
         TypeError: the family has no model state, or ``beams`` is not a ``BeamConfig``.
-        ValueError: an argument is invalid for ``generate``.
+        ValueError: as in :func:`jaxlm.decoding.generate`, or a number of ``max_new_tokens`` is below 1.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
@@ -160,7 +161,8 @@ class _Rules:
         length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
         end_ids: ids that finish a hypothesis.
         num_ids: only ids below this number are generated.
-        sharding: the active sharding; a static field, because ``constrain`` reads it during tracing.
+        sharding: the active sharding. Nothing reads this field. It is static, so that ``jit`` traces again if the
+            sharding changes, which ``constrain`` reads during tracing.
     """
 
     limits_B: jax.Array
@@ -278,8 +280,8 @@ def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> j
 def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     """The search after every live hypothesis is extended by every id and the best candidates are kept.
 
-    With E end ids, at most K * E candidates end (one per beam and end id). So at least K of the best K * (1 + E)
-    candidates continue.
+    Before the maximum length, at most K * E candidates end with E end ids (one per beam and end id). So at least K of
+    the best K * (1 + E) candidates continue.
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
@@ -287,8 +289,8 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     # Select the best ids of each hypothesis first. The other logits are needed only for the normalizer.
     best_RC, ids_RC = jax.lax.top_k(logits, min(num_candidates, V))
     # Do not use best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits (280 ms instead of 3 ms).
-    total_R1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    candidates_BKC = search.live_totals[:, :, None] + (best_RC - total_R1).reshape(B, K, -1)
+    log_normalizer_R1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    candidates_BKC = search.live_totals[:, :, None] + (best_RC - log_normalizer_R1).reshape(B, K, -1)
     totals_BC, flat_BC = jax.lax.top_k(candidates_BKC.reshape(B, -1), min(num_candidates, K * V))
     beam_BC = flat_BC // best_RC.shape[1]
     token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
@@ -305,23 +307,23 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     earlier = search.finished
     finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
     # For equal scores, top_k selects the first entry. So earlier hypotheses are kept, and unused entries keep length 0.
-    scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([earlier.scores, scores_BC], axis=1), K)
+    scores_BK, chosen_finished_BK = jax.lax.top_k(jnp.concatenate([earlier.scores, scores_BC], axis=1), K)
     lengths = jnp.concatenate([earlier.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
     finished = Beams(
-        tokens=_pick(jnp.concatenate([earlier.tokens, tokens_BCN], axis=1), chosen_BK),
-        lengths=_pick(lengths, chosen_BK),
+        tokens=_pick(jnp.concatenate([earlier.tokens, tokens_BCN], axis=1), chosen_finished_BK),
+        lengths=_pick(lengths, chosen_finished_BK),
         scores=scores_BK,
         finite=earlier.finite & (finite_B | ~search.searching),
     )
 
-    live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
-    parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
-    length_B: jax.Array = length
+    live_totals_BK, chosen_live_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
+    parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_live_BK)
+    bound_length: jax.Array = length
     if rules.early_stopping == "never":
         # A sum of log-probabilities never increases. So the bound for the score of a live hypothesis is its current sum
         # with the best possible length: the maximum length for a positive penalty, otherwise the next length.
-        length_B = jnp.where(rules.length_penalty > 0, rules.limits_B, length + 1)
-    best_B = _score(jnp.max(live_BK, axis=1), length_B, rules.length_penalty)
+        bound_length = jnp.where(rules.length_penalty > 0, rules.limits_B, length + 1)
+    best_B = _score(jnp.max(live_totals_BK, axis=1), bound_length, rules.length_penalty)
     worst_B = jnp.min(finished.scores, axis=1)
     searching_B = search.searching & (best_B > worst_B)
     if rules.early_stopping is True:
@@ -330,8 +332,8 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
         search,
         parents=parents_BK.reshape(B * K),
         step=length,
-        live_tokens=_pick(tokens_BCN, chosen_BK),
-        live_totals=live_BK,
+        live_tokens=_pick(tokens_BCN, chosen_live_BK),
+        live_totals=live_totals_BK,
         finished=finished,
         searching=searching_B,
     )

@@ -75,7 +75,7 @@ class GenerationConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(f"give max_new_tokens={self.max_new_tokens} or max_length={self.max_length}, not both")
-        if self.early_stopping not in (None, True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping not in (None, "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")

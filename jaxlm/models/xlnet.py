@@ -60,7 +60,7 @@ class Config(common.TransformerConfig):
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     clamp_length: int | None = None
-    """All distances of at least this length have the same encoding; None means no limit."""
+    """Distances are clipped to plus or minus this length; None means no limit."""
     reuse_length: int | None = None
     """A call with ``order`` adds only its first ``reuse_length`` tokens to the memory; None means all tokens."""
     task: Task = "permutation"

@@ -1,5 +1,7 @@
 """Attention of recurrent decoders, for one query at a time: Bahdanau et al. 2015 (additive) and Luong et al. 2015.
 
+:func:`pooling_weights` is attention without a query, for classifiers.
+
 ``jaxlm.nn.attention`` computes all queries at once. A recurrent decoder cannot do this, because each query depends on
 the context vector of the previous step. So the part of the score that does not depend on the query,
 :func:`alignment_keys`, is computed once, before the loop. The score function follows from the parameters that are
@@ -130,7 +132,7 @@ def pooling_weights(params: Params, source_BSC: jax.Array, keep_BS: jax.Array | 
     """Attention weights without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
 
     One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6). Several hops give the attention of Lin et al.
-    2017 (eq. 6).
+    2017 (eq. 6), with the bias b in addition.
     """
     scores_BSR = linear(params["score"], jnp.tanh(linear(params["key"], source_BSC)))
     keep_B1S = None if keep_BS is None else keep_BS[:, None, :]

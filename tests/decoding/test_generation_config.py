@@ -229,8 +229,10 @@ def test_beams_with_a_limit_per_row_equal_separate_searches(gpt: Any) -> None:
     for bad in (np.array([3]), np.array([3, 0])):
         with pytest.raises(ValueError, match=r"must be one number of at least 1 for each prompt"):
             beam_search(model, params, prompts, max_new_tokens=bad, beams=BeamConfig(num_beams=3))
-    with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or 'never'"):
-        beam_search(model, params, prompts, max_new_tokens=3, beams=BeamConfig(num_beams=3, early_stopping="soon"))  # type: ignore[arg-type]
+    for value in ("soon", 1):
+        for config in (BeamConfig, GenerationConfig):
+            with pytest.raises(ValueError, match=f"early_stopping={value!r} must be True, False or 'never'"):
+                config(num_beams=3, early_stopping=value)  # type: ignore[arg-type]
 
 
 def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model: Any, tmp_path: Path) -> None:

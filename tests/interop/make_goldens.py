@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, seed: int) -> None:
+    torch.manual_seed(seed)  # for the initial weights
     generator = torch.Generator().manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**SHAPE, **CASES[name])).eval()
     with torch.no_grad():

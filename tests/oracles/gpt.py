@@ -1,4 +1,8 @@
-"""Reference of gpt: the GPT-1 and GPT-2 classes of transformers, with all heads."""
+"""Reference of gpt: GPT-1 and GPT-2 of transformers, without a head and with the heads for language modelling,
+classification, labels of tokens and (GPT-2) answers to questions.
+
+Other decoder families use :func:`reference_results` too.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,8 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            # The float32 gradients of strong decays are inaccurate, in transformers or in jaxlm (docs/families).
+            # Strong decays have inaccurate float32 gradients: in jaxlm for Bamba and Falcon-H1, in transformers for
+            # Qwen3-Next (docs/families/mamba2.md, gated_deltanet.md). So the decays are made weak.
             if config.model_type in ("qwen3_next", "bamba", "falcon_h1") and key.endswith("A_log"):
                 parameter.fill_(-2.0)
             parameter.add_(0.25 * torch.randn(parameter.shape))  # so that biases are not 0 and scales are not 1

@@ -1,6 +1,7 @@
 """Batches for a classifier, and training a classifier on them."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -69,7 +70,9 @@ def test_write_test_writes_the_files_for_the_report(tmp_path):
 def supports_classification(name):
     try:
         model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        if not re.search("task|num_labels", str(error)):
+            raise
         return False
     return hasattr(model.module, "pool")
 

@@ -13,9 +13,9 @@ Parameters (E_i width of cluster i, n_i number of its words, C number of cluster
 
 The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
 If the other projections or the tables are not tied, they are stored next to the biases as ``projection`` and
-``embedding``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code and in Hugging
-Face's files. The authors' PyTorch code numbers the clusters from the end, so the rows of its ``cluster_weight`` and
-``cluster_bias`` are in reverse order.
+``embedding``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
+Transformer-XL and in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the
+rows of its ``cluster_weight`` and ``cluster_bias`` are in reverse order.
 
 Shapes: B batch, T time, D model, V vocabulary.
 """
@@ -169,7 +169,9 @@ def log_probabilities(clusters: Clusters, params: Params, hidden_BTD: jax.Array)
 def cross_entropy(
     clusters: Clusters, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """``sum(weights * -log p(target))`` in nats, a float32 scalar. A target outside the vocabulary gives NaN.
+    """``sum(weights * -log p(target))`` in nats, a float32 scalar.
+
+    A target outside the vocabulary gives NaN, unless its weight is 0.
 
     The logits of each cluster after the first are computed only at the positions whose target is in the cluster, which
     saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``.

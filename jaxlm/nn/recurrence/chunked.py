@@ -8,8 +8,8 @@ gradient. With a single chunk, this is the usual implementation: one matmul for 
 The backward pass needs the gates of each step (and the cell of an LSTM). With ``remat`` it recomputes the gates from
 the states before the steps. These states are known, so the gates of a chunk are computed without a loop.
 
-One ``tanh`` computes the nonlinearities of all gates of a step, with ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. XLA
-would recompute separate nonlinearities in every fusion that reads them.
+One ``tanh`` computes all nonlinearities of the gates of an LSTM step, or the gates r and z of a GRU step, with
+``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. XLA would recompute separate nonlinearities in every fusion that reads them.
 
 Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K: the same width,
 on the output axis of a weight).
@@ -34,7 +34,8 @@ the reset after the product, ``bias_hidden`` [H], both float32."""
 State = tuple[jax.Array, ...]
 """``(hidden,)`` or ``(hidden, cell)``, [..., H] float32."""
 Residuals = tuple[jax.Array, ...]
-"""The values that the forward pass of a cell stores for its backward pass, such as gates."""
+"""The gates of a step, and other values that the backward pass of the step needs. They are stored, or with ``remat``
+computed again."""
 Projected = Callable[[int, int], jax.Array]
 """``projected(begin, end)``: the contribution of the inputs to the gates from ``begin`` to ``end - 1``. The shape is
 [..., end - begin, H]."""
@@ -56,7 +57,7 @@ class Cell(NamedTuple):
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
     gradient of the products of the state with the hidden weights [B, G, H], and, for some cells, more arrays that
-    ``dprojected`` needs. Each gate is an array [B, H]."""
+    ``dprojected`` needs. Here, ``gates`` has one array [B, H] per gate."""
     dprojected: Callable[..., jax.Array]
     """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs, from all results of ``backward``
     except the first."""
@@ -151,9 +152,9 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
     split_weights = _split_hidden(cell, weights)
-    # The weights are transposed once for all steps, except if B = 1. Time per step on a CPU, without and with the
-    # transposed copy: B1 H650: 41 and 56 us; B4 H512: 145 and 37 us; B32 H512: 260 and 166 us. A matmul for all rows of
-    # a chunk takes the same time with and without the copy.
+    # The hidden weights are transposed once for all steps, except if B = 1 (only float32 without sharding). Time per
+    # step on a CPU, without and with the transposed copy: B1 H650: 41 and 56 us; B4 H512: 145 and 37 us; B32 H512: 260
+    # and 166 us. A matmul for all rows of a chunk takes the same time with and without the copy.
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
@@ -374,7 +375,7 @@ def _product(hidden: jax.Array, weight_HGK: jax.Array) -> jax.Array:
 
 
 def _split_hidden(cell: Cell, weights: Weights) -> Weights:
-    """The weights with ``weight_hidden`` split into the parts of ``cell.products``, outside of all loops."""
+    """The weights with ``weight_hidden`` split into the parts of ``cell.products``. Call it outside of loops."""
     split_points = np.cumsum(cell.products)[:-1].tolist()
     return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], split_points, axis=1)}
 
@@ -383,7 +384,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
     """A function that multiplies [..., G, H] with the transposed weights and returns [..., D].
 
     Args:
-        copy: whether to transpose the weights once in advance.
+        copy: False avoids a transposed copy of the weights where this is possible: for float32 without sharding.
     """
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
         weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before a contraction of two axes

@@ -1,4 +1,7 @@
-"""Tests of relative biases, dense and inside each implementation, against a gather of one table row per pair."""
+"""Tests of relative biases. The reference gathers one row of the table for each pair of query and key.
+
+The biases are compared as arrays. Blockwise attention with a bias is compared with reference attention.
+"""
 
 import functools
 
@@ -178,7 +181,7 @@ def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind,
 
 
 def test_memory_is_linear_in_time_with_a_bias():
-    """The temporary memory of the gradient doubles with twice the length, for each kind of bias."""
+    """The temporary memory of the gradient doubles with twice the length, for tables of numbers and of vectors."""
 
     def temporaries(kind, T):
         def value(q, k, v, *tables):

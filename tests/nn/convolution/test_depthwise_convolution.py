@@ -1,4 +1,6 @@
-"""Tests of depthwise convolution: ``shifts`` against XLA's convolution, with all gradients; segments and streams."""
+"""Tests of depthwise convolution: the implementation ``shifts`` and its gradients against XLA's convolution, segments,
+and texts that are read in several calls.
+"""
 
 import functools
 
@@ -90,7 +92,8 @@ def test_no_window_reads_another_segment(padding, dilation):
     y, (gradients, dx) = results(convolve, params, x)
     want = np.stack([numpy_convolution(params, np.asarray(x[row]), ids[row], padding, dilation) for row in range(B)])
     assert relative_error(y, want) < 1e-6
-    # The function is linear in the input and in the parameters, so its gradients can be computed from its values.
+    # Without its bias, the function is linear in the input and in the weights, so its gradients can be computed from
+    # its values.
     cosines = np.cos(np.arange(y.size).reshape(y.shape))
     assert float(jnp.vdot(gradients["weight"], params["weight"])) == pytest.approx(
         float(np.vdot(cosines, want - np.asarray(params["bias"]))), rel=1e-4
