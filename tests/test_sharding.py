@@ -52,7 +52,7 @@ def test_errors_for_wrong_names_suggest_the_right_name():
         Rules.of(head="tensor")
     with pytest.raises(ValueError, match="no logical axis is called 'emebd': did you mean 'embed'"):
         DEFAULT_RULES.partition(("emebd",), make_mesh("data=8"))
-    with pytest.raises(ValueError, match="mesh axis 'tenosr' is named by no rule.*did you mean 'tensor'"):
+    with pytest.raises(ValueError, match="mesh axis 'tenosr' has no rule.*did you mean 'tensor'"):
         Sharding(make_mesh("tenosr=8"))
 
 
@@ -124,5 +124,5 @@ def test_one_process_has_all_rows_and_from_rows_shards_them(mesh):
 def test_error_for_an_indivisible_number_of_rows():
     sharding = Sharding(make_mesh("data=4,fsdp=2"))
     for call in (lambda: sharding.local_rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
-        with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 does not divide over .* \(8 shards\)"):
+        with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 is not divisible by .* \(8 shards\)"):
             call()
