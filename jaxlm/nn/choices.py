@@ -36,8 +36,20 @@ def _is_single_cpu() -> bool:
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
-"""Minimum number of queries for ``blockwise``: with fewer, ``reference`` is faster. The value must be at most 1024,
-because jaxlm guarantees O(T) memory for T >= 1024."""
+"""Minimum number of queries for ``blockwise`` on several devices and on accelerators: with fewer, ``reference`` is
+faster. The value must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
+MIN_BLOCKWISE_QUERIES_CPU = 128
+"""Minimum number of queries for ``blockwise`` on one CPU device, without biases.
+
+CPU time in ms, ``reference`` and ``blockwise`` (16,384 queries, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib
+0.10.2, median of 7):
+
+    queries per row          64            128           256
+    forward, 1 core     13.0    8.5    26.4   11.2   55.2   17.2
+    both, 1 core        29.2   26.8    61.5   42.5  124.8   73.9
+    forward, 2 cores    10.5    8.8    23.4   11.6   37.6   22.0
+    both, 2 cores       25.2   26.5    60.1   49.8   97.1   81.9
+"""
 MIN_BIASED_PALLAS_QUERIES = 64
 """Minimum number of queries for which attention with biases uses ``pallas`` on a TPU. The kernel pads queries to a
 multiple of 128."""
@@ -70,7 +82,8 @@ def attention(
     platform = sharding.platform()
     if biases and queries >= MIN_BIASED_PALLAS_QUERIES and platform == "tpu" and reasons["pallas"] is None:
         return "pallas"
-    if queries < MIN_BLOCKWISE_QUERIES or dense_bias:
+    few_queries = MIN_BLOCKWISE_QUERIES_CPU if _is_single_cpu() and not biases else MIN_BLOCKWISE_QUERIES
+    if queries < few_queries or dense_bias:
         return "reference"
     kernels: tuple[AttentionImplementation, ...] = ("splash", "pallas")
     for name in (*(kernels if keys > MAX_WHOLE_ROW_KEYS else kernels[::-1]), "cudnn"):
@@ -319,29 +332,17 @@ def bias_gradient_by_matmul(bias: jax.Array) -> bool:
     return bias.ndim > 1 and sharding.platform() == "tpu"
 
 
-MIN_WEIGHT_GRADIENT_BLOCKS = 4
-"""Minimum number of blocks for a weight gradient that is a sum over blocks of rows. Otherwise the gradient is one
-matmul."""
+def separate_weight_gradient() -> bool:
+    """Whether the gradient of a weight is computed separately from the operations that follow it, such as a transpose.
 
+    XLA merges a transpose into the matmul before it. On a CPU, a matmul is slow if its result has few columns and many
+    rows. GFLOP/s on one core of an AMD EPYC (Zen 4) for 4,096 rows, jaxlib 0.10.2 (two cores: the same ratios):
 
-def weight_gradient_block_rows(num_outputs: int) -> int:
-    """The number of rows of a block: 2 MiB of output gradient, but at least 1024 rows. Matmuls with fewer rows are
-    slow."""
-    return max(1024, 2**19 // num_outputs)
-
-
-def weight_gradient_blocks(rows: int, num_inputs: int, num_outputs: int) -> int:
-    """Number of full blocks of rows over which the gradient of a weight is summed; 0: the gradient is one matmul.
-
-    On a CPU, if the output is narrower than the input, XLA fuses the transpose of the output gradient with the
-    operations that compute the output gradient. The order of memory accesses then does not reuse cache lines. A loop
-    over blocks transposes blocks that fit into the cache. This saves 20 % of the time of a training step of VDCNN, and
-    5 % for BERT with 8192 rows.
+        inputs, outputs     256, 64    512, 128    1024, 256    2048, 512    8192, 64    8192, 128
+        merged                 52         53          66           84           30          47
+        separate               88         93          99          101          103         103
     """
-    if num_outputs >= num_inputs or not _is_single_cpu():
-        return 0
-    count = rows // weight_gradient_block_rows(num_outputs)
-    return count if count >= MIN_WEIGHT_GRADIENT_BLOCKS else 0
+    return sharding.platform() == "cpu"
 
 
 MAX_LOGITS = {"cpu": 2**24}

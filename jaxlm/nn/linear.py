@@ -44,7 +44,7 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     """
     weight = params["weight"].astype(x.dtype)
     num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
-    use_custom_vjp = num_outputs >= num_inputs or _num_blocks(x, weight, num_input_axes) > 0
+    use_custom_vjp = num_outputs >= num_inputs or choices.separate_weight_gradient()
     y = _product_with_custom_vjp(x, weight, num_input_axes) if use_custom_vjp else _product(x, weight, num_input_axes)
     if "bias" not in params:
         return y
@@ -92,20 +92,14 @@ def _num_inputs_and_outputs(weight: jax.Array, num_input_axes: int) -> tuple[int
     return math.prod(weight.shape[:num_input_axes]), math.prod(weight.shape[num_input_axes:])
 
 
-def _num_blocks(x: jax.Array, weight: jax.Array, num_input_axes: int) -> int:
-    rows = math.prod(x.shape[: x.ndim - num_input_axes])
-    return choices.weight_gradient_blocks(rows, *_num_inputs_and_outputs(weight, num_input_axes))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
-    """The product, with a weight gradient that is fast on CPU (docs/labbook.md).
+    """The product, with a weight gradient that is fast on a CPU.
 
-    - If the output is at least as wide as the input, the gradient is ``x.T @ dy``. Autodiff computes ``(dy.T @ x).T``,
-      for which a CPU transposes the larger factor and the result. For the MLPs of GPT-2 (12 layers of 768 to 3072), the
-      gradients of input and weight take 544 ms with autodiff and 324 ms with ``x.T @ dy``.
-    - Otherwise, if there are many rows, the gradient is summed over blocks of rows
-      (``choices.weight_gradient_blocks``).
+    Of the two matmuls ``x.T @ dy`` and ``(dy.T @ x).T``, the gradient is the one whose result has fewer rows than
+    columns before the transpose. XLA would replace the second one by the first one, and the first one by the second one
+    if a transpose follows, so the result is computed separately from the operations that follow
+    (``choices.separate_weight_gradient``).
     """
     return _product(x, weight, num_input_axes)
 
@@ -115,27 +109,20 @@ def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tu
 
 
 def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of ``x`` and ``weight``.
-
-    Shapes: N rows, L rows of a block, C all inputs as one axis, D all outputs as one axis.
-    """
+    """The gradients of ``x`` and ``weight``."""
     x, weight = saved
     rows = tuple(range(x.ndim - num_input_axes))
     outputs = tuple(range(len(rows), dy.ndim))
     dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
     num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
-    if num_outputs >= num_inputs:
-        return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
-    count, size = _num_blocks(x, weight, num_input_axes), choices.weight_gradient_block_rows(num_outputs)
-    x_NC, dy_ND = (a.reshape(-1, math.prod(a.shape[len(rows) :])) for a in (x, dy))
-
-    def block_gradient(start: Any, size: int) -> jax.Array:
-        x_LC, dy_LD = (lax.dynamic_slice_in_dim(a, start, size) for a in (x_NC, dy_ND))
-        return lax.dot_general(dy_LD, x_LC, (((0,), (0,)), ((), ())))
-
-    last_rows_DC = block_gradient(count * size, x_NC.shape[0] - count * size)
-    total_DC = lax.fori_loop(0, count, lambda i, total: total + block_gradient(i * size, size), last_rows_DC)
-    return dx, total_DC.T.reshape(weight.shape)
+    outputs_first = num_outputs < num_inputs
+    left, right = (dy, x) if outputs_first else (x, dy)
+    dweight = lax.dot_general(left, right, ((rows, rows), ((), ())))
+    if choices.separate_weight_gradient():
+        dweight = lax.optimization_barrier(dweight)
+    if outputs_first:
+        dweight = jnp.moveaxis(dweight, range(len(outputs)), range(num_input_axes, weight.ndim))
+    return dx, dweight
 
 
 _product_with_custom_vjp.defvjp(_product_forward, _product_backward)

@@ -22,30 +22,29 @@ def draw(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "shape"), [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4))]
+    ("rows", "inputs", "shape"),
+    [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4)), ((6,), 2, (2, 2, 7))],
 )
-def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, rows, inputs, shape):
-    """The last block may be incomplete. Functions before and after the layer make all gradients nonuniform."""
+def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate):
+    """Functions before and after the layer make all gradients nonuniform. Weights have more inputs or more outputs."""
+    monkeypatch.setattr(choices, "separate_weight_gradient", lambda: separate)
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 
-    def gradients(blocks):
-        monkeypatch.setattr(choices, "MIN_WEIGHT_GRADIENT_BLOCKS", blocks)
-
+    def gradients(layer):
         def loss(params, x):
-            y = linear(params, jnp.sin(x), num_input_axes=inputs)
+            y = layer(params, jnp.sin(x))
             return jnp.sum(jnp.tanh(y) * jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))
 
-        gradient = jax.grad(loss, argnums=(0, 1))
-        trace = str(jax.make_jaxpr(gradient)(params, x))
-        loops = "while" in trace or "scan" in trace
-        return loops, jax.jit(gradient)(params, x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
 
-    monkeypatch.setattr(choices, "weight_gradient_block_rows", lambda num_outputs: 5)
-    (with_blocks, got), (without_blocks, want) = gradients(4), gradients(100)
-    assert (with_blocks, without_blocks) == (True, False)
-    assert_trees_close(got, want, 1e-5)
+    def definition(params, x):
+        return jnp.tensordot(x, params["weight"], inputs) + params["bias"].reshape((1,) * len(rows) + shape[inputs:])
+
+    got = gradients(lambda params, x: linear(params, x, num_input_axes=inputs))
+    assert_trees_close(got, gradients(definition), 1e-5)
 
 
 def test_linear_over_one_and_several_axes():
