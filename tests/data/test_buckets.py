@@ -176,7 +176,7 @@ def test_errors_name_ids_outside_the_vocabulary():
 
 def test_scalars_of_several_types_raise():
     rows = [{"tokens": np.ones(3, np.int32), "score": 1}, {"tokens": np.ones(2, np.int32), "score": 2.5}]
-    with pytest.raises(ValueError, match=r"score of example 1 is 2.5, but the field is 1 in example 0"):
+    with pytest.raises(ValueError, match=r"score of example 1 is 2.5, but example 0 has 1"):
         Bucketed(rows, 2)
     names = [{"tokens": np.ones(3, np.int32), "name": "a"}]
     with pytest.raises(ValueError, match="name of example 0 is 'a'"):

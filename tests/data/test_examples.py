@@ -140,7 +140,7 @@ def test_splits_keep_groups_together_and_all_examples():
     ]
     with pytest.raises(ValueError, match="their sum must be below 1"):
         Examples(rows).split(0.5, 0.5)
-    with pytest.raises(ValueError, match="too few for parts"):
+    with pytest.raises(ValueError, match="too few for the fractions"):
         Examples(rows[:3]).split(0.01)
 
 

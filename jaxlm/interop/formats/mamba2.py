@@ -116,7 +116,8 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
             continue  # the multiplier is 1
         numbers = value if hf_name in _MULTIPLIER_LISTS else [value]
         if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-            raise ValueError(f"{hf_name}={value!r} must be a number; {', '.join(_MULTIPLIER_LISTS)} are lists")
+            expected = "a list of numbers" if hf_name in _MULTIPLIER_LISTS else "a number"
+            raise ValueError(f"{hf_name}={value!r} must be {expected}")
         if len(numbers) != len(names):
             raise ValueError(f"{hf_name}={value!r} must have {len(names)} numbers")
         fields.update(zip(names, map(float, numbers), strict=True))
