@@ -10,9 +10,12 @@
     python -m benchmarks.all           training, decoding, attention, scans and recurrence, one after the other
     python -m benchmarks.report        the page with tables and charts from all results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
+    python -m benchmarks.texts         translation and classification of sentences with trained models
+    python -m benchmarks.speculative   speculative decoding with trained models, compared with plain decoding
+    python -m benchmarks.plans         predictions of ``jaxlm plan``, compared with measurements
 
-The speed benchmarks compare implementations: jaxlm and its baselines. The baselines need the extra ``reference``. Each
-implementation runs in its own process (``worker``, ``*_baselines``). ``harness`` first checks that the results of all
-implementations agree. It then interleaves their repetitions, so that changes in the load of the machine affect all of
-them.
+The benchmarks of ``benchmarks.all`` compare the speed of implementations: jaxlm and its baselines. The baselines torch
+and Flax need the extra ``reference``. Each implementation runs in its own process (``worker``, ``*_baselines``).
+``harness`` first checks that the results of all implementations agree. It then interleaves their repetitions, so that
+changes in the load of the machine affect all of them.
 """

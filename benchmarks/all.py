@@ -6,7 +6,7 @@
 
 Each benchmark writes ``NAME.json`` to the output directory, and its log to ``NAME.log``. If the command is interrupted,
 start it again: it continues with the benchmarks that have no result yet. Nothing else should run on the machine. With
-``--page``, the measured part of a page is replaced at the end.
+``--page``, the measured part of a page is replaced at the end if no benchmark failed.
 """
 
 from __future__ import annotations

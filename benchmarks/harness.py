@@ -354,6 +354,9 @@ def measure(
     Args:
         warm_up: number of repetitions of each implementation before the rounds, at least 2. The first one compiles.
         check: a function of the warm-up results of each implementation. It raises ``Failure`` if they disagree.
+
+    Raises:
+        Failure: ``rounds`` is below 1, the implementations run on different devices or disagree, or one of them fails.
     """
     if rounds < 1:
         raise Failure(f"--rounds {rounds} must be at least 1")
@@ -610,10 +613,10 @@ def main(
 
 
 def check_options(options: Any) -> None:
-    """Check numbers and output files before the measurement.
+    """Check whole numbers and the path of the JSON file before the measurement.
 
     Raises:
-        UserError: a number is below 1, or a file cannot be written.
+        UserError: a whole number is below 1 or above 2**31 - 1, or the path is a directory or in no existing directory.
     """
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"

@@ -26,7 +26,8 @@ BASELINES = {
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's ``reference`` implementations."""
 TOLERANCE = 2e-4
-"""Maximum difference of results, relative to the largest element; the results are sums of thousands of terms."""
+"""Maximum difference of sampled elements of a result, relative to the largest sampled element. The results are sums of
+thousands of terms."""
 
 
 @dataclasses.dataclass(frozen=True)

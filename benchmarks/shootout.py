@@ -4,13 +4,12 @@
     python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
     python -m benchmarks.shootout --quick                    a short test that the benchmark works
 
-The depth of each family is fixed, and its width is
-chosen. At equal parameters, the number of parameters is as near as possible to ``--parameters``. At equal FLOPs, the
-training FLOPs per character are as near as possible to the FLOPs of the GPT with equal parameters. The FLOPs are those
-of dots and convolutions in the trace of the step without remat. All families read the same number of characters.
-Families that carry a state between batches read contiguous streams, and the others read random windows. The loss is
-measured on the last 10 % of the text. Decoding generates one character at a time in one row, after contexts of several
-lengths. Its state has capacity for the longest context.
+The depth of each family is fixed, and its width is chosen. At equal parameters, the number of parameters is as near as
+possible to ``--parameters``. At equal FLOPs, the training FLOPs per character are as near as possible to the FLOPs of
+the GPT with equal parameters. The FLOPs are those of dots and convolutions in the trace of the step without remat. All
+families read the same number of characters. Families that carry a state between batches read contiguous streams, and
+the others read random windows. The loss is measured on 16 batches from the last 10 % of the text. Decoding generates
+one character at a time in one row, after contexts of several lengths. Its state has capacity for the longest context.
 
 The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process runs all families one after
 the other, so the times are accurate only to an order of magnitude. The losses are comparable.

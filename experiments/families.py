@@ -3,7 +3,8 @@
     python -m experiments.families                      all families
     python -m experiments.families --family lstm t5     some families
 
-The tokens are the characters of the included corpus. Its last 10 % is for validation. Objectives of the families:
+The tokens are the characters of the included corpus. Its last 10 % (for classification: the last 10 % of each play) is
+for validation. Objectives of the families:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character; each row continues  transformer_xl lstm gru mamba2 griffin
@@ -197,7 +198,10 @@ RECIPES = {
 def recipe_of(name: str) -> Recipe:
     """The recipe of a family.
 
-    A family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
+    A causal family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
+
+    Raises:
+        ValueError: the family is not in ``RECIPES`` and not causal.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -333,6 +337,9 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
 
     Args:
         steps: number of updates. None: the ``steps`` of the recipe.
+
+    Raises:
+        KeyboardInterrupt: the training was interrupted.
     """
     recipe = recipe_of(name)
     model, make_batch = recipe.build(), to_batch(recipe)
@@ -403,7 +410,11 @@ def draw(rows: list[Row], directory: Path) -> None:
 
 
 def run(families: list[str], directory: Path, steps: int | None = None) -> list[Row]:
-    """Train the families one after the other and return their results. The table is written again after each family."""
+    """Train the families one after the other and return their results. The table is written again after each family.
+
+    Raises:
+        FileExistsError: ``directory`` is not empty.
+    """
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
     check_output(directory, resume=False)

@@ -216,7 +216,10 @@ def report(
     directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples,
     extra_tests: dict[str, Examples], start_time: float,
 ) -> None:  # fmt: skip
-    """Answer the questions of the test split and of the ``--extra-tests`` files, and write the report."""
+    """Answer the questions of the test split and of the ``--extra-tests`` files, and write the report.
+
+    If a question of the validation split has no answer, a threshold for "no answer" is selected on this split.
+    """
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
         threshold = qa.best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))

@@ -157,7 +157,7 @@ def build(
 ) -> tuple[Model, Any, Tokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer.
 
-    Only the lengths of the ``test`` texts are used.
+    Of ``test``, only the lengths of the texts are used, and only for alexnet and resnet from scratch.
     """
     config, labels = experiment.model, training.label_names()
     texts, size = training.column("text"), experiment.vocab_size

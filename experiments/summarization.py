@@ -116,7 +116,10 @@ PRESETS = {
 
 
 def read(data: Data) -> Examples:
-    """Examples with ``source``, ``target``, ``text`` (the original text of the file or docstring) and ``group``."""
+    """Examples with ``source``, ``target``, ``text`` (the original text of the file or docstring) and ``group``.
+
+    ``source`` is the text with single spaces as white space, for docstrings after the name of the object.
+    """
     if data.file is None:
         loaded = docstrings()
         rows = [{**row, "source": f"{row['name']}: {row['text']}"} for row in loaded]
@@ -135,7 +138,10 @@ def read(data: Data) -> Examples:
 
 
 def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test splits. All examples of a group are in the same split."""
+    """The training, validation and test splits. All examples of a group are in the same split.
+
+    Groups with more than ``data.largest_group`` examples are in the training split.
+    """
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
     large, small = (examples.select(np.flatnonzero(np.equal(is_large, flag)).tolist()) for flag in (True, False))
@@ -155,7 +161,7 @@ def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examp
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text, the summary of the baseline "lead-1"."""
+    """The first sentence of a text (or its first paragraph, if shorter), the summary of the baseline "lead-1"."""
     return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 

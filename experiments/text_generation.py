@@ -163,7 +163,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
 
 
 def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
-    """The prompt of the passage. Raises ``ValueError`` if the model cannot read a prompt of this length."""
+    """The prompt of the passage. Raises ``ValueError`` if it is empty, or longer than the model's positions."""
     prompt, limit = experiment.prompt, model.max_positions
     if prompt is None and experiment.data is not None:
         beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])

@@ -20,7 +20,7 @@ Group = tuple[str, str, int]
 
 
 def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
-    """The results that belong to the plan of the experiment. Results of another plan are left out."""
+    """The results of the experiment's cases and models with the widths, layers and steps of its plan."""
     plan = experiment.plan
     return [
         result
@@ -58,7 +58,10 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
-    """The range of the measured accuracies as text, and whether all agree with the claim: yes, no or not measured."""
+    """The range of the measured accuracies as text, and whether all agree with the claim: yes, no or not measured.
+
+    An accuracy is the mean over the runs of one case, model and width.
+    """
     means = {}
     for (case, model, width), group in runs.items():
         if claim.covers(case, model, width):

@@ -1,4 +1,4 @@
-"""One training run, and the file with the results of all runs of an experiment."""
+"""Cases and plans of experiments, training runs, and the file with the results of all runs of an experiment."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Training:
     def run(self, learning_rate: float, seed: int) -> Result:
         """Train with this peak learning rate, test, and return the result.
 
-        Equal arguments give equal results on one machine.
+        Equal arguments give equal results on one machine, except for ``seconds``.
         """
         flops_of_step = self._flops_of_step if self._case.measures_loss else None
         start, plan = time.perf_counter(), self._plan
@@ -220,7 +220,11 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 
 
 class Results:
-    """The results in a file with one JSON object per line. A run that has a line is skipped."""
+    """The results in a file with one JSON object per line. A missing file has no results.
+
+    Raises:
+        ValueError: a line is not a result.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -260,7 +264,11 @@ def run_model(
 ) -> float:
     """Train one model of one width on one case, and return its best learning rate.
 
-    All learning rates run with seed 0. Then the other seeds run with the best learning rate.
+    All learning rates run with seed 0. Then the other seeds run with the best learning rate. Runs that have a result
+    are skipped.
+
+    Args:
+        report: a function that is called with each new result.
     """
     training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))
 

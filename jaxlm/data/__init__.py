@@ -1,4 +1,4 @@
-"""Texts, tokenizers, token files and batches. This package computes with numpy on the host, without JAX."""
+"""Texts, games, tokenizers, token files and batches. This package computes with numpy on the host, without JAX."""
 
 from jaxlm.data.batching import Batches, ContiguousStreams, PackedDocuments, RandomWindows, Source, Window
 from jaxlm.data.corpora import shakespeare

@@ -28,8 +28,8 @@ class Window(NamedTuple):
 
     Attributes:
         tokens: ``[B, T+1]`` int32.
-        segment_ids: ``[B, T+1]`` int32: 1, 2, ... for the documents of a row and 0 for padding. None: each row is one
-            document.
+        segment_ids: ``[B, T+1]`` int32: 1, 2, ... for the documents (or pieces of documents) of a row and 0 for
+            padding. None: each row is one document.
         reset: ``[B]`` bool, True for rows whose model state must be reset. None: no state is carried between batches.
     """
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
     @property
     def rows_per_epoch(self) -> int:
-        """Number of rows in one epoch. Step i is in epoch ``i * batch_size // rows_per_epoch``."""
+        """Number of rows in one epoch. Step i begins in epoch ``i * batch_size // rows_per_epoch``."""
         ...
 
     def batch(self, index: int, rows: Sequence[int]) -> Any:
@@ -54,7 +54,7 @@ class Source(Protocol):
         ...
 
     def check(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` if a token is outside the vocabulary. Reads all data once."""
+        """Raise ``ValueError`` if a token, or the id of padding, is outside the vocabulary. Reads all data once."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -142,10 +142,12 @@ class RandomWindows:
         length: T.
         batch_size: B.
         seed: seed of the order.
-        stride: distance between window starts. With ``stride=length`` the inputs of windows do not overlap.
+        stride: distance between window starts. With ``stride=length`` the inputs of windows do not overlap. With
+            a larger stride, some tokens are never inputs.
 
     Raises:
-        ValueError: there are fewer than ``length + 1`` tokens, or an argument is too small.
+        ValueError: ``tokens`` is not a 1-D array of at least ``length + 1`` integers; ``length``, ``batch_size`` or
+            ``stride`` is below 1; or ``seed`` is negative.
     """
 
     tokens: np.ndarray
@@ -188,7 +190,8 @@ class ContiguousStreams:
         batch_size: B.
 
     Raises:
-        ValueError: there are fewer than ``batch_size * length + 1`` tokens.
+        ValueError: ``tokens`` is not a 1-D array of at least ``batch_size * length + 1`` integers, or ``length`` or
+            ``batch_size`` is below 1.
     """
 
     tokens: np.ndarray
@@ -232,8 +235,8 @@ class PackedDocuments:
 
     A document that is longer than a row is split into pieces, and each piece is a separate segment. A piece begins with
     the last token of the previous piece, so every token of a document except the first is a target exactly once. The
-    pieces are shuffled with the seed. Each piece goes into the row in which it leaves the least free space (best fit).
-    Each epoch visits the rows in a different random order.
+    pieces are shuffled with the seed. Each piece goes into the row in which it leaves the least free space (best fit),
+    or into a new row if it fits into no row. Each epoch visits the rows in a different random order.
 
     Args:
         documents: 1-D arrays of ids. No document may be empty.
@@ -243,7 +246,8 @@ class PackedDocuments:
         pad_id: the id of padding tokens. Their segment id is 0.
 
     Raises:
-        ValueError: there is no document, or a document is empty or not a 1-D array of integers.
+        ValueError: there is no document; a document is empty or not a 1-D array of integers; ``length`` or
+            ``batch_size`` is below 1; or ``seed`` or ``pad_id`` is negative.
     """
 
     documents: Sequence[np.ndarray]
@@ -332,7 +336,11 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> np.ndarray:
 
 
 def source_fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
-    """A dict with the class name of a source, its integer fields, and ``data_summary``, such as size and checksum."""
+    """A dict with the class name of a source, its integer and boolean fields, and ``data_summary``.
+
+    Args:
+        data_summary: numbers that describe the data, such as size and checksum.
+    """
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     numbers = {name: int(value) for name, value in fields.items() if isinstance(value, int | np.integer)}
     return {"kind": type(source).__name__, **numbers, **data_summary}
@@ -351,10 +359,10 @@ class Batches(Iterator[Any]):
             rows.
         to_batch: a pure function from the source's batch (for example a ``Window``) to the batch of an objective. None:
             the iterator yields the source's batch.
-        prefetch: number of batches that are made in advance.
+        prefetch: number of batches that are made in advance. 0: each batch is made when it is requested.
 
     Raises:
-        ValueError: ``rows`` is empty, or has a row that is not in the batch.
+        ValueError: ``rows`` is empty or has a row that is not in the batch, or ``prefetch`` is negative.
 
     Example:
         >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64), to_batch=to_batch)
@@ -408,7 +416,8 @@ class Batches(Iterator[Any]):
         """Continue from a saved state.
 
         Raises:
-            ValueError: the state was saved for a different source. The message lists all differences with both values.
+            ValueError: ``state`` is not the state of an iterator, or was saved for a different source. In the second
+                case, the message lists all differences with both values.
         """
         match state:
             case {"next": int(step), "source": dict(saved)} if step >= 0:

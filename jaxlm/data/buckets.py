@@ -1,7 +1,8 @@
 """Length buckets: a batch has examples of similar length, so there is little padding and few shapes are compiled.
 
 Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
-Dynamic programming over the distinct lengths finds the buckets with the least padding.
+Dynamic programming over the distinct lengths finds the buckets with the least padding. Examples with several arrays are
+sorted by total length and by greatest length, and the order with less padding is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class BucketBatch(NamedTuple):
     """A batch of examples from one bucket, padded to the lengths of the bucket.
 
     Attributes:
-        fields: ``[B, T]`` for each array field (T is its padded length in the bucket), ``[B]`` for each scalar.
+        fields: ``[B, T]`` for each array field (T is its padded length in the bucket), ``[B]`` for each scalar. A row
+            without an example has padding and the scalar 0.
         lengths: ``[B]`` int32 for each array field, the number of entries that are not padding; 0 in a row without an
             example.
         indices: ``[B]`` int64, the index of each example; -1 in a row without an example.
@@ -65,23 +67,24 @@ class Bucket:
 class Bucketed:
     """A source of :class:`BucketBatch`. Each epoch visits every example once. Each batch has examples of one bucket.
 
-    Each epoch shuffles the examples within each bucket, and the order of the batches.
+    With ``shuffle``, each epoch shuffles the examples within each bucket, and the order of the batches.
 
     Args:
-        examples: the fields of each example. All examples have the same fields.
+        examples: the fields of each example. All examples have the same fields in the same order.
         batch_size: number of rows in a batch of the bucket with the longest examples.
         num_buckets: maximum number of buckets, which is also the maximum number of shapes.
         seed: seed of the order.
         equal_tokens: True: buckets of shorter examples have more rows, so that all batches have about the same number
             of tokens. The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
-        shuffle: False visits the buckets in order of length, for evaluation.
+        shuffle: False visits the buckets in order of length and keeps the order of examples, for evaluation.
         pad_id: the padding of all arrays, also of those that are not token ids.
         length_multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
         max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
     Raises:
-        ValueError: there is no example; the examples have different fields; or an array is empty, has values that are
-            not 32-bit integers, or is longer than ``max_length``; or a scalar field has values of several types.
+        ValueError: there is no example; the examples have different fields or no array; an array is empty, not 1-D, has
+            values that are not 32-bit integers, or is longer than ``max_length``; a scalar field has values of several
+            types or values that are not numbers; ``seed`` or ``pad_id`` is negative; or another number is below 1.
     """
 
     examples: Sequence[Encoded]

@@ -1,4 +1,4 @@
-"""Text corpora that are included in the package."""
+"""Text corpora that are included in the package: plays, their passages with labels, and verses in two languages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def play_passages(words: int = 60) -> Examples:
     """Examples ``{"text", "label"}``: passages of at least ``words`` words, labelled with the title of their play.
 
     A passage consists of consecutive lines. Lines with the name of a speaker are removed, because the names identify
-    the play.
+    the play. The last words of a play are dropped if they are fewer than ``words``.
     """
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]

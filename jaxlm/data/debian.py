@@ -108,7 +108,7 @@ _AFFIXES = frozenset(
 
 
 def project(package: str) -> str:
-    """The project of a package: the package name without versions, "lib" and the parts in ``_AFFIXES``.
+    """The project of a package: its name without versions, "lib", single characters and the parts in ``_AFFIXES``.
 
     Most packages of one source package have the same project. If no part is left, the project is the package name.
 
@@ -128,10 +128,12 @@ def read_descriptions(path: str | Path) -> Examples:
     The file contains Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
     ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``text``,
     ``summary`` and, optionally, ``package``. Files may be compressed (``.gz``). ``rejected`` lists records without a
-    long description and repeated packages, each with the number of its first line.
+    name, synopsis or long description and repeated packages, each with the number of its first line. For ``.jsonl``, it
+    lists invalid lines, and repeated packages are kept.
 
     Raises:
-        ValueError: no record has a description.
+        FileNotFoundError: the file does not exist.
+        ValueError: no record is valid.
     """
     if ".jsonl" in Path(path).name:
         names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))

@@ -1,7 +1,7 @@
 """Docstrings of the installed Python code as a summarization task. No download is needed.
 
-The first line of a docstring is a summary (PEP 257). So the summary is the target, and the rest is the text.
-Source files are parsed, not imported.
+The first line of a docstring is a summary (PEP 257). So the summary is the target. The text is the rest up to the first
+section, such as ``Args:``. Source files are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def docstrings(
     number in reading order and the reason.
 
     Args:
-        directories: directories whose entries are packages. None: the standard library and the installed packages.
+        directories: directories whose entries are packages or modules. None: the standard library and the installed
+            packages.
         max_files: maximum number of files that are read from one package. They are evenly spaced in the list of its
             files.
         max_per_package: maximum number of examples from one package. They are evenly spaced in the list of its

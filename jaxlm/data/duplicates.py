@@ -1,8 +1,8 @@
 """Groups of similar texts. With these groups, a split of a data set can keep near-duplicates in one part.
 
 The similarity of two texts is the Jaccard similarity of their sets of word trigrams (Broder 1997), estimated with
-MinHash signatures. Two texts are compared only if their signatures agree in at least one band (locality-sensitive
-hashing: Leskovec et al., Mining of Massive Datasets, chapter 3).
+MinHash signatures. Two texts are compared only if their signatures agree in at least one band, a range of hash values
+(locality-sensitive hashing: Leskovec et al., Mining of Massive Datasets, chapter 3).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def group_similar(
 ) -> list[int]:
     """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
-    A group is a connected component of the similarity graph, so two texts of a group may be dissimilar. The number of a
-    group is the index of its first text. The result depends only on the arguments.
+    A group is a connected component of the graph of found pairs, so two texts of a group may be dissimilar. Some
+    similar pairs are not found. The number of a group is the index of its first text. The result depends only on the
+    arguments.
 
     Args:
         keys: one key for each text, for example the name of its package. None: only the texts are compared.

@@ -22,6 +22,7 @@ class Encoding(NamedTuple):
     Attributes:
         ids: int32 [T].
         token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
+            Without a template, they equal ``sequence_ids``.
         offsets: int32 [T, 2]. Token ``t`` covers the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of
             its text. The offsets of special tokens are (0, 0).
         sequence_ids: int32 [T], the number of the text of each token: 0 for the first text, 1 for the second, -1 for a
@@ -94,10 +95,12 @@ def truncate_all(encodings: list[Encoding], max_length: int | None, name: str) -
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     """Encodings of at most ``max_length`` tokens, each with the whole first text and a window of the second text.
 
-    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of this text.
+    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of this text. If
+    the encoding has at most ``max_length`` tokens, it is the only result.
 
     Raises:
-        ValueError: ``max_length`` leaves at most ``stride`` tokens for the second text, or ``stride`` is negative.
+        ValueError: ``stride`` is negative; or the encoding has more than ``max_length`` tokens, and ``max_length``
+            leaves at most ``stride`` tokens for the second text.
     """
     if stride < 0:
         raise ValueError(f"stride={stride} must be at least 0: it is the number of tokens that two windows share")

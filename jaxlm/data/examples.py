@@ -1,4 +1,4 @@
-"""Labelled or paired texts, read from the file formats of published data sets.
+"""Data sets of labelled or paired texts: readers of published file formats, and :class:`Examples`, which selects parts.
 
     TSV, CSV             one example per row, named columns         GLUE, most classification data sets
     labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
@@ -8,8 +8,8 @@
     random access        an object with ``len`` and ``[n]``          Examples.from_random_access (grain.MapDataset)
 
 An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). An invalid line raises an
-error that names the file and the line. With ``on_error="report"``, the line is listed in ``rejected`` instead. Only
-empty lines of JSONL files are skipped.
+error that names the file and the line. With ``on_error="report"``, the line is listed in ``rejected`` instead. A file
+without a valid line is always an error. Empty lines are skipped in JSONL files, and are invalid in other files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ OnError = Literal["raise", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A line that is not a valid example: its number (from 1) and the reason."""
+    """A line that is not a valid example, or a rejected record of several lines, such as a chess game.
+
+    Attributes:
+        line: the number (from 1) of the line, or of the first line of the record.
+        reason: why it is rejected.
+    """
 
     line: int
     reason: str
@@ -57,7 +62,7 @@ class Examples(Sequence[Example]):
     Attributes:
         rows: the examples.
         name: the name of the file or data set, for messages.
-        rejected: the lines of the file that are not valid examples.
+        rejected: the lines of the file that are not valid examples. Empty for a part of a data set.
         class_names: field -> class names in order. It has only the fields whose class names the data set declares.
 
     Example:
@@ -79,11 +84,12 @@ class Examples(Sequence[Example]):
 
         Args:
             fields: field of the example -> name of the column.
-            name: the name in messages. None: the name of the data set.
+            name: the name in messages. None: the name of the data set, or "the data set" if it has no name.
 
         Raises:
             TypeError: the data set is a streaming data set or a dictionary of data sets.
-            ValueError: a column is missing, the data set or a text is empty, or a number is not a class number.
+            ValueError: a column is missing, the data set or a text is empty, a value is None, or a number is not a
+                class number.
 
         Example:
             >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -128,8 +134,8 @@ class Examples(Sequence[Example]):
 
         Raises:
             TypeError: the source has no length or cannot be indexed.
-            ValueError: the source is empty or infinite. On access: an example is None or not a mapping, or has a
-                missing or empty field.
+            ValueError: the source is empty or infinite; or an example is None or not a mapping, or has a field that is
+                missing, None or an empty text. Only the first example is checked at once, the others on access.
         """
         check_random_access(source, name)
         rows = _RenamedExamples(source, fields, name)
@@ -180,10 +186,11 @@ class Examples(Sequence[Example]):
         Args:
             fractions: fractions of the examples (with ``by``: of the groups).
             seed: seed of the random split.
-            by: a field. Examples with the same value form a group and are in one part.
+            by: a field. Examples with the same value form a group and are in one part. None: no groups.
 
         Raises:
-            ValueError: the fractions leave a part empty.
+            ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, or
+                an example does not have the field ``by``.
         """
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or sum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
@@ -201,7 +208,11 @@ class Examples(Sequence[Example]):
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
-        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test split."""
+        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test split.
+
+        Raises:
+            ValueError: ``count`` is below 2 or above the number of examples.
+        """
         if not 2 <= count <= len(self):
             raise ValueError(f"{count} folds of {len(self)} examples: choose from 2 to the number of examples")
         order = np.random.default_rng(seed).permutation(len(self))
@@ -293,7 +304,7 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
 
 
 def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the examples") -> np.ndarray:
-    """The index of each label in ``names``, int32 [N].
+    """The index of each label in ``names``, int32 [N]. Labels that are not strings are converted with ``str``.
 
     Raises:
         ValueError: a label is not in ``names``.
@@ -312,7 +323,7 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
     """Call the function of each pair (line number, function) in ``readers``, and collect the returned examples.
 
     If a function raises ``ValueError``, the error names the file and the line. With ``on_error="report"``, the line is
-    listed in ``rejected`` instead.
+    listed in ``rejected`` instead. Raises ``ValueError`` if no function returns an example.
     """
     rows, rejected = [], []
     for number, read_example in readers:
@@ -333,7 +344,11 @@ def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example
 
 
 def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
-    """The example with ``fields`` (field -> column) of a row. Raises ``ValueError`` for a missing or empty column."""
+    """The example with ``fields`` (field -> column) of a row.
+
+    Raises:
+        ValueError: a column is missing, its value is None, or its text is empty or only white space.
+    """
     example = {}
     for field, column in fields.items():
         if column not in row:
@@ -352,7 +367,7 @@ def _read_rows(
 ) -> Iterator[tuple[int, Callable[[], list[str]]]]:
     """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
 
-    The function raises ``ValueError`` if the row is malformed.
+    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split.
     """
     if delimiter is None:
         suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
@@ -384,7 +399,7 @@ def _raise_malformed(reason: str) -> list[str]:
 
 
 def _read_header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
-    """The column names in the first row."""
+    """The column names in the first row. Raises ``ValueError`` if the first row is empty or malformed."""
     _, read_row = next(rows, (1, list[str]))
     try:
         names = read_row()
@@ -413,11 +428,13 @@ def read_table(
         delimiter: the character between columns. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
             it.
         encoding: encoding of the file.
-        on_error: "report" lists invalid lines in ``rejected`` instead of raising an error.
+        on_error: "report" lists invalid rows in ``rejected`` instead of raising an error. Errors that concern the
+            whole file are always raised.
 
     Raises:
-        ValueError: a column is missing, a text is empty, a row has the wrong number of columns, or a quote is not
-            closed.
+        ValueError: a column is missing or occurs twice, there is no valid row, or ``delimiter`` is None and the suffix
+            is another one. Also for an invalid row: a requested value is empty, the number of columns differs from the
+            first line, or the quotes are malformed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -456,8 +473,8 @@ def read_jsonl(
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: a line is not a JSON object, a key is missing, a text is empty, or a field of ``texts`` or
-            ``labels`` has another type.
+        ValueError: there is no valid line. Also for an invalid line: it is not a JSON object, a key is missing, a value
+            is null or an empty text, or a field of ``texts`` or ``labels`` has another type.
     """
 
     def make_example(line: str) -> Example:
@@ -483,7 +500,8 @@ def read_jsonl(
 def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
     """The keys of the first line that is a JSON object with at least one of the keys ``one_of``.
 
-    If there is no such line, the keys of the first line that is a JSON object. Empty if no line is a JSON object.
+    If ``one_of`` is empty or there is no such line, the keys of the first line that is a JSON object. Empty if no line
+    is a JSON object.
     """
     first: list[str] = []
     for _, line in read_lines(path, encoding):
@@ -497,7 +515,10 @@ def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str
 
 
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
-    """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line."""
+    """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line.
+
+    White space at both ends of a text is removed. A label must not contain a tab.
+    """
 
     def make_example(line: str) -> Example:
         label, _, text = line.partition(" ")
@@ -513,11 +534,15 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
     """Examples ``{"label", "text"}`` from a classification file.
 
     A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column; a ``.jsonl`` file has an object with these
-    keys on each line. The text column is the first name of :data:`TEXT_COLUMNS` that the file has. Any other file has a
-    label, a space and a text on each line.
+    keys on each line. The text column is the first name of :data:`TEXT_COLUMNS` that the file has. Files with other
+    suffixes, except ``.json``, have a label, a space and a text on each line.
 
     Args:
         encoding, on_error: as in :func:`read_table`.
+
+    Raises:
+        ValueError: the suffix is ``.json``, a column is missing, or as in :func:`read_table`, :func:`read_jsonl` or
+            :func:`read_labelled_lines`.
     """
     suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
     if suffix == "json":
@@ -547,11 +572,13 @@ def read_pairs(
 ) -> Examples:
     """Examples ``{"source", "target"}`` from two files. Line n of both files is example n.
 
+    White space at both ends of a line is removed.
+
     Args:
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: the files have different numbers of lines, or a line is empty.
+        ValueError: the files have different numbers of lines, a line is empty, or there is no pair.
     """
     sources, targets = ([line for _, line in read_lines(path, encoding)] for path in (source, target))
     if len(sources) != len(targets):

@@ -1,8 +1,8 @@
-"""Read chess games from text and PGN files, check them with the rules of chess, and split them.
+"""Read chess games from text and PGN files, check them with the rules of chess, convert their notation, and split them.
 
 A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
-``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate, because the position
-determines these signs. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
+``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). The readers remove the signs for check and mate from SAN, because
+the position determines these signs. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ GAMES_PER_EXTRA_PROCESS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Games:
-    """The games of a file, in order.
+    """The games of a file or a selection of them, in order.
 
     Attributes:
         moves: one string per game, with its moves separated by spaces.
         results: the result of each game, one of ``RESULTS``.
         notation: notation of ``moves``.
         source: name of the file, for messages.
-        rejected: the games of the file that are not in ``moves``, each with its line and the reason.
+        rejected: the games of the file that cannot be used, each with its line and the reason. Empty for a selection.
     """
 
     moves: tuple[str, ...]
@@ -98,7 +98,10 @@ class Games:
 
 
 def chess_games(notation: Notation = "uci") -> Games:
-    """The 2,000 included master games; public domain. ``CHESS.md`` in this directory describes their source."""
+    """The 2,000 included master games; public domain. ``CHESS.md`` in this directory describes their source.
+
+    The notation ``uci`` needs the package ``chess``.
+    """
     with importlib.resources.as_file(importlib.resources.files("jaxlm.data") / "chess_games.txt.gz") as path:
         # The included games are legal SAN, so only the conversion to UCI needs the rules.
         games = read_games(path, notation, check="syntax" if notation == "san" else "rules", workers=1)
@@ -115,20 +118,24 @@ def read_games(
     """The games of a file, with their moves in ``notation``.
 
     A text file has one game per line: SAN or UCI moves, and optionally the result at the end. Only the main lines of a
-    PGN file (``.pgn``) are read. Files may be compressed (``.gz``). ``Games.rejected`` lists the games that have an
-    illegal or unreadable move, no moves, or a nonstandard initial position, each with its line and the reason.
+    PGN file (``.pgn``) are read. Files may be compressed (``.gz``). Empty lines are skipped. ``Games.rejected`` lists
+    the games that have an illegal, ambiguous, null or unreadable move, no moves, or (PGN) other rules or another
+    initial position than standard chess, each with its line and the reason.
 
     Checking the rules takes about 0.9 ms per game (2 minutes for 144,000 games on one core, 1 minute on two cores).
-    ``check="syntax"`` takes a few seconds for these games. It requires that the file uses ``notation``, and checks only
-    that every word has the form of a move.
+    ``check="syntax"`` takes a few seconds for these games. It requires a text file that uses ``notation``, and checks
+    only that every word has the form of a move, except a result at the end.
 
     Args:
         check: ``rules`` replays each game. ``syntax`` checks only the form of the words.
-        workers: number of processes. None: one process per core for a large file.
+        workers: number of processes. None: one process, plus one for every 2,000 games, at most one per core; with
+            ``check="syntax"``, one process.
 
     Raises:
         ImportError: the package ``chess`` is not installed (``check="syntax"`` does not need it).
-        ValueError: the file cannot be read or has no legal game, or an argument is outside its range.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, is not text or has no game that can be used; ``notation`` or ``check`` is
+            unknown; ``workers`` is below 1; or the file is PGN and ``check`` is "syntax".
     """
     path = Path(path)
     check_notation(notation)
@@ -170,8 +177,8 @@ def split_games(
     of ``games``.
 
     Raises:
-        ValueError: a fraction is negative, the fractions leave no games for training, or a positive fraction gives no
-            game.
+        ValueError: a fraction is negative or at least 1, the fractions leave no games for training, or a positive
+            fraction gives no game.
     """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= value < 1.0:
@@ -203,7 +210,8 @@ def to_uci(line: str) -> str:
         'e2e4 e7e5 g1f3'
 
     Raises:
-        ValueError: an illegal or unreadable move.
+        ImportError: the package ``chess`` is not installed.
+        ValueError: a move is illegal, ambiguous, unreadable or a null move.
     """
     return _replay(line.split(), "uci")
 
@@ -212,7 +220,7 @@ def to_san(line: str) -> str:
     """The SAN moves, without signs for check and mate, for a line of SAN or UCI moves from the initial position.
 
     Raises:
-        ValueError: an illegal or unreadable move.
+        ImportError, ValueError: as in :func:`to_uci`.
     """
     return _replay(line.split(), "san")
 
@@ -284,8 +292,8 @@ def _move_name(index: int, word: str) -> str:
 
 def _canonical_san(board: Any, move: Any, word: str) -> str:
     """The standard SAN of a move that was parsed from ``word``."""
-    # Writing SAN takes as long as parsing it. So return the word if it is already standard: it has no origin square,
-    # and has "x" only for a capture.
+    # Writing SAN takes as long as parsing it. So return the word if it is already standard: it has no origin square
+    # (except the file of a pawn that captures), and has "x" if and only if the move is a capture.
     plain = word.rstrip("+#")
     if _SAN_WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
         return plain
@@ -370,7 +378,11 @@ def _unknown_word(text: str) -> str | None:
 
 
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
-    """The line number and the text of each game. A game begins at the first tag after a line that is not a tag."""
+    """The line number and the text of each game.
+
+    The first game begins at the first line that is not empty. A further game begins at the first tag after a line of
+    moves.
+    """
     lines = text.splitlines(keepends=True)
     start, after_tag = None, False
     for number, line in enumerate(lines):

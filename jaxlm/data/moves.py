@@ -45,16 +45,17 @@ class MoveTokenizer(EncodeInputsMixin):
     """A tokenizer with one id per move. A text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
 
     Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` adds id 1 before the moves.
-    The UCI vocabulary has all 1,968 moves. The SAN vocabulary has the moves of the training games, and id 3 for any
-    other move. ``encode`` removes the signs for check and mate (``+``, ``#``): they follow from the position, and they
-    would make the vocabulary two thirds larger.
+    By default, the UCI vocabulary has all 1,968 moves. A SAN vocabulary has the moves of the training games, and id 3
+    for any other move. For SAN, ``encode`` removes the signs for check and mate (``+``, ``#``): they follow from the
+    position, and they would make the vocabulary two thirds larger.
 
     Args:
         notation: ``uci`` or ``san``.
         moves: the moves in the order of their ids. None: all moves (only for ``uci``).
 
     Raises:
-        ValueError: moves are missing (None for ``san``, or an empty list), repeated, or not in the notation.
+        ValueError: the notation is unknown; or moves are missing (None for ``san``, or an empty list), repeated, not in
+            the notation, or have a sign for check or mate.
 
     Attributes:
         notation: ``uci`` or ``san``.
@@ -103,7 +104,8 @@ class MoveTokenizer(EncodeInputsMixin):
         ``uci``, the vocabulary always has all moves.
 
         Raises:
-            ValueError: for ``san``, the lines are in another notation, or no move occurs ``min_count`` times.
+            ValueError: the notation is unknown or ``min_count`` is below 1. For ``san``: the lines are in another
+                notation, or no move occurs ``min_count`` times.
         """
         check_notation(notation)
         if min_count < 1:
@@ -117,7 +119,8 @@ class MoveTokenizer(EncodeInputsMixin):
         """The ids of the moves, int32 [moves], without the ids of the beginning and the end of a game.
 
         Raises:
-            ValueError: a word is not a move in the notation. Results and move numbers are not moves.
+            ValueError: a word is not a move in the notation (results and move numbers are not moves), or, for ``uci``,
+                is not in the vocabulary.
         """
         ids = []
         for number, word in enumerate(text.split()):
@@ -161,7 +164,7 @@ class MoveTokenizer(EncodeInputsMixin):
         """The tokenizer of a saved ``jaxlm_tokenizer.json`` of type ``moves``.
 
         Raises:
-            ValueError: a field is missing or invalid.
+            ValueError: a field is invalid, or ``moves`` is missing for ``san``. A missing ``notation`` means ``uci``.
         """
         moves = content.get("moves")
         if moves is not None and not isinstance(moves, str):

@@ -24,8 +24,8 @@ FINGERPRINT_SAMPLES = 16
 class RandomAccess:
     """A source of batches of random-access elements. Each epoch visits every element exactly once.
 
-    All elements must have the same fields and shapes. For elements of unequal length, use
-    ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch and
+    The elements must have the same fields and shapes, which is checked in each batch. For elements of unequal length,
+    use ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch and
     the first elements of the next epoch, so no element is dropped. A batch is a function of its step, so a resumed run
     does not read earlier elements again.
 
@@ -38,7 +38,8 @@ class RandomAccess:
 
     Raises:
         TypeError: ``elements`` has no length or cannot be indexed.
-        ValueError: the number of elements is 0 or infinite, or the first element is not a mapping.
+        ValueError: the number of elements is 0 or infinite, the first element is not a mapping of numbers,
+            ``batch_size`` is below 1, or ``seed`` is negative.
 
     Example:
         >>> elements = [{"tokens": np.arange(n, n + 4), "label": n % 2} for n in range(10)]
@@ -77,7 +78,8 @@ class RandomAccess:
         """The given rows of the global batch of step ``index``: an array ``[rows, ...]`` for each field.
 
         Raises:
-            ValueError: an element differs from the first element of the batch in its fields, shapes or dtypes.
+            ValueError: an element is not a mapping of numbers, or differs from the first of the given rows in its
+                fields, shapes or dtypes.
         """
         if self.shuffle:
             numbers = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)

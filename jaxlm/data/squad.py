@@ -36,9 +36,10 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has neither format, or a question is invalid: a field is missing, a text is empty, or an
-            answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message names the file
-            and the id.
+        ValueError: the file has neither format or no valid question; or a question is invalid: a field is missing, a
+            text is empty, or an answer is not in the context within :data:`MAX_SHIFT` characters of its start. For an
+            invalid question, the message names the file, the number of the question and its id (None if the line cannot
+            be parsed or has no id).
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP

@@ -3,7 +3,7 @@
 People walk between rooms, and pick up, put down and give away things. Each question has one correct answer. The table
 lists the kinds of questions, their answers, and the sentences that a reader needs:
 
-    where_person   the room of a person                    the last sentence about the person
+    where_person   the room of a person                    the sentence about the person's last walk
     where_thing    the room of a thing                     two sentences: who has or dropped it, and the person's room
     who_has        who carries a thing                     the last sentence about the thing
     when           the time of day of a walk               one sentence
@@ -58,7 +58,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
         questions: maximum number of questions about one story.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: ``count``, ``sentences`` or ``questions`` is below 1.
 
     Example:
         >>> example = make_stories(2)[1]
@@ -103,10 +103,12 @@ class _Story:
     """A story: its text, the current state of people and things, and the mentions in the text that state it.
 
     Attributes:
+        people, rooms, things: the names that the story uses.
         walks: the rooms that each person walked to, in order.
         times: (person, room) -> the times of day of the walks to the room.
         holder: the person who carries each thing, or None.
         dropped_in: the room in which each thing was put down, or None.
+        gifts: the gifts, in order.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -122,7 +124,10 @@ class _Story:
         self.gifts: list[_Gift] = []
 
     def add_sentence(self) -> None:
-        """Append a sentence about a random event that is possible in the current state."""
+        """Append a sentence about a random event that is possible in the current state.
+
+        If a person must be in another room to take or receive a thing, the sentence is about the walk to this room.
+        """
         carried = [thing for thing in self.things if self.holder[thing] is not None]
         events: list[Callable[[], None]] = [self._walk] * 2
         if any(self.walks.values()) and len(carried) < len(self.things):

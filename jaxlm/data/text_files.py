@@ -1,7 +1,8 @@
-"""Reading of text files. All readers of jaxlm use this module, so they follow the same rules:
+"""Reading of text files. The readers of texts and data sets in jaxlm use this module, so they follow the same rules:
 
 - Encoding: UTF-8, unless the caller passes another encoding. An invalid byte raises an error with its offset and line.
-- A byte order mark at the beginning is removed.
+  In UTF-8, a zero byte is invalid too.
+- A UTF-8 byte order mark at the beginning is removed.
 - Line ends: "\\n" ends a line. Readers of lines also remove one "\\r" before it, so a CRLF file gives the same lines.
   Any other "\\r" is a character of the line. ``read_text`` keeps all characters, including "\\r".
 - ``.gz`` files are decompressed while they are read. The limit of their decompressed size is 64 MiB or 50 times
@@ -58,8 +59,8 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is empty, damaged, too large when decompressed, or not UTF-8. The message names the first
-            invalid byte.
+        ValueError: the file is empty, damaged, too large when decompressed, or not UTF-8. In the last case, the message
+            names the first invalid byte.
     """
     text = "".join(text_chunks(path))
     if not text:

@@ -1,4 +1,7 @@
-"""Tokenizers convert text to ids and back. This module has byte, character and pretrained tokenizers."""
+"""Tokenizers convert text to ids and back.
+
+This module has their interface, the byte, character and pretrained tokenizers, and :func:`load_tokenizer`.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,15 @@ _KNOWN_TOKENS = {
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
 }
-"""The tokens that published vocabularies use for each role. If no file names the token of a role, they are tried in
-order."""
+"""The tokens that published vocabularies use for each role. If neither the caller nor a file names the token of a role,
+they are tried in order."""
 _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 """Files of a published tokenizer that ``save`` writes back unchanged."""
 TOKENIZER_FILES = (JAXLM_FILE, "tokenizer.json", *_COPIED_FILES)
-"""Names of all files from which :func:`load_tokenizer` or transformers read a tokenizer."""
+"""Names of the files of a saved tokenizer. ``save`` first removes those of an earlier tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class SpecialIds:
         unk: replaces a word or character that is not in the vocabulary.
         bos, eos: begin and end a document or a target.
         cls: the token whose hidden state a classifier reads.
-        sep: ends each text of a pair.
+        sep: ends a text, or each text of a pair.
         mask: replaces a token that the model must predict.
     """
 
@@ -81,7 +84,7 @@ class Tokenizer(Protocol):
     def end_id(self) -> int | None: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 ``[tokens]``, without special tokens."""
+        """The ids of a text, int32 ``[tokens]``. No special tokens are added."""
         ...
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
@@ -99,7 +102,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The text of ids ``[tokens]``. Raises ValueError if an id is outside the vocabulary."""
+        """The text of ids ``[tokens]``. Raises ``ValueError`` for an array that is not 1-D, or an unknown id."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -120,7 +123,8 @@ class EncodeInputsMixin:
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The text, or the pair, with the special tokens of the tokenizer's template.
 
-        BERT: ``[CLS] text [SEP] pair [SEP]``. T5: ``text </s>``. GPT-2, bytes and characters: no special tokens.
+        BERT: ``[CLS] text [SEP] pair [SEP]``. T5: ``text </s>``. Chess moves: ``<bos> text``. GPT-2, bytes and
+        characters: no special tokens.
 
         Args:
             max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a
@@ -163,9 +167,12 @@ class EncodeInputsMixin:
             max_length: maximum number of tokens of a window, including special tokens.
             stride: number of context tokens that two consecutive windows share.
 
+        If the question and the whole context fit into ``max_length`` tokens, there is one window.
+
         Raises:
-            ValueError: the question or the context has no tokens, or ``max_length`` leaves at most ``stride`` tokens
-                for the context.
+            TypeError: the question or the context is not a string.
+            ValueError: the question or the context has no tokens; ``stride`` is negative; or the context does not fit,
+                and ``max_length`` leaves at most ``stride`` tokens for it.
 
         Example:
             >>> [w.ids.tolist() for w in ByteTokenizer().encode_windows("a", "bcdef", max_length=4, stride=1)]
@@ -182,7 +189,10 @@ class EncodeInputsMixin:
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """The ids as an array [tokens]. The dtype, shape and range are checked unless there are no ids."""
+    """The ids as an array [tokens]. Raises ``ValueError`` unless they are a 1-D array of ids of the vocabulary.
+
+    An empty array of any shape and dtype is valid.
+    """
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
@@ -199,7 +209,8 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
 class ByteTokenizer(EncodeInputsMixin):
     """A tokenizer of UTF-8 bytes: ids 0-255 are bytes, and id 256 is the end of a document.
 
-    ``decode`` replaces bytes of an incomplete character by U+FFFD. Id 256 has no text.
+    ``encode`` raises ``ValueError`` for a surrogate, which has no UTF-8 bytes. ``decode`` replaces bytes that are not
+    valid UTF-8 by U+FFFD. Id 256 has no text.
 
     Example:
         >>> ByteTokenizer().encode("né").tolist()
@@ -240,6 +251,9 @@ class ByteTokenizer(EncodeInputsMixin):
 class CharTokenizer(EncodeInputsMixin):
     """A tokenizer of characters: id ``i`` is ``characters[i]``. There is no id for the end of a document.
 
+    Raises:
+        ValueError: ``characters`` is empty, or has a character twice.
+
     Example:
         >>> CharTokenizer.from_text("to be").encode("bet").tolist()
         [1, 2, 4]
@@ -260,7 +274,7 @@ class CharTokenizer(EncodeInputsMixin):
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """The tokenizer of the distinct characters of ``text``, sorted by code point."""
+        """The tokenizer of the distinct characters of a non-empty ``text``, sorted by code point."""
         return cls("".join(sorted(set(text))))
 
     @property
@@ -307,7 +321,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
     """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
     ``encode`` adds no special tokens, but encodes a special token in the text as its id. ``decode`` writes special
-    tokens as text.
+    tokens as text, unless ``skip_special_tokens`` is True.
 
     Args:
         backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off. ``save`` writes their original
@@ -353,13 +367,14 @@ class PretrainedTokenizer(EncodeInputsMixin):
         """The tokenizer of ``tokenizer.json``, or of GPT-2's ``vocab.json`` and ``merges.txt`` (byte-level BPE).
 
         The special token of a role comes from the first of these sources that has the role: ``tokenizer_config.json``,
-        ``special_tokens_map.json``, the ids in ``config.json``, the template in ``tokenizer.json``, and the tokens that
-        published vocabularies use. In the first two, null means that the role has no token.
-        ``save`` keeps the content of all files of the tokenizer.
+        ``special_tokens_map.json``, the ids of special tokens in ``config.json``, a BERT or RoBERTa template in
+        ``tokenizer.json`` (only cls and sep), and the tokens that published vocabularies use. In the first two, null
+        means that the role has no token. ``save`` copies the other files of the tokenizer unchanged.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
-            ValueError: a file cannot be parsed, or names a token that is not in the vocabulary.
+            ValueError: a file cannot be parsed, names a token that is not in the vocabulary, or gives two tokens the
+                same id.
         """
         directory = Path(directory)
         backend = _read_backend(directory)
@@ -374,15 +389,18 @@ class PretrainedTokenizer(EncodeInputsMixin):
         return [_as_encoding(encoding) for encoding in self.backend.encode_batch(inputs)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The text of ids ``[tokens]``. Special tokens are written as text.
+        """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
 
         Args:
-            skip_special_tokens: remove special tokens.
+            skip_special_tokens: True removes special tokens. False writes them as text.
         """
         return self.backend.decode(check_ids(ids, self.vocab_size).tolist(), skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` read."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json`` and the copied files of a published tokenizer.
+
+        transformers and ``load_tokenizer`` read them. Files of an earlier tokenizer are removed.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         remove_tokenizer_files(directory)
@@ -404,7 +422,10 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
 
 def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, str]:
-    """The token of each role: the given token, or else the first known token that is in the vocabulary."""
+    """The token of each role: the given token, or else the first known token that is in the vocabulary.
+
+    A role without a token is left out, also if the given token is None.
+    """
     unknown = [role for role in given if role not in ROLES]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a role of special tokens: choose from {', '.join(ROLES)}")
@@ -460,7 +481,7 @@ def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
 
 
 def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
-    """Role -> special token, as declared in the files of a directory."""
+    """Role -> special token, as declared in the files of a directory. None: a file declares that there is no token."""
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = read_object(directory / name) if (directory / name).exists() else {}
@@ -515,7 +536,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the directory has none of these files.
-        ValueError: the file is invalid.
+        ImportError: the files need the package ``tokenizers``, which is not installed.
+        ValueError: a file is invalid, or differs from its checksum in ``checksums.json``.
     """
     directory = Path(directory)
     jaxlm_file = directory / JAXLM_FILE

@@ -59,7 +59,8 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
         ids: one array, or an iterable of arrays. Only one of these arrays is in memory at a time.
 
     Raises:
-        ValueError: an id is outside the vocabulary, or there are no ids. No file is created in this case.
+        ValueError: an id is outside the vocabulary, there are no ids, or an element of ``ids`` is not a 1-D array of
+            integers. No file is created in this case.
 
     Example:
         >>> write_tokens("train.npy", (tokenizer.encode(text) for text in texts), tokenizer.vocab_size)
@@ -102,6 +103,7 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
     """The ids ``[tokens]`` of a token file, memory-mapped and read-only, after a check of every id.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         ValueError: the file is not a complete ``.npy`` file, has no ids, is not a 1-D array of integers, or has an id
             outside the vocabulary.
     """
@@ -116,7 +118,11 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def split_tokens(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``tokens`` into two views (training, validation). The validation split is the end of the tokens."""
+    """Split ``tokens`` into two views (training, validation). The validation split is the end of the tokens.
+
+    Raises:
+        ValueError: ``validation_fraction`` is not between 0 and 1, or a view is empty.
+    """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     boundary = int(len(tokens) * (1 - validation_fraction))

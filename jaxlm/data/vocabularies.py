@@ -3,9 +3,9 @@
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
     tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
 
-Subwords are built from the 256 bytes, so every text can be encoded, and decoding is exact. A subword tokenizer adds a
-space before each text, so that the first word has the same ids as elsewhere in a text. Decoding removes the added
-space.
+Subwords are built from the 256 bytes, so every text can be encoded. Decoding is exact, except for texts with special
+tokens and with ``lowercase``. A subword tokenizer adds a space before each text, so that the first word has the same
+ids as elsewhere in a text. Decoding removes the added space.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def train_tokenizer(
         kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes, with
             ``decode(encode(x)) == x`` for texts without special tokens and without ``lowercase``. ``"word"`` splits at
             white space, and decoding puts one space between words. ``"character"`` has one id per character, and
-            decoding is exact. Words and characters outside the vocabulary are encoded as the unknown token.
+            decoding adds no spaces. Words and characters outside the vocabulary are encoded as the unknown token.
         vocab_size: maximum number of ids, including special tokens. Short training texts give fewer ids.
         template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
 
@@ -103,16 +103,17 @@ def train_tokenizer(
             ===========  ============================  ==================  ==============================
 
         lowercase: texts are lowercased first, in training and in ``encode``.
-        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge. The vocabulary
-            does not include rarer entries. Values above 1 are invalid for unigram.
+        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge, at least 1. The
+            vocabulary does not include rarer entries. Values above 1 are invalid for unigram.
         extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow the ids of the
             template tokens.
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
-        TypeError: ``texts`` is a single string, or has an element that is not a string.
-        ValueError: there are no texts, the kind or template is unknown, or ``vocab_size`` is too small for the special
-            tokens (and, for subwords, the 256 bytes).
+        TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
+        ValueError: there are no texts (for unigram: or only empty texts), the kind or template is unknown,
+            ``min_frequency`` is invalid, or ``vocab_size`` is too small for the special tokens and one entry (for
+            subwords: the 256 bytes).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
@@ -258,7 +259,7 @@ def _make_reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) 
 
     The trainer sums scores in the order of a hash table, so the last digits vary. Bytes that do not occur in the texts
     get the lowest score plus 0, 1, 2, ... times 0.0001, also in hash table order. This function rounds the scores,
-    and gives all these bytes the lowest score.
+    gives all these bytes the lowest score, and sorts the pieces by score and text.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]

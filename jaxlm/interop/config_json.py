@@ -1,7 +1,8 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
-``Model.metadata`` contains the loaded files. When a model is saved, a loaded field that jaxlm does not set is written
-back unchanged. A field that describes the model is replaced only if its value has changed since loading.
+``Model.metadata`` contains the loaded files. When a model is saved in the format in which it was loaded, a loaded field
+that jaxlm does not set is written back unchanged, unless it contradicts a changed field (:func:`_merge_loaded`). A
+field that describes the model is replaced only if its value has changed since loading.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -50,9 +51,9 @@ class Description:
 def format_of(model: Model) -> Format:
     """The format in which a model is saved.
 
-    This is the loaded format if it can represent the model, otherwise the first format that can represent the model.
-    In a family without a published format, the paths of the parameters are the tensor names; see also
-    ``formats.unpublished_fields``.
+    This is the loaded format if it can represent the model, otherwise the first published format that can represent the
+    model. If the family has no published format, or no published format can represent the model and one of the fields
+    ``formats.unpublished_fields`` does not have its default value, this is jaxlm's own format.
 
     Raises:
         ValueError: no format of the family can represent the model.
@@ -116,7 +117,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         overrides: fields of the family's ``Config`` that override the file.
 
     Raises:
-        ValueError: the architecture or a setting is not supported.
+        ValueError: the architecture or a setting is not supported, or an override is unknown or invalid.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type.startswith(NATIVE_PREFIX):
@@ -257,13 +258,16 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _token_ids(model: Model, table: Format, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The special token ids by role, from ``config.json``. A missing id has the default of the transformers class."""
+    """The special token ids by role, from ``config.json``.
+
+    A missing id has the default of the format (``Format.token_ids``), if this default is in the vocabulary.
+    """
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
     return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config)}.items()}
 
 
 def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that contain special token ids.
+    """The fields of a config whose names end with ``_token_id``, which contain special token ids.
 
     Raises:
         ValueError: a value is not an integer, a list of integers or null.
@@ -284,10 +288,11 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     Args:
         dtype: dtype of the parameters.
         tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
-            published models if there is no loaded config.
+            published models if there is no loaded config of this format. Such an id outside the vocabulary is null.
 
     Raises:
-        ValueError: the published formats of the family cannot represent the model or the special token ids.
+        ValueError: the published formats of the family cannot represent the model or the special token ids, or the
+            tokenizer has more ids than the model.
     """
     table = format_of(model)
     model_fields = _model_fields(model, table)
@@ -337,7 +342,9 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     """The contents of ``config.json``: the loaded config, in which the fields that changed since loading are replaced.
 
     A field is unchanged if ``_model_fields`` gives the same value for the loaded model. An unchanged field keeps its
-    loaded value, and is omitted if the loaded config omits it. Loaded fields that jaxlm does not set are kept.
+    loaded value, and is omitted if the loaded config omits it. Loaded fields that jaxlm does not set are kept, except
+    fields that contradict a changed field (``rope_parameters``, ``scale_decoder_outputs``, ``num_labels``) or describe
+    a replaced head (``problem_type``). Aliases get the new values.
     """
     if not loaded:
         return dict(model_fields)
@@ -375,7 +382,11 @@ def _tokenizer_fields(
 ) -> dict[str, int | None]:
     """The fields of ``config.json`` with the special token ids of a tokenizer.
 
-    If the tokenizer has no token for a role, the field keeps its loaded value, or is null.
+    If the tokenizer has no token for a role, the field keeps its loaded value, or is null. A loaded list that contains
+    the id of the tokenizer is kept, too.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the model, or another id than the format requires.
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
@@ -397,8 +408,9 @@ def _tokenizer_fields(
 
 
 def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special token ids of a tokenizer by role. Without an EOS token, the EOS id of generative models is
-    ``tokenizer.end_id``.
+    """The special token ids of a tokenizer by role.
+
+    If the tokenizer has no EOS token, the EOS id is ``tokenizer.end_id`` for the tasks causal, seq2seq and permutation.
     """
     ids = dataclasses.asdict(tokenizer.special_ids)
     if ids["eos"] is None and model.task in _GENERATION_TASKS:

@@ -1,4 +1,7 @@
-"""Paths of the files in a Hugging Face directory. Files outside the directory are not read."""
+"""Paths of the files in a Hugging Face directory, and writing of JSON files.
+
+Files outside the directory are not read, except in the cache of the Hugging Face hub (:func:`path_inside`).
+"""
 
 from __future__ import annotations
 

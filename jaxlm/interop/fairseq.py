@@ -28,7 +28,7 @@ from jaxlm.models.roberta import FIRST_POSITION
 _ENCODER = "encoder.sentence_encoder."
 _LAYER = rf"{re.escape(_ENCODER)}layers\.(\d+)\."
 _RENAMED = (
-    # Names in old checkpoints -> new names. fairseq renames them in the same way.
+    # Names in old checkpoints -> new names. fairseq also renames these tensors when it loads an old checkpoint.
     (r"^decoder\.", "encoder."),
     (r"\.emb_layer_norm\.", ".layernorm_embedding."),
     # New names of fairseq -> names in Hugging Face files.
@@ -66,8 +66,9 @@ def roberta_from_fairseq(
         overrides: fields of the family's ``Config``, such as ``dtype="bfloat16"``.
 
     Raises:
-        ValueError: a tensor is missing, unknown or has the wrong shape; the output matrix is not tied to the token
-            embedding; or the checkpoint does not have the head.
+        ValueError: a tensor is missing, unknown or has the wrong shape; two tensors have the same name after renaming;
+            the output matrix is not tied to the token embedding; the checkpoint does not have the head; or an override
+            is invalid.
     """
     tensors = _hugging_face_tensors(weights)
     heads = {name.split(".")[1] for name in tensors if name.startswith("classification_heads.")}

@@ -1,7 +1,7 @@
 """A model as a Flax module, ``linen`` or ``nnx``, for code that needs a Flax module.
 
 The parameters of the module have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call
-returns the result of ``model.apply``. The model state is an argument of the call, as in ``model.apply``. Convert
+returns the result of ``model.apply``, and takes its arguments except ``params`` and ``key``. Convert
 parameters from jaxlm to Flax (left) and back (right) as follows:
 
     linen   variables = {"params": params}                       params = variables["params"]

@@ -1,12 +1,13 @@
 """Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
-All families use the same code. The formats of the families are tables of names (``jaxlm.interop.formats``). A family
-without a table is saved in jaxlm's own format: in ``config.json``, ``model_type`` is ``jaxlm-<family>`` and ``config``
-contains the fields of the family's config. The name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
+All families use the same code. The formats of the families are tables of names (``jaxlm.interop.formats``). A model
+that no table describes is saved in jaxlm's own format: in ``config.json``, ``model_type`` is ``jaxlm-<family>`` and
+``config`` contains the fields of the family's config. The name of a tensor is its path, such as
+``layers.3.mlp.up.weight``.
 
-Loading checks the checksums, the config, and then the name, shape and dtype of every tensor in the file headers. After
-these checks, loading reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle
-files, because a pickle can run arbitrary code.
+Loading checks the checksums (if there is a file ``checksums.json``), the config, and then the name, shape and dtype of
+every tensor in the file headers. After these checks, loading reads the tensors of one parameter at a time. Loading
+downloads nothing and never opens pickle files, because a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -77,13 +78,16 @@ def load_pretrained(
     that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
     ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the tensors
     that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly
-    the tensors of the model.
+    the tensors of the model. They may also contain copies of tied tensors, which must be equal, and tensors that are
+    not parameters, such as masks in old files.
 
-    Apart from the result, host memory holds only one parameter at a time (all layers of a stacked parameter).
+    Apart from the result, host memory holds only one loaded parameter at a time (all layers of a stacked parameter),
+    and the initialised parameters.
 
     Args:
         directory: contains ``config.json`` and either ``model.safetensors`` or shards with an index file.
-        param_dtype: dtype of the loaded parameters; None: the dtype in the files.
+        param_dtype: dtype of the parameters; None: the dtype in the files. It is required if a parameter has several
+            dtypes or float64 in the files.
         sharding: the shardings of the parameters; None: all parameters are on the default device.
         seed: random seed for parameters that the files do not contain.
         overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"`` (dtype of
@@ -97,9 +101,10 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: the directory, ``config.json`` or a safetensors file does not exist.
-        ValueError: the architecture or a setting is not supported; a file is damaged or does not match
-            ``checksums.json``; the path of a file is outside of the directory; or a tensor is missing, is not in the
-            model, or has a wrong shape or dtype.
+        ValueError: the architecture, a setting, an override or ``param_dtype`` is not supported; a file is damaged or
+            does not match ``checksums.json``; the path of a file is outside of the directory; the directory has only
+            pickle files, or both ``model.safetensors`` and an index file; or a tensor is missing, is not in the model,
+            has a wrong shape or dtype, or differs from a tensor that must be equal.
     """
     if param_dtype not in (None, *_DTYPES.values()):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from {', '.join(_DTYPES.values())}, or None")
@@ -144,10 +149,11 @@ def save_pretrained(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Save a model in a directory that ``transformers`` and :func:`load_pretrained` can load.
+    """Save a model in a directory that :func:`load_pretrained` can load.
 
-    The saved tensors have the dtype and the exact bits of the parameters. A tied head and vocabulary padding are not
-    saved. If the model was loaded from a directory, the config fields that jaxlm does not set keep their loaded values.
+    ``transformers`` can also load the directory if it has a class for the model. The saved tensors have the dtype and
+    the exact bits of the parameters. A tied head and vocabulary padding are not saved. If the model was loaded from a
+    directory of the same format, the config fields that jaxlm does not set keep their loaded values.
 
     All files are first written to a temporary directory and then moved. Files of an earlier save that were not replaced
     are removed last. So a mixture of two models in the directory can never be loaded. ``checksums.json`` contains the
@@ -155,8 +161,8 @@ def save_pretrained(
     file and one parameter at a time.
 
     Args:
-        directory: created if it does not exist. Only configs, weights and (with ``tokenizer``) tokenizer files are
-            replaced or removed.
+        directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)
+            tokenizer files are replaced or removed.
         params: parameters with the shapes of :attr:`Model.specs`, float32, bfloat16 or float16. If the parameters are
             sharded over several processes, all processes must call this function; the first process writes the files.
         tokenizer: saved in the same directory. Its special token ids are written to ``config.json`` and
@@ -165,8 +171,8 @@ def save_pretrained(
 
     Raises:
         OSError: the disk is full, or the directory is not writable. The previous files are unchanged.
-        ValueError: the format of the family cannot represent the config; the parameters do not match the model; or the
-            tokenizer does not match the model.
+        ValueError: the format of the family cannot represent the config; the parameters do not match the model or have
+            another dtype; the tokenizer does not match the model; or ``max_shard_bytes`` is below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
@@ -253,7 +259,9 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
 
 
 def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
-    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`. Dtypes do not change.
+    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`.
+
+    Dtypes do not change, but JAX converts float64 to float32 by default. Vocabulary padding is 0.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape.
@@ -485,10 +493,12 @@ def _missing_paths(
     stored: dict[str, Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
-    """Paths of the head and pooler parameters that must be initialised, because the files do not contain them.
+    """Paths of the head and pooler parameters that must be initialised.
 
-    Either all parameters of a head are initialised, or all are loaded. If the files contain only some parameters of a
-    head, the paths of this head are not returned. The check of the tensors then reports the missing parameters.
+    Either all parameters of a head are initialised, or all are loaded. A head is initialised if the files contain none
+    of its parameters, if the files have a head for labels of another size, or if the override ``task`` selects another
+    head for labels than the files have. Otherwise, it is loaded: if the files contain only some of its parameters,
+    the check of the tensors reports the missing parameters.
     """
     assert description.saved_model is not None
     config, stored_config = description.model.config, description.saved_model.config
@@ -521,7 +531,7 @@ def _missing_paths(
 
 
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
-    """The model with ``initialized`` and ``unused_tensors`` in its metadata.
+    """The model with ``initialized`` and ``unused_tensors`` in its metadata, and without label names for a new head.
 
     The logger reports initialised parameters as a warning, because they must be trained, and unused tensors as info.
     """

@@ -17,12 +17,12 @@ from jaxlm.models.model import Model
 class Location:
     """The tensor names and the layout of one parameter in files.
 
-    A parameter with leading axes of layers or experts is a stack of matrices. Files have one tensor for each matrix of
-    the stack.
+    A parameter with a leading axis of layers is a stack of matrices, and files have one tensor for each matrix of the
+    stack. A leading axis of experts also belongs to the stack if files have one tensor for each expert.
 
     Attributes:
         names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is not a stack.
-        stack: sizes of the leading axes of layers and experts; empty if there are none.
+        stack: sizes of the leading axes of the stack; empty if the parameter is not a stack.
         model_shape: shape of one matrix in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
         first_row: index of the parameter's first row in the tensor.
@@ -78,6 +78,9 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
 
     Args:
         prefix: name prefix of the base model's tensors; None: the prefix in transformers classes with a head.
+
+    Raises:
+        ValueError: the format has no tensor for a parameter of the model.
     """
     prefix = table.prefix if prefix is None else prefix
     specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)

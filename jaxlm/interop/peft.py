@@ -7,8 +7,8 @@ The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
 An adapter contains the LoRA factors (``jaxlm.adapt.LoRA``) and the parameters that are trained in full (PEFT's
-``modules_to_save``). PEFT's tensor names contain the module names of a transformers class. So only families that have
-a transformers class are supported (``jaxlm.interop.formats``).
+``modules_to_save``). PEFT's tensor names contain the module names of a torch class. So only models with a published
+format are supported (``jaxlm.interop.formats``).
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: the directory or a file does not exist.
-        ValueError: a file does not match ``checksums.json``; the adapter is not a LoRA adapter or has an unsupported
-            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does not
-            belong to the model, or has a wrong shape.
+        ValueError: a file is damaged or does not match ``checksums.json``; the model has no published format; the
+            adapter is not a LoRA adapter, has no LoRA factors or has an unsupported option (DoRA, different ranks or
+            scales per module, trained biases, ...); or a tensor is missing, does not belong to the model, or has a
+            wrong shape.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -132,13 +133,15 @@ def save_adapter(
             then lists only the adapter.
         model: the base model.
         lora: the LoRA settings with which ``trained`` was created.
-        trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.
+        trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``. They are saved as float32.
+            If they are sharded over several processes, all processes must call this function; the first process writes.
         base_model: directory or name of the base model, for ``peft.AutoPeftModel``.
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
-        ValueError: ``trained`` does not match the specs; a weight with LoRA factors is not the weight of a linear
-            module in the transformers class (token embeddings, the attention of XLNet); or only some parameters of a
+        ValueError: the model has no published format; ``trained`` does not match the specs; a weight with LoRA factors
+            is not the weight of a linear module in the transformers class (token embeddings, the attention of XLNet); a
+            tensor of a weight that is trained in full also contains other parameters; or only some parameters of a
             module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
@@ -329,7 +332,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
         with_prefix: whether tensor names have the base model's prefix, as in transformers classes with a head.
 
     Raises:
-        ValueError: the family has no transformers class.
+        ValueError: the model has no published format.
     """
     table = format_of(model)
     if table.is_native:

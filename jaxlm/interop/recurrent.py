@@ -41,8 +41,8 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
     Args:
         weights: the ``state_dict`` as NumPy arrays, with torch's names such as ``weight_ih_l0``. Biases may be missing
             (``bias=False``).
-        layer: index of the layer.
-        reverse: whether to read the backward direction.
+        layer: index of the layer; ignored for a cell.
+        reverse: whether to read the backward direction; ignored for a cell.
 
     Raises:
         ValueError: a weight is missing, the shapes do not fit an LSTM or GRU, or the LSTM uses ``proj_size``.
@@ -91,8 +91,8 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 
     Args:
         weights: ``get_weights()`` of the layer: [kernel, recurrent_kernel], and the bias if ``use_bias`` is True.
-        reset: "after" if ``reset_after`` is True, otherwise "before". Required only for a GRU without a bias, because
-            the shape of a bias determines ``reset_after``.
+        reset: "after" if ``reset_after`` is True, otherwise "before". Required for a GRU without a bias. Otherwise
+            ignored, because the shape of a bias determines ``reset_after``.
 
     Raises:
         ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing.

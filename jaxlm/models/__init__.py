@@ -1,7 +1,8 @@
 """The model families, one module each, and ``get_model``, which makes a model of a family or variant by name.
 
-A family is a module with ``Config``, ``specs``, ``apply``, ``logits``, ``VARIANTS`` and, if it carries state between
-calls, ``state_specs``. ``register_family`` adds a family of another package.
+A family is a module with ``Config``, ``specs``, ``apply`` and ``logits``. Other entries are optional, such as
+``VARIANTS``, ``state_specs`` (for a family that carries state between calls) and ``pool`` (for a family that classifies
+texts). ``register_family`` adds a family of another package.
 """
 
 from jaxlm.models.model import Model, get_model

@@ -1,9 +1,9 @@
 """Convolutional networks over characters (Zhang et al. 2015): a classifier, and a causal language model.
 
-Both networks have six convolutions, with max pooling after the first, the second and the last one, and two hidden
-layers with dropout. The classifier reads ``max_positions`` characters: the text from its last character to its first,
-then zeros. The padding tokens of a row (segment 0) are removed first, so they do not change the result. A row must
-contain only one text; a row with several documents gives NaN.
+By default, both networks have six convolutions, with max pooling after the first, the second and the last convolution,
+and two hidden layers with dropout. The classifier reads ``max_positions`` characters: the text from its last character
+to its first, then zeros. The padding tokens of a row (segment 0) are removed first, so they do not change the result. A
+row of the classifier must contain only one text; a row with several documents gives NaN.
 
 The published input is a one-hot vector. So the token table is an identity matrix that is not trained. The rows of
 characters outside the alphabet, with ids of at least ``embed_dim``, are zero. With ``embedding="learned"``, the table
@@ -100,10 +100,15 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids; T at most ``max_positions`` for a classifier. An id outside the vocabulary
-            gives NaN.
+            gives NaN, also for other positions whose receptive field contains it.
         state: for a language model, the state after the tokens before ``tokens`` (``state_specs``).
-        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        key: random key for dropout; None: no dropout.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. A classifier gives NaN
+            for a row with several documents. Default: one document.
+        key: random key for dropout of a language model; None: no dropout. A classifier applies dropout in :func:`pool`.
+
+    Raises:
+        ValueError: the inputs are not integers of the same shape; a classifier gets a state; or a classifier gets more
+            than ``max_positions`` tokens per row.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     table = params["token_embedding"]
@@ -175,6 +180,9 @@ def pool(
     """The pooled output, [B, 1, fc_dim]: the hidden layers applied to all features, with dropout if there is a ``key``.
 
     ``segment_ids`` has no effect, because :func:`apply` has already replaced the padding by zeros.
+
+    Raises:
+        ValueError: the task is none.
     """
     heads.require_pooled_output(cfg.task, params, "fc_1")
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
@@ -189,6 +197,9 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     Logits of labels are [B, 1, num_labels]; ``hidden`` is then the output of :func:`pool`.
+
+    Raises:
+        ValueError: the task is none.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)

@@ -103,14 +103,19 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
-            targets without the last target. An id outside the vocabulary gives NaN at its position and later positions.
-        source: [B, S] integer ids.
+            targets without the last target. An id outside the vocabulary gives NaN, also for later tokens of its
+            document.
+        source: [B, S] integer ids. An id outside the vocabulary gives NaN for all target tokens of the row.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned.
             Several rows may share a source (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the inputs are not integers of matching shapes; both or none of ``source`` and ``state`` are given;
+            or ``source_segment_ids`` are given with a state.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
@@ -214,7 +219,7 @@ def encode(
     These are the states of both directions (bahdanau) or of the last layer (luong).
 
     Args:
-        source: [B, S] integer ids. An id outside the vocabulary gives NaN.
+        source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of its document.
         segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """

@@ -99,10 +99,14 @@ def apply(
     """The hidden states after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for all tokens of the row (causal) or of its
+            document (classification).
         state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the inputs are not integers of the same shape, or there is a state and the task is not causal.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if state is not None and cfg.task != "causal":
@@ -188,7 +192,11 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, R * 2H]: the concatenation of one weighted mean of a row's hidden states per hop."""
+    """The pooled output, [B, 1, R * 2H]: the concatenation of one weighted mean of a row's hidden states per hop.
+
+    Raises:
+        ValueError: the task is not classification.
+    """
     weights_BRT = attention_weights(cfg, params, hidden, segment_ids)
     record(weights_BRT[:, :, None], "pool")
     pooled_BRD = jnp.einsum("BRT,BTD->BRD", weights_BRT.astype(hidden.dtype), hidden)
@@ -198,7 +206,9 @@ def pool(
 def attention_weights(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """The pooling weights of each hop for each token, [B, R, T] float32; the weights are 0 for padding and sum to 1.
+    """The pooling weights of each hop for each token, [B, R, T] float32.
+
+    The weights of a hop are 0 for padding and sum to 1. In a row without real tokens, all weights are 0.
 
     Raises:
         ValueError: the task is not classification.

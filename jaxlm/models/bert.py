@@ -105,17 +105,20 @@ def apply(
 ) -> tuple[jax.Array, None]:
     """The hidden states of the last layer, [B, T, D], and None: an encoder has no state.
 
+    For the task token_classification, these are the hidden states after dropout, the inputs of the head.
+
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document.
+        positions: [B, T] int32. Default: the position within the document. A position of ``max_positions`` or more
+            gives NaN.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. The sentences of
             a document attend to each other.
 
     Raises:
-        ValueError: ``state`` is not None, the inputs are not integers of the same shape, or there are more tokens than
-            ``max_positions``.
+        ValueError: ``state`` is not None; the inputs are not integers of the same shape; or there are more tokens than
+            ``max_positions``, but neither segment ids nor positions.
     """
     if state is not None:
         raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state=None")
@@ -183,10 +186,10 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, num_labels] float32.
+    """The logits of the task's head for hidden states [B, P, D], float32: [B, P, V], or logits of labels.
 
-    For task masked, V is padded (``vocab_multiple``); pass only the masked positions. For task classification,
-    ``hidden`` is the output of :func:`pool`.
+    For task masked, V is padded (``vocab_multiple``); in training, pass only the masked positions. For the shapes of
+    the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output of :func:`pool`.
 
     Raises:
         ValueError: the task is none.
@@ -209,7 +212,8 @@ def pool(
 ) -> jax.Array:
     """The pooled output [B, 1, D]: ``tanh(dense(h))``, where h is the hidden state of each row's first token, [CLS].
 
-    A row with several documents gives the pooled output of the first document.
+    A row with several documents gives the pooled output of the first document. For task classification, a ``key``
+    applies dropout to the result.
 
     Raises:
         ValueError: the model has no pooler.
@@ -249,7 +253,10 @@ def mlp_dim(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. As in Hugging Face, only some tasks and ``next_sentence`` add a pooler."""
+    """The specs of all parameters.
+
+    As in Hugging Face, only models with the task classification or none, or with ``next_sentence``, have a pooler.
+    """
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
     V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)

@@ -1,4 +1,4 @@
-"""Shared code of the model families: base configs, checks of configs and inputs, and the loop over layers."""
+"""Shared code of the model families: base configs, checks of configs and inputs, the loop over layers, and helpers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 MAX_LAYERS = 10_000
-"""Maximum number of layers. The parameter specs of many more layers would fill host memory before a check fails."""
+"""Maximum number of layers. The parameter specs of a very large number of layers would fill the host memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
-    """Compute dtype of activations, key-value caches and memories of earlier tokens. Parameters and the state of RNNs
-    have their own dtypes."""
+    """Compute dtype of activations, key-value caches and memories of earlier tokens. Parameters have their own dtype.
+    Recurrent states are float32, and so are the residual streams of T5 with float16 and of Mamba-2 by default."""
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_multiple")
@@ -91,7 +91,7 @@ def run_layers(
         key: random key; layer i gets ``jax.random.fold_in(key, i)``. None: every layer gets None.
         remat: see :class:`LayeredConfig`.
         in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``) instead of
-            slices, so that the state of a layer is not copied.
+            slices, so that the state of a layer is not copied. No effect in a Python loop.
 
     Raises:
         ValueError: the state and the parameters have different layouts.
@@ -118,8 +118,9 @@ def run_layers_with_outputs(
     layers whose output is None are left out. If no layer has an output, the third result is None.
 
     Args:
-        block: the function of all layers; or a tuple with one function per layer. With stacked weights, all layers use
-            the first function, so all functions must be equal.
+        block: the function of all layers; or a tuple of functions, where layer i uses the function at index i modulo
+            the length of the tuple. With stacked weights, all layers use the first function, so all functions must be
+            equal.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:
@@ -260,6 +261,8 @@ def check_tokens(
     tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, what: str = "tokens"
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
+
+    The error is also raised if T exceeds ``max_positions`` and neither segment ids nor positions are given.
 
     Args:
         segment_ids, positions: may be None.

@@ -1,4 +1,4 @@
-"""Config fields, specs and computation of layers with a mixture of experts instead of an MLP, for all families.
+"""Config fields, specs and computation of layers with a mixture of experts instead of an MLP.
 
 A block has the parameters ``mlp`` (a SwiGLU MLP) or ``experts`` (``jaxlm.nn.experts``). A family with
 :class:`ExpertsConfig` also has a function ``apply_with_routing``, which returns the results of ``apply`` and a third
@@ -84,7 +84,7 @@ def mlp_specs(cfg: Any, layer: int, init: Initializer, *, shared_dim: int | None
     """The specs of the experts or the MLP of a layer: ``{"experts": specs}`` or ``{"mlp": specs}``.
 
     Args:
-        shared_dim: hidden width of a shared expert; None: no shared expert.
+        shared_dim: hidden width of a shared expert in a layer with experts; None: no shared expert.
     """
     if not has_experts(cfg, layer):
         return {"mlp": swiglu_specs(cfg.embed_dim, cfg.mlp_dim, init)}
@@ -102,6 +102,7 @@ def mlp(
     """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP).
 
     Args:
+        segment_ids_BT: 0 for padding. The router statistics ignore padding. None: no padding.
         activation: the activation function of the gate of an MLP. Experts always use SiLU.
     """
     if "mlp" in weights:

@@ -100,8 +100,13 @@ def apply(
         state: key-value cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the
             cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document.
+        positions: [B, T] int32. Default: the position within the document. A position of ``max_positions`` or more
+            gives NaN.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the inputs are not integers of the same shape; there are more tokens than ``max_positions``, but
+            neither segment ids nor positions; or there are more tokens than slots in the state.
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     dtype = jnp.dtype(cfg.dtype)

@@ -3,7 +3,8 @@
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
 blocks. A Python loop runs the layers, because layers of different kinds cannot be stacked for ``lax.scan``. As in
-RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. De et al. 2024 do neither.
+RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. The models of De et al. 2024 have
+neither of the two.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
 G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
@@ -184,7 +185,11 @@ def _mlp(weights: Params, x: jax.Array) -> jax.Array:
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
+
+    Raises:
+        ValueError: the task is none.
+    """
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 
@@ -199,7 +204,7 @@ def embedding_multiplier(cfg: Config) -> float:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters, with the initial values of the authors' code."""
+    """The specs of all parameters, with the initial values of the RecurrentGemma authors' code."""
     D, F, H, G, W = cfg.embed_dim, cfg.mlp_dim, cfg.num_heads, cfg.num_kv_heads, lru_width(cfg)
     K, V = D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(D**-0.5)

@@ -1,7 +1,7 @@
-"""Output heads for labels, which all families share. The config field ``task`` selects the head of a model.
+"""Output heads for labels, the next-token head of decoders, and pooling functions, which several families share.
 
-A task is the name of an objective in ``jaxlm.objectives``, or "none". Each family defines its own head over the
-vocabulary. The heads for labels are linear layers:
+The config field ``task`` selects the head of a model. A task is the name of an objective in ``jaxlm.objectives``, or
+"none". Other heads over the vocabulary are in the modules of the families. The heads for labels are linear layers:
 
     classification        ``classifier``: one label per row, from the pooled output (``pool``) [B, 1, D]
     token_classification  ``token_classifier``: one label per token
@@ -23,11 +23,13 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
-"""The name of each task's head in the parameters."""
+"""The name of the head for labels in the parameters, by task."""
 
 
 def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the head for labels, [B, T, num_labels] (span_qa: 2) float32.
+    """The logits of the head for labels, float32: [B, T, num_labels], or [B, T, 2] for span_qa.
+
+    For classification, T is 1, because ``hidden`` is the pooled output.
 
     Raises:
         ValueError: the task has no head for labels.
@@ -50,7 +52,10 @@ def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: flo
     for labels. For task classification, ``hidden`` is the output of :func:`pool_last_token`.
 
     Args:
-        soft_cap: bound of the logits of the next token, see ``jaxlm.nn.embedding.unembed``.
+        soft_cap: bound of the logits of the next token, see ``jaxlm.nn.embedding.unembed``. None: no bound.
+
+    Raises:
+        ValueError: the task has no head.
     """
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
@@ -61,7 +66,7 @@ def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: flo
 def head_specs(
     task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
 ) -> dict[str, dict[str, ArraySpec]]:
-    """The specs of the task's head, such as ``{"classifier": {"weight", "bias"}}``; ``{}`` for other tasks."""
+    """The specs of the head for labels, such as ``{"classifier": {"weight", "bias"}}``; ``{}`` if there is none."""
     if task not in HEADS:
         return {}
     outputs = 2 if task == "span_qa" else num_labels
@@ -69,7 +74,7 @@ def head_specs(
 
 
 def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The hidden state of each row's first token that is not padding, [B, 1, D]."""
+    """The hidden state of each row's first token that is not padding, [B, 1, D]; of position 0 if all are padding."""
     if segment_ids_BT is None:
         return hidden_BTD[:, :1]
     index_B = jnp.argmax(segment_ids_BT > 0, axis=1)
@@ -77,7 +82,7 @@ def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -
 
 
 def last_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The hidden state of each row's last token that is not padding, [B, 1, D]."""
+    """The hidden state of each row's last token that is not padding, [B, 1, D]; of position 0 if all are padding."""
     if segment_ids_BT is None:
         return hidden_BTD[:, -1:]
     index_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(hidden_BTD.shape[1])[None, :], 0), axis=1)

@@ -1,4 +1,4 @@
-"""Config fields, specs and computation of the attention layers in a family of recurrent layers.
+"""Config fields, specs and computation of the attention layers in the hybrids of ``jaxlm.models.mamba2``.
 
 The module also has the multipliers of Falcon-H1, constants by which the model multiplies activations.
 
@@ -52,7 +52,12 @@ class AttentionConfig(common.TransformerConfig):
 
 
 def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:
-    """The specs of a layer's attention. ``output`` initializes the output layer, ``inputs`` the rest."""
+    """The specs of a layer's attention.
+
+    Args:
+        inputs: initializer of the weights of queries, keys and values.
+        output: initializer of the weight of the output layer.
+    """
     D, H, G, K = cfg.embed_dim, cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim
     bias = cfg.attention_bias
     return {
@@ -64,7 +69,11 @@ def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[
 
 
 def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
-    """The specs of a key-value cache with one layer, for ``batch`` rows of at most ``length`` tokens."""
+    """The specs of a key-value cache with one layer, for ``batch`` rows of at most ``length`` tokens.
+
+    Raises:
+        ValueError: ``length`` exceeds ``cfg.max_positions``.
+    """
     common.check_state_length(cfg, length)
     dtype = jnp.dtype(cfg.dtype)
     return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
@@ -129,11 +138,11 @@ class Multipliers:
 
 
 def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
-    """The parameters with the multipliers folded into the weights, so that the model needs no multipliers.
+    """The parameters with all multipliers folded into the weights, except the multiplier of the logits.
 
-    The embedding multiplier scales the token table. Every other multiplier applies to the input or to the output of a
-    linear layer. Both scale the weight of this layer; a multiplier of the output also scales the bias. The multiplier
-    of the logits is not folded, because the head may be tied.
+    The multiplier of the logits (``head``) is not folded, because the head may be the token table. The embedding
+    multiplier scales the token table. Each other multiplier applies to the input or to the output of a linear layer.
+    Both scale the weight of this layer; a multiplier of the output also scales the bias.
     """
 
     def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Llama (Touvron et al. 2023) and models with similar architectures: Mistral, Mixtral, Qwen2, Qwen3, SmolLM, Gemma 3.
 
-A causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP and no
-biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys and
-values; Qwen3 (Yang et al. 2025) adds an RMS norm of each query and key. Mixtral (Jiang et al. 2024) and Qwen3-MoE have
-a mixture of experts (SwiGLU MLPs) instead of the MLP. In SmolLM3, every fourth layer has no rotary positions. In Gemma
-3 (Gemma team 2025), five of six layers have a window, and the blocks differ from those of Llama (``block="gemma"``).
+A Llama is a causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP
+and no biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys
+and values; Qwen3 (Yang et al. 2025) adds an RMS norm of each query and key. Mixtral (Jiang et al. 2024) and Qwen3-MoE
+have a mixture of experts (SwiGLU MLPs) instead of the MLP. In SmolLM3, every fourth layer has no rotary positions. In
+Gemma 3 (Gemma team 2025), five of six layers have a window, and the blocks differ from those of Llama
+(``block="gemma"``).
 
 Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
 width of the MLP, V vocabulary.
@@ -62,7 +63,8 @@ class Config(experts.ExpertsConfig, common.TransformerConfig):
     qk_norm: bool = False
     """Whether an RMS norm is applied to each query and key, before rotary positions (Qwen3)."""
     window: int | None = None
-    """Number of tokens that a token attends to, itself included (Mistral); None means all earlier tokens."""
+    """Number of tokens that a token attends to in layers with a window, itself included (Mistral, Gemma 3); None means
+    that no layer has a window."""
     pattern: tuple[LayerKind, ...] | None = None
     """Attention of the first layers: to all earlier tokens (full), within the window (window; Gemma 3), or to all
     earlier tokens without rotary positions (no_positions; SmolLM3). The other layers repeat the pattern. None: the kind
@@ -129,6 +131,10 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the inputs are not integers of the same shape; there are more tokens than ``max_positions``, but
+            neither segment ids nor positions; or there are more tokens than slots in the state.
     """
     hidden, state, _ = apply_with_routing(
         cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key

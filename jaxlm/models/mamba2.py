@@ -1,10 +1,11 @@
 """Mamba-2 (Dao & Gu 2024, "Transformers are SSMs"), and its hybrids with attention: Bamba and Falcon-H1.
 
-A causal model. Each block of Mamba-2 has one mixer: a causal depthwise convolution, a selective state space model
-(SSD), and a gate. Mamba-2 has no position embeddings, and the size of the state does not depend on the length of the
-text. In a hybrid, some blocks have attention with rotary positions instead of the mixer (Bamba, IBM et al. 2024), or
-the mixer and attention in parallel: both read the same input, and their outputs are added (Falcon-H1, Zuo et al. 2025).
-Each block of these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies activations by constants (``multipliers``).
+All models are causal. Each block of Mamba-2 has one mixer: a causal depthwise convolution, a selective state space
+model (SSD), and a gate. Mamba-2 has no position embeddings, and the size of the state does not depend on the length of
+the text. In a hybrid, some blocks have attention with rotary positions instead of the mixer (Bamba, IBM et al. 2024),
+or the mixer and attention in parallel: both read the same input, and their outputs are added (Falcon-H1, Zuo et al.
+2025). Each block of these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies activations by constants
+(``multipliers``).
 
 The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
 C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
@@ -236,7 +237,7 @@ def num_heads(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters, with the initial values of the authors' code."""
+    """The specs of all parameters, with the initial values of the Mamba-2 authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), mixer_width(cfg)
     inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)

@@ -1,4 +1,7 @@
-"""``Model``: a model family and a config. Its methods call the functions of the family with the config."""
+"""``Model``, a family and a config, and ``get_model``, which makes a model by name.
+
+The methods of a model call the functions of its family with the config.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,14 @@ class NoAttentionWeightsError(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """Information about a loaded model that its functions do not use, such as contents of its files.
+    """Information about a model that the functions of its family do not use, such as contents of loaded files.
 
     Attributes:
         labels: names of the labels of a (token) classifier, in the order of the logits; None: the labels have no names.
         token_ids: ids of special tokens by role, such as ``{"eos": 2, "pad": 0, "decoder_start": 0}``. An id may be
             None, or a list if several tokens end a text.
-        config: the contents of ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
+        config: the contents of ``config.json``; empty if the model was not loaded from a directory. ``save_pretrained``
+            keeps the fields that jaxlm does not set.
         generation_config: the contents of ``generation_config.json``; None if there is no such file.
         initialized: paths of the parameters that the files do not contain; they have initial values.
         unused_tensors: names of the tensors in the files that the model does not use.
@@ -133,14 +137,18 @@ class Model:
         return spec.init(self.specs, key)
 
     def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
-        """The hidden states [B, T, D] and the new state, from the family's ``apply``.
+        """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
-        For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state is returned
-        unchanged.
+        ``xlnet`` with targets returns [B, P, D], for P targets. Classifiers of ``alexnet`` and ``resnet`` return
+        features of the text, [B, S, C]. In training, the new state of ``resnet`` has the new running statistics.
+
+        For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state or the running
+        statistics in ``params`` are returned unchanged.
 
         Raises:
-            ValueError: the family does not accept an input; the source is empty but the tokens are not; or T is 0 and
-                the family computes features of whole texts instead of tokens.
+            ValueError: the family does not accept the value of an input; the source is empty but the tokens are not; or
+                T is 0 and the family computes features of whole texts instead of tokens.
+            TypeError: the family does not have an input.
         """
         if 0 in jnp.shape(tokens):
             return self._apply_to_empty_batch(params, tokens, inputs)
@@ -157,10 +165,11 @@ class Model:
     ) -> tuple[jax.Array, Any, RouterStatistics]:
         """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all experts.
 
-        The statistics are stacked: one entry per layer with experts (``jaxlm.nn.experts.RouterStatistics``).
+        The statistics are stacked: one entry per layer with experts (``jaxlm.nn.experts.RouterStatistics``). For an
+        empty batch, all statistics are 0.
 
         Raises:
-            TypeError: the model has no experts.
+            TypeError: the model has no experts; or see :meth:`apply`.
             ValueError: see :meth:`apply`.
         """
         if not self.has_experts:
@@ -210,7 +219,15 @@ class Model:
             raise ValueError(f"source {list(jnp.shape(source))} is empty: give at least one row of at least one token")
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """The logits [B, T, V] float32, from the family's ``logits``."""
+        """The outputs of the task's head, float32, from the family's ``logits``.
+
+        For tasks that predict tokens, these are logits [B, T, V], where V includes vocabulary padding.
+        ``transformer_xl`` and ``attention_rnn`` with ``copy`` return log-probabilities. For labels, see
+        ``jaxlm.models.heads``.
+
+        Raises:
+            ValueError: the task is none, so there is no head.
+        """
         return self.module.logits(self.config, params, hidden)
 
     def cross_entropy(
@@ -249,7 +266,7 @@ class Model:
 
         Raises:
             TypeError: the family has no classifier.
-            ValueError: the hidden states have T = 0.
+            ValueError: the hidden states have T = 0, or the task of the model has no pooled output.
         """
         if not hasattr(self.module, "pool"):
             raise TypeError(f"family {self.family!r} has no pooled output, so it cannot classify")
@@ -261,15 +278,16 @@ class Model:
         return self.module.pool(self.config, params, hidden, **inputs)
 
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
-        """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
+        """The attention weights of each layer with attention, [B, H, T, S] float32, for queries T and keys S.
 
         The result has one list per type of attention, by name: "self", or for an encoder-decoder "encoder", "decoder"
         and "cross". A type that the family does not have is missing. If a classifier pools by attention, there is also
         the type "pool" (H is the number of hops, T is 1). XLNet with the task permutation has two entries per layer,
-        for its content stream and its query stream. Dropout is off unless ``inputs`` contain a random ``key``. The
-        weights of a query without visible keys are 0. With ``window`` of attention_rnn, the sum of the weights may be
-        below 1. Some families (Transformer-XL, Griffin, hybrids of Mamba-2, Gated DeltaNet) move padding to the end, so
-        the rows and columns of padding come last in their weights.
+        for its content stream and its query stream. Dropout is off unless ``inputs`` contain a random ``key``.
+
+        The weights of a query sum to 1, with two exceptions. The weights of a query without visible keys are 0. With
+        ``window`` of attention_rnn, the sum may be below 1. Some families (Transformer-XL, Griffin, hybrids of Mamba-2,
+        Gated DeltaNet) move padding to the end, so the rows and columns of padding come last in their weights.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -306,12 +324,12 @@ class Model:
 
     @property
     def reads_source(self) -> bool:
-        """Whether the model is an encoder-decoder: ``apply`` needs a source, or a state with an encoded source."""
+        """Whether the family is an encoder-decoder: ``apply`` needs a source, or a state with an encoded source."""
         return hasattr(self.module, "encode")
 
     @property
     def max_positions(self) -> int | None:
-        """The maximum number of tokens of a row; None if the model has no limit."""
+        """The maximum number of tokens of a text; None if the model has no limit."""
         if hasattr(self.module, "max_positions"):
             return self.module.max_positions(self.config)
         return getattr(self.config, "max_positions", None)
@@ -322,13 +340,23 @@ class Model:
         return "token_types" in inspect.signature(self.module.apply).parameters
 
     def encode(self, params: Params, source: jax.Array, **inputs: Any) -> jax.Array:
-        """The hidden states of the source of an encoder-decoder, [B, S, D]."""
+        """The hidden states of the source of an encoder-decoder, [B, S, D].
+
+        Raises:
+            TypeError: the family has no encoder.
+            ValueError: the source is empty, or the family does not accept an input.
+        """
         self._require_encoder()
         self._check_source(source)
         return self.module.encode(self.config, params, source, **inputs)
 
     def init_decode_state(self, params: Params, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
-        """The decode state of an encoder-decoder for a source [B, S], with room for ``length`` tokens per row."""
+        """The decode state of an encoder-decoder for a source [B, S], with room for ``length`` tokens per row.
+
+        Raises:
+            TypeError: the family has no encoder.
+            ValueError: the source is empty, the model has no decoder, or the family does not accept an input.
+        """
         self._require_encoder()
         self._check_source(source)
         return self.module.init_decode_state(self.config, params, source, length, **inputs)
@@ -346,7 +374,8 @@ class Model:
             sizes: ``source_length``, the number of source tokens; only for encoder-decoders.
 
         Raises:
-            TypeError: the family has no state.
+            TypeError: the family has no state, or only models with another task or direction have one.
+            ValueError: ``length`` exceeds the model's ``max_positions``.
         """
         if not hasattr(self.module, "state_specs"):
             raise TypeError(
@@ -417,7 +446,7 @@ class Model:
         return 1.0 if function is None else function(self.config)
 
     def init_state(self, batch: int, length: int) -> spec.Tree:
-        """The initial state for ``batch`` rows of at most ``length`` tokens."""
+        """The initial state for ``batch`` rows of at most ``length`` tokens. For errors, see :meth:`state_specs`."""
         return spec.init(self.state_specs(batch, length))
 
 
@@ -434,7 +463,8 @@ def get_model(name: str, **overrides: Any) -> Model:
         53561088
 
     Raises:
-        ValueError: the name or a field is unknown (the message suggests a similar one), or a value has the wrong type.
+        ValueError: the name or a field is unknown (the message suggests a similar one), a value has the wrong type, or
+            the ``Config`` does not accept the values.
     """
     if name in family_names():
         family_name, config = name, family(name).Config()

@@ -4,7 +4,7 @@
 
 Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models") drop recurrent weights (``weight_dropout``,
 DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps of a row
-(``input_dropout``, ``hidden_dropout``, ``output_dropout``). This module follows their code.
+(``input_dropout``, ``hidden_dropout``, ``output_dropout``). This module follows the code of Merity et al.
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -109,11 +109,15 @@ def apply(
     """The outputs of the last layer after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for later tokens (direction both:
-            for all tokens of the document).
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for later tokens of its document
+            (direction both: for all tokens of its document).
         state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the inputs are not integers of the same shape, or there is a state and the model reads in both
+            directions.
     """
     dropped, _, state = apply_with_outputs(cfg, params, tokens, state=state, segment_ids=segment_ids, key=key)
     return dropped, state

@@ -37,8 +37,8 @@ def register_family(name: str, module: Any) -> None:
 
     Raises:
         ValueError: the name is not an identifier, or the name or a variant's name is taken.
-        TypeError: the module does not have the functions of a family, its ``Config`` is not a frozen dataclass, or a
-            variant is not an instance of ``Config``.
+        TypeError: the module lacks a required attribute, its ``Config`` is not a frozen dataclass, or a variant is not
+            an instance of ``Config``.
     """
     if not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'my_family'")
@@ -96,7 +96,7 @@ def family_names() -> tuple[str, ...]:
 
 
 def variant_names() -> dict[str, str]:
-    """A dict from the name of every published or tiny variant to its family."""
+    """A dict from the name of every variant to its family. This function loads all families."""
     return {variant: name for name in family_names() for variant in _variants(name)}
 
 

@@ -1,9 +1,9 @@
 """VDCNN (Conneau et al. 2017): a very deep convolutional network over characters that classifies texts.
 
 The layers are: an embedding and one convolution; blocks of two convolutions with batch normalisation; k-max pooling,
-which keeps the 8 largest entries of each channel in their order; two hidden layers. The blocks form groups. From one
-group to the next, the length is halved and the number of channels is doubled (three times with four groups).
-Convolutions before a batch norm have no bias, because the norm would subtract it.
+which keeps the k largest entries of each channel in their order (by default, k is 8); two hidden layers. The blocks
+form groups. From one group to the next, the length is halved and the number of channels is doubled (three times with
+four groups). Convolutions before a batch norm have no bias, because the norm would subtract it.
 
 The published model reads texts of exactly 1024 characters. Shorter texts are padded with a symbol whose embedding is
 zero. Here, the padding tokens of a row (segment 0) are moved to the end of the row, and the row is padded to
@@ -101,7 +101,7 @@ def apply(
         tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN. In
             training, it gives NaN for the whole batch and the running statistics.
         state: None; the model has no state.
-        segment_ids: [B, T] int32, 0 for padding. Default: no padding.
+        segment_ids: [B, T] int32, 0 for padding. A row with several documents gives NaN. Default: no padding.
         key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the
             statistics of the batch. The second output ``{"statistics": ...}`` then contains the updated running
             statistics, which the caller writes into ``params``.
@@ -163,6 +163,9 @@ def pool(
     """The pooled output, [B, 1, fc_dim]: hidden layers applied to the ``k_max`` largest entries of each channel.
 
     ``segment_ids`` and ``key`` have no effect, because padding counts as part of the text and there is no dropout.
+
+    Raises:
+        ValueError: the task is none.
     """
     heads.require_pooled_output(cfg.task, params, "fc_1")
     x = k_max_pool(hidden, cfg.k_max)
@@ -173,7 +176,11 @@ def pool(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the labels, [B, 1, num_labels] float32; ``hidden`` comes from :func:`pool`."""
+    """The logits of the labels, [B, 1, num_labels] float32; ``hidden`` comes from :func:`pool`.
+
+    Raises:
+        ValueError: the task is none.
+    """
     return heads.head_logits(cfg.task, params, hidden)
 
 

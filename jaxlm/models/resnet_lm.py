@@ -2,9 +2,9 @@
 
 Each block applies a causal convolution with twice its channels, and multiplies the first half of the output by the
 sigmoid of the second half (GLU). Then the block may add a residual: its own input or the input of an earlier block. The
-sum is scaled by sqrt(0.5). Every convolution and linear layer is weight-normalised. There are no position embeddings.
-The output for a token depends only on the tokens of its document in the receptive field, not on padding. The code
-follows fairseq's ``fconv_lm``, except that the head is a linear layer instead of an adaptive softmax.
+sum is scaled by sqrt(0.5). Every convolution and linear layer except the head is weight-normalised. There are no
+position embeddings. The output for a token depends only on the tokens of its document in the receptive field, not on
+padding. The code follows fairseq's ``fconv_lm``, except that the head is a linear layer instead of an adaptive softmax.
 
 Shapes: B batch, T time, C channels, V vocabulary.
 """
@@ -79,7 +79,8 @@ def apply(
     """The output of the last block, [B, T, C], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for the later tokens of its document
+            whose receptive field contains it.
         state: the state after the tokens before ``tokens`` (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
@@ -110,7 +111,11 @@ def apply(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
+
+    Raises:
+        ValueError: the task is none.
+    """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))

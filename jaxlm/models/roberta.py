@@ -1,8 +1,8 @@
 """RoBERTa (Liu et al. 2019): BERT trained longer on more text, with new masks in each epoch and no next-sentence head.
 
-The encoder is the same as in :mod:`jaxlm.models.bert`, with these differences. There is one token type, and epsilon is
-1e-5. The first token of a document uses row 2 of the position table, and rows 0 and 1 are unused, because the authors
-counted positions from the padding id, 1. The classifier has its own dense layer instead of the pooler.
+The encoder is the same as in :mod:`jaxlm.models.bert`, with these differences. By default, there is one token type, and
+epsilon is 1e-5. The first token of a document uses row 2 of the position table, and rows 0 and 1 are unused, because
+the authors counted positions from the padding id, 1. The classifier has its own dense layer instead of the pooler.
 
 Shapes: as in ``bert``.
 """
@@ -53,7 +53,7 @@ def apply(
     key: jax.Array | None = None,
     token_types: jax.Array | None = None,
 ) -> tuple[jax.Array, None]:
-    """The outputs of :func:`bert.apply`. ``positions`` start at 0, and ``FIRST_POSITION`` is added here."""
+    """The outputs of :func:`bert.apply`. ``positions`` start at 0; this function adds ``FIRST_POSITION`` to them."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
@@ -75,8 +75,8 @@ def pool(
 ) -> jax.Array:
     """The pooled output [B, 1, D], from the hidden state h of each row's first token, <s>.
 
-    For task classification, the pooled output is ``tanh(dense(h))`` with the classifier's own dense layer, and dropout
-    before and after this layer. For other tasks, see :func:`bert.pool`.
+    For task classification, the pooled output is ``tanh(dense(h))`` with the classifier's own dense layer, and with a
+    ``key``, dropout before and after this layer. For other tasks, see :func:`bert.pool`.
     """
     if cfg.task != "classification":
         return bert.pool(cfg, params, hidden, segment_ids, key)

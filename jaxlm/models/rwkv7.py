@@ -172,7 +172,11 @@ def _low_rank(weights: Params, x: jax.Array, activation: Callable[[jax.Array], j
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
+
+    Raises:
+        ValueError: the task is none.
+    """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))

@@ -68,7 +68,7 @@ class Config(common.TransformerConfig):
     num_buckets: int = 32
     """Number of distance buckets: the rows of a table of relative position biases."""
     max_distance: int = 128
-    """All distances of at least this length share a bucket."""
+    """All distances of at least this length share a bucket (in the encoder, one bucket for each direction)."""
     bias_per_layer: bool = False
     """True: every layer has its own table of position biases (umT5). False: the encoder layers share one table, and the
     decoder layers share another."""
@@ -135,8 +135,8 @@ def apply(
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 
     Args:
-        tokens: [B, T] integer ids; the first is ``decoder_start_id``. An id outside the vocabulary gives NaN,
-            also for other tokens of the row.
+        tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
+            targets without the last target. An id outside the vocabulary gives NaN, also for other tokens of the row.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
@@ -146,6 +146,11 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
+
+    Raises:
+        ValueError: the model has no decoder; the inputs are not integers of matching shapes; both or none of ``source``
+            and ``state`` are given; ``source_segment_ids`` are given with a state; or there are more tokens than slots
+            in the state.
     """
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions, None)
@@ -269,6 +274,9 @@ def init_decode_state(
     """The decode state for ``source`` [B, S], with room for ``length`` target tokens per row, padding included.
 
     Target tokens without segment ids are document 1 and attend to document 1 of the source.
+
+    Raises:
+        ValueError: the model has no decoder, or the source is not an integer array [B, S].
     """
     _require_decoder(cfg)
     encoded = encode(cfg, params, source, segment_ids=segment_ids)

@@ -2,8 +2,8 @@
 
 The memory of a layer contains the inputs of this layer at earlier tokens (``jaxlm.nn.attention.memory``). The layer
 also attends to the memory, but no gradient flows into the memory. So training on the next segment of a text continues
-from the previous segment. The code follows the PyTorch code of the authors and of Hugging Face, which have one dropout
-rate for everything but attention. The memory of these two starts with zeros; the memory of this module starts empty.
+from the previous segment. The code follows the PyTorch code of Dai et al. and of Hugging Face, which have one dropout
+rate for everything but attention. The memory in their code starts with zeros; the memory of this module starts empty.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
@@ -110,7 +110,7 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The hidden states of the last layer, [B, T, D], and the new state (None without a state).
+    """The hidden states of the last layer after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.

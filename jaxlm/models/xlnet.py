@@ -1,14 +1,14 @@
 """XLNet (Yang et al. 2019): a transformer with relative positions that predicts tokens in any order, with two streams.
 
-The input of the content stream is the token of each position. The input of the query stream is one learned vector at
-all positions. The query stream does not attend to the token of its own position, so that the head can predict this
-token from the query stream. Both streams share all weights, and only the content stream (and the memory) provides keys
-and values. So a block processes the concatenated streams, except that attention runs once per stream
-(``jaxlm.nn.attention.two_streams``).
+Only the task permutation has two streams. The input of the content stream is the token of each position. The input of
+the query stream is one learned vector at all positions. The query stream does not attend to the token of its own
+position, so that the head can predict this token from the query stream. Both streams share all weights, and only the
+content stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that
+attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
-The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
-approximation of GELU, and the published ``VARIANTS`` use this approximation. Hugging Face uses the exact GELU, and so
-do models that are loaded from Hugging Face files.
+The code follows the code of Yang et al. and the weights of Hugging Face. The published weights were trained with the
+tanh approximation of GELU, and the published ``VARIANTS`` use this approximation. The published files of Hugging Face
+select the exact GELU, and a model that is loaded from files has the activation of its ``config.json``.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -118,6 +118,10 @@ def apply(
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
             query stream attends only to positions of a lower rank. Given together with ``targets``.
         targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
+
+    Raises:
+        ValueError: the inputs have wrong shapes, only one of ``order`` and ``targets`` is given, or they are given for
+            another task than permutation.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
@@ -227,8 +231,11 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: for the task permutation, [B, P, V] (V padded, see ``vocab_multiple``).
 
-    For the shapes of the other tasks, see ``heads.head_logits``. For classification, ``hidden`` comes from
-    :func:`pool`.
+    Without an order, P is T. For the shapes of the other tasks, see ``heads.head_logits``. For classification,
+    ``hidden`` comes from :func:`pool`.
+
+    Raises:
+        ValueError: the task is none.
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
@@ -239,7 +246,11 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 def pool(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
+    """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token.
+
+    Raises:
+        ValueError: the task is not classification.
+    """
     heads.require_pooled_output(cfg.task, params, "pool")
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
     return dropout(last, pool_dropout(cfg), fold_name(key, "pool"))

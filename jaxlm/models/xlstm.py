@@ -167,7 +167,11 @@ def _slstm(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V is the padded vocabulary, see ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V is the padded vocabulary, see ``vocab_multiple``).
+
+    Raises:
+        ValueError: the task is none.
+    """
     return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 

@@ -1,4 +1,4 @@
-""":class:`Batch`, which all objectives use, and losses for predicting a token or label at each target position.
+""":class:`Batch`, which all objectives use, and losses and an accuracy for a token or label at each target position.
 
 Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects positions).
 """
@@ -46,7 +46,7 @@ class LossWithTerms:
 def loss_and_terms(
     loss: Loss, *arguments: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
-    """The results of ``loss(*arguments, **options)`` and a dict of terms; ``{}`` if it is not a :class:`LossWithTerms`.
+    """The results of ``loss(*arguments, **options)`` and a dict of its terms; ``{}`` for a loss without terms.
 
     Raises:
         ValueError: the names of the returned terms are not ``loss.names``.
@@ -60,7 +60,7 @@ def loss_and_terms(
 
 
 def term_names(loss: Loss) -> tuple[str, ...]:
-    """The names of the terms of a loss."""
+    """The names of the terms of a loss; ``()`` for a loss without terms."""
     return loss.names if isinstance(loss, LossWithTerms) else ()
 
 
@@ -104,8 +104,7 @@ def count(batch: Batch) -> tuple[int, int]:
 def hidden_states(
     model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
-    """The hidden states of ``model.apply``, and the new model state. The shape is [B, T, D], or [B, P, D] if the model
-    selects positions.
+    """The hidden states of ``model.apply``, and the new model state. See ``Model.apply`` for the shape.
 
     No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
     """
@@ -148,7 +147,8 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
         label_smoothing: fraction of the target probability that is spread over the vocabulary.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1).
+        ValueError: ``label_smoothing`` is outside [0, 1); or the loss function is called with a ``label_smoothing``
+            above 0 and a model whose family has its own loss (``transformer_xl``).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")

@@ -1,4 +1,4 @@
-"""Next-token prediction: each token is predicted from the tokens before it.
+"""Next-token prediction: each token is predicted from the tokens before it in its document.
 
 Shapes: B batch, T time.
 """
@@ -30,7 +30,15 @@ def evaluation_loss(model: Model) -> Loss:
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.ndarray | None = None) -> Batch:
     """A batch from windows [B, T + 1]: the first T tokens are the inputs, the last T tokens the targets.
 
-    Targets that are padding or the first token of a document have weight 0.
+    A target has weight 1 if it and the token before it belong to the same document, and otherwise weight 0. So padding,
+    the first token of a document and a token after padding have weight 0. Without ``segment_ids``, all weights are 1.
+
+    Args:
+        segment_ids: [B, T + 1], 0 for padding and n for document n.
+        reset: as in :class:`~jaxlm.objectives.batch.Batch`.
+
+    Raises:
+        ValueError: ``tokens`` do not have two axes, or T is 0.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be [batch, time] with time at least 2, got {list(tokens.shape)}")

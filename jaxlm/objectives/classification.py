@@ -36,7 +36,7 @@ def batch(
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, or a label is out of range.
+        ValueError: the shapes do not match, tokens or labels are not integers, or a label is out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape[:1]:
@@ -79,7 +79,8 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
             smoothing, this equals ``weight`` of ``torch.nn.CrossEntropyLoss``. None: equal weights.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive.
+        ValueError: ``label_smoothing`` is outside [0, 1); a class weight is not positive; or the loss function is
+            called with a model that has another number of labels.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")

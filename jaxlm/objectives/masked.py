@@ -1,15 +1,15 @@
 """Masked language modelling (Devlin et al. 2019, section 3.1): masked tokens are predicted from both sides.
 
-A fraction ``rate`` of the tokens is selected as targets. In the input, each selected token is
+A fraction ``rate`` of the tokens is selected as targets. In the input, a selected token has by default a probability of
 
-    80 %  replaced by the mask token       10 %  replaced by a random id       10 %  unchanged
+    80 %  to be replaced by the mask token       10 %  to be replaced by a random id       10 %  to be unchanged
 
-By default, tokens (or words) are selected independently of each other, as in ``transformers``. With ``num_predict``, a
-fixed number of tokens is selected in each row. Then logits and their gradients are computed only at the selected
+By default, tokens (or words) are selected independently of each other, as in ``transformers``. With ``num_predict``, up
+to this number of tokens is selected in each row. Then logits and their gradients are computed only at the selected
 positions, typically 15 % of all positions. A word that has more tokens than are left to select is skipped, so long
-words are selected less often. The tokens of a word are selected together and replaced independently, as in the authors'
-code. In the authors' code, ``rate`` also limits the number of selected tokens of a short row. Here, short rows have
-``num_predict`` selected tokens, too, so give rows of full length.
+words are selected less often. The tokens of a word are selected together and replaced independently, as in BERT's
+published code. In that code, the masking rate also limits the number of selected tokens of a short row. Here, a short
+row also has up to ``num_predict`` selected tokens, so give rows of full length.
 
 For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
 4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
@@ -37,7 +37,8 @@ class MaskingConfig:
     """The settings of :func:`batch`.
 
     Raises:
-        ValueError: an id is outside the vocabulary, or a fraction is out of range.
+        ValueError: an id is outside the vocabulary; a fraction is out of range; or ``num_predict`` and another ``rate``
+            than the default are given.
     """
 
     mask_id: int
@@ -89,15 +90,15 @@ def batch(
     word_ids: np.ndarray | None = None,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of masked tokens [B, T]. The targets are the original tokens. A short row may have no target.
+    """A batch of masked tokens [B, T]. The targets are the original tokens. A row may have no target.
 
     Args:
-        word_ids: [B, T] integers. Adjacent tokens with equal word ids form a word, which is selected as a whole. None:
-            every token is a word.
+        word_ids: [B, T] integers. Adjacent tokens of a document with equal word ids form a word, which is selected as a
+            whole. Special tokens do not belong to words. None: every token is a word.
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, an id is outside the vocabulary, or a row is shorter than ``num_predict``.
+        ValueError: the shapes do not match, an id is outside the vocabulary, or ``num_predict`` is not from 1 to T.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if word_ids is not None and word_ids.shape != tokens.shape:

@@ -1,19 +1,19 @@
 """Permutation language modelling (Yang et al. 2019): some tokens of a row are predicted in a random order.
 
     row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
-    targets    spans of 1 to 5 tokens in each of the two parts, about one token in six, but never separators
+    targets    spans of 1 to 5 tokens in each of the two parts, by default one token in six, but never separators
     order      an index in a permutation; context tokens (not in a span, not separators, not <cls>) have the lowest
                order of their part
 
 The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
-first part. B continues A or, with probability 0.5, is a random text.
+first part. B continues A or, with probability 0.5, is a text from another row, if there is one with the same direction.
 
-The code follows the authors' ``data_utils.py``, because the paper gives few details. A token attends to tokens of the
+The code follows ``data_utils.py`` of Yang et al., because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
 than all tokens of the first part. So the first part does not depend on the second part, and the model can store the
 first part in its memory. The next window of a text begins ``reuse_length`` tokens later. The authors take a random B
-from anywhere in the text; here, a random B comes from another row of the batch. All functions run on the host, and
-their results depend only on the tokens and the random generator.
+from anywhere in the text; here, a random B comes from another row of the batch. All functions except ``loss``
+run on the host, and their results depend only on the tokens and the random generator.
 Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 """
 
@@ -47,10 +47,10 @@ class PermutationConfig:
     permutation_length: int = 256
     """Number of tokens that are permuted together. It must divide the lengths of both parts."""
     num_predict: int = 85
-    """Number of targets per row, half of them in each part. Separators in a span are not predicted; targets of weight 0
-    replace them."""
+    """Number of targets per row, half of them in each part (if the number is odd, one more in the first part).
+    Separators in a span are not predicted; targets of weight 0 replace them."""
     alpha: int = 6
-    """A span of n predicted tokens has a context of ``n * alpha / beta`` other tokens. The number of predicted tokens
+    """A span of n predicted tokens has a context of ``n * alpha // beta`` other tokens. The number of predicted tokens
     depends only on ``num_predict``: single tokens are added after the last span."""
     beta: int = 1
     """See ``alpha``."""
@@ -62,7 +62,9 @@ class PermutationConfig:
     """The id of ``<sep>``."""
 
     def check_window(self, length: int) -> None:
-        """Raise ``ValueError`` if windows of ``length`` tokens cannot be split into two parts."""
+        """Raise ``ValueError`` if a part of a window of ``length`` tokens is too short, or not a multiple of
+        ``permutation_length``.
+        """
         first, second = self.reuse_length, length + 3 - self.reuse_length
         if first < 1 or second < 5:
             raise ValueError(
@@ -85,7 +87,9 @@ def batch(
     right_to_left: np.ndarray | None = None,
     reset: np.ndarray | None = None,
 ) -> Batch:
-    """A batch of rows [B, N + 3] from windows [B, N] of a text. Each row has ``num_predict`` targets.
+    """A batch of rows [B, N + 3] from windows [B, N] of a text.
+
+    Each row has ``num_predict`` targets. Some of them may have weight 0 (:class:`PermutationConfig`).
 
     Args:
         rng: random generator, used for one row after the other.
@@ -97,7 +101,8 @@ def batch(
         reset: as in ``Batch``.
 
     Raises:
-        ValueError: the shapes do not match, or a part is too short or not a multiple of ``permutation_length``.
+        ValueError: the shapes do not match; a part is too short, not a multiple of ``permutation_length``, or has fewer
+            tokens than targets; or ``beta`` is not in [1, ``alpha``].
     """
     _check_shapes(tokens, word_starts, sentences, right_to_left)
     B, N = tokens.shape
@@ -207,10 +212,10 @@ def span_mask(
 ) -> np.ndarray:
     """A mask of exactly ``num_targets`` tokens, [T] bool.
 
-    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` other tokens. n is drawn from 1 to
-    ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a word. As in the authors'
-    code, n counts tokens instead of words, and single tokens at random positions are added at the end until the mask
-    has ``num_targets`` tokens.
+    The mask has spans of n tokens, each in a context of ``n * alpha // beta`` other tokens. n is drawn from 1 to
+    ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a word. As in the code of
+    Yang et al., n counts tokens instead of words, and single tokens at random positions are added at the end until the
+    mask has ``num_targets`` tokens.
 
     Raises:
         ValueError: ``num_targets`` is above T, or ``beta`` is not in [1, ``alpha``].

@@ -25,13 +25,14 @@ def batch(
     """A batch of sources [B, S] and targets [B, T]. Both must include their end tokens.
 
     The inputs of the decoder are the targets shifted right by one position (:func:`shift_right`). Without segment ids,
-    a row is one document without padding. Document n of the targets attends to document n of the source.
+    a row is one document without padding. Document n of the targets attends to document n of the source. Targets in
+    padding have weight 0.
 
     Args:
         start_id: the first decoder input of every document, such as ``decoder_start_id`` of a config.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: source or targets are not [batch, time] with at least one token per row, or shapes do not match.
     """
     for name, x in (("source", source), ("targets", targets)):
         if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):

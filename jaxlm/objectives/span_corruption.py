@@ -7,8 +7,8 @@
 As in the published code, a text begins with a kept span and ends with a removed span. If a custom mask ends with a kept
 span, the target ends with one more sentinel, as in the figure of the paper. The numbers of removed tokens and spans
 depend only on the length of the text. So the sources and targets of texts of equal length need no padding. The loss is
-the same as in ``seq2seq``. All functions run on the host, and their results depend only on the texts and the random
-generator.
+the same as in ``seq2seq``. All functions except ``loss`` run on the host, and their results depend only on the texts
+and the random generator.
 Shapes: B batch, N tokens of a text.
 """
 
@@ -70,7 +70,11 @@ def noise_mask(
 ) -> np.ndarray:
     """A random mask of removed tokens, [N] bool.
 
-    All masks with the required numbers of tokens and spans are equally likely.
+    The mask begins with a kept token and ends with a removed token. All such masks with the required numbers of removed
+    tokens and spans are equally likely.
+
+    Raises:
+        ValueError: ``length`` is below 2, ``density`` is not between 0 and 1, or ``mean_span`` is below 1.
     """
     num_removed, num_spans = _removed_counts(length, density, mean_span)
     removed = _random_partition(num_removed, num_spans, rng)
@@ -84,10 +88,11 @@ def corrupt(
     """The source and target of a text [N].
 
     In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each run of tokens
-    that are not masked.
+    that are not masked. Both end with ``end_id``.
 
     Raises:
-        ValueError: the mask removes the first token, there are too few sentinels, or the text contains a sentinel.
+        ValueError: the mask does not have the shape of the text or removes the first token; there are too few
+            sentinels; sentinels have negative ids; or the text contains a sentinel.
     """
     if mask.shape != tokens.shape or mask[0]:
         raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
@@ -115,6 +120,9 @@ def text_length(source_length: int, *, density: float = DENSITY, mean_span: floa
     """The length of the longest text whose source has at most ``source_length`` tokens, and the length of its target.
 
     Source and target include their end tokens.
+
+    Raises:
+        ValueError: ``source_length`` is too short, ``density`` is not between 0 and 1, or ``mean_span`` is below 1.
 
     Example:
         >>> text_length(512)

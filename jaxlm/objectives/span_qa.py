@@ -37,8 +37,8 @@ def batch(
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, a row has several documents, or an answer ends before it begins, begins
-            below 0 or is in the padding.
+        ValueError: the shapes do not match; tokens or spans are not integers; a row has several documents; an answer
+            ends before it begins or begins below 0; or the first or last token of an answer is padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)
@@ -87,10 +87,12 @@ def best_spans(
     """The positions of the first and last token of each row's best answer, [B, 2] int32, and its score, [B].
 
     The score is the sum of the two logits. Candidates are all spans of at most ``max_length`` tokens. To decide
-    whether there is an answer, compare the score with the score of ``[CLS]``.
+    whether there is an answer, compare the score with the score of ``[CLS]``. In a row without candidates, both
+    positions are 0, and the score is minus infinity.
 
     Args:
-        segment_ids_BT: only positions with an id above 0 are candidates. Set the ids of the question to 0.
+        segment_ids_BT: an answer begins and ends only at positions with an id above 0. Set the ids of the question to
+            0. None: an answer may begin and end at any position.
 
     Raises:
         ValueError: the logits do not have shape [B, T, 2], or ``max_length`` is below 1.

@@ -34,7 +34,8 @@ def batch(
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, or a label is out of range.
+        ValueError: the shapes do not match, tokens or labels are not integers, or a label that is not padding is out of
+            range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:

@@ -1,4 +1,4 @@
-"""Attention maps of texts: the attention weights between tokens, averaged over layers and heads.
+"""Attention maps of texts: attention weights between tokens averaged over layers and heads, or weights of pooling hops.
 
 Shapes: L layers, B batch, H heads (hops, for attention pooling), T queries, S keys.
 """
@@ -74,22 +74,22 @@ def attention_maps(
     """The attention map of each text: its attention weights, averaged over layers and heads.
 
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
-    ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For other families, rows and columns
-    are the tokens of the text. For a classifier with attention pooling, the rows are the hops of the pooling.
+    ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For a classifier with attention
+    pooling, the rows are the hops of the pooling, which are not averaged, and the columns are the tokens of the text.
+    For other models, rows and columns are the tokens of the text.
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.
         pairs: the second text of each pair of texts, for models that read pairs.
-        max_tokens: maximum number of tokens of a text or an output, including special tokens. Longer texts are
-            truncated at the end. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no
-            truncation.
+        max_tokens: maximum number of tokens of a text, a pair or an output, including special tokens. Longer ones are
+            truncated. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no truncation.
         output_special_tokens: True adds the special tokens of the tokenizer's template to the outputs. Use True if the
             targets of the training had these tokens.
 
     Raises:
-        TypeError: the family has no attention, or ``texts`` is a single string.
+        TypeError: the model cannot record attention weights, or ``texts`` is a single string.
         ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
-            length than ``texts``.
+            length than ``texts``; or ``pairs`` has a different length than ``texts``.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")

@@ -78,7 +78,7 @@ class NextMoveScores:
 def next_move_accuracy(
     model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
 ) -> NextMoveScores:
-    """The next-move accuracy of the model in ``games``. Illegal moves are not masked.
+    """The accuracy and the legality of the model's next-move predictions in ``games``. Illegal moves are not masked.
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
     wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
@@ -92,8 +92,9 @@ def next_move_accuracy(
         games: one line of moves per game, in the tokenizer's notation. All moves must be legal.
 
     Raises:
-        ValueError: there are no games, a game has an illegal move or is longer than the model's positions, or the
-            tokenizer does not fit the model.
+        TypeError: the tokenizer is not a ``MoveTokenizer``.
+        ValueError: there are no games; a game has no moves, has an illegal move or is longer than the model's
+            positions; the model does not predict next tokens; or the tokenizer has more tokens than the model.
     """
     check_model(model, tokenizer)
     _check_games(games)
@@ -136,13 +137,15 @@ def legal_move_rate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> LegalMoveRate:
-    """The fraction of legal moves in games that the model generates. Illegal moves are not masked.
+    """The fractions of legal moves and of legal games in games that the model generates. Illegal moves are not masked.
 
     A game ends with its first illegal move, with the end token, or after ``max_moves`` moves. The end token does not
     count as a move. Other special tokens count as illegal moves. Every move after checkmate or stalemate is illegal.
 
     Raises:
-        ValueError: a count is below 1, ``max_moves`` exceeds the model's positions, or the tokenizer does not fit the
+        TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
+        ValueError: ``games`` or ``max_moves`` is below 1, ``max_moves`` exceeds the model's positions, the temperature
+            is negative or not finite, the model does not predict next tokens, or the tokenizer has more tokens than the
             model.
     """
     for name, value in (("games", games), ("max_moves", max_moves)):
@@ -177,10 +180,10 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """All positions in ``games`` in which the player to move can give checkmate, in the order of the games.
+    """The positions before the moves of ``games`` in which the player to move can give checkmate, in order.
 
-    Each position is returned as the line of moves that leads to it. About one in a hundred master games has such a
-    position. The search takes about 14 ms per game.
+    Each position is returned as the line of moves that leads to it. The position after the last move of a game is not
+    searched. About one in a hundred master games has such a position. The search takes about 14 ms per game.
     """
     found = []
     for line in games:

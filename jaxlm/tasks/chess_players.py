@@ -104,11 +104,11 @@ class MaterialPlayer:
     """A player with fixed rules that searches one move ahead. It wins almost every game against ``RandomPlayer``.
 
     The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
-    the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and of a promotion, minus the largest loss that
-    the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected, its value
-    minus that of the least valuable attacker. Smaller terms of the score favour moves that leave the opponent few
-    replies, and advanced pawns. Moves that draw by stalemate or repeat a position have the lowest scores. The player
-    makes no random choices.
+    the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and the gain of a promotion, minus the largest
+    loss that the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected,
+    its value minus that of the least valuable attacker. Smaller terms of the score favour moves that leave the opponent
+    few replies, and advanced pawns. Moves that draw by stalemate or repeat a position have the lowest scores. The
+    player makes no random choices.
     """
 
     max_moves = None
@@ -131,8 +131,10 @@ class EnginePlayer:
         nodes: number of positions that the engine searches for each move.
 
     Raises:
+        ImportError: the package ``chess`` is not installed.
         FileNotFoundError: the engine is not installed.
-        ValueError: the executable is not a UCI engine, or the engine does not support the skill level.
+        ValueError: the executable is not a UCI engine, the engine does not support the skill level, or ``nodes`` is
+            below 1.
     """
 
     max_moves = None
@@ -238,9 +240,9 @@ def play_match(
 ) -> MatchResult:
     """The result of a match of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
 
-    All games are played in parallel: each player is called once per turn for all boards. A game ends with checkmate,
-    stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or pawn move, or
-    an illegal move. A game with ``max_moves`` moves ends as a draw.
+    All games are played in parallel: a player gets all boards on which it is its turn in one call. A game ends with
+    checkmate, stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or pawn
+    move, or an illegal move. A game with ``max_moves`` moves ends as a draw.
 
     Args:
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
@@ -248,7 +250,8 @@ def play_match(
         seed: seed of all random choices, except those of an engine (an argument of ``np.random.default_rng``).
 
     Raises:
-        ValueError: a count is outside its range, or ``max_moves`` is too large for a player.
+        ValueError: ``games`` or ``max_moves`` is below 1, ``opening_moves`` is negative or not below ``max_moves``, or
+            ``max_moves`` is too large for a player.
     """
     for name, value, minimum in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
         if value < minimum:

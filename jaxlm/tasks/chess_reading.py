@@ -1,4 +1,4 @@
-"""Chess positions for language models: ids of legal moves, and logits of the next move for several boards.
+"""Chess positions for language models: ids of legal moves, and logits and probabilities of the next move.
 
 A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one token per move. An encoder-decoder reads
 these tokens as its source, and its target is the next move. The first token of its decoder input is
@@ -93,9 +93,10 @@ def next_move_probabilities(
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
-        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, or a game is
-            longer than the model's positions. With ``legal_only``: a game has an illegal move, or the vocabulary has no
-            legal move of a position.
+        ValueError: the model does not predict next tokens, or its logits are NaN; the tokenizer has more tokens than
+            the model; there are no games; or a game has a word that is not a move, or is longer than the model's
+            positions. With ``legal_only``: a game has an illegal move or has ended, or the vocabulary has no legal move
+            of a position.
     """
     check_model(model, tokenizer)
     rows = [tokenizer.encode_inputs(line).ids for line in games_so_far]
@@ -111,7 +112,11 @@ def next_move_probabilities(
 
 
 def board_after(line: str) -> chess.Board:
-    """The board after a line of UCI or SAN moves. Raises ``ValueError`` for an illegal move."""
+    """The board after a line of UCI or SAN moves.
+
+    Raises:
+        ValueError: a move is illegal, ambiguous, unreadable or a null move.
+    """
     board = import_chess().Board()
     for word in line.split():
         push_move(board, word)
@@ -119,8 +124,12 @@ def board_after(line: str) -> chess.Board:
 
 
 def push_move(board: chess.Board, word: str) -> chess.Move:
-    """Play a UCI or SAN move on ``board`` and return it. Raises ``ValueError`` for an illegal move."""
-    return board.push_uci(word) if UCI_MOVE.fullmatch(word) else board.push_san(word)
+    """Play a UCI or SAN move on ``board`` and return it. Raises ``ValueError`` as :func:`board_after`."""
+    move = board.parse_uci(word) if UCI_MOVE.fullmatch(word) else board.parse_san(word)
+    if not move:
+        raise ValueError(f"{word!r} is a null move")
+    board.push(move)
+    return move
 
 
 def gives_checkmate(board: chess.Board, move: chess.Move) -> bool:
@@ -134,7 +143,11 @@ def gives_checkmate(board: chess.Board, move: chess.Move) -> bool:
 
 
 def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``. Temperature 0 gives the argmax."""
+    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``. Temperature 0 gives the argmax.
+
+    Raises:
+        ValueError: the temperature is negative or not finite.
+    """
     if not 0.0 <= temperature < np.inf:
         raise ValueError(f"temperature={temperature} must be finite and at least 0")
     if temperature > 0.0:
@@ -150,8 +163,8 @@ class MoveReader:
     """Computes the logits of the next move for several boards, and reuses the model state of the previous call.
 
     The model reads only the new moves if each board continues a board of the previous call, in the same order. Some
-    boards of the previous call may be missing. Otherwise the model reads all games from the beginning. An
-    encoder-decoder always reads whole games.
+    boards of the previous call may be missing. Otherwise, and when the new moves exceed the capacity of the model
+    state, the model reads all games from the beginning. An encoder-decoder always reads whole games.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -184,7 +197,8 @@ class MoveReader:
         """The logits of the next token for each board, float32 [B, V].
 
         Raises:
-            ValueError: there are no boards, a game did not start from the initial position, or a game is too long.
+            ValueError: there are no boards, a game did not start from the initial position, a game is too long, or the
+                logits are NaN.
         """
         if not boards:
             raise ValueError("logits needs at least one board")
@@ -234,7 +248,11 @@ class MoveReader:
         return found
 
     def _reset(self, boards: Sequence[chess.Board]) -> None:
-        """Replace the rows by an empty row for each board, and drop the model state."""
+        """Replace the rows by an empty row for each board, and drop the model state.
+
+        Raises:
+            ValueError: a game did not start from the initial position.
+        """
         chess = import_chess()
         for index, board in enumerate(boards):
             if board.root().fen() != chess.STARTING_FEN:
@@ -341,7 +359,11 @@ def _last_logits(
 def next_logits(
     model: Model, params: Params, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield the logits of the token that follows each row, [rows, V] per batch, in the order of the rows."""
+    """Yield the logits of the token that follows each row, [rows, V] per batch, in the order of the rows.
+
+    Raises:
+        ValueError: a row has more tokens than the model has positions, or the logits are NaN.
+    """
     check_lengths(model, rows)
     begin_id = decoder_start_id(model, tokenizer) if model.reads_source else None
     for first in range(0, len(rows), batch_size):

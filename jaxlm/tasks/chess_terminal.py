@@ -60,7 +60,7 @@ def play_on_terminal(
 
     The person types a SAN or UCI move, or one of these commands: ``moves`` lists the legal moves, ``board`` draws the
     board, ``undo`` takes back the last move of both players, ``resign`` and ``quit`` end the game. For any other input,
-    a one-line message is shown. The model plays only legal moves.
+    a one-line message is shown. The model plays only legal moves. A game that is too long for the model is a draw.
 
     Args:
         ask: a function that shows a prompt and returns the line that the person types. ``EOFError`` means ``quit``.
@@ -70,7 +70,8 @@ def play_on_terminal(
         seed: the seed of the model's random choices.
 
     Raises:
-        ValueError: ``color`` is neither "white" nor "black", or an argument is invalid for ``ModelPlayer``.
+        ValueError: ``color`` is neither "white" nor "black".
+        TypeError, ValueError: as in ``ModelPlayer``.
     """
     if color not in ("white", "black"):
         raise ValueError(f"color={color!r} must be 'white' or 'black'")

@@ -43,20 +43,21 @@ def game_batches(
 ) -> tuple[Source, Callable[[Any], Batch], str]:
     """A source of training data, a function that converts its items to batches of the objective, and a description.
 
-    A causal model reads whole games, packed into rows. For an encoder-decoder, each game is cut at several positions:
-    the source is the game up to the position, and the target is the following tokens.
+    A causal model reads games that are packed into rows. For an encoder-decoder, each game is cut at several positions:
+    the source is the game up to the position, and the target is the following tokens, at most ``target_length``.
 
     Args:
         games: one line of moves per game, in the tokenizer's notation.
-        length: number of tokens of a row; for an encoder-decoder, maximum number of tokens of a source. The rest of a
-            longer game is dropped, because a model cannot know the board position at which the rest begins.
+        length: number of tokens of a row. The rest of a longer game is dropped, because a model cannot know the board
+            position at which the rest begins. For an encoder-decoder: maximum number of tokens of a source.
         positions_per_game: for an encoder-decoder, number of positions of each game, drawn uniformly with
             replacement.
         target_length: maximum number of tokens of a target.
         seed: seed of the order of the data and of the positions.
 
     Raises:
-        ValueError: there are no games, or ``length``, ``positions_per_game`` or ``target_length`` is below 1.
+        ValueError: there are no games; ``batch_size``, ``length``, ``positions_per_game`` or ``target_length`` is below
+            1; or a game has a word that is not a move.
     """
     for name, value in (
         ("length", length),
@@ -93,7 +94,8 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
         seed: seed of the random moves.
 
     Raises:
-        ValueError: ``count`` is negative.
+        ImportError: the package ``chess`` is not installed.
+        ValueError: the notation is unknown, or ``count`` is negative.
     """
     check_notation(notation)
     if count < 0:
@@ -133,7 +135,9 @@ def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number (from 1) of a player's most valuable capture. None: the player captures nothing.
+    """The number (from 1) of a player's most valuable capture. None: there is no capture.
+
+    A capture en passant does not count.
 
     Args:
         first: index of the player's first move, 0 for white and 1 for black.
@@ -159,8 +163,8 @@ def write_test(
     """Write the :func:`move_samples` of the games to ``samples.jsonl``, and an attention map of the first game.
 
     The map has the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, the columns are
-    at most the first half of the game, and the rows are the next ``target_length`` moves. Families without attention
-    have no map.
+    at most the first half of the game, and the rows are the next moves, at most ``target_length``. Families without
+    attention have no map.
     """
     write_samples(run, move_samples(model, params, tokenizer, games))
     words, limit = games[0].split(), model.max_positions
@@ -178,7 +182,7 @@ def write_test(
 def move_samples(
     model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
-    """Yield the five most probable moves in the middle of the first ``count`` games, as rows for ``write_samples``."""
+    """Yield the five most probable tokens in the middle of the first ``count`` games, as rows for ``write_samples``."""
     games_words = [line.split() for line in games[:count]]
     prefixes = [" ".join(words[: len(words) // 2]) for words in games_words]
     probabilities = next_move_probabilities(model, params, tokenizer, prefixes)

@@ -36,7 +36,8 @@ def encode(
         max_length: maximum number of tokens. Longer texts are truncated. None: texts are not truncated.
 
     Raises:
-        ValueError: an example has an unknown label, no tokens, or more tokens than the model has positions.
+        ValueError: there are fewer than two labels; or an example lacks a field, or has an unknown label, no tokens, or
+            more tokens than the model has positions.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
@@ -79,6 +80,9 @@ def batches(
 
     Args:
         max_length: maximum number of tokens of a row, for example the model's ``max_positions``. None: no limit.
+
+    Raises:
+        ValueError: there are no examples, or an example has more than ``max_length`` tokens.
     """
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
     make = to_batch(num_labels)
@@ -108,7 +112,7 @@ def _probabilities(model: Model, params: Params, batch: Batch) -> jax.Array:
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:
     """The accuracy of predicted label ids [N]. Writes the confusion matrix and the samples for the report of a run.
 
-    The samples are the first 20 wrong predictions and the first 20 correct predictions.
+    The samples are the first wrong predictions and the first correct predictions, at most 20 of each.
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
@@ -150,7 +154,8 @@ def convolution_fields(
 ) -> dict[str, int | tuple[int, ...]]:
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
-    The inputs of these families have a fixed length, here at least 32 tokens. ``pools`` is set only for an alexnet with
+    The inputs of these families have a fixed length, here at least 32 tokens and a multiple of 8 for resnet.
+    ``pools`` is set only for an alexnet with
     one convolution: its max pooling covers the whole text, as in the model of Kim (2014).
 
     Args:

@@ -34,7 +34,7 @@ class HarnessModel(LM):
             documentation of that class explains the truncation.
 
     Raises:
-        ValueError: an argument is invalid for ``TextRequests``, or the harness applies a chat template.
+        ValueError: as in ``TextRequests``. The method :meth:`apply_chat_template` always raises it.
 
     Example:
         >>> lm = HarnessModel(model, params, tokenizer, batch_size=16)   # doctest: +SKIP
@@ -63,7 +63,11 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`."""
+        """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: ``pretrained`` is missing, or an argument is unknown or invalid.
+        """
         additional = {name: value for name, value in (additional_config or {}).items() if value is not None}
         arguments = {**arg_dict, **additional}
         known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}

@@ -76,9 +76,11 @@ def classify(
         batch_size: number of texts in a batch.
 
     Raises:
-        TypeError: ``texts`` or ``pairs`` is a single string.
+        TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
         ValueError: the model is not a classifier, or its outputs are regression scores (a single output, or
-            ``problem_type="regression"`` in its files); or a text is empty or longer than the model's positions.
+            ``problem_type="regression"`` in its files); there are no texts, or the numbers of texts and pairs differ;
+            or a text has no tokens, more tokens than the model's positions, or ids or token types that the model does
+            not have.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
@@ -138,16 +140,16 @@ def label_words(
     """The labels of the words of each text, for every family with task "token_classification".
 
     Words are separated by white space. The label of a word is the label of its first token (Devlin et al. 2019, section
-    5.3).
+    5.3). A word without tokens is left out.
 
     Args:
         unit: "word": one label per word. "token": one label per token. A token of a character tokenizer is a character.
         batch_size: number of texts in a batch.
 
     Raises:
-        TypeError: ``texts`` is a single string.
-        ValueError: the model is not a token classifier, a text is empty or longer than the model's positions, or the
-            unit is unknown.
+        TypeError: ``texts`` is a single string, or has an element that is not a string.
+        ValueError: the model is not a token classifier, the unit is unknown, there are no texts, or a text is invalid
+            as in :func:`classify`.
         NotFiniteError: as in :func:`classify`.
     """
     require_task(
@@ -244,8 +246,9 @@ def score_texts(
 ) -> TextScores:
     """The log-likelihood of each text. An encoder-decoder scores each text as the target of a source.
 
-    For causal families, texts are encoded without special tokens, and the first token is not predicted. For an
-    encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``, and the end token is predicted too.
+    For an encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``, and the end token (if the tokenizer has
+    one) is predicted too. For other families, texts are encoded without special tokens, and the first token is not
+    predicted.
 
     Args:
         sources: for an encoder-decoder, the source of each text.
@@ -253,9 +256,10 @@ def score_texts(
 
     Raises:
         TypeError: ``texts`` or ``sources`` is a single string.
-        ValueError: the model does not predict next tokens; sources are missing for an encoder-decoder, or given for
-            another family; or a text is too short, or longer than the model's positions (use
-            :func:`jaxlm.decoding.perplexity` for long texts).
+        ValueError: the model does not predict next tokens; there are no texts; sources are missing for an
+            encoder-decoder (or their number is wrong), or given for another family; a text or source has no tokens (a
+            text for another family: fewer than 2), or ids outside the vocabulary; or it is longer than the model's
+            positions (use :func:`jaxlm.decoding.perplexity` for long texts).
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
@@ -323,8 +327,8 @@ def score_ids(
 ) -> TextScores:
     """The log-likelihood of each continuation given its context. Both are arrays of ids [tokens].
 
-    A causal model reads the context and then the continuation. An encoder-decoder reads the context as its source and
-    the continuation as its target. Only the tokens of the continuation are predicted.
+    An encoder-decoder reads the context as its source and the continuation as its target. Other models read the context
+    and then the continuation. Only the tokens of the continuation are predicted.
 
     Args:
         start_id: the first token that the decoder of an encoder-decoder reads (see
@@ -333,8 +337,10 @@ def score_ids(
         batch_size: number of continuations in a batch.
 
     Raises:
-        ValueError: the model does not predict next tokens; the numbers of contexts and continuations differ; or a
-            context or continuation has no ids, ids outside the vocabulary, or more ids than the model has positions.
+        ValueError: the model does not predict next tokens; the numbers of contexts and continuations differ;
+            ``start_id`` is missing for an encoder-decoder, or given for another family; or a context or continuation
+            has no ids, ids outside the vocabulary, or more ids than the model has positions. A model that is not an
+            encoder-decoder needs positions for all ids of both except the last.
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
@@ -421,7 +427,11 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
 
 
 def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
-    """Yield batches of the encodings, padded on the right to bucket lengths."""
+    """Yield batches of the encodings, padded on the right to bucket lengths.
+
+    Raises:
+        ValueError: the model has no embedding for a token type.
+    """
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]

@@ -1,8 +1,8 @@
 """Extractive question answering: training windows, and answers of a trained model (task "span_qa").
 
 A long context is split into overlapping windows. Each window also has the whole question (Devlin et al. 2019, section
-4.2). If a window does not contain the answer, its target is "no answer": the span that has only the classifier token
-(``[CLS]`` for BERT, ``<cls>`` for XLNet), or only the first token if the tokenizer has no classifier token.
+4.2). If a window does not contain the whole answer, its target is "no answer": the span of only the classifier token
+(``[CLS]`` for BERT, ``<cls>`` for XLNet), or of only the first token if the tokenizer has no classifier token.
 
 Shapes: N questions, W windows, B batch rows, T time.
 """
@@ -53,7 +53,7 @@ def training_windows(
 
     Each window has ``tokens`` [T], ``token_types`` [T] (if the model reads them), and the positions ``first`` and
     ``last`` of the answer's first and last token. If an example has several answers, the target is the most frequent
-    answer.
+    answer, and the first of equally frequent ones. If it has no answer, the target of all its windows is "no answer".
 
     Args:
         examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as returned by
@@ -62,8 +62,10 @@ def training_windows(
         stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
 
     Raises:
-        ValueError: the model is not for task "span_qa", a window is longer than the model's positions, an example
-            cannot be encoded, or no window has the whole answer of an example. The message has the example's id.
+        ValueError: the model is not for task "span_qa"; ``max_length`` exceeds the model's positions; ``stride`` is
+            negative or not below ``max_length``; or the model has no embedding for a token type. Also, with the
+            example's id in the message: a text has no tokens or ids outside the vocabulary, ``max_length`` is too small
+            for the question, or no window has the whole answer.
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
@@ -103,7 +105,8 @@ def batches(
     Args:
         windows: the result of :func:`training_windows`.
         max_length: maximum number of tokens of a row, for example ``max_length`` of :func:`training_windows` or
-            the model's ``max_positions``. None: no limit, and the length of a batch is rounded up to a multiple of 8.
+            the model's ``max_positions``. None: no limit. The length of a batch is rounded up to a multiple of 8, but
+            not above ``max_length``.
 
     Raises:
         ValueError: a window is longer than ``max_length``.
@@ -151,12 +154,12 @@ class Answer:
     """The answer to a question.
 
     Attributes:
-        text: ``context[start:end]``. Empty if the model predicts "no answer".
+        text: ``context[start:end]``. Empty if ``score`` is not above the ``no_answer_threshold`` of :func:`answer`.
         score: the logit of the best span minus the logit of "no answer". The logit of a span is the sum of the logits
             of its first and last token. For several windows, the logit of the best span is the maximum over windows,
             and the logit of "no answer" is the minimum over windows. If ``text`` is empty, the score is still that of
             the best span.
-        start, end: character positions of the answer in the context.
+        start, end: character positions of the answer in the context; 0 and 0 if ``text`` is empty.
     """
 
     text: str
@@ -178,7 +181,7 @@ def answer(
     no_answer_threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """The answer to each question: the span of its context with the largest logit.
+    """The answer to each question: the span of its context with the largest logit, or an empty answer.
 
     Args:
         model: a model with task "span_qa".
@@ -191,9 +194,11 @@ def answer(
         batch_size: number of windows in a batch.
 
     Raises:
-        TypeError: ``questions`` or ``contexts`` is a single string.
+        TypeError: ``questions`` or ``contexts`` is a single string, or has an element that is not a string.
         ValueError: the model is not for task "span_qa"; there are no questions, or the numbers of questions and
-            contexts differ; a question or context is empty; or a window is longer than the model's positions.
+            contexts differ; a question or context has no tokens, or ids or token types that the model does not have;
+            ``max_length`` exceeds the model's positions or is too small for a question; ``stride`` is negative or not
+            below ``max_length``; or ``max_answer_tokens`` is below 1.
         NotFiniteError: logits are not finite. The message names the questions and the parameters that are not finite.
 
     Example:
@@ -342,7 +347,11 @@ def _best_spans(
 def _windows(
     model: Model, tokenizer: Tokenizer, question: str, context: str, max_length: int, stride: int, what: str
 ) -> list[Encoding]:
-    """The windows of a context. Raises ``ValueError`` if the model cannot read a window."""
+    """The windows of a context. Raises ``ValueError`` if the texts cannot be split, or an id is not in the vocabulary.
+
+    Args:
+        what: the name of the question in messages.
+    """
     try:
         windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
     except ValueError as error:

@@ -38,10 +38,11 @@ def encode(
 
     Args:
         max_source: maximum number of tokens of a source. Longer sources are truncated. None: sources are not truncated.
-        max_target: maximum number of tokens of a target, with the same rules.
+        max_target: maximum number of tokens of a target. Longer targets are truncated. None: targets are not truncated.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, or its template does not add the EOS token at the end of a text.
+        ValueError: the tokenizer has no EOS token, its template does not add the EOS token at the end of a text, or an
+            example has no ``source`` or ``target``.
     """
     eos_id = tokenizer.special_ids.eos
     if eos_id is None:
@@ -96,7 +97,10 @@ def write_test(
     run: Path, model: Model, params: Params, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write 40 random outputs to ``samples.jsonl`` of a run, and the attention maps of four of them."""
+    """Write up to 40 outputs to ``samples.jsonl`` of a run, and the attention maps of the first four non-empty ones.
+
+    The outputs are a random selection with a fixed seed. Families without attention have no maps.
+    """
     chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
     write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])
     # An attention map needs at least one row, so skip empty outputs.

@@ -1,11 +1,11 @@
-"""Synthetic tasks on which architectures get different results, as defined in the papers.
+"""Synthetic tasks on which architectures get different results, as defined in the cited papers.
 
     recall              multi-query associative recall (Arora et al. 2024, "Zoology")
     FORMAL_LANGUAGES    length generalization on formal languages (Deletang et al. 2023)
     word_problem        products of group elements: state tracking (Merrill et al. 2024; Grazzi et al. 2025)
     copying             repeat a string after a separator (Jelassi et al. 2024)
     induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
-    needle              recall a number that is inserted into a text
+    needle              recall a number that replaces a part of a text (not from a paper)
 
 Each function draws a batch with a numpy generator, so equal generators give equal batches. All batches suit causal
 models: the loss and the metrics count only ``target_positions``.
@@ -36,7 +36,7 @@ def recall(
     target at this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, and values are ids of the upper
     half of the vocabulary. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gap g = 1, 2, ... has a
     probability proportional to g ** (power - 1), so early positions are more probable. All other tokens are random ids
-    (Arora et al. 2024, appendix E.1, and the authors' code).
+    (Arora et al. 2024, appendix E.1, and the code of these authors).
 
     Args:
         length: number of tokens, even and at least 4 * pairs.
@@ -77,7 +77,8 @@ class FormalLanguage(NamedTuple):
     """A task of Deletang et al. 2023.
 
     Attributes:
-        sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P].
+        sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P]. For modular
+            arithmetic, an even length is reduced by one.
         num_symbols: number of input symbols. The next id marks the positions of the answer.
         num_answers: number of answer symbols; a uniformly random guess has the accuracy 1 / num_answers.
         level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
@@ -158,11 +159,11 @@ def formal_language(name: str, rng: np.random.Generator, rows: int, length: int,
 
     Args:
         name: a key of :data:`FORMAL_LANGUAGES`.
-        length: number of symbols of the input.
+        length: number of symbols of the input. For modular arithmetic, an even length is reduced by one.
         padded_length: rows are padded to the length of a row whose input has ``padded_length`` symbols.
 
     Raises:
-        ValueError: the name is unknown, or the input is longer than ``padded_length``.
+        ValueError: the name is unknown, or ``length`` is below 1 or above ``padded_length``.
     """
     if name not in FORMAL_LANGUAGES:
         raise ValueError(f"name={name!r} is unknown: choose from {', '.join(FORMAL_LANGUAGES)}")
@@ -241,7 +242,7 @@ def word_problem(
         elements: the ids of the elements that rows contain; None: all elements of the group.
 
     Raises:
-        ValueError: the group or an element is unknown.
+        ValueError: the group or an element is unknown, or ``elements`` is empty.
     """
     table = multiplication_table(group)
     chosen = np.arange(len(table)) if elements is None else np.asarray(elements)
@@ -288,7 +289,7 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
 
 
 def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *, vocab_size: int) -> Batch:
-    """A batch of windows of a text, [N, length]. The model must recall a number that is inserted into the window.
+    """A batch of windows of a text, [N, length]. The model must recall a number that replaces a part of the window.
 
     A marker and a number of four digits replace five tokens at a random position. A second marker and the first three
     digits replace the last four tokens. The targets at these four positions are the digits of the number.

@@ -5,9 +5,10 @@
     ...                                                                 # train
     scores(model, params, corpus, "validation", length=96)
 
-For LSTM, GRU and Transformer-XL, a split is divided into contiguous columns, one per batch row. Each batch continues
-the columns of the previous batch, and the model state is carried from batch to batch. GPT, Llama and gated convolutions
-read windows in random order, without a state.
+If training carries a model state from batch to batch (``Model.carried_state_length`` is not None, for example for LSTM,
+GRU and Transformer-XL), a split is divided into contiguous columns, one per batch row. Each batch continues the columns
+of the previous batch. Other models (for example GPT, Llama and gated convolutions) read windows in random order,
+without a state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jaxlm.training.trainer import carry_size_of
 NUM_COLUMNS = 8
 """Number of contiguous columns in which a model with a state scores a split.
 
-Only the first tokens of each column are scored with little context."""
+Only the first tokens of a column are scored with little context."""
 
 MAP_TOKENS = 40
 """Maximum number of tokens in the attention map of a passage."""
@@ -62,7 +63,8 @@ class Corpus:
         """The corpus of a text: first the training split, then the validation split, and last the test split.
 
         Raises:
-            ValueError: the fractions leave a part empty, or the tokenizer cannot encode a character of the text.
+            ValueError: a fraction is outside its range, the fractions leave a part empty, or the tokenizer cannot
+                encode a character of the text.
         """
         tokens = tokenizer.encode(text)
         if validation_fraction + test_fraction >= 1.0:
@@ -84,7 +86,7 @@ class Corpus:
     ) -> ContiguousStreams | RandomWindows:
         """The batches of a split: contiguous columns if training carries a state, else windows in random order.
 
-        In the training split, a window can start at any token. In the other splits, windows do not overlap.
+        Windows of the training split can start at any token. The inputs of windows of the other splits do not overlap.
 
         Raises:
             ValueError: the split is too short, or has ids outside the vocabulary of the model.
@@ -132,8 +134,8 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
     """Nats per character, bits per character, and perplexity per token, over all tokens of a split except the first.
 
     A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state. Other
-    models read windows of ``length`` tokens that overlap by half. After the first window, each token has at least half
-    a window of context.
+    models read windows of ``length`` tokens that overlap by half. After the first window, each scored token has at
+    least half a window of context.
 
     Args:
         length: number of tokens of a row that the model reads in one call.

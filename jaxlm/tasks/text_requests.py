@@ -6,7 +6,9 @@ results are comparable.
 
 A causal model reads a context with the special tokens that the tokenizer adds before a text (for example Llama's
 ``<|begin_of_text|>``), but without the special tokens that it adds after a text. An encoder-decoder reads the context
-with all special tokens as its source. The continuation is its target, without an end token.
+with all special tokens as its source. The continuation is its target, without an end token. Two kinds of contexts get
+no special tokens: a text that begins with the prefix token, and an empty context, which is replaced by the prefix
+token.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class TextRequests:
             a truncated context. ``rolling_log_likelihoods``: number of texts that were scored in several windows.
 
     Raises:
-        ValueError: the model does not predict next tokens, or a number is outside its range.
+        ValueError: the model does not predict next tokens; ``batch_size``, ``max_length`` or ``max_gen_toks`` is not an
+            integer of at least 1; ``max_length`` exceeds the model's positions; or ``prefix_token_id`` is not in the
+            vocabulary.
     """
 
     def __init__(
@@ -101,15 +105,16 @@ class TextRequests:
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation in nats, and whether greedy decoding generates it.
 
-        If a context and its continuation together have more than ``max_length`` tokens, the beginning of the context is
-        removed.
+        The beginning of a context is removed if the model would read more than ``max_length`` tokens: for an
+        encoder-decoder, the tokens of the context; for a causal model, those of the context and of the continuation
+        except the last.
 
         Args:
             pairs: (context, continuation) of each request. A context may be empty.
 
         Raises:
-            ValueError: a continuation has no tokens or exceeds ``max_length``, or a context is empty and there is no
-                prefix token. The message names the request.
+            ValueError: a continuation has no tokens or exceeds ``max_length`` (the message names the request), or a
+                context has no tokens and there is no prefix token.
         """
         contexts, continuations, num_truncated = [], [], 0
         for number, (context, ids) in enumerate(self._encode_pairs(pairs)):
@@ -129,14 +134,14 @@ class TextRequests:
         return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        """The log-likelihood of each text in nats, given the prefix token. An empty text has log-likelihood 0.
+        """The log-likelihood of each text in nats, given the prefix token. A text without tokens has log-likelihood 0.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
         once. The last window also reads previous tokens as context, up to ``max_length`` tokens. An encoder-decoder
         reads the context of each window as its source.
 
         Raises:
-            ValueError: there is no prefix token.
+            ValueError: there is no prefix token, and a text has tokens.
         """
         windows: list[tuple[np.ndarray, np.ndarray]] = []
         text_numbers: list[int] = []  # the text of each window
@@ -160,16 +165,17 @@ class TextRequests:
         ``until`` is a string or a sequence of strings. ``max_gen_toks`` (or ``max_new_tokens``, ``max_tokens``,
         ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
         transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-        ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if neither ``do_sample`` nor
-        ``temperature`` is set. Other options that are not set are read from the model's ``generation_config.json`` (see
-        :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
+        is not set and ``temperature`` is 0 or not set. Other options that are not set are read from the model's
+        ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
-        If a context and the new tokens together have more than ``max_length`` tokens, the beginning of the context is
-        removed.
+        If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
+        tokens, the beginning of the context is removed.
 
         Raises:
-            ValueError: an option is not supported, two options are inconsistent, or the number of new tokens leaves no
-                space for a context. The message names the option.
+            ValueError: an option is not supported or invalid, two options are inconsistent, or the number of new tokens
+                leaves no space for a context (the message names the option); or a context has no tokens and there is no
+                prefix token.
         """
         groups: dict[GenerationConfig, list[int]] = {}
         for number, (_, options) in enumerate(requests):
@@ -201,7 +207,11 @@ class TextRequests:
         return results
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
-        """The ``GenerationConfig`` for the options of a request of :meth:`generate`."""
+        """The ``GenerationConfig`` for the options of a request of :meth:`generate`.
+
+        Raises:
+            ValueError: an option is not supported or invalid, or two options are inconsistent.
+        """
         unknown = [f"{name}={value!r}" for name, value in options.items() if name not in _OPTIONS]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
@@ -267,11 +277,17 @@ class TextRequests:
         return self._prefix_id
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, with its special tokens. For a causal model, an empty text has no ids."""
+        """The ids of each text, with its special tokens.
+
+        An empty text has no ids for a causal model, and only special tokens for an encoder-decoder.
+        """
         return [ids for ids, _ in self._encode_with_num_special(texts)]
 
     def _encode_with_num_special(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """The ids of each text, with its special tokens, and the number of special tokens before the text."""
+        """The ids of each text, with its special tokens, and the number of special tokens before the text.
+
+        A text that begins with the text of the prefix token gets no special tokens.
+        """
         rows: list[tuple[np.ndarray, int]] = []
         for text, encoding in zip(texts, self.tokenizer.encode_inputs_batch(texts), strict=True):
             text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)

@@ -86,6 +86,20 @@ def test_san_moves_with_unnecessary_origin_are_legal_and_ambiguous_moves_are_not
     assert legal.move(board_after("d4 d5 Nf3 Nf6"), 5) is None
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("e4 e5 Ke3", "illegal"),
+        ("e4 --", "'--' is a null move"),
+        ("e2e4 e7e6 0000", "'0000' is a null move"),
+        ("e4 e5 what", "invalid"),
+    ],
+)
+def test_a_board_refuses_moves_that_are_not_legal(line, message):
+    with pytest.raises(ValueError, match=message):
+        board_after(line)
+
+
 # -------------------------------------------------------------------------------------------- probabilities
 
 

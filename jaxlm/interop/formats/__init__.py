@@ -2,9 +2,9 @@
 
 The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
 such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
-(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. A module may have a tuple
-``UNPUBLISHED_FIELDS`` with the config fields that no published format has. ``save_pretrained`` also writes jaxlm's own
-names if one of these fields does not have its default value.
+(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. A module or a registered family may have a
+tuple ``UNPUBLISHED_FIELDS`` with the config fields that no published format has. ``save_pretrained`` also writes
+jaxlm's own names if one of these fields does not have its default value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def of(family: str) -> tuple[Format, ...]:
 
 
 def unpublished_fields(family: str) -> tuple[str, ...]:
-    """The config fields that no published format of the family has."""
+    """The config fields that no published format of the family has; ``()`` if there are none."""
     return tuple(getattr(_module(family), "UNPUBLISHED_FIELDS", ()))
 
 

@@ -40,6 +40,9 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
         config: the contents of ``config.json``.
         num_layers: the number of layers.
         num_experts: the number of experts if ``config`` does not have the field.
+
+    Raises:
+        ValueError: a field has a wrong type or is out of range.
     """
     experts = integer(config, "num_experts", num_experts)
     interval = integer(config, "decoder_sparse_step", 1)

@@ -29,6 +29,9 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
     Args:
         fraction: the fraction of the entries of a head that the family rotates; None: the family has the config field
             ``rotary_fraction``, so any fraction is allowed.
+
+    Raises:
+        ValueError: the kind of scaling, one of its fields or the fraction is not supported.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -72,7 +75,11 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
 
 
 def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> dict[str, Any]:
-    """``{"rope_scaling": ...}`` for a Hugging Face config; an empty dict without scaling."""
+    """``{"rope_scaling": ...}`` for a Hugging Face config; an empty dict without scaling.
+
+    Raises:
+        ValueError: the scaling is dynamic, and its ``original_positions`` are not ``max_positions``.
+    """
     if scaling is None:
         return {}
     if scaling.kind == "dynamic" and scaling.original_positions != max_positions:
