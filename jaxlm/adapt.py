@@ -10,8 +10,9 @@ Any Optax optimizer can update the trained tree:
     >>> gradient = jax.grad(lambda trained: loss(model, lora.merge(trained, frozen)))    # doctest: +SKIP
     >>> save_pretrained("directory", model, lora.merge(trained, frozen))                 # doctest: +SKIP
 
-Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). A path contains no layer number, so it
-selects the weight in every layer.
+Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). In both layouts, a path contains no number
+after ``layers``, so it selects the weight in every layer. Families whose layers have the keys ``layer_0``, ``layer_1``,
+... keep these keys in their paths.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
     A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
     ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are matrices too. Biases
     and scales are not matrices. The rows of a weight are its inputs: one axis, or two axes for ``[heads, kv, embed]``
-    and for the kernel of a convolution ``[width, in, out]``. The rows of a table or head ``[vocab, embed]`` are the
-    vocabulary.
+    and for the kernel of a convolution ``[width, in, out]``. The rows of a table or head are its first axis
+    (:func:`is_table`). The rows of ``lora_a`` are all axes except the last, and those of ``lora_b`` are its first axis.
 
     Example:
         >>> num_row_axes("attention/output/weight", ArraySpec((4, 8, 32), ("heads", "kv", "embed")))
@@ -98,7 +99,10 @@ def num_stack_axes(leaf: ArraySpec) -> int:
 
 
 def is_table(name: str, leaf: ArraySpec) -> bool:
-    """Whether a leaf is an embedding table or an output head (first axis: vocabulary, positions or token types)."""
+    """Whether a leaf is an embedding table or an output head (first axis: vocabulary, positions or token types).
+
+    The result is also True for the bias [vocab] of an output head.
+    """
     last_key = name.rsplit("/", 1)[-1]
     return last_key.endswith("embedding") or last_key in ("head", "cluster_weight") or leaf.axes[:1] == ("vocab",)
 
@@ -115,13 +119,17 @@ class Freeze:
         Freeze(patterns=('embedding',), first_layers=4)
 
     The trained tree has the remaining leaves at their paths; its stacks do not contain the first layers. The frozen
-    tree is ``{"matched": leaves that match a pattern, "first_layers": first layers of each stack}``, without empty
-    entries.
+    tree is ``{"matched": other leaves that match a pattern, "first_layers": first layers of each stack}``, without
+    empty entries.
+
+    Raises:
+        TypeError: ``patterns`` is not a tuple of strings.
+        ValueError: a pattern is not a regular expression, ``first_layers`` is negative, or neither field is set.
     """
 
     patterns: tuple[str, ...] = ()
     """Regular expressions that are searched anywhere (``re.search``) in a path such as
-    ``layers/attention/query/weight``; ``^`` and ``$`` anchor them. A path contains no layer number."""
+    ``layers/attention/query/weight``; ``^`` and ``$`` anchor them. A path contains no number after ``layers``."""
     first_layers: int = 0
     """Number of layers to freeze at the start (next to the input) of each stack (``layers``)."""
 
@@ -136,19 +144,19 @@ class Freeze:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, a stack has fewer layers than ``first_layers``, or no parameter is
-                left to train.
+            ValueError: a pattern matches nothing, ``first_layers`` is set and the model has no stack or a stack with
+                fewer layers, or no parameter is left to train.
         """
         return self._select_trained(model_specs, self._matched_paths(model_specs))
 
     def frozen_specs(self, model_specs: spec.Tree) -> spec.Tree:
-        """Specs of the frozen tree."""
+        """Specs of the frozen tree. The errors are the same as in :meth:`specs`."""
         return self._select_frozen(model_specs, self._matched_paths(model_specs))
 
     def split(
         self, model_specs: spec.Tree, params: Params, key: jax.Array | None = None
     ) -> tuple[spec.Tree, spec.Tree]:
-        """The trained and the frozen tree of ``params``. ``key`` is not used."""
+        """The trained and the frozen tree of ``params``. ``key`` is not used. The errors are as in :meth:`specs`."""
         matched = self._matched_paths(model_specs)
         return self._select_trained(params, matched), self._select_frozen(params, matched)
 
@@ -199,11 +207,17 @@ class LoRA:
     parameters are equal to the base parameters at first. For a table or head [vocab, embed], whose rows are the
     vocabulary, A is initialized with zeros and B randomly.
 
-    The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
-    parameters except those in ``full_training_patterns``. Each step computes the merged weights and their gradients,
-    which temporarily need as much memory as the full weights. The optimizer state and the trained tree are small. A
-    checkpoint of ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No
-    dropout is applied to the input of the factors.
+    The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each adapted weight, and the parameters that
+    match ``full_training_patterns`` at their paths. The frozen tree has all other base parameters, including each W.
+    Each step computes the merged weights and their gradients, which temporarily need as much memory as the full
+    weights. Without fully trained parameters, the optimizer state and the trained tree are small. A checkpoint of
+    ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No dropout is
+    applied to the input of the factors.
+
+    Raises:
+        TypeError: ``targets`` or ``full_training_patterns`` is not a tuple of strings.
+        ValueError: ``rank`` is below 1, ``alpha`` is not positive and finite, ``targets`` is empty, or a pattern is not
+            a regular expression.
     """
 
     rank: int
@@ -212,7 +226,8 @@ class LoRA:
     """Scale of ``A @ B``, before the division by ``rank``. None: equal to ``rank``."""
     targets: tuple[str, ...] = (r"attention/(query|value|qkv)/weight$",)
     """Regular expressions that are searched anywhere (``re.search``) in the path of a weight. Biases and other leaves
-    that are not matrices are ignored. By default, the query and value projections are adapted, as in the paper."""
+    that are not matrices are ignored. By default, the query and value projections are adapted, as in the paper; in a
+    fused projection ``qkv``, the key projection is adapted too."""
     full_training_patterns: tuple[str, ...] = ()
     """Regular expressions for parameters that are trained in full, such as ``"^classifier/"`` for a new head."""
 
@@ -235,7 +250,8 @@ class LoRA:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, or a weight matches both ``targets`` and ``full_training_patterns``.
+            ValueError: a pattern in ``targets`` matches no matrix, a pattern in ``full_training_patterns`` matches no
+                parameter, or a weight matches both.
         """
         fully_trained = self._fully_trained_paths(model_specs)
         return _union(self._factor_specs(model_specs), _filter(model_specs, lambda name: name in fully_trained))
@@ -260,14 +276,14 @@ class LoRA:
         return _filter(params, lambda name: name not in fully_trained)
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
-        """Parameters of the model; each weight has the dtype that it has in ``frozen``."""
+        """Parameters of the model; each adapted weight has the dtype that it has in ``frozen``."""
         return _union(trained, frozen, self._adapted_weight)
 
     def target_paths(self, model_specs: spec.Tree) -> dict[str, ArraySpec]:
         """``{path: spec}`` of the weights that get low-rank factors.
 
         Raises:
-            ValueError: a pattern matches no weight.
+            ValueError: a pattern in ``targets`` matches no matrix.
         """
         weights = {name: leaf for name, leaf in _leaves(model_specs).items() if num_row_axes(name, leaf) is not None}
         return {name: weights[name] for name in sorted(_matching_paths("targets", self.targets, weights))}

@@ -4,12 +4,13 @@ The checkpoint of a step is the directory ``<directory>/<step>``. It is written 
 it is complete:
 
     state/    the arrays, by path name (``params/embed/weight``), in orbax's format
-    record/   one JSON file: the step, shape, dtype and checksum of each array, the metric, the caller's ``meta``, the
-              version of this format, and a checksum of all of these
+    record/   one JSON file: the step, ``extra`` of the save, the shape, dtype and checksum of each array, the metric,
+              the caller's ``meta``, the version of this format, and a checksum of all of these
 
-A killed process leaves at most a temporary directory. No function reads this directory, and the next save removes it
-(:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only after a newer step has been written to the disk
-(fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`. Arrays are stored
+A killed process leaves only complete steps and temporary directories. No function reads a temporary directory, and
+:meth:`Checkpointer.remove_leftovers` removes it after the next complete save. Older steps are deleted only after a
+newer step has been written to the disk (fsync). :meth:`Checkpointer.restore` never skips a damaged step silently,
+whereas ``steps``, ``latest``, ``best`` and ``roll_back`` use only the steps with an intact record. Arrays are stored
 with their complete shapes, so that they can be restored onto another mesh. Parameters that were saved stacked or
 per-layer can be restored into either layout (``spec.layers``).
 """
@@ -48,7 +49,10 @@ _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint is damaged: its files differ from the saved files, or are incomplete."""
+    """A checkpoint is damaged: its files differ from the saved files, are incomplete, or have another format version.
+
+    ``jaxlm.training.loop.train`` also raises this error if the arrays and the metadata of a checkpoint do not match.
+    """
 
 
 # --------------------------------------------------------------------------------------------- checksums
@@ -115,7 +119,7 @@ class _ShapeDtype:
 
 
 def _flatten(tree: spec.Tree) -> dict[str, Any]:
-    """``spec.flatten``, after checking that the leaves are arrays and the path names are unique."""
+    """``spec.flatten``, after checking that the leaves are arrays with entries and the path names are unique."""
     flat = spec.flatten(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path name: use keys without '/'")
@@ -182,7 +186,7 @@ def _require_json(value: Any, name: str) -> None:
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of steps in one directory. Each has a tree of arrays and a JSON dict.
+    """Saves and restores the checkpoints of steps in one directory. A checkpoint has a tree of arrays and a JSON dict.
 
     The last ``keep_last`` steps are kept and, if ``keep_best``, also the step with the lowest metric. All other steps
     are deleted after a newer step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``:
@@ -190,8 +194,9 @@ class Checkpointer:
     directory, and only this object deletes steps. Other objects may read at the same time. With several processes, all
     processes make the same calls on a shared directory; ``meta`` is saved from process 0.
 
-    If ``asynchronous``, a save runs in the background. The next ``save``, ``wait``, ``restore`` or ``close`` waits for
-    the save and raises its errors, so a program must make one of these calls before it ends.
+    If ``asynchronous``, a save runs in the background. The next ``save``, ``wait``, ``restore``, ``roll_back`` or
+    ``close`` waits for the save, raises its errors and deletes old steps, so a program must make one of these calls
+    before it ends.
 
     Example:
         >>> with Checkpointer("runs/small") as checkpointer:
@@ -239,14 +244,18 @@ class Checkpointer:
         Args:
             tree: a pytree of ``jax.Array``, including typed random keys.
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
-            metric: a value to minimize, e.g. the validation loss. A step with the metric NaN is never the best step.
+            metric: a value to minimize, e.g. the validation loss. A step with the metric None or NaN is never the best
+                step.
             extra: whether this save is outside of the schedule, e.g. because a signal ends the run. An extra step does
                 not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
             wait: whether to return only after the checkpoint is complete. Set it for the last checkpoint of a run.
 
         Raises:
-            FileExistsError: ``step`` already exists.
-            TypeError: a leaf is not a ``jax.Array``, or ``meta`` has a value that is not a JSON type.
+            ValueError: ``step`` is not an integer of at least 0, an array is empty, or two leaves have the same name.
+            FileExistsError: ``step`` exists. If its record is damaged, the old directory is renamed and nothing is
+                raised.
+            TypeError: a leaf is not a ``jax.Array``, or ``meta`` has a key that is not a string or a value that is not
+                a JSON type.
             OSError: the disk is full or the directory is not writable, in this save or the previous one.
             Exception: any other error of the previous save.
         """
@@ -347,18 +356,21 @@ class Checkpointer:
 
     @property
     def latest(self) -> int | None:
-        """The largest intact step, or None."""
+        """The largest step with an intact record, or None."""
         return max(self.steps(), default=None)
 
     @property
     def latest_scheduled(self) -> int | None:
-        """The largest intact step that is not ``extra``, or None."""
+        """The largest step with an intact record that is not ``extra``, or None."""
         records = self._scan()[0]
         return max((step for step in records if not _is_extra(records[step])), default=None)
 
     @property
     def best(self) -> int | None:
-        """The intact step with the lowest metric (the earliest one on ties), or None if no step has a metric."""
+        """The step with the lowest metric (the earliest one on ties), or None if no step has a metric other than NaN.
+
+        Steps with a damaged record are left out.
+        """
         metrics = {step: record["metric"] for step, record in self._scan()[0].items()}
         ranked = {step: metric for step, metric in metrics.items() if metric is not None and not math.isnan(metric)}
         return min(ranked, key=lambda step: ranked[step], default=None)
@@ -368,6 +380,7 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: there is no such step.
+            CorruptCheckpointError: the record of the step is damaged.
         """
         return self._find(step)[1]["meta"]
 
@@ -417,7 +430,7 @@ class Checkpointer:
         return record
 
     def _find(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """``step`` (None: the latest step) and its record. The error for a missing step names the existing steps."""
+        """``step`` (None: the latest step) and its record. The error for a missing step names the intact steps."""
         records, damaged = self._scan()
         step = max([*records, *damaged], default=None) if step is None else step
         if step is None:
@@ -461,15 +474,18 @@ class Checkpointer:
                 optional shardings of the result. For a leaf without sharding, for example from ``jax.eval_shape``, the
                 restored array is not committed to a device.
             on_corrupt: "stop" raises an error if the step is damaged. "previous" restores the newest intact step before
-                the damaged step, and renames damaged steps to ``<step>.corrupt-<time>`` with a warning. "previous" is
-                only allowed if the latest step is restored.
+                the damaged step, and renames damaged steps to ``<step>.corrupt-<time>`` with a warning. If there is no
+                intact step before it, "previous" raises an error too. "previous" is only allowed if ``step`` is None
+                and ``best`` is False.
 
         Raises:
-            FileNotFoundError: there is no such step.
-            ValueError: names, shapes or dtypes of the saved tree differ from ``target`` (in this case, no array is
-                read), or the arguments are invalid.
-            CorruptCheckpointError: the record or an array is damaged. The error names the file and the newest intact
-                step.
+            FileNotFoundError: there is no such step, or ``best`` is True and no step has a metric.
+            ValueError: names, shapes or dtypes of the saved tree differ from ``target``, an array of ``target`` is
+                empty, has 64 bits without ``jax_enable_x64``, or has a sharding without devices (in these cases, no
+                array is read); ``on_corrupt`` is unknown, or is "previous" for a step other than the latest; or both
+                ``step`` and ``best`` are given.
+            CorruptCheckpointError: the record or an array is damaged. The error names the directory or file, and the
+                intact steps.
         """
         if on_corrupt not in get_args(ON_CORRUPT):
             raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose from {', '.join(get_args(ON_CORRUPT))}")
@@ -496,12 +512,14 @@ class Checkpointer:
             processes.call_in_first_process(functools.partial(self._rename_damaged, newest, reason))
 
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
-        """``(tree, meta)`` of the newest intact step that is not ``extra``. Newer steps are deleted.
+        """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        Extra steps affect neither the result nor the set of scheduled steps that remain.
+        Extra steps affect neither the result nor the set of scheduled steps that remain. Newer steps with a damaged
+        record are not deleted.
 
         Raises:
             FileNotFoundError: there is no such step.
+            ValueError: as in :meth:`restore`, names, shapes or dtypes differ from ``target``.
             CorruptCheckpointError: an array of this step is damaged.
         """
         self.wait()

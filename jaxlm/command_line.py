@@ -1,12 +1,13 @@
 """Option parsing and error reporting of ``jaxlm``, ``python -m experiments.NAME`` and ``python -m benchmarks.NAME``.
 
-An error is printed as one line on standard error. The line names the option or file, the value and the fix. Every
-command accepts ``--debug``, which also prints the traceback. The exit status is
+An error is printed as one line on standard error. The line of a user error names the option or file, the value and the
+fix. Every command accepts ``--debug``, which also prints the traceback of an error that occurs after the options have
+been parsed. The exit status is
 
 - 0 on success,
-- 1 after a failed run (a full disk, training that diverged, not enough memory),
+- 1 after a failed run (a full disk, training that diverged, not enough memory) or an unexpected error,
 - 2 after a user error (an invalid option, configuration or file),
-- 128 + the number of the signal after an interrupt.
+- 128 + the number of the signal after an interrupt (SIGINT, SIGTERM), and 141 if the reader of the output has ended.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
         default: ``default=INSTANCE`` gives the config whose fields the options change.
 
     Raises:
-        SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown option, a
-            value of another type, or a number that is not finite or is too large.
+        SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown or missing
+            option, a value of another type, a number that :func:`jaxlm.config.check_numbers` rejects, or a value that
+            ``kind`` rejects with a ``ValueError``.
     """
     stderr = io.StringIO()
     try:
@@ -122,7 +124,8 @@ def parse_experiment(
     """The options of an experiment, from the command line.
 
     ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces its optimizer.
-    Options such as ``--model.num-layers 6`` change its fields. ``--help`` lists all options.
+    Options such as ``--model.num-layers 6`` change its fields. ``--seed N`` is the same as ``--training.seed N``.
+    ``--help`` lists all options.
 
     Args:
         default: the initial config without ``--preset`` and ``--resume``.
@@ -130,7 +133,8 @@ def parse_experiment(
         recipes: the values of the config's field ``optimizer`` that ``--recipe`` selects by name.
 
     Raises:
-        SystemExit: as in :func:`parse`.
+        SystemExit: as in :func:`parse`; also status 2 for an unknown preset or recipe, for ``--resume`` together with
+            ``--preset`` or ``--recipe``, and for ``--seed`` together with ``--training.seed``.
         FileNotFoundError: ``RUN_DIR`` has no ``config.json``.
         ValueError: ``config.json`` is damaged, or has a field that is unknown or has another type.
     """
@@ -182,6 +186,8 @@ def exit_with_error(program: str, message: str) -> NoReturn:
 def exit_status(command: Callable[[], int], program: str, *, debug: bool = False) -> int:
     """Run ``command()`` and return the exit status. An error is printed as one line that begins with ``program``.
 
+    After Ctrl-C the status is 130, and after a broken pipe 141, without such a line.
+
     Args:
         debug: whether to print the traceback too.
     """
@@ -228,7 +234,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """One line that describes an error and its fix."""
+    """One line that describes an error and, if it is known, the fix."""
     message = _one_line(str(error))
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         path = f": {str(error.filename)!r}" if error.filename is not None else ""
@@ -264,7 +270,9 @@ def _is_unknown_encoding(error: BaseException) -> bool:
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Check that a file can be created at ``path``. Call it before the content of the file is computed.
+    """Check that ``path`` is None, or not a directory and in an existing directory. Permissions are not checked.
+
+    Call it before the content of the file is computed.
 
     Raises:
         ValueError: ``path`` is a directory, or its parent directory does not exist.

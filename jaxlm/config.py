@@ -1,4 +1,7 @@
-"""Conversion of configs (frozen dataclasses) to and from JSON. ``jaxlm.command_line`` parses them from options."""
+"""Configs (frozen dataclasses): conversion to and from JSON, checks of their values, and ``name=value`` texts.
+
+``jaxlm.command_line`` parses configs from command-line options.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def _field_types(kind: Any) -> Mapping[str, Any]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as a dict of JSON values; paths become strings."""
+    """A config as a dict of JSON values. Tuples become lists, and values that JSON lacks (paths) become strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
@@ -54,8 +57,8 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
         where: name of the config in error messages.
 
     Raises:
-        ValueError: ``kind`` does not have a field, a field without default is missing, or a value does not have the
-            type of its field.
+        ValueError: ``kind`` does not have a field, a field without default is missing, a value does not have the type
+            of its field, or ``kind`` itself rejects a value.
     """
     hints = field_types(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -92,7 +95,8 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
     """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
     A float field accepts integers, and no number field accepts booleans. Numbers must be finite. The entries of a tuple
-    must have the types of its hint.
+    must have the types of its hint. ``Any`` and generic types other than tuples, such as ``dict[str, int]``, accept
+    every value.
 
     Args:
         where: name of the value in the error message.
@@ -112,7 +116,7 @@ def check_choices(config: Any) -> None:
 
 
 def check_finite(config: Any, where: str = "") -> None:
-    """Raise ``ValueError`` if a number in a config or a nested config is not finite.
+    """Raise ``ValueError`` if a number field of a config or a nested config is not finite. Tuples are not checked.
 
     Args:
         where: prefix of the field names in the error message.
@@ -123,9 +127,9 @@ def check_finite(config: Any, where: str = "") -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise ``ValueError`` if a number in a config or a nested config is out of range.
+    """Raise ``ValueError`` if a number field of a config or a nested config is out of range. Tuples are not checked.
 
-    Numbers must be finite. Integers must fit in int32. Seeds must fit in uint32, because JAX generates
+    Numbers must be finite. Integers must fit in int32. Fields named ``seed`` must fit in uint32, because JAX generates
     the same random numbers for several seeds outside this range.
     """
     check_finite(config)
@@ -137,7 +141,9 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the dotted name and the value of every number in a config and its nested configs.
+    """Yield the dotted name and the value of every number field of a config and its nested configs.
+
+    Booleans and the entries of tuples are left out.
 
     Args:
         where: prefix of the names.

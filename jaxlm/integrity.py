@@ -58,7 +58,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_checksums(directory: Path, names: Collection[str]) -> None:
-    """Remove these files from ``checksums.json``, because they are about to change."""
+    """Remove these files from ``checksums.json``, because they are about to change. Without that file, do nothing."""
     checksums = _read_checksums(directory)
     if any(name in checksums for name in names):
         _write_checksums(directory, {name: value for name, value in checksums.items() if name not in names})
@@ -105,6 +105,8 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
 @contextlib.contextmanager
 def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
+
+    Errors of missing permissions also get such a message. All other errors are raised unchanged.
 
     Args:
         unchanged: the part of the message that says which files are valid, such as "the previous files are unchanged".

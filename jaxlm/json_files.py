@@ -24,8 +24,8 @@ def read_value(path: Path) -> Any:
     """The JSON value in a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: the file is not UTF-8 or not JSON, or an object has a key twice (``json`` would silently use the
-            last value). The message names the file.
+        ValueError: the file is not UTF-8 or not JSON, is nested too deeply, or has an object with a key twice (``json``
+            would silently use the last value). The message names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)

@@ -1,9 +1,9 @@
 """Scripts that run a command on rented machines, and multi-process runs on this machine.
 
 :func:`script` returns a bash script for the user to read and run. The script installs this checkout, runs a command on
-every host, and fetches the results. A TPU is created at the start of the script, and deleted at its end, even after a
-failure. A GPU node must already exist. jaxlm never executes the script. :func:`run_local` runs a command in several
-processes on this machine, and restarts them after a failure.
+every host, and, if the command succeeds, fetches the results of the first host. A TPU is created at the start of the
+script, and deleted at its end, even after a failure. A GPU node must already exist. jaxlm never executes the script.
+:func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
@@ -70,20 +70,20 @@ def script(
 ) -> str:
     """A bash script that runs ``command`` (``python -m MODULE ...``) on ``topology``.
 
-    After the command, the script copies the directory ``results`` from the rented machine to this machine.
+    If the command succeeds, the script copies the directory ``results`` from the first rented host to this machine.
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine.
         command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a GPT
             of the size of GPT-2, because the benchmarks run only on one host.
-        zone: Google Cloud zone of the TPU.
+        zone: Google Cloud zone of the TPU. Required for a TPU, and not allowed for ``gpu``.
         name: name of the new TPU.
-        host: ``user@machine`` of a GPU node.
-        spot: whether to use a spot machine, which costs less and may be stopped at any time.
+        host: ``user@machine`` of a GPU node. Required for ``gpu``, and not allowed for a TPU.
+        spot: whether to use a spot TPU, which costs less and may be stopped at any time.
 
     Raises:
-        ValueError: the topology is unknown, the command does not start with ``python -m``, the command is a benchmark
-            on several hosts, or an argument is missing or has no effect.
+        ValueError: the topology is unknown, the command does not start with ``python -m`` and a module, the command is
+            a benchmark on several hosts, the name is not valid for a TPU, or an argument is missing or has no effect.
     """
     is_default = command is None
     if command is None:
@@ -181,15 +181,18 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
     """Run ``command`` (``python -m MODULE ...``) in ``count`` processes on this machine and return the exit status.
 
     If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
-    ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). Signals are forwarded to the
-    processes, and there is no restart after a signal. A single process is started without ``jax.distributed``.
+    ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). If the run has not written its
+    ``config.json`` yet, its directory is renamed and the run starts from the beginning. Signals are forwarded to the
+    processes, and there is no restart after a signal. A single process is started without ``jax.distributed``, so
+    ``lost_after`` has no effect on it.
 
     Args:
+        restarts: maximum number of restarts.
         lost_after: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-        ValueError: a number is too small, the command does not start with ``python -m``, the command has no run
-            directory for restarts (``--output`` or ``--resume``), or the directory of a new run is not empty.
+        ValueError: a number is too small, the command does not start with ``python -m`` and a module, the command has
+            no run directory for restarts (``--output`` or ``--resume``), or the directory of a new run is not empty.
     """
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")

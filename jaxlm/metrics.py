@@ -1,14 +1,15 @@
 """Metric values with 95 % intervals: accuracy, F1, BLEU, chrF, ROUGE, and SQuAD's exact match and F1.
 
-The first argument of a metric contains the model's outputs, and the second contains the references. A metric returns a
-:class:`Score`. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE (``pip install 'jaxlm[metrics]'``).
-scipy computes Wilson intervals.
+The first argument of these metrics contains the model's outputs, and the second contains the references. They return a
+:class:`Score` (:func:`rouge` returns three). :func:`mean` and :func:`proportion` make a score from other values, and
+:func:`confusion` counts labels and predictions. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE
+(``pip install 'jaxlm[metrics]'``). scipy computes Wilson intervals.
 
 Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
-mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles. All other
-intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13). If all examples have
-the same value, there is no bootstrap interval. Intervals account for the random choice of the examples, but not for the
-training seed.
+mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles, cut to the
+range from 0 to 100. All other intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993,
+chapter 13). A score has no bootstrap interval if all examples have the same value, or if all predictions are right
+(macro F1). Intervals account for the random choice of the examples, but not for the training seed.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Score:
     """The fraction of predictions [N] that equal their labels [N] (integers or strings), with its Wilson interval.
 
     Raises:
-        ValueError: the shapes differ, there are no labels, or a label is negative (for example, an ignored position).
+        ValueError: the arrays do not have one shape [N] with N at least 1, or a label is negative (for example, an
+            ignored position).
+        TypeError: one of the arrays has strings and the other has numbers.
     """
     predicted, expected = _check_labels(predictions, labels)
     return proportion("accuracy", int(np.sum(predicted == expected)), len(expected))
@@ -127,7 +130,8 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
     """The confusion matrix [num_labels, num_labels]: entry (i, j) counts the examples with label i and prediction j.
 
     Raises:
-        ValueError: the shapes differ, there are no labels, or a label or prediction is outside [0, num_labels).
+        ValueError: the arrays do not have one shape [N] with N at least 1, or a label or prediction is outside
+            [0, num_labels).
         TypeError: the labels or predictions are not integers.
     """
     predicted, expected = _check_labels(predictions, labels)
@@ -148,7 +152,8 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     interval if all predictions are right.
 
     Raises:
-        ValueError: the shapes differ, there are no labels, or a label is negative.
+        ValueError: the arrays do not have one shape [N] with N at least 1, or a label is negative.
+        TypeError: one of the arrays has strings and the other has numbers.
     """
     predicted, expected = _check_labels(predictions, labels)
     classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
@@ -187,6 +192,7 @@ def bleu(
 
     Raises:
         ValueError: the numbers of texts differ, there are no texts, or the tokenizer is unknown.
+        TypeError: ``hypotheses`` or ``references`` is one string, or has an item that is not a string.
         ImportError: sacrebleu is not installed.
     """
     metrics = _sacrebleu()
@@ -201,7 +207,7 @@ def bleu(
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> Score:
     """Corpus chrF2 in [0, 100] (Popović 2015): the F-score of character 1- to 6-grams, computed by sacrebleu.
 
-    The interval and the errors are the same as for :func:`bleu`.
+    The computation of the interval and the errors are the same as for :func:`bleu`.
     """
     metrics = _sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
@@ -213,11 +219,12 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
 def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> tuple[Score, Score, Score]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] (Lin 2004), averaged over examples, with Porter stemming.
 
-    The intervals are bootstrap intervals over examples. rouge-score's tokenizer keeps only the letters a-z and digits,
-    so the values are meaningful only for English.
+    The intervals are bootstrap intervals over examples; none if all examples have the same value. rouge-score's
+    tokenizer keeps only the letters a-z and digits, so the values are meaningful only for English.
 
     Raises:
         ValueError: the numbers of texts differ, or there are no texts.
+        TypeError: ``predictions`` or ``references`` is one string, or has an item that is not a string.
         ImportError: rouge-score is not installed.
     """
     try:
@@ -263,6 +270,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
     Raises:
         ValueError: the numbers of predictions and questions differ, or there are no questions.
+        TypeError: the accepted answers of a question are a string instead of a list.
     """
     matches = [
         any(normalize_answer(prediction) == normalize_answer(answer) for answer in accepted)
@@ -288,7 +296,11 @@ def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed:
 
 
 def word_f1(prediction: str, answer: str) -> float:
-    """The F1 in [0, 1] of the words of two texts. A word that occurs n times counts n times."""
+    """The F1 in [0, 1] of the words of two texts after :func:`normalize_answer`.
+
+    A word that occurs n times counts n times. If both texts have no words, the F1 is 1. If only one of them has no
+    words, it is 0.
+    """
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if not predicted or not expected:
         return float(predicted == expected)
@@ -299,7 +311,11 @@ def word_f1(prediction: str, answer: str) -> float:
 def predictions_and_answers(
     predictions: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> list[tuple[str, Sequence[str]]]:
-    """Each prediction with its accepted answers. As in SQuAD 2.0, answers with an empty normalized form are ignored."""
+    """Each prediction with its accepted answers. The errors are those of :func:`exact_match`.
+
+    As in SQuAD 2.0, answers with an empty normalized form are ignored. If no answer is left, the only accepted answer
+    is the empty text.
+    """
     if len(predictions) != len(answers) or not len(predictions):
         raise ValueError(
             f"{len(predictions)} predictions for {len(answers)} questions: give one prediction for each question, and "

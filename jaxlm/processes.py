@@ -70,7 +70,7 @@ def _multihost_utils() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is the first process, which prints and writes all files except the arrays of checkpoints."""
+    """Whether this is the first process (index 0). It prints and writes all files except the arrays of checkpoints."""
     return jax.process_index() == 0
 
 
@@ -192,18 +192,21 @@ def run(
     """Join the processes of a run (``jax.distributed``), call ``program``, and return when all processes are done.
 
     If a process fails, all processes end with a non-zero status and print one line that names the process and the
-    cause. They end with ``os._exit``, because the main thread may wait for a process that has ended.
+    cause. They end with ``os._exit``, because the main thread may wait for a process that has ended. If a process is
+    lost, JAX aborts the others, and ``jaxlm.stderr_relay`` prints the line. With one process, the function
+    calls ``program`` and raises its errors.
 
     Args:
         coordinator: ``host:port`` of process 0, equal in all processes. None: JAX detects the coordinator, ``count``
             and ``index`` (on TPU, Slurm, Kubernetes, Open MPI).
-        count: number of processes.
-        index: index of this process, from 0.
+        count: number of processes. None: JAX detects it.
+        index: index of this process, from 0. None: JAX detects it.
         lost_after: seconds without a heartbeat after which a process counts as lost and the others end.
         join_within: seconds to wait for all processes at the start.
 
     Raises:
-        SystemExit: the processes could not be joined (status 2), or all of them ended after a signal.
+        SystemExit: ``coordinator`` is not an address or its port is in use, or the processes could not be joined
+            (status 2); or all of them ended after a signal (128 + its number).
     """
     global _watch
     process_name = "this process" if index is None else f"process {index} of {count}"

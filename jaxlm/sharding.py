@@ -149,7 +149,8 @@ def make_mesh(
         axis_type: ``Auto`` lets the compiler propagate shardings. The models also support ``Explicit``.
 
     Raises:
-        ValueError: the product of the sizes is not the number of devices.
+        ValueError: the text cannot be read (:func:`parse_mesh`), or the product of the sizes is not the number of
+            devices.
     """
     sizes = parse_mesh(shape) if isinstance(shape, str) else dict(shape)
     devices = jax.devices() if devices is None else devices
@@ -226,7 +227,7 @@ class Sharding:
         return math.prod(self.mesh.shape[axis] for entry in partition for axis in _entry_axes(entry))
 
     def tree(self, specs: spec_lib.Tree) -> spec_lib.Tree:
-        """The sharding of each array in a tree of specs, checked for divisibility."""
+        """The sharding of each array in a tree of specs. The errors are those of :meth:`named_sharding`."""
         return jax.tree_util.tree_map_with_path(
             lambda path, spec: self.named_sharding(spec.axes, spec.shape, spec_lib.path_name(path)), specs
         )

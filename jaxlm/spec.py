@@ -127,6 +127,9 @@ class ArraySpec:
 
     ``decay`` says whether weight decay applies to the array: True for weights; False for biases, norm scales and state.
 
+    Raises:
+        ValueError: the shape and the axes have different lengths, two axes have the same name, or a size is below 1.
+
     Example:
         >>> ArraySpec((768, 3072), ("embed", "mlp"), Normal(0.02)).size
         2359296
@@ -189,7 +192,10 @@ def split_layer(name: str) -> tuple[str, int | None]:
 
 
 def join_layer(name: str, layer: int) -> str:
-    """The inverse of :func:`split_layer`: ``("layers/mlp/up", 3)`` gives ``layers/3/mlp/up``."""
+    """The inverse of :func:`split_layer`: ``("layers/mlp/up", 3)`` gives ``layers/3/mlp/up``.
+
+    A name without ``layers`` is returned unchanged.
+    """
     return re.sub(rf"(^|/){LAYERS}/", rf"\g<1>{LAYERS}/{layer}/", name, count=1)
 
 

@@ -27,7 +27,10 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
-"""A cache with more than twice this number of slots, and more than twice the prompt length, grows in stages."""
+"""A cache with more than twice this number of slots, and more than twice the prompt length, grows in stages.
+
+:func:`_cache_sizes` lists the exceptions.
+"""
 
 
 @struct.dataclass
@@ -101,7 +104,7 @@ def beam_search(
 
     Raises:
         TypeError: the family has no model state, or ``beams`` is not a ``BeamConfig``.
-        ValueError: as in :func:`jaxlm.decoding.generate`, or a number of ``max_new_tokens`` is below 1.
+        ValueError: as in :func:`jaxlm.decoding.generate`, or ``max_new_tokens`` has a number below 1 or another shape.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
@@ -139,8 +142,8 @@ def beam_search(
 def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: int) -> list[int]:
     """The number of cache slots in each stage of the search.
 
-    Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, or
-    if the given state may already hold tokens.
+    Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, if
+    the given state may already hold tokens, or if its cache has another number of slots than ``slots``.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))
     current_slots = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])

@@ -22,7 +22,7 @@ class GenerationConfig:
 
     None means that a field is not set (except for ``batch_size``). For such a field, :meth:`resolve` uses the value in
     ``generation_config.json`` of the directory from which the model was loaded. If there is no such value, ``resolve``
-    uses the default below.
+    uses the default below. ``batch_size`` and ``ignored_fields`` are never read from the file.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
@@ -37,14 +37,15 @@ class GenerationConfig:
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
             its start token. Set it instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
-        end_ids: token ids that end a text. Default: the end id of the tokenizer.
+        end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none.
         ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
             ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error unless it is ignored.
 
     Raises:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
-        ValueError: a value is outside its range, both ``max_length`` and ``max_new_tokens`` are set, or beams are
-            combined with random sampling.
+        ValueError: a value is outside its range, a stop string is empty, both ``max_length`` and ``max_new_tokens`` are
+            set, ``num_beams`` above 1 is combined with a ``sampling`` other than ``GREEDY``, or ``num_beams=1`` with a
+            ``length_penalty`` other than 1.
     """
 
     max_new_tokens: int | None = None
@@ -101,9 +102,10 @@ class GenerationConfig:
 
         The value of a field comes from the first of these sources that sets the field: this config,
         ``generation_config.json`` (``model.metadata.generation_config``), ``default``, the defaults of the class.
+        ``batch_size`` and ``ignored_fields`` are those of this config.
 
         As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
-        ``length_penalty`` and ``early_stopping`` are ignored. With greedy decoding, the file's ``temperature``,
+        ``length_penalty`` and ``early_stopping`` have no effect. With greedy decoding, the file's ``temperature``,
         ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file turns sampling (``do_sample``) or beam search
         (``num_beams``) on, fields of this method that the file does not set have the defaults of transformers:
         ``top_k`` 50 and ``early_stopping`` False.
@@ -114,8 +116,9 @@ class GenerationConfig:
                 not set.
 
         Raises:
-            ValueError: the file has an unsupported field with a value that changes the text, or a value outside its
-                range (the message names the field); or a name in ``ignored_fields`` is not a field.
+            ValueError: the file has an unsupported field with a value that changes the text, or a value of the wrong
+                type or outside its range (the message names the field); the resolved values exclude each other, for
+                example beams and random sampling; or a name in ``ignored_fields`` is not a field.
 
         Example:
             >>> GenerationConfig(num_beams=4).resolve(model, tokenizer).max_new_tokens   # doctest: +SKIP

@@ -1,6 +1,7 @@
 """The check that logits are finite. Code inside ``jit`` computes one flag per row, and the host reads the flags.
 
-If a row is not finite, the check searches the parameters for values that are not finite. Shapes: B rows, V vocabulary.
+If a row is not finite, the check searches the parameters, and then the model state, for values that are not finite.
+Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class NotFiniteError(ValueError):
     """The error for logits that are NaN or infinite. No prediction can be made from them.
 
     Attributes:
-        rows: the numbers of the rows, prompts or texts with such logits.
+        rows: the numbers of the rows, prompts, sources or windows with such logits.
         cause: the parameters that are not finite, or another possible cause.
     """
 

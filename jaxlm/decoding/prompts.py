@@ -54,9 +54,10 @@ def check_prompts(
     Values are checked on the host. The values of traced arrays are not checked.
 
     Raises:
-        TypeError: the family has no model state, or an argument is not an array.
-        ValueError: a head that does not predict the next token, wrong shapes, dtypes, ids or counts, or more tokens
-            than the model has positions.
+        TypeError: the family has no model state, or the prompts or segment ids are not an array.
+        ValueError: a head that does not predict the next token, an encoder-decoder without ``state``, a ``state`` of
+            another model or another number of rows, wrong shapes, dtypes, ids or counts, an end id that cannot be
+            generated, an empty prompt or padding inside a prompt, or more tokens than the model has positions.
     """
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     if max_new_tokens < 1:
@@ -110,9 +111,9 @@ def source_vocab_size(model: Model) -> int:
 def check_ids(
     model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str, *, vocab_size: int | None = None
 ) -> None:
-    """Raise an error unless both arrays are integers [B, T] of one shape and all ids are in the vocabulary.
+    """Raise an error unless both arrays are integers [B, T] of one shape, not empty, with all ids in the vocabulary.
 
-    The ids of padding tokens are checked too, because the model embeds them.
+    The ids of padding tokens are checked too, because the model embeds them. The ids of traced arrays are not checked.
 
     Args:
         what: the name of the ids in messages.
@@ -143,7 +144,7 @@ def check_ids(
 
 
 def _check_no_gaps(segment_ids_BT: np.ndarray) -> None:
-    """Raise ``ValueError`` if the prompt of a row is empty or has padding in its middle."""
+    """Raise ``ValueError`` if a row has no prompt token, padding between prompt tokens, or a segment id above 1."""
     for row, segments in enumerate(segment_ids_BT):
         real = np.flatnonzero(segments)
         if real.size == 0:

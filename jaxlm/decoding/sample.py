@@ -29,7 +29,8 @@ class Sampling:
     """How the next token is drawn. Hashable. None turns a filter off.
 
     Attributes:
-        temperature: divisor of the logits. 0 selects the most likely token, and the filters have no effect.
+        temperature: divisor of the logits. 0 selects the most likely token after the repetition penalty; the filters
+            ``top_k``, ``top_p`` and ``min_p`` then have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
         min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
@@ -183,8 +184,9 @@ def generate(
 ) -> Generation:
     """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends with ``end_id``.
 
-    The loop stops when all rows have ended. The random draw of a token depends only on ``key``, the index of the row
-    and the index of the token. So padding and the other rows do not change the result of a row.
+    The loop stops when all rows have ended or have ``max_new_tokens`` tokens. The random draw of a token depends only
+    on ``key``, the index of the row and the index of the token. So padding and the other rows do not change the result
+    of a row.
 
     Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
     transformation the function cannot raise this error; check ``finite`` of the result instead.
@@ -195,17 +197,21 @@ def generate(
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
             keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
             on its index.
-        end_id: the token id or token ids that end a row.
+        end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
-            model has a larger vocabulary.
+            model has a larger vocabulary. None: all ids of the model's vocabulary.
         state: the initial model state, with B rows: the state of an encoder-decoder with an encoded source
             (``model.init_decode_state``; ``prompts`` then begin with the decoder's start id), or the state of a model
-            after earlier tokens. Default: an empty state.
+            after earlier tokens. It needs cache slots for the prompt and all new tokens except the last. Default: an
+            empty state; required for an encoder-decoder.
 
     Raises:
-        TypeError: the family has no model state.
-        ValueError: an empty prompt, an id outside the vocabulary, a missing key, more tokens than the model has
-            positions (padding included), or wrong shapes.
+        TypeError: the family has no model state, or the prompts or segment ids are not an array.
+        ValueError: the model has no head that predicts the next token; an encoder-decoder has no ``state``; ``state``
+            does not fit the model or the number of rows; a prompt is empty or has padding inside; an id is outside the
+            vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k`` or ``max_new_tokens`` is outside its
+            range; a key is missing or there is a wrong number of keys; shapes are wrong; or there are more tokens than
+            the model has positions (padding included).
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
@@ -246,7 +252,7 @@ def prefill(
 
 
 def advance(model: Model, params: Params, progress: Progress, steps: int | jax.Array) -> Progress:
-    """The generation after up to ``steps`` more tokens in every row.
+    """The generation after up to ``steps`` more tokens in every row that has not ended.
 
     The buffers of ``progress`` are donated, so ``progress`` must not be used afterwards.
 

@@ -42,8 +42,8 @@ class TokenScores(NamedTuple):
 def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
-    The value is 0 if the next token is padding or begins another document. Logits are computed in chunks, so the logits
-    of all T steps are never in memory together.
+    The value is 0 if the next token is padding or begins another document. Logits are computed in chunks of time steps
+    with at most ``CHUNK_LOGITS`` logits (at least one time step).
 
     Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
     transformation the function cannot raise this error.
@@ -54,8 +54,10 @@ def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Arr
             other documents. Default: one document.
 
     Raises:
-        ValueError: a model that does not predict each token from the tokens before it, fewer than 2 tokens, ids outside
-            the vocabulary, or wrong shapes.
+        TypeError: ``tokens`` or ``segment_ids`` is not an array.
+        ValueError: a model that does not predict each token from the tokens before it, no rows, fewer than 2 columns,
+            ids outside the vocabulary, wrong shapes, or, without ``segment_ids``, more tokens than the model has
+            positions.
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
@@ -103,8 +105,8 @@ def target_log_likelihood(
             for padding at the end.
 
     Raises:
-        TypeError: the model is not an encoder-decoder.
-        ValueError: ids outside the vocabulary, or wrong shapes.
+        TypeError: the model is not an encoder-decoder, or the ids or segment ids are not an array.
+        ValueError: ids outside the vocabulary (including ``start_id``), empty arrays, or wrong shapes.
         NotFiniteError: as in :func:`log_likelihood`.
     """
     return target_token_scores(
@@ -236,10 +238,10 @@ def perplexity(
 ) -> Perplexity:
     """The perplexity of a long text, scored in overlapping windows of ``window`` tokens.
 
-    A window begins every ``stride`` tokens, and the last window ends with the text. Each window scores only the tokens
-    that no earlier window has scored. So every token except the first is scored once. After the first window, each
-    token has at least ``window - stride`` tokens of context. A smaller stride gives more context and a lower
-    perplexity, at a higher cost. A text that is not longer than ``window`` is scored in one window.
+    A window begins every ``stride`` tokens, except that the last window ends with the text. Each window scores only the
+    tokens that no earlier window has scored. So every token except the first is scored once. After the first window,
+    each token has at least ``window - stride`` tokens of context. A smaller stride gives more context and usually a
+    lower perplexity, at a higher cost. A text that is not longer than ``window`` is scored in one window.
 
     Args:
         ids: [tokens] integer ids.
@@ -249,8 +251,9 @@ def perplexity(
         batch_size: number of windows that are scored together.
 
     Raises:
-        ValueError: a model that does not predict each token from the tokens before it, fewer than 2 tokens, ids outside
-            the vocabulary, a window longer than the model's positions, or a number outside its range.
+        ValueError: a model that does not predict each token from the tokens before it, ``ids`` that are not integers
+            [tokens] with at least 2 entries, ids outside the vocabulary, windows for which the model has too few
+            positions, or a number outside its range.
         NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
     """
     _check_predicts_next_token(model)

@@ -1,7 +1,8 @@
 """Text generation for every generative family: continuations of prompts, or outputs for sources.
 
-Stop strings are searched in the decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Tokens after a
-stop string are discarded, so the text does not depend on ``CHUNK``.
+Stop strings are searched in the decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Beam search and
+speculative decoding search them only in the complete text. Tokens after a stop string are discarded, so the text does
+not depend on ``CHUNK``.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from jaxlm.models import Model
 from jaxlm.spec import Params
 
 CHUNK = 8
-"""Number of tokens between two searches for stop strings."""
+"""Number of tokens between two searches for stop strings; the default of ``chunk`` in :func:`stream_text`."""
 
 
 UNSET_CONFIG = GenerationConfig()
-"""A config in which no field is set, so that :meth:`GenerationConfig.resolve` sets all fields."""
+"""A config in which only ``batch_size`` is set, so that :meth:`GenerationConfig.resolve` sets all other fields."""
 
 
 def generate_text(
@@ -53,9 +54,9 @@ def generate_text(
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
     texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD.
 
-    Texts are sorted by length, batched, and padded to one of a few lengths. The loop is compiled once for each
-    combination of batch size, padded length and number of new tokens. The random draws for a text depend on ``key`` and
-    the index of the text, not on its batch. Without beam search and without a draft model, a prompt and its
+    Texts are sorted by length, batched, and padded to one of a few lengths. Each new combination of batch size, padded
+    length, number of new tokens and sampling settings compiles the loop again. The random draws for a text depend on
+    ``key`` and the index of the text, not on its batch. Without beam search and without a draft model, a prompt and its
     continuation may be longer than the model's context: when the longest row of a batch fills the context, generation
     continues with the last ``max_positions // 2`` tokens of each row as its new prompt.
 
@@ -68,12 +69,15 @@ def generate_text(
             they are the same as without a draft model, up to rounding. Both models need positions for the prompt, the
             new tokens and ``num_proposed - 1`` more tokens. Stop strings do not end the generation early; the text is
             cut afterwards.
-        num_proposed: number of tokens that the draft model proposes in each round. Default: 4.
+        num_proposed: number of tokens that the draft model proposes in each round. None: 4. Only with ``draft``.
 
     Raises:
-        TypeError: ``texts`` is a single string.
-        ValueError: the model has no head for text generation; a text is empty, or longer than the model's positions or
-            ``max_length``; or an argument is invalid for :meth:`GenerationConfig.resolve`,
+        TypeError: ``texts`` is a single string, mixes strings and ids, or has an item of another type; or ``draft`` is
+            not a pair (model, parameters).
+        ValueError: the model has no head for text generation; there are no texts; a text is empty, has an id outside
+            the vocabulary, or is longer than the model's positions or ``max_length``; ``num_proposed`` is given without
+            ``draft``; the draft model has no head for text generation, too few ids or too few positions; or an argument
+            is invalid for :meth:`GenerationConfig.resolve`,
             :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
             :func:`jaxlm.decoding.speculative_generate`.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
@@ -114,8 +118,8 @@ def stream_text(
 ) -> Iterator[str]:
     """The text that :func:`generate_text` returns for one prompt or source, as an iterator of pieces.
 
-    A piece is yielded as soon as later tokens cannot change it. An incomplete character, and a possible beginning of a
-    stop string, are yielded later.
+    After each ``chunk`` of tokens, the new part of the text that later tokens cannot change is yielded. An incomplete
+    character at the end, and a possible beginning of a stop string, are yielded later.
 
     Args:
         chunk: number of tokens in each call of the jitted loop.
@@ -148,7 +152,7 @@ def stream_text(
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder reads: ``decoder_start_id`` of the config, or the tokenizer's bos token if None.
+    """The first token that the decoder reads: ``decoder_start_id`` of the config, otherwise the tokenizer's bos token.
 
     Raises:
         ValueError: the config has no ``decoder_start_id`` and the tokenizer has no bos token.
@@ -330,14 +334,14 @@ class _TextGenerator:
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
     def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
-        """Yield, after each chunk, the part of each row's text that later tokens cannot change.
+        """Yield the part of each row's text that later tokens cannot change, after the first token and each chunk.
 
         The last texts are complete.
 
         Args:
             batch: token ids of each prompt or source.
             numbers: [B] index of each text.
-            chunk: number of tokens between two results. None: the only result has the complete texts.
+            chunk: number of tokens between two results. None: one chunk has all remaining tokens of a window.
         """
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
@@ -402,7 +406,7 @@ def _check_draft(
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raise ``ValueError`` if an id is outside the vocabulary of the model."""
+    """Raise ``ValueError`` if an id is ``vocab_size`` or more. Negative ids are not checked here."""
     if ids.size and ids.max() >= vocab_size:
         raise ValueError(
             f"{what} has id {ids.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"

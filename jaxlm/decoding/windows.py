@@ -1,7 +1,7 @@
 """The generation loop for a batch of texts. Each jitted call generates a few tokens.
 
-A prompt and its continuation may become longer than the context of the model. Generation then continues in a new
-window. Shapes: B batch, S source time, T prompt time.
+In a model without encoder, a prompt and its continuation may become longer than the context of the model. Generation
+then continues in a new window. Shapes: B batch, S source time, T prompt time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class WindowedGeneration:
         sources: token ids of each source, for an encoder-decoder.
 
     Attributes:
-        rows: token ids of each row before the current window, including the prompt.
+        rows: token ids of each row, including the prompt, without the tokens that the current window has generated.
         progress: the generation in the current window.
     """
 

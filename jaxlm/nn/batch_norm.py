@@ -35,14 +35,14 @@ def batch_norm(
     training: bool,
     momentum: float = 0.1,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """``x`` normalised per channel (last axis) over all other axes, and the updated running statistics.
+    """``x`` normalised per channel (last axis), scaled and shifted, and the running statistics.
 
     Statistics are float32; the result keeps the dtype of ``x``.
 
     Args:
-        training: if True, normalise with the mean and the (biased) variance of ``x``, and return the running statistics
-            ``(1 - momentum) * old + momentum * new``, whose variance is unbiased. If False, normalise with the running
-            statistics and return them unchanged.
+        training: if True, normalise with the mean and the (biased) variance of ``x`` over all other axes, and return
+            the running statistics ``(1 - momentum) * old + momentum * new``, whose variance is unbiased. If False,
+            normalise with the running statistics and return them unchanged.
 
     Raises:
         ValueError: training with one entry per channel, which has no variance.

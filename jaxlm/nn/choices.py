@@ -36,8 +36,8 @@ def _is_single_cpu() -> bool:
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
-"""Minimum number of queries for ``blockwise`` on several devices and on accelerators: with fewer, ``reference`` is
-faster. The value must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
+"""Minimum number of queries for ``blockwise`` on several devices, on accelerators and with biases: with fewer,
+``reference`` is faster. The value must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_BLOCKWISE_QUERIES_CPU = 128
 """Minimum number of queries for ``blockwise`` on one CPU device, without biases.
 
@@ -59,8 +59,8 @@ compiler's estimate). With so few keys, ``splash`` has one block of keys, so it 
 MAX_DECODE_QUERIES = 8
 """Maximum number of queries for ``decode``."""
 MIN_DECODE_SLOTS = 128
-"""``decode`` reads at least this number of cache slots. It compiles several branches, each of which reads twice as many
-slots as the branch before it."""
+"""``decode`` reads at least this number of cache slots (all slots if there are fewer). It compiles several branches,
+each of which reads about twice as many slots as the branch before it."""
 
 AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
@@ -104,7 +104,8 @@ def loop_over_heads() -> bool:
 def merge_heads_for_decoding(key_heads: int, num_shards: int) -> bool:
     """Whether ``decode`` computes all heads of a device in one matmul.
 
-    The result is False if ``num_shards``, the number of devices that split the heads, does not divide ``key_heads``.
+    The result is False on a GPU, and if ``num_shards``, the number of devices that split the heads, does not divide
+    ``key_heads``.
     """
     return sharding.platform() in ("cpu", "tpu") and key_heads % num_shards == 0
 
@@ -141,7 +142,7 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.
         dropout, key: dropout rate and random key. Absorbed attention does not support dropout, and its weights are not
-            recorded.
+            recorded. So the result is False with dropout and while attention weights are recorded.
     """
     if is_recording() or (key is not None and dropout > 0.0):
         return False
@@ -178,7 +179,7 @@ def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "p
 
 
 def recurrence_chunk(batch: int, steps: int) -> int:
-    """The number of steps of a chunk of a recurrent layer: all steps, or fewer on a CPU.
+    """The number of steps of a chunk of an LSTM, GRU or sLSTM layer: all steps, or fewer on a single CPU device.
 
     On a CPU, the arrays of a chunk should fit into the cache, and allocating large arrays is slow (0.4 ms/MB for arrays
     over 32 MB).
@@ -236,8 +237,8 @@ def linear_attention_chunk() -> int:
 GATED_DELTA_RULE_CHUNK = {"cpu": 32}
 """Steps of a chunk of ``gated_delta_rule``, by platform."""
 GATED_DELTA_RULE_CHUNK_ACCELERATOR = 64
-"""The paper's chunk size. The triangular system of a chunk makes larger chunks more expensive than in
-``linear_attention``."""
+"""The chunk size of the paper (Yang, Kautz and Hatamizadeh 2024). The triangular system of a chunk makes larger
+chunks more expensive than in ``linear_attention``."""
 
 
 def gated_delta_rule_chunk() -> int:
@@ -261,12 +262,14 @@ def generalized_delta_rule_chunk() -> int:
 
 
 def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:
-    """The implementation of ``depthwise_convolution``. Only ``shifts`` supports segments."""
+    """The implementation of ``depthwise_convolution``: ``shifts`` on a CPU and with segments, which only ``shifts``
+    supports; otherwise ``reference``."""
     return "shifts" if sharding.platform() == "cpu" or segment_ids is not None else "reference"
 
 
 def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
-    """Whether the gradient of depthwise weights is summed over blocks of time.
+    """Whether the gradient of depthwise weights is summed over blocks of time: on a single CPU device with at least 2
+    blocks.
 
     One sum per tap over the whole input would read the input once per tap, which is slow on a CPU.
     """
@@ -310,7 +313,8 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
     """The number of rows of a block of the experts' matmuls (``blocks``).
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
-    so that it fits into the cache. During decoding, a block has one row, so that only the selected experts are read.
+    so that it fits into the cache. With fewer than 4 assignments per expert, such as in decoding, a block has one row,
+    so that only the selected experts are read.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.

@@ -96,9 +96,9 @@ def _num_inputs_and_outputs(weight: jax.Array, num_input_axes: int) -> tuple[int
 def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     """The product, with a weight gradient that is fast on a CPU.
 
-    Of the two matmuls ``x.T @ dy`` and ``(dy.T @ x).T``, the gradient is the one whose result has fewer rows than
-    columns before the transpose. XLA would replace the second one by the first one, and the first one by the second one
-    if a transpose follows, so the result is computed separately from the operations that follow
+    Of the two matmuls ``x.T @ dy`` and ``(dy.T @ x).T``, the gradient is the one whose result, before the transpose,
+    has at most as many rows as columns. XLA would replace the second one by the first one, and the first one by the
+    second one if a transpose follows. So on a CPU, the result is computed separately from the operations that follow
     (``choices.separate_weight_gradient``).
     """
     return _product(x, weight, num_input_axes)

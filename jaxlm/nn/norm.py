@@ -66,6 +66,9 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``.
 
     If the scale has several axes, such as [groups, width], these axes are the last axes of ``x``.
+
+    Args:
+        params: ``scale``, or ``scale_minus_one``, to which 1 is added (:func:`rms_norm_specs`).
     """
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)

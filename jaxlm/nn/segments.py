@@ -25,8 +25,8 @@ def positions_in_segments(
     the model reads the prompt.
 
     Args:
-        last_segment_B: the segment of each row's last token in the earlier call.
-        next_position_B: the position that follows that token.
+        last_segment_B: the segment of each row's last token in the earlier call; None: no earlier call.
+        next_position_B: the position that follows that token; None: 0.
 
     Example:
         >>> positions_in_segments(jnp.array([[0, 0, 1, 1, 1, 2]])).tolist()
@@ -50,12 +50,14 @@ def segment_boundaries(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
-    ``reset_BT`` is True at the first token of a document that follows another document. ``keep_BT`` is True at real
-    tokens. A document continues after padding. It also continues in the next call if that call gets the last segment.
+    The last segment is that of the real token that is read last. In a row without real tokens, it is that of the
+    previous call, or 0. ``reset_BT`` is True at the first token of a document that follows another document.
+    ``keep_BT`` is True at real tokens. A document continues after padding. It also continues in the next call if that
+    call gets the last segment.
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
-        last_segment_B: the last segment of the previous call, 0 for none.
+        last_segment_B: the last segment of the previous call, 0 for none. None: 0 for all rows.
         reverse: whether the masks are for a layer that reads from the last token to the first.
         include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 

@@ -18,8 +18,8 @@ class RecordedWeights(NamedTuple):
     """The attention weights of one call of attention.
 
     Attributes:
-        weights: [B, H, T, S] float32. The weights of each query sum to 1, or to less in local attention (argument
-            ``window`` of ``jaxlm.nn.alignment.align``).
+        weights: [B, H, T, S] float32. The weights of each query sum to 1, to 0 if the query may not attend to any key,
+            and to less than 1 in local attention (argument ``window`` of ``jaxlm.nn.alignment.align``).
         kind: the kind of attention.
     """
 

@@ -57,12 +57,15 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
 
 
 def _mean_keys(window: int, sequence: int) -> float:
-    """The mean number of keys that a query of a causal layer with this window sees."""
+    """The approximate mean number of keys that a query of a causal layer with this window sees."""
     return window * (1 - window / (2 * sequence))
 
 
 def decoding_flops(model: Model, batch: int) -> Flops:
-    """FLOPs of one new token in each of ``batch`` rows, without the attention to earlier tokens."""
+    """FLOPs of one new token in each of ``batch`` rows: two per parameter in matmuls.
+
+    The attention to earlier tokens and the update of a recurrent state are not counted.
+    """
     weights = active_matmul_parameters(model, decoding=True)
     return Flops(
         2.0 * weights * batch,
@@ -116,10 +119,11 @@ def active_fraction_of_experts(model: Model) -> float:
 
 
 def counted_flops(function: Any, *arguments: Any) -> Flops:
-    """FLOPs of all dots and convolutions in the jaxpr of ``function``.
+    """FLOPs of all dots, ragged dots and convolutions in the jaxpr of ``function``.
 
     A multiplication with an addition counts as 2 FLOPs. The body of a ``scan`` counts once per iteration, the body of a
-    ``while`` once, and a conditional as its most expensive branch. Elementwise operations are not counted.
+    ``while`` once, and a conditional as its most expensive branch. A Pallas kernel counts once per grid step, and a
+    ``shard_map`` once per device. Elementwise operations are not counted.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     return Flops(

@@ -173,7 +173,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, computation: Iterable[Instruction], loop: Instruction) -> int | None:
-    """The number of iterations of a ``while`` loop, or None if the number is known only at run time."""
+    """The number of iterations of a ``while`` loop, or None if it cannot be determined from the text."""
     stated = _TRIPS.search(loop.attribute_text)
     if stated:
         return int(stated[1])
@@ -331,7 +331,8 @@ def costs(program: Program) -> Costs:
     """The costs of all operations in the schedule of a program.
 
     A loop body counts once per iteration, a conditional counts as its most expensive branch, and a call counts as the
-    called computation. Instructions inside a fusion are part of the fusion.
+    called computation. Instructions inside a fusion are part of the fusion, except collectives, which are listed
+    separately.
     """
     total = Costs([], [], [])
     _add_computation(program, program.entry, 1, total)

@@ -39,7 +39,8 @@ class Schedule:
 def dump_schedules() -> None:
     """Set the libtpu flags that dump the schedules. Call it before libtpu is loaded.
 
-    The files are deleted when the process ends.
+    The files are deleted when the process ends. If ``LIBTPU_INIT_ARGS`` already names a directory for dumps, nothing
+    changes.
     """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if _DUMP.search(flags):
@@ -53,7 +54,7 @@ _dump_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def schedule_of(kernel: str) -> Schedule | None:
-    """The schedule of the custom call with this name in the last compiled program; None if there is no dump."""
+    """The schedule of the custom call with this name in the last compiled program; None if there is no dump of it."""
     flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None

@@ -17,7 +17,7 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.optimizer import OptimizerConfig
 
 NUM_TOP_OPERATIONS = 10
-"""Number of most expensive operations in a plan."""
+"""Maximum number of most expensive operations in a plan."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +104,21 @@ class Plan:
     """The estimates for a step that has not run.
 
     Attributes:
-        fits: whether the step fits into the memory of the device; if not, ``reason`` gives the numbers.
+        fits: whether the step fits into the memory of the device, or the memory is unknown. If it does not fit,
+            ``reason`` gives the numbers.
+        memory: None if the compiler rejected the step because it does not fit. Then the plan has no
+            estimates of the compiler.
         seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
             None if the cycles or the clock are unknown.
         communication: seconds of the collectives, if all links are used and no collective overlaps computation; None if
             the links are unknown.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             ``seconds`` or the peak rate is unknown.
-        mfu_with_communication: the MFU if the step takes ``seconds + communication``.
+        mfu_with_communication: the MFU if the step takes ``seconds + communication``; None if one of them or the peak
+            rate is unknown.
         min_memory_seconds: seconds to read the state and the parameters once, a lower bound of the step time. In a
             mixture of experts, only the experts that one token uses are read. None for training or an unknown device.
-        notes: costs that the numbers do not include.
+        notes: costs that the numbers do not include or overestimate.
     """
 
     model: str
@@ -168,14 +172,15 @@ def plan(
         decode: plan a decoding step instead of a training step.
         optimizer: the optimizer of the training step.
         grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``).
-        sequence: tokens per row. None: the model's ``max_positions`` (512 if there is no limit), at most 1024. For
-            decoding, the number of slots of the cache, the new token included.
+        sequence: tokens per row; for an encoder-decoder, tokens per source. None: the model's ``max_positions`` (512 if
+            there is no limit), at most 1024. For decoding, the number of slots of the cache, the new token included.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
         compiler_options: such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
-        ValueError: the topology or dtype is unknown, a number is below 1, the mesh has another number of devices than
-            the topology, or the size of an array axis is not divisible by the size of its mesh axes.
+        ValueError: the topology, the dtype or a compiler option is unknown, a number is below 1, the mesh has another
+            number of devices than the topology, the size of an array axis is not divisible by the size of its mesh
+            axes, no objective trains the task of the model, or ``sequence`` is longer than the model allows.
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
@@ -262,7 +267,7 @@ def _compile(traced: Any, options: dict[str, str]) -> Any:
 
 
 def _reason(message: str) -> str:
-    """The line of the compiler's error message that states how much memory the program needs."""
+    """The part of the compiler's error message that states how much memory the program needs, or its first line."""
     used = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+\.[^\n]*|Ran out of memory[^\n]*|Out of memory[^\n]*", message)
     return used[0].strip() if used else message.splitlines()[0]
 

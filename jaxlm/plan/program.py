@@ -122,7 +122,8 @@ def training_step(
     """The step that ``jaxlm.training.loop.train`` runs: the state is donated and sharded by the rules of ``sharding``.
 
     Raises:
-        ValueError: a size is not divisible by its mesh axes, or the model cannot read the batch.
+        ValueError: a size is not divisible by its mesh axes, no objective trains the task, or the model cannot read the
+            batch.
     """
     task = model.task
     update = make_optimizer(optimizer, model.specs, round(optimizer.warmup_steps) + 1000)
@@ -148,10 +149,11 @@ def _layout_note(model: Model) -> str:
 
 
 def without_recomputation(model: Model) -> Model:
-    """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation.
+    """The same model without remat, with reference attention and, if it has no capacity, with ``ragged_dot`` experts.
 
-    With ``ragged_dot``, each expert processes only the tokens that selected it. In a model with a capacity, each expert
-    processes all its slots.
+    So counted FLOPs contain no recomputation of layers or of attention scores. Chunked scans still recompute their
+    chunks in the backward pass. With ``ragged_dot``, each expert processes only the tokens that selected it. In a model
+    with a capacity, each expert processes all its slots.
     """
     if getattr(model.config, "capacity_factor", None) is None:
         model = model.with_fields(experts_implementation="ragged_dot")
@@ -174,7 +176,8 @@ def decoding_step(
     param_dtype: str = "float32",
 ) -> Step:
     """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row. The cache has ``sequence``
-    slots, and the step decodes the last of ``sequence`` tokens.
+    slots (if there is a cache), and the step decodes the last of ``sequence`` tokens. An encoder-decoder also has a
+    source of ``sequence`` tokens.
 
     Raises:
         TypeError: the family has no state, so it cannot decode.

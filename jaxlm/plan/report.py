@@ -12,7 +12,10 @@ from jaxlm.plan.planning import Memory, Plan
 
 
 def show(plans: Sequence[Plan], console: Console) -> None:
-    """Print plans as a table with one row per quantity and one column per plan, then the most expensive operations."""
+    """Print plans as a table with one row per quantity and one column per plan, then the details of each plan.
+
+    The details are: why the step does not fit, the most expensive operations, the kernels, and notes.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(plans[0].model)
     for plan in plans:

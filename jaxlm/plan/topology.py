@@ -48,8 +48,8 @@ class Topology:
 def prepare() -> None:
     """Set the environment variables for planning. A call after the start of JAX and libtpu has no effect.
 
-    ``jaxlm plan`` calls this function. The function also selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is
-    set), so that the process does not use the accelerators of the machine.
+    ``jaxlm plan`` calls this function, except for the topology ``local``. The function also selects the CPU as JAX's
+    platform (unless ``JAX_PLATFORMS`` is set), so that the process does not use the accelerators of the machine.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -68,7 +68,7 @@ def get_topology(name: str) -> Topology:
     """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``, or ``local``.
 
     Raises:
-        ValueError: there is no such topology; the message lists the known topologies.
+        ValueError: there is no such topology, or its shape is wrong.
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
     if name == LOCAL:

@@ -9,7 +9,7 @@ A test module imports all names of this module and sets ``FAMILIES`` to the name
     jaxlm.register_family("hawk", hawk)
     FAMILIES = ("hawk",)
 
-Every test runs on all variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
+The tests run on the variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
 model with a state must be causal and support decoding, a model without a state must be bidirectional, and an
 encoder-decoder gets a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
@@ -63,7 +63,7 @@ REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-ti
 
 
 def for_variants(condition, *, of_package=None):
-    """A decorator that runs a test for every tiny variant whose model satisfies ``condition(model)``.
+    """A decorator that runs a test for the tiny variants whose model satisfies ``condition(model)``.
 
     Args:
         of_package: the names of the variants of this package on which the test runs. None: all of them.

@@ -69,8 +69,9 @@ def source_of(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
 def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
     """A batch for the model's task from tokens [B, T + 1].
 
-    The task determines the targets: the next tokens; ``(token + 1) % 7`` at every third position (masked); or labels
-    computed from the tokens. Padding has weight 0.
+    The task determines the targets: the next tokens; ``(token + 1) % 7`` at every third position (masked); or labels or
+    spans computed from the tokens. Padding has weight 0 in tasks with one target per token. In tasks with one target
+    per text, all weights are 1.
     """
     inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
     source = source_of(model, len(tokens))

@@ -1,8 +1,8 @@
 """Checks before the training of an experiment, so that a wrong setting fails within seconds.
 
 ``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before it reads data.
-``experiment.prepare_run`` calls the other functions directly before training. Config classes check the ranges of their
-own fields.
+``experiment.prepare_run`` calls :func:`check_output` again and all other checks directly before training. Config
+classes check the ranges of their own fields.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MINIMUMS = {
     "stories": 1, "sentences": 1, "largest_group": 1, "positions_per_game": 1, "target_length": 1, "folds": 2,
     "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""Minimum of each experiment setting. The key is the last part of the setting's dotted name."""
+"""Minimum of experiment settings, by the last part of the dotted name. Settings that are not listed have no minimum."""
 
 FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1)."""
@@ -232,10 +232,10 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
 
 
 def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> GenerationConfig:
-    """Check that the model supports ``request``, and return the result of ``request.resolve(model, tokenizer)``.
+    """The result of ``request.resolve(model, tokenizer)``, after a check that ``num_beams`` fits the vocabulary.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: ``resolve`` raises it, or ``num_beams`` is larger than the vocabulary.
     """
     resolved = request.resolve(model, tokenizer)
     check_beams(model, tokenizer, resolved)
@@ -243,7 +243,7 @@ def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig)
 
 
 def check_beams(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> None:
-    """Raise ``ValueError`` if ``request.num_beams`` is larger than the vocabulary."""
+    """Raise ``ValueError`` if ``request.num_beams`` is larger than the number of ids that may be generated."""
     ids = num_ids(model, tokenizer)
     if request.num_beams is not None and request.num_beams > ids:
         raise ValueError(f"num_beams={request.num_beams} must be at most the {ids} ids of the vocabulary")

@@ -44,7 +44,8 @@ def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: ``runs`` is empty, a directory is not a run directory, or no run has a validation metric.
+        ValueError: ``runs`` is empty, a directory is not a run directory, ``metrics.jsonl`` of a run is damaged, or no
+            run has a validation metric.
         ImportError: matplotlib is not installed.
     """
     paths = _check_runs(runs)

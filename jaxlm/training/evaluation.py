@@ -18,11 +18,13 @@ from jaxlm.training.trainer import CarrySize, to_global_batch
 
 
 class Evaluator:
-    """A callable that computes named metrics from parameters. Each metric is a mean over all targets.
+    """A callable that computes named metrics from parameters. Each metric of a loss is a mean over all targets.
 
     The batches are kept in memory, so every evaluation uses the same batches.
 
     Args:
+        model: the model.
+        batches: the batches of the objective; with several processes, the rows of this process.
         losses: the ``loss`` function of an objective, whose mean is reported as ``loss``; or a dict from metric names
             to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
             terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import math
 import operator
@@ -56,7 +57,8 @@ class ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
-        are not used. If the command line has no ``--model.set``, a message says that they are not used.
+        are not used. If the preset has fields and the command line has no ``--model.set``, a message says that they are
+        not used.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:
@@ -81,7 +83,7 @@ class ModelConfig:
         Args:
             seed: seed for initializing parameters that ``pretrained`` does not contain, such as a new head.
             tokenizer_fields: config fields that follow from the tokenizer, such as ``vocab_size``. They are not used
-                with ``pretrained``, whose config has them.
+                with ``pretrained``, because its config has these fields.
             fixed: config fields that follow from the data, such as ``num_labels``. ``set`` may change neither these nor
                 ``tokenizer_fields``.
 
@@ -195,7 +197,7 @@ def prepare_run(
         request: settings for generating text after the training.
 
     Raises:
-        FileExistsError: the directory is not empty.
+        FileExistsError: the directory of a new run is not empty.
         ImportError: the package of ``training.tracker`` is not installed.
         OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
         ValueError: the model cannot be exported; the tokenizer does not belong to the model; the model has no
@@ -251,10 +253,15 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
 
 
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
-    """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX."""
+    """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX.
+
+    The tracker that ``training.tracker`` names is closed when the process ends.
+    """
     config, name = config_lib.to_json(experiment), experiment.training.tracker
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
     trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
+    for tracker in trackers:
+        atexit.register(tracker.close)  # also after an error or Ctrl-C: services write buffered values only then
     return Run(directory, meta, resume=resume is not None, trackers=trackers)
 
 

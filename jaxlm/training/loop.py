@@ -33,7 +33,10 @@ from jaxlm.training.trackers import Tracker, TrackerName
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, to_global_batch
 
 METRICS_LAG = 2
-"""The host reads metrics this many steps late, so that it never waits for a step that it has just dispatched."""
+"""The host reads metrics this many steps late, so that it does not wait for a step that it has just dispatched.
+
+It waits after the first step, before each evaluation and checkpoint, and at the end.
+"""
 
 EARLY_STEPS = 10
 """Number of steps after the start or a resume whose metrics are always written, regardless of ``log_every``."""
@@ -133,7 +136,7 @@ class TrainingConfig:
             options: further fields of ``Trainer``, for example ``sharding`` or ``adaptation``.
 
         Raises:
-            ValueError: ``make_optimizer`` does not accept the config.
+            ValueError: ``make_optimizer`` does not accept the config, or ``Trainer`` does not accept the loss.
         """
         if isinstance(optimizer, OptimizerConfig):
             adaptation = options.get("adaptation")
@@ -185,10 +188,11 @@ class Result:
         step: the step of ``state``.
         validation: metrics of the last evaluation, or of the best evaluation (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
-        seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation.
+        seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation; NaN if
+            no step was run.
         tokens_per_second: tokens that the model read per second, excluding the first step and the first step after each
-            evaluation.
-        examples_per_second: examples per second, excluding the same steps.
+            evaluation; NaN if no step remains.
+        examples_per_second: examples per second, excluding the same steps; NaN if no step remains.
         compilations: number of distinct batch shapes; the step was compiled once for each shape.
         tokens: tokens that the model has read up to the last step, including those before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
@@ -244,9 +248,10 @@ def train(
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or has another model, ``best_metric`` or
-            ``best_mode``; ``evaluate`` does not return ``config.best_metric``; or there are several processes without
-            ``sharding`` or without a shared directory for checkpoints.
+        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or has another model, other arrays (for
+            example, of another optimizer), ``best_metric`` or ``best_mode``; ``evaluate`` does not return
+            ``config.best_metric``; or there are several processes without ``sharding`` or without a shared directory
+            for checkpoints.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -655,7 +660,11 @@ class _Records:
 
 
 class _MetricsReader:
-    """Reads metrics :data:`METRICS_LAG` steps late, writes them every ``log_every`` steps, and detects divergence."""
+    """Reads metrics :data:`METRICS_LAG` steps late, writes records of them, and detects divergence.
+
+    It writes the metrics of every ``log_every`` steps, of the first :data:`EARLY_STEPS` steps, of skipped steps and of
+    the last step.
+    """
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start

@@ -86,8 +86,9 @@ def mup(model: Model, base: Model) -> MuP:
     ``base`` may be narrower or wider. Only widths may differ. A wider model has more attention heads of the same size.
 
     Raises:
-        ValueError: the models differ in more than their widths, or muP does not support the family: the token table is
-            also the output head, token vectors are projected, or attention scores are products of growing vectors.
+        ValueError: the models differ in more than their widths, or muP does not support the family: a language model
+            has no output head or its token table is also the output head, token vectors are projected, or attention
+            scores are products of growing vectors.
 
     Example:
         >>> from jaxlm import get_model

@@ -37,7 +37,7 @@ class AveragingState(NamedTuple):
 
 def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
     """Whether the newest validation loss is worse than the best of all losses that are more than ``nonmono``
-    evaluations old.
+    evaluations old. False if there is no such loss.
 
     Args:
         losses: the losses of all evaluations so far, with the newest last. NaN is worse than any number.

@@ -107,8 +107,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
         steps: number of updates of the whole training.
 
     Raises:
-        ValueError: the warm-up (for cosine and linear, warm-up plus hold steps) is not shorter than the training, or
-            ``inverse_square_root`` has neither warm-up nor hold steps.
+        ValueError: the warm-up (for cosine and linear, also warm-up plus hold steps) is not shorter than the training,
+            or ``inverse_square_root`` has neither warm-up nor hold steps.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = round(config.warmup_steps * steps if config.warmup_steps < 1 else config.warmup_steps)
@@ -330,10 +330,10 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 
     The rule is the same as in BEiT's code (Bao et al. 2021). With L layers, layer i (from 0) has ``decay ** (L - i)``,
     embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
-    an encoder and of a decoder are counted separately. Layers are stacked (``layers``) or numbered (``layers/0``,
-    ``layer_0``). A parameter outside of the layers is an embedding if its path contains ``embedding`` or
-    ``relative_bias``. Other implementations differ: in ELECTRA's code, everything below the head has one more factor
-    ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
+    an encoder and of a decoder are counted separately; for embeddings, L is the larger of the two numbers. Layers are
+    stacked (``layers``) or numbered (``layers/0``, ``layer_0``). A parameter outside of the layers is an embedding if
+    its path contains ``embedding`` or ``relative_bias``. Other implementations differ: in ELECTRA's code, everything
+    below the head has one more factor ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
 
     Raises:
         ValueError: the model has no layers.

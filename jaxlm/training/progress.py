@@ -24,12 +24,14 @@ def device_name(count: int) -> str:
 class Bar:
     """Prints loss, tokens per second, remaining time and device of a run.
 
-    With several processes, only the first one prints.
+    With several processes, only the first one prints. Without a terminal, it prints a line after the first and the last
+    step, and when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line.
 
     Args:
         steps: number of steps of the run.
         start: number of steps that are already done.
         devices: number of devices of the run.
+        console: where to print. None: standard error.
     """
 
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:

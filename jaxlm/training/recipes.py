@@ -5,10 +5,11 @@
 
 The option ``--recipe FAMILY`` of the experiments selects a recipe by the name of its family.
 
-A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates.
-:func:`recipe` makes the warm-up a fraction of the training and changes no other value. Learning rates often do not
-transfer. Small models need larger learning rates (the best peak learning rate of a Transformer is roughly proportional
-to the inverse of its width), and small batches need smaller learning rates. ``Recipe.transfer`` has notes on this.
+A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates. Where the
+paper states no value, or has a schedule that jaxlm lacks, ``source`` or ``transfer`` says so. :func:`recipe` makes the
+warm-up a fraction of the training and changes no other value. Learning rates often do not transfer. Small models need
+larger learning rates (the best peak learning rate of a Transformer is roughly proportional to the inverse of its
+width), and small batches need smaller learning rates. ``Recipe.transfer`` has notes on this.
 """
 
 from __future__ import annotations
@@ -227,17 +228,18 @@ RECIPES: dict[str, Recipe] = {
         "learning rate of the decay biases, which this recipe does not.",
     ),
 }  # fmt: skip
-"""The published recipe of each family."""
+"""The recipe of each family of this package."""
 
 
 def recipe(family: str) -> OptimizerConfig:
     """The published optimizer settings of a family, for a training of any length.
 
-    The warm-up is the same fraction of the training as in the paper (``warmup_steps`` is below 1); all other values are
-    those of the paper. Use ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
+    The warm-up is the same fraction of the training as in the recipe (``warmup_steps`` is below 1); all other values
+    are those of :data:`RECIPES`, including ``hold_steps``, a number of steps. Change values with
+    ``dataclasses.replace(recipe(...), learning_rate=...)``.
 
-    A family of another package has no published recipe; it gets the default settings (AdamW),
-    with 5 % of the training as warm-up.
+    For a family without an entry in :data:`RECIPES`, such as one of another package, the result has the default
+    settings (AdamW), with 5 % of the training as warm-up.
 
     Raises:
         ValueError: the family is unknown.

@@ -135,6 +135,8 @@ def draw_losses(metrics: str | Path, path: str | Path) -> None:
     """Plot the training loss and all validation metrics over steps to a PNG file. Both losses share one panel.
 
     Raises:
+        FileNotFoundError: the file ``metrics`` does not exist.
+        ValueError: the file is damaged, or has neither a loss nor a validation metric.
         ImportError: matplotlib is not installed.
     """
     from jaxlm.training import plots
@@ -180,7 +182,9 @@ def write_results(
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
-    """The values passed to :func:`write_results`, with ``scores`` as a list of :class:`Score`.
+    """The content of ``results.json``, with ``scores`` as a list of :class:`Score`.
+
+    It has the values passed to :func:`write_results` and those of :func:`machine_info`.
 
     Raises:
         FileNotFoundError: the run has no such file.
@@ -266,7 +270,8 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the counts are not non-negative integers [L, L].
+        ValueError: the file is not a JSON object with only ``labels`` and ``counts``, the labels are not strings, or
+            the counts are not non-negative integers [L, L].
     """
     path = Path(run) / CONFUSION
     content = json_files.read_object(path)
@@ -301,7 +306,10 @@ class AttentionMap:
         title: heading in the report.
         rows: [R] query tokens, for example the output of a translation.
         columns: [C] key tokens.
-        weights: [R, C] numbers in [0, 1].
+        weights: [R, C] numbers in [0, 1], up to rounding.
+
+    Raises:
+        ValueError: the tokens are not lists or tuples of strings, or the weights have another shape or range.
     """
 
     title: str
@@ -343,7 +351,8 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: a field of a map has the wrong type, or the weights do not have the shape of the tokens.
+        ValueError: the file is not JSON, a field of a map is missing, unknown or of the wrong type, the weights do not
+            have the shape of the tokens, or a weight is outside [0, 1].
     """
     path = Path(run) / ATTENTION
     return _make_entries(AttentionMap, json_files.read_value(path), str(path))
@@ -379,7 +388,7 @@ def read_boards(run: str | Path) -> list[Board]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the file is not JSON, or a field of a board has the wrong type.
+        ValueError: the file is not JSON, or a field of a board is missing, unknown or of the wrong type.
     """
     path = Path(run) / BOARDS
     return _make_entries(Board, json_files.read_value(path), str(path))

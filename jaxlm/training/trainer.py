@@ -56,7 +56,8 @@ class TrainState:
         ema: exponential moving average of ``params``, or None.
         skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
-        model_state: model state at the end of the last batch (``model.state_specs``), or None.
+        model_state: model state at the end of the last batch whose step was not skipped (``model.state_specs``), or
+            None.
         frozen: parameters that are not trained (``Trainer.adaptation``), or None.
         recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, with NaN in unused
             entries; None without ``Trainer.spike_deviations``.
@@ -87,7 +88,7 @@ class Trainer:
         loss: the ``loss`` of an objective, or a function with its signature.
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other and their
             gradients are summed. This saves memory and gives the same gradient, except for dropout, batch normalisation
-            and router losses, which are computed for each micro-batch.
+            and router losses, which are computed for each micro-batch. It must be 1 with ``carry_size``.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
@@ -98,6 +99,10 @@ class Trainer:
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
+
+    Raises:
+        TypeError: ``optimizer`` is an ``OptimizerConfig``.
+        ValueError: a term of the loss has the name of another metric (:data:`METRIC_NAMES`).
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -192,7 +197,7 @@ class Trainer:
         )
 
     def shardings(self) -> TrainState:
-        """The sharding of each array of the state.
+        """The sharding of each array of the state. The field ``sharding`` must be set.
 
         The optimizer state has the shardings of :func:`jaxlm.training.optimizer.optimizer_sharding`. Counters and keys
         are replicated.
@@ -233,11 +238,12 @@ class Trainer:
         """The state after one update, and metrics. The function is pure.
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
-        A skipped step changes only the counters. Parameters, optimizer state, moving average and model state stay
-        bitwise the same, except that model-state rows with ``batch.reset`` are emptied. Metrics are float32 scalars:
-        ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters),
-        ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``, and the mean of each term
-        of the loss (``jaxlm.objectives.batch.LossWithTerms``).
+        If all targets of the batch have weight 0, the loss is NaN, so the step is skipped. A skipped step changes only
+        the counters. Parameters, optimizer state, moving average and model state stay bitwise the same, except that
+        model-state rows with ``batch.reset`` are emptied. Metrics are float32 scalars: ``loss`` (mean, nats),
+        ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters), ``weight`` (sum of the weights
+        of the targets), ``skipped`` and ``skipped_in_a_row``, and the mean of each term of the loss
+        (``jaxlm.objectives.batch.LossWithTerms``).
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
@@ -248,6 +254,9 @@ class Trainer:
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
             axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
+
+        Raises:
+            ValueError: ``grad_accum_steps`` does not divide the number of rows, or is above 1 with a carried state.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -376,7 +385,7 @@ class Trainer:
         """:meth:`step` with data parallelism by ``jax.pmap``.
 
         The state (``flax.jax_utils.replicate``) and the batch have a leading device axis: the tokens of a batch are
-        [devices, B / devices, T].
+        [devices, B / devices, T]. The input state is donated. The field ``sharding`` is not used.
         """
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

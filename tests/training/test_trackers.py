@@ -1,5 +1,6 @@
 """Trackers with fake services; live tests also read the event files of TensorBoard."""
 
+import atexit
 import importlib.util
 import sys
 import types
@@ -74,10 +75,13 @@ def test_an_experiment_logs_to_the_tracker_of_its_config(monkeypatch, tmp_path, 
         runs.append(FakeRun(**options))
         return runs[-1]
 
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
     experiment = sentiment.Experiment(training=TrainingConfig(tracker=name))
     trackers = make_run(tmp_path / "first", experiment, None).trackers
     assert len(trackers) == len(runs) == (name is not None)
+    assert at_exit == [tracker.close for tracker in trackers]
     for run in runs:
         assert (run.options["project"], run.options["name"]) == ("jaxlm", "first")
         assert run.options["config"]["training"]["tracker"] == "trackio"

@@ -34,7 +34,7 @@ def attention(
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype.
+    """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, width of v] in ``v``'s dtype.
 
     The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
     probabilities. Whether an entry is dropped depends only on the random key and on the indices of the entry, so
@@ -49,7 +49,8 @@ def attention(
             supports, or one or several attention biases (``jaxlm.nn.attention.bias``,
             ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile.
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
-        implementation: None chooses the fastest one known for the platform and the arguments. The choices are
+        implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
+            are recorded (``jaxlm.nn.weight_record``), ``reference`` is used instead of any choice. The choices are
 
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.

@@ -1,8 +1,9 @@
-"""Attention biases (position biases, relative encodings) that are computed tile by tile, never as one dense array.
+"""Attention biases (position biases, relative encodings) that are computed tile by tile.
 
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
-bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs.
+bias needs no array [H, T, S], except in ``reference`` and ``decode``, which call :func:`dense`. The function declares
+which slices of the arrays a tile needs (``required_slices``) and gets only these slices.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
 table, P = R + E columns of a strip.

@@ -43,11 +43,13 @@ BLOCK_ROWS = (256, 512)
 small matmuls; large blocks compute more masked scores."""
 LONG_SEQUENCE = 4096
 MAX_SECTIONS = 8
-"""Maximum number of sections into which the queries are split for a causal mask by index. A section reads the keys up
-to its own end and computes its blocks in a loop. The number is limited because each section is compiled separately, and
+"""Maximum number of sections into which the queries are split for a causal mask by index. If the queries cannot be
+split evenly, there may be one more section, with fewer than ``MAX_SECTIONS`` queries. A section reads the keys up to
+its own end and computes its blocks in a loop. The number is limited because each section is compiled separately, and
 because a CPU runs several sections at the same time, each with its own temporaries."""
 ALIGN = 128
-"""The start and the end of a range of keys are multiples of this number."""
+"""The start of a range of keys is a multiple of this number, unless the range ends at the last key. A length that is
+computed at run time is also a multiple, unless the range contains all keys."""
 MIN_KEYS_FOR_RANGES = 1024
 """Minimum number of keys for which computing the range of visible keys at run time saves time."""
 BATCH_AXIS = "attention_rows"
@@ -131,7 +133,7 @@ class _Block(NamedTuple):
 
 
 def _forward_block(static: _Static, block: _Block, integers: Any) -> tuple[jax.Array, jax.Array]:
-    """The output [R, K] of the queries of a block, and the log-sum-exp of their scores, [R]."""
+    """The output [R, V] of the queries of a block, and the log-sum-exp of their scores, [R]."""
     scores_RE, keep, v_EK = block.scores(static, integers), block.keep, block.v_EK
     top_R = jnp.max(scores_RE, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # -inf for a query that may not attend to any key
@@ -150,7 +152,7 @@ def _forward_block(static: _Static, block: _Block, integers: Any) -> tuple[jax.A
 def _backward_block(
     static: _Static, block: _Block, integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """The gradients of a block, float32: dq [R, K], and the contributions to dk and dv [K, E] and to the biases'
+    """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
     gradients."""
     weights, keep = jnp.exp(block.scores(static, integers) - lse_R[:, None]), block.keep
     dweights = dot(dout_RK, block.v_EK, 1, 1)

@@ -2,8 +2,9 @@
 
     bias[head, query, key] = table[bucket(key position - query position), head]
 
-Half of the buckets contain one distance each. The other buckets contain ranges of distances, whose size grows
-exponentially. The last bucket contains all distances from ``max_distance`` on. Shapes: H heads, N buckets.
+In each direction, half of the buckets (rounded down) contain one distance each. The other buckets contain ranges of
+distances, whose size grows exponentially. The last bucket of a direction contains all distances from ``max_distance``
+on. Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations

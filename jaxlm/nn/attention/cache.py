@@ -82,7 +82,10 @@ class CacheView:
 
 
 def updates_in_place(state: State | None, num_new: int) -> bool:
-    """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
+    """Whether a loop over layers should update the cache in place: it has at least 8 slots per new token.
+
+    False without a state.
+    """
     return state is not None and _is_small_update(num_new, state["segment_ids"].shape[1])
 
 
@@ -91,7 +94,10 @@ def _is_small_update(num_new: int, slots: int) -> bool:
 
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
-    """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``."""
+    """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``.
+
+    The contents of a row are undefined if it has fewer than T free slots (``Context.fits_B``).
+    """
     if isinstance(slots_BS, CacheView):
         return slots_BS.append(new_BT, length_B)
     if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
@@ -179,11 +185,11 @@ class Context:
 def with_window(context: Context, window: int, state: State | None) -> Context:
     """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
 
-    With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window counts
-    no cached padding.
+    With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window does
+    not count padding. Without a cache, the window counts indices, so it counts padding between tokens.
 
     Args:
-        state: the state that :func:`make_context` returned.
+        state: the state that :func:`make_context` returned; None: no cache.
     """
     mask = context.mask
     if state is not None:
@@ -197,7 +203,7 @@ def make_context(
     tokens_BT: jax.Array, state: State | None, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[Context, Any]:
     """The :class:`Context` of new tokens, and the state with their segment ids and positions, but without their keys
-    and values.
+    and values. Without a state, the second result is None.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.

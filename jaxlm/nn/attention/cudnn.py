@@ -41,7 +41,7 @@ def attention(
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Attention as in ``jaxlm.nn.attention.attention``. ``implementation="xla"`` gives the same result on all
-    devices."""
+    platforms, within rounding."""
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, scale=scale, is_causal=mask.causal, local_window_size=window,

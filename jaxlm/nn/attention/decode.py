@@ -1,9 +1,10 @@
 """Attention of a few queries over a cache. The cost depends on the filled part of the cache instead of its size.
 
 Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
-is a branch of a ``lax.switch``. On CPU and TPU, one matmul computes all heads, ``k [E, G*K] @ q [G*K, T*H]``. The
-matrix q is block diagonal, with zeros for the keys of other heads. This needs more arithmetic, but one matmul per head
-would first copy the cache into another layout.
+is a branch of a ``lax.switch``. On a CPU and a TPU, one matmul computes all heads of a device,
+``k [E, G*K] @ q [G*K, T*H]``, if the devices can split the key heads evenly
+(``jaxlm.nn.choices.merge_heads_for_decoding``). The matrix q is block diagonal, with zeros for the keys of other heads.
+This needs more arithmetic, but one matmul per head would first copy the cache into another layout.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read.
 """
@@ -60,7 +61,8 @@ def attention(
 
 
 def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
-    """The index after the last slot that any query may attend to."""
+    """An index after the last slot that a query may attend to. It can be too large, because segments are compared by
+    their range."""
     visible_BS = jnp.ones((1, slots), bool)
     if mask.query_order is not None:
         visible_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)

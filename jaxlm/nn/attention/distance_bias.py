@@ -1,11 +1,12 @@
-"""Relative attention biases, which depend on the distance between query and key.
+"""Attention biases that depend on the distance between query and key, or on XLNet's token types (:func:`type_bias`).
 
     T5 (Raffel et al. 2020, section 2.1):             one number per head and distance
     Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a learned vector v for each head, and
                                                       a vector r for each head and distance; XLNet uses the same
 
 The distance is ``query position - key position``. The numbers or vectors are the rows of a table, sorted by descending
-distance. The functions return an ``AttentionBias``, of which ``attention`` computes only one tile at a time.
+distance. The functions except :func:`sinusoids` return an ``AttentionBias``, which most implementations of
+``attention`` compute tile by tile.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
 columns of a tile.

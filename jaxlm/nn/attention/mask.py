@@ -2,7 +2,8 @@
 
     keep[q, k] = segment(q) == segment(k)  and  order(k) <= order(q)  and  order(q) - order(k) < window
 
-These integers describe causal and bidirectional attention, sliding windows, packed documents, padding and cached
+The first condition exists only with segments, the second only with ``causal``, the third only with a ``window``. These
+integers describe causal and bidirectional attention, sliding windows, packed documents, padding and cached
 decoding. Shapes: B batch, T query time, S key time.
 """
 
@@ -61,7 +62,7 @@ def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
 
 
 def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
-    """The dense mask as in :func:`keep`, from orders and segments instead of a mask's arrays.
+    """The dense mask (or None) as in :func:`keep`, from orders and segments instead of a mask's arrays.
 
     Args:
         mask: only ``causal`` and ``window`` are used.
@@ -79,8 +80,8 @@ def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
 
 
 def softmax(scores_BHTS: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`) is True; zeros for a query without a
-    visible key."""
+    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`; None: all) is True; zeros for a query
+    without a visible key."""
     if kept is not None:
         scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
     top = jnp.max(scores_BHTS, axis=-1, keepdims=True)

@@ -75,7 +75,7 @@ def make_context(
     causal: bool = True,
     window: int | None = None,
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with the segment ids of these tokens.
+    """The :class:`Context` of new tokens, and the state with the segment ids of these tokens (None without a state).
 
     ``hidden`` of the returned state is not updated yet. The caller updates it with :func:`append` or
     :func:`append_layers`.
@@ -84,7 +84,7 @@ def make_context(
         state: a state as in :func:`memory_specs`; None: there is no memory, and S = T.
         segment_ids: [B, T], 0 for padding (anywhere in a row), 1, 2, ... for documents. Default: one document (1).
         causal: whether later keys are masked.
-        window: the number of tokens that a query may attend to, itself included; None: no limit.
+        window: the number of tokens that a query may attend to, itself included; None: no limit. Needs ``causal``.
     """
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
@@ -141,9 +141,10 @@ def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
     """``weight @ q`` for each head, [B, T, H, D]: the queries of absorbed attention.
 
     The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So these queries attend to the
-    inputs themselves, and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The
-    inputs in the memory are not projected again for every new token. If H * K = D, they need half the space of cached
-    keys and values. ``jaxlm.nn.choices.absorbed_attention`` decides when this is cheaper.
+    inputs themselves. The weighted mean of the inputs is then multiplied with the value weights
+    (:func:`project_heads`). The inputs in the memory are not projected again for every new token. If H * K = D, the
+    inputs need half the space of cached keys and values. ``jaxlm.nn.choices.absorbed_attention`` decides whether
+    absorbed attention is used.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 

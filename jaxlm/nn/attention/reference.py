@@ -24,7 +24,10 @@ def attention(
     dropout: float,
     key: jax.Array | None,
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``bias`` is a dense array."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``bias`` is a dense array, or None.
+
+    If attention weights are recorded (``jaxlm.nn.weight_record``), the probabilities before dropout are appended.
+    """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)

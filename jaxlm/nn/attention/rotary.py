@@ -26,8 +26,9 @@ class RotaryScaling:
     """How the rotation frequencies of a model are reduced for texts that are longer than the training texts."""
 
     kind: Kind
-    """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware). llama3
-    and yarn: divide only the frequencies of slow pairs."""
+    """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware) if
+    ``max_positions`` of :func:`rotary_frequencies` exceeds ``original_positions``. llama3 and yarn: divide the
+    frequencies of slow pairs by ``factor``, keep those of fast pairs, and interpolate between them."""
     factor: float
     """Ratio of the longest text length to ``original_positions``."""
     original_positions: int | None = None
@@ -81,7 +82,8 @@ def rotary_frequencies(
         max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
             compute the base in each call from the longest row, so cached keys and later queries may have different
             bases. The frequencies equal those of other libraries for sequences of length ``max_positions``; if
-            ``max_positions`` is at most ``original_positions``, also for shorter sequences.
+            ``max_positions`` is at most ``original_positions``, also for shorter sequences. None: the base is not
+            changed. Other kinds of scaling do not use ``max_positions``.
 
     Raises:
         ValueError: an odd width, or a width below 4 with dynamic scaling.
@@ -133,10 +135,10 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
 
 
 def rotary_width(head_dim: int, fraction: float) -> int:
-    """The number of entries of a head that rotary positions rotate, ``fraction * head_dim``.
+    """The number of entries of a head that rotary positions rotate: ``fraction * head_dim``, rounded down.
 
     Raises:
-        ValueError: the fraction is not in (0, 1], or the number is not even.
+        ValueError: the fraction is not in (0, 1], or the number is odd or 0.
     """
     width = int(fraction * head_dim)
     if not 0.0 < fraction <= 1.0 or width < 2 or width % 2:
@@ -157,7 +159,8 @@ def rotary_angles(
     """Cosine and sine of the angle of each pair at each position, times the factor of :func:`rotary_frequencies`; both
     are [B, T, P] float32.
 
-    All layers use the same angles. Arguments and errors: see :func:`rotary_frequencies`.
+    All layers with the same base and scaling can use the same angles. Arguments and errors: see
+    :func:`rotary_frequencies`.
     """
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
     angles_BTP = positions_BT.astype(jnp.float32)[..., None] * frequencies_P[None, None, :]

@@ -1,6 +1,6 @@
 """Cross-attention of a decoder to its source: keys and values that are computed once, and rows that share a source.
 
-Shapes: B rows, N sources, S source time, H heads, K head width.
+Shapes: B rows, N sources, T time, S source time, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
 
 
 def project_once(project: SourceKV, layers: Any) -> Any:
-    """The keys and values of the source for all layers, each [N, S, H * K]. The decode state contains them.
+    """The keys and values of the source for all layers. The decode state contains them.
+
+    Each is [N, S, H * K], in a tuple with one dict per layer. For stacked layers, one dict has arrays [L, N, S, H * K]
+    for all L layers.
 
     Args:
         project: projects the encoded source with the weights of a layer.

@@ -1,9 +1,9 @@
 """Splash attention, JAX's Pallas kernel for TPU that skips fully masked blocks.
 
-``jax.experimental.pallas.ops.tpu.splash_attention`` has O(T) memory and a custom gradient, with one kernel in the
-forward pass and one or two in the backward pass. Its default blocks of 128 leave a TPU partly idle, so this module uses
-blocks that are as large as VMEM allows. Queries and keys are padded to multiples of ``LANES``. On a mesh, each device
-runs the kernel on its own rows and heads (``jaxlm.nn.attention.split``).
+``jax.experimental.pallas.ops.tpu.splash_attention`` has O(T) memory and a custom gradient. This module uses one kernel
+in the forward pass and one in the backward pass. The default blocks of 128 leave a TPU partly idle, so this module uses
+blocks of up to ``MAX_BLOCK`` queries and keys. Queries and keys are padded to multiples of ``LANES``. On a mesh, each
+device runs the kernel on its own rows and heads (``jaxlm.nn.attention.split``).
 
 Shapes as in ``jaxlm.nn.attention.api``.
 """

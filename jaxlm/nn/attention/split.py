@@ -20,7 +20,9 @@ def unsupported_reason() -> str | None:
 
 
 def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
-    """The result of ``run((q, k, v), floats, integers)``, [B, T, H, K]; each device computes its shard (``shard_map``).
+    """The result of ``run((q, k, v), floats, integers)``, [B, T, H, K].
+
+    On a mesh, each device computes its shard (``shard_map``). Without a mesh, ``run`` is called directly.
 
     Args:
         qkv: q [B, T, H, K], k and v [B, S, G, K].

@@ -1,6 +1,6 @@
 """The scores of a tile of queries and keys, and their gradients, for the ``blockwise`` and ``pallas`` implementations.
 
-Shapes as in ``jaxlm.nn.attention.api``; R queries and E keys of a tile.
+Shapes as in ``jaxlm.nn.attention.api``; V width of values, R queries and E keys of a tile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def products(
     config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
     dscores: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradients of a tile: dq [R, K], and the contributions to dk and dv [K, E], all float32.
+    """The gradients of a tile: dq [R, K], and the contributions to dk [K, E] and dv [V, E], all float32.
 
     The keys are the last axis of dk and dv. A matmul with a result [E, K] takes four times as long on a CPU, and would
     transpose the larger factor on a TPU.

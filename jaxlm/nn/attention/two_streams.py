@@ -28,7 +28,8 @@ Kind = Literal["permuted", "left_to_right", "bidirectional"]
 the position after token t. ``bidirectional``: only the content stream, without a causal mask."""
 
 _MEMORY_ORDER = -(2**30)
-"""The order of all memory slots: lower than the order of any token. Differences from it do not overflow int32."""
+"""The order of all memory slots if there is a factorization order: lower than the order of any token. Differences from
+this number do not overflow int32."""
 
 
 @struct.dataclass
@@ -76,9 +77,9 @@ def make_streams(
         state: a state as in ``memory.memory_specs``, with ``token_types`` [B, M]; None: there is no memory, and S = T.
         segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. Default: one document.
         token_types: [B, T] integers, or None.
-        right_to_left: [B] bool, True for rows whose positions are negated.
-        order: [B, T] integers, the factorization order, for ``kind="permuted"``.
-        targets: [B, P] integers, the positions to predict, for ``kind="permuted"``.
+        right_to_left: [B] bool, True for rows whose positions are negated; None: no rows.
+        order: [B, T] integers, the factorization order. Required for ``kind="permuted"``; None for other kinds.
+        targets: [B, P] integers, the positions to predict. Required for ``kind="permuted"``; not used for other kinds.
     """
     B, T = tokens_BT.shape
     is_causal = kind != "bidirectional"

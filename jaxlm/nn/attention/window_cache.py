@@ -57,16 +57,17 @@ class Context:
 def make_context(
     tokens_BT: jax.Array, state: State | None, start_BT: jax.Array | None, keep_BT: jax.Array | None, window: int
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start``.
+    """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start`` (None
+    without a state).
 
     Args:
         state: a dict with ``num_tokens`` and ``document_start``; other entries are returned unchanged. None: no
             earlier tokens.
         start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``). None:
             each row is one document without padding; ``state`` must then be None too.
-        keep_BT: False at padding. Without a state, no padding may be between two tokens of a document, because the
-            window would count it. The indices from ``jaxlm.nn.convolution.window.real_first_indices`` move padding to
-            the end of the rows.
+        keep_BT: False at padding. None has the meaning of ``start_BT=None``. Without a state, no padding may be between
+            two tokens of a document, because the window would count it. The indices from
+            ``jaxlm.nn.convolution.window.real_first_indices`` move padding to the end of the rows.
         window: number of tokens that a token attends to, itself included.
     """
     B, T = tokens_BT.shape

@@ -29,7 +29,7 @@ BLOCK = 32
 def depthwise_convolution_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight`` [K, C] and ``bias`` [C]; ``axes`` contains the logical name of C.
+    """Specs of ``weight`` [K, C] and, if ``bias`` is True, ``bias`` [C]; ``axes`` contains the logical name of C.
 
     Example:
         >>> depthwise_convolution_specs((4, 64), ("mlp",), Normal(0.02))["weight"].axes
@@ -60,8 +60,8 @@ def depthwise_convolution(
             otherwise ``reference``.
 
     Raises:
-        ValueError: weights that do not match the input, an input that is shorter than one window, segments for
-            ``reference``, or an unknown implementation.
+        ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,
+            segments for ``reference``, or an unknown implementation.
     """
     if implementation is None:
         implementation = choices.depthwise_convolution(segment_ids)
@@ -154,8 +154,8 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
     """The gradient of the weights: for each tap, the sum over rows and time of inputs times output gradients, [K, C]
     float32.
 
-    On a CPU, the gradient is summed over blocks of time, because one sum per tap over the whole input would read the
-    input once per tap. The steps at both ends that do not fill a block are summed without blocks.
+    On a single CPU device, the gradient is summed over blocks of time, because one sum per tap over the whole input
+    would read the input once per tap. The steps at both ends that do not fill a block are summed without blocks.
     """
     min_offset, max_offset = min(taps.offsets), max(taps.offsets)
     begin = min(max(0, -min_offset), taps.count)

@@ -18,8 +18,9 @@ from jaxlm.spec import ArraySpec, Initializer, Params
 def convolution_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight`` [K, C, D...] and ``bias`` [D...], with one or more output axes D; ``axes`` are the
-    logical names of C and D.
+    """Specs of ``weight`` [K, C, D...] and, if ``bias`` is True, ``bias`` [D...], with one or more output axes D.
+
+    ``axes`` are the logical names of C and D.
 
     Example:
         >>> convolution_specs((3, 64, 128), ("embed", "mlp"), Normal(0.02))["weight"].axes

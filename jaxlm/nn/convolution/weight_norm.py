@@ -13,8 +13,8 @@ from jaxlm.spec import ArraySpec, Constant, Normal, Params
 def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
     """Specs with ``direction`` and ``gain`` (one per output) instead of ``weight``.
 
-    The gain is initialized with the expected L2 norm of a direction with Gaussian entries, so that the initial weight
-    has the same scale as without weight normalisation.
+    The gain is initialized with the root mean square of the L2 norm of a direction with Gaussian entries, so that the
+    initial weight has about the same scale as without weight normalisation.
 
     Args:
         specs: from ``linear_specs`` or ``convolution_specs``.

@@ -117,7 +117,7 @@ class Stream:
 
 
 def past_specs(batch: int, tail_length: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``tail_length`` real tokens.
+    """Spec of the segment ids of the last ``tail_length`` real tokens, but at least one.
 
     Like the tails, these ids are part of the state of a model. An id of 0 means that no token was read yet.
     """
@@ -153,7 +153,8 @@ def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def restore_order(stream: Stream, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The hidden states in the original order of the tokens, and the ``past`` for the next call."""
+    """The hidden states in the original order of the tokens, and the ``past`` for the next call (None without a
+    state)."""
     past = stream.past
     if past is not None:
         past = _last_real(jnp.concatenate([past, stream.segment_ids], axis=1), stream.count_B, past.shape[1])
@@ -209,7 +210,7 @@ def pad_to_length(
         which is False for a row with several documents.
 
     Raises:
-        ValueError: there are more tokens than ``length``.
+        ValueError: there are more tokens than ``length``, padding included.
     """
     T = tokens_BT.shape[1]
     if length < T:

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router selects a few SwiGLU MLPs (experts) for each token and adds their weighted outputs.
+"""Mixture of experts: a router selects a few SwiGLU MLPs (experts) for each token; their weighted outputs are added.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert.
 """
@@ -78,8 +78,8 @@ def mixture_of_experts(
             - ``blocks``: tokens sorted by expert, and a loop over blocks of tokens that have the same expert.
 
     Raises:
-        ValueError: an argument is out of range or unknown, or ``capacity_factor`` and ``implementation`` are both
-            given.
+        ValueError: ``num_selected`` is not in [1, E], ``implementation`` is unknown, ``capacity_factor`` is not
+            positive, or ``capacity_factor`` and ``implementation`` are both given.
     """
     num_experts = params["router"]["weight"].shape[1]
     if not 1 <= num_selected <= num_experts:

@@ -26,10 +26,10 @@ def with_capacity(
 ) -> jax.Array:
     """The weighted sum of the outputs of the experts that accepted the token, [B, T, D].
 
-    In each row, an expert accepts at most ``factor * (tokens of the row) * N / E`` tokens, rounded up. Earlier tokens
-    have priority, so the result for a token depends on the number of later tokens, but not on their values. An expert
-    that did not accept a token adds 0 to the token's output. If no expert accepts a token, its output is 0, and only
-    the residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
+    In each row, an expert accepts at most ``factor * (real tokens of the row) * N / E`` tokens, rounded up. Earlier
+    tokens have priority, so the result for a token depends on the number of later tokens, but not on their values. An
+    expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, its output is 0, and
+    only the residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
     limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
@@ -58,7 +58,8 @@ def with_capacity(
 
 
 def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
-    """The outputs of the experts: expert e processes its slots ``x[:, e]``. Both resharding steps are all-to-alls."""
+    """The outputs of the experts: expert e processes its slots ``x[:, e]``. If one
+    mesh axis splits the batch and the experts, both resharding steps are all-to-alls."""
     x_BECD = constrain(x_BECD, ("batch", None, None, "activation_embed"))
     x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
 

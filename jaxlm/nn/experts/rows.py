@@ -47,7 +47,7 @@ class Groups(NamedTuple):
         assignments: [P], the assignment in each slot; A for an empty slot.
         slots: [A], the slot of each assignment; P for an assignment without an expert.
         sizes: [E], the number of assignments of each expert.
-        block_experts: [P / S], the expert of each block.
+        block_experts: [P / S], the expert of each block; the last expert for empty blocks at the end.
     """
 
     assignments: jax.Array

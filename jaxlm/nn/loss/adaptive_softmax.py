@@ -9,7 +9,11 @@ Parameters (E_i width of cluster i, n_i number of its words, C number of cluster
 
     token_embedding [n_0, E_0] (d = 1: [V, E]), token_projection [E_0, D] (d = 1: only if E is not D)
     tails/cluster_i/embedding [n_i, E_i], tails/cluster_i/projection [E_i, D]                           (d > 1)
-    head/bias [n_0] (d = 1: [V]), head/cluster_weight [C, E_0], head/cluster_bias [C], head/tails/cluster_i/bias [n_i]
+    head/bias [n_0] (d = 1: [V]), head/cluster_weight [C, E_0], head/cluster_bias [C] (both only if C > 0)
+    head/tails/cluster_i/bias [n_i]                                                                     (d > 1)
+    head/projection [E_0, D]                                             (only if there is a token_projection)
+
+The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
 The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
 If the other projections or the tables are not tied, they are stored next to the biases as ``projection`` and
@@ -44,7 +48,8 @@ class Clusters:
         width: width of the vectors of the first cluster.
         model_width: width of the hidden states.
         divisor: factor by which each cluster is narrower than the cluster before it.
-        multiple: each table is padded to a multiple of this number of rows. The softmax does not read the padding.
+        multiple: each table and its bias are padded to a multiple of this number of rows. The softmax does not read the
+            padding.
 
     Raises:
         ValueError: the cutoffs do not ascend within the vocabulary, or a cluster has width 0.
@@ -74,7 +79,7 @@ class Clusters:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of the vectors of each cluster."""
+        """Width of the vectors of each cluster: ``width / divisor^i``, rounded down."""
         return tuple(self.width // self.divisor**i for i in range(len(self.ranges)))
 
     @property
@@ -174,7 +179,7 @@ def cross_entropy(
     A target outside the vocabulary gives NaN, unless its weight is 0.
 
     The logits of each cluster after the first are computed only at the positions whose target is in the cluster, which
-    saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``.
+    saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``.
     """
     targets_BT = embedding.widen_ids(targets_BT)
     head, *tails = _softmax_parameters(clusters, params)

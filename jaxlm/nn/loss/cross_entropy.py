@@ -20,8 +20,8 @@ Head = Callable[[Any, jax.Array], jax.Array]
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN.
 
-    With ``label_smoothing`` e, the target distribution is ``(1 - e) * one_hot(target) + e * uniform``. The uniform
-    distribution excludes padding rows of the vocabulary (Szegedy et al. 2016, section 7).
+    With ``label_smoothing`` e, the target distribution is ``(1 - e) * one_hot(target) + e * uniform`` (Szegedy et al.
+    2016, section 7). The uniform distribution excludes padding rows of the vocabulary.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

@@ -24,8 +24,8 @@ def selected_cross_entropy(
     """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is not 0.
 
     Positions with nonzero weight are sorted first, and a loop computes the loss of one block of these positions at a
-    time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must
-    read all leaves of ``params``.
+    time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``, not in
+    ``weights``; the head must read all leaves of ``params``.
 
     Returns:
         A float32 scalar, in nats.

@@ -25,14 +25,21 @@ Keras, Flax), so one matmul can serve all gates. ``before``: the state, before t
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. By default, weights are uniform in ``+- 1 / sqrt(width)``, as in torch."""
+    """The specs of one LSTM layer. By default, weights are uniform in ``+- 1 / sqrt(width)``, as in torch. The bias is
+    initially 0."""
     return _specs(4, inputs, width, init)
 
 
 def gru_specs(
     inputs: int, width: int, init: Initializer | None = None, *, reset: GRUReset = "after"
 ) -> dict[str, ArraySpec]:
-    """The specs of one GRU layer: gates r, z, n. ``bias_hidden`` [H] of gate n exists only if ``reset`` is "after"."""
+    """The specs of one GRU layer: gates r, z, n. ``bias_hidden`` [H] of gate n exists only if ``reset`` is "after".
+
+    By default, weights are initialized as in :func:`lstm_specs`.
+
+    Raises:
+        ValueError: an unknown ``reset``.
+    """
     _check_reset(reset)
     specs = _specs(3, inputs, width, init)
     return specs | ({"bias_hidden": ArraySpec((width,), ("norm",), ZEROS)} if reset == "after" else {})
@@ -78,7 +85,11 @@ def project_time_major(params: Params, x_BTD: jax.Array) -> jax.Array:
 
 
 def check_width(params: Params, x: jax.Array) -> None:
-    """Check that the last axis of ``x`` matches ``weight_input``."""
+    """Check that the last axis of ``x`` matches ``weight_input``.
+
+    Raises:
+        ValueError: the widths differ.
+    """
     width = params["weight_input"].shape[0]
     if x.shape[-1] != width:
         raise ValueError(f"the input has width {x.shape[-1]}, but weight_input needs width {width}")

@@ -1,4 +1,4 @@
-"""LSTM and GRU layers that run in chunks of time, with a custom gradient; the default of ``jaxlm.nn.recurrence``.
+"""LSTM and GRU layers that run in chunks of time, with a custom gradient; the default where ``pallas`` is not used.
 
 The forward pass of a chunk multiplies all its inputs with the weights in one matmul, then loops over its steps. The
 backward pass loops over the steps, then computes each weight gradient of the chunk in one matmul. So the matmuls are

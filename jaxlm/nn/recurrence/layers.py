@@ -64,7 +64,8 @@ def lstm(
         remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
 
     Raises:
-        ValueError: the shapes do not match, or the implementation does not support the arguments.
+        ValueError: the shapes do not match, there are no steps, or the implementation is unknown or does not support
+            the arguments.
     """
     _check(params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
@@ -76,7 +77,8 @@ def lstm(
 def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array) -> dict[str, jax.Array]:
     """The state of an LSTM layer after each token: ``hidden`` and ``cell``, [B, T, H] float32.
 
-    :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`.
+    :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`, but None is not
+    allowed. The state before the first token is 0.
     """
 
     def step(state: Any, inputs: Any) -> Any:
@@ -107,8 +109,9 @@ def gru(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
 
-    The arguments are as in :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. If the parameters
-    contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise before it.
+    The arguments and errors are as in :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. If the
+    parameters contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise
+    before it; ``pallas`` supports only the first case.
     """
     _check(params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":

@@ -5,7 +5,7 @@
     a_t = exp(-8 * softplus(lambda) * r_t)                      decay (eq. 3)
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)         state and output (eq. 4)
 
-The matrices ``W_a`` and ``W_x`` are block diagonal. Two details are from the authors' code. At the first step of a
+The matrices ``W_a`` and ``W_x`` are block diagonal. Two details are from the code of De et al. At the first step of a
 document, the previous state is 0 and the input scale is 1 instead of ``sqrt(1 - a_t^2)``. The derivative of the square
 root, which is infinite at ``a_t = 1``, is limited to 1000.
 
@@ -38,7 +38,7 @@ MAX_SQRT_SLOPE = 1000.0
 class DecayInit:
     """Initial ``lambda``, such that a^2 is uniform on [min_decay^2, max_decay^2), where a = exp(-softplus(lambda)).
 
-    This is the initialization in the authors' code. In the paper, a^8 is uniform on [0.9, 0.999].
+    This is the initialization in the code of De et al. In the paper, a^8 is uniform on [0.9, 0.999].
     """
 
     min_decay: float = 0.9
@@ -106,7 +106,8 @@ def rg_lru(
         implementation: see ``linear_scan``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, or an unknown implementation.
+        ValueError: shapes that do not match, an input without steps, or an implementation that is unknown or does not
+            support the arguments.
     """
     W = params["lambda"].shape[0]
     if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:

@@ -9,11 +9,11 @@
     h_t = o_t c_t / n_t                               hidden state and output (eq. 10)
 
 Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R_z h_{t-1}`` plus a bias. The matrices R
-are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the authors' code (the
-paper also allows an exponential).
+are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the code of Beck et
+al. (the paper also allows an exponential).
 
 At the first step of a document, the previous m counts as -inf, so that ``m_1 = log i_1``. All states of a new document
-are 0. As in the authors' code, ``n = 0`` identifies a new document, because n is at least 1 after each step.
+are 0. As in the code of Beck et al., ``n = 0`` identifies a new document, because n is at least 1 after each step.
 
 The implementation ``chunked`` runs the loop in chunks. Its forward pass saves the inputs and the state before each
 chunk. Its backward pass computes the steps of a chunk again, and the gradient of R in one matmul per chunk.
@@ -95,7 +95,7 @@ def slstm(
             the same loop with a custom gradient (see the module docstring).
 
     Raises:
-        ValueError: shapes that do not match, or an unknown implementation.
+        ValueError: shapes that do not match, an input without steps, a chunk below 1, or an unknown implementation.
 
     Example:
         >>> params = {"weight_hidden": jnp.zeros((1, 1, 4, 1)), "bias": jnp.zeros((1, 4, 1))}

@@ -195,9 +195,9 @@ def check_equal_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> Non
 def linear_attention_step(
     query_BGK: jax.Array, key_BGK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for use in a decoding loop.
+    """The output of one step [B, H, V] in the dtype of the value, and the new state [B, H, K, V] float32.
 
-    ``log_decay`` is [B, H] or [B, H, K].
+    It is for use in a decoding loop. ``log_decay`` is [B, H] or [B, H, K].
     """
     log_BHE = log_decay.astype(jnp.float32)
     return _step(state_BHKV, query_BGK, key_BGK, value_BHV, log_BHE[..., None] if log_decay.ndim == 2 else log_BHE)

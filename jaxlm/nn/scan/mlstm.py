@@ -9,8 +9,8 @@
 
 C, n and m of a new document are 0. The paper writes the transposed C. Without the stabilizer, the states are
 ``exp(m) * C`` and ``exp(m) * n``, which can overflow, because the input gate has no upper bound. The stabilizer scales
-them, and the output stays the same, except that ``epsilon`` is not scaled. The authors' code has ``epsilon``; the paper
-does not.
+them, and the output stays the same, except that ``epsilon`` is not scaled. The code of Beck et al. has ``epsilon``;
+the paper does not.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values (W = V + 1).
 """

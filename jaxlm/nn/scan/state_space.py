@@ -46,7 +46,7 @@ def ssd(
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
     Raises:
-        ValueError: shapes that do not match, or an error of ``linear_attention``.
+        ValueError: shapes that do not match, or an error that ``linear_attention`` raises (see there).
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))

@@ -9,7 +9,7 @@ the input is not used afterwards. ``chunked`` loops over chunks of time and comp
 log2(CHUNK) rounds. This is faster on accelerators, because there the number of sequential operations matters more than
 their size. ``pallas`` is a TPU kernel (``jaxlm.nn.scan.pallas``) that reads and writes each array once. All three have
 a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). The backward pass
-needs only the decay and the states.
+needs only the decay and the states. ``reference`` is a ``lax.scan`` with the gradient of autodiff.
 
 Shapes: B batch, T time, D channels, L steps of a chunk.
 """
@@ -59,13 +59,15 @@ def linear_scan(
         reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
             the state at step 0.
         implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
-            or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU, otherwise ``chunked``.
+            or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments,
+            otherwise ``chunked``.
             ``sequential`` and ``chunked`` support forward-over-reverse second derivatives. ``pallas`` supports no
             second derivatives. Reverse-over-reverse derivatives need ``reference``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, an unknown implementation, or ``pallas`` on
-            another platform than a TPU or for another dtype than float32 and bfloat16.
+        ValueError: shapes that do not match, an input without steps or with an integer dtype, an unknown
+            implementation, or ``pallas`` on another platform than a TPU, for another dtype than float32 and bfloat16,
+            or without rows.
 
     Example:
         >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
