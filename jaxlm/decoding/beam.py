@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.decoding.config import EarlyStopping
+from jaxlm.decoding.config import EarlyStopping, check_early_stopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
@@ -76,8 +76,7 @@ class BeamConfig:
             raise ValueError(f"num_beams={self.num_beams} must be at least 1")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
+        check_early_stopping(self.early_stopping)
 
 
 def beam_search(

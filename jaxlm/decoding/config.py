@@ -16,6 +16,12 @@ FILE = "generation_config.json"
 EarlyStopping = bool | Literal["never"]
 
 
+def check_early_stopping(value: EarlyStopping) -> None:
+    """Raise ``ValueError`` if the value is not True, False or "never". Other values that equal True are refused."""
+    if not isinstance(value, bool) and value != "never":
+        raise ValueError(f"early_stopping={value!r} must be True, False or 'never'")
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
     """Settings of text generation. Hashable.
@@ -76,8 +82,8 @@ class GenerationConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(f"give max_new_tokens={self.max_new_tokens} or max_length={self.max_length}, not both")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping not in (None, "never"):
-            raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
+        if self.early_stopping is not None:
+            check_early_stopping(self.early_stopping)
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         if self.num_beams == 1 and self.length_penalty not in (None, 1.0):

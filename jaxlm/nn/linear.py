@@ -43,9 +43,7 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     The parameters are cast to the dtype of ``x``, which is also the dtype of the result.
     """
     weight = params["weight"].astype(x.dtype)
-    num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
-    use_custom_vjp = num_outputs >= num_inputs or choices.separate_weight_gradient()
-    y = _product_with_custom_vjp(x, weight, num_input_axes) if use_custom_vjp else _product(x, weight, num_input_axes)
+    y = _product_with_custom_vjp(x, weight, num_input_axes)
     if "bias" not in params:
         return y
     bias = params["bias"]
@@ -87,11 +85,6 @@ def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 
 
-def _num_inputs_and_outputs(weight: jax.Array, num_input_axes: int) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a weight."""
-    return math.prod(weight.shape[:num_input_axes]), math.prod(weight.shape[num_input_axes:])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     """The product, with a weight gradient that is fast on a CPU.
@@ -114,8 +107,7 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     rows = tuple(range(x.ndim - num_input_axes))
     outputs = tuple(range(len(rows), dy.ndim))
     dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
-    num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
-    outputs_first = num_outputs < num_inputs
+    outputs_first = math.prod(weight.shape[num_input_axes:]) < math.prod(weight.shape[:num_input_axes])
     left, right = (dy, x) if outputs_first else (x, dy)
     dweight = lax.dot_general(left, right, ((rows, rows), ((), ())))
     if choices.separate_weight_gradient():
