@@ -73,6 +73,7 @@ class Machine(Implementation):
     def _write(self, directory: str, name: str, quick: bool, batch: int | None, length: int | None) -> dict[str, Any]:
         jax = jax_exact()
         import jaxlm
+        from jaxlm.objectives import objective
         from jaxlm.plan import flops
 
         model = complete_models.build(name, quick=quick)
@@ -96,7 +97,8 @@ class Machine(Implementation):
             data = complete_models.example(model, *complete_models.sizes(model, quick, batch, length))
             complete_models.save(data, directory)
             flop_count = flops.training_flops(model, *data.tokens.shape) if data.target_positions is None else None
-            flop_count = flop_count or complete_models.counted_flops(model, data)
+            loss = objective(model.task).loss
+            flop_count = flop_count or flops.counted_training_flops(model, loss, data)
             properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
             properties |= {"training_flops": flop_count.amount, "formula": flop_count.formula}
         return properties

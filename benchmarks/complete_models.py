@@ -72,18 +72,6 @@ def num_decoding_parameters(model: Any) -> int:
     return flops.matmul_parameters(model, decoding=True)
 
 
-def counted_flops(model: Any, batch: Any) -> Any:
-    """FLOPs of a training step: three times the forward pass of ``without_recomputation(model)``."""
-    from jaxlm import spec
-    from jaxlm.objectives import objective
-    from jaxlm.plan import flops
-    from jaxlm.plan.program import without_recomputation
-
-    model, loss = without_recomputation(model), objective(model.task).loss
-    forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
-    return flops.Flops(3 * forward.amount, "3 * dots and convolutions of the forward pass (head: predicted positions)")
-
-
 def example(model: Any, batch: int, length: int) -> Any:
     """A batch of random tokens for the objective of the model, created with ``jaxlm.objectives``."""
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq

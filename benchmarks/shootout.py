@@ -138,7 +138,7 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     from experiments.families import RECIPES
     from jaxlm.objectives import causal
-    from jaxlm.plan.flops import counted_flops
+    from jaxlm.plan.flops import counted_training_flops
     from jaxlm.training.optimizer import make_optimizer
     from jaxlm.training.trainer import Trainer
 
@@ -172,14 +172,13 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     def flops(name: str) -> Callable[[Any], float]:
         def count(model: Any) -> float:
-            changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
-            without_remat = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
-            trainer = make_trainer(name, without_remat)
+            trainer = make_trainer(name, model)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
             reset = None if trainer.carry_size is None else jax.ShapeDtypeStruct((B,), "bool")
             batch = causal.Batch(window, window, weights, reset=reset)
-            return counted_flops(trainer.step, trainer.abstract(), batch).amount / (B * T)
+            model_state = trainer.abstract().model_state
+            return counted_training_flops(model, trainer.loss, batch, model_state).amount / (B * T)
 
         return count
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 DEBUG = "--debug"
 INTERRUPTED, BROKEN_PIPE = 130, 141
 MAX_MESSAGE_LENGTH = 2000
-"""Maximum length of a message in characters. The middle of a longer message is left out."""
+"""A message with more characters than this number is printed without its middle."""
 
 _USER_ERRORS = (
     ValueError, ImportError, RecursionError, OverflowError, SafetensorError, EOFError, zlib.error, FileNotFoundError,
@@ -100,7 +100,7 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: the initial config, changed by all other options.
+        config: ``initial``, changed by all options except ``--preset``, ``--resume`` and ``--recipe``.
         initial: the config that ``--preset`` or ``--resume`` selects, with the optimizer that ``--recipe`` selects.
         recipe: the name that ``--recipe`` selects, or None.
         resume: the run directory to resume, or None.
@@ -124,8 +124,8 @@ def parse_experiment(
     """The options of an experiment, from the command line.
 
     ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces its optimizer.
-    Options such as ``--model.num-layers 6`` change its fields. ``--seed N`` is the same as ``--training.seed N``.
-    ``--help`` lists all options.
+    Options such as ``--optimizer.learning-rate 5e-4`` change its fields. ``--seed N`` is the same as
+    ``--training.seed N``. ``--help`` lists all options.
 
     Args:
         default: the initial config without ``--preset`` and ``--resume``.
@@ -270,7 +270,9 @@ def _is_unknown_encoding(error: BaseException) -> bool:
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Check that ``path`` is None, or not a directory and in an existing directory. Permissions are not checked.
+    """Check that ``path`` is not a directory and that its parent directory exists. None is valid.
+
+    Permissions are not checked.
 
     Call it before the content of the file is computed.
 

@@ -1,5 +1,5 @@
-"""Sharding: maps logical axis names to mesh axes. Other files use a mesh only to make it, to read its size, or to pass
-it to ``shard_map``.
+"""Sharding: maps logical axis names to mesh axes. Other files only create a mesh, read its size, or pass it to
+``shard_map``.
 
 Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
 axes split each logical axis. Data, tensor, sequence and expert parallelism and fully sharded parameters are five such
@@ -65,8 +65,9 @@ class Rules:
             if logical == "expert_batch":
                 raise ValueError("expert_batch has no rule of its own: it follows from the rules of batch and expert")
             if logical not in LOGICAL_AXES:
-                hint = _closest(logical, LOGICAL_AXES)
-                raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(LOGICAL_AXES)}")
+                known = [name for name in LOGICAL_AXES if name != "expert_batch"]
+                hint = _closest(logical, known)
+                raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(known)}")
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
     def __or__(self, other: Rules) -> Rules:
@@ -314,13 +315,19 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """The ``jax.Device.device_kind`` that JAX compiles for, for example ``TPU v5 lite``."""
+    """The ``jax.Device.device_kind`` of the device that :func:`platform` describes, for example ``TPU v5 lite``."""
     return _device().device_kind
 
 
 def _device() -> jax.Device:
     sharding = _active.get()
-    return jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    if sharding is not None:
+        return sharding.mesh.devices.flat[0]
+    # A device, the name of a platform, or None.
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is None or isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxlm import cli, devices
+from jaxlm import cli, devices, spec
 from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
 from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
@@ -329,22 +329,34 @@ def test_attention_flops_count_the_window():
     assert part == whole / 2 + 12 * width * T * 8 * (1 - 8 / 128)
 
 
+def abstract_batch(model, rows, tokens):
+    return program.abstract_batch(model, rows, tokens, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
+
+
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "mixtral-tiny", "bert-tiny", "roberta-tiny"])
 def test_the_flops_formula_agrees_with_the_counted_flops(name):
     """Only the formula omits the masked half of causal attention, and only its N includes biases and norms."""
     model = tiny_model(name)
     B, T = 4, 48
     formula = flops.training_flops(model, B, T)
-    update = make_optimizer(OptimizerConfig(), model.specs, 1000)
-    data = program.abstract_batch(model, B, T, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
-    trainer = Trainer(model, update, objective(model.task).loss)
-    counted = program._count_flops(trainer, trainer.abstract(), data).amount
+    counted = flops.counted_training_flops(model, objective(model.task).loss, abstract_batch(model, B, T)).amount
     cfg = model.config
     attention = 12 * cfg.num_layers * cfg.embed_dim * T * B * T
     if "causal half" in formula.formula:
         counted -= attention / 2
     assert formula.amount == pytest.approx(counted, rel=0.06)
     assert attention > 0.15 * formula.amount  # large enough for the test to detect an error in it
+
+
+@pytest.mark.parametrize(("name", "recomputes"), [("mamba2-tiny", True), ("griffin-tiny", False)])
+def test_training_flops_do_not_contain_the_recomputation_of_chunks(name, recomputes):
+    """The backward pass of Mamba-2 recomputes products of the chunks. That of Griffin recomputes no product."""
+    model = flops.without_recomputation(tiny_model(name))
+    batch = abstract_batch(model, 2, 64)
+    gradient = jax.value_and_grad(lambda params, batch: causal.loss(model, params, batch)[0])
+    step = flops.counted_flops(gradient, spec.abstract(model.specs), batch).amount
+    ratio = step / flops.counted_training_flops(model, causal.loss, batch).amount
+    assert ratio > 1.05 if recomputes else ratio == pytest.approx(1, rel=0.01)
 
 
 def test_the_token_embedding_counts_only_as_output_head():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxlm import sharding
 from jaxlm.sharding import (
     DATA_PARALLEL,
     DEFAULT_RULES,
@@ -30,6 +31,17 @@ def test_rules_map_logical_axes_to_mesh_axes():
     assert DEFAULT_RULES.partition(("batch", "mlp"), make_mesh("data=8")) == P("data", None)
 
 
+def test_the_platform_is_that_of_the_mesh_or_of_the_default_device():
+    cpu, other = jax.devices()[0], jax.devices()[3]
+    assert sharding._device() is cpu
+    for default in (other, "cpu"):
+        with jax.default_device(default):
+            assert sharding._device() is (other if default is other else cpu)
+            with Sharding(make_mesh("data=8")).scope():
+                assert sharding._device() is cpu
+    assert sharding.platform() == "cpu"
+
+
 def test_the_batch_of_experts_is_split_over_the_other_mesh_axes_of_the_batch():
     mesh = make_mesh("data=2,fsdp=2,expert=2")
     assert DEFAULT_RULES.partition(("batch", None), mesh) == P(("data", "fsdp", "expert"), None)
@@ -38,6 +50,9 @@ def test_the_batch_of_experts_is_split_over_the_other_mesh_axes_of_the_batch():
     assert DATA_PARALLEL.partition(("expert_batch", "expert"), mesh) == P("data", None)
     with pytest.raises(ValueError, match="expert_batch has no rule of its own"):
         Rules.of(expert_batch="data")
+    with pytest.raises(ValueError, match="no logical axis is called 'expert_batc': did you mean") as error:
+        Rules.of(expert_batc="data")
+    assert "expert_batch" not in str(error.value).split("called 'expert_batc'")[1]
 
 
 def test_error_for_two_logical_axes_on_one_mesh_axis():

@@ -35,8 +35,8 @@ def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
     """For each case, model and width, the planned runs with the learning rate that has the most runs.
 
-    If several rates have the most runs, the rate with the highest validation accuracy is used. After all runs, it is
-    the learning rate that validation selected.
+    If several rates have the most runs, the rate with the highest validation accuracy is used. When all runs of the
+    experiment are done, this is the learning rate that validation selected.
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in planned(experiment, results):
@@ -96,7 +96,7 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         covered = itertools.product(experiment.cases, experiment.models, plan.widths)
         missing = sorted({key[1] for key in covered if claim.covers(*key) and key not in runs})
         if missing and ours:
-            agrees += f" (not all cases of {', '.join(missing)} are measured)"
+            agrees += f" (not all cases and widths of {', '.join(missing)} are measured)"
         limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
@@ -209,7 +209,8 @@ def write(
 
     Args:
         results: the results of each experiment that was run.
-        experiments: the experiments with the plans of these results.
+        experiments: the experiments of the page. Results that differ from the cases, models, widths, layers or steps of
+            their experiment are left out.
     """
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -227,6 +228,7 @@ def write(
         if not runs:
             continue
         path = pictures / f"laboratory_{name}.png"
+        path.unlink(missing_ok=True)
         if experiment.chart is Chart.LEARNING_RATES:
             draw_learning_rates(experiment, results[name], path)
         elif experiment.chart is Chart.CASES:

@@ -20,7 +20,7 @@ from experiments.laboratory.models import model_of
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, Loss, token_accuracy, token_loss
-from jaxlm.plan.flops import counted_flops
+from jaxlm.plan.flops import counted_training_flops
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.mup import mup
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -204,9 +204,9 @@ class Training:
 
     @functools.cached_property
     def _flops_of_step(self) -> float:
-        """FLOPs of an update, counted in the trace of the training step."""
+        """FLOPs of an update."""
         batch = self._adapt_batch(self._case.training(np.random.default_rng(0)))
-        return counted_flops(self._trainer.step, self._trainer.abstract(), batch).amount
+        return counted_training_flops(self._model, self._trainer.loss, batch).amount
 
 
 def _machine() -> str:

@@ -1,6 +1,7 @@
 """Descriptions of Debian packages as a summarization task (description -> synopsis).
 
-Every Debian system has the data. This command writes the data to a file:
+A Debian system has the data after ``apt-get update``. Container images of Debian lack it, because they set
+``Acquire::Languages`` to "none". This command writes the data to a file:
 
     apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
 """
@@ -125,11 +126,14 @@ def project(package: str) -> str:
 def read_descriptions(path: str | Path) -> Examples:
     """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions.
 
-    The file contains Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
-    ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``text``,
-    ``summary`` and, optionally, ``package``. Files may be compressed (``.gz``). ``rejected`` lists records without a
-    name, synopsis or long description and repeated packages, each with the number of its first line. For ``.jsonl``, it
-    lists invalid lines, and repeated packages are kept.
+    The file contains Debian's control records, such as the output of ``apt-cache show`` or the file ``Translation-en``
+    of an archive. The ``Packages`` files of Debian have only synopses.
+
+    A ``.jsonl`` file has one object per line with the keys ``text``,
+    ``summary`` and, optionally, ``package``. If the first object has a ``package``, every object needs one. Otherwise,
+    ``package`` is not read. Files may be compressed (``.gz``). ``rejected`` lists records without a
+    name, synopsis or long description, and repeated packages, each with the number of its first line. For ``.jsonl``,
+    it lists invalid lines, and repeated packages are kept.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -172,8 +176,9 @@ def _read_records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]
         if not line.strip():
             if record:
                 yield first_line, record
-            record = {}
+            record, field = {}, ""
         elif line.startswith((" ", "\t")):
+            first_line = first_line if record else number
             record.setdefault(field, []).append(line[1:].rstrip())
         else:
             first_line = first_line if record else number

@@ -20,7 +20,7 @@ from jaxlm.data.examples import Example, Examples, Rejected
 T = TypeVar("T")
 
 _SKIPPED_DIRECTORIES = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
-"""Directories that are not read, because they have tests or copies of other packages."""
+"""Directories that are not read, because they have tests, copies of other packages or bytecode."""
 _SECTION_NAMES = "args|arguments|parameters|returns|raises|notes?|examples?"
 _SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
 
@@ -37,10 +37,11 @@ def docstrings(
     """Examples ``{"text", "summary", "package", "name"}`` from docstrings of modules, classes and functions.
 
     ``summary`` is the first paragraph of the docstring. ``text`` has the following paragraphs up to a section such as
-    ``Args:`` or a doctest. ``package`` is the top-level package, and ``name`` the qualified name. Examples are in the
-    order of packages, files and lines. Repeated texts and repeated summaries are removed. Directories with tests and
-    copied packages are skipped. ``rejected`` lists the files that this version of Python cannot parse, each with its
-    number in reading order and the reason.
+    ``Args:`` or a doctest. ``package`` is the top-level package, or the module if it is in no package. ``name`` is the
+    name of the class or function within its module, such as ``Box.open``; it is "module" for the docstring of a module.
+    Examples are in the order of packages, files and lines. Repeated texts and repeated summaries are removed.
+    Directories with tests and copied packages are skipped. ``rejected`` lists the files that this version of Python
+    cannot parse, each with its number in reading order and the reason.
 
     Args:
         directories: directories whose entries are packages or modules. None: the standard library and the installed
@@ -83,7 +84,7 @@ def docstrings(
         rows += _evenly_spaced(package_rows, max_per_package)
     if not rows:
         raise ValueError("no docstring with a summary and a text was found: pass other directories or wider limits")
-    return Examples(rows, "docstrings of the installed packages", tuple(rejected))
+    return Examples(rows, "the docstrings", tuple(rejected))
 
 
 def _package_files(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
@@ -130,7 +131,10 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """The text and the summary of a docstring. None: the docstring has no text, or begins with a section or a symbol.
+    """The text and the summary of a docstring.
+
+    None: the docstring has no text; or its first paragraph is a section, has three of the characters
+    ``-=~^*`` in a row, or does not begin with an ASCII letter or a backquote.
 
     The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text is the paragraphs
     after the summary, up to the first section (``Args:``, or ``Parameters`` with a line of dashes), field list

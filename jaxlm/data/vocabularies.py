@@ -111,9 +111,9 @@ def train_tokenizer(
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
-        ValueError: there are no texts (for unigram: or only empty texts), the kind or template is unknown,
-            ``min_frequency`` is invalid, or ``vocab_size`` is too small for the special tokens and one entry (for
-            subwords: the 256 bytes).
+        ValueError: there are no texts (for unigram: or only texts of white space and special tokens), the kind or
+            template is unknown, ``min_frequency`` is invalid, or ``vocab_size`` is too small for the special tokens and
+            one entry (for subwords: the 256 bytes).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
@@ -190,7 +190,8 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
 
     Raises:
         TypeError: a text is not a string.
-        ValueError: there are no texts; or all are empty, which a unigram model does not support.
+        ValueError: there are no texts; or all have only white space and special tokens, which a unigram model does not
+            support.
     """
     position, is_empty = -1, True
     special_pattern = re.compile("|".join(map(re.escape, specials)))
@@ -203,7 +204,9 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
     if position < 0:
         raise ValueError("there are no texts to train a tokenizer on: pass at least one")
     if is_empty and kind == "unigram":
-        raise ValueError("all texts are empty: a unigram model needs at least one character")
+        raise ValueError(
+            "all texts have only white space and special tokens: a unigram model needs at least one other character"
+        )
 
 
 def _subword_backend(

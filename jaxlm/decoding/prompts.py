@@ -96,7 +96,12 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
         raise ValueError("this is not a state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
     for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
         axis = want.axes.index("batch")
-        if leaf.ndim != len(want.shape) or leaf.shape[axis] != batch:
+        if leaf.ndim != len(want.shape):
+            raise ValueError(
+                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but must have {len(want.shape)} axes: "
+                "make the state with model.init_state or by reading a prefix"
+            )
+        if leaf.shape[axis] != batch:
             raise ValueError(
                 f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make "
                 f"a state with {batch} rows"

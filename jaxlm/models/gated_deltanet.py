@@ -44,7 +44,8 @@ class Config(experts.ExpertsConfig):
     vocab_size: int = 151936
     """Number of token ids."""
     max_positions: int | None = 32768
-    """Maximum length of a sequence; None: no limit. No parameter depends on this field."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field. With dynamic rotary
+    scaling, the frequencies depend on it."""
     num_layers: int = 48
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("delta_rule", "delta_rule", "delta_rule", "attention")

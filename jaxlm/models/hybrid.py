@@ -40,7 +40,8 @@ class AttentionConfig(common.TransformerConfig):
     rotary_scaling: RotaryScaling | None = None
     """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
     max_positions: int | None = None
-    """Maximum length of a sequence; None: no limit. No parameter depends on this field."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field. With dynamic rotary
+    scaling, the frequencies depend on it."""
     attention_implementation: Implementation | None = None
     """Name of the attention implementation; None selects one for the device and the shapes."""
 
@@ -114,13 +115,13 @@ class Multipliers:
     mixer_input: float = 1.0
     """Multiplier of the input of a Mamba-2 mixer."""
     z: float = 1.0
-    """Multiplier of the gate z of a mixer."""
+    """Multiplier of the gate z of a mixer, before the activation."""
     x: float = 1.0
-    """Multiplier of the input x of the state space model."""
+    """Multiplier of the input x of the state space model, before the convolution."""
     B: float = 1.0
-    """Multiplier of the input weights B of the state space model."""
+    """Multiplier of the input weights B of the state space model, before the convolution."""
     C: float = 1.0
-    """Multiplier of the output weights C of the state space model."""
+    """Multiplier of the output weights C of the state space model, before the convolution."""
     dt: float = 1.0
     """Multiplier of the step sizes dt, before softplus."""
     mixer_output: float = 1.0
@@ -141,8 +142,8 @@ def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
     """The parameters with all multipliers folded into the weights, except the multiplier of the logits.
 
     The multiplier of the logits (``head``) is not folded, because the head may be the token table. The embedding
-    multiplier scales the token table. Each other multiplier applies to the input or to the output of a linear layer.
-    Both scale the weight of this layer; a multiplier of the output also scales the bias.
+    multiplier scales the token table. Each other multiplier applies to the input or to the output of a linear layer. A
+    multiplier of the input scales the weight of this layer. A multiplier of the output scales the weight and the bias.
     """
 
     def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:

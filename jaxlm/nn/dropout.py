@@ -15,7 +15,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """``x`` with each entry set to zero with probability ``rate`` and all other entries divided by ``1 - rate``.
 
     If ``key`` is None or ``rate`` is 0, ``x`` is returned unchanged.
+
+    Raises:
+        ValueError: ``rate`` is not in [0, 1).
     """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"rate={rate} must be in [0, 1)")
     if key is None or rate == 0.0:
         return x
     return jnp.where(keep_mask(key, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))

@@ -16,6 +16,7 @@ from jax.extend import core as jax_core
 
 from jaxlm import spec
 from jaxlm.models import Model, llama
+from jaxlm.objectives.batch import Batch, Loss
 
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
@@ -118,6 +119,34 @@ def active_fraction_of_experts(model: Model) -> float:
     return model.config.experts_per_token / num_experts if num_experts else 1.0
 
 
+def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = None) -> Flops:
+    """FLOPs of a training step, three times the counted FLOPs of its loss.
+
+    The backward pass has two products for each product of the forward pass. It is not counted itself, because chunked
+    scans recompute their chunks there. For the same reason, the loss is counted with :func:`without_recomputation`.
+
+    Args:
+        batch: a batch of arrays or of ``jax.ShapeDtypeStruct``.
+        state: the carried state of the model, or None.
+    """
+    model = without_recomputation(model)
+    forward = counted_flops(
+        lambda params, batch, state: loss(model, params, batch, state=state), spec.abstract(model.specs), batch, state
+    )
+    return Flops(3 * forward.amount, "3 * dots and convolutions of the loss (causal attention is not halved)")
+
+
+def without_recomputation(model: Model) -> Model:
+    """The same model without remat, with reference attention and, if it has no capacity, with ``ragged_dot`` experts.
+
+    So counted FLOPs contain no recomputation of layers or of attention scores. With ``ragged_dot``, each expert
+    processes only the tokens that selected it. In a model with a capacity, each expert processes all its slots.
+    """
+    if getattr(model.config, "capacity_factor", None) is None:
+        model = model.with_fields(experts_implementation="ragged_dot")
+    return model.with_fields(remat="none", attention_implementation="reference")
+
+
 def counted_flops(function: Any, *arguments: Any) -> Flops:
     """FLOPs of all dots, ragged dots and convolutions in the jaxpr of ``function``.
 
@@ -126,10 +155,7 @@ def counted_flops(function: Any, *arguments: Any) -> Flops:
     ``shard_map`` once per device. Elementwise operations are not counted.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
-    return Flops(
-        _count(jaxpr.jaxpr),
-        "dots and convolutions in the jaxpr of the step without remat (causal attention is not halved)",
-    )
+    return Flops(_count(jaxpr.jaxpr), "dots and convolutions in the jaxpr (causal attention is not halved)")
 
 
 def _count(jaxpr: Any) -> float:

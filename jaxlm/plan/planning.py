@@ -27,7 +27,8 @@ class Memory:
     Attributes:
         parts: bytes of the parameters, the optimizer state, the batch, ..., computed from their shapes.
         gradients: bytes of the gradients of all parameters, which are a part of ``temporaries``; 0 for decoding.
-        arguments: bytes of all ``parts`` together, including layout padding.
+        arguments: bytes of all arguments of the step, including layout padding: all ``parts``, and small arrays such as
+            the step number, the random key or the tokens to decode.
         temporaries: activations, gradients and all other arrays that exist only within a step.
         code: bytes of the compiled program.
         total: the sum that must fit into the device's memory: arguments, outputs that do not reuse donated arguments,
@@ -51,7 +52,8 @@ class CollectiveStats:
     Attributes:
         kind: such as ``all-reduce``.
         count: number of executions in a step, summed over all collectives of this kind.
-        bytes: bytes per device, summed over all executions.
+        bytes: size of the operands or of the result on one device, the larger of the two, summed over all executions.
+            It is not the number of bytes that a device sends.
         seconds: lower bound of the total time, which assumes that all links are used; None if the links are unknown.
     """
 
@@ -104,14 +106,17 @@ class Plan:
     """The estimates for a step that has not run.
 
     Attributes:
-        fits: whether the step fits into the memory of the device, or the memory is unknown. If it does not fit,
+        objective: what is trained or decoded, as a text.
+        tokens: number of tokens that a step reads (training) or generates (decoding).
+        flops: model FLOPs of a step, summed over all devices; ``flops_formula`` describes how they are counted.
+        fits: True if the step fits into the memory of the device, or if the memory of the device is unknown. If False,
             ``reason`` gives the numbers.
         memory: None if the compiler rejected the step because it does not fit. Then the plan has no
             estimates of the compiler.
         seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
             None if the cycles or the clock are unknown.
-        communication: seconds of the collectives, if all links are used and no collective overlaps computation; None if
-            the links are unknown.
+        communication: lower bound of the total seconds of the collectives, which assumes that all links are used; 0
+            without collectives; None if there are collectives and the links are unknown.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             ``seconds`` or the peak rate is unknown.
         mfu_with_communication: the MFU if the step takes ``seconds + communication``; None if one of them or the peak

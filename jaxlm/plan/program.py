@@ -135,7 +135,10 @@ def training_step(
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
     if flops is None:
-        flops = _count_flops(trainer, state, data)
+        model_state = jax.tree.map(_without_sharding, state.model_state)
+        flops = flops_lib.counted_training_flops(
+            model, trainer.loss, jax.tree.map(_without_sharding, data), model_state
+        )
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
     if carry_size is not None:
         parts["carried state"] = state.model_state
@@ -144,27 +147,12 @@ def training_step(
     return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
 
 
+def _without_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def _layout_note(model: Model) -> str:
     return ", scanned layers" if getattr(model.config, "scan_layers", False) else ""
-
-
-def without_recomputation(model: Model) -> Model:
-    """The same model without remat, with reference attention and, if it has no capacity, with ``ragged_dot`` experts.
-
-    So counted FLOPs contain no recomputation of layers or of attention scores. Chunked scans still recompute their
-    chunks in the backward pass. With ``ragged_dot``, each expert processes only the tokens that selected it. In a model
-    with a capacity, each expert processes all its slots.
-    """
-    if getattr(model.config, "capacity_factor", None) is None:
-        model = model.with_fields(experts_implementation="ragged_dot")
-    return model.with_fields(remat="none", attention_implementation="reference")
-
-
-def _count_flops(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
-    """FLOPs counted in the jaxpr of the same step without recomputation."""
-    plain = dataclasses.replace(trainer, model=without_recomputation(trainer.model), grad_accum_steps=1, sharding=None)
-    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
-    return flops_lib.counted_flops(plain.step, *unsharded)
 
 
 def decoding_step(

@@ -105,6 +105,14 @@ def test_packages_of_one_project_have_equal_project_names(packages):
     assert len({project(name) for name in packages}) == 1
 
 
+def test_an_indented_line_after_a_blank_line_does_not_continue_the_field_before(tmp_path):
+    path = tmp_path / "packages.txt"
+    path.write_text("Package: lid\nDescription: cover\n A cover.\n\n A line without a field.\n\nPackage: box\n")
+    examples = read_descriptions(path)
+    assert [example["package"] for example in examples] == ["lid"]
+    assert [rejected.line for rejected in examples.rejected] == [5, 7]
+
+
 def test_packages_of_different_projects_have_different_names():
     names = ("libreoffice-calc", "libreoffice-writer", "gcc-doc", "r-cran-abc", "r-cran-ggplot2", "python3", "perl-doc")
     assert len({project(name) for name in names}) == len(names)

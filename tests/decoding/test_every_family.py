@@ -115,6 +115,9 @@ def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
     three_row_state = decode_state(model, params, random_tokens(model, 3, 5), 9)
     with pytest.raises(ValueError, match=r"layers/0/key of the state is \[3, 9, 64\], but the prompts have 2 rows"):
         generate(model, params, PROMPTS, max_new_tokens=NUM_NEW, state=three_row_state)
+    flat_state = jax.tree.map(lambda leaf: leaf.reshape(-1), three_row_state)
+    with pytest.raises(ValueError, match=r"layers/0/key of the state is \[1728\], but must have 3 axes"):
+        generate(model, params, PROMPTS, max_new_tokens=NUM_NEW, state=flat_state)
     gpt, gpt_params = pair("gpt2-tiny")
     with pytest.raises(ValueError, match="this is not a state of the model"):
         generate(gpt, gpt_params, PROMPTS, max_new_tokens=NUM_NEW, state=three_row_state)

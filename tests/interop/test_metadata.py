@@ -221,6 +221,16 @@ def test_a_removed_window_is_not_written(tmp_path: Path) -> None:
     assert (config["use_sliding_window"], set(config["layer_types"])) == (False, {"full_attention"})
 
 
+def test_the_layer_types_of_qwen2_beyond_the_last_layer_are_ignored(tmp_path: Path) -> None:
+    table = [table for table in formats.of("llama") if table.model_type == "qwen2"][-1]
+    directory = save_model(tmp_path, model_of_class("llama", table, "Qwen2ForCausalLM"))
+    edit(directory, use_sliding_window=True, layer_types=["full_attention"] * 2 + ["sliding_attention"])
+    assert load_pretrained(directory)[0].config.window is None
+    edit(directory, layer_types=["sliding_attention"])
+    with pytest.raises(ValueError, match="must be a list with one entry for each of 2 layers"):
+        load_pretrained(directory)
+
+
 def test_a_missing_decoder_start_id_is_the_padding_id(tmp_path: Path) -> None:
     directory = save_model(tmp_path, get_model("t5-tiny"))
     edit(directory, pad_token_id=7)

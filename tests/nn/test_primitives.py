@@ -137,6 +137,8 @@ def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     assert float(jnp.mean(dropped)) == pytest.approx(1.0, abs=0.01)
     assert dropout(x, 0.25, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+    with pytest.raises(ValueError, match=r"rate=1.0 must be in \[0, 1\)"):
+        dropout(x, 1.0, jax.random.key(0))
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])

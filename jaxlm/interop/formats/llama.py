@@ -52,7 +52,9 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     window, layers = None, integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
         first = integer(config, "max_window_layers", 28)
-        kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
+        kinds = _layer_list(config, "layer_types", layers)
+        if kinds is None:
+            kinds = ["sliding_attention" if layer >= first else "" for layer in range(layers)]
         num_windowed = kinds.count("sliding_attention")
         if 0 < num_windowed < layers:
             raise ValueError(
@@ -64,8 +66,8 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
-    # These fields are also written for a model without a window. Otherwise, the window of a loaded config would be
-    # kept.
+    # These fields are also written for a model without a window. Otherwise, saving would keep the window fields of a
+    # loaded config.
     kind = "full_attention" if cfg.window is None else "sliding_attention"
     fields = {
         **_write_fields(cfg),
@@ -171,7 +173,10 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
     if "no_positions" in kinds:
         raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
     if "window" in kinds and cfg.window_rotary_base is None:
-        raise ValueError("model_type='gemma3_text' needs window_rotary_base: set it to rotary_base")
+        raise ValueError(
+            "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (this changes the layers with a "
+            "window if the model has rotary_scaling)"
+        )
     fields: dict[str, Any] = {
         "head_dim": width,
         "query_pre_attn_scalar": width if cfg.attention_scale is None else cfg.attention_scale**-2,

@@ -61,10 +61,13 @@ def attention(
 
 
 def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
-    """An index after the last slot that a query may attend to. It can be too large, because segments are compared by
-    their range."""
+    """An upper bound of ``1 + i``, where i is the index of the last slot that a query may attend to.
+
+    The bound may be too large, because key segments are compared only with the smallest and the largest query segment
+    of the row.
+    """
     visible_BS = jnp.ones((1, slots), bool)
-    if mask.query_order is not None:
+    if mask.causal and mask.query_order is not None:
         visible_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)
     if mask.query_segments is not None:
         low, high = (f(mask.query_segments, axis=1, keepdims=True) for f in (jnp.min, jnp.max))

@@ -1,11 +1,11 @@
 """Rotary position embeddings (Su et al. 2021), and frequency scaling for long texts.
 
 The entries of a head form pairs. Each pair is rotated by an angle that is proportional to the position, so that scores
-depend on distances only. Entry ``i`` is paired with ``i + K / 2`` (as in Hugging Face's Llama), not with the next entry
-(as in the paper and in Meta's files). The two conventions differ only in the order of the rows of the query and key
-weights.
+depend on distances only. Entry ``i`` is paired with entry ``i + P`` (as in Hugging Face's Llama), not with the next
+entry (as in the paper and in Meta's files). The two conventions differ only in the order of the entries of queries and
+keys, and so in the order of the output features of the query and key weights.
 
-Shapes: B batch, T time, H heads, K head width, P pairs (K / 2).
+Shapes: B batch, T time, H heads, K head width, P pairs (K / 2, or fewer if only a part of each head is rotated).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class RotaryScaling:
     ``max_positions`` of :func:`rotary_frequencies` exceeds ``original_positions``. llama3 and yarn: divide the
     frequencies of slow pairs by ``factor``, keep those of fast pairs, and interpolate between them."""
     factor: float
-    """Ratio of the longest text length to ``original_positions``."""
+    """linear, llama3, yarn: the number by which frequencies are divided, often the ratio of the longest text length to
+    the longest training sequence. dynamic: the base is multiplied by ``(factor * r - factor + 1) ** (K / (K - 2))``,
+    where r is ``max_positions / original_positions``, at least 1."""
     original_positions: int | None = None
     """Length of the longest training sequence; not needed for linear scaling."""
     low_frequency_factor: float = 1.0
@@ -44,8 +46,8 @@ class RotaryScaling:
     beta_slow: float = 1.0
     """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
     truncate: bool = True
-    """yarn: between two pair indices, the frequencies change gradually from unchanged to divided. True rounds these two
-    indices to integers."""
+    """yarn: frequencies are interpolated from the index of the pair with ``beta_fast`` turns to the index of the pair
+    with ``beta_slow`` turns. True rounds the first index down and the second index up to an integer."""
     attention_factor: float | None = None
     """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
 
@@ -77,7 +79,7 @@ def rotary_frequencies(
     kinds except yarn).
 
     Args:
-        width: K, the width of a head.
+        width: number of entries of a head that are rotated: K, or less for partial rotation (:func:`rotary_width`).
         base: base of the geometric series of frequencies (``rope_theta``).
         max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
             compute the base in each call from the longest row, so cached keys and later queries may have different
@@ -129,8 +131,8 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    # ``last - first`` is negative if all pairs make fewer than beta_slow turns, or all make more than beta_fast turns.
-    # Then all weights are equal, as in transformers.
+    # ``last - first`` can be negative only if all pairs make fewer than beta_slow turns, or all make more than
+    # beta_fast turns. Then all weights are equal, as in transformers.
     return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
 
@@ -143,8 +145,8 @@ def rotary_width(head_dim: int, fraction: float) -> int:
     width = int(fraction * head_dim)
     if not 0.0 < fraction <= 1.0 or width < 2 or width % 2:
         raise ValueError(
-            f"rotary_fraction={fraction} must be at most 1, and rotary_fraction * head_dim={head_dim} must be even and "
-            "at least 2, because rotary positions rotate pairs"
+            f"rotary_fraction={fraction} must be at most 1, and its product with head_dim={head_dim}, rounded down, "
+            "must be even and at least 2, because rotary positions rotate pairs"
         )
     return width
 

@@ -62,7 +62,7 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(routing: Routing, keep_BT: jax.Array | None) -> RouterStatistics:
-    """The statistics of one layer over the tokens with ``keep_BT``; None: over all tokens."""
+    """The statistics of one layer over the tokens where ``keep_BT`` is True; None: over all tokens."""
     num_experts = routing.logits.shape[-1]
     keep_BT = jnp.ones_like(routing.logits[:, :, 0], bool) if keep_BT is None else keep_BT
     is_selected_BTE = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=2)

@@ -314,6 +314,13 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
 
 
+def test_decode_ignores_the_orders_of_a_mask_that_is_not_causal():
+    q, k, v, mask = cached_inputs((3, 90))
+    mask = Mask(query_order=mask.query_order, key_order=mask.key_order)
+    out = attention(q, k, v, mask, implementation="decode")
+    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=1,tensor=4"])
 def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
