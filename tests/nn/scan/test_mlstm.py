@@ -17,48 +17,46 @@ EPSILON = 1e-2  # larger than in published models, so that its gradients are vis
 
 def arrays(strength=1.0, seed=0):
     """Queries, keys, values, log input gates, log forget gates, and an initial state."""
-    keys = jax.random.split(jax.random.key(seed), 8)
+    rng = np.random.default_rng(seed)
     shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H), (B, H, K, V), (B, H, K), (B, H)]
-    q, k, v, i, f, cell, normalizer, m = (
-        jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)
-    )
+    q, k, v, i, f, cell, normalizer, m = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     state = {"cell": cell, "normalizer": normalizer, "stabilizer": m}
-    return q, k, v, strength * i, jax.nn.log_sigmoid(strength * f), state
+    return q, k, v, np.float32(strength) * i, -np.logaddexp(np.float32(0), np.float32(-strength) * f), state
 
 
 def masks():
     rng = np.random.default_rng(4)
     reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def plain_loop(q, k, v, log_i, log_f, state, reset_BT=None, keep_BT=None):
     """Equations 19 to 21 of the paper with the gates themselves, as a loop over steps. Only epsilon needs m."""
+    reset_BT = np.zeros(q.shape[:2], bool) if reset_BT is None else reset_BT
+    keep_BT = np.ones(q.shape[:2], bool) if keep_BT is None else keep_BT
+
+    def step(old, inputs):
+        q, k, v, log_i, log_f, reset, real = inputs
+        C, n, m = (jnp.where(jnp.expand_dims(reset, range(1, x.ndim)), 0.0, x) for x in old)
+        i, f = jnp.exp(log_i), jnp.exp(log_f)
+        C = f[..., None, None] * C + i[..., None, None] * k[..., None] * v[:, :, None]
+        n = f[..., None] * n + i[..., None] * k
+        m = jnp.maximum(log_f + m, log_i)
+        divisor = jnp.maximum(jnp.abs(jnp.sum(q * n, axis=-1)), 1.0) + EPSILON * jnp.exp(m)
+        out = jnp.sum(q[..., None] * C, axis=2) / divisor[..., None]
+        new = tuple(
+            jnp.where(jnp.expand_dims(real, range(1, x.ndim)), x, y) for x, y in zip((C, n, m), old, strict=True)
+        )
+        return new, jnp.where(real[:, None, None], out, 0.0)
+
     m = state["stabilizer"]
-    C = jnp.exp(m)[..., None, None] * state["cell"]
-    n = jnp.exp(m)[..., None] * state["normalizer"]
-    steps = []
-    for t in range(q.shape[1]):
-        old = (C, n, m)
-        if reset_BT is not None:
-            C, n, m = (jnp.where(jnp.expand_dims(reset_BT[:, t], range(1, x.ndim)), 0.0, x) for x in old)
-        i, f = jnp.exp(log_i[:, t]), jnp.exp(log_f[:, t])
-        C = f[..., None, None] * C + i[..., None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
-        n = f[..., None] * n + i[..., None] * k[:, t]
-        m = jnp.maximum(log_f[:, t] + m, log_i[:, t])
-        divisor = jnp.maximum(jnp.abs(jnp.sum(q[:, t] * n, axis=-1)), 1.0) + EPSILON * jnp.exp(m)
-        out = jnp.sum(q[:, t, :, :, None] * C, axis=2) / divisor[..., None]
-        if keep_BT is not None:
-            real = keep_BT[:, t]
-            C, n, m = (
-                jnp.where(jnp.expand_dims(real, range(1, x.ndim)), x, y) for x, y in zip((C, n, m), old, strict=True)
-            )
-            out = jnp.where(real[:, None, None], out, 0.0)
-        steps.append(out)
+    first = jnp.exp(m)[..., None, None] * state["cell"], jnp.exp(m)[..., None] * state["normalizer"], m
+    inputs_TB = (jnp.swapaxes(x, 0, 1) for x in (q, k, v, log_i, log_f, reset_BT, keep_BT))
+    (C, n, m), out_TB = jax.lax.scan(step, first, tuple(inputs_TB))
     last = {
         "cell": jnp.exp(-m)[..., None, None] * C, "normalizer": jnp.exp(-m)[..., None] * n, "stabilizer": m,
     }  # fmt: skip
-    return jnp.stack(steps, axis=1), last
+    return jnp.swapaxes(out_TB, 0, 1), last
 
 
 def results(cell, arguments, **options):
@@ -69,16 +67,13 @@ def results(cell, arguments, **options):
         leaves = jax.tree.leaves(outputs)
         return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), outputs
 
-    compile_ = jax.jit if cell is not plain_loop else lambda f: f  # compiling an unrolled loop is slow
-    (_, outputs), gradients = compile_(jax.value_and_grad(weighted, range(6), has_aux=True))(*arguments)
-    return outputs, gradients
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, range(6), has_aux=True))(*arguments)
+    return jax.tree.map(np.asarray, (outputs, gradients))
 
 
 def float64_results(arguments, **options):
     with jax.enable_x64(True):
-        return results(
-            plain_loop, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), list(arguments)), **options
-        )
+        return results(plain_loop, jax.tree.map(lambda x: np.asarray(x, np.float64), list(arguments)), **options)
 
 
 CELL = functools.partial(mlstm, epsilon=EPSILON)
