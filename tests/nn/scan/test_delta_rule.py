@@ -23,13 +23,13 @@ def arrays(name="gated", strength=1.0, seed=0):
     The gated rule has keys of length 1, and betas in [0, 2]. The generalized rule has ``a = -c`` and ``b = rate * c``
     with c of length 1, and rates in [0, 2].
     """
-    keys = jax.random.split(jax.random.key(seed), 6)
+    rng = np.random.default_rng(seed)
     shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H), (B, H, K, V)]
     if name == "generalized":
         shapes[3:5] = [(B, T, H, K)] * 2
-    q, k, v, g, b, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    unit = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-    log_decay, rate = -strength * jnp.exp(g), 2 * jax.nn.sigmoid(2 * b)
+    q, k, v, g, b, state = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    log_decay, rate = -strength * np.exp(g), 2 / (1 + np.exp(-2 * b))
     if name == "gated":
         return q, unit, v, log_decay, rate, state
     return q, k[:, ::-1], v, log_decay, -unit, rate * unit, state
@@ -38,7 +38,7 @@ def arrays(name="gated", strength=1.0, seed=0):
 def masks():
     rng = np.random.default_rng(4)
     reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
@@ -50,16 +50,19 @@ def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
     else:  # generalized: diag(exp(g)) + b a.T
         a, b = others
         new_key, matrix = k, jnp.exp(log_decay)[..., None] * jnp.eye(K) + b[..., :, None] * a[..., None, :]
-    steps = []
-    for t in range(T):
-        before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
-        new = jnp.einsum("BHKL,BHLV->BHKV", matrix[:, t], before)
-        new = new + new_key[:, t, ..., None] * v[:, t, :, None, :]
-        out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
-        real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
-        state = jnp.where(real[:, None, None, None], new, state)
-        steps.append(jnp.where(real[:, None, None], out, 0.0))
-    return jnp.stack(steps, axis=1), state
+    reset_BT = np.zeros((B, T), bool) if reset_BT is None else reset_BT
+    keep_BT = np.ones((B, T), bool) if keep_BT is None else keep_BT
+
+    def step(state, inputs):
+        q, new_key, v, matrix, reset, real = inputs
+        before = jnp.where(reset[:, None, None, None], 0.0, state)
+        new = jnp.einsum("BHKL,BHLV->BHKV", matrix, before) + new_key[..., None] * v[:, :, None]
+        out = jnp.sum(q[..., None] * new, axis=2)
+        return jnp.where(real[:, None, None, None], new, state), jnp.where(real[:, None, None], out, 0.0)
+
+    inputs_TB = tuple(jnp.swapaxes(x, 0, 1) for x in (q, new_key, v, matrix, reset_BT, keep_BT))
+    state, out_TB = jax.lax.scan(step, state, inputs_TB)
+    return jnp.swapaxes(out_TB, 0, 1), state
 
 
 def results(rule, arguments, **options):
@@ -71,12 +74,12 @@ def results(rule, arguments, **options):
 
     gradient = jax.value_and_grad(weighted, range(len(arguments)), has_aux=True)
     (_, outputs), gradients = jax.jit(gradient)(*arguments)
-    return outputs, gradients
+    return jax.tree.map(np.asarray, (outputs, gradients))
 
 
 def float64_results(arguments, **options):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
+        return results(reference_loop, [np.asarray(x, np.float64) for x in arguments], **options)
 
 
 @pytest.mark.plain_cases(1)
@@ -96,8 +99,9 @@ def test_values_and_all_gradients_equal_those_of_the_loop(name, masked):
 def test_strong_and_weak_decays(name):
     """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
     q, k, v, log_decay, *others = arrays(name)
-    log_decay = log_decay * jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
-    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), *others)
+    log_decay = log_decay * np.random.default_rng(1).choice(np.float32([0.0, 1e-3, 1.0, 1e3]), log_decay.shape)
+    log_decay[:, 5] = -np.inf
+    arguments = (q, k, v, log_decay, *others)
     want = float64_results(arguments)
     for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
         got = results(RULES[name], arguments, **options)
@@ -108,47 +112,50 @@ def test_strong_and_weak_decays(name):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_generalized_rule_contains_the_gated_rule(implementation):
     q, k, v, log_decay, beta, state = arrays()
-    decay, beta_BTH1 = jnp.exp(log_decay)[..., None], beta[..., None]
-    per_channel = jnp.broadcast_to(log_decay[..., None], k.shape)
-    got = generalized_delta_rule(
-        q, beta_BTH1 * k, v, per_channel, -k, decay * beta_BTH1 * k, state, implementation=implementation, chunk=4
-    )
-    assert_trees_close(got, gated_delta_rule(q, k, v, log_decay, beta, state, implementation="reference"), 2e-6)
+    decay, beta_BTH1 = np.exp(log_decay)[..., None], beta[..., None]
+    per_channel = np.broadcast_to(log_decay[..., None], k.shape)
+    generalized = jax.jit(functools.partial(generalized_delta_rule, implementation=implementation, chunk=4))
+    gated = jax.jit(functools.partial(gated_delta_rule, implementation="reference"))
+    got = generalized(q, beta_BTH1 * k, v, per_channel, -k, decay * beta_BTH1 * k, state)
+    assert_trees_close(got, gated(q, k, v, log_decay, beta, state), 2e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_generalized_rule_can_swap_two_entries_of_the_state(implementation):
     """An eigenvalue of -1: ``I - c c.T`` with c = (1, -1, 0) exchanges the first two rows of the state."""
     q, _, v, _, _, _, state = arrays("generalized")
-    zeros, swap = jnp.zeros_like(q), jnp.broadcast_to(jnp.array([1.0, -1.0, 0.0])[None, None, None], q.shape)
-    out, last = generalized_delta_rule(q, zeros, v, zeros, -swap, swap, state, implementation=implementation)
-    assert relative_error(last, state[:, :, jnp.array([1, 0, 2])]) < 2e-6  # an odd number of steps
-    assert relative_error(out[:, 1], jnp.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 2e-6
+    zeros, swap = np.zeros_like(q), np.broadcast_to(np.float32([1.0, -1.0, 0.0]), q.shape)
+    rule = jax.jit(functools.partial(generalized_delta_rule, implementation=implementation))
+    out, last = rule(q, zeros, v, zeros, -swap, swap, state)
+    assert relative_error(last, state[:, :, [1, 0, 2]]) < 2e-6  # an odd number of steps
+    assert relative_error(np.asarray(out)[:, 1], np.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 2e-6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_step_with_beta_one_stores_the_value_and_with_beta_two_reflects_the_state(implementation):
     q, k, v, _, _, state = arrays()
-    k = jnp.broadcast_to(k[:, :1], k.shape)  # the same key in all steps
-    gate = jnp.zeros((B, T, H))
-    rule = functools.partial(gated_delta_rule, implementation=implementation)
+    k = np.broadcast_to(k[:, :1], k.shape)  # the same key in all steps
+    gate = np.zeros((B, T, H), np.float32)
+    rule = jax.jit(functools.partial(gated_delta_rule, implementation=implementation))
     out, _ = rule(k, k, v, gate, gate + 1.0, state)
     assert relative_error(out, v) < 1e-6
-    out, _ = rule(k, k, jnp.zeros_like(v), gate, gate + 2.0, state)
-    old = jnp.einsum("BHK,BHKV->BHV", k[:, 0], state)
-    signs = (-1.0) ** jnp.arange(1, T + 1)
+    out, _ = rule(k, k, np.zeros_like(v), gate, gate + 2.0, state)
+    old = np.einsum("BHK,BHKV->BHV", k[:, 0], state)
+    signs = (-1.0) ** np.arange(1, T + 1)
     assert relative_error(out, signs[None, :, None, None] * old[:, None]) < 1e-5  # |k| is 1 only up to rounding
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_orthogonal_keys_give_linear_attention(implementation):
     """With orthogonal keys and an empty state, no step finds an old value: the rule adds ``beta k v.T``."""
-    keys = jnp.broadcast_to(jnp.eye(8)[None, :, None], (B, 8, H, 8))
-    q, v = (jax.random.normal(jax.random.key(seed), (B, 8, H, width)) for seed, width in ((0, 8), (1, V)))
+    keys = np.broadcast_to(np.eye(8, dtype=np.float32)[None, :, None], (B, 8, H, 8))
+    rng = np.random.default_rng(0)
+    q, v = (rng.standard_normal((B, 8, H, width)).astype(np.float32) for width in (8, V))
     _, _, _, log_decay, beta, _ = (x[:, :8] for x in arrays())
-    got = gated_delta_rule(q, keys, v, log_decay, beta, implementation=implementation)
-    want = linear_attention(q, keys, beta[..., None] * v, log_decay, implementation="reference")
-    assert_trees_close(got, want, 1e-6)
+    rule = jax.jit(functools.partial(gated_delta_rule, implementation=implementation))
+    attend = jax.jit(functools.partial(linear_attention, implementation="reference"))
+    want = attend(q, keys, beta[..., None] * v, log_decay)
+    assert_trees_close(rule(q, keys, v, log_decay, beta), want, 1e-6)
 
 
 @pytest.mark.plain_cases(1)
@@ -156,13 +163,13 @@ def test_orthogonal_keys_give_linear_attention(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_calls_equal_one_call(name, implementation):
     *inputs, state = arrays(name)
-    rule = functools.partial(RULES[name], implementation=implementation)
+    rule = jax.jit(functools.partial(RULES[name], implementation=implementation))
     want, want_last = rule(*inputs, state)
     outputs = []
     for steps in (slice(0, 1), slice(1, 2), slice(2, 9), slice(9, T)):
         out, state = rule(*(x[:, steps] for x in inputs), state)
         outputs.append(out)
-    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6
     assert relative_error(state, want_last) < 1e-6
 
 
@@ -170,25 +177,26 @@ def test_several_calls_equal_one_call(name, implementation):
 @every_rule
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, implementation):
-    segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
-    reset_BT, keep_BT, _ = segment_boundaries(segments)
+    segments = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
+    reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     without_nan = arrays(name)[:-1]
-    with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in without_nan]
-    rule = functools.partial(RULES[name], implementation=implementation, chunk=4)
+    with_nan = [np.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in without_nan]
+    rule = jax.jit(functools.partial(RULES[name], implementation=implementation, chunk=4))
 
     def loss(*arguments):
         out, last = rule(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
         return jnp.sum(jnp.sin(out)), (out, last)
 
-    gradients, (out, last) = jax.grad(loss, range(len(with_nan)), has_aux=True)(*with_nan)
+    compiled = jax.jit(jax.grad(loss, range(len(with_nan)), has_aux=True))
+    gradients, (out, last) = jax.tree.map(np.asarray, compiled(*with_nan))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
-    assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
+    assert all((leaf[~keep_BT] == 0.0).all() for leaf in (out, *gradients))
     for row in range(B):
         for document in (1, 2):
             index = np.flatnonzero(segments[row] == document)
             separate, separate_last = rule(*(x[row : row + 1, index] for x in without_nan))
-            assert relative_error(out[row, index], separate[0]) < 1e-6
-        assert relative_error(last[row], separate_last[0]) < 1e-6
+            assert relative_error(out[row : row + 1, index], separate) < 1e-6
+        assert relative_error(last[row : row + 1], separate_last) < 1e-6
 
 
 @every_rule
@@ -196,7 +204,7 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, 
 def test_bfloat16_keeps_a_float32_state(name, implementation):
     arguments = arrays(name)
     bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
-    rounded = [x.astype(jnp.float32) for x in bfloat16_arguments]
+    rounded = [x.astype(np.float32) for x in bfloat16_arguments]
     (out, last), gradients = results(RULES[name], bfloat16_arguments, implementation=implementation, chunk=4)
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
@@ -236,9 +244,9 @@ def test_a_long_text_with_the_decays_and_rates_of_rwkv7_keeps_its_precision():
 def test_only_inputs_and_one_state_per_chunk_are_saved(name):
     arguments = arrays(name)
     rule = functools.partial(RULES[name], implementation="chunked", chunk=4)
-    _, vjp_fn = jax.vjp(rule, *arguments)
+    residuals = jax.eval_shape(lambda *arguments: jax.vjp(rule, *arguments)[1], *arguments)
     inputs = sum(x.size for x in arguments[:-1]) * 16 // T
-    saved = sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+    saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
     assert saved <= inputs + 4 * arguments[-1].size + B * T
 
 
@@ -255,7 +263,7 @@ def test_bad_inputs_raise():
     with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
         gated_delta_rule(q, k, v, log_decay, beta, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
-        gated_delta_rule(q, k, v, log_decay, beta, reset_BT=jnp.ones((2, 3), bool))
+        gated_delta_rule(q, k, v, log_decay, beta, reset_BT=np.ones((2, 3), bool))
     with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
         gated_delta_rule(q, k, v, log_decay, beta, chunk=24)
     with pytest.raises(
@@ -278,7 +286,7 @@ def test_bad_inputs_of_the_generalized_rule_raise():
     with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
         rule(q, k, v, log_decay, a, b, state[..., :3])
     with pytest.raises(ValueError, match=r"keep_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
-        rule(q, k, v, log_decay, a, b, keep_BT=jnp.ones((2, 3), bool))
+        rule(q, k, v, log_decay, a, b, keep_BT=np.ones((2, 3), bool))
     with pytest.raises(ValueError, match="chunk=0 must be a power of two"):
         rule(q, k, v, log_decay, a, b, chunk=0)
     with pytest.raises(ValueError, match="no generalized_delta_rule implementation 'fast': choose from 'reference'"):

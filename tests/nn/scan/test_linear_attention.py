@@ -17,33 +17,36 @@ DECAYS = ("head", "channel", "grouped")
 
 
 def arrays(decay, strength=1.0, seed=0):
-    keys, heads = jax.random.split(jax.random.key(seed), 5), 2 * H if decay == "grouped" else H
+    rng, heads = np.random.default_rng(seed), 2 * H if decay == "grouped" else H
     decays = (B, T, H, K) if decay == "channel" else (B, T, heads)
     shapes = [(B, T, H, K), (B, T, H, K), (B, T, heads, V), decays, (B, heads, K, V)]
-    q, k, v, g, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    return q, k, v, -strength * jnp.exp(g), state
+    q, k, v, g, state = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return q, k, v, -strength * np.exp(g), state
 
 
 def masks():
     rng = np.random.default_rng(4)
     reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
     """The equations as a loop over steps."""
     q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
-    steps = []
-    for t in range(T):
-        factor = jnp.exp(log_decay[:, t])
+    reset_BT = np.zeros((B, T), bool) if reset_BT is None else reset_BT
+    keep_BT = np.ones((B, T), bool) if keep_BT is None else keep_BT
+
+    def step(state, inputs):
+        q, k, v, log_decay, reset, real = inputs
+        factor = jnp.exp(log_decay)
         factor = factor[..., None, None] if factor.ndim == 2 else factor[..., None]
-        before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
-        new = factor * before + k[:, t, :, :, None] * v[:, t, :, None, :]
-        out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
-        real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
-        state = jnp.where(real[:, None, None, None], new, state)
-        steps.append(jnp.where(real[:, None, None], out, 0.0))
-    return jnp.stack(steps, axis=1), state
+        new = factor * jnp.where(reset[:, None, None, None], 0.0, state) + k[..., None] * v[:, :, None]
+        out = jnp.sum(q[..., None] * new, axis=2)
+        return jnp.where(real[:, None, None, None], new, state), jnp.where(real[:, None, None], out, 0.0)
+
+    inputs_TB = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, log_decay, reset_BT, keep_BT))
+    state, out_TB = jax.lax.scan(step, state, inputs_TB)
+    return jnp.swapaxes(out_TB, 0, 1), state
 
 
 def results(attend, arguments, **options):
@@ -54,12 +57,12 @@ def results(attend, arguments, **options):
         return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(*arguments)
-    return outputs, gradients
+    return jax.tree.map(np.asarray, (outputs, gradients))
 
 
 def float64_results(arguments, **options):
     with jax.enable_x64(True):
-        return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
+        return results(reference_loop, [np.asarray(x, np.float64) for x in arguments], **options)
 
 
 @pytest.mark.plain_cases(4)
@@ -79,9 +82,9 @@ def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
 def test_strong_and_weak_decays(decay):
     """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
     q, k, v, log_decay, state = arrays(decay)
-    strength = jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
-    log_decay = log_decay * strength
-    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), state)
+    log_decay = log_decay * np.random.default_rng(1).choice(np.float32([0.0, 1e-3, 1.0, 1e3]), log_decay.shape)
+    log_decay[:, 5] = -np.inf
+    arguments = (q, k, v, log_decay, state)
     want = float64_results(arguments)
     for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
         got = results(linear_attention, arguments, **options)
@@ -101,7 +104,7 @@ def test_scales_multiply_the_new_values(implementation):
         scale = jnp.where(options["keep_BT"][..., None], scale, 0.0)
         return linear_attention(q, k, v * scale[..., None], log_decay, state, **options)
 
-    scale = jnp.where(options["keep_BT"][..., None], jnp.sin(log_decay), jnp.nan)  # NaN at padding
+    scale = np.where(options["keep_BT"][..., None], np.sin(log_decay), np.float32(np.nan))  # NaN at padding
     arguments = (q, k, v, scale, state)
     assert_trees_close(results(with_scale, arguments), results(scaled_values, arguments), 1e-6)
 
@@ -111,19 +114,19 @@ def test_scales_multiply_the_new_values(implementation):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
     q, k, v, log_decay, state = arrays(decay)
-    attend = functools.partial(linear_attention, implementation=implementation)
+    attend = jax.jit(functools.partial(linear_attention, implementation=implementation))
     want, want_last = attend(q, k, v, log_decay, state)
     carry, outputs = state, []
     for chunk in (slice(0, 1), slice(1, 8), slice(8, T)):
         out, carry = attend(q[:, chunk], k[:, chunk], v[:, chunk], log_decay[:, chunk], carry)
         outputs.append(out)
-    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6
     assert relative_error(carry, want_last) < 1e-6
-    steps = []
+    step, steps = jax.jit(linear_attention_step), []
     for t in range(T):
-        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
+        out, state = step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
         steps.append(out)
-    assert relative_error(jnp.stack(steps, axis=1), want) < 1e-6
+    assert relative_error(np.stack(steps, axis=1), want) < 1e-6
     assert relative_error(state, want_last) < 1e-6
 
 
@@ -131,25 +134,25 @@ def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(decay, implementation):
-    segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
-    reset_BT, keep_BT, _ = segment_boundaries(segments)
+    segments = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
+    reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     without_nan = arrays(decay)[:4]
-    with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in without_nan]
-    attend = functools.partial(linear_attention, implementation=implementation, chunk=4)
+    with_nan = [np.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in without_nan]
+    attend = jax.jit(functools.partial(linear_attention, implementation=implementation, chunk=4))
 
     def loss(*arguments):
         out, last = attend(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
         return jnp.sum(jnp.sin(out)), (out, last)
 
-    gradients, (out, last) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*with_nan)
+    gradients, (out, last) = jax.tree.map(np.asarray, jax.jit(jax.grad(loss, range(4), has_aux=True))(*with_nan))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
-    assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
+    assert all((leaf[~keep_BT] == 0.0).all() for leaf in (out, *gradients))
     for row in range(B):
         for document in (1, 2):
             index = np.flatnonzero(segments[row] == document)
             separate, separate_last = attend(*(x[row : row + 1, index] for x in without_nan))
-            assert relative_error(out[row, index], separate[0]) < 1e-6
-        assert relative_error(last[row], separate_last[0]) < 1e-6
+            assert relative_error(out[row : row + 1, index], separate) < 1e-6
+        assert relative_error(last[row : row + 1], separate_last) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -161,17 +164,17 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
     assert_trees_close(((out, last), gradients), float64_results(arguments), 0.03)
-    ones = jnp.ones((1, 3000, 1, 1), jnp.bfloat16)
-    _, last = linear_attention(ones, ones, ones / 256, jnp.zeros((1, 3000, 1)), implementation=implementation)
-    assert float(last[0, 0, 0, 0]) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
+    ones, attend = np.ones((1, 3000, 1, 1), jnp.bfloat16), functools.partial(linear_attention, implementation=implementation)
+    _, last = jax.jit(attend)(ones, ones, ones / 256, np.zeros((1, 3000, 1), np.float32))
+    assert float(last.squeeze()) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
 
 
 def test_only_inputs_and_one_state_per_chunk_are_saved():
     q, k, v, log_decay, state = arrays("channel")
     attend = functools.partial(linear_attention, implementation="chunked", chunk=4)
-    _, vjp_fn = jax.vjp(attend, q, k, v, log_decay, state)
+    residuals = jax.eval_shape(lambda *arguments: jax.vjp(attend, *arguments)[1], q, k, v, log_decay, state)
     padded = B * 16 * H
-    saved = sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+    saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
     assert saved <= padded * (2 * K + V + K) + 4 * state.size + 2 * log_decay.size + B * T
 
 
@@ -188,9 +191,9 @@ def test_bad_inputs_raise():
     with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
         linear_attention(q, k, v, log_decay, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
-        linear_attention(q, k, v, log_decay, reset_BT=jnp.ones((2, 3), bool))
+        linear_attention(q, k, v, log_decay, reset_BT=np.ones((2, 3), bool))
     with pytest.raises(ValueError, match="the 2 heads of query and key must divide the 3 heads of value"):
-        linear_attention(q, k, jnp.concatenate([v, v[:, :, :1]], axis=2), log_decay)
+        linear_attention(q, k, np.concatenate([v, v[:, :, :1]], axis=2), log_decay)
     with pytest.raises(ValueError, match=r"one decay per channel, .*: repeat the 1 heads of query and key 2 times"):
         linear_attention(q[:, :, :1], k[:, :, :1], v, arrays("channel")[3])
     with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
