@@ -1,7 +1,7 @@
-"""A table of the peak performance of accelerators, from the datasheets of their makers.
+"""A table of the peak performance of accelerators, from the datasheets of their makers; the shapes of TPU slices.
 
-``plan``, the benchmarks and ``doctor`` use the table. Unknown values are None and are never guessed. A fraction of an
-unknown peak is shown as "n/a".
+``plan``, the benchmarks and ``doctor`` use the table of peaks. Unknown values are None and are never guessed. A
+fraction of an unknown peak is shown as "n/a".
 """
 
 from __future__ import annotations
@@ -43,16 +43,21 @@ DEVICES = (
     Device("h100", "NVIDIA H100 80GB HBM3", 989, 80e9, 3350e9, link=450e9),
     Device("h200", "NVIDIA H200", 989, 141e9, 4800e9, link=450e9),
     Device("b200", "NVIDIA B200", 2250, 180e9, 8000e9, link=900e9),
-    Device("v4", "TPU v4", 275, 32e9, 1228e9, 1.05e9, 150e9),
-    Device("v5e", "TPU v5 lite", 197, 16e9, 819e9, 1.5e9, 100e9),
-    Device("v5p", "TPU v5", 459, 95e9, 2765e9, 1.75e9, 300e9),
-    Device("v6e", "TPU v6 lite", 918, 32e9, 1638e9, 1.75e9, 224e9),
+    Device("v4", "TPU v4", 275, 32e9, 1228e9, 1.05e9, 300e9),
+    Device("v5e", "TPU v5 lite", 197, 16e9, 819e9, 1.5e9, 200e9),
+    Device("v5p", "TPU v5", 459, 95e9, 2765e9, 1.75e9, 600e9),
+    Device("v6e", "TPU v6 lite", 918, 32e9, 1638e9, 1.75e9, 400e9),
     # JAX shows one chip as two devices. Each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
     Device("tpu7x", "TPU7x", 1153.5, 96e9, 3690e9, link=300e9),
 )
 """For v4 to v6e, ``clock`` times the operations per cycle gives the peak: a v5e has 4 arrays of 128 x 128 units with 2
 operations each, which at 1.5 GHz are 196.6 TFLOP/s.
-``link`` is half of the interchip or NVLink bandwidth in the datasheet, because the datasheet adds both directions."""
+``link`` is half of the bidirectional interchip or NVLink bandwidth in the datasheet, so it is the bandwidth of one
+direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which are the same 200 GB/s.) For
+TPU7x, it is a quarter of the bandwidth of a chip (1200 GB/s), because a chip is two devices."""
+
+TPU_SHAPES = dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"))
+"""All shapes of TPU slices in Google Cloud, for the generations with two dimensions."""
 
 
 def by_kind(kind: str) -> Device | None:

@@ -37,6 +37,18 @@ def read_value(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from error
 
 
+def parse(text: str) -> Any:
+    """The JSON value in a text, such as a line of a file.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 class _DuplicateError(ValueError):
     pass
 

@@ -1,15 +1,16 @@
 """Scripts that run a command on rented machines, and multi-process runs on this machine.
 
-:func:`script` returns a bash script for the user to read and run. The script installs this checkout, runs a command on
-every host, and, if the command succeeds, fetches the results of the first host. A TPU is created at the start of the
+:func:`script` returns a bash script for the user to read and run. The script installs the last commit of this
+checkout (without uncommitted changes), runs a command on every host, and, if the command succeeds, fetches the results
+of the first host. A TPU is created at the start of the
 script, and deleted at its end, even after a failure. A GPU node must already exist. jaxlm never executes the script.
 :func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
 On several hosts, the script runs this command on each host. The command joins the hosts (``jax.distributed``), runs
-the module, and ends all processes together (``processes.run``). On TPU, Slurm and Kubernetes, JAX finds the other
-processes. On other systems, the three options are needed.
+the module, and ends all processes together (``processes.run``). On TPU, Slurm, Kubernetes and Open MPI, JAX finds
+the other processes. On other systems, the three options are needed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 
 from jaxlm import processes
 from jaxlm.command_line import Parser
+from jaxlm.devices import TPU_SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,9 @@ def script(
     If the command succeeds, the script copies the directory ``results`` from the first rented host to this machine.
 
     Args:
-        topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine.
+        topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine. The shapes of
+            v5e and v6e are in ``jaxlm.devices.TPU_SHAPES``. Only the number of chips is passed to Google Cloud, which
+            chooses the shape of the slice.
         command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a GPT
             of the size of GPT-2, because the benchmarks run only on one host.
         zone: Google Cloud zone of the TPU. Required for a TPU, and not allowed for ``gpu``.
@@ -82,8 +86,9 @@ def script(
         spot: whether to use a spot TPU, which costs less and may be stopped at any time.
 
     Raises:
-        ValueError: the topology is unknown, the command does not start with ``python -m`` and a module, the command is
-            a benchmark on several hosts, the name is not valid for a TPU, or an argument is missing or has no effect.
+        ValueError: the topology is unknown or has a shape that does not exist, the command does not start with
+            ``python -m`` and a module, the command is a benchmark on several hosts, the name is not valid for a TPU, or
+            an argument is missing or has no effect.
     """
     is_default = command is None
     if command is None:
@@ -100,6 +105,8 @@ def script(
     if kind not in _TPUS or not re.fullmatch("x".join([r"[1-9]\d*"] * _TPUS[kind].num_dimensions), shape):
         examples = ", ".join(f"{kind}:{'x'.join('2' * tpu.num_dimensions)}" for kind, tpu in _TPUS.items())
         raise ValueError(f"unknown topology {topology!r}: choose one such as {examples}, or gpu")
+    if shape not in TPU_SHAPES.get(kind, [shape]):
+        raise ValueError(f"topology {topology!r}: a {kind} has one of the shapes {', '.join(TPU_SHAPES[kind])}")
     if zone is None or host is not None:
         raise ValueError(f"topology {topology!r} is a new TPU: it needs --zone, such as us-central1-a, and no host")
     if not _TPU_NAME.fullmatch(name):
@@ -137,11 +144,17 @@ def _tpu_script(
     spot_option = " --spot" if spot else ""
     accelerator_type = f"{tpu.type_prefix}-{chips * tpu.type_units_per_chip}"
     # These commands are quoted below, so that the local shell passes each one to the hosts as one argument.
-    install_command = "python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[tpu,test]'"
+    # The images of Google Cloud with Ubuntu 22.04 have Python 3.10, which is too old for jaxlm.
+    install_command = (
+        "if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python3 -m venv venv; "
+        "else python3 -m pip install -q --user uv && python3 -m uv venv -q --seed --python 3.12 venv; fi && "
+        "venv/bin/pip install -q -e './jaxlm[tpu,test]'"
+    )
     run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
-# {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it from a
-# checkout of jaxlm. The Google Cloud command line must be logged in to a project that has quota for these chips.
+# {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it from the
+# root directory of a checkout of jaxlm. The Google Cloud command line must be logged in to a project that has quota
+# for these chips.
 set -euo pipefail
 if gcloud compute tpus tpu-vm describe {name} --zone={quoted_zone} >/dev/null 2>&1; then
     echo "the TPU {name} already exists: delete it, or choose another --name" >&2
@@ -164,7 +177,8 @@ def _gpu_script(host: str, run: str) -> str:
     install_command = "tar xf jaxlm.tar && python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[cuda13,test]'"
     run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
-# One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it from a checkout of jaxlm.
+# One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it from the root directory
+# of a checkout of jaxlm.
 set -euo pipefail
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 scp jaxlm.tar {quoted_host}:
@@ -192,7 +206,8 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
     Raises:
         ValueError: a number is too small, the command does not start with ``python -m`` and a module, the command has
-            no run directory for restarts (``--output`` or ``--resume``), or the directory of a new run is not empty.
+            no run directory for restarts (``--output`` or ``--resume``), the directory of a new run is not empty, or
+            the directory of a resumed run has no ``config.json``.
     """
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
@@ -203,7 +218,10 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
     directory = None
     if restarts:
         directory = _run_directory(arguments)
-        if _option(arguments, "resume") is None and directory.exists() and any(directory.iterdir()):
+        if _option(arguments, "resume") is not None:
+            if not (directory / "config.json").exists():  # a restart would rename the directory
+                raise ValueError(f"--resume {directory}: there is no config.json, so this is not a run: choose a run")
+        elif directory.exists() and any(directory.iterdir()):
             raise ValueError(f"{directory} is not empty: choose another --output, or use --resume {directory}")
     received_signals: list[int] = []
     handlers = {number: signal.signal(number, lambda n, _: received_signals.append(n)) for number in _SIGNALS}
@@ -217,7 +235,10 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
                 break
             next_action = "no restarts are left"
             if attempt < restarts:
-                next_action = f"restart {attempt + 1} of {restarts}, from the last checkpoint in {directory}"
+                next_action = (
+                    f"restart {attempt + 1} of {restarts}, from the last checkpoint in {directory} "
+                    "(from the beginning if there is none)"
+                )
             print(f"jaxlm launch: {cause}; {next_action}", file=sys.stderr, flush=True)
         return status
     finally:
@@ -265,7 +286,7 @@ def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
         if directory.exists():  # run_local checked that it was empty, so the failed attempt wrote its files
             directory.rename(f"{directory}.incomplete-{time.time_ns()}")
         return list(arguments)
-    for name in ("preset", "output", "resume"):  # config.json already contains the preset
+    for name in ("preset", "recipe", "output", "resume"):  # config.json already contains the preset and the recipe
         arguments = _remove_option(arguments, name)
     return [*arguments, "--resume", str(directory)]
 
@@ -345,14 +366,16 @@ def main(arguments: Sequence[str]) -> None:
     cluster = (options.coordinator, options.processes, options.process)
     if None in cluster and cluster != (None, None, None):
         parser.error("--coordinator, --processes and --process must be given together or not at all")
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes {options.processes} must be at least 1")
     if options.process is not None and not 0 <= options.process < options.processes:
         parser.error(f"--process {options.process} must be from 0 to {options.processes - 1} (--processes - 1)")
     for name in ("lost_after", "join_within"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least one second")
     try:
-        found = importlib.util.find_spec(options.module)
-        exists = found is not None
+        # A relative name has no package here.
+        exists = not options.module.startswith(".") and importlib.util.find_spec(options.module) is not None
     except ModuleNotFoundError as error:  # a package of the module is missing, or imports a missing module
         exists = error.name is None or not f"{options.module}.".startswith(f"{error.name}.")
     except ValueError:  # an empty name

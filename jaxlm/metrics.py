@@ -235,12 +235,11 @@ def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) 
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=True)
     results = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    scores = (mean(name, [result[key].fmeasure for result in results], seed) for key, name in names.items())
+    method = "rouge-score, F-measure, stemmed"
     first, second, longest = (
-        dataclasses.replace(
-            mean(name, [result[key].fmeasure for result in results], seed),
-            detail=f"rouge-score, F-measure, stemmed; {_bootstrap_detail(seed)}",
-        )
-        for key, name in names.items()
+        dataclasses.replace(score, detail="; ".join(part for part in (method, score.detail) if part))
+        for score in scores
     )
     return first, second, longest
 
@@ -270,7 +269,8 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
     Raises:
         ValueError: the numbers of predictions and questions differ, or there are no questions.
-        TypeError: the accepted answers of a question are a string instead of a list.
+        TypeError: ``predictions`` or the accepted answers of a question are one string instead of a list, or have an
+            item that is not a string.
     """
     matches = [
         any(normalize_answer(prediction) == normalize_answer(answer) for answer in accepted)
@@ -285,7 +285,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed: int = 0) -> Score:
     """SQuAD's F1 in [0, 100]: the word F1 of a prediction and the best accepted answer, averaged over questions.
 
-    For a question without an answer, the F1 is 100 if the prediction is empty, and 0 otherwise (SQuAD 2.0). The
+    For a question without an answer, the F1 is 100 if the prediction has no words, and 0 otherwise (SQuAD 2.0). The
     arguments and errors are the same as for :func:`exact_match`. The interval is a bootstrap interval over questions.
     """
     values = [
@@ -316,6 +316,7 @@ def predictions_and_answers(
     As in SQuAD 2.0, answers with an empty normalized form are ignored. If no answer is left, the only accepted answer
     is the empty text.
     """
+    _check_strings("predictions", predictions)
     if len(predictions) != len(answers) or not len(predictions):
         raise ValueError(
             f"{len(predictions)} predictions for {len(answers)} questions: give one prediction for each question, and "
@@ -324,6 +325,8 @@ def predictions_and_answers(
     strings = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
     if strings:
         raise TypeError(f"answers[{strings[0]}] is a string: give a list of accepted answers for each question")
+    for index, accepted in enumerate(answers):
+        _check_strings(f"answers[{index}]", accepted)
     return [
         (prediction, [answer for answer in accepted if normalize_answer(answer)] or [""])
         for prediction, accepted in zip(predictions, answers, strict=True)
@@ -377,13 +380,17 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
     return predicted, expected
 
 
+def _check_strings(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str):
+        raise TypeError(f"{name} is one string: give a list of strings")
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{index}] is {type(value).__name__}: it must be a string")
+
+
 def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> None:
     for argument, values in ((name, texts), ("references", references)):
-        if isinstance(values, str):
-            raise TypeError(f"{argument} is one string: give a list of strings")
-        for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise TypeError(f"{argument}[{index}] is {type(value).__name__}: it must be a string")
+        _check_strings(argument, values)
     if len(texts) != len(references) or not len(texts):
         raise ValueError(
             f"{len(texts)} {name} for {len(references)} references: give the same number of both, and at least one"

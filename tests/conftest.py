@@ -117,6 +117,13 @@ def _has_no_parameters(item: pytest.Item) -> bool:
     return any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skip"))
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely, and never look at the objects of the imported modules: this saves 8 % of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+
+
 def pytest_runtest_teardown() -> None:
     """Clear JAX's caches before the process has too many memory maps.
 

@@ -64,6 +64,32 @@ def test_a_tpu_is_deleted_after_a_failure(tmp_path):
         assert [call[4] for call in calls if call[0] == "gcloud"][-2:] == [failing, "delete"]
 
 
+@pytest.mark.parametrize(
+    ("version", "calls_of_python"),
+    [
+        ((3, 11, 0), ["-m venv venv"]),
+        ((3, 10, 12), ["-m pip install -q --user uv", "-m uv venv -q --seed --python 3.12 venv"]),
+    ],
+)
+def test_a_tpu_with_an_old_python_gets_a_newer_one(version, calls_of_python, tmp_path):
+    _, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path, "describe")
+    (install,) = [call[-1] for call in calls if "venv/bin/pip" in call[-1]]
+    machine = tmp_path / "machine"
+    (machine / "venv/bin").mkdir(parents=True)
+    (machine / "python3").write_text(
+        f"#!{sys.executable}\nimport sys\nif sys.argv[1] == '-c':\n    sys.version_info = {version}\n"
+        "    exec(sys.argv[2])\nprint(*sys.argv[1:])\n"
+    )
+    (machine / "venv/bin/pip").write_text("#!/bin/sh\necho pip $*\n")
+    for program in ("python3", "venv/bin/pip"):
+        (machine / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{machine}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-c", install], env=environment, cwd=machine, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == [*calls_of_python, "pip install -q -e ./jaxlm[tpu,test]"]
+
+
 def test_a_tpu_that_exists_already_is_not_deleted(tmp_path):
     status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path)
     assert status != 0
@@ -116,6 +142,8 @@ def test_a_gpu_node_is_not_created_or_deleted(tmp_path):
     [
         ("v9:2x2", {"zone": "z"}, "unknown topology 'v9:2x2': choose one such as v4:2x2x2"),
         ("v5e:2x2x1", {"zone": "z"}, "unknown topology 'v5e:2x2x1'"),
+        ("v5e:2x8", {"zone": "z"}, "topology 'v5e:2x8': a v5e has one of the shapes 1x1, 2x2, 2x4, 4x4, 4x8, 8x8,"),
+        ("v6e:3x5", {"zone": "z"}, "topology 'v6e:3x5': a v6e has one of the shapes 1x1, 2x2"),
         ("v5e:2x2", {}, "needs --zone"),
         ("v5e:2x2", {"zone": "z", "name": "Mine; rm -rf /"}, "must have only a-z, 0-9 and hyphens"),
         ("gpu", {}, "needs --host user@machine"),
@@ -146,6 +174,11 @@ def test_launch_prints_the_script_only_with_dry_run(capsys):
             ["--coordinator", "localhost:1", "--processes", "2", "--process", "2", "m"],
             "--process 2 must be from 0 to 1",
         ),
+        (
+            ["--coordinator", "localhost:1", "--processes", "0", "--process", "0", "m"],
+            "--processes 0 must be at least 1",
+        ),
+        ([".train"], "no module is called '.train': write it as for python -m"),
         (["--lost-after", "0", "m"], "--lost-after 0: give at least one second"),
     ],
 )
@@ -182,7 +215,7 @@ def program(tmp_path, monkeypatch):
     (tmp_path / "prog.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     return lambda what, **options: run_local(
-        ["python", "-m", "prog", what, "--preset", "p", "--steps=3", "--output", "run"], 1, **options
+        ["python", "-m", "prog", what, "--preset", "p", "--recipe=r", "--steps=3", "--output", "run"], 1, **options
     )
 
 
@@ -228,7 +261,7 @@ def test_error_for_a_coordinator_that_cannot_serve(capsys):
 def test_a_run_that_dies_is_restarted_from_its_checkpoint(what, program, capsys):
     assert program(what, restarts=2) == 0
     first, *others = Path("calls").read_text().splitlines()
-    assert first == f"{what} --preset p --steps=3 --output run"
+    assert first == f"{what} --preset p --recipe=r --steps=3 --output run"
     assert others == [f"{what} --steps=3 --resume run"] * 2
     cause = {"killed": "was ended by SIGKILL", "failed": "ended with status 1"}[what]
     assert [f"process 0 of 1 {cause}; restart {n} of 2, from the last checkpoint in run" in line
@@ -264,10 +297,17 @@ def test_a_usage_error_of_one_process_decides_even_if_other_processes_fail(monke
 def test_an_incomplete_run_directory_is_renamed(program):
     assert program("early", restarts=2) == 0
     calls = Path("calls").read_text().splitlines()
-    assert calls[1] == calls[0] == "early --preset p --steps=3 --output run"
+    assert calls[1] == calls[0] == "early --preset p --recipe=r --steps=3 --output run"
     assert calls[2] == "early --steps=3 --resume run"
     (renamed,) = Path().glob("run.incomplete-*")
     assert [path.name for path in renamed.iterdir()] == ["half"]
+
+
+def test_a_directory_that_is_not_a_run_is_not_resumed_or_renamed(tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match=r"--resume .*: there is no config.json, so this is not a run: choose a run"):
+        run_local(["python", "-m", "prog", "--resume", str(tmp_path)], 1, restarts=1)
+    assert (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def test_rouge_f_measures_equal_hand_computed_values():
     first, second, longest = metrics.rouge(["the cats runs home"] * 2, ["the cat running away"] * 2)
     assert (first.value, second.value, longest.value) == pytest.approx((3 / 4, 2 / 3, 3 / 4))
     assert (first.name, second.name, longest.name) == ("ROUGE-1", "ROUGE-2", "ROUGE-L")
-    assert first.low is None  # two equal examples
+    assert (first.low, first.detail) == (None, "rouge-score, F-measure, stemmed")  # two equal examples
+    first, *_ = metrics.rouge(["a cat", "b"], ["a cat", "c"])
+    assert first.detail == "rouge-score, F-measure, stemmed; bootstrap of 1000 samples, seed 0"
 
 
 def test_squad_normalization_and_the_best_of_several_answers():
@@ -135,6 +137,13 @@ def test_squad_normalization_and_the_best_of_several_answers():
     assert metrics.token_f1(predictions, answers).value == pytest.approx(100 * (1 + 2 / 5 + 1 + 0) / 4)
     with pytest.raises(TypeError, match=r"answers\[0\] is a string"):
         metrics.exact_match(["1889"], ["1889"])
+    for bad_predictions, bad_answers, message in [
+        ("ab", [["a"], ["b"]], "predictions is one string: give a list"),
+        (["a", None], [["a"], []], r"predictions\[1\] is NoneType: it must be a string"),
+        (["a", "b"], [["a"], ["b", 3]], r"answers\[1\]\[1\] is int: it must be a string"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            metrics.exact_match(bad_predictions, bad_answers)
     with pytest.raises(ValueError, match="1 predictions for 2 questions"):
         metrics.token_f1(["1889"], [["1889"], ["1890"]])
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxlm import cli, devices, spec
 from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
-from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
+from jaxlm.plan import flops, hlo, kernels, plan, planning, program, report, show, topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import FIRST_VARIANTS, decodes, random_tokens, tiny_model, with_stacked_layers
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -443,6 +443,14 @@ def test_plans_are_shown_side_by_side(cpu_topology):
     assert re.search(r"MFU +n/a +n/a", text)
     assert "decode, one token, 32 cache slots" in text
     assert "2*N*rows" in text
+    rejected = dataclasses.replace(plans[1], memory=None, collectives=[])
+    show([plans[1], plans[0], rejected], console)
+    assert re.search(r"all-reduce +\d+ x, [\d.]+ MiB +0 +n/a", console.export_text())
+
+
+def test_the_unit_of_a_duration_fits_the_rounded_number():
+    seconds = (0.0, 4e-7, 0.9994e-3, 0.9996e-3, 0.9994, 0.9996, 61.26)
+    assert [report._seconds(x) for x in seconds] == ["0 us", "0.4 us", "999 us", "1 ms", "999 ms", "1.0 s", "61.3 s"]
 
 
 @pytest.mark.plain_cases(1)

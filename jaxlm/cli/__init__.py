@@ -51,8 +51,8 @@ docstrings are the help texts.
 
 DESCRIPTION = """Language models in JAX. Commands for a trained model (a run directory, or a directory in Hugging Face
 layout): generate, translate, summarize, answer, classify, chess, score, evaluate. For finished or running training
-runs: compare. Before training: plan, launch. For this machine: doctor. jaxlm --version prints the version. An error is
-printed as one line; --debug adds the traceback."""
+runs: compare. Before training: plan. For runs on other machines or in several processes: launch. For this machine:
+doctor. jaxlm --version prints the version. An error is printed as one line; --debug adds the traceback."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,11 +17,13 @@ from jaxlm.training.checks import check_beams
 @dataclasses.dataclass(frozen=True)
 class Generate:
     """Generate text from prompts. With one prompt on the command line, the text is printed while it is generated,
-    unless it is a beam search. With several prompts, or prompts from a file, each text is printed on one line.
+    except with beam search or a draft model. With several prompts, or prompts from a file or standard input, each text
+    is printed on one line, with a line break as \\n and a backslash as \\\\.
 
     If max-new-tokens, the sampling options, num-beams or stop are not given, generation_config.json of the model sets
-    them. If this file turns sampling on, the other sampling options have the defaults of transformers (temperature 1,
-    top-k 50). Without the file, the defaults below apply.
+    them. If this file turns sampling on, the sampling options that it does not set have the defaults of transformers
+    (temperature 1, top-k 50). Other options that it does not set, and all options without the file, have the defaults
+    below.
     """
 
     directory: Directory

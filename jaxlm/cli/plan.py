@@ -25,8 +25,9 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row, for decoding including the new token. None: max_positions of the model, at most 1024; 512 if the
-    model has no max_positions."""
+    """Tokens per row, for decoding including the new token. For an encoder-decoder: tokens per source; in training,
+    span corruption determines the target length. None: max_positions of the model, at most 1024; 512 if the model has
+    no max_positions."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()

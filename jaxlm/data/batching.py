@@ -402,8 +402,11 @@ class Batches(Iterator[Any]):
         else:
             while len(self._pending) <= self._prefetch:
                 self._pending.append(self._executor.submit(self._make_batch, self._next + len(self._pending)))
-            # If this call raises, the batch stays first in the queue, so the queue still matches the step numbers.
-            batch = self._pending[0].result()
+            try:
+                batch = self._pending[0].result()
+            except Exception:
+                self._pending.clear()  # so that the next call makes this batch again
+                raise
             self._pending.popleft()
         self._next += 1
         return batch

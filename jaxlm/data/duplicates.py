@@ -1,8 +1,9 @@
 """Groups of similar texts. With these groups, a split of a data set can keep near-duplicates in one part.
 
 The similarity of two texts is the Jaccard similarity of their sets of word trigrams (Broder 1997), estimated with
-MinHash signatures. Two texts are compared only if their signatures agree in at least one band, a range of hash values
-(locality-sensitive hashing: Leskovec et al., Mining of Massive Datasets, chapter 3).
+MinHash signatures. Two texts are compared only if their signatures agree in at least one band, which has
+``BAND_SIZE`` consecutive hash values (locality-sensitive hashing: Leskovec et al., Mining of Massive Datasets, chapter
+3).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PRIME = 2**31 - 1
 
 
 def group_similar(
-    texts: Sequence[str], keys: Sequence[Hashable] | None = None, *, similarity: float = 0.5
+    texts: Sequence[str], keys: Sequence[Hashable] | np.ndarray | None = None, *, similarity: float = 0.5
 ) -> list[int]:
     """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
@@ -60,7 +61,7 @@ def group_similar(
         parents[larger] = smaller
 
     first_index: dict[Hashable, int] = {}
-    for index, key in enumerate(keys or ()):
+    for index, key in enumerate(() if keys is None else keys):
         merge(first_index.setdefault(key, index), index)
     signatures = _signatures(texts)
     for start in range(0, NUM_HASHES, BAND_SIZE):

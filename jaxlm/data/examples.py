@@ -18,7 +18,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from jaxlm.data.text_files import read_lines
+from jaxlm.json_files import parse
 
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names of the text column in classification files, in order of preference."""
@@ -169,7 +170,7 @@ class Examples(Sequence[Example]):
         return [row[field] for row in self.rows]
 
     def select(self, indices: Iterable[int]) -> Examples:
-        """The examples with these indices."""
+        """The examples with these indices. Examples of a random-access source are read now and kept in memory."""
         return self._part([self.rows[index] for index in indices])
 
     def _part(self, rows: Sequence[Example]) -> Examples:
@@ -192,12 +193,13 @@ class Examples(Sequence[Example]):
             ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, or
                 an example does not have the field ``by``.
         """
-        if not all(0.0 < fraction < 1.0 for fraction in fractions) or sum(fractions) >= 1.0:
+        # With sum instead of fsum, the rounding errors of 0.7 + 0.2 + 0.1 give a number below 1.
+        if not all(0.0 < fraction < 1.0 for fraction in fractions) or math.fsum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
         groups = list(range(len(self))) if by is None else self.column(by)
         names = list(dict.fromkeys(groups))
         order = np.random.default_rng(seed).permutation(len(names))
-        stops = [round(sum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
+        stops = [round(math.fsum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
         part_of = {names[number]: part for part, ids in enumerate(np.split(order, stops)) for number in ids.tolist()}
         parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
         for index, group in enumerate(groups):
@@ -319,12 +321,19 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the exam
 # --------------------------------------------------------------------------------------------------- readers
 
 
+def check_on_error(on_error: str) -> None:
+    """Raise ``ValueError`` if ``on_error`` is not a value of :data:`OnError`."""
+    if on_error not in ("raise", "report"):
+        raise ValueError(f"on_error={on_error!r} is unknown: choose from 'raise', 'report'")
+
+
 def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
     """Call the function of each pair (line number, function) in ``readers``, and collect the returned examples.
 
     If a function raises ``ValueError``, the error names the file and the line. With ``on_error="report"``, the line is
-    listed in ``rejected`` instead. Raises ``ValueError`` if no function returns an example.
+    listed in ``rejected`` instead. Raises ``ValueError`` if no function returns an example, or ``on_error`` is unknown.
     """
+    check_on_error(on_error)
     rows, rejected = [], []
     for number, read_example in readers:
         try:
@@ -367,13 +376,16 @@ def _read_rows(
 ) -> Iterator[tuple[int, Callable[[], list[str]]]]:
     """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
 
-    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split.
+    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split. Raises
+    ``ValueError`` if the delimiter is neither a tab nor a comma, or is None and the suffix of the file is another one.
     """
     if delimiter is None:
         suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
         if suffix not in ("tsv", "csv"):
             raise ValueError(f"{path} is neither a .tsv nor a .csv file: pass the delimiter")
         delimiter = "\t" if suffix == "tsv" else ","
+    if delimiter not in ("\t", ","):
+        raise ValueError(f"delimiter={delimiter!r} is not supported: convert {path} to TSV (tab) or CSV (comma)")
     if delimiter == "\t":
         for number, line in read_lines(path, encoding):
             yield number, functools.partial(line.split, "\t")
@@ -425,16 +437,16 @@ def read_table(
 
     Args:
         fields: field of the example -> name of the column.
-        delimiter: the character between columns. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
+        delimiter: a tab for TSV, a comma for CSV. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
             it.
         encoding: encoding of the file.
         on_error: "report" lists invalid rows in ``rejected`` instead of raising an error. Errors that concern the
             whole file are always raised.
 
     Raises:
-        ValueError: a column is missing or occurs twice, there is no valid row, or ``delimiter`` is None and the suffix
-            is another one. Also for an invalid row: a requested value is empty, the number of columns differs from the
-            first line, or the quotes are malformed.
+        ValueError: a column is missing or occurs twice, there is no valid row, ``on_error`` or ``delimiter`` is
+            unknown, or ``delimiter`` is None and the suffix is another one. Also for an invalid row: a requested value
+            is empty, the number of columns differs from the first line, or the quotes are malformed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -479,7 +491,7 @@ def read_jsonl(
 
     def make_example(line: str) -> Example:
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError as error:
             raise ValueError(f"not JSON: {error}") from error
         if not isinstance(row, dict):
@@ -506,7 +518,7 @@ def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str
     first: list[str] = []
     for _, line in read_lines(path, encoding):
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
+            row = parse(line)
             if isinstance(row, dict):
                 if not one_of or not row.keys().isdisjoint(one_of):
                     return list(row)

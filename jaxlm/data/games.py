@@ -36,7 +36,7 @@ _SAN_WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=
 _TAG = re.compile(r'\[[A-Za-z0-9_]+ ".*"\]\s*')
 _PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
 _PGN_VARIATION = re.compile(r"\([^()]*\)")
-_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+\.+|\be\.p\.")
+_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+(?:\.+|(?!\S))|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 GAMES_PER_EXTRA_PROCESS = 2000
 """Number of games for each additional process. A process takes one or two seconds to start."""
@@ -139,7 +139,7 @@ def read_games(
     """
     path = Path(path)
     check_notation(notation)
-    is_pgn = path.name.endswith((".pgn", ".pgn.gz"))
+    is_pgn = path.name.lower().endswith((".pgn", ".pgn.gz"))
     if check not in ("rules", "syntax"):
         raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
@@ -381,22 +381,40 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
     """The line number and the text of each game.
 
     The first game begins at the first line that is not empty. A further game begins at the first tag after a line of
-    moves.
+    another kind, and at the first line after moves and an empty line. Empty lines in comments do not count.
     """
     lines = text.splitlines(keepends=True)
-    start, after_tag = None, False
+    start, after_tag, has_moves, has_ended, in_comment = None, False, False, False, False
     for number, line in enumerate(lines):
         if not line.strip():
+            has_ended = has_moves and not in_comment
             continue
         is_tag = bool(_TAG.fullmatch(line))
         if start is None:
             start = number
-        elif is_tag and not after_tag:
+        elif has_ended or (is_tag and not after_tag):
             yield start + 1, "".join(lines[start:number])
-            start = number
+            start, has_moves, has_ended, in_comment = number, False, False, False
         after_tag = is_tag
+        if not is_tag:
+            moves, in_comment = _without_comments(line, in_comment)
+            has_moves = has_moves or bool(moves.strip())
     if start is not None:
         yield start + 1, "".join(lines[start:])
+
+
+def _without_comments(line: str, in_comment: bool) -> tuple[str, bool]:
+    """A line of PGN without comments, and whether its last comment continues in the next line.
+
+    Args:
+        in_comment: whether the line begins in a comment.
+    """
+    if in_comment:
+        _, closed, line = line.partition("}")
+        if not closed:
+            return "", True
+    moves, opened, _ = _PGN_COMMENT.sub(" ", line).partition("{")
+    return moves, bool(opened)
 
 
 _READERS: dict[str, Callable[[int, str, Notation], Iterator[_ParsedGame]]] = {

@@ -9,20 +9,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxlm.data.examples import Example, Examples, Rejected
+from jaxlm.data.examples import Example, Examples, OnError, Rejected, check_on_error
 from jaxlm.data.text_files import text_chunks
+from jaxlm.json_files import parse
 
 MAX_SHIFT = 2
 """Maximum distance in characters between the start in the file and the actual start of the answer. Some starts in
 published files are wrong by one character."""
 
 
-def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "raise") -> Examples:
+def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
     """The questions of a SQuAD file as examples.
 
     The fields are ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``. ``answers`` has the answers
@@ -36,15 +36,16 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has neither format or no valid question; or a question is invalid: a field is missing, a
-            text is empty, or an answer is not in the context within :data:`MAX_SHIFT` characters of its start. For an
-            invalid question, the message names the file, the number of the question and its id (None if the line cannot
-            be parsed or has no id).
+        ValueError: the file has neither format or no valid question; ``on_error`` is unknown; or a question is
+            invalid: a field is missing, a text is empty, or an answer is not in the context within :data:`MAX_SHIFT`
+            characters of its start. For an invalid question, the message names the file, the number of the question and
+            its id (None if the line cannot be parsed or has no id).
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
         ['Denver Broncos', 'Denver Broncos', 'Denver Broncos']
     """
+    check_on_error(on_error)
     rows: list[Example] = []
     rejected: list[Rejected] = []
     for number, record in enumerate(_read_records(Path(path)), start=1):
@@ -67,7 +68,7 @@ def _read_records(path: Path) -> Iterator[Any]:
     """Yield each question of the file: a JSON object in the JSONL format, or an unparsed line of a JSONL file."""
     text = "".join(text_chunks(path))
     try:
-        content = json.loads(text)
+        content = parse(text)
     except ValueError:  # a file with several JSON lines is not one JSON document
         yield from (line for line in text.split("\n") if line.strip())
         return
@@ -94,7 +95,7 @@ def _parse_record(record: Any) -> Mapping[str, Any]:
     """The JSON object of a question. ``record`` is this object, or an unparsed line."""
     if isinstance(record, str):
         try:
-            record = json.loads(record)
+            record = parse(record)
         except ValueError as error:
             raise ValueError(f"the file is neither SQuAD JSON nor one JSON object per line: {error}") from error
     if not isinstance(record, Mapping):

@@ -331,7 +331,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         files: name -> content of further files that ``save`` writes.
 
     Raises:
-        ValueError: an unknown role, or a token that is not in the vocabulary.
+        ValueError: the vocabulary is empty; an unknown role; or a token that is not in the vocabulary.
 
     Attributes:
         special_tokens: role -> special token, for the roles that the tokenizer has.
@@ -344,8 +344,11 @@ class PretrainedTokenizer(EncodeInputsMixin):
         *,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError("the vocabulary of the tokenizer is empty: train the tokenizer, or load another one")
         self.backend = backend
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size: int = max(vocabulary.values()) + 1
         self.special_tokens = _special_tokens(backend, special_tokens or {})
         self.special_ids = SpecialIds(**{role: backend.token_to_id(t) for role, t in self.special_tokens.items()})
         # BERT's vocabularies have no eos token, so [SEP] ends a document.
@@ -373,13 +376,17 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
-            ValueError: a file cannot be parsed, names a token that is not in the vocabulary, or gives two tokens the
-                same id.
+            ValueError: a file cannot be parsed, has an empty vocabulary, names a token that is not in the vocabulary,
+                or gives two tokens the same id.
         """
         directory = Path(directory)
         backend = _read_backend(directory)
         files = {name: (directory / name).read_bytes() for name in _COPIED_FILES if (directory / name).is_file()}
-        return cls(backend, _declared_tokens(directory, backend), files=files)
+        tokens = _declared_tokens(directory, backend)
+        try:
+            return cls(backend, tokens, files=files)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
@@ -417,7 +424,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            **{f"{role}_token": token for role, token in self.special_tokens.items()},
+            # Null says that a role has no token. For a missing role, usual tokens would be looked up in the vocabulary.
+            **{f"{role}_token": self.special_tokens.get(role) for role in ROLES},
         }
 
 

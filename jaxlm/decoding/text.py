@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokens import check_ids_1d
 from jaxlm.decoding.batches import length_batches, pad_rows
 from jaxlm.decoding.beam import BeamConfig, beam_search
 from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
@@ -72,13 +73,13 @@ def generate_text(
         num_proposed: number of tokens that the draft model proposes in each round. None: 4. Only with ``draft``.
 
     Raises:
-        TypeError: ``texts`` is a single string, mixes strings and ids, or has an item of another type; or ``draft`` is
-            not a pair (model, parameters).
-        ValueError: the model has no head for text generation; there are no texts; a text is empty, has an id outside
-            the vocabulary, or is longer than the model's positions or ``max_length``; ``num_proposed`` is given without
-            ``draft``; the draft model has no head for text generation, too few ids or too few positions; or an argument
-            is invalid for :meth:`GenerationConfig.resolve`,
-            :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
+        TypeError: ``texts`` is a single string or array, mixes strings and ids, or has an item of another type; or
+            ``draft`` is not a pair (model, parameters).
+        ValueError: the model has no head for text generation; there are no texts; a text is empty, is not a 1-D array
+            of integers, has an id outside the vocabulary, is longer than the model's positions, or leaves no room for a
+            new token in ``max_length``; ``num_proposed`` is given without ``draft``; the draft model has no head for
+            text generation, too few ids or too few positions; or an argument is invalid for
+            :meth:`GenerationConfig.resolve`, :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
             :func:`jaxlm.decoding.speculative_generate`.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
@@ -216,19 +217,26 @@ class _TextGenerator:
         what = self._input_name
         if isinstance(texts, str):
             raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
+        if isinstance(texts, np.ndarray | jax.Array):
+            raise TypeError(
+                f"texts are a sequence of strings or of arrays of ids, got one array {texts.dtype}{list(texts.shape)}: "
+                "pass [ids]"
+            )
         if not texts:
             raise ValueError(f"there are no {what}s: pass at least one")
         limit = self._request.max_positions
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
-        other = next((text for text in texts if not isinstance(text, str | np.ndarray)), None)
-        if other is not None:
-            raise TypeError(f"a {what} is a {type(other).__name__}: pass strings, or token ids as int32 NumPy arrays")
+        others = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
+        if others:
+            raise TypeError(f"a {what} is a {others[0]}: pass strings, or token ids as int32 NumPy arrays")
         if rows and strings:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"
             )
         if rows:
+            for row, ids in enumerate(rows):
+                check_ids_1d(ids, min_length=0, name=f"{what} {row}")
             empty = [ids.size == 0 for ids in rows]
         elif self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
@@ -406,10 +414,11 @@ def _check_draft(
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raise ``ValueError`` if an id is ``vocab_size`` or more. Negative ids are not checked here."""
-    if ids.size and ids.max() >= vocab_size:
+    """Raise ``ValueError`` if an id is negative, or ``vocab_size`` or more."""
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
         raise ValueError(
-            f"{what} has id {ids.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"
+            f"{what} has id {outside.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"
         )
 
 

@@ -90,7 +90,7 @@ def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
 
 
 def _native_format(model: Model) -> Format:
-    """jaxlm's own format, for a family without a published format. The parameter paths are the tensor names."""
+    """jaxlm's own format, for a model without a published format. The parameter paths are the tensor names."""
 
     def name(path: str, *, is_layer: bool) -> str:
         return ".".join(f"{key}.{{layer}}" if key == spec.LAYERS and is_layer else key for key in path.split("/"))
@@ -147,7 +147,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
     table = _native_format(model) if table is None else table
     if model.task not in _LABEL_TASKS:
         labels = None
-    metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config), config=config)
+    metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config, path), config=config)
     return Description(dataclasses.replace(model, metadata=metadata), table, saved_model)
 
 
@@ -257,17 +257,20 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(names[str(number)]) for number in range(len(names)))
 
 
-def _token_ids(model: Model, table: Format, config: Mapping[str, Any]) -> dict[str, Any]:
+def _token_ids(model: Model, table: Format, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The special token ids by role, from ``config.json``.
 
     A missing id has the default of the format (``Format.token_ids``), if this default is in the vocabulary.
     """
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
-    return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config)}.items()}
+    return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config, path)}.items()}
 
 
-def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a config whose names end with ``_token_id``, which contain special token ids.
+
+    Args:
+        path: the path of the file of the config, for error messages.
 
     Raises:
         ValueError: a value is not an integer, a list of integers or null.
@@ -275,7 +278,7 @@ def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {field: ids for field, ids in config.items() if field.endswith("_token_id")}
     for field, ids in fields.items():
         if ids is not None and not all(type(item) is int for item in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"{field}={ids!r} must be an integer, a list of integers or null")
+            raise ValueError(f"{path}: {field}={ids!r} must be an integer, a list of integers or null")
     return fields
 
 
@@ -288,7 +291,8 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     Args:
         dtype: dtype of the parameters.
         tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
-            published models if there is no loaded config of this format. Such an id outside the vocabulary is null.
+            published models if there is no loaded config of this format. An id of the published models is null if it is
+            outside the vocabulary.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
@@ -390,7 +394,7 @@ def _tokenizer_fields(
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
-    loaded = {} if model.metadata is None else token_fields(model.metadata.config)
+    loaded: Mapping[str, Any] = {} if model.metadata is None else model.metadata.config
     fields: dict[str, int | None] = {}
     for role in ROLES:
         field = f"{role}_token_id"

@@ -301,7 +301,8 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
     assert metadata is not None
     if (directory / GENERATION_CONFIG).exists():
         content = read_object(path_inside(directory, GENERATION_CONFIG))
-        ids = {role.removesuffix("_token_id"): token for role, token in token_fields(content).items()}
+        fields = token_fields(content, directory / GENERATION_CONFIG)
+        ids = {role.removesuffix("_token_id"): token for role, token in fields.items()}
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
 

@@ -13,7 +13,7 @@ the state. The libraries differ in the order of the gates, the layout of a weigh
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
 ``bias_hidden`` is the bias of n that the reset gate multiplies. An import does not add it to the other bias, and an
-export keeps it. ``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape
+export keeps it. ``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 2 store a gate's input weight in an array of shape
 [D, H], but the entries are in the row-major order of the transposed matrix [H, D], as in cuDNN. These layers store a
 gate's hidden weight as [out, in]. The shape [2 * G * H] of the bias distinguishes these layers from the other Keras
 layers.
@@ -25,7 +25,7 @@ outputs of such layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -95,8 +95,11 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
             ignored, because the shape of a bias determines ``reset_after``.
 
     Raises:
-        ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing.
+        ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing or
+            unknown.
     """
+    if reset not in (None, *get_args(GRUReset)):
+        raise ValueError(f"reset={reset!r} is unknown: choose from {', '.join(map(repr, get_args(GRUReset)))}")
     if len(weights) not in (2, 3):
         raise ValueError(f"{len(weights)} arrays, but one LSTM or GRU has kernel, recurrent_kernel and maybe a bias")
     weight_input, weight_hidden = (np.asarray(x) for x in weights[:2])

@@ -36,9 +36,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_multiple")
-        num_layers = getattr(self, "num_layers", 0)  # a field of most families
-        if num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers={num_layers} is too large: at most {MAX_LAYERS} are supported")
+        for name in ("num_layers", "num_decoder_layers"):  # fields of most families, and of T5
+            number = getattr(self, name, None)
+            if number is not None and number > MAX_LAYERS:
+                raise ValueError(f"{name}={number} is too large: at most {MAX_LAYERS} are supported")
         for name in ("rotary_base", "window_rotary_base"):  # fields of families with rotary embeddings
             base = getattr(self, name, None)
             if base is not None and not base > 1:

@@ -226,7 +226,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 LIMITED_CONTEXT = True
-"""The output at a position depends only on the inputs in its receptive field."""
+"""An output position need not depend on all tokens of the text."""
 
 VARIANTS = {
     "vdcnn-9": Config(blocks=(1, 1, 1, 1)),

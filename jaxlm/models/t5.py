@@ -109,7 +109,7 @@ def encode(
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    # Indices in the row are used as positions, because both give the same distance between two tokens of a document.
+    # Indices in the row are used as positions: both give the same distances in a document without padding inside.
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
@@ -144,7 +144,8 @@ def apply(
             row whose tokens do not fit into the cache gives NaN. Several rows may share a source
             (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document.
+        positions: [B, T] int32. Default: the position within the document. Without a state, padding inside a document
+            counts.
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -289,7 +290,11 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     """The specs of the decode state: a cache of ``length`` target tokens per row, and keys and values of the source.
 
     The initial values are the state of a row without a source; :func:`init_decode_state` returns a state with a source.
+
+    Raises:
+        ValueError: the model has no decoder.
     """
+    _require_decoder(cfg)
 
     def decoder_cache_specs(slots: int) -> dict[str, Any]:
         shape = _num_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim

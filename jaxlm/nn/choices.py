@@ -36,13 +36,14 @@ def _is_single_cpu() -> bool:
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
-"""Minimum number of queries for ``blockwise`` on several devices, on accelerators and with biases: with fewer,
-``reference`` is faster. The value must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
+"""Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn`` on several devices, on accelerators
+and with biases (``pallas`` with biases: ``MIN_BIASED_PALLAS_QUERIES``): with fewer, ``reference`` is faster. The value
+must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_BLOCKWISE_QUERIES_CPU = 128
 """Minimum number of queries for ``blockwise`` on one CPU device, without biases.
 
 CPU time in ms, ``reference`` and ``blockwise`` (16,384 queries, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib
-0.10.2, median of 7):
+0.10.2, median of 7). In the rows "both", it is the time of the forward and the backward pass:
 
     queries per row          64            128           256
     forward, 1 core     13.0    8.5    26.4   11.2   55.2   17.2
@@ -279,7 +280,7 @@ def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
 # ------------------------------------------------------------------------------------------------------- experts
 
 ExpertsImplementation = Literal["reference", "ragged_dot", "blocks"]
-MIN_BLOCKS_MULTIPLICATIONS = 2**21
+MIN_BLOCKS_MULTIPLICATIONS = 2**20
 """On a CPU, experts with fewer multiplications (tokens * E * D * F) use ``reference``, whose program is smaller.
 
 Time in ms, forward / forward and backward (jaxlib 0.10.2, 2 cores of a shared machine). A CPU computes ``ragged_dot``
@@ -391,12 +392,12 @@ slow."""
 MIN_LOSS_BLOCK_ROWS_ACCELERATOR = LANES
 
 
-def loss_block_rows(rows: int, num_logits: int) -> int:
+def loss_block_rows(rows: int, vocab_size: int) -> int:
     """The number of rows of a block of ``selected_cross_entropy``, a multiple of the number of shards of the batch."""
     shards = sharding.num_shards(("batch",))
     min_rows = MIN_LOSS_BLOCK_ROWS.get(sharding.platform(), MIN_LOSS_BLOCK_ROWS_ACCELERATOR) * shards
     block_rows = math.ceil(rows / (TARGET_LOSS_BLOCKS * min_rows)) * min_rows
-    return max(min(block_rows, max_logits() // num_logits, rows) // shards, 1) * shards
+    return max(min(block_rows, max_logits() // vocab_size, rows) // shards, 1) * shards
 
 
 # --------------------------------------------------------------------------------------------------------- models

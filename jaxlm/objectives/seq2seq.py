@@ -37,7 +37,8 @@ def batch(
     for name, x in (("source", source), ("targets", targets)):
         if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):
             raise ValueError(
-                f"{name} {list(x.shape)} must be [batch, time] with the batch size of source {list(source.shape)}"
+                f"{name} {list(x.shape)} must be [batch, time] with at least one token per row, and the batch size "
+                f"of source {list(source.shape)}"
             )
     for name, segments, x in (("source_", source_segment_ids, source), ("", segment_ids, targets)):
         if segments is not None and segments.shape != x.shape:
@@ -65,19 +66,22 @@ def decoder_only(batch: Batch) -> Batch:
     source_segments, segment_ids = (
         np.ones(x.shape, np.int32) if ids is None else ids for ids, x in zip(segments, (source, batch.tokens))
     )
-    if max(source_segments.max(), segment_ids.max()) > 1:
+    all_segments = np.concatenate([source_segments, segment_ids], axis=1)
+    if np.any((all_segments > 0) & (all_segments != all_segments.max(axis=1, keepdims=True))):
         raise ValueError("a row has several documents: a model without encoder needs one source and target per row")
     no_target = np.zeros(source.shape, batch.targets.dtype)
     return Batch(
         np.concatenate([source, batch.tokens], axis=1),
         np.concatenate([no_target, batch.targets], axis=1),
         np.concatenate([no_target.astype(np.float32), batch.weights], axis=1),
-        np.concatenate([source_segments, segment_ids], axis=1),
+        all_segments,
     )
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
     """The previous token of each target, [B, T]; ``start_id`` for the first target of each document and for padding.
+
+    A target directly after padding also gets ``start_id``.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
@@ -98,13 +102,17 @@ def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int
         length: T. None: the length of the longest row.
 
     Raises:
-        ValueError: a row is empty, or longer than ``length``.
+        ValueError: there are no rows, or a row is empty or longer than ``length``.
     """
+    if not len(rows):
+        raise ValueError("there are no rows to pad: give at least one")
     sizes = np.array([len(row) for row in rows])
     length = int(sizes.max()) if length is None else length
     for row, size in enumerate(sizes):
-        if not 1 <= size <= length:
-            raise ValueError(f"row {row} has {size} tokens: it must have from 1 to {length}; truncate or remove it")
+        if size < 1:
+            raise ValueError(f"row {row} has no tokens: remove it")
+        if size > length:
+            raise ValueError(f"row {row} has {size} tokens: it must have at most {length}; truncate or remove it")
     segment_ids = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
     tokens = np.full(segment_ids.shape, pad_id, np.int32)
     tokens[segment_ids > 0] = np.concatenate([np.asarray(row) for row in rows])

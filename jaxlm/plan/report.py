@@ -47,7 +47,7 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "  MFU", lambda p: _percent(p.mfu)
     yield "communication, at least", lambda p: _seconds(p.communication)
     yield "  MFU, no overlap", lambda p: _percent(p.mfu_with_communication)
-    yield "tokens/s", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
+    yield "tokens/s, no communication", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
     if any(plan.min_memory_seconds is not None for plan in plans):
         yield "memory reads, at least", lambda p: _seconds(p.min_memory_seconds)
     kinds = dict.fromkeys(collective.kind for plan in plans for collective in plan.collectives)
@@ -101,13 +101,11 @@ def _bytes(count: float | None) -> str:
 def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "n/a"
-    return (
-        f"{seconds:.1f} s"
-        if seconds >= 1
-        else f"{seconds * 1e3:.3g} ms"
-        if seconds >= 1e-3
-        else f"{seconds * 1e6:.3g} us"
-    )
+    for unit, units_per_second in (("us", 1e6), ("ms", 1e3)):
+        number = f"{seconds * units_per_second:.3g}"
+        if float(number) < 1000:
+            return f"{number} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _percent(share: float | None) -> str:
@@ -115,4 +113,6 @@ def _percent(share: float | None) -> str:
 
 
 def _collective_cell(plan: Plan, kind: str) -> str:
+    if plan.memory is None:  # the compiler rejected the step
+        return "n/a"
     return next((f"{stats.count} x, {_bytes(stats.bytes)}" for stats in plan.collectives if stats.kind == kind), "0")

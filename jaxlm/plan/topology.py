@@ -13,11 +13,15 @@ from typing import Any
 
 import jax
 
-from jaxlm.devices import Device, by_kind, by_name
+from jaxlm.devices import TPU_SHAPES, Device, by_kind, by_name
 from jaxlm.plan import kernels
 
-TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
-        "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
+TPUS = {
+    "v5e": ", ".join(TPU_SHAPES["v5e"][1:]),  # libtpu rejects the first shape, 1x1
+    "v5p": "2x2x1, 2x2x2, 4x4x4",
+    "v6e": ", ".join(TPU_SHAPES["v6e"][1:]),
+    "tpu7x": "2x2x1, 2x2x2",
+}
 """TPU generations that a plan supports, and their usual shapes. libtpu accepts some other shapes too."""
 GPUS = ("h100",)
 LOCAL = "local"
@@ -48,8 +52,9 @@ class Topology:
 def prepare() -> None:
     """Set the environment variables for planning. A call after the start of JAX and libtpu has no effect.
 
-    ``jaxlm plan`` calls this function, except for the topology ``local``. The function also selects the CPU as JAX's
-    platform (unless ``JAX_PLATFORMS`` is set), so that the process does not use the accelerators of the machine.
+    ``jaxlm plan`` and :func:`get_topology` call this function, except for the topology ``local``. The function also
+    selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is set), so that the process does not use the
+    accelerators of the machine.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

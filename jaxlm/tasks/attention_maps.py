@@ -89,7 +89,7 @@ def attention_maps(
     Raises:
         TypeError: the model cannot record attention weights, or ``texts`` is a single string.
         ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
-            length than ``texts``; or ``pairs`` has a different length than ``texts``.
+            length than ``texts``; ``pairs`` has a different length than ``texts``; or a text has no tokens.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
@@ -103,6 +103,11 @@ def attention_maps(
     if max_tokens is not None and positions is not None:
         max_tokens = min(max_tokens, positions)
     encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
+    if not encoded:
+        return []
+    empty = [number for number, encoding in enumerate(encoded) if not encoding.ids.size]
+    if empty:
+        raise ValueError(f"text {empty[0]} is {texts[empty[0]]!r}, which has no tokens: pass at least one character")
     tokens, segment_ids = _padded_tokens(encoded)
     inputs_of = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
     columns = [_token_texts(tokenizer, inputs, encoding) for inputs, encoding in zip(inputs_of, encoded, strict=True)]

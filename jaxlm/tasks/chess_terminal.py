@@ -183,10 +183,12 @@ def _completions(board: chess.Board, line: str) -> list[str]:
     The line lacks the origin square of the piece, or the piece of a promotion.
     """
     incomplete, completions = line.rstrip("+#"), []
+    origin = incomplete[1:-2].rstrip("x-")  # the file, the rank, or both, of the piece's square
     for move in board.legal_moves:
         name = board.san(move)
         bare = name.rstrip("+#")
         same_piece = bare[0] == incomplete[0] and bare[0] in "QRBN" and bare[-2:] == incomplete[-2:]
+        same_piece = same_piece and set(origin) <= set(move.uci()[:2])
         if same_piece or (move.promotion and (bare.startswith(incomplete) or move.uci()[:4] == incomplete)):
             completions.append(name)
     return sorted(completions) if len(completions) > 1 else []

@@ -36,11 +36,13 @@ def encode(
         max_length: maximum number of tokens. Longer texts are truncated. None: texts are not truncated.
 
     Raises:
-        ValueError: there are fewer than two labels; or an example lacks a field, or has an unknown label, no tokens, or
-            more tokens than the model has positions.
+        ValueError: there are fewer than two labels or no examples; or an example lacks a field, or has an unknown
+            label, no tokens, or more tokens than the model has positions.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
+    if not len(examples):
+        raise ValueError(f"{examples.name} must have at least one example, got none")
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
@@ -154,9 +156,9 @@ def convolution_fields(
 ) -> dict[str, int | tuple[int, ...]]:
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
-    The inputs of these families have a fixed length, here at least 32 tokens and a multiple of 8 for resnet.
-    ``pools`` is set only for an alexnet with
-    one convolution: its max pooling covers the whole text, as in the model of Kim (2014).
+    The inputs of these families have a fixed length: the length of the longest input, but at least 32 tokens. For
+    resnet, it is rounded up to a multiple of 8. ``pools`` is set only for an alexnet with one convolution: its max
+    pooling covers the whole text, as in the model of Kim (2014). There, the length is at least the kernel size.
 
     Args:
         max_length: maximum number of tokens, to which the caller truncates longer inputs; None: no truncation.
@@ -167,5 +169,6 @@ def convolution_fields(
     if family == "resnet":
         length += -length % 8  # pooling halves the length between the groups of blocks
     elif isinstance(kernels, tuple) and len(kernels) == 1:
+        length = max(length, kernels[0])
         return {"max_positions": length, "pools": (length - kernels[0] + 1,)}
     return {"max_positions": length}

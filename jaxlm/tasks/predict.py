@@ -77,10 +77,10 @@ def classify(
 
     Raises:
         TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
-        ValueError: the model is not a classifier, or its outputs are regression scores (a single output, or
-            ``problem_type="regression"`` in its files); there are no texts, or the numbers of texts and pairs differ;
-            or a text has no tokens, more tokens than the model's positions, or ids or token types that the model does
-            not have.
+        ValueError: the model is not a classifier, or its outputs are regression scores (``problem_type="regression"``
+            in its files, or a single output without ``problem_type="multi_label_classification"``); there are no texts,
+            or the numbers of texts and pairs differ; or a text has no tokens (for a pair: both texts have none), more
+            tokens than the model's positions, or ids or token types that the model does not have.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
@@ -91,15 +91,13 @@ def classify(
         model, ("classification",), "it does not classify texts",
         "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
     )  # fmt: skip
-    if model.config.num_labels == 1:
-        raise ValueError("the model has num_labels=1: its output is a regression score, not a label")
     problem = _problem_type(model)
-    if problem == "regression":
-        raise ValueError(
-            "config.json has problem_type='regression': the outputs of the model are scores, not labels: compute them "
-            "with model.logits(params, model.pool(params, hidden))"
-        )
     independent = problem == "multi_label_classification"
+    if problem == "regression" or (model.config.num_labels == 1 and not independent):
+        raise ValueError(
+            f"the model has num_labels={model.config.num_labels} and problem_type={problem!r}: its outputs are "
+            "regression scores, not labels: compute them with model.logits(params, model.pool(params, hidden))"
+        )
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in input_batches(model, encodings, batch_size):
@@ -255,20 +253,22 @@ def score_texts(
         batch_size: number of texts in a batch.
 
     Raises:
-        TypeError: ``texts`` or ``sources`` is a single string.
+        TypeError: ``texts`` or ``sources`` is a single string, or has an element that is not a string.
         ValueError: the model does not predict next tokens; there are no texts; sources are missing for an
-            encoder-decoder (or their number is wrong), or given for another family; a text or source has no tokens (a
-            text for another family: fewer than 2), or ids outside the vocabulary; or it is longer than the model's
-            positions (use :func:`jaxlm.decoding.perplexity` for long texts).
+            encoder-decoder (or their number is wrong), or given for another family; a source has no tokens; a text has
+            no tokens and the tokenizer has no end token (for another family: a text has fewer than 2 tokens); or a text
+            or source has ids outside the vocabulary or more tokens than the model's positions. For long texts of a
+            model that is not an encoder-decoder, use :func:`jaxlm.decoding.perplexity`.
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
+    _check_texts(texts)
     if not model.reads_source:
         if sources is not None:
             raise ValueError(f"{model.family} reads no source: do not pass sources")
         return _score_causal(model, params, tokenizer, texts, batch_size)
-    if isinstance(sources, str):
-        raise TypeError(f"sources are a sequence of strings, got one string: pass [{sources!r}]")
+    if sources is not None:
+        _check_texts(sources, "source")
     if sources is None or len(sources) != len(texts):
         count = "none" if sources is None else str(len(sources))
         raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")
@@ -286,7 +286,6 @@ def _require_scores(model: Model) -> None:
 def _score_causal(
     model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int
 ) -> TextScores:
-    _check_texts(texts)
     rows = [tokenizer.encode(text) for text in texts]
     for number, ids in enumerate(rows):
         if ids.size < 2:
@@ -300,9 +299,8 @@ def _score_causal(
 def _score_targets(
     model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], sources: Sequence[str], batch_size: int
 ) -> TextScores:
-    _check_texts(texts)
     start_id, end_id = decoder_start_id(model, tokenizer), tokenizer.end_id
-    encoded = _encode(model, tokenizer, sources, None)
+    encoded = _encode(model, tokenizer, sources, None, "source")
     rows = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts)):
         ids = encoding.ids
@@ -337,15 +335,17 @@ def score_ids(
         batch_size: number of continuations in a batch.
 
     Raises:
-        ValueError: the model does not predict next tokens; the numbers of contexts and continuations differ;
-            ``start_id`` is missing for an encoder-decoder, or given for another family; or a context or continuation
-            has no ids, ids outside the vocabulary, or more ids than the model has positions. A model that is not an
-            encoder-decoder needs positions for all ids of both except the last.
+        ValueError: the model does not predict next tokens; there are no continuations; the numbers of contexts and
+            continuations differ; ``start_id`` is missing for an encoder-decoder, or given for another family; or a
+            context or continuation has no ids, ids outside the vocabulary, or more ids than the model has positions. A
+            model that is not an encoder-decoder needs positions for all ids of both except the last.
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
     if len(contexts) != len(continuations):
         raise ValueError(f"there must be one context per continuation: got {len(contexts)} and {len(continuations)}")
+    if not len(continuations):
+        raise ValueError("there are no continuations: pass at least one")
     if model.reads_source != (start_id is not None):
         problem = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: pass None"
         raise ValueError(f"start_id={start_id}, but {model.family} {problem}")
@@ -413,14 +413,22 @@ class _InputBatch:
     inputs: dict[str, np.ndarray]
 
 
-def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-    """The encodings of texts or text pairs. Raises ``ValueError`` if the model cannot read an encoding."""
-    _check_texts(texts)
+def _encode(
+    model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, name: str = "text"
+) -> list[Encoding]:
+    """The encodings of texts or text pairs. Raises ``ValueError`` if the model cannot read an encoding.
+
+    Args:
+        name: the name of a text in messages.
+    """
+    _check_texts(texts, name)
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
-        what = f"text {number}"
+        what = f"{name} {number}"
         if np.all(encoding.sequence_ids == SPECIAL):
-            raise ValueError(f"{what} is {texts[number]!r}, which has no tokens: pass at least one character")
+            raise ValueError(
+                f"{what} is {texts[number]!r}, which has no tokens: pass a text that is not only white space"
+            )
         check_vocabulary(encoding.ids, source_vocab_size(model), what)
         _check_length(encoding.ids.size, model.max_positions, what)
     return encodings
@@ -502,11 +510,15 @@ def _label_probabilities(
     return probabilities_BTL, jnp.all(finite_BT, axis=1)
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _check_texts(texts: Sequence[str], name: str = "text") -> None:
+    """Raise an error if ``texts`` are not strings (``TypeError``), or if there are none (``ValueError``)."""
     if isinstance(texts, str):
-        raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
-    if not texts:
-        raise ValueError("there are no texts: pass at least one text")
+        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts!r}]")
+    if not len(texts):
+        raise ValueError(f"there are no {name}s: pass at least one {name}")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}s[{number}] must be a string, got {type(text).__name__}: {text!r}")
 
 
 def _check_length(size: int, limit: int | None, what: str) -> None:

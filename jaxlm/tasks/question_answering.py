@@ -62,10 +62,10 @@ def training_windows(
         stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
 
     Raises:
-        ValueError: the model is not for task "span_qa"; ``max_length`` exceeds the model's positions; ``stride`` is
-            negative or not below ``max_length``; or the model has no embedding for a token type. Also, with the
-            example's id in the message: a text has no tokens or ids outside the vocabulary, ``max_length`` is too small
-            for the question, or no window has the whole answer.
+        ValueError: the model is not for task "span_qa"; ``max_length`` is below 1 or exceeds the model's positions;
+            ``stride`` is negative or not below ``max_length``; or the model has no embedding for a token type. Also,
+            with the example's id in the message: a text has no tokens or ids outside the vocabulary, ``max_length`` is
+            too small for the question, or no window has the whole answer.
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
@@ -128,7 +128,9 @@ def _targets(
     first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, first, last) for window in windows]
     if not any(positions.size for positions in overlaps):
-        raise ValueError(f"{what}: the answer {text!r} has no tokens")
+        raise ValueError(
+            f"{what}: the answer {text!r} has no tokens: remove this example, or use a tokenizer that has tokens for it"
+        )
     begin = min(window.offsets[tokens[0], 0] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
     end = max(window.offsets[tokens[-1], 1] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
     targets = []
@@ -197,8 +199,8 @@ def answer(
         TypeError: ``questions`` or ``contexts`` is a single string, or has an element that is not a string.
         ValueError: the model is not for task "span_qa"; there are no questions, or the numbers of questions and
             contexts differ; a question or context has no tokens, or ids or token types that the model does not have;
-            ``max_length`` exceeds the model's positions or is too small for a question; ``stride`` is negative or not
-            below ``max_length``; or ``max_answer_tokens`` is below 1.
+            ``max_length`` is below 1, exceeds the model's positions or is too small for a question; ``stride`` is
+            negative or not below ``max_length``; or ``max_answer_tokens`` is below 1.
         NotFiniteError: logits are not finite. The message names the questions and the parameters that are not finite.
 
     Example:
@@ -384,6 +386,8 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length} must be at most {limit}, the model's max_positions")
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length} must be at least 1")
     stride = max_length // 3 if stride is None else stride
     if not 0 <= stride < max_length:
         raise ValueError(f"stride={stride} must be at least 0 and less than max_length={max_length}")

@@ -79,7 +79,7 @@ class FormalLanguage(NamedTuple):
     Attributes:
         sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P]. For modular
             arithmetic, an even length is reduced by one.
-        num_symbols: number of input symbols. The next id marks the positions of the answer.
+        num_symbols: number of input symbols. The id ``num_symbols`` is the placeholder at each position of the answer.
         num_answers: number of answer symbols; a uniformly random guess has the accuracy 1 / num_answers.
         level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
         answer_has_input_length: True if the answer has as many symbols as the input, False if it has one symbol.
@@ -242,8 +242,9 @@ def word_problem(
         elements: the ids of the elements that rows contain; None: all elements of the group.
 
     Raises:
-        ValueError: the group or an element is unknown, or ``elements`` is empty.
+        ValueError: the group or an element is unknown, ``elements`` is empty, or the length is less than 1.
     """
+    _check_sizes(length)
     table = multiplication_table(group)
     chosen = np.arange(len(table)) if elements is None else np.asarray(elements)
     if not (chosen.size and chosen.min() >= 0 and chosen.max() < len(table)):
@@ -264,7 +265,11 @@ def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int
 
     The tokens are [N, 2 * length], because the last symbol is only a target. The separator has the id vocab_size - 1.
     The targets are the symbols of the second string. The model also reads the earlier symbols of the second string.
+
+    Raises:
+        ValueError: the length is less than 1, or ``vocab_size`` is less than 2.
     """
+    _check_sizes(length, vocab_size=vocab_size)
     symbols = rng.integers(0, vocab_size - 1, (rows, length))
     tokens = np.concatenate([symbols, np.full((rows, 1), vocab_size - 1), symbols[:, :-1]], axis=1)
     return _batch(tokens, symbols, np.broadcast_to(length + np.arange(length), symbols.shape))
@@ -276,10 +281,9 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
     The second occurrence is the last token. The target at this position is the token after the first occurrence.
 
     Raises:
-        ValueError: the length is less than 3.
+        ValueError: the length is less than 3, or ``vocab_size`` is less than 2.
     """
-    if length < 3:
-        raise ValueError(f"length={length} must be at least 3")
+    _check_sizes(length, 3, vocab_size=vocab_size)
     tokens = rng.integers(0, vocab_size - 1, (rows, length))
     first = rng.integers(0, length - 2, (rows, 1))
     targets = np.take_along_axis(tokens, first + 1, axis=1)
@@ -314,6 +318,13 @@ def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *
     np.put_along_axis(tokens, position + np.arange(5), marked, axis=1)
     tokens[:, -4:] = marked[:, :4]
     return _batch(tokens, number, np.broadcast_to(length - 4 + np.arange(4), number.shape))
+
+
+def _check_sizes(length: int, min_length: int = 1, vocab_size: int = 2) -> None:
+    if length < min_length:
+        raise ValueError(f"length={length} must be at least {min_length}")
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 2: one id is special")
 
 
 def _batch(

@@ -116,6 +116,8 @@ class TextRequests:
             ValueError: a continuation has no tokens or exceeds ``max_length`` (the message names the request), or a
                 context has no tokens and there is no prefix token.
         """
+        if not pairs:
+            return []
         contexts, continuations, num_truncated = [], [], 0
         for number, (context, ids) in enumerate(self._encode_pairs(pairs)):
             if self.max_length is not None and ids.size > self.max_length:
@@ -152,9 +154,9 @@ class TextRequests:
                 text_numbers += [number] * len(text_windows)
         num_split = int(np.sum(np.bincount(text_numbers, minlength=len(texts)) > 1)) if text_numbers else 0
         self._report("rolling_log_likelihoods", num_split, len(texts), "were scored in several windows")
-        scores = self._score([context for context, _ in windows], [ids for _, ids in windows])
         if not text_numbers:
             return [0.0] * len(texts)
+        scores = self._score([context for context, _ in windows], [ids for _, ids in windows])
         return np.bincount(text_numbers, scores.log_likelihoods, minlength=len(texts)).tolist()
 
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

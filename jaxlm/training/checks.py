@@ -39,7 +39,8 @@ MINIMUMS = {
     "stories": 1, "sentences": 1, "largest_group": 1, "positions_per_game": 1, "target_length": 1, "folds": 2,
     "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""Minimum of experiment settings, by the last part of the dotted name. Settings that are not listed have no minimum."""
+"""Minimum of experiment settings, by the last part of the dotted name. :func:`check_settings` also checks fractions,
+``similarity`` and ``epochs``. Other settings have no minimum."""
 
 FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1)."""
@@ -217,7 +218,11 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
 
 
 def check_task(trainer: Trainer) -> None:
-    """Raise ``ValueError`` if the loss is next-token prediction and the model has no next-token head."""
+    """Raise ``ValueError`` if the loss is that of next-token prediction and the model has no next-token head.
+
+    Losses with label smoothing are not checked. The losses of other objectives for tokens, such as ``masked.loss``, are
+    the same function as ``causal.loss``, so a model for these objectives also raises the error.
+    """
     if trainer.loss in (causal.loss, causal.training_loss(trainer.model)):
         require_task(trainer.model, ("causal", "seq2seq"), "it predicts no next tokens", "choose a family that does")
 

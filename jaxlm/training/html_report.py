@@ -88,7 +88,7 @@ def _page(run: Path) -> str:
 
 
 def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """An HTML list of the steps and the entries of ``results.json``, except task, family, scores and versions."""
+    """An HTML list: the last step, and the entries of ``results.json`` except task, family, scores and versions."""
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in records if "step" in record]
     if steps:
@@ -266,7 +266,8 @@ def _column_names(names: Sequence[str]) -> str:
 
 def _token(token: str) -> str:
     """A token as visible text. Without the replacements, a space or a line break would look like an empty label."""
-    return escape(token.replace("\n", "⏎")) if token.strip() else "␣" * max(len(token), 1)
+    text = token.replace("\n", "⏎")
+    return escape(text) if text.strip() else "␣" * max(len(text), 1)
 
 
 _SCALE = '<span class="scale" aria-hidden="true"><i>0</i><b></b><i>1</i></span>'

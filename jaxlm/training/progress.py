@@ -6,26 +6,25 @@ import time
 from types import TracebackType
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxlm import processes
+from jaxlm import processes, sharding
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def device_name(count: int) -> str:
     """The number and kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
-    kind = jax.devices()[0].device_kind
+    kind = sharding.device_kind()
     return kind if count == 1 else f"{count} x {kind}"
 
 
 class Bar:
     """Prints loss, tokens per second, remaining time and device of a run.
 
-    With several processes, only the first one prints. Without a terminal, it prints a line after the first and the last
-    step, and when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line.
+    With several processes, only the first one prints, unless ``console`` is given. Without a terminal, it prints a line
+    after step 1, after step ``steps``, and when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line.
 
     Args:
         steps: number of steps of the run.

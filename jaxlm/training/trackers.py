@@ -21,7 +21,8 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step. Calls for the same step have metrics of different names.
 
-        Steps decrease only after a rollback. The newest metrics of a step then replace its older metrics.
+        Steps decrease only after a rollback, when the run repeats steps. Then only the newest metrics of a
+        step are valid.
         """
 
     def close(self) -> None:
@@ -129,4 +130,4 @@ def make_tracker(name: TrackerName, directory: Path, config: Mapping[str, Any]) 
     """
     if name == "tensorboard":
         return TensorBoardTracker(directory / "tensorboard")
-    return {"wandb": WandbTracker, "trackio": TrackioTracker}[name]("jaxlm", directory.name, config)
+    return {"wandb": WandbTracker, "trackio": TrackioTracker}[name]("jaxlm", directory.resolve().name, config)

@@ -137,6 +137,22 @@ def test_a_batch_that_failed_is_not_skipped():
     assert batches.state()["next"] == 1
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_batch_can_be_read_again_after_an_error(prefetch):
+    source = Bucketed(examples(), 4)
+    failures = [OSError("a transient error")]
+
+    def fail_once(rows):
+        if failures:
+            raise failures.pop()
+        return rows.indices.tolist()
+
+    batches = Batches(source, to_batch=fail_once, prefetch=prefetch)
+    with pytest.raises(OSError, match="a transient error"):
+        next(batches)
+    assert [next(batches) for _ in range(3)] == [source.batch(step, range(4)).indices.tolist() for step in range(3)]
+
+
 def test_lengths_are_not_rounded_above_max_length():
     data = [{"tokens": np.arange(1, length + 1)} for length in (3, 9, 11)]
     assert [bucket.lengths["tokens"] for bucket in Bucketed(data, 2, 2).buckets] == [8, 16]

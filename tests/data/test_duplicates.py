@@ -33,7 +33,8 @@ def test_similarity_is_the_jaccard_index_of_trigrams():
 def test_equal_keys_or_similar_texts_merge_groups():
     texts = [random_text() for _ in range(5)]
     texts[3] = texts[0] + " again"
-    assert group_similar(texts, keys=["a", "b", "b", "c", "c"]) == [0, 1, 1, 0, 0]
+    for keys in (["a", "b", "b", "c", "c"], np.array([1, 2, 2, 3, 3])):
+        assert group_similar(texts, keys=keys) == [0, 1, 1, 0, 0]
 
 
 def test_many_copies_with_small_changes_are_in_one_group():

@@ -116,6 +116,15 @@ def test_errors_for_other_bad_files(tmp_path):
         read_labelled_lines(tmp_path / "cut.gz")
     with pytest.raises(ValueError, match=r"a.txt is neither a .tsv nor a .csv file: pass the delimiter"):
         read_table(write(tmp_path / "a.txt", "x"), FIELDS)
+    with pytest.raises(ValueError, match=r"delimiter=';' is not supported: convert .*a.txt to TSV"):
+        read_table(tmp_path / "a.txt", FIELDS, delimiter=";")
+    for on_error in ("Raise", "ignore"):
+        with pytest.raises(ValueError, match=f"on_error='{on_error}' is unknown: choose from 'raise', 'report'"):
+            read_jsonl(tmp_path / "b.jsonl", {"text": "b"}, on_error=on_error)
+    deep = write(tmp_path / "deep.jsonl", "[" * 100_000 + '\n{"text": "x", "label": 1}')
+    with pytest.raises(ValueError, match="deep.jsonl, line 1: not JSON: it is nested too deeply"):
+        read_labelled(deep)
+    assert read_labelled(deep, on_error="report").rejected == (Rejected(1, "not JSON: it is nested too deeply"),)
     with pytest.raises(FileNotFoundError, match="none.tsv is not a file"):
         read_table(tmp_path / "none.tsv", FIELDS)
 
@@ -140,6 +149,8 @@ def test_splits_keep_groups_together_and_all_examples():
     ]
     with pytest.raises(ValueError, match="their sum must be below 1"):
         Examples(rows).split(0.5, 0.5)
+    with pytest.raises(ValueError, match="their sum must be below 1"):
+        Examples(rows).split(0.7, 0.2, 0.1)  # the sum of the rounded numbers is 0.9999999999999999
     with pytest.raises(ValueError, match="too few for the fractions"):
         Examples(rows[:3]).split(0.01)
 

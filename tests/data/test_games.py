@@ -144,6 +144,15 @@ def test_pgn_without_tags_and_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert len(games.rejected) == 4
 
 
+def test_an_error_in_a_pgn_game_without_tags_does_not_reject_the_next_game(tmp_path: Path) -> None:
+    first_games = "1. e4 hello *\n\n1. d4 {a comment\n\nwith an empty line} d5 ; and {\n2. Nf3 1-0\n\n\n"
+    games = read_games(write(tmp_path / "A.PGN", first_games + "1 e4 e5 2 Ke3 *\n\n1 e4 c5 *\n"), "san")
+    assert games.moves == ("d4 d5 Nf3", "e4 c5")
+    assert [game.line for game in games.rejected] == [1, 9]
+    assert games.rejected[0].reason == "'hello' in the text of the game is not a move"
+    assert "Ke3" in games.rejected[1].reason
+
+
 @pytest.mark.parametrize(
     ("text", "unknown"),
     [
@@ -151,6 +160,7 @@ def test_pgn_without_tags_and_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("1. e4 e5 {garbage ( } 2. Nf3 ; garbage\n% garbage\nNc6 (2... d6 (2... Nf6) 3. d4) 3.Bb5!? $1 a6 *", None),
         ("1. e4 d6 2. e5 d5 3. exd6 e.p. Nf6 4... 0-0 *", None),
         ("1. e4 e5 2. N", "N"),
+        ("1 e4 e5 2 Nf3 3N", "3N"),
     ],
 )
 def test_unknown_words_in_pgn_are_found(text: str, unknown: str | None) -> None:

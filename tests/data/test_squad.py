@@ -111,6 +111,7 @@ def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: d
         ('{"data": []}', "has no questions"),
         ("", "has no questions"),
         ('{"id": 7, "context": "a"}', r"question 1 \(id 7\): no field 'question': the fields are 'id', 'context'"),
+        ("[" * 100_000, r"question 1 \(id None\): .*: it is nested too deeply"),
         ("3\n4", r"question 1 \(id None\): the line must be a JSON object, got int"),
     ],
 )
@@ -129,3 +130,5 @@ def test_damaged_files_raise_errors(tmp_path: Path) -> None:
         read_squad(tmp_path / "latin")
     with pytest.raises(FileNotFoundError):
         read_squad(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="on_error='ignore' is unknown: choose from 'raise', 'report'"):
+        read_squad(tmp_path / "latin", on_error="ignore")  # type: ignore[arg-type]

@@ -172,6 +172,9 @@ def test_loaded_pretrained_tokenizers_equal_the_saved_ones(tmp_path):
     loaded = load_tokenizer(tmp_path / "new")
     assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
     assert loaded.encode(" he is é").tolist() == tokenizer.encode(" he is é").tolist()
+    # END is in the vocabulary, but the tokenizer has no end token.
+    PretrainedTokenizer(tokenizer.backend, {"eos": None}).save(tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").end_id is None
 
 
 def test_a_missing_package_raises_an_error_with_the_install_command(tmp_path, monkeypatch):
@@ -189,6 +192,10 @@ def test_unreadable_tokenizer_directories_raise_errors(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"{tmp_path}: the vocabulary of the tokenizer is empty: train the tokenizer"):
         load_tokenizer(tmp_path)
     for content, message in [("{", "is not JSON"), ("[]", "JSON object"), ('{"type": "x"}', "\"type\" is 'x'")]:
         (tmp_path / "jaxlm_tokenizer.json").write_text(content)

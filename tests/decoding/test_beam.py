@@ -13,6 +13,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search, generate
+from jaxlm.testing.helpers import apply
 
 Pair = tuple[Any, Any]
 Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
@@ -43,13 +44,9 @@ def test_wide_beam_search_equals_brute_force(
     beams = V ** (NUM_NEW - 1)  # the number of live hypotheses before the last step, so none is dropped
     prompts = pad(PROMPTS, "lrr")
     for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
-        out = beam_search(
-            *tiny_pair,
-            *prompts,
-            max_new_tokens=NUM_NEW,
-            end_id=end_id,
-            beams=BeamConfig(num_beams=beams, length_penalty=penalty),
-        )
+        config = BeamConfig(num_beams=beams, length_penalty=penalty)
+        out = beam_search(*tiny_pair, *prompts, max_new_tokens=NUM_NEW, end_id=end_id, beams=config)
+        out = jax.device_get(out)
         for row, prompt in enumerate(PROMPTS):
             expected = all_hypotheses(tiny_pair, next_log_probs, prompt, end_id, penalty)
             np.testing.assert_allclose(out.scores[row], [score for score, _ in expected[:beams]], rtol=1e-4, atol=1e-5)
@@ -176,7 +173,7 @@ def test_a_growing_cache_does_not_change_results(pair: Pair, pad: Pad, monkeypat
 def test_a_given_state_keeps_its_tokens(gpt: Pair) -> None:
     model, params = gpt
     text = np.array([[5, 6, 7, 8], [11, 3, 20, 4]], np.int32)
-    _, state = model.apply(params, text[:, :2], state=model.init_state(2, 48))
+    _, state = apply(model, params, text[:, :2], state=model.init_state(2, 48))
     want = beam_search(model, params, text, max_new_tokens=30, beams=BeamConfig(num_beams=2))
     got = beam_search(model, params, text[:, 2:], max_new_tokens=30, state=state, beams=BeamConfig(num_beams=2))
     np.testing.assert_array_equal(want.tokens, got.tokens)

@@ -108,10 +108,15 @@ def _probabilities(model, params, prompt, sampling, ids):
     """The probability of each text of three tokens, [ids ** 3]."""
     texts = np.stack(np.meshgrid(*[np.arange(ids)] * 3, indexing="ij"), -1).reshape(-1, 3)
     tokens = np.concatenate([np.tile(prompt, (len(texts), 1)), texts], axis=1)
-    hidden, _ = jax.jit(model.apply)(params, tokens)
-    logits = model.logits(params, hidden)[:, len(prompt) - 1 : -1, :ids]
-    log_p = jax.nn.log_softmax(jax.vmap(functools.partial(filter_logits, sampling), 1, 1)(logits))
-    return np.exp(np.take_along_axis(np.asarray(log_p, np.float64), texts[..., None], -1)[..., 0].sum(axis=1))
+    log_p = np.asarray(_log_probabilities(model, params, tokens, sampling, len(prompt), ids), np.float64)
+    return np.exp(np.take_along_axis(log_p, texts[..., None], -1)[..., 0].sum(axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _log_probabilities(model, params, tokens, sampling, prompt_length, ids):
+    """Filtered log-probabilities of each token after the prompt, [B, T, ids]."""
+    logits = model.logits(params, model.apply(params, tokens)[0])[:, prompt_length - 1 : -1, :ids]
+    return jax.nn.log_softmax(jax.vmap(functools.partial(filter_logits, sampling), 1, 1)(logits))
 
 
 @pytest.mark.thorough

@@ -178,6 +178,13 @@ def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
         (["a", ""], ValueError, r"prompt 1 is '', which has no tokens: pass at least one character"),
         ([], ValueError, r"there are no prompts"),
         ("ab", TypeError, r"texts are a sequence of strings, got one string: pass \['ab'\]"),
+        ([None], TypeError, "a prompt is a NoneType: pass strings, or token ids"),
+        (["a", None], TypeError, "a prompt is a NoneType"),
+        (np.arange(5, dtype=np.int32), TypeError, r"got one array int32\[5\]: pass \[ids\]"),
+        ([np.array([5.7])], ValueError, r"prompt 0: expected a 1-D array of integer ids, got float64\[1\]"),
+        ([np.array([5]), np.array([[5, 6]])], ValueError, r"prompt 1: expected a 1-D array of integer ids, got int64"),
+        ([np.array([5, -1])], ValueError, "prompt 0 has id -1, outside the model's 300 ids"),
+        ([np.zeros(0, np.int32)], ValueError, "prompt 0 is .*, which has no tokens"),
     ],
 )
 def test_errors_name_bad_texts(texts: Any, error: type[Exception], message: str) -> None:

@@ -244,6 +244,8 @@ def test_errors_name_the_bad_source() -> None:
         generate_text(tiny_model("t5-tiny"), {}, word_tokenizer(), [""])
     with pytest.raises(ValueError, match=r"source 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
         generate_text(tiny_model("t5-tiny", vocab_size=100), {}, BYTES, ["xa"])
+    with pytest.raises(ValueError, match=r"source 1 has id -2, outside the model's 264 ids"):
+        generate_text(model, params, BYTES, [np.array([5]), np.array([5, -2])])
     with pytest.raises(ValueError, match=r"num_beams=2: beam search cannot stream text; use generate_text"):
         stream_text(model, params, BYTES, "a", GenerationConfig(num_beams=2))
 

@@ -482,6 +482,7 @@ def test_parameters_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> No
         ({"n_layer": True}, r"n_layer=True is not of type int"),
         ({"n_inner": 1.5}, r"n_inner=1.5 is not of type int \| None"),
         ({"tie_word_embeddings": None}, r"tie_word_embeddings=None is not of type bool"),
+        ({"eos_token_id": "2"}, r"config.json: eos_token_id='2' must be an integer, a list of integers or null"),
         ({"n_head": 5}, r"config.json: num_heads=5 does not divide embed_dim=24"),
         ({"n_layer": 10**3}, r"1000 layers .*, but only 28 tensors"),
         ({"n_layer": 10**12}, r"num_layers=1000000000000 is too large"),

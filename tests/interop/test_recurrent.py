@@ -136,3 +136,5 @@ def test_errors_name_unsupported_weights():
         from_keras(gru * 2)
     with pytest.raises(ValueError, match=r"bias \[5\] does not fit 3 gates of width 4"):
         from_keras([*gru[:2], np.zeros(5)])
+    with pytest.raises(ValueError, match="reset='reset_after' is unknown: choose from 'after', 'before'"):
+        from_keras(gru[:2], reset="reset_after")  # type: ignore[arg-type]

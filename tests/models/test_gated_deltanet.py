@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,7 +56,7 @@ def test_texts_longer_than_a_chunk_can_be_read_in_pieces(name):
     params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 75)
     segments = np.ones((2, 75), np.int32)
     segments[1, :40] = 0
-    want, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
+    want = np.asarray(jax.jit(model.apply)(params, tokens, segment_ids=segments)[0])
     step = jax.jit(lambda p, t, s, i: model.apply(p, t, state=s, segment_ids=i))
     pieces, state = [], model.init_state(2, 75)
     for start in range(0, 75, 25):
@@ -65,7 +64,7 @@ def test_texts_longer_than_a_chunk_can_be_read_in_pieces(name):
         hidden, state = step(params, tokens[:, piece], state, segments[:, piece])
         pieces.append(hidden)
     real = segments > 0
-    assert relative_error(jnp.concatenate(pieces, axis=1)[real], want[real]) < 2e-5
+    assert relative_error(np.concatenate(pieces, axis=1)[real], want[real]) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["gated_deltanet-tiny", "mamba2-tiny"])
@@ -82,7 +81,7 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
     betas = []
 
     def record_beta(q, k, v, log_decay, beta, *arguments, **options):
-        betas.append(beta)
+        jax.debug.callback(lambda beta: betas.append(np.asarray(beta)), beta)
         return gated_delta_rule(q, k, v, log_decay, beta, *arguments, **options)
 
     monkeypatch.setattr(gated_deltanet, "gated_delta_rule", record_beta)
@@ -91,7 +90,8 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
             "gated_deltanet-tiny", num_layers=1, remat="none", init_stddev=1.0, negative_eigenvalues=negative
         )
         params = initial_params(model)
-        model.apply(params, random_tokens(model, 1, 6))
+        jax.jit(model.apply)(params, random_tokens(model, 1, 6))
+        jax.effects_barrier()
     assert 0.5 < betas[0].max() < 1.0 < betas[1].max() < 2.0
     np.testing.assert_allclose(betas[1], 2.0 * betas[0], rtol=1e-6)
 
@@ -104,7 +104,7 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
         ({"delta_key_heads": 3}, "delta_key_heads=3 does not divide delta_value_heads=4"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
-        ({"rotary_fraction": 0.2}, r"rotary_fraction=0.2 must be .* rotary_fraction \* head_dim=16 must be even"),
+        ({"rotary_fraction": 0.2}, r"rotary_fraction=0.2 must be .* its product with head_dim=16, .* must be even"),
         ({"rotary_fraction": 1.5}, "rotary_fraction=1.5 must be at most 1"),
         ({"max_positions": 0}, "max_positions=0 must be at least 1"),
         ({"task": "masked"}, "task='masked' is unknown: choose from 'causal'"),
@@ -222,7 +222,7 @@ def test_padding_has_no_statistics():
     _, _, padded = apply(params, tokens, segment_ids=segments)
     row, other = (apply(params, tokens[r : r + 1, segments[r] > 0])[2] for r in (0, 1))
     assert padded.tokens.tolist() == [13, 13]
-    assert_trees_close(padded, jax.tree.map(jnp.add, row, other), 1e-5)
+    assert_trees_close(padded, jax.tree.map(np.add, jax.device_get(row), jax.device_get(other)), 1e-5)
 
 
 def test_published_parameter_counts():
@@ -235,7 +235,7 @@ def test_published_parameter_counts():
 def save_with_fields(tmp_path: Path, **fields) -> Path:
     """Save a model and change fields of its ``config.json`` (``...`` removes a field); returns the directory."""
     model = tiny_model(HYBRID)
-    save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
+    save_pretrained(tmp_path, model, initial_params(model))
     path = tmp_path / "config.json"
     config = {**json.loads(path.read_text()), **fields}
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))

@@ -180,7 +180,7 @@ def test_files_round_trip_with_every_field(task, tmp_path):
 
 def test_missing_fields_are_those_of_the_smallest_published_model(tmp_path):
     model = get_model("rwkv7-0.1b", num_layers=2, embed_dim=64, mlp_dim=64, vocab_size=32)
-    save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
+    save_pretrained(tmp_path, model, initial_params(model))
     fields = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 32}
     write_config(tmp_path, {"model_type": "rwkv7", **fields})
     assert load_pretrained(tmp_path)[0] == model

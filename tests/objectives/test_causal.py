@@ -1,5 +1,7 @@
 """The causal objective: targets, weights and loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,19 +34,37 @@ def test_targets_are_the_next_tokens_within_a_document():
     assert causal.batch(tokens).weights.tolist() == [[1, 1, 1, 1, 1]]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def loss_of(loss, model, params, batch):
+    return loss(model, params, batch)
+
+
 def test_loss_is_the_summed_cross_entropy_of_the_logits():
     model = tiny_model("gpt")
     params = add_noise(initial_params(model))
     window = random_tokens(model, 3, 11)
-    total, weight, _ = causal.loss(model, params, causal.batch(window))
-    logits = model.logits(params, apply(model, params, window[:, :-1])[0])
-    assert relative_error(total, cross_entropy(logits, window[:, 1:]).sum()) < 1e-6
+    total, weight, _ = loss_of(causal.loss, model, params, causal.batch(window))
+
+    @jax.jit
+    def expected(params):
+        logits = model.logits(params, model.apply(params, window[:, :-1])[0])
+        return cross_entropy(logits, window[:, 1:]).sum()
+
+    assert relative_error(total, expected(params)) < 1e-6
     assert float(weight) == 30
 
 
-def test_a_window_of_one_token_raises_an_error():
-    with pytest.raises(ValueError, match=r"time at least 2, got \[4, 1\]"):
-        causal.batch(np.zeros((4, 1), np.int32))
+@pytest.mark.parametrize(
+    ("shape", "segments", "message"),
+    [
+        ((4, 1), None, r"time at least 2, got \[4, 1\]"),
+        ((2, 9), (2, 8), r"segment_ids must have the shape of tokens, \[2, 9\], got \[2, 8\]"),
+        ((2, 9), (1, 9), r"segment_ids must have the shape of tokens, \[2, 9\], got \[1, 9\]"),
+    ],
+)
+def test_invalid_shapes_raise_errors(shape, segments, message):
+    with pytest.raises(ValueError, match=message):
+        causal.batch(np.zeros(shape, np.int32), None if segments is None else np.ones(segments, np.int32))
 
 
 # -------------------------------------------------------------------------------------------------------- experts
@@ -86,15 +106,22 @@ def test_the_mean_loss_is_cross_entropy_plus_the_losses_of_the_routers():
 def test_the_terms_are_the_losses_of_the_routers_without_coefficients(coefficients):
     model, params = mixtral()
     batch = causal.batch(random_tokens(model, 2, 11), SEGMENTS)
-    _, _, statistics = model.apply_with_routing(params, batch.tokens, segment_ids=batch.segment_ids)
     loss = causal.loss_with_load_balance(coefficients[0], z_coefficient=coefficients[1])
     assert term_names(loss) == ("load_balance_loss", "router_z_loss")
-    total, weight, _, terms = loss_and_terms(loss, model, params, batch)
-    assert terms["load_balance_loss"] / weight == pytest.approx(float(load_balance_loss(statistics)), rel=1e-5)
-    assert terms["router_z_loss"] / weight == pytest.approx(float(router_z_loss(statistics)), rel=1e-5)
-    assert float(loss(model, params, batch)[0]) == float(total)
+
+    @jax.jit
+    def losses_of_routers(params):
+        _, _, statistics = model.apply_with_routing(params, batch.tokens, segment_ids=batch.segment_ids)
+        return load_balance_loss(statistics), router_z_loss(statistics)
+
+    load_balance, z = jax.device_get(losses_of_routers(params))
+    loss_and_terms_of = jax.jit(loss_and_terms, static_argnums=(0, 1))
+    total, weight, _, terms = jax.device_get(loss_and_terms_of(loss, model, params, batch))
+    assert terms["load_balance_loss"] / weight == pytest.approx(load_balance, rel=1e-5)
+    assert terms["router_z_loss"] / weight == pytest.approx(z, rel=1e-5)
+    assert float(loss_of(loss, model, params, batch)[0]) == float(total)
     assert term_names(causal.loss) == ()
-    assert loss_and_terms(causal.loss, model, params, batch)[3] == {}
+    assert loss_and_terms_of(causal.loss, model, params, batch)[3] == {}
 
 
 def test_the_losses_of_a_model_depend_on_whether_it_has_experts():
@@ -104,7 +131,8 @@ def test_the_losses_of_a_model_depend_on_whether_it_has_experts():
     for got, want in (
         (causal.training_loss(model), causal.loss_with_load_balance(0.01)), (causal.evaluation_loss(model), causal.loss)
     ):  # fmt: skip
-        assert float(got(model, params, batch)[0]) == pytest.approx(float(want(model, params, batch)[0]), rel=1e-6)
+        got_total, want_total = (float(loss_of(loss, model, params, batch)[0]) for loss in (got, want))
+        assert got_total == pytest.approx(want_total, rel=1e-6)
         assert term_names(got) == ("load_balance_loss", "router_z_loss")
 
 

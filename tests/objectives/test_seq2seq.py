@@ -45,9 +45,12 @@ def test_a_model_without_encoder_reads_the_source_before_the_targets():
         segment_ids=np.array([[1, 1, 0]]),
     )  # fmt: skip
     assert seq2seq.decoder_only(padded).segment_ids.tolist() == [[1, 1, 0, 1, 1, 0]]
-    packed = padded.replace(segment_ids=np.array([[1, 2, 0]]))
-    with pytest.raises(ValueError, match="a row has several documents"):
-        seq2seq.decoder_only(packed)
+    segments = np.array([[2, 2, 0]])
+    second = padded.replace(segment_ids=segments, inputs={**padded.inputs, "source_segment_ids": segments})
+    assert seq2seq.decoder_only(second).segment_ids.tolist() == [[2, 2, 0, 2, 2, 0]]
+    for segments in ([[1, 2, 0]], [[2, 2, 0]]):
+        with pytest.raises(ValueError, match="a row has several documents"):
+            seq2seq.decoder_only(padded.replace(segment_ids=np.array(segments)))
 
 
 def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
@@ -85,16 +88,22 @@ def test_rows_are_padded_on_the_right():
 def test_invalid_input_raises_errors():
     source, targets = np.zeros((2, 4), np.int32), np.zeros((2, 3), np.int32)
     with pytest.raises(
-        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] with the batch size of source \[2, 4\]"
+        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] .*, and the batch size of source \[2, 4\]"
     ):
         seq2seq.batch(source, np.zeros((3, 3), np.int32), start_id=0)
+    with pytest.raises(ValueError, match=r"targets \[2, 0\] must be \[batch, time\] with at least one token per row"):
+        seq2seq.batch(source, targets[:, :0], start_id=0)
     with pytest.raises(ValueError, match=r"source \[4\] must be"):
         seq2seq.batch(source[0], targets, start_id=0)
     with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of their tokens \[2, 4\]"):
         seq2seq.batch(source, targets, start_id=0, source_segment_ids=targets)
     with pytest.raises(ValueError, match=r"^segment_ids \[2, 4\]"):
         seq2seq.batch(source, targets, start_id=0, segment_ids=source)
-    with pytest.raises(ValueError, match="row 1 has 0 tokens: it must have from 1 to 2"):
-        seq2seq.pad([[1, 2], []])
-    with pytest.raises(ValueError, match="row 0 has 4 tokens: it must have from 1 to 3"):
-        seq2seq.pad([[1, 2, 3, 4]], 3)
+    for rows, length, message in [
+        ([[1, 2], []], None, "row 1 has no tokens: remove it"),
+        ([[]], None, "row 0 has no tokens: remove it"),
+        ([], None, "there are no rows to pad: give at least one"),
+        ([[1, 2, 3, 4]], 3, "row 0 has 4 tokens: it must have at most 3; truncate or remove it"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            seq2seq.pad(rows, length)

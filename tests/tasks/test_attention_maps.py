@@ -52,6 +52,10 @@ def test_invalid_arguments_raise_errors():
     model, params, tokenizer = model_params_tokenizer("bert-tiny")
     with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a"])
+    model, params, tokenizer = model_params_tokenizer("gpt2-tiny")
+    with pytest.raises(ValueError, match="text 1 is '', which has no tokens: pass at least one character"):
+        attention_maps(model, params, tokenizer, ["sun", ""])
+    assert attention_maps(model, params, tokenizer, []) == []
 
 
 def test_long_texts_are_truncated():

@@ -143,6 +143,7 @@ def test_the_score_has_the_wilson_interval() -> None:
         ({"max_moves": 0}, "max_moves=0 must be at least 1"),
         ({"opening_moves": -1}, "opening_moves=-1 must be at least 0"),
         ({"opening_moves": 9, "max_moves": 9}, "opening_moves=9 must be less than max_moves=9"),
+        ({"opening_moves": 201, "max_moves": 9}, "opening_moves=201 must be at most 200: most games with random moves"),
         ({"max_moves": 65}, "model reads games of at most 63 moves: use max_moves=64 or fewer"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import board_after
-from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
+from jaxlm.tasks.chess_terminal import _completions, draw_board, play_on_terminal
 from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.tasks.oracle import oracle
 
@@ -96,6 +96,9 @@ def test_each_input_gets_one_answer(line: str, answer: str) -> None:
 def test_answers_explain_check_and_ambiguous_moves() -> None:
     _, messages = play_scripted(["d4", "Nf3", "Nd2"], ["d2d4 d7d5 g1f3 a7a6"])
     assert messages[-2] == "'Nd2' is ambiguous: type Nbd2 or Nfd2."
+    assert _completions(chess.Board("4k3/8/8/8/8/8/8/R4R1K w - - 0 1"), "Rbd1") == []
+    assert _completions(chess.Board("4k3/8/8/8/8/8/8/R4R1K w - - 0 1"), "Rxd1") == ["Rad1", "Rfd1"]
+    assert _completions(chess.Board("4k3/8/8/8/8/1N6/8/1N2K3 w - - 0 1"), "Nbd2") == ["N1d2", "N3d2"]
     promotion = "a2a4 b7b5 a4b5 a7a6 b5a6 h7h6 a6a7 h6h5 a7b8q"
     for line in ("axb8", "a7b8"):
         _, messages = play_scripted(["a4", "axb5", "bxa6", "a7", line], [promotion])

@@ -50,7 +50,7 @@ def test_training_and_prediction_encode_texts_in_the_same_way(name):
     encoded = classification.encode(data, tokens, LABELS, model)
     assert ("token_types" in encoded[0]) == model.reads_token_types == True  # noqa: E712
     (batch,) = classification.batches(encoded, 2, 10, num_buckets=1)
-    loss, _, _ = objective.loss(model, params, batch)
+    loss = jax.jit(lambda params: objective.loss(model, params, batch)[0])(params)
     probabilities = classify(model, params, tokens, data.column("text")).probabilities
     expected = -sum(np.log(probabilities[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -129,6 +129,8 @@ def test_errors_name_bad_examples(caplog):
         ValueError, match="the labels of long.tsv are ..colour..: a classifier needs at least two labels"
     ):
         classification.encode(long, tokenizer(), ("colour",), model)
+    with pytest.raises(ValueError, match="a part of long.tsv must have at least one example, got none"):
+        classification.encode(long[:0], tokenizer(), LABELS, model)
 
 
 def test_convolutions_get_the_length_of_the_longest_input():
@@ -136,6 +138,7 @@ def test_convolutions_get_the_length_of_the_longest_input():
     fields = functools.partial(classification.convolution_fields, tokenizer=tokenizer(), texts=texts)
     assert fields("alexnet", kernels=(5,)) == {"max_positions": 70, "pools": (66,)}
     assert fields("alexnet", kernels=(5,), max_length=64) == {"max_positions": 64, "pools": (60,)}
+    assert fields("alexnet", kernels=(80,)) == {"max_positions": 80, "pools": (1,)}
     assert fields("alexnet", kernels=(7, 3)) == {"max_positions": 70}
     assert fields("resnet") == {"max_positions": 72}
     assert fields("resnet", max_length=10) == {"max_positions": 32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -11,14 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax, logsumexp, softmax
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.tasks import predict
-from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, apply, decode_state, initial_params, tiny_model
+from jaxlm.tasks.predict import Predictions, classify, label_words, score_ids, score_texts
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decode_state, initial_params, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
@@ -33,6 +35,19 @@ def model_and_params(name: str, **fields: Any) -> tuple[Any, Any]:
 
 def classifier(name: str = "bert-tiny") -> tuple[Any, Any]:
     return model_and_params(name, task="classification", num_labels=3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model: Any, params: Any, ids: Any, **inputs: Any) -> jax.Array:
+    """Return the logits [T, V] of one text without padding."""
+    return model.logits(params, model.apply(params, ids, **inputs)[0])[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def probabilities_of(model: Any, params: Any, ids: Any, **inputs: Any) -> jax.Array:
+    """Return the probabilities of the labels of one text without padding."""
+    hidden, _ = model.apply(params, ids, **inputs)
+    return jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
 
 
 def words_tokenizer() -> Any:
@@ -75,8 +90,7 @@ def test_every_classifier_predicts_the_same_with_and_without_a_batch(name: str) 
         if "token_types" not in inspect.signature(model.module.apply).parameters
         else {"token_types": np.zeros_like(ids)}
     )
-    hidden, _ = apply(model, params, ids, **types)
-    expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
+    expected = probabilities_of(model, params, ids, **types)
     np.testing.assert_allclose(predictions.probabilities[1], expected, atol=2e-5)
 
 
@@ -100,8 +114,7 @@ def test_pairs_use_the_template_and_token_types_of_the_tokenizer() -> None:
     tokenizer, (model, params) = words_tokenizer(), classifier()
     actual = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
     ids, types = np.array([[2, 6, 7, 3, 4, 5, 8, 3]]), np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
-    hidden, _ = apply(model, params, ids, token_types=types)
-    expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
+    expected = probabilities_of(model, params, ids, token_types=types)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     single_text = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
     assert np.abs(actual - single_text).max() > 1e-3
@@ -132,10 +145,16 @@ def test_labels_of_a_multi_label_model_are_independent(tmp_path: Path) -> None:
     odds = probabilities / (1 - probabilities)
     np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), shares, rtol=1e-4)
     assert np.abs(probabilities.sum(axis=1) - 1).min() > 1e-3
-    with pytest.raises(ValueError, match="problem_type='regression': the outputs of the model are scores"):
+    with pytest.raises(ValueError, match="num_labels=3 and problem_type='regression': its outputs are regression"):
         classify(*loaded("regression"), BYTES, TEXTS)
     new_head = classify(*loaded("regression", num_labels=2), BYTES, TEXTS).probabilities
     np.testing.assert_allclose(new_head.sum(axis=1), 1.0, rtol=1e-5)
+    # A multi-label model may have one label.
+    model, params = loaded("multi_label_classification")
+    one_label = dataclasses.replace(model.config, num_labels=1)
+    params["classifier"] = {name: array[..., :1] for name, array in params["classifier"].items()}
+    got = classify(dataclasses.replace(model, config=one_label), params, BYTES, TEXTS).probabilities
+    np.testing.assert_allclose(got, probabilities[:, :1], rtol=1e-5)
 
 
 def test_errors_for_texts_that_cannot_be_classified() -> None:
@@ -155,7 +174,7 @@ def test_errors_for_texts_that_cannot_be_classified() -> None:
         classify(*classifier(), BYTES, [])
     with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not classify texts"):
         classify(jaxlm.get_model("bert-tiny"), {}, BYTES, ["a"])
-    with pytest.raises(ValueError, match="num_labels=1: its output is a regression score"):
+    with pytest.raises(ValueError, match="num_labels=1 and problem_type=None: .* compute them with model.logits"):
         classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
 
 
@@ -194,8 +213,7 @@ def test_a_word_has_the_label_of_its_first_token() -> None:
     tokenizer, texts = words_tokenizer(), ["ann sings", "ann playing  sings."]
     ids = tokenizer.encode_inputs(texts[1]).ids
     assert ids.tolist() == [2, 6, 4, 5, 7, 8, 3]
-    hidden, _ = apply(model, params, ids[None], token_types=np.zeros((1, 7), np.int32))
-    expected = np.asarray(jax.nn.softmax(model.logits(params, hidden)[0], axis=-1))
+    expected = softmax(np.asarray(logits_of(model, params, ids[None], token_types=np.zeros((1, 7), np.int32))), axis=-1)
     _, labels = label_words(model, params, tokenizer, texts)
     assert [texts[1][label.start : label.end] for label in labels] == ["ann", "playing", "sings."]
     assert [label.label for label in labels] == expected.argmax(axis=1)[[1, 2, 4]].tolist()
@@ -242,8 +260,8 @@ def test_encoder_decoders_score_targets_given_sources(name: str) -> None:
     for number, (text, source) in enumerate(zip(texts, sources, strict=True)):
         ids = np.append(BYTES.encode(text), 256)
         decoder_input = np.append(start, ids[:-1])[None].astype(np.int32)
-        hidden, _ = jax.jit(model.apply)(params, decoder_input, source=BYTES.encode(source)[None])
-        log_probs = np.asarray(jax.nn.log_softmax(model.logits(params, hidden)[0], axis=-1))
+        logits = logits_of(model, params, decoder_input, source=BYTES.encode(source)[None])
+        log_probs = log_softmax(np.asarray(logits), axis=-1)
         np.testing.assert_allclose(scores.token_log_likelihoods[number], log_probs[np.arange(ids.size), ids], atol=2e-5)
 
 
@@ -261,11 +279,9 @@ def test_scores_equal_the_log_probabilities_of_generated_tokens() -> None:
     text = BYTES.decode(np.asarray(out.tokens)[0])
     actual = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
     assert actual.size == 6
-    hidden, _ = apply(model, params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source)
-    log_allowed_probability = jax.nn.logsumexp(model.logits(params, hidden)[0, :, :128], axis=-1) - jax.nn.logsumexp(
-        model.logits(params, hidden)[0], axis=-1
-    )
-    np.testing.assert_allclose(actual[:5], out.log_probs[0] + log_allowed_probability, atol=2e-5)
+    logits = np.asarray(logits_of(model, params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source))
+    log_allowed_probability = logsumexp(logits[:, :128], axis=-1) - logsumexp(logits, axis=-1)
+    np.testing.assert_allclose(actual[:5], np.asarray(out.log_probs)[0] + log_allowed_probability, atol=2e-5)
 
 
 def test_errors_for_texts_that_cannot_be_scored() -> None:
@@ -283,7 +299,19 @@ def test_errors_for_texts_that_cannot_be_scored() -> None:
         score_texts(*t5, BYTES, ["ab", "c"], ["cd"])
     with pytest.raises(ValueError, match="got none for 2 texts"):
         score_texts(*t5, BYTES, ["ab", "c"])
-    with pytest.raises(ValueError, match="text 0 is '', which has no tokens"):
+    with pytest.raises(ValueError, match="source 0 is '', which has no tokens"):
         score_texts(*t5, BYTES, ["ab"], [""])
+    with pytest.raises(TypeError, match=r"texts must be a sequence of strings, got one string: pass \['ab'\]"):
+        score_texts(*t5, BYTES, "ab", ["cd"])
+    with pytest.raises(TypeError, match=r"sources must be a sequence of strings, got one string: pass \['cd'\]"):
+        score_texts(*t5, BYTES, ["ab"], "cd")
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
+        score_texts(*gpt, BYTES, ["ab", None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"sources\[0\] must be a string, got int: 3"):
+        score_texts(*t5, BYTES, ["ab"], [3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="there are no texts"):
+        score_texts(*t5, BYTES, [], [])
+    with pytest.raises(ValueError, match="there are no continuations: pass at least one"):
+        score_ids(*gpt, [], [])
     with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not score texts"):
         score_texts(jaxlm.get_model("bert-tiny"), {}, BYTES, ["ab"])

@@ -188,6 +188,8 @@ def test_errors_for_invalid_training_examples() -> None:
         training_windows(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
     with pytest.raises(ValueError, match="max_length=65 must be at most 64, the model's max_positions"):
         training_windows(model, BYTES, EXAMPLES, max_length=65)
+    with pytest.raises(ValueError, match="question 'q': the answer ' ' has no tokens: remove this example, or"):
+        training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": [" "], "starts": [4]}])
 
 
 # -------------------------------------------------------------------------------------------------- answers
@@ -317,6 +319,8 @@ def test_errors_for_questions_that_cannot_be_answered() -> None:
         answer(model, params, BYTES, ["Who" * 20], ["Mary " * 20])
     with pytest.raises(ValueError, match="max_length=384 must be at most 64"):
         answer(model, params, BYTES, ["Who?"], ["Mary"], max_length=384)
+    with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
+        answer(model, params, BYTES, ["Who?"], ["Mary"], max_length=0)
     with pytest.raises(ValueError, match="max_answer_tokens=0 must be at least 1"):
         answer(model, params, BYTES, ["Who?"], ["Mary"], max_answer_tokens=0)
     with pytest.raises(ValueError, match="a masked-token head: it does not answer questions"):

@@ -21,6 +21,7 @@ from jaxlm.testing.helpers import assert_trees_equal, tiny_model
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.report import read_metrics
 from jaxlm.training.trainer import SPIKE_WINDOW, Trainer
+from tests.training.cached_trainer import CachedTrainer
 
 STEPS = 20
 HUGE_FACTOR = 1e8
@@ -71,7 +72,7 @@ def gpt_model(**changes):
 
 
 def evaluate(params):
-    return {"loss": float(jnp.mean(params["final_norm"]["scale"]))}
+    return {"loss": float(np.mean(params["final_norm"]["scale"]))}
 
 
 @functools.cache
@@ -102,22 +103,10 @@ MOMENTUM_SGD = optax.sgd(0.1, momentum=0.9)
 NONFINITE_SGD = optax.GradientTransformation(lambda params: optax.EmptyState(), nonfinite_sgd)
 
 
-class CachedStepTrainer(Trainer):
-    """A trainer that shares its compiled step with equal trainers."""
-
-    def jit_step(self):
-        return compiled_step(self)
-
-
-@functools.cache
-def compiled_step(trainer):
-    return Trainer.jit_step(trainer)
-
-
 def run(directory, loss, data=None, *, resume=False, optimizer=MOMENTUM_SGD, model=None, rate=None, **options):
     options = {"evaluate_every": 1000, "checkpoint_every": 4, "max_skipped_in_a_row": 3, **options}
     config = TrainingConfig(options.pop("steps", STEPS), 2, 4, **options)
-    trainer = CachedStepTrainer(**vars(config.trainer(model or gpt_model(), optimizer, loss, learning_rate=rate)))
+    trainer = CachedTrainer(**vars(config.trainer(model or gpt_model(), optimizer, loss, learning_rate=rate)))
     data = data or Batches(NumberedBatches(), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(directory, resume=resume))
 
@@ -206,8 +195,12 @@ def test_skipped_steps_postpone_the_next_checkpoint(tmp_path):
 def is_spike(recent_losses, loss, deviations):
     window = np.full(SPIKE_WINDOW, np.nan, np.float32)
     window[: len(recent_losses)] = recent_losses
-    trainer = Trainer(gpt_model(), optax.sgd(0.1), causal.loss, spike_deviations=deviations)
-    return bool(trainer._is_spike(jnp.float32(loss), window))
+    return bool(compiled_is_spike(deviations)(np.float32(loss), window))
+
+
+@functools.cache
+def compiled_is_spike(deviations):
+    return jax.jit(Trainer(gpt_model(), optax.sgd(0.1), causal.loss, spike_deviations=deviations)._is_spike)
 
 
 def test_a_spike_is_a_loss_above_mean_plus_deviations():

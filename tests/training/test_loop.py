@@ -36,6 +36,7 @@ from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import draw_losses, metric_curve, read_metrics
+from tests.training.cached_trainer import CachedTrainer
 
 STEPS = 12
 
@@ -68,7 +69,7 @@ def run(directory, loss=causal.loss, data=None, **options):
     initial = config.pop("initial", None)
     directory.mkdir(exist_ok=True)
     config = TrainingConfig(**config)
-    trainer = config.trainer(model, optimizer, loss, sharding=sharding)
+    trainer = CachedTrainer(**vars(config.trainer(model, optimizer, loss, sharding=sharding)))
     data = data or Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(directory, {"note": "test"}, resume), initial)
 
@@ -131,7 +132,8 @@ def test_a_signal_before_or_during_an_evaluation_is_reported_at_once(tmp_path, c
     config = TrainingConfig(steps=STEPS, batch_size=8, sequence_length=16, evaluate_every=3, checkpoint_every=None)
     source = RandomWindows(tokens, 16, 8, seed=1)
     data = SignalBatches(source, 3 if where == "step" else 99, signal.SIGINT)
-    result = train(config.trainer(model, optimizer, causal.loss), data, signalling_evaluate, config, Run(tmp_path))
+    trainer = CachedTrainer(**vars(config.trainer(model, optimizer, causal.loss)))
+    result = train(trainer, data, signalling_evaluate, config, Run(tmp_path))
     assert result.interrupted == "SIGINT"
     assert int(result.state.step) == 3
     (message,) = messages
@@ -187,15 +189,17 @@ def test_a_run_can_be_resumed_on_another_mesh(tmp_path, complete_run):
 def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, name, scan_layers):
     """Convert parameters, moments and EMA. This works with any Optax optimizer that is elementwise."""
 
-    def resume_with(scan_layers, steps):
+    @functools.cache
+    def model_and_optimizer(scan_layers):
         model = tiny_model("gpt", num_layers=2, scan_layers=scan_layers)
         if name == "optax":
-            optimizer = optax.chain(
-                optax.clip(1.0), optax.masked(optax.adamw(1e-2, eps=1e-3), spec.decay_mask(model.specs))
-            )
-        else:
-            optimizer = make_optimizer(OptimizerConfig(name, 1e-2, warmup_steps=2, epsilon=1e-3), model.specs, STEPS)
-        monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, *tokens_and_evaluate))
+            masked = optax.masked(optax.adamw(1e-2, eps=1e-3), spec.decay_mask(model.specs))
+            return model, optax.chain(optax.clip(1.0), masked)
+        return model, make_optimizer(OptimizerConfig(name, 1e-2, warmup_steps=2, epsilon=1e-3), model.specs, STEPS)
+
+    def resume_with(scan_layers, steps):
+        setup = (*model_and_optimizer(scan_layers), *tokens_and_evaluate)
+        monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: setup)
         return run(tmp_path / str(scan_layers), resume=True, steps=steps, ema_decay=0.5)
 
     tokens_and_evaluate = training_setup()[2:]
@@ -217,9 +221,10 @@ def test_an_optimizer_state_without_another_layout_is_rejected(tmp_path, monkeyp
     """``optax.adafactor`` factors the stacked array. Its statistics cannot be converted to statistics of layers."""
     tokens_and_evaluate = training_setup()[2:]
 
+    optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=2)
+
     def resume_with(scan_layers, steps):
         model = tiny_model("gpt", num_layers=2, scan_layers=scan_layers)
-        optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=2)
         monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, *tokens_and_evaluate))
         return run(tmp_path / "run", resume=True, steps=steps)
 
@@ -346,7 +351,8 @@ def test_the_evaluation_is_a_mean_over_tokens():
     model, _, tokens, _ = training_setup()
     params = initial_params(model)
     long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
-    totals = [causal.loss(model, params, batch)[:2] for batch in (long, short)]
+    loss = jax.jit(lambda params: [causal.loss(model, params, batch)[:2] for batch in (long, short)])
+    totals = loss(params)
     expected = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
     assert Evaluator(model, causal.loss, [long, short])(params)["loss"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="at least one batch"):
@@ -490,8 +496,8 @@ def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
     assert set(values) == set(evaluate.names)
     assert values["nats"] == pytest.approx(plain["loss"], rel=1e-6)
     assert values["loss"] == pytest.approx(values["nats"] + 0.5 * values["load_balance_loss"], rel=1e-6)
-    _, _, statistics = model.apply_with_routing(params, batch.tokens)
-    assert values["load_balance_loss"] == pytest.approx(float(load_balance_loss(statistics)), rel=1e-5)
+    balance_loss = jax.jit(lambda params: load_balance_loss(model.apply_with_routing(params, batch.tokens)[2]))
+    assert values["load_balance_loss"] == pytest.approx(float(balance_loss(params)), rel=1e-5)
     losses = {"loss": causal.loss_with_load_balance(0.5), "router_z_loss": causal.loss}
     with pytest.raises(ValueError, match="a loss has the term 'router_z_loss', which is also another metric"):
         Evaluator(model, losses, [batch])

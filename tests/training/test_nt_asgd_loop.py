@@ -19,6 +19,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.loop import Result, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import read_metrics
+from tests.training.cached_trainer import CachedTrainer
 
 LOSSES = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5]
 """Validation losses of ten evaluations. The eighth is the first that triggers averaging.
@@ -27,14 +28,16 @@ It is the first loss that is worse than the best loss of more than five evaluati
 """
 
 
+MODEL = tiny_model("lstm")
+OPTIMIZER = make_optimizer(
+    OptimizerConfig("nt_asgd", learning_rate=0.5, schedule="constant", warmup_steps=0, beta1=0.0), MODEL.specs, 10
+)
+
+
 def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, list[Any]]:
     """Train; return the result and the parameters that each evaluation received."""
-    model = tiny_model("lstm")
-    optimizer = make_optimizer(
-        OptimizerConfig("nt_asgd", learning_rate=0.5, schedule="constant", warmup_steps=0, beta1=0.0), model.specs, 10
-    )
     config = TrainingConfig(steps=steps, batch_size=2, sequence_length=8, evaluate_every=1, checkpoint_every=5)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 400)
+    tokens = np.random.default_rng(0).integers(0, MODEL.config.vocab_size, 400)
     data = Batches(RandomWindows(tokens, 8, 2), to_batch=lambda window: causal.batch(window.tokens))
     evaluated_params: list[Any] = []
     earlier_evaluations = 5 if resume else 0
@@ -43,7 +46,7 @@ def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, l
         evaluated_params.append(jax.device_get(params))
         return {"loss": LOSSES[earlier_evaluations + len(evaluated_params) - 1]}
 
-    trainer = config.trainer(model, optimizer, causal.loss)
+    trainer = CachedTrainer(**vars(config.trainer(MODEL, OPTIMIZER, causal.loss)))
     return train(trainer, data, evaluate, config, Run(directory, resume=resume)), evaluated_params
 
 

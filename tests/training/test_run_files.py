@@ -239,13 +239,14 @@ def test_large_attention_maps_have_small_cells_and_short_titles(tmp_path):
     letters = list("abcdefghijklmnopqrstuvwxyz01234")
     maps = [
         AttentionMap("word\n" * 60, letters, letters, np.eye(31).tolist()),
-        AttentionMap("short", ["a"], ["long", "b"], [[0.5, 0.5]]),
+        AttentionMap("short", ["\n"], ["long", "b"], [[0.5, 0.5]]),
     ]
     report.write_attention(tmp_path, maps)
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r'<table class="heat (map[ \w]*)">', text) == ["map small", "map"]
     assert text.count('class="upright"') == 2  # both names of the second map, because one of them is long
     assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == [(" ".join(["word"] * 60))[:196] + " ...", "short"]
+    assert '<th scope="row">⏎</th>' in text
     assert "<dt>no answer threshold</dt><dd>none</dd>" in text
 
 

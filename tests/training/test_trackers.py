@@ -4,13 +4,14 @@ import atexit
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from experiments import sentiment
 from jaxlm.training.experiment import make_run
 from jaxlm.training.loop import TrainingConfig
-from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker, check_tracker
+from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker, check_tracker, make_tracker
 
 
 class FakeRun:
@@ -44,6 +45,13 @@ def test_wandb_and_trackio_receive_config_values_and_finish(monkeypatch, service
     assert not run.finished
     tracker.close()
     assert run.finished
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+def test_a_run_in_the_working_directory_has_its_name(monkeypatch, tmp_path, service):
+    monkeypatch.setitem(sys.modules, service, types.SimpleNamespace(init=lambda **options: FakeRun(**options)))
+    monkeypatch.chdir(tmp_path)
+    assert make_tracker(service, Path("."), {})._run.options["name"] == tmp_path.name
 
 
 def test_tensorboard_receives_one_scalar_per_metric(monkeypatch, tmp_path):

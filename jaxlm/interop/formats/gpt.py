@@ -88,7 +88,7 @@ _GPT2 = Format(
         "layers/attention/output/weight": ((0, 1), (2,)),
         **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
-    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old files
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # old files: causal mask, score of masked keys
 )
 _GPT1 = dataclasses.replace(
     _GPT2,

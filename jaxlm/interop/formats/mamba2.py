@@ -46,21 +46,32 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
         raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
     kinds: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
-    expand = integer(config, "mamba_expand", 2)
+    expand = _expand(config)
     return {
         "pattern": shortest_pattern(kinds), "expand": expand, "head_dim": _head_dim(config, expand * width),
         **_read_attention(config), **read_rotary(config, None),
     }  # fmt: skip
 
 
+def _expand(config: Mapping[str, Any]) -> int:
+    """The value of ``mamba_expand``."""
+    expand = integer(config, "mamba_expand", 2)
+    if expand is None:
+        raise ValueError("mamba_expand=null is not supported: it must be an integer")
+    return expand
+
+
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
     heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
     width = integer(config, "hidden_size", 4096)
+    if heads < 1:
+        raise ValueError(f"num_attention_heads={heads} must be at least 1")
     head_dim = integer(config, "head_dim", width // heads)
     if head_dim is None or (head_dim < 4 and "head_dim" not in config):
         raise ValueError(
-            f"head_dim={head_dim} must be an integer, or hidden_size={width} / num_attention_heads={heads} at least 4"
+            f"head_dim={head_dim} must be an integer; if it is missing, hidden_size={width} / "
+            f"num_attention_heads={heads} must be at least 4"
         )
     return {"attention_kv_heads": heads if kv_heads is None else kv_heads, "attention_head_dim": head_dim}
 
@@ -72,7 +83,7 @@ def _head_dim(config: Mapping[str, Any], width: int) -> int:
         head_dim = width // heads if heads else 0
     if type(head_dim) is not int or type(heads) is not int or head_dim * heads != width:
         raise ValueError(
-            f"mamba_n_heads={heads} with mamba_d_head={config.get('mamba_d_head', 'auto')!r} must equal the width of "
+            f"mamba_n_heads={heads} times mamba_d_head={config.get('mamba_d_head', 'auto')!r} must equal the width of "
             f"the mixer, {width}"
         )
     return head_dim
@@ -128,7 +139,9 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
 def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden, width = integer(config, "hidden_size", 4096), integer(config, "mamba_d_ssm", 1024)
     if width is None:
-        width = integer(config, "mamba_expand", 2) * hidden
+        width = _expand(config) * hidden
+    if hidden < 1:
+        raise ValueError(f"hidden_size={hidden} must be at least 1")
     biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
     if biases[0] != biases[1]:
         raise ValueError(f"mamba_proj_bias={biases[0]} and projectors_bias={biases[1]} must be equal")
@@ -143,7 +156,8 @@ def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
     if cfg.norm_groups not in (None, cfg.num_groups):
         raise ValueError(
-            f"norm_groups={cfg.norm_groups}: model_type='falcon_h1' has no norm, or num_groups={cfg.num_groups} groups"
+            f"norm_groups={cfg.norm_groups}: model_type='falcon_h1' needs norm_groups=None (no norm) or "
+            f"norm_groups=num_groups={cfg.num_groups}"
         )
     m = Multipliers() if cfg.multipliers is None else cfg.multipliers
     return {

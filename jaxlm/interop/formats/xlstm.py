@@ -44,7 +44,8 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         "num_blocks": cfg.num_layers,
         "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
         "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
-        # The MLP width depends on these two fields. Both are written, because a loaded config may have other values.
+        # The MLP width depends on these two fields. Both are written, so that neither keeps its value from the
+        # ``config.json`` from which the model was loaded.
         "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
         "ffn_round_up_to_multiple_of": cfg.mlp_dim,
     }

@@ -58,8 +58,8 @@ def attention(
             - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh axis over tokens.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
               and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh axis over tokens.
-            - ``cudnn``: NVIDIA GPUs, half precision; head widths that are multiples of 8 up to 128; no biases, no
-              dropout, no ``Mask.query_order``, no segments, no mesh axis over tokens.
+            - ``cudnn``: NVIDIA GPUs, half precision; head widths that are multiples of 8 up to 128, the same for keys
+              and values; no biases, no dropout, no ``Mask.query_order``, no segments, no mesh axis over tokens.
 
     Raises:
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
@@ -71,7 +71,7 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    implementation = _choose(q_BTHK, S, mask, dense_bias, biases, key, implementation)
+    implementation = _choose(q_BTHK, v_BSGK, mask, dense_bias, biases, key, implementation)
     if implementation == "decode":
         return decode.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
     k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
@@ -101,16 +101,19 @@ def _check_shapes(
         )
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
-    for name, segments, length in (("query", mask.query_segments, T), ("key", mask.key_segments, S)):
-        if segments is not None and (segments.shape[0] not in (1, B) or segments.shape[1:] != (length,)):
-            raise ValueError(f"{name}_segments {segments.shape} must be [1 or {B}, {length}]")
+    for name, length in (("query_segments", T), ("key_segments", S), ("query_order", T), ("key_order", S)):
+        x = getattr(mask, name)
+        if x is not None and (x.shape[:1] not in ((1,), (B,)) or x.shape[1:] != (length,)):
+            raise ValueError(f"{name} {x.shape} must be [1 or {B}, {length}]")
     if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
         raise ValueError(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
             "heads of k and v must divide that of q"
         )
-    if dense_bias is not None and not all(
-        size in allowed for size, allowed in zip(dense_bias.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
+    allowed_sizes = (1, B), (1, H), (T,), (S,)
+    if dense_bias is not None and (
+        len(dense_bias.shape) != 4
+        or not all(size in allowed for size, allowed in zip(dense_bias.shape, allowed_sizes, strict=True))
     ):
         raise ValueError(f"bias {dense_bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
     for attention_bias in biases:
@@ -120,8 +123,8 @@ def _check_shapes(
 
 
 def _choose(
-    q_BTHK: jax.Array, keys: int, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...], key: jax.Array | None,
-    implementation: Implementation | None,
+    q_BTHK: jax.Array, v_BSGK: Any, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...],
+    key: jax.Array | None, implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
     """The implementation to run: the given one, or the fastest known one if it is None; ``reference`` while attention
     weights are recorded."""
@@ -131,13 +134,14 @@ def _choose(
         )
     if is_recording():
         return "reference"
-    T, any_bias = q_BTHK.shape[1], dense_bias if dense_bias is not None else biases or None
+    T, keys = q_BTHK.shape[1], v_BSGK.shape[1]
+    any_bias = dense_bias if dense_bias is not None else biases or None
     reasons = {
         "blockwise": None if dense_bias is None else "takes no dense bias",
         "decode": decode.unsupported_reason(dense_bias, key),
         "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas.unsupported_reason(T, keys, biases, dense_bias, key),
-        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], any_bias, key),
+        "pallas": pallas.unsupported_reason(keys, biases, dense_bias, key),
+        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], v_BSGK.shape[-1], any_bias, key),
     }
     if implementation is None:
         return choices.attention(T, keys, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)

@@ -16,12 +16,16 @@ MAX_HEAD_WIDTH = 128
 """The largest width of a head that JAX supports on every GPU with cuDNN attention."""
 
 
-def unsupported_reason(mask: Mask, dtype: DTypeLike, head_width: int, bias: Any, key: jax.Array | None) -> str | None:
+def unsupported_reason(
+    mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, bias: Any, key: jax.Array | None
+) -> str | None:
     """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_width % 8 or head_width > MAX_HEAD_WIDTH:
         return f"takes head widths that are multiples of 8 up to {MAX_HEAD_WIDTH}, not {head_width}"
+    if value_width != head_width:
+        return f"takes values of the width of the keys ({head_width}), not {value_width}"
     if bias is not None:
         return "takes no bias"
     if key is not None:

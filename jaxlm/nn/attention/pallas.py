@@ -42,9 +42,7 @@ VMEM_LIMIT_BYTES = 32 * 2**20
 _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def unsupported_reason(
-    queries: int, keys: int, biases: tuple[AttentionBias, ...], dense_bias: Any, dropout_key: Any
-) -> str | None:
+def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dense_bias: Any, dropout_key: Any) -> str | None:
     """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
     if dense_bias is not None:
         return "takes no dense bias"

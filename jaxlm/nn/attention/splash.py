@@ -68,7 +68,7 @@ def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
 
 
 def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
-    """Attention for the rows and heads of one device, [B, T, H, K]; the queries are already scaled."""
+    """Attention for the rows and heads of one device, [B, T, H, width of v]; the queries are already scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     (q, k, v), (query, key) = qkv, segments

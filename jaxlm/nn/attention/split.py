@@ -14,18 +14,18 @@ from jaxlm import sharding
 def unsupported_reason() -> str | None:
     """Why kernels do not support the active mesh, as a part of an error message; None if they support it."""
     active = sharding.active()
-    if active is not None and active.named_sharding(("seq",)).spec[0] is not None:
+    if active is not None and active.num_shards(("seq",)) > 1:
         return "does not split queries over devices: use a mesh without a sequence axis"
     return None
 
 
 def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
-    """The result of ``run((q, k, v), floats, integers)``, [B, T, H, K].
+    """The result of ``run((q, k, v), floats, integers)``, [B, T, H, V].
 
     On a mesh, each device computes its shard (``shard_map``). Without a mesh, ``run`` is called directly.
 
     Args:
-        qkv: q [B, T, H, K], k and v [B, S, G, K].
+        qkv: q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V].
         floats: any tree of arrays [1 or B, 1 or H, ...].
         integers: any tree of arrays [1 or B, ...].
     """
@@ -42,7 +42,7 @@ def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], float
         return active.named_sharding((*axes, *[None] * (x.ndim - len(axes))), x.shape, what).spec
 
     qkv_specs = tuple(
-        active.named_sharding(("batch", None, "heads", "kv"), x.shape, what).spec
+        active.named_sharding(("batch", None, "heads", None), x.shape, what).spec
         for what, x in (("queries", q), ("keys", k), ("values", v))
     )
     float_specs = jax.tree.map(lambda x: partition_spec(x, ("batch", "heads"), "an attention bias"), floats)

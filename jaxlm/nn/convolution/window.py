@@ -80,7 +80,7 @@ def padding_and_count(
     if count < 1:
         raise ValueError(
             f"{length} steps are shorter than one window of {kernel} taps with dilation={dilation}: "
-            "lengthen the input or choose padding 'same' or 'causal'"
+            + ("lengthen the input or choose padding 'same' or 'causal'" if length else "give at least one step")
         )
     return before, after, count
 
@@ -117,7 +117,7 @@ class Stream:
 
 
 def past_specs(batch: int, tail_length: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``tail_length`` real tokens, but at least one.
+    """Spec of the segment ids of the last ``max(tail_length, 1)`` real tokens.
 
     Like the tails, these ids are part of the state of a model. An id of 0 means that no token was read yet.
     """

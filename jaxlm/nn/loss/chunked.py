@@ -36,7 +36,15 @@ def chunked_cross_entropy(
 
     Returns:
         A float32 scalar, in nats.
+
+    Raises:
+        ValueError: the targets or weights are not [B, T].
     """
+    for name, x in (("targets", targets_BT), ("weights", weights_BT)):
+        if x.shape != hidden_BTD.shape[:2]:
+            raise ValueError(
+                f"{name} {list(x.shape)} must have the batch and time of the hidden states {list(hidden_BTD.shape)}"
+            )
     if hidden_BTD.size == 0:
         return jnp.zeros(())  # an empty sum
     if max_chunk_logits is None:
@@ -90,7 +98,7 @@ def _split_time(x: jax.Array, C: int) -> jax.Array:
 
 
 def _chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of time steps of a chunk: as many as ``max_chunk_logits`` allows, but at least 1."""
+    """C, the number of time steps of a chunk: at most as many as ``max_chunk_logits`` allows, but at least 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))

@@ -80,6 +80,8 @@ def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: 
     :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`, but None is not
     allowed. The state before the first token is 0.
     """
+    reset_BT = reset_BT & keep_BT
+    x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
 
     def step(state: Any, inputs: Any) -> Any:
         projected_BGH, reset_B, keep_B = inputs

@@ -44,10 +44,10 @@ MAX_BLOCK_ENTRIES = 128 * 1024
 ROW_TILE = 16
 """If there are several blocks of rows, the number of rows of a block is a multiple of this number (a tile of
 bfloat16)."""
-VMEM_LIMIT_BYTES = {"TPU7x": 56 * 2**20}
+VMEM_LIMIT_BYTES = {"TPU v5": 56 * 2**20, "TPU7x": 56 * 2**20}
 """Bytes of VMEM that a kernel may use, by device kind."""
 DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
-"""The limit for other devices (TPU v5e, v5p and v6e have 128 MiB)."""
+"""The limit for other devices (a core of a TPU v5e or v6e has 128 MiB)."""
 NUM_STORED = 4
 """Number of arrays that a step stores for the backward pass, without the cell of an LSTM. The backward pass of a step
 returns the same number of gradients."""
@@ -101,7 +101,8 @@ class _Cell(NamedTuple):
     gates; ``bias_hidden`` is only for a GRU."""
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
     """``backward(stored, before, dafter)``: the gradient of the state before the step, without the gradient through the
-    hidden weights, and the gradients of the products. For a GRU, the fourth entry is the gradient of the input
+    hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM, or the hidden
+    state of a GRU. For a GRU, the fourth entry is the gradient of the input
     contribution to gate n. It differs from the gradient of the product, because the reset gate r multiplies only the
     product."""
 

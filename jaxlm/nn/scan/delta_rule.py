@@ -65,7 +65,8 @@ def gated_delta_rule(
     """The outputs ``q_t @ S_t`` of the gated delta rule (equations: see the module), and the last state.
 
     The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. Queries and keys are
-    neither scaled nor normalised. Matmul inputs have the dtype of the values; everything else is float32.
+    neither scaled nor normalised. ``reference`` computes in float32. The other implementations cast the inputs of
+    matmuls to the dtype of the values, except in the triangular system, and compute everything else in float32.
 
     Args:
         key_BTHK: keys, usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
@@ -137,7 +138,8 @@ def generalized_delta_rule(
     eigenvalue of ``diag(exp(g)) + b a.T`` has a magnitude above 1.
 
     Args:
-        log_decay_BTHK: g, at most 0; -inf sets the old state of the channel to zeros.
+        log_decay_BTHK: g, at most 0; -inf sets the decay of the channel to 0, but ``a`` still reads its old state. To
+            reset the state, use ``reset_BT``.
         a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the key with which the step adds this value to the state.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. There is no ``pallas``.

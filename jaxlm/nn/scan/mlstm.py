@@ -34,7 +34,7 @@ STABILIZER_LIMITS = (-80.0, 40.0)
 """The output uses ``exp(-m)`` with m clipped to these limits.
 
 If m is below -80, ``exp(-m)`` can overflow. Then both the exact output and the output with this limit are less than
-1e-34 times the values. Above 40, the limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of
+1e-34 times ``q @ C``. Above 40, the limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of
 zeros gives zeros even if ``epsilon`` is 0; without the limit, it would give 0 / 0.
 """
 
@@ -64,8 +64,9 @@ def mlstm(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The output h_t of each step (equations: see the module), and the last state (:func:`mlstm_state_specs`).
 
-    The output is [B, T, H, V] in the dtype of the values; the state is float32. Queries and keys are not scaled. Matmul
-    inputs have the dtype of the values; everything else is float32.
+    The output is [B, T, H, V] in the dtype of the values; the state is float32. Queries and keys are not scaled. In
+    ``chunked`` and ``pallas``, matmul inputs have the dtype of the values (float32 for float16 values). Everything else
+    is float32.
 
     Args:
         log_input_BTH: the logarithm of the input gate, which is the pre-activation of an exponential gate.

@@ -94,7 +94,8 @@ def test_reference_gradient_against_differences_in_float64():
         def scalar(q, k, v):
             return float(np.sum(dense(q, k, v, allowed, 0.5) * cotangent))
 
-        grads = jax.grad(lambda *a: jnp.sum(attention(*a, mask, scale=0.5) * cotangent), argnums=(0, 1, 2))(q, k, v)
+        total = lambda *a: jnp.sum(attention(*a, mask, scale=0.5) * cotangent)  # noqa: E731
+        grads = jax.device_get(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v))
         for which, grad in enumerate(grads):
             for index in [(0, 1, 0, 2), (0, 4, 0, 0), (0, 5, 0, 3)]:
                 arrays = [x.copy() for x in (q, k, v)]
@@ -109,11 +110,14 @@ def test_a_query_without_visible_keys_gives_zeros_and_no_gradient():
     q, k, v, _ = inputs(1, 4, 4, 1, 4)
     mask = Mask(query_segments=np.array([[1, 2, 1, 1]]), key_segments=np.array([[1, 1, 1, 1]]))
     for implementation in ("reference", "blockwise"):
-        out, grads = jax.value_and_grad(
-            lambda *a, i=implementation: jnp.sum(attention(*a, mask, implementation=i)), argnums=(0, 1, 2)
-        )(q, k, v)
-        assert np.isfinite(float(out))
-        assert np.all(np.asarray(attention(q, k, v, mask, implementation=implementation))[0, 1] == 0)
+
+        def total(*arrays, implementation=implementation):
+            out = attention(*arrays, mask, implementation=implementation)
+            return jnp.sum(out), out
+
+        (value, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        assert np.isfinite(float(value))
+        assert np.all(np.asarray(out)[0, 1] == 0)
         assert all(np.isfinite(g).all() for g in grads)
         assert np.all(np.asarray(grads[0])[0, 1] == 0)
 
@@ -129,15 +133,16 @@ def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask
         )
         return out, vjp_fn(jnp.asarray(cotangent))
 
-    want, got = (jax.jit(run, static_argnums=0)(name, jax.random.key(7)) for name in ("reference", "blockwise"))
+    run = jax.jit(run, static_argnums=0)
+    want, got = (run(name, jax.random.key(7)) for name in ("reference", "blockwise"))
     assert_trees_close(got, want, 3e-6)
-    other_key = jax.jit(run, static_argnums=0)("blockwise", jax.random.key(8))
+    other_key = run("blockwise", jax.random.key(8))
     assert relative_error(other_key[0], want[0]) > 0.1
     # If all values are 1, the output is the sum of the kept probabilities. Its mean is 1.
-    ones = attention(q, k, np.ones_like(v), dropout=0.3, key=jax.random.key(7), implementation="blockwise")
-    assert float(jnp.mean(ones)) == pytest.approx(1.0, abs=0.01)
-    kept = keep_rows(jax.random.key(0), jnp.arange(500, dtype=jnp.uint32), 200, 0.3)
-    assert float(jnp.mean(kept)) == pytest.approx(0.7, abs=0.01)
+    attend = jax.jit(functools.partial(attention, dropout=0.3, key=jax.random.key(7), implementation="blockwise"))
+    assert np.mean(attend(q, k, np.ones_like(v))) == pytest.approx(1.0, abs=0.01)
+    kept = jax.jit(keep_rows, static_argnums=(2, 3))(jax.random.key(0), np.arange(500, dtype=np.uint32), 200, 0.3)
+    assert np.mean(kept) == pytest.approx(0.7, abs=0.01)
 
 
 @pytest.mark.thorough
@@ -177,9 +182,13 @@ def test_memory_is_linear_in_time():
 
 def test_all_heads_together_equal_a_loop_over_heads():
     q, k, v, _ = inputs(2, 150, 150, 2, 8)
-    run = lambda sequential: blockwise.attention(  # noqa: E731
-        q, k, v, Mask(causal=True), scale=0.3, biases=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
-    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(sequential):
+        return blockwise.attention(
+            q, k, v, Mask(causal=True), scale=0.3, biases=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
+        )
+
     assert relative_error(run(False), run(True)) < 3e-6
 
 
@@ -224,6 +233,10 @@ def test_errors_name_bad_input():
         attention(q[0], k, v)
     with pytest.raises(ValueError, match=r"key_segments \(1, 4\) must be \[1 or 1, 6\]"):
         attention(q, k, v, Mask(query_segments=np.ones((1, 4), int), key_segments=np.ones((1, 4), int)))
+    with pytest.raises(ValueError, match=r"query_order \(2, 4\) must be \[1 or 1, 4\]"):
+        attention(q, k, v, Mask(causal=True, query_order=np.ones((2, 4), int), key_order=np.ones((2, 6), int)))
+    with pytest.raises(ValueError, match=r"bias \(1, 4, 6\) must be \[1 or 1, 1 or 2, 4, 6\]"):
+        attention(q, k, v, Mask(), bias=np.zeros((1, 4, 6)))
     with pytest.raises(ValueError, match="must agree in batch and width"):
         attention(q, k[:, :, :1], v)
     with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):
@@ -251,6 +264,7 @@ def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequentia
     def repeat_heads(k, v):
         return [jnp.stack([x[:, :, head // 3] for head in range(6)], axis=2) for x in (k, v)]
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(attend):
         out, vjp_fn = jax.vjp(attend, q, *grouped)
         return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
@@ -263,7 +277,7 @@ def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequentia
 
 def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
     q, k, v, _ = inputs(2, 4, 4, 3, 8)
-    bias = jax.random.normal(jax.random.key(8), (1, 3, 4, 4))
+    bias = np.random.default_rng(8).normal(size=(1, 3, 4, 4)).astype(np.float32)
     mask = Mask(causal=True)
 
     def plain(bias):
@@ -271,26 +285,40 @@ def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
         scores = jnp.where(jnp.tril(jnp.ones((4, 4), bool))[None, None], scores, -jnp.inf)
         return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(scores, axis=-1), v)
 
-    assert relative_error(attention(q, k, v, mask, scale=0.5, bias=bias), plain(bias)) < 1e-6
-    got, want = (
-        jax.grad(lambda bias, f=f: jnp.sum(jnp.sin(f(bias))))(bias)
-        for f in (lambda bias: attention(q, k, v, mask, scale=0.5, bias=bias), plain)
-    )
-    assert relative_error(got, want) < 1e-5
+    @functools.partial(jax.jit, static_argnums=0)
+    def output_and_gradient(attend, bias):
+        out, vjp_fn = jax.vjp(attend, bias)
+        return out, vjp_fn(jnp.cos(out))[0]  # the gradient of the sum of the sines
+
+    attend = lambda bias: attention(q, k, v, mask, scale=0.5, bias=bias)  # noqa: E731
+    (got, got_gradient), (want, want_gradient) = (output_and_gradient(f, bias) for f in (attend, plain))
+    assert relative_error(got, want) < 1e-6
+    assert relative_error(got_gradient, want_gradient) < 1e-5
 
 
 def cached_inputs(filled, S=700, G=2):
     """Queries (the last tokens of the ``filled`` slots of each row), keys, values and the mask."""
     B, T, H, K = len(filled), 2, 4, 8
     shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
-    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-    slot_1S, filled_B1 = jnp.arange(S)[None], jnp.asarray(filled)[:, None]
-    segments = jnp.where(slot_1S < filled_B1, 1, 0)
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    slot_1S, filled_B1 = np.arange(S, dtype=np.int32)[None], np.array(filled, np.int32)[:, None]
+    segments = np.where(slot_1S < filled_B1, np.int32(1), np.int32(0))
     mask = Mask(
-        causal=True, query_order=filled_B1 - T + jnp.arange(T)[None], key_order=jnp.broadcast_to(slot_1S, (B, S)),
-        query_segments=jnp.ones((B, T), jnp.int32), key_segments=segments,
+        causal=True, query_order=filled_B1 - T + np.arange(T, dtype=np.int32),
+        key_order=np.broadcast_to(slot_1S, (B, S)), query_segments=np.ones((B, T), np.int32), key_segments=segments,
     )  # fmt: skip
     return q, k, v, mask
+
+
+attend_with = jax.jit(attention, static_argnames="implementation")
+
+
+def with_nan(x, slots):
+    """A copy of keys or values with NaN in the given slots."""
+    x = x.copy()
+    x[:, slots] = np.nan
+    return x
 
 
 @pytest.mark.plain_cases(1)
@@ -300,7 +328,7 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     """``decode`` has the values and gradients of ``reference`` on each platform."""
     monkeypatch.setattr(sharding, "platform", lambda: kind)
     q, k, v, mask = cached_inputs(filled)
-    table = jax.random.normal(jax.random.key(9), (9, 4))
+    table = np.random.default_rng(9).normal(size=(9, 4)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, mask):
@@ -317,8 +345,8 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
 def test_decode_ignores_the_orders_of_a_mask_that_is_not_causal():
     q, k, v, mask = cached_inputs((3, 90))
     mask = Mask(query_order=mask.query_order, key_order=mask.key_order)
-    out = attention(q, k, v, mask, implementation="decode")
-    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
+    out = attend_with(q, k, v, mask, implementation="decode")
+    assert relative_error(out, attend_with(q, k, v, mask, implementation="reference")) < 3e-6
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
@@ -326,7 +354,7 @@ def test_decode_ignores_the_orders_of_a_mask_that_is_not_causal():
 def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
     """There are two key heads: one for each of two devices, or fewer than the four devices."""
     q, k, v, mask = cached_inputs((3, 300))
-    want = attention(q, k, v, mask, implementation="reference")
+    want = attend_with(q, k, v, mask, implementation="reference")
     monkeypatch.setattr(sharding, "platform", lambda: kind)
     mesh_sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
 
@@ -345,18 +373,18 @@ def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
 def test_only_the_filled_part_of_a_cache_is_read(filled, read):
     """Masked slots that are read are multiplied with 0, so a NaN in them makes the output NaN."""
     q, k, v, mask = cached_inputs(filled)
-    out = jax.jit(attention)(q, k, v.at[:, read:].set(jnp.nan), mask)
-    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
-    assert np.isnan(jax.jit(attention)(q, k, v.at[:, read - 1 :].set(jnp.nan), mask)).any()
+    out = attend_with(q, k, with_nan(v, slice(read, None)), mask)
+    assert relative_error(out, attend_with(q, k, v, mask, implementation="reference")) < 3e-6
+    assert np.isnan(attend_with(q, k, with_nan(v, slice(read - 1, None)), mask)).any()
 
 
 def test_few_queries_over_a_source_read_only_its_real_tokens():
     """Cross attention to an encoder has no orders, but it uses the same branches as a cache."""
     q, k, v, _ = cached_inputs((0, 0))
-    segments = jnp.where(jnp.arange(700)[None] < jnp.array([[300], [20]]), 1, 0)
-    mask = Mask(query_segments=jnp.ones((2, 2), jnp.int32), key_segments=segments)
-    want = attention(q, k, v, mask, implementation="reference")
-    got = jax.jit(attention)(q, k, v.at[:, 350:].set(jnp.nan), mask)
+    segments = np.where(np.arange(700)[None] < np.array([[300], [20]]), 1, 0)
+    mask = Mask(query_segments=np.ones((2, 2), np.int32), key_segments=segments)
+    want = attend_with(q, k, v, mask, implementation="reference")
+    got = attend_with(q, k, with_nan(v, slice(350, None)), mask)
     assert relative_error(got, want) < 3e-6
 
 
@@ -366,14 +394,14 @@ def context_from(start_B):
 
 def test_a_view_writes_and_reads_one_layer_of_the_stack():
     q, k, v, mask = cached_inputs((6, 90))
-    new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
+    new = np.random.default_rng(5).normal(size=(2, 3, 2, 8)).astype(np.float32)
     start = jnp.array([3, 87])
-    heads_shape, stack = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
-    stack = stack.reshape(3, *heads_shape[:2], -1)
+    heads_shape, stack = k.shape, np.stack([k - 1.0, k, k + 1.0])
+    stack = jnp.asarray(stack.reshape(3, *heads_shape[:2], -1))
     view = CacheView(stack, jnp.int32(1))
     kv, (keys, _) = append_and_read({"key": view, "value": view}, (new, new), context_from(start))
     written = kv["key"]
-    want = append(k, new, start)
+    want = np.asarray(jax.jit(append)(k, new, start))
     assert written.shape == stack.shape[1:]
     assert keys.shape == heads_shape
     np.testing.assert_array_equal(written.read(120), want[:, :120].reshape(2, 120, -1))
@@ -385,20 +413,22 @@ def test_a_view_writes_and_reads_one_layer_of_the_stack():
     assert per_layer_keys.shape == heads_shape
     np.testing.assert_array_equal(per_layer_keys.read(heads_shape[1]), want)
     np.testing.assert_array_equal(per_layer_keys.read(7), want[:, :7])
-    np.testing.assert_array_equal(written.stack[jnp.array([0, 2])], stack[jnp.array([0, 2])])
+    np.testing.assert_array_equal(np.asarray(written.stack)[[0, 2]], np.asarray(stack)[[0, 2]])
     for implementation in ("decode", "reference", None):
         values = CacheView(v.reshape(1, *heads_shape[:2], -1), 0, heads_shape[2])
-        got = attention(q, keys, values, mask, implementation=implementation)
-        assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
+        got = attend_with(q, keys, values, mask, implementation=implementation)
+        assert relative_error(got, attend_with(q, want, v, mask, implementation="reference")) < 3e-6
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
 def test_the_call_of_cudnn_computes_attention(causal, window):
     """The call with ``implementation="xla"``, which needs no GPU."""
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2, 9, 9, 4, 8)[:3])
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(2, 9, 9, 4, 8)[:3])
     grouped, mask = (k[:, :, :2], v[:, :, :2]), Mask(causal=causal, window=window)
-    got = cudnn.attention(q, *grouped, mask, scale=0.3, implementation="xla")
-    want = attention(q, *grouped, mask, scale=0.3, implementation="reference")
+    got, want = (
+        jax.jit(functools.partial(attend, mask=mask, scale=0.3, implementation=implementation))(q, *grouped)
+        for attend, implementation in ((cudnn.attention, "xla"), (attention, "reference"))
+    )
     assert got.dtype == want.dtype
     assert relative_error(got, want) < 1e-2  # bfloat16 probabilities
 
@@ -421,6 +451,14 @@ def test_unsupported_arguments_give_the_reason(implementation, dtype, options, m
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, int(width[0]) if width else 8)[:3])
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, implementation=implementation, **options)
+
+
+def test_cudnn_needs_values_of_the_width_of_the_keys(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    q, v = (jax.ShapeDtypeStruct((1, 256, 2, width), jnp.bfloat16) for width in (16, 8))
+    with pytest.raises(ValueError, match=r"'cudnn' takes values of the width of the keys \(16\), not 8"):
+        jax.eval_shape(functools.partial(attention, implementation="cudnn"), q, q, v)
+    assert jax.eval_shape(attention, q, q, v).shape == v.shape
 
 
 def test_default_implementation_on_a_tpu(monkeypatch):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.attention import attention, pallas
+from jaxlm.nn.attention import attention, pallas, split
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
@@ -13,8 +13,8 @@ from jaxlm.nn.attention.distance_bias import (
     type_bias,
 )
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close
+from jaxlm.sharding import Rules, Sharding, make_mesh
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, H, K = 2, 2, 8
 
@@ -151,6 +151,22 @@ def test_each_device_runs_its_own_rows_and_heads():
     assert_trees_close(run(split, kinds, 128, floats, cotangent), run(kernel, kinds, 128, floats, cotangent), 2e-6)
 
 
+def test_a_kernel_computes_whole_heads_if_a_rule_splits_their_width():
+    """A device that had a part of the width of a head would compute a part of each score."""
+    q, k, v = (np.random.default_rng(i).normal(size=(2, 4, 2, 8)).astype(np.float32) for i in range(3))
+
+    def scores_times_values(qkv, floats, integers):
+        q, k, v = qkv
+        return jnp.einsum("BHTS,BSHV->BTHV", jnp.tanh(jnp.einsum("BTHK,BSHK->BHTS", q, k)), v)
+
+    mesh_sharding = Sharding(
+        make_mesh("data=2,tensor=2", devices=jax.devices()[:4]), Rules.of(batch="data", kv="tensor")
+    )
+    with mesh_sharding.scope():
+        out = jax.jit(lambda *qkv: split.over_devices(scores_times_values, qkv, (), ()))(q, k, v)
+    assert relative_error(out, jax.jit(scores_times_values)((q, k, v), (), ())) < 1e-6
+
+
 def test_unsupported_arguments_give_the_reason():
     q, positions = jnp.zeros((B, 8, H, K)), jnp.zeros((1, 8), jnp.int32)
 
@@ -165,9 +181,9 @@ def test_unsupported_arguments_give_the_reason():
         attend(bias=jnp.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
-    assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, 8192, (), None, None)
+    assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, (), None, None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
-        assert "without a sequence axis" in pallas.unsupported_reason(128, 128, (), None, None)
+        assert "without a sequence axis" in pallas.unsupported_reason(128, (), None, None)
 
 
 def test_blocks_divide_the_queries_and_fit_into_vmem():

@@ -41,20 +41,27 @@ def test_attention_equals_that_over_the_last_tokens_of_the_document(window):
     state = spec.init(window_cache.token_count_specs(3))
     kv = spec.init(window_cache.layer_specs(3, window, G, K, jnp.float32))
     documents, last_segment = [[], [], []], None
+
+    @jax.jit
+    def step(q, k, v, segments, last_segment, state, kv):
+        start, keep, last_segment = segment_boundaries(segments, last_segment, include_first=True)
+        context, state = window_cache.make_context(segments, state, start, keep, window)
+        kv, (keys, values) = window_cache.append_and_read(kv, (k, v), context)
+        out = attention(q, keys, values, context.mask)
+        return (out, start, keep, context.positions), last_segment, state, kv
+
     for call in CALLS:
         segments = np.array(call, np.int32)
         T = segments.shape[1]
         q, k, v = keys_of(T, rng)
-        start, keep, last_segment = segment_boundaries(jnp.asarray(segments), last_segment, include_first=True)
-        context, state = window_cache.make_context(jnp.asarray(segments), state, start, keep, window)
-        kv, (keys, values) = window_cache.append_and_read(kv, (jnp.asarray(k), jnp.asarray(v)), context)
-        got = np.asarray(attention(jnp.asarray(q), keys, values, context.mask))
+        outputs, last_segment, state, kv = step(q, k, v, segments, last_segment, state, kv)
+        got, start, keep, positions = map(np.asarray, outputs)
         assert np.isfinite(got).all()
         for row, document in enumerate(documents):
             for t in np.flatnonzero(keep[row]):
                 if start[row, t]:
                     document.clear()
-                assert int(context.positions[row, t]) == len(document)
+                assert positions[row, t] == len(document)
                 document.append((k[row, t], v[row, t]))
                 want = visible_attention(q[row, t], *zip(*document[-window:], strict=True))
                 np.testing.assert_allclose(got[row, t], want, rtol=2e-5, atol=1e-6)

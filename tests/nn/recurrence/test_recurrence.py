@@ -28,9 +28,10 @@ def setup(kind, dtype="float32"):
     else:
         specs = recurrence.gru_specs(D, H, reset=kind.removeprefix("gru_"))
         state_specs = recurrence.gru_state_specs(B, H)
-    params = add_noise(add_noise(spec.init(specs, jax.random.key(0))))
-    state = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.ndim), x.shape), spec.init(state_specs))
-    return params, jax.random.normal(jax.random.key(1), (B, T, D)).astype(dtype), state
+    params = add_noise(add_noise(jax.jit(lambda key: spec.init(specs, key))(jax.random.key(0))))
+    rng = np.random.default_rng(1)
+    state = {name: rng.standard_normal(leaf.shape).astype(leaf.dtype) for name, leaf in state_specs.items()}
+    return params, rng.standard_normal((B, T, D)).astype(dtype), state
 
 
 def reference_loop(kind, params, x, state=None, reset_BT=None, keep_BT=None, reverse=False):
@@ -67,7 +68,7 @@ def reference_loop(kind, params, x, state=None, reset_BT=None, keep_BT=None, rev
 
 def masks():
     rng = np.random.default_rng(4)
-    return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
+    return {"reset_BT": rng.random((B, T)) < 0.3, "keep_BT": rng.random((B, T)) < 0.7}
 
 
 CASES = {
@@ -94,7 +95,7 @@ def value_and_gradients(layer, params, x, state, **inputs):
         return loss, (hidden, last)
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(params, x, state)
-    return outputs, gradients
+    return jax.device_get((outputs, gradients))
 
 
 @functools.cache
@@ -158,8 +159,9 @@ def test_remat_saves_no_gates(kind):
     params, x, _ = setup(kind)
 
     def saved_size(remat):
-        vjp_fn = jax.vjp(functools.partial(layer_of(kind), remat=remat), params, x)[1]
-        return sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+        layer = functools.partial(layer_of(kind), remat=remat)
+        residuals = jax.eval_shape(lambda *arguments: jax.vjp(layer, *arguments)[1], params, x)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     gates = {"lstm": 4, "gru_after": 4, "gru_before": 3}[kind]  # gru_after: also the product of the candidate
     assert saved_size(False) - saved_size(True) == gates * B * T * H
@@ -168,13 +170,14 @@ def test_remat_saves_no_gates(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_over_the_cell_equals_the_layer(kind):
     params, x, state = setup(kind)
-    want, last = layer_of(kind)(params, x, state)
+    want, last = jax.jit(layer_of(kind))(params, x, state)
     cell = recurrence.lstm_cell if kind == "lstm" else recurrence.gru_cell
+    step = jax.jit(lambda x, state: cell(params, recurrence.project(params, x), state))
     outputs = []
     for t in range(T):
-        state = cell(params, recurrence.project(params, x[:, t]), state)
+        state = step(x[:, t], state)
         outputs.append(state["hidden"])
-    assert relative_error(jnp.stack(outputs, axis=1), want) < 1e-6
+    assert relative_error(np.stack(outputs, axis=1), want) < 1e-6
     assert_trees_close(state, last, 1e-6)
 
 
@@ -184,32 +187,35 @@ def test_a_loop_over_the_cell_equals_the_layer(kind):
 def test_each_padded_document_equals_a_separate_document(kind, reverse):
     """Each row contains two documents and padding. A separate call without padding for each document gives the same."""
     params, x, _ = setup(kind)
-    segments = jnp.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 0, 0, 0], [0, 1, 1, 1, 1, 2, 0]], jnp.int32)
-    reset_BT, keep_BT, _ = segment_boundaries(segments, reverse=reverse)
-    x = jnp.where(keep_BT[:, :, None], x, 100.0)
-    hidden, last = layer_of(kind)(params, x, reset_BT=reset_BT, keep_BT=keep_BT, reverse=reverse)
-    assert np.isfinite(np.asarray(hidden)).all()
+    segments = np.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 0, 0, 0], [0, 1, 1, 1, 1, 2, 0]], np.int32)
+    boundaries = jax.jit(functools.partial(segment_boundaries, reverse=reverse))
+    reset_BT, keep_BT, _ = map(np.asarray, boundaries(segments))
+    x = np.where(keep_BT[:, :, None], x, np.float32(100.0))
+    layer = jax.jit(functools.partial(layer_of(kind), reverse=reverse))
+    hidden, last = jax.device_get(layer(params, x, reset_BT=reset_BT, keep_BT=keep_BT))
+    assert np.isfinite(hidden).all()
     for row in range(B):
         for document in (1, 2):
-            index = np.flatnonzero(np.asarray(segments)[row] == document)
-            separate, separate_last = layer_of(kind)(params, x[row : row + 1, index], reverse=reverse)
-            assert relative_error(hidden[row, index], separate[0]) < 1e-6
+            index = np.flatnonzero(segments[row] == document)
+            separate, separate_last = layer(params, x[row : row + 1, index])
+            assert relative_error(hidden[row : row + 1, index], separate) < 1e-6
             if document == (1 if reverse else 2):  # the document that is read last
                 assert_trees_close(jax.tree.map(lambda leaf: leaf[row : row + 1], last), separate_last, 1e-6)  # noqa: B023
 
 
 def test_boundaries_of_documents_that_continue_across_padding_and_calls():
-    segments = jnp.array([[1, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 3, 3, 0, 1, 1]], jnp.int32)
-    reset_BT, keep_BT, last_B = segment_boundaries(segments, jnp.array([1, 2, 2]))
+    segments = np.array([[1, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 3, 3, 0, 1, 1]], np.int32)
+    boundaries = jax.jit(segment_boundaries, static_argnames=("include_first", "reverse"))
+    reset_BT, keep_BT, last_B = boundaries(segments, np.array([1, 2, 2]))
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
     assert keep_BT.tolist() == (segments > 0).tolist()
     assert last_B.tolist() == [2, 2, 1]
-    assert segment_boundaries(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
-    reset_BT, _, _ = segment_boundaries(segments, jnp.array([1, 2, 0]), include_first=True)
+    assert boundaries(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
+    reset_BT, _, _ = boundaries(segments, np.array([1, 2, 0]), include_first=True)
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
-    reset_BT, _, _ = segment_boundaries(segments, include_first=True)
+    reset_BT, _, _ = boundaries(segments, include_first=True)
     assert reset_BT.astype(int).tolist() == [[1, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
-    reset_BT, _, last_B = segment_boundaries(segments, reverse=True)
+    reset_BT, _, last_B = boundaries(segments, reverse=True)
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
     assert last_B.tolist() == [1, 0, 3]
 
@@ -240,9 +246,9 @@ def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, option
 def test_the_cell_state_accumulates_in_float32_for_bfloat16_inputs():
     """A cell that adds a small number in each of 2000 steps; a bfloat16 cell state would stop growing at 2."""
     params = spec.init(recurrence.lstm_specs(1, 1, spec.ZEROS), None)
-    bias = jnp.array([[-5.0], [50.0], [50.0], [50.0]])  # input gate 0.0067, forget and output gates 1, candidate 1
-    _, state = recurrence.lstm({**params, "bias": bias}, jnp.zeros((1, 2000, 1), jnp.bfloat16))
-    assert float(state["cell"][0, 0]) == pytest.approx(2000 / (1 + np.exp(5.0)), rel=1e-3)
+    bias = np.float32([[-5.0], [50.0], [50.0], [50.0]])  # input gate 0.0067, forget and output gates 1, candidate 1
+    _, state = jax.jit(recurrence.lstm)({**params, "bias": bias}, np.zeros((1, 2000, 1), jnp.bfloat16))
+    assert state["cell"].item() == pytest.approx(2000 / (1 + np.exp(5.0)), rel=1e-3)
 
 
 def test_bad_inputs_raise():
@@ -250,12 +256,12 @@ def test_bad_inputs_raise():
     with pytest.raises(ValueError, match="the input has width 3, but weight_input needs width 5"):
         recurrence.lstm(params, x[..., :3])
     with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 7\]"):
-        recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
+        recurrence.lstm(params, x, keep_BT=np.ones((3, 2), bool))
     with pytest.raises(
         ValueError, match=r"the input \[3, 0, 5\] must be \[batch, time, width\], with at least one step"
     ):
         recurrence.gru({**params, "weight_input": params["weight_input"][:, :3]}, x[:, :0])
-    hidden = jnp.zeros((3, H))
+    hidden = np.zeros((3, H), np.float32)
     with pytest.raises(ValueError, match=rf"'cell' of the state is missing: it must be \[3, {H}\]"):
         recurrence.lstm(params, x, {"hidden": hidden})
     with pytest.raises(ValueError, match=rf"'hidden' of the state is \[2, {H}\]: it must be \[3, {H}\]"):
@@ -270,6 +276,22 @@ def test_bad_inputs_raise():
         ValueError, match="implementation='reference' does not support remat: use implementation='chunked'"
     ):
         recurrence.lstm(params, x, implementation="reference", remat=True)
+
+
+def test_the_states_after_each_token_are_those_of_the_layer():
+    """Also with a reset at padding and a NaN input at padding, which have no effect."""
+    params, x, _ = setup("lstm")
+    reset_BT, keep_BT = masks().values()
+    inputs = {"reset_BT": reset_BT | ~keep_BT, "keep_BT": keep_BT}
+    x = np.where(keep_BT[:, :, None], x, np.nan)
+
+    def states(params, x, state, **inputs):
+        after = recurrence.lstm_states(params, x, **inputs)
+        return after["hidden"], jax.tree.map(lambda leaf: leaf[:, -1], after)
+
+    got = value_and_gradients(states, params, x, None, **inputs)
+    want = value_and_gradients(recurrence.lstm, params, x, None, **inputs)
+    assert_trees_close(got, want, 2e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- cuDNN
@@ -287,7 +309,7 @@ def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="supports only float32, got bfloat16: choose 'chunked'"):
         recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
     with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: choose 'chunked'"):
-        recurrence.lstm(params, x, implementation="cudnn", reset_BT=jnp.ones((B, T), bool))
+        recurrence.lstm(params, x, implementation="cudnn", reset_BT=np.ones((B, T), bool))
 
 
 @pytest.fixture
@@ -309,7 +331,7 @@ def cudnn_by_reference(monkeypatch):
 def test_the_call_of_cudnn_computes_the_layer(lengths, reverse, cudnn_by_reference):
     inputs = {"reverse": reverse}
     if lengths is not None:
-        inputs["keep_BT"] = jnp.arange(T)[None, :] < jnp.array(lengths)[:, None]
+        inputs["keep_BT"] = np.arange(T)[None, :] < np.array(lengths)[:, None]
     got = value_and_gradients(recurrence.lstm, *setup("lstm"), **inputs, implementation="cudnn")
     want = value_and_gradients(functools.partial(reference_loop, "lstm"), *setup("lstm"), **inputs)
     assert_trees_close(got[0], want[0], 1e-6)
@@ -318,8 +340,8 @@ def test_the_call_of_cudnn_computes_the_layer(lengths, reverse, cudnn_by_referen
 
 def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
     params, x, _ = setup("lstm")
-    keep_BT = jnp.array([[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
-    hidden, last = recurrence.lstm(params, x, keep_BT=keep_BT, implementation="cudnn")
+    keep_BT = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
+    hidden, last = jax.jit(functools.partial(recurrence.lstm, implementation="cudnn"))(params, x, keep_BT=keep_BT)
     for leaf in (hidden, *last.values()):
         finite = np.isfinite(np.asarray(leaf)).reshape(B, -1)
         assert finite.all(axis=1).tolist() == [True, False, False]
@@ -328,12 +350,13 @@ def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_an_input_of_padding_may_be_nan(implementation):
-    params = spec.init(recurrence.lstm_specs(3, 4), jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (1, 6, 3)).at[0, 2].set(jnp.nan)
-    reset, keep, _ = segment_boundaries(jnp.array([[1, 1, 0, 1, 1, 1]]))
+    params = jax.jit(lambda key: spec.init(recurrence.lstm_specs(3, 4), key))(jax.random.key(0))
+    x = np.random.default_rng(1).standard_normal((1, 6, 3)).astype(np.float32)
+    x[0, 2] = np.nan
 
     def loss(params):
+        reset, keep, _ = segment_boundaries(jnp.array([[1, 1, 0, 1, 1, 1]]))
         hidden, _ = recurrence.lstm(params, x, reset_BT=reset, keep_BT=keep, implementation=implementation)
         return jnp.sum(hidden)
 
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))

@@ -1,5 +1,7 @@
 """Tests of the RG-LRU against the paper's equations as a loop over steps in float64, with gradients of all inputs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,9 @@ SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2,
 
 
 def arguments():
-    params = add_noise(spec.init(rg_lru_specs(W, N), jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), 2)
-    return params, 2.0 * jax.random.normal(keys[0], (B, T, W)), jax.random.normal(keys[1], (B, W))
+    params = jax.jit(lambda key: spec.init(rg_lru_specs(W, N), key))(jax.random.key(0))
+    x, state = (np.random.default_rng(1).standard_normal(shape).astype(np.float32) for shape in ((B, T, W), (B, W)))
+    return jax.device_get(add_noise(params)), 2.0 * x, state
 
 
 def equations(params, x_BTW, state_BW, start_BT, keep_BT):
@@ -31,22 +33,26 @@ def equations(params, x_BTW, state_BW, start_BT, keep_BT):
         matrix = jax.scipy.linalg.block_diag(*(weight[block] for block in range(blocks)))
         return jax.nn.sigmoid(x_BW @ matrix + bias.reshape(1, -1))
 
-    steps = []
-    for t in range(x_BTW.shape[1]):
-        x_BW, start_B1, keep_B1 = x_BTW[:, t], start_BT[:, t, None], keep_BT[:, t, None]
+    def step(state_BW, inputs):
+        x_BW, start_B, keep_B = inputs
+        start_B1, keep_B1 = start_B[:, None], keep_B[:, None]
         a = jax.nn.sigmoid(-params["lambda"])[None] ** (8.0 * gate("recurrence_gate", x_BW))
         scale = jnp.where(start_B1, 1.0, jnp.sqrt(1.0 - a**2))
         new = a * jnp.where(start_B1, 0.0, state_BW) + scale * (gate("input_gate", x_BW) * x_BW)
         state_BW = jnp.where(keep_B1, new, state_BW)
-        steps.append(state_BW)
-    return jnp.stack(steps, axis=1), state_BW
+        return state_BW, state_BW
+
+    inputs_TB = tuple(jnp.swapaxes(x, 0, 1) for x in (x_BTW, start_BT, keep_BT))
+    state_BW, steps_TB = jax.lax.scan(step, state_BW, inputs_TB)
+    return jnp.swapaxes(steps_TB, 0, 1), state_BW
 
 
 def masks(kind, with_state):
     """Document starts and real steps for the equations, and the mask arguments of ``rg_lru``."""
-    last = jnp.array([1, 1]) if with_state else None
+    last = np.array([1, 1]) if with_state else None
     segments = SEGMENTS if kind == "documents" else np.ones_like(SEGMENTS)
-    start, keep, _ = segment_boundaries(jnp.asarray(segments), last, include_first=True)
+    boundaries = jax.jit(functools.partial(segment_boundaries, include_first=True))
+    start, keep, _ = map(np.asarray, boundaries(segments, last))
     if kind == "documents":
         return start, keep, {"reset_BT": start, "keep_BT": keep}
     return start, keep, {}
@@ -61,7 +67,7 @@ def results(function, arguments):
 
     numbers = tuple(range(len(arguments)))
     (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, numbers, has_aux=True))(*arguments)
-    return outputs, gradients
+    return jax.device_get((outputs, gradients))
 
 
 @pytest.mark.plain_cases(1)
@@ -71,8 +77,8 @@ def test_values_and_all_gradients_equal_the_equations(kind, with_state):
     start, keep, options = masks(kind, with_state)
     inputs = arguments() if with_state else arguments()[:2]
     with jax.enable_x64(True):
-        inputs64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), inputs)
-        zeros = (jnp.zeros((B, W)),) if not with_state else ()
+        inputs64 = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
+        zeros = (np.zeros((B, W)),) if not with_state else ()
         want = results(lambda *given: equations(*given, *zeros, start, keep), inputs64)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
     for implementation in IMPLEMENTATIONS:
@@ -84,16 +90,17 @@ def test_values_and_all_gradients_equal_the_equations(kind, with_state):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_calls_and_single_steps_equal_one_call(implementation):
     params, x, _ = arguments()
-    want, want_last = rg_lru(params, x, implementation=implementation)
+    layer, cell = jax.jit(functools.partial(rg_lru, implementation=implementation)), jax.jit(rg_lru_cell)
+    want, want_last = jax.device_get(layer(params, x))
     state, outputs = None, []
     for chunk in (slice(0, 1), slice(1, 8), slice(8, T)):
-        out, state = rg_lru(params, x[:, chunk], state, implementation=implementation)
+        out, state = layer(params, x[:, chunk], state)
         outputs.append(out)
-    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6
     assert relative_error(state, want_last) < 1e-6
-    state = jnp.full((B, W), jnp.nan)  # the first step of a document does not read the state
+    state = np.full((B, W), np.nan, np.float32)  # the first step of a document does not read the state
     for t in range(T):
-        state = rg_lru_cell(params, x[:, t], state, jnp.full(B, t == 0))
+        state = cell(params, x[:, t], state, np.full(B, t == 0))
         assert relative_error(state, want[:, t]) < 1e-6
 
 
@@ -101,34 +108,36 @@ def test_several_calls_and_single_steps_equal_one_call(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
     params, x, _ = arguments()
-    reset, keep, _ = segment_boundaries(jnp.asarray(SEGMENTS))  # without the first documents: the state is None
+    # Without the starts of the first documents: the state is None.
+    reset, keep, _ = map(np.asarray, jax.jit(segment_boundaries)(SEGMENTS))
 
     def loss(params, x):
         out, last = rg_lru(params, x, reset_BT=reset, keep_BT=keep, implementation=implementation)
         return jnp.sum(jnp.sin(jnp.where(keep[:, :, None], out, 0.0))), (out, last)
 
-    with_nan = jnp.where(keep[:, :, None], x, jnp.nan)
-    gradients, (out, last) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, with_nan)
+    with_nan = np.where(keep[:, :, None], x, np.float32(np.nan))
+    gradients, (out, last) = jax.device_get(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, with_nan))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
-    assert (np.asarray(gradients[1])[~np.asarray(keep)] == 0.0).all()
+    assert (gradients[1][~keep] == 0.0).all()
+    layer = jax.jit(rg_lru)
     for row in range(B):
         for document in range(1, SEGMENTS[row].max() + 1):
             index = np.flatnonzero(SEGMENTS[row] == document)
-            separate, separate_last = rg_lru(params, x[row : row + 1, index])
-            assert relative_error(out[row, index], separate[0]) < 1e-6
-        assert relative_error(last[row], separate_last[0]) < 1e-6
+            separate, separate_last = layer(params, x[row : row + 1, index])
+            assert relative_error(out[row : row + 1, index], separate) < 1e-6
+        assert relative_error(last[row : row + 1], separate_last) < 1e-6
 
 
 def test_a_decay_of_one_has_finite_gradients():
     """With a closed recurrence gate, the decay is 1: the state does not change, and the input scale is 0."""
     params, x, state = arguments()
-    params["recurrence_gate"]["bias"] = jnp.full((N, W // N), -1e4)
+    params["recurrence_gate"]["bias"] = np.full((N, W // N), -1e4, np.float32)
 
     def loss(params, x, state):
         out, _ = rg_lru(params, x, state)
         return jnp.sum(out), out
 
-    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(params, x, state)
+    gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, state)
     assert np.array_equal(out, np.broadcast_to(state[:, None], x.shape))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
@@ -136,28 +145,28 @@ def test_a_decay_of_one_has_finite_gradients():
 def test_a_weak_decay_keeps_its_digits():
     """With decay 1 - 5e-7, ``sqrt(1 - decay^2)`` in float32 would have an error of 3 %."""
     params, x, state = arguments()
-    params = {**params, "lambda": jnp.full(W, -16.0)}
-    params["recurrence_gate"] = jax.tree.map(jnp.zeros_like, params["recurrence_gate"])
-    out, _ = rg_lru(params, x, jnp.zeros_like(state))
+    params = {**params, "lambda": np.full(W, -16.0, np.float32)}
+    params["recurrence_gate"] = jax.tree.map(np.zeros_like, params["recurrence_gate"])
+    out, _ = jax.jit(rg_lru)(params, x, np.zeros_like(state))
     with jax.enable_x64(True):
-        params64, x64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), (params, x))
-        want, _ = equations(params64, x64, jnp.zeros((B, W)), np.zeros((B, T), bool), np.ones((B, T), bool))
+        params64, x64 = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, x))
+        masks64 = np.zeros((B, T), bool), np.ones((B, T), bool)
+        want, _ = jax.jit(equations)(params64, x64, np.zeros((B, W)), *masks64)
     assert relative_error(out, want) < 2e-6
 
 
 def test_the_slope_of_the_scale_is_bounded():
     """One step from a zero state: d output / d gate bias = slope * d(1 - a^2) / d bias, with a bounded slope."""
     params, x, _ = arguments()
-    params = {**params, "lambda": jnp.full(W, -40.0)}  # 1 - a^2 is about 1e-17 in exact arithmetic
-    gate = lambda x: jax.nn.sigmoid(x)  # noqa: E731
-    zero = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("recurrence_gate", "input_gate")}
+    params = {**params, "lambda": np.full(W, -40.0, np.float32)}  # 1 - a^2 is about 1e-17 in exact arithmetic
+    zero = {name: jax.tree.map(np.zeros_like, params[name]) for name in ("recurrence_gate", "input_gate")}
     params = {**params, **zero}
     out = lambda bias: rg_lru_cell(  # noqa: E731
         {**params, "recurrence_gate": {**zero["recurrence_gate"], "bias": bias}}, x[:, 0], jnp.zeros((B, W))
     ).sum()
-    got = jax.grad(out)(jnp.zeros((N, W // N)))
-    d_square = 16.0 * jax.nn.softplus(-40.0) * 0.25  # d(1 - a^2) / d bias at gate 0.5
-    want = MAX_SQRT_SLOPE * d_square * jnp.sum(x[:, 0] * gate(0.0), axis=0).reshape(N, W // N)
+    got = jax.jit(jax.grad(out))(np.zeros((N, W // N), np.float32))
+    d_square = 16.0 * np.log1p(np.exp(-40.0)) * 0.25  # d(1 - a^2) / d bias at gate 0.5
+    want = MAX_SQRT_SLOPE * d_square * np.sum(x[:, 0] * 0.5, axis=0).reshape(N, W // N)
     assert relative_error(got, want) < 1e-5
 
 

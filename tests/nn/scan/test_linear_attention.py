@@ -164,9 +164,12 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
     assert_trees_close(((out, last), gradients), float64_results(arguments), 0.03)
-    ones, attend = np.ones((1, 3000, 1, 1), jnp.bfloat16), functools.partial(linear_attention, implementation=implementation)
+    ones, attend = (
+        np.ones((1, 3000, 1, 1), jnp.bfloat16),
+        functools.partial(linear_attention, implementation=implementation),
+    )
     _, last = jax.jit(attend)(ones, ones, ones / 256, np.zeros((1, 3000, 1), np.float32))
-    assert float(last.squeeze()) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
+    assert last.item() == 3000 / 256  # a sum in bfloat16 would stop growing at 1
 
 
 def test_only_inputs_and_one_state_per_chunk_are_saved():

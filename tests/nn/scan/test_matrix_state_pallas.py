@@ -70,7 +70,7 @@ FUNCTIONS = {
 
 def masks(B, T):
     rng = np.random.default_rng(1)
-    return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.1), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.8)}
+    return {"reset_BT": rng.random((B, T)) < 0.1, "keep_BT": rng.random((B, T)) < 0.8}
 
 
 def value_and_gradients(arguments, function=linear_attention, **options):
@@ -182,8 +182,12 @@ def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch
     function, make_arguments = FUNCTIONS[name]
     *inputs, state = make_arguments(1, steps, 2, 2, 8, 16)
     options = masks(1, steps)
-    inputs = [jnp.where(options["keep_BT"].reshape(1, steps, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in inputs]
-    got, want = (function(*inputs, state, implementation=each, **options) for each in ("pallas", "reference"))
+    keep = options["keep_BT"]
+    inputs = [np.where(keep.reshape(1, steps, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in inputs]
+    got, want = (
+        jax.jit(functools.partial(function, implementation=each, **options))(*inputs, state)
+        for each in ("pallas", "reference")
+    )
     assert_trees_close(got, want, 2e-5)
 
 
@@ -199,7 +203,7 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     B, C = (rng.normal(size=(2, 24, 1, 16)) for _ in range(2))
     arguments = [np.asarray(y, np.float32) for y in (x, dt, -rng.uniform(0.1, 1.0, 4), B, C)]
     got, want = (
-        ssd(*arguments, negative_eigenvalues=True, implementation=name, **masks(2, 24))
+        jax.jit(functools.partial(ssd, negative_eigenvalues=True, implementation=name, **masks(2, 24)))(*arguments)
         for name in ("pallas", "reference")
     )
     assert_trees_close(got, want, 1e-5)
