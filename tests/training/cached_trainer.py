@@ -1,6 +1,9 @@
 """A trainer for tests with many short runs."""
 
+from __future__ import annotations
+
 import functools
+from typing import Any
 
 import jax
 
@@ -13,20 +16,20 @@ class CachedTrainer(Trainer):
     Trainers are equal if their fields are equal. An optimizer or a loss is equal only to itself.
     """
 
-    def init(self, key, params=None):
+    def init(self, key: jax.Array, params: Any = None) -> Any:
         if self.sharding is None and params is None:
             return compiled_init(self)(key)
         return super().init(key, params)
 
-    def jit_step(self):
+    def jit_step(self) -> Any:
         return compiled_step(self)
 
 
 @functools.cache
-def compiled_init(trainer):
+def compiled_init(trainer: Trainer) -> Any:
     return jax.jit(functools.partial(Trainer.init, trainer))
 
 
 @functools.cache
-def compiled_step(trainer):
+def compiled_step(trainer: Trainer) -> Any:
     return Trainer.jit_step(trainer)

@@ -29,7 +29,7 @@ from jaxlm.testing.helpers import (
 )
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.trainer import Trainer
+from tests.training.cached_trainer import CachedTrainer
 
 ROWS, LENGTH, MEMORY = 8, 6, 24
 CARRY = (ROWS, MEMORY)
@@ -77,8 +77,8 @@ def model_optimizer_batches(name: str) -> tuple[Any, Any, Any]:
     return model, optimizer, [causal.batch(window.tokens, reset=window.reset) for window in batches]
 
 
-def trainer_of(model: Any, optimizer: Any, **options: Any) -> Trainer:
-    return Trainer(model, optimizer, causal.loss, carry_size=CARRY, **options)
+def trainer_of(model: Any, optimizer: Any, **options: Any) -> CachedTrainer:
+    return CachedTrainer(model, optimizer, causal.loss, carry_size=CARRY, **options)
 
 
 def initial_state(model: Any, optimizer: Any) -> Any:
