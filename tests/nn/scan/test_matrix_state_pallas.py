@@ -111,6 +111,7 @@ def test_values_and_gradients(shape, masked, on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
+@pytest.mark.plain_cases(3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
@@ -145,6 +146,7 @@ def test_decays_of_almost_zero(on_tpu):
     assert_trees_close(got, want, 2e-5)  # a sum of log decays of 208 has a rounding error of 1e-5
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize(
     ("name", "shape"), [*((name, OWN_KEYS) for name in FUNCTIONS), ("scale", SHAPES["shared keys, padded time"])]
 )
