@@ -2,15 +2,16 @@
 
 :func:`script` returns a bash script for the user to read and run. The script installs the last commit of this
 checkout (without uncommitted changes), runs a command on every host, and, if the command succeeds, fetches the results
-of the first host. A TPU is created at the start of the
-script, and deleted at its end, even after a failure. A GPU node must already exist. jaxlm never executes the script.
+of the first host. A TPU is created at the start of the script, and deleted at its end, even after a failure. A GPU node
+must already exist. jaxlm never executes the script.
+
 :func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
 On several hosts, the script runs this command on each host. The command joins the hosts (``jax.distributed``), runs
-the module, and ends all processes together (``processes.run``). On TPU, Slurm, Kubernetes and Open MPI, JAX finds
-the other processes. On other systems, the three options are needed.
+the module, and ends all processes together (``processes.run``). On TPU, Slurm, Kubernetes and Open MPI, JAX finds the
+other processes. On other systems, the three options are needed.
 """
 
 from __future__ import annotations

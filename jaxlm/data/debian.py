@@ -129,11 +129,10 @@ def read_descriptions(path: str | Path) -> Examples:
     The file contains Debian's control records, such as the output of ``apt-cache show`` or the file ``Translation-en``
     of an archive. The ``Packages`` files of Debian have only synopses.
 
-    A ``.jsonl`` file has one object per line with the keys ``text``,
-    ``summary`` and, optionally, ``package``. If the first object has a ``package``, every object needs one. Otherwise,
-    ``package`` is not read. Files may be compressed (``.gz``). ``rejected`` lists records without a
-    name, synopsis or long description, and repeated packages, each with the number of its first line. For ``.jsonl``,
-    it lists invalid lines, and repeated packages are kept.
+    A ``.jsonl`` file has one object per line with the keys ``text``, ``summary`` and, optionally, ``package``. If the
+    first object has a ``package``, every object needs one. Otherwise, ``package`` is not read. Files may be compressed
+    (``.gz``). ``rejected`` lists records without a name, synopsis or long description, and repeated packages, each with
+    the number of its first line. For ``.jsonl``, it lists invalid lines, and repeated packages are kept.
 
     Raises:
         FileNotFoundError: the file does not exist.

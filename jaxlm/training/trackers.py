@@ -21,8 +21,8 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step. Calls for the same step have metrics of different names.
 
-        Steps decrease only after a rollback, when the run repeats steps. Then only the newest metrics of a
-        step are valid.
+        Steps decrease only after a rollback, when the run repeats steps. Then only the newest metrics of a step
+        are valid.
         """
 
     def close(self) -> None:

@@ -102,9 +102,8 @@ class _Cell(NamedTuple):
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
     """``backward(stored, before, dafter)``: the gradient of the state before the step, without the gradient through the
     hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM, or the hidden
-    state of a GRU. For a GRU, the fourth entry is the gradient of the input
-    contribution to gate n. It differs from the gradient of the product, because the reset gate r multiplies only the
-    product."""
+    state of a GRU. For a GRU, the fourth entry is the gradient of the input contribution to gate n. It differs from the
+    gradient of the product, because the reset gate r multiplies only the product."""
 
 
 class _Static(NamedTuple):
