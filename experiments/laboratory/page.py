@@ -228,14 +228,15 @@ def write(
         if not runs:
             continue
         path = pictures / f"laboratory_{name}.png"
-        path.unlink(missing_ok=True)
+        picture: str | None = f"pictures/{path.name}"
         if experiment.chart is Chart.LEARNING_RATES:
             draw_learning_rates(experiment, results[name], path)
         elif experiment.chart is Chart.CASES:
             draw(experiment, runs, path)
         elif scaling.runs_by_model(runs.values()):
             scaling.draw(experiment.title, runs.values(), path)
-        picture = f"pictures/{path.name}" if path.exists() else None
+        else:  # too few runs for a power law
+            picture = None
         parts.append(section(name, experiment, runs, picture))
     page = directory / "laboratory.md"
     page.write_text("\n".join(parts), encoding="utf-8")

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -323,8 +323,8 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the exam
 
 def check_on_error(on_error: str) -> None:
     """Raise ``ValueError`` if ``on_error`` is not a value of :data:`OnError`."""
-    if on_error not in ("raise", "report"):
-        raise ValueError(f"on_error={on_error!r} is unknown: choose from 'raise', 'report'")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error={on_error!r} is unknown: choose from {', '.join(map(repr, get_args(OnError)))}")
 
 
 def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:

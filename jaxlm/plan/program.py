@@ -135,20 +135,14 @@ def training_step(
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
     if flops is None:
-        model_state = jax.tree.map(_without_sharding, state.model_state)
-        flops = flops_lib.counted_training_flops(
-            model, trainer.loss, jax.tree.map(_without_sharding, data), model_state
-        )
+        unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (data, state.model_state))
+        flops = flops_lib.counted_training_flops(model, trainer.loss, *unsharded)
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
     if carry_size is not None:
         parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
     name = f"train, {task}" + (", with carried state" if carry_size is not None else "") + _layout_note(model)
     return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
-
-
-def _without_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _layout_note(model: Model) -> str:
