@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import config as config_lib
+from jaxlm import spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
@@ -292,7 +293,7 @@ def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
     """
     if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
         raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
-    if getattr(cfg, "scan_layers", False) and len(set(mixers(cfg))) > 1:
+    if cfg.scan_layers and len(set(mixers(cfg))) > 1:
         raise ValueError(
             f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"
         )
@@ -301,6 +302,17 @@ def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
 def mixers(cfg: Any) -> tuple[Any, ...]:
     """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
+
+
+def arrange_layers(cfg: Any, layers: Iterable[Any]) -> Any:
+    """The specs of ``layers`` in the layout that ``cfg.scan_layers`` selects (see ``spec.layers``).
+
+    Args:
+        layers: for each layer, the specs of its parameters or of its state. If ``cfg.scan_layers`` is True, all are
+            equal.
+    """
+    layers = tuple(layers)
+    return spec.stack(len(layers), layers[0]) if cfg.scan_layers else layers
 
 
 def check_state_length(cfg: Any, length: int) -> None:

@@ -20,7 +20,7 @@ from jaxlm.spec import Initializer, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertsConfig(common.LayeredConfig):
+class ExpertsConfig(common.TransformerConfig):
     """Base class for the ``Config`` of a family whose layers may have experts.
 
     The ``Config`` must have the fields ``num_layers`` and ``mlp_dim``.
@@ -68,7 +68,7 @@ class ExpertsConfig(common.LayeredConfig):
         settings = f"expert_interval={self.expert_interval} and dense_layers={self.dense_layers}"
         if num_with_experts == 0:
             raise ValueError(f"no layer has experts with {settings}: set num_experts to None")
-        if getattr(self, "scan_layers", False) and num_with_experts < num_layers:
+        if self.scan_layers and num_with_experts < num_layers:
             raise ValueError(
                 f"scan_layers=True needs layers of one kind, but only {num_with_experts} of {num_layers} layers have "
                 f"experts with {settings}: set scan_layers to False"

@@ -254,7 +254,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=bias),
     }
     mixer_specs = {"delta_rule": delta_rule, "attention": attention}
-    layers = tuple(
+    layers = (
         {
             "mixer_norm": norm,
             mixer: mixer_specs[mixer],
@@ -265,7 +265,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     )
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": layers,
+        "layers": common.arrange_layers(cfg, layers),
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -283,13 +283,13 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
     delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
-    state = {"layers": (delta_rule,) * cfg.num_layers, "past": past_specs(batch, reach)}
-    if "attention" not in common.mixers(cfg):
-        return state
-    common.check_state_length(cfg, length)
-    caches = cache.cache_specs(cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
-    layers = zip(common.mixers(cfg), caches["layers"], strict=True)
-    return {**caches, **state, "layers": tuple(kv if mixer == "attention" else delta_rule for mixer, kv in layers)}
+    layer_specs, caches = {"delta_rule": delta_rule}, {}
+    if "attention" in common.mixers(cfg):
+        common.check_state_length(cfg, length)
+        caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
+        layer_specs["attention"] = caches["layers"][0]
+    layers = common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg)))
+    return {**caches, "layers": layers, "past": past_specs(batch, reach)}
 
 
 def carried_state_length(cfg: Config) -> int | None:

@@ -2,9 +2,8 @@
 
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
-blocks. A Python loop runs the layers, because layers of different kinds cannot be stacked for ``lax.scan``. As in
-RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. The models of De et al. 2024 have
-neither of the two.
+blocks. As in RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. The models of De et
+al. 2024 have neither of the two.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
 G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
@@ -34,7 +33,7 @@ Mixer = Literal["recurrent", "attention"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.LayeredConfig):
+class Config(common.TransformerConfig):
     """Shape and behaviour of a Griffin. The defaults are RecurrentGemma-2B."""
 
     vocab_size: int = 256000
@@ -234,8 +233,9 @@ def specs(cfg: Config) -> dict[str, Any]:
     table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
     tree = {
         "token_embedding": table,
-        "layers": tuple(
-            {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in common.mixers(cfg)
+        "layers": common.arrange_layers(
+            cfg,
+            ({"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in common.mixers(cfg)),
         ),
         "final_norm": norm,
     }
@@ -257,7 +257,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": tuple(layer_specs[mixer] for mixer in common.mixers(cfg)),
+        "layers": common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg))),
         "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }

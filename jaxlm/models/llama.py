@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlm import spec
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
@@ -38,7 +37,7 @@ Task = Literal["causal", "classification", "token_classification", "span_qa", "n
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experts.ExpertsConfig, common.TransformerConfig):
+class Config(experts.ExpertsConfig):
     """Shape and behaviour of a Llama. The defaults are the first published version with 6.7B parameters."""
 
     vocab_size: int = 32000
@@ -270,10 +269,10 @@ def specs(cfg: Config) -> dict[str, Any]:
         "mlp_norm": norm,
         **({"attention_output_norm": norm, "mlp_output_norm": norm} if is_gemma else {}),
     }
-    blocks = [{**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers)]
+    layers = ({**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers))
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": spec.stack(cfg.num_layers, blocks[0]) if cfg.scan_layers else tuple(blocks),
+        "layers": common.arrange_layers(cfg, layers),
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }

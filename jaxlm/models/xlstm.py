@@ -36,7 +36,7 @@ Mixer = Literal["mlstm", "slstm"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.LayeredConfig):
+class Config(common.TransformerConfig):
     """Shape and behaviour of an xLSTM. The defaults are xLSTM 7B."""
 
     vocab_size: int = 50304
@@ -242,7 +242,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     table = ArraySpec((padded_vocab, D), ("vocab", "embed"), small_init, decay=True)
     tree = {
         "token_embedding": table,
-        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
+        "layers": common.arrange_layers(cfg, ({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg))),
         "final_norm": norm,
     }
     return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
@@ -262,7 +262,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
             "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
         },
     }
-    layers = tuple(layer_specs[mixer] for mixer in common.mixers(cfg))
+    layers = common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg)))
     return {"layers": layers, "past": past_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
 
 

@@ -185,19 +185,6 @@ def test_the_residual_stream_is_float32_by_default():
     assert ratios == [pytest.approx(1.072, abs=0.01), 1.0]
 
 
-@pytest.mark.thorough
-def test_layers_of_one_kind_can_be_stacked():
-    """Each block has an MLP, and a Mamba-2 mixer, attention, or both with multipliers."""
-    tokens = random_tokens(tiny_model("bamba-tiny"), 2, 9)
-    for name, mixer in (("bamba-tiny", "mamba2"), ("bamba-tiny", "attention"), ("falcon-h1-tiny", "parallel")):
-        model = tiny_model(name, pattern=(mixer,))
-        stacked = model.with_fields(scan_layers=True)
-        params = add_noise(initial_params(model))
-        expected, _ = jax.jit(model.apply)(params, tokens, state=model.init_state(2, 9))
-        hidden, _ = jax.jit(stacked.apply)(spec.restack(params), tokens, state=stacked.init_state(2, 9))
-        assert relative_error(hidden, expected) < 1e-6
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -205,7 +192,6 @@ def test_layers_of_one_kind_can_be_stacked():
         ({"pattern": ("mamba2", "mlp")}, "each entry must be mamba2 or attention or parallel"),
         ({"norm_groups": 3}, "norm_groups=3 does not divide the width of a mixer, 64"),
         ({"expand": 0.01}, r"head_dim=8 must divide expand \* embed_dim = 0"),
-        ({"pattern": ("mamba2", "attention"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
         ({"attention_kv_heads": 5}, "attention_kv_heads=5 does not divide attention_heads=32"),
         ({"rotary_fraction": 0.01}, r"rotary_fraction=0.01 must be .* its product with head_dim=128, .* must be even"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
