@@ -1,4 +1,4 @@
-"""Run the benchmarks of docs/benchmarks.md, except ``texts``, one after the other, and write their results to files.
+"""Run the benchmarks of the measured part of docs/benchmarks.md, except ``texts``, and write their results to files.
 
     python -m benchmarks.all --full                     about two hours on two cores
     python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that the benchmarks work
@@ -12,6 +12,7 @@ start it again: it continues with the benchmarks that have no result yet. Nothin
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -37,6 +38,11 @@ class Job:
     arguments: tuple[str, ...]
     minutes: float
 
+    @property
+    def implementations(self) -> dict[str, str]:
+        """The implementations that the benchmark knows, and their targets."""
+        return importlib.import_module(f"benchmarks.{self.arguments[0]}").IMPLEMENTATIONS
+
 
 def _jobs() -> tuple[Job, ...]:
     models = {
@@ -60,7 +66,8 @@ def _jobs() -> tuple[Job, ...]:
 
 
 JOBS = _jobs()
-"""The benchmarks of docs/benchmarks.md, except ``texts``, which needs trained models and files from the user."""
+"""The benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, which needs trained models and
+files from the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,11 @@ class All:
     only: str = ""
     """Run only the benchmarks whose name contains this text."""
     against: str | None = None
-    """Baselines, separated by commas; empty: only jaxlm is measured. None: the baselines of each benchmark."""
+    """Baselines, separated by commas; empty: only jaxlm is measured. Each benchmark uses the baselines that it knows.
+    None: the baselines of each benchmark."""
     output: Path | None = None
-    """Directory of the results. None: benchmarks/results/PROCESSOR, or benchmarks/results-quick with --quick."""
+    """Directory of the results. None: benchmarks/results/PROCESSOR, or benchmarks/results-quick with --quick. With
+    --page, the directories next to it must also have results, because the page shows all of them."""
     page: Path | None = None
     """Page whose measured part is replaced at the end, for example docs/benchmarks.md; None: no page."""
 
@@ -97,18 +106,33 @@ def run(options: All) -> None:
         raise UserError(
             f"no benchmark has {options.only!r} in its name: choose from {', '.join(job.name for job in JOBS)}"
         )
+    if options.against is not None:
+        harness.choose(options.against, {name: target for job in jobs for name, target in job.implementations.items()})
     directory = options.output or _default_directory(options.quick)
+    if options.page is not None:
+        _check_page(options.page, directory)
     directory.mkdir(parents=True, exist_ok=True)
     remaining = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
     print(f"{len(jobs)} benchmarks, {len(jobs) - len(remaining)} have results in {directory}")
-    extra = [*(["--quick"] if options.quick else [])]
-    extra += [] if options.against is None else ["--against", options.against]
-    failed = _run_all(remaining, directory, extra)
+    failed = _run_all(remaining, directory, options)
     if failed:
         logs = ", ".join(str(directory / f"{name}.log") for name in failed)
         raise harness.Failure(f"{len(failed)} of {len(jobs)} benchmarks failed: see {logs}")
     if options.page is not None:
         report.run(report.Report(results=directory.parent, page=options.page))
+
+
+def _check_page(page: Path, directory: Path) -> None:
+    """Check before the measurements that the page can be written after them."""
+    report.split_page(page)
+    directory = directory.absolute()
+    for other in sorted(path for path in directory.parent.glob("*") if path.is_dir() and path != directory):
+        try:
+            report.read(other)
+        except UserError as error:
+            raise UserError(
+                f"--page shows all directories in {other.parent}, and {error}; or choose another --output"
+            ) from error
 
 
 def _default_directory(quick: bool) -> Path:
@@ -120,28 +144,33 @@ def _default_directory(quick: bool) -> Path:
     return harness.ROOT / "benchmarks" / "results" / name
 
 
-def _run_all(jobs: list[Job], directory: Path, extra: list[str]) -> list[str]:
+def _run_all(jobs: list[Job], directory: Path, options: All) -> list[str]:
     """Run the jobs and return the names of the failed jobs."""
     failed, start, expected = [], time.perf_counter(), 0.0
     for number, job in enumerate(jobs, 1):
         elapsed = (time.perf_counter() - start) / 60
-        minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * (elapsed / expected if expected else 1.0)
+        estimate = ""
+        if expected:
+            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * elapsed / expected
+            estimate = f", about {minutes_left:.0f} min left"
         bar = "#" * round(20 * (number - 1) / len(jobs))
-        print(
-            f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min, about {minutes_left:.0f} min left",
-            flush=True,
-        )
-        if not _run_job(job, directory, extra):
+        print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min{estimate}", flush=True)
+        if not _run_job(job, directory, options):
             print(f"{job.name} failed: see {directory / job.name}.log")
             failed.append(job.name)
         expected += job.minutes
     return failed
 
 
-def _run_job(job: Job, directory: Path, extra: list[str]) -> bool:
+def _run_job(job: Job, directory: Path, options: All) -> bool:
     """Run a job and return whether it succeeded. If the job fails, it leaves no result file."""
     unfinished = directory / f"{job.name}.json.unfinished"
-    command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:], *extra]
+    command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:]]
+    if options.quick:
+        command.append("--quick")
+    if options.against is not None:
+        known = [name for name in options.against.replace(" ", "").split(",") if name in job.implementations]
+        command += ["--against", ",".join(known)]
     with (directory / f"{job.name}.log").open("w") as log:
         status = subprocess.run(
             [*command, "--json", str(unfinished.absolute())], stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT

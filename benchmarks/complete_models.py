@@ -52,7 +52,8 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     """Rows, and tokens per row, of a training batch: ``batch`` and ``length``, or the defaults of the family.
 
     Raises:
-        ValueError: a size is less than 1, or ``length`` is not the text length of a VDCNN.
+        ValueError: a size is less than 1, or ``length`` is not the text length of a VDCNN, or not possible for the two
+            equal parts of an XLNet row.
     """
     for name, size in (("batch", batch), ("length", length)):
         if size is not None and size < 1:
@@ -62,6 +63,8 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
         default_length = model.config.max_positions
         if length not in (None, default_length):
             raise ValueError(f"--length {length}: a VDCNN reads texts of max_positions={default_length}")
+    if model.family == "xlnet" and length is not None and (length % 2 or length < 10):
+        raise ValueError(f"--length {length} must be even and at least 10: an XLNet row has two parts of equal length")
     return batch or default_batch, length or default_length
 
 

@@ -69,8 +69,8 @@ class Torch(Implementation):
     """``generate`` of transformers with its key-value cache; a loop over tokens for LSTM and XLNet.
 
     For XLNet, ``generate`` of transformers lets all tokens attend to all other tokens. This differs from jaxlm and
-    makes a cache impossible. The loop computes the same function as jaxlm with the class of transformers. It reads the
-    complete text again for each token.
+    makes a cache impossible. So a loop calls the class of transformers with masks that give the same function as in
+    jaxlm. It reads the complete text again for each token.
     """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness, shapes
+from benchmarks.baselines import jax_exact
 
 Results = dict[str, np.ndarray]
 """``hidden``, ``logits``, ``loss``, and the gradient of each parameter by its name in transformers."""
@@ -32,12 +33,11 @@ class Fidelity(shapes.Fidelity):
 
 def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
     """The results of jaxlm for tokens [B, T + 1] and their mask (0 is padding)."""
-    import jax
-
     import jaxlm
     from jaxlm.interop.huggingface import named_tensors
     from jaxlm.objectives import causal
 
+    jax = jax_exact()
     model, params = jaxlm.load_pretrained(directory)
     batch = causal.batch(tokens, mask)
 

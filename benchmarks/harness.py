@@ -299,7 +299,8 @@ class Row:
     peak: float
     """Peak of the machine in units of ``work`` per second, measured in the same rounds."""
     ratio: float
-    """Speed of jaxlm relative to this implementation: the median over rounds of its seconds / the seconds of jaxlm."""
+    """Speed of jaxlm relative to this implementation: the median over rounds of the seconds of this implementation /
+    the seconds of jaxlm."""
     facts: dict[str, Any]
     """Properties of the implementation."""
     dtype: str = "float32"
@@ -438,7 +439,7 @@ def check_same(values: dict[str, list[Any]]) -> None:
             for row, (ours, theirs) in enumerate(zip(expected, tokens, strict=True)):
                 if ours != theirs:
                     pairs = enumerate(zip(ours, theirs, strict=False))
-                    first = next((i for i, (a, b) in pairs if a != b), len(ours))
+                    first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
                     raise Failure(
                         f"{name} and {OURS} generated different tokens, starting at token {first} of row {row}"
                     )
@@ -551,7 +552,11 @@ def speed_table(rows: Sequence[Row]) -> str:
             f"{unit}: {work.formula}; peak {first.peak / scale:.3g} {unit}, measured in the same rounds",
             "compile s: extra time of the first repetition of the warm-up; cached: with a compilation cache",
             "process GB: peak memory, including loading and compilation; step GB: memory of a step, as XLA reports it",
-            *(f"{OURS} is {row.ratio:.2f}x of {row.implementation}" for row in rows if row.implementation != OURS),
+            *(
+                f"{OURS} is {row.ratio:.2f}x as fast as {row.implementation}"
+                for row in rows
+                if row.implementation != OURS
+            ),
         ]
     )
 
@@ -579,7 +584,7 @@ def main(
 ) -> int:
     """Run ``python -m benchmarks.NAME`` and return its exit status, as ``jaxlm.command_line`` defines it.
 
-    jaxlm is imported only to print an error, because it imports JAX.
+    This function imports jaxlm only to print an error, because jaxlm imports JAX.
 
     Args:
         kind: the dataclass of the options.

@@ -78,6 +78,8 @@ class Plans:
 
 def run(options: Plans) -> None:
     """Measure and print the results."""
+    if options.quick and options.model is not None:
+        raise UserError("--quick measures tiny models: leave out --model")
     cases: tuple[Case, ...] = SMALL if options.quick else CASES
     if options.model is not None:
         cases = (Case(options.model, options.batch or 8, options.sequence or 256, options.decode),)

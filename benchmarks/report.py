@@ -5,9 +5,9 @@
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
 section for each processor. If several files contain the same operation and shape, the section shows the newest file.
 
-The bar charts show how many times as fast as a baseline jaxlm is: the median over rounds of the time of the baseline,
-divided by the time of jaxlm. Above 1, jaxlm is faster. Some charts also show the speed of jaxlm in percent of the peak
-of the machine. The line charts show the time as a function of the length.
+The bar charts show how many times as fast as a baseline jaxlm is. In each round, the time of the baseline is divided by
+the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
+of jaxlm in percent of the peak of the machine. The line charts show the time as a function of the length.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def read(directory: Path) -> list[Measurement]:
     """The newest measurements of a processor, in the order of the files.
 
     Raises:
-        UserError: the directory has no result files, or a file was not written by a benchmark.
+        UserError: the directory has no results of the programs in :data:`SECTIONS`, or a file was not written by a
+            benchmark.
     """
     files = sorted(directory.glob("*.json"))
     if not files:
@@ -94,6 +95,11 @@ def read(directory: Path) -> list[Measurement]:
             time = str(group[0].machine["time"])
             if key not in newest or newest[key][0] < time:
                 newest[key] = time, group
+    if not newest:
+        raise UserError(
+            f"{directory} has no results of {', '.join(SECTIONS)}: run one of these benchmarks with --json "
+            f"{directory}/NAME.json, or remove the directory"
+        )
     return [row for _, group in newest.values() for row in group]
 
 
@@ -130,7 +136,7 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
 
 
 def section(name: str, title: str, measurements: Sequence[Measurement], pictures: Path) -> str:
-    """The section of a processor as Markdown. Writes its charts.
+    """The section of a processor as Markdown. Writes its charts. A program without a baseline has no bar chart.
 
     Args:
         name: name of the directory of its results.
@@ -144,8 +150,9 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
         if not rows:
             continue
         parts.append(f"#### {heading}: {title}")
-        draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
-        parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
+        if any(row.implementation != OURS for row in rows):
+            draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
+            parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
         parts.append(_details("All numbers", _table(rows)))
     if groups := curves(measurements):
         draw_curves(groups).savefig(pictures / f"{name}_lengths.svg", metadata={"Date": None})
@@ -156,6 +163,8 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
 
 
 def _summary(baselines: Sequence[Measurement], slower: Sequence[Measurement]) -> str:
+    if not baselines:
+        return "No baseline was measured."
     text = f"jaxlm is faster in {len(baselines) - len(slower)} of {len(baselines)} comparisons."
     if not slower:
         return text
@@ -243,9 +252,13 @@ def draw(rows: Sequence[Measurement]) -> Any:
 
 
 def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
-    """A bar chart of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor."""
+    """A bar chart of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor.
+
+    Args:
+        rows: the measurements of baselines, by processor.
+    """
     ratios = {
-        processor: {f"{row.shape}, {row.implementation}": row.ratio for row in measured if row.implementation != OURS}
+        processor: {f"{row.shape}, {row.implementation}": row.ratio for row in measured}
         for processor, measured in rows.items()
     }
     groups = sorted({label for bars in ratios.values() for label in bars}, key=lambda label: label.split(", ")[::-1])
@@ -337,16 +350,26 @@ def _new_figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple
 # ------------------------------------------------------------------------------------------------ command line
 
 
+def split_page(page: Path) -> tuple[str, str]:
+    """The parts of the page before and after its measured part.
+
+    Raises:
+        UserError: the page is not a file, or has no marks around its measured part.
+    """
+    if not page.is_file():
+        raise UserError(f"--page {page} is not a file")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{page} has no lines {BEGIN!r} and {END!r}: add both")
+    return before, after
+
+
 def run(options: Report) -> None:
     """Read the results, write the charts and replace the measured part of the page."""
     if not options.results.is_dir():
         raise UserError(f"--results {options.results} is not a directory")
-    if not options.page.is_file():
-        raise UserError(f"--page {options.page} is not a file")
-    before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{options.page} has no lines {BEGIN!r} and {END!r}: add both")
+    before, after = split_page(options.page)
     directories = sorted(path for path in options.results.iterdir() if path.is_dir())
     if not directories:
         raise UserError(f"{options.results} has no directories: write results to {options.results}/PROCESSOR/NAME.json")
@@ -359,13 +382,15 @@ def run(options: Report) -> None:
     pictures = options.page.parent / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     training = {
-        titles.get(name, name): [row for row in measured[name] if row.operation == "training step"]
+        titles.get(name, name): [
+            row for row in measured[name] if row.operation == "training step" and row.implementation != OURS
+        ]
         for name in newest_first
     }
     if training := {title: rows for title, rows in training.items() if rows}:
         draw_processors(training).savefig(pictures / "training.svg", metadata={"Date": None})
     sections = [section(name, titles.get(name, name), measured[name], pictures) for name in newest_first]
-    text = "\n\n".join([begin, *sections, end])
+    text = "\n\n".join([BEGIN, *sections, END])
     options.page.write_text(before + text + after, encoding="utf-8")
     print(f"wrote {options.page} and the charts in {pictures}")
 

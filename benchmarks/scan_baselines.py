@@ -11,7 +11,7 @@ from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.worker import Implementation
 
 SAMPLED = 4096
-"""Number of evenly spaced elements of each result that are compared."""
+"""Minimum number of evenly spaced elements of each result that are compared; all elements of a smaller result."""
 
 
 def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:

@@ -25,6 +25,7 @@ BASELINES = {
     "depthwise_convolution": ("lax.conv", "torch"),
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's ``reference`` implementations."""
+IMPLEMENTATIONS = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
 TOLERANCE = 2e-4
 """Maximum difference of sampled elements of a result, relative to the largest sampled element. The results are sums of
 thousands of terms."""
@@ -44,8 +45,7 @@ def run(options: Scans) -> None:
     """Measure and print the results."""
     if options.only and options.only not in BASELINES:
         raise UserError(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
-    known = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
-    chosen = harness.choose(options.against, known)
+    chosen = harness.choose(options.against, IMPLEMENTATIONS)
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]

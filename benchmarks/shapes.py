@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,8 +53,8 @@ class Decoding:
 class Fidelity:
     """Sizes of a GPT-2, whose hidden states, logits, loss and gradients are compared with torch."""
 
-    model: str = "gpt2"
-    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"] = "gpt2"
+    """The size of the GPT-2."""
     batch: int = 2
     """Rows; at least 2, so that one row is padded on the left and one on the right."""
     length: int = 128
@@ -75,8 +75,8 @@ class Scan:
 
     def quick(self) -> Scan:
         """The same operation with small sizes."""
-        small = {"B": 2, "T": 33, "D": 6, "C": 6, "H": 2, "K": 4}
-        return Scan(self.op, tuple((name, small.get(name, size)) for name, size in self.sizes))
+        small = {"B": 2, "T": 33, "D": 6, "C": 6, "H": 2, "K": 4, "decays": 4}
+        return Scan(self.op, tuple((name, min(size, small.get(name, size))) for name, size in self.sizes))
 
 
 SCANS = (
@@ -202,8 +202,8 @@ def scan_work(shape: Scan, backward: bool) -> Work:
         elements, passes = tokens * sizes["D"], 8 if backward else 3
         formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
     else:
-        elements, passes = tokens * sizes["C"], 6 if backward else 2
-        formula = "2*B*T*C*4 bytes forward (input, output), 4 more backward (input, three gradients)"
+        elements, passes = tokens * sizes["C"], 5 if backward else 2
+        formula = "2*B*T*C*4 bytes forward (input, output), 3 more backward (input, gradients of output and input)"
     return Work(tokens, 4 * elements * passes, "B", formula)
 
 

@@ -78,12 +78,23 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
 _WIDEST = 64
 
 
-def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float) -> Any:
+def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float, family: str, unit: str) -> Any:
     """The model with the width from 1 to 64 for which ``measure(model) / target`` is nearest to 1.
 
     ``measure`` must increase with the width.
+
+    Args:
+        family, unit: the name of the models and the unit of ``measure``, for the error message.
+
+    Raises:
+        UserError: the widest model is smaller than the target.
     """
     low, high = 1, _WIDEST
+    if (reached := measure(build(high))) < target:
+        raise UserError(
+            f"the widest {family} of this benchmark has {reached:,.0f} {unit}, fewer than the {target:,.0f} of the "
+            "comparison: choose smaller --parameters"
+        )
     while high - low > 1:
         middle = (low + high) // 2
         if measure(build(middle)) < target:
@@ -109,17 +120,22 @@ def run(options: Shootout) -> None:
             "needed"
         )
     directory = options.output or Path("runs") / f"shootout-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory.mkdir(parents=True)  # raises an error if the directory exists
+    if directory.exists():
+        raise UserError(f"--output {directory} exists: choose another directory")
+    # All models get their sizes before the first measurement, because a size may be impossible.
+    setups = [
+        (basis, family, _set_up(family, basis, options, steps, contexts)) for basis in bases for family in families
+    ]
+    directory.mkdir(parents=True)
     machine = harness.describe_machine()
     rows: list[dict[str, Any]] = []
-    for basis in bases:
-        for family in families:
-            row = _measure(family, basis, options, steps, contexts)
-            rows.append(row)
-            print(f"{basis}: {family}, {row['parameters']:,} parameters: loss {row['loss']:.3f}", flush=True)
-            record = {"program": "shootout", "machine": machine, "rows": rows}
-            (directory / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            (directory / "table.md").write_text(table(rows), encoding="utf-8")
+    for basis, family, setup in setups:
+        row = _measure(family, basis, setup, options, steps, contexts)
+        rows.append(row)
+        print(f"{basis}: {family}, {row['parameters']:,} parameters: loss {row['loss']:.3f}", flush=True)
+        record = {"program": "shootout", "machine": machine, "rows": rows}
+        (directory / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (directory / "table.md").write_text(table(rows), encoding="utf-8")
     draw(rows, directory / "shootout.png")
     print(f"\n{table(rows)}\n{directory}")
 
@@ -183,22 +199,25 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
         return count
 
     def build_at_equal_parameters(name: str) -> Any:
-        return sized(make_builder(name), lambda model: model.num_parameters, options.parameters)
+        return sized(make_builder(name), lambda model: model.num_parameters, options.parameters, name, "parameters")
 
     model = build_at_equal_parameters(family)
     if basis == "flops":
-        model = sized(make_builder(family), flops(family), flops("gpt")(build_at_equal_parameters("gpt")))
+        target = flops("gpt")(build_at_equal_parameters("gpt"))
+        model = sized(make_builder(family), flops(family), target, family, "training FLOPs per character")
     return _Setup(model, make_recipe(family), make_trainer(family, model), flops(family)(model))
 
 
-def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: Sequence[int]) -> dict[str, Any]:
+def _measure(
+    family: str, basis: str, setup: _Setup, options: Shootout, steps: int, contexts: Sequence[int]
+) -> dict[str, Any]:
     import jax
 
     from experiments.families import Data, source, to_batch
     from jaxlm.data import Batches
     from jaxlm.training.evaluation import Evaluator
 
-    model, recipe, trainer, flops_per_token = _set_up(family, basis, options, steps, contexts)
+    model, recipe, trainer, flops_per_token = setup
     data, convert = Data.load(), to_batch(recipe)
     tokens_per_step = options.batch * options.length
     state = trainer.init(jax.random.key(0))
@@ -294,7 +313,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             width = min(10, len(row["losses"]))
             smooth = np.convolve(row["losses"], np.full(width, 1 / width), mode="valid")
             num_characters = np.linspace(row["tokens"] * width / len(row["losses"]), row["tokens"], len(smooth))
-            color = colormaps["tab10"](families.index(row["family"]))
+            color = colormaps["tab20"](families.index(row["family"]))
             axes.plot(num_characters, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
         axes.set(title=f"equal {basis}", xlabel="characters read", ylabel="training loss, nats per character")
         axes.grid(alpha=0.3)

@@ -30,7 +30,8 @@ class Speculative:
     target: Path
     """Run directory or model directory of the target model."""
     draft: Path
-    """Run directory or model directory of the draft model. It needs the tokenizer of the target model."""
+    """Run directory or model directory of the draft model. Its tokenizer must be the same as that of the
+    target model."""
     prompt: str = "ROMEO:"
     """The prompt of every row."""
     batch: int = 1

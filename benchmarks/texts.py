@@ -3,10 +3,11 @@
     python -m benchmarks.texts --translator runs/translation --sources sentences.txt
     python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
 
-A directory is a run directory of ``experiments.translation`` or ``experiments.sentiment`` (preset ``minilm``), or a
-Hugging Face directory of a T5 model, or of BERT with a classification head. A file has one text per line. The
-times include tokenization. jaxlm and transformers sort the texts by length and use the same batch size. The table shows
-the time of the first run, which compiles, separately. The fraction of equal results is printed.
+A directory is a run directory of ``experiments.translation`` (preset ``t5`` or ``verses``) or of
+``experiments.sentiment`` (preset ``minilm``), or a Hugging Face directory of a T5 model or of BERT with a
+classification head. A file has one text per line. The times include tokenization. jaxlm and transformers sort the texts
+by length and use the same batch size. The table shows the time of the first run, which compiles, separately. The
+fraction of equal results is printed.
 """
 
 from __future__ import annotations
@@ -96,12 +97,18 @@ def show(record: dict[str, Any]) -> str:
     header = ("implementation", "sentences/s", "median s", "p10", "p90", "first s")
     return (
         f"{record['task']}: {record['sentences']:,} sentences, {100 * record['equal']:.1f} % of the results are equal\n"
-        f"{harness.table(header, lines)}\njaxlm is {record['ratio']:.2f}x of torch"
+        f"{harness.table(header, lines)}\njaxlm is {record['ratio']:.2f}x as fast as torch"
     )
 
 
 def run(options: Texts) -> None:
     """Measure and print the results."""
+    for name, file, needed, directory in (
+        ("sources", options.sources, "translator", options.translator),
+        ("texts", options.texts, "classifier", options.classifier),
+    ):
+        if file is not None and directory is None:
+            raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{needed} too")
     if options.translator is None and options.classifier is None:
         raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
     translation = f"translation, {options.num_beams} beams"
@@ -136,8 +143,8 @@ def _check_files(task: str, directory: Path | None, file: Path | None) -> dict[s
     directory = directory / "model" if (directory / "model").is_dir() else directory
     if not (directory / "config.json").is_file() or not file.is_file():
         raise harness.UserError(f"{directory} has no config.json, or {file} is not a file")
-    if not file.stat().st_size:
-        raise harness.UserError(f"{file} is empty: give one text per line")
+    if not file.read_text(encoding="utf-8").strip():
+        raise harness.UserError(f"{file} has no text: give one text per line")
     return {"directory": str(directory), "file": str(file)}
 
 

@@ -22,8 +22,8 @@ class Implementation(abc.ABC):
     """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
 
     is_freed_memory_kept = False
-    """Whether the process keeps freed memory (``jaxlm.host``). The worker sets this before it creates the
-    implementation."""
+    """Whether the process keeps freed memory. If True, the worker calls ``jaxlm.host.keep_freed_memory`` before it
+    creates the implementation."""
 
     def prepare(self) -> None:  # noqa: B027 (most implementations have nothing to prepare)
         """Create the inputs that a repetition consumes. This is not part of the measured time."""

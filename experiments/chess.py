@@ -21,11 +21,12 @@ from typing import Any, cast
 from jaxlm import host, metrics
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, MoveTokenizer
-from jaxlm.data.games import Games, Notation, chess_games, read_games, split_games
+from jaxlm.data.games import Games, Notation, chess_games, import_chess, read_games, split_games
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
+from jaxlm.tasks.chess_players import MAX_OPENING_MOVES
 from jaxlm.tasks.chess_training import game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
@@ -50,9 +51,11 @@ class TestSizes:
     engine: int = 40
     """Games against Stockfish at skill level 0, if it is installed."""
     opening_moves: int = 4
-    """Random moves at the start of a game against Stockfish, so that games differ."""
+    """Random moves at the start of a game against Stockfish, so that games differ. At most 200, and fewer than
+    max_moves and the max_positions of the model."""
     max_moves: int = 256
-    """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw."""
+    """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. The max_positions
+    of the model (gpt, llama: training.sequence_length) is a lower limit, if it is smaller."""
     search_mate_in_one: bool = False
     """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
@@ -156,6 +159,7 @@ def build(experiment: Experiment, games: Sequence[str], resume: Path | None) -> 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
+    import_chess()
     fields = ["data", "notation", "max_games", "extra_data", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, ["output", *fields])
     games = read(experiment)
@@ -175,6 +179,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         model, {"loss": causal.evaluation_loss(model), "token_accuracy": token_accuracy},
         [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
+    max_moves(experiment.tests, model)
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
@@ -186,6 +191,21 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if lib.export(directory, experiment, model, result, tokenizer):
         _report(directory, experiment, model, result, tokenizer, test, start_time)
     return result
+
+
+def max_moves(tests: TestSizes, model: Model) -> int:
+    """The maximum number of moves of a game that the model samples or plays.
+
+    Raises:
+        ValueError: ``tests.opening_moves`` is too large for the games against Stockfish.
+    """
+    limit = tests.max_moves if model.max_positions is None else min(tests.max_moves, model.max_positions)
+    if tests.engine and tests.opening_moves > min(MAX_OPENING_MOVES, limit - 1):
+        raise ValueError(
+            f"tests.opening_moves={tests.opening_moves} must be at most {MAX_OPENING_MOVES} and less than {limit}, the "
+            "maximum number of moves of a game"
+        )
+    return limit
 
 
 def _report(
@@ -208,14 +228,14 @@ def _report(
         scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:
         lib.print_once("no test game has a mate in one: this test is skipped")
-    max_moves = tests.max_moves if limit is None else min(tests.max_moves, limit)
+    longest = max_moves(tests, model)
     if tests.sampled:
-        sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=max_moves)
+        sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=longest)
         scores += [sampled.moves, sampled.games]
     model_player = chess.ModelPlayer(*trained_model)
     player: chess.Player = chess.MatingPlayer(model_player) if tests.search_mate_in_one else model_player
     for name, opponent, games, opening in _opponents(tests):
-        match = chess.play_match(player, opponent, games, max_moves=max_moves, opening_moves=opening)
+        match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
         name += " with search for mates" * tests.search_mate_in_one
         lib.print_once(f"against {name}: {match}")
         scores.append(metrics.proportion(f"wins against {name}", match.wins, games))

@@ -15,11 +15,12 @@ for validation. Objectives of the families:
     classification     the play (of 13) of a passage           resnet
 
 Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
-the targets. docs/families/index.md has the expected results. Each family uses its published optimizer
+the targets. docs/families/index.md has the results of most families. Each family uses its published optimizer
 (``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
 optimizer needs many more updates, the family uses AdamW.
 
-A run directory has ``table.md``, ``results.json``, ``losses.png``, and the metrics and checkpoints of each family.
+A run directory has ``table.md``, ``results.json`` and ``losses.png``, and for each family a directory with
+``metrics.jsonl`` and the trained model (``model/``).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from jaxlm.objectives import causal, classification, masked, objective, permutat
 from jaxlm.objectives.batch import Batch
 from jaxlm.training.checks import check_output
 from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.experiment import EXIT_STATUS
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.recipes import recipe
@@ -210,7 +212,10 @@ def recipe_of(name: str) -> Recipe:
     model = get_model(variant)
     if model.task != "causal" or model.reads_source:
         raise ValueError(f"family {name!r} has no recipe in experiments.families: add it to RECIPES")
-    return Recipe(variant, {}, "causal", 1000, state_length=model.carried_state_length, optimizer_changes=adamw(3e-3))
+    return Recipe(
+        variant, {}, "causal", 1000, length=min(Recipe.length, model.max_positions or Recipe.length),
+        state_length=model.carried_state_length, optimizer_changes=adamw(3e-3),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -339,7 +344,8 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
         steps: number of updates. None: the ``steps`` of the recipe.
 
     Raises:
-        KeyboardInterrupt: the training was interrupted.
+        KeyboardInterrupt: SIGINT ended the training.
+        SystemExit: another signal ended the training.
     """
     recipe = recipe_of(name)
     model, make_batch = recipe.build(), to_batch(recipe)
@@ -361,7 +367,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
         Evaluator(model, loss, held_out, carry_size=carry), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if result.interrupted == "SIGINT" else SystemExit(EXIT_STATUS[result.interrupted])
     jaxlm.save_pretrained(directory / "model", model, result.params)
     return Row(
         name, recipe.variant, recipe.objective + (", streamed" if carry else ""), config.name, model.num_parameters,
@@ -373,7 +379,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
 def table(rows: list[Row]) -> str:
     """The results as a Markdown table. The column ``share`` is loss / entropy."""
     lines = [
-        "| family | objective | optimizer | parameters | steps | seconds | targets/s | loss | entropy | share |",
+        "| family | objective | optimizer | parameters | steps | seconds | tokens/s | loss | entropy | share |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -414,15 +420,15 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
 
     Raises:
         FileExistsError: ``directory`` is not empty.
+        ValueError: a family has no recipe.
     """
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
     check_output(directory, resume=False)
+    recipes = {name: recipe_of(name) for name in families}
     data, rows = Data.load(), []
-    for name in families:
-        print(
-            f"\n{name}: {recipe_of(name).objective}, {recipe_of(name).build().num_parameters:,} parameters", flush=True
-        )
+    for name, chosen in recipes.items():
+        print(f"\n{name}: {chosen.objective}, {chosen.build().num_parameters:,} parameters", flush=True)
         rows.append(train_family(name, data, directory / name, steps))
         (directory / "table.md").write_text(table(rows), encoding="utf-8")
         results = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)

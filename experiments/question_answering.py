@@ -1,6 +1,6 @@
 """Train a model to answer questions with spans of a text, on generated stories or on SQuAD.
 
-    python -m experiments.question_answering                    a small BERT from scratch, generated stories, 2 minutes
+    python -m experiments.question_answering                    a small BERT from scratch, generated stories, 3 minutes
     python -m experiments.question_answering --preset xlnet     the same with XLNet
 
 The next command fine-tunes MiniLM (pretrained BERT weights, 6 layers of width 384) on the development file of SQuAD
@@ -89,6 +89,10 @@ class Experiment:
     """Number of batch shapes (length buckets)."""
     output: Path | None = None
     """Run directory; None: runs/question_answering-<time>."""
+
+    def __post_init__(self) -> None:
+        if self.test is None and self.test_fraction == 0.0:
+            raise ValueError("test_fraction=0 leaves no test split: use a fraction above 0, or set test to a file")
 
 
 SMALL = ("num_layers=3", "num_heads=4", "embed_dim=128", "init_stddev=0.08")

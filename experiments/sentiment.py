@@ -57,11 +57,13 @@ class Data:
     on_error: OnError = "raise"
     """raise: an invalid line is an error. report: invalid lines are skipped, and their numbers are printed."""
     validation_fraction: float = 0.02
-    """Fraction of the training file for validation. With training.restore_best, validation selects the weights."""
+    """Fraction of the training split (the training file without the test split) for validation. With
+    training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
-    """Maximum number of tokens. Longer sentences are truncated. None: sentences are not truncated."""
+    """Maximum number of tokens. Longer sentences are truncated. None: sentences are not truncated, and a sentence with
+    more tokens than the model's max_positions is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Words that occur fewer than min_frequency times in the training split become unknown tokens."""
+    """Minimum number of occurrences in the training split of a word, or of a BPE merge (vocabulary bpe). With the
+    vocabulary word, rarer words become unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -153,14 +156,13 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 
 
 def build(
-    experiment: Experiment, training: Examples, test: Examples, resume: Path | None
+    experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
     """The model, its initial parameters (None: random), and the tokenizer.
 
     Of ``test``, only the lengths of the texts are used, and only for alexnet and resnet from scratch.
     """
-    config, labels = experiment.model, training.label_names()
-    texts, size = training.column("text"), experiment.vocab_size
+    config, texts, size = experiment.model, training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
@@ -174,11 +176,11 @@ def build(
 
 
 def train_and_test(
-    experiment: Experiment, training: Examples, test: Examples, resume: Path | None
+    experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Result, metrics.Score | None]:
     """The result of training on one split, and the accuracy on the other (None: the training was interrupted)."""
-    start_time, config, labels = time.perf_counter(), experiment.training, training.label_names()
-    model, params, tokenizer = build(experiment, training, test, resume)
+    start_time, config = time.perf_counter(), experiment.training
+    model, params, tokenizer = build(experiment, training, test, labels, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
     encoded_training, encoded_validation, encoded_test = (
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
@@ -221,14 +223,16 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
-        return train_and_test(experiment, *parts(experiment.data), resume)[0]
-    folds = read(experiment.data.train, experiment.data).folds(experiment.folds)
+        training, test = parts(experiment.data)
+        return train_and_test(experiment, training, test, training.label_names(), resume)[0]
+    examples = read(experiment.data.train, experiment.data)
+    folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may have no example of a label
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
     for fold, (training, test) in enumerate(folds):
         directory = output / f"fold-{fold}"
         is_started = (directory / "config.json").exists()  # only in a resumed run
         fold_experiment = dataclasses.replace(experiment, output=directory)
-        result, score = train_and_test(fold_experiment, training, test, directory if is_started else None)
+        result, score = train_and_test(fold_experiment, training, test, labels, directory if is_started else None)
         if score is None:
             return result
         scores.append(score)

@@ -1,11 +1,11 @@
 """Train a summarizer from scratch: an RNN with a copy mechanism, or a Transformer with the architecture of T5.
 
-    python -m experiments.summarization        docstrings of installed packages to their first lines, 2 minutes
+    python -m experiments.summarization        docstrings of installed packages to their first paragraphs, 6 minutes
 
 The next commands summarize descriptions of Debian packages (docs/tasks/summarization.md describes how to get the file):
 
-    python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
-    python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
+    python -m experiments.summarization --preset copy --data.file packages.txt
+    python -m experiments.summarization --preset t5 --data.file packages.txt
 
 The ROUGE-1 of ``copy`` on held-out packages is 0.453. The run took 227 minutes on two CPU cores that also did other
 work. A baseline, the first sentence of the description, has 0.332. Packages of one project and packages with similar
@@ -47,8 +47,8 @@ class Data:
     """The file of texts with summaries, and its splits. A group is a set of similar texts."""
 
     file: Path | None = None
-    """Output of apt-cache show, or .jsonl with the keys package, text and summary (also .gz); None: docstrings of the
-    installed packages."""
+    """Output of apt-cache show, or .jsonl with the keys text, summary and, optionally, package (also .gz); None:
+    docstrings of the installed packages."""
     validation_fraction: float = 0.03
     """Fraction of the groups for validation, which selects the best weights."""
     test_fraction: float = 0.04
@@ -74,7 +74,7 @@ class Experiment:
     epochs: float = 6.0
     """Number of passes over the training split."""
     vocab_size: int = 8000
-    """Size of the BPE vocabulary that texts and summaries share."""
+    """Maximum size of the BPE vocabulary that texts and summaries share."""
     max_source: int = 128
     """Maximum number of tokens of a text. Longer texts are truncated. The report has the number of truncated texts."""
     max_summary: int = 40
@@ -118,7 +118,8 @@ PRESETS = {
 def read(data: Data) -> Examples:
     """Examples with ``source``, ``target``, ``text`` (the original text of the file or docstring) and ``group``.
 
-    ``source`` is the text with single spaces as white space, for docstrings after the name of the object.
+    ``source`` is the text with single spaces as white space. For docstrings, the name of the object and a
+    colon are before the text.
     """
     if data.file is None:
         loaded = docstrings()
@@ -141,9 +142,18 @@ def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]
     """The training, validation and test splits. All examples of a group are in the same split.
 
     Groups with more than ``data.largest_group`` examples are in the training split.
+
+    Raises:
+        ValueError: all groups have more examples, or there are too few groups for the fractions.
     """
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
+    if all(is_large):
+        raise ValueError(
+            f"all groups have more than data.largest_group={data.largest_group} texts, so no text is left for the "
+            "validation and test splits: increase data.largest_group, or change the keys package of the file (texts "
+            "with equal keys are in one group)"
+        )
     large, small = (examples.select(np.flatnonzero(np.equal(is_large, flag)).tolist()) for flag in (True, False))
     test, validation, training = small.split(data.test_fraction, data.validation_fraction, seed=0, by="group")
     return Examples([*training, *large], examples.name), validation, test
@@ -168,6 +178,7 @@ def first_sentence(text: str) -> str:
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train a summarizer, summarize the test split and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
+    metrics.import_rouge_scorer()
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
     examples = read(experiment.data)
     training, validation, test = parts(experiment.data, examples)

@@ -1,20 +1,20 @@
 """Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
 
     python -m experiments.text_generation                   a GPT on the included plays: 1.69 nats, 1 to 3 minutes
-    python -m experiments.text_generation --preset lstm     another family on the same text, 1 to 2 minutes
+    python -m experiments.text_generation --preset lstm     an LSTM on the same text, about 2 minutes
     python -m experiments.text_generation --data FILE       a UTF-8 text file (also .gz)
 
-The next commands train on tinyshakespeare. The first one trains the CPU configuration of nanoGPT for 1 minute. Its loss
-is 1.89 nats (nanoGPT's README states 1.88). The other models train for about 45 minutes. The loss of lstm_large is 1.41
-nats, and that of nanoGPT's GPU configuration is 1.47.
+The next commands train on tinyshakespeare. The first one trains the CPU configuration of nanoGPT for 1 minute. Its
+validation loss is 1.89 nats (nanoGPT's README states 1.88). lstm_large trains for about 45 minutes. Its score on the
+whole validation split is 1.41 nats. The other two models have not been measured yet.
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset transformer_xl_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
 
-The next loop trains models with 1 to 3 layers of width 128 on War and Peace, as in Karpathy et al. (2015). Each model
-takes 5 to 15 minutes. The training, validation and test splits have 80 %, 10 % and 10 % of the text.
+The next loop trains models with 1 to 3 layers of width 128 on War and Peace, as in Karpathy et al. (2015). A model
+takes 5 minutes per layer. The training, validation and test splits have 80 %, 10 % and 10 % of the text.
 
     for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
@@ -27,6 +27,7 @@ Other families read windows that overlap by half. docs/tasks/text_generation.md 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ class Experiment:
     test_fraction: float = 0.0
     """Fraction of the text for the test: the end of the text."""
     mesh: str | None = None
-    """Device mesh, for example data=4,tensor=2; axes: data, fsdp, tensor, sequence. None: one device."""
+    """Device mesh, for example data=4,tensor=2; axes: data, fsdp, tensor, sequence, expert. None: one device."""
     output: Path | None = None
     """Run directory; None: runs/text_generation-<time>."""
     prompt: str | None = None
@@ -80,15 +81,18 @@ class Experiment:
     """Sampling temperature, which divides the logits. 0: greedy decoding."""
 
 
-def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: float, **options: Any) -> Experiment:
-    """An experiment with a randomly initialized model. ``options`` are fields of training, optimizer or experiment."""
+def preset(family: str, fields: str, steps: int, rows: int, length: int, peak: float, **options: Any) -> Experiment:
+    """An experiment with a randomly initialized model, whose learning rate is at most ``peak``.
+
+    ``options`` are fields of training, optimizer or experiment.
+    """
 
     def fields_of(kind: type) -> dict[str, Any]:
         return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
 
     training = TrainingConfig(steps, rows, length, **fields_of(TrainingConfig))
-    optimizer = OptimizerConfig(learning_rate=rate, **fields_of(OptimizerConfig))
-    return Experiment(lib.ModelConfig(family, tuple(changes.split())), training, optimizer, **options)
+    optimizer = OptimizerConfig(learning_rate=peak, **fields_of(OptimizerConfig))
+    return Experiment(lib.ModelConfig(family, tuple(fields.split())), training, optimizer, **options)
 
 
 SMALL_TRANSFORMER = "num_layers=4 num_heads=4 embed_dim=128 "
@@ -155,7 +159,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
     fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the included text"
     corpus = Corpus.split(text, tokenizer, *fractions, name=str(name))
     fields = {"vocab_size": tokenizer.vocab_size}
-    if hasattr(get_model(config.name).config, "max_positions"):
+    if get_model(config.name).max_positions is not None:
         fields["max_positions"] = experiment.training.sequence_length
     model, params = config.build(experiment.training.seed, fields)
     check_family(model)
@@ -221,7 +225,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
             scores=[score for part in parts for score in scores(model, final_params, corpus, part, length)],
             validation_loss=result.validation_loss,
         )  # fmt: skip
-        lib.print_once(f"to generate more text: jaxlm generate {directory} --prompt {prompt!r}")
+        command = ["jaxlm", "generate", str(directory), f"--prompt={prompt}"]
+        lib.print_once(f"to generate more text: {shlex.join(command)}")
     return result
 
 
@@ -234,7 +239,7 @@ def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: 
         sys.stdout.write(piece)
         sys.stdout.flush()
         passage += piece
-    rate = experiment.sample_tokens / (time.perf_counter() - started)
+    rate = tokenizer.encode(passage[len(prompt) :]).size / (time.perf_counter() - started)
     sys.stdout.write(f"\n\n{rate:.0f} tokens per second, compilation included\n")
     return passage
 

@@ -72,9 +72,9 @@ class Experiment:
     epochs: float = 10.0
     """Number of passes over the training split."""
     vocab_size: int = 6000
-    """Size of the BPE vocabulary that both languages share."""
+    """Maximum size of the BPE vocabulary that both languages share."""
     buckets: int = 6
-    """Number of batch shapes (length buckets)."""
+    """Maximum number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
     """Fraction of the target probability that is spread uniformly over the vocabulary."""
     num_beams: int = 5
@@ -148,6 +148,7 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train a translator, translate the test split and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
+    metrics.import_sacrebleu()
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
     training, validation, test = parts(experiment.data)
     model, params, tokenizer = lib.build_encoder_decoder(

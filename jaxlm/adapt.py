@@ -276,7 +276,11 @@ class LoRA:
         return _filter(params, lambda name: name not in fully_trained)
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
-        """Parameters of the model; each adapted weight has the dtype that it has in ``frozen``."""
+        """Parameters of the model; each adapted weight has the dtype that it has in ``frozen``.
+
+        Raises:
+            ValueError: ``frozen`` contains a parameter that is trained in full.
+        """
         return _union(trained, frozen, self._adapted_weight)
 
     def target_paths(self, model_specs: spec.Tree) -> dict[str, ArraySpec]:
@@ -320,7 +324,12 @@ class LoRA:
             LORA_B: ArraySpec(b_shape, b_axes, b_init, decay=True),
         }
 
-    def _adapted_weight(self, factors: dict[str, jax.Array], weight: jax.Array) -> jax.Array:
+    def _adapted_weight(self, factors: Any, weight: jax.Array) -> jax.Array:
+        if not isinstance(factors, dict):  # a parameter that is trained in full
+            raise ValueError(
+                "the trained and the frozen tree contain the same parameter: merge the trained tree with "
+                "lora.frozen(model.specs, params) instead of params"
+            )
         a, b = factors[LORA_A], factors[LORA_B]
 
         def product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ _MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
 
 def _uint32_words(array: jax.Array) -> jax.Array:
-    """The bits of ``array`` as uint32: one word per entry, or two words along a new last axis for 64-bit entries."""
+    """The bits of ``array`` as uint32: one word per entry, or several words along new last axes for wider entries."""
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         return jnp.stack([_uint32_words(array.real), _uint32_words(array.imag)], axis=-1)
     if array.dtype.itemsize == 8:
@@ -303,7 +303,8 @@ class Checkpointer:
         """Wait until the last save is complete and old steps are deleted. Raises the errors of the save."""
         with integrity.explain_disk_errors(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.wait_until_finished()
-            if self._last_saved is not None and processes.is_first():
+            # After a failed save, there is no such directory. Then the older steps are kept.
+            if self._last_saved is not None and processes.is_first() and self._path(self._last_saved).is_dir():
                 if self._needs_sync:
                     integrity.sync_tree(self._path(self._last_saved))
                     self._needs_sync = False

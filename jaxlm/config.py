@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxlm import integrity
 from jaxlm.json_files import read_object
 
@@ -46,8 +48,15 @@ def _field_types(kind: Any) -> Mapping[str, Any]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as a dict of JSON values. Tuples become lists, and values that JSON lacks (paths) become strings."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """A config as a dict of JSON values.
+
+    Tuples become lists, NumPy scalars become numbers, and other values that JSON lacks (paths) become strings.
+    """
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_to_json_value))
+
+
+def _to_json_value(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -> C:
@@ -137,7 +146,8 @@ def check_numbers(config: Any) -> None:
         if name.rpartition(".")[2] == "seed" and not 0 <= value < 2**32:
             raise ValueError(f"{name}={value} must be from 0 to {2**32 - 1}")
         if isinstance(value, int) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
-            raise ValueError(f"{name}={value} is too large: the largest number is {2**31 - 1}")
+            limit = f"large: the largest number is {2**31 - 1}" if value > 0 else f"small: the smallest is {-(2**31)}"
+            raise ValueError(f"{name}={value} is too {limit}")
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:

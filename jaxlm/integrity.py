@@ -49,7 +49,8 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
 def replace_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file. An existing file is replaced atomically.
 
-    The text is first written to a temporary file on the disk, which is then renamed to ``path``.
+    The text is first written to a temporary file in the same directory and flushed to the disk (fsync). The temporary
+    file is then renamed to ``path``.
     """
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")

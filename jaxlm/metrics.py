@@ -195,7 +195,7 @@ def bleu(
         TypeError: ``hypotheses`` or ``references`` is one string, or has an item that is not a string.
         ImportError: sacrebleu is not installed.
     """
-    metrics = _sacrebleu()
+    metrics = import_sacrebleu().metrics
     _check_texts(hypotheses, references, "hypotheses")
     if tokenize not in metrics.BLEU.TOKENIZERS:
         raise ValueError(f"tokenize={tokenize!r} must be one of {', '.join(metrics.BLEU.TOKENIZERS)}")
@@ -209,7 +209,7 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
 
     The computation of the interval and the errors are the same as for :func:`bleu`.
     """
-    metrics = _sacrebleu()
+    metrics = import_sacrebleu().metrics
     _check_texts(hypotheses, references, "hypotheses")
     return _corpus_score(
         "chrF2 (lowercase)" if lowercase else "chrF2", metrics.CHRF(lowercase=lowercase), hypotheses, references
@@ -227,10 +227,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) 
         TypeError: ``predictions`` or ``references`` is one string, or has an item that is not a string.
         ImportError: rouge-score is not installed.
     """
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ImportError("ROUGE needs rouge-score: pip install 'jaxlm[metrics]'") from error
+    rouge_scorer = import_rouge_scorer()
     _check_texts(predictions, references, "predictions")
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=True)
@@ -397,12 +394,23 @@ def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> 
         )
 
 
-def _sacrebleu() -> Any:
+def import_sacrebleu() -> Any:
+    """The package ``sacrebleu``. If it is not installed, an ``ImportError`` names the extra that installs it."""
     try:
         import sacrebleu.metrics
     except ImportError as error:
         raise ImportError("BLEU and chrF need sacrebleu: pip install 'jaxlm[metrics]'") from error
-    return sacrebleu.metrics
+    return sacrebleu
+
+
+def import_rouge_scorer() -> Any:
+    """The module ``rouge_scorer`` of the package rouge-score. If the package is not installed, an ``ImportError`` names
+    the extra that installs it."""
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise ImportError("ROUGE needs rouge-score: pip install 'jaxlm[metrics]'") from error
+    return rouge_scorer
 
 
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:

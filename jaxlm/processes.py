@@ -70,7 +70,7 @@ def _multihost_utils() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is the first process (index 0). It prints and writes all files except the arrays of checkpoints."""
+    """Whether this is the first process (index 0). It prints, and writes all files but the arrays of checkpoints."""
     return jax.process_index() == 0
 
 

@@ -277,7 +277,7 @@ def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
     def walk(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        return {name: change(child) if name == LAYERS else walk(child) for name, child in node.items()}
+        return {name: change(child) if name == LAYERS else _map_layers(change, child) for name, child in node.items()}
 
     return jax.tree.map(walk, tree, is_leaf=lambda node: isinstance(node, dict))
 
@@ -348,7 +348,7 @@ def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
 
 
 def abstract(specs: Tree) -> Tree:
-    """A tree of ``jax.ShapeDtypeStruct``, equal to ``jax.eval_shape(init, specs, key)`` but without tracing."""
+    """A tree of ``jax.ShapeDtypeStruct``, equal to ``jax.eval_shape(partial(init, specs), key)``, without tracing."""
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 

@@ -294,6 +294,9 @@ def test_merging_trees_with_the_same_parameter_raises():
     _, frozen = split(freeze, BERT.specs, params_of(BERT))
     with pytest.raises(ValueError, match="contain the same parameter"):
         freeze.merge(params_of(BERT), frozen)
+    trained = {"classifier": params_of(BERT)["classifier"]}  # the fully trained part of a trained tree
+    with pytest.raises(ValueError, match=r"contain the same parameter: .* lora.frozen\(model.specs, params\) instead"):
+        LoRA(2, full_training_patterns=("^classifier/",)).merge(trained, params_of(BERT))
 
 
 # ------------------------------------------------------------------------------------------------ matrices

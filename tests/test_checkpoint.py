@@ -728,6 +728,27 @@ def test_error_for_an_unwritable_disk(
         assert_same_bits(tree, checkpointer.restore(tree)[0])
 
 
+def test_close_after_a_failed_save_deletes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"x": jnp.arange(4.0)}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpointer = Checkpointer(tmp_path, asynchronous=False)
+    checkpointer.save(1, tree, {})
+    checkpointer.save(2, tree, {}, extra=True)
+    monkeypatch.setattr(checkpointer._orbax, "save", fail)
+    with pytest.raises(OSError, match="the disk of .* is full"):
+        checkpointer.save(3, tree, {})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2]
+    checkpointer = Checkpointer(tmp_path / "new")
+    monkeypatch.setattr(checkpointer._orbax, "save", fail)
+    with pytest.raises(OSError, match="the disk of .* is full"):
+        checkpointer.save(1, tree, {})
+    checkpointer.close()
+
+
 def test_raised_errors_are_not_also_logged(tmp_path: Path) -> None:
     def is_logged(path: str, level: int, error: Exception | None, logger: str = "absl") -> bool:
         info = None if error is None else (type(error), error, None)

@@ -14,8 +14,9 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.cli import doctor
+from jaxlm.cli.common import sampling_options
 from jaxlm.data import ByteTokenizer, CharTokenizer
-from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.decoding import GenerationConfig, Sampling, generate_text
 from jaxlm.tasks.predict import classify, score_texts
 from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import MetricsFile
@@ -100,6 +101,11 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
         ("--dtype", "bfloat61", "dtype='bfloat61' is unknown: choose from"),
     ):
         assert message in error_line(capsys, "generate", run_directory, *prompt, option, value)
+
+
+def test_values_that_turn_a_filter_off_are_greedy_decoding():
+    options = sampling_options(top_k=0, top_p=1.0, min_p=0.0)
+    assert Sampling(temperature=0.0, **options) == Sampling(temperature=0.0)
 
 
 def test_error_for_a_model_without_a_tokenizer(model, params, tmp_path, capsys):
@@ -327,6 +333,13 @@ def test_errors_name_the_unusable_text(model_directory, tmp_path, monkeypatch, c
     assert "standard input is empty" in error_line(capsys, "score", directory)
     assert "text 2 has 0 tabs and text 1 has 1" in error_line(capsys, "score", model_directory("t5-tiny"), "a\tb", "c")
     assert "text 1 has 100 tokens, but max_positions=64" in error_line(capsys, "score", directory, "short", "x" * 100)
+
+
+def test_evaluate_names_a_missing_package_before_it_loads_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "jaxlm.tasks.lm_eval", raising=False)
+    assert cli.main(["evaluate", str(tmp_path / "missing"), "--tasks", "lambada"]) == 2
+    assert "evaluation on tasks needs lm_eval: pip install 'jaxlm[eval]'" in capsys.readouterr().err
 
 
 def test_python_m_jaxlm_runs_the_command():

@@ -101,6 +101,15 @@ def test_get_model_rejects_values_of_the_wrong_type():
     assert get_model("gpt2-tiny", num_layers=np.int64(3), norm_epsilon=0).config.num_layers == 3
 
 
+def test_numpy_scalars_are_saved_as_numbers():
+    config = get_model("gpt2-tiny", vocab_size=np.int64(200), norm_epsilon=np.float32(0.5)).config
+    assert (type(config.vocab_size), type(config.norm_epsilon)) == (int, float), (
+        "Hugging Face formats contain the values"
+    )
+    written = config_lib.to_json(Outer(config, rate=np.float32(0.25), pairs=((np.int32(1), None),)))
+    assert (written["model"]["vocab_size"], written["rate"], written["pairs"]) == (200, 0.25, [[1, None]])
+
+
 def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
     for options, message in (
         (("--rate", "nan"), "program: rate=nan must be a finite number"),
@@ -113,6 +122,8 @@ def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=f"seed={seed} must be from 0 to 4294967295"):
             config_lib.check_numbers(dataclasses.make_dataclass("Draws", ["seed"])(seed))
+    with pytest.raises(ValueError, match="top_k=-9999999999 is too small: the smallest is -2147483648"):
+        config_lib.check_numbers(dataclasses.make_dataclass("Limits", ["top_k"])(-9999999999))
 
 
 def test_values_of_settings():

@@ -325,6 +325,11 @@ def test_a_directory_that_is_not_a_run_is_not_resumed_or_renamed(tmp_path):
             ["v5e:2x2", "--zone", "z", "--dry-run", "--restarts", "1"],
             "apply only to --topology local:N",
         ),
+        (
+            ["local:2", "--command", "python -m 'm"],
+            """--command "python -m 'm" has an open quotation or a final backslash (No closing quotation): close or""",
+        ),
+        (["gpu", "--host", "h", "--dry-run", "--command", "ls \\"], "(No escaped character): close or remove it"),
     ],
 )
 def test_errors_name_the_bad_local_option(arguments, message, capsys):

@@ -320,6 +320,16 @@ def test_a_decoding_step_does_not_use_the_encoder_or_project_the_source():
     assert flops.matmul_parameters(model) == model.num_parameters
 
 
+def test_tables_that_are_only_looked_up_do_not_count():
+    tied, untied = (get_model("transformer-xl-tiny", tie_embeddings=tie, embedding_divisor=4) for tie in (True, False))
+    tables = {"token_embedding", "tails/cluster_1/embedding", "tails/cluster_2/embedding"}
+    assert tables <= flops.matmul_leaves(tied, decoding=False).keys()
+    assert not tables & flops.matmul_leaves(untied, decoding=False).keys()
+    assert "head/tails/cluster_1/embedding" in flops.matmul_leaves(untied, decoding=False)
+    two_vocabularies = get_model("attention-rnn-tiny", source_vocab_size=50)
+    assert "source_embedding" not in flops.matmul_leaves(two_vocabularies, decoding=False)
+
+
 def test_attention_flops_count_the_window():
     full, windowed = get_model("gemma-3-tiny", window=64), get_model("gemma-3-tiny", window=8)
     T, width, layers = 64, 32, 2

@@ -21,8 +21,11 @@ import pytest
 
 import jaxlm
 from jaxlm import processes
+from jaxlm.adapt import LoRA
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, ContiguousStreams, PackedDocuments, RandomWindows
+from jaxlm.interop import peft
+from jaxlm.interop.directory import write_json
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, tiny_model
@@ -99,6 +102,12 @@ class InterruptedBatches(Batches):
         return super().__next__()
 
 
+def write_slowly(path, content):
+    """``write_json`` after a second, so that a process that does not wait for the file does not find it."""
+    time.sleep(1)
+    write_json(path, content)
+
+
 def work_together(directory):
     """The program of ``test_two_processes_train_like_one_process``: test ``call_in_first_process``, then train."""
     index = jax.process_index()
@@ -114,6 +123,12 @@ def work_together(directory):
     assert not embedding.is_fully_addressable
     jaxlm.save_pretrained(directory / "model", model, result.state.params)
     assert (directory / "model" / "model.safetensors").exists()  # also in the process that did not write the file
+    lora = LoRA(2, full_training_patterns=("^token_embedding$",))
+    trained, _ = lora.split(model.specs, result.state.params, jax.random.key(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft, "write_json", write_slowly)
+        peft.save_adapter(directory / "adapter", model, lora, trained)
+    assert (directory / "adapter" / "adapter_config.json").exists()
     assert processes.gather_to_host(embedding).shape == embedding.shape
     local = jax.numpy.arange(3) + index
     assert processes.gather_to_host(local).tolist() == [

@@ -110,7 +110,8 @@ def test_unstack_splits_only_stacked_layers():
         leaf is expected_leaf
         for leaf, expected_leaf in zip(jax.tree.leaves(unstacked_twice), jax.tree.leaves(per_layer), strict=True)
     )
-    for wrap in (lambda params: params, lambda params: (3, [params])):  # parameters, and a container of parameters
+    # Parameters, a container of parameters, and the states of several optimizers.
+    for wrap in (lambda params: params, lambda params: (3, [params]), lambda params: {"adamw": (params, 3)}):
         assert_trees_equal(spec.unstack(wrap(tree)), wrap(per_layer))
         assert_trees_equal(spec.restack(wrap(per_layer)), wrap(tree))
     assert spec.restack(tree)["encoder"]["layers"] == stack

@@ -43,7 +43,8 @@ def quick(experiment: Experiment) -> Experiment:
 def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
     """The experiment with these cases and widths; None: all.
 
-    If all widths share the learning rate of the first width, the first width is always included.
+    If all widths share the learning rate of the first width, the first width is added to the chosen widths. If the
+    experiment has none of the chosen widths, the result has no width.
     """
     plan = experiment.plan
     chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
@@ -83,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m experiments.laboratory", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("experiment", nargs="*", choices=[*EXPERIMENTS, []], help="experiments (default: all)")
+    parser.add_argument(
+        "experiment", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT",
+        help=f"experiments: {', '.join(EXPERIMENTS)} (default: all)",
+    )  # fmt: skip
     parser.add_argument(
         "--model",
         nargs="+",
@@ -94,9 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", nargs="+", choices=all_cases, help="cases of the experiments (default: all)")
     all_widths = sorted({width for experiment in EXPERIMENTS.values() for width in experiment.plan.widths})
     parser.add_argument("--width", nargs="+", type=int, choices=all_widths, help="widths of the models (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("runs/laboratory"), help="directory of the results")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate and one seed")
-    parser.add_argument("--page", type=Path, nargs="?", const=DOCS, help="write laboratory.md to this directory")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/laboratory"), help="directory of the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate, seed and width, in OUTPUT/quick"
+    )
+    parser.add_argument(
+        "--page", type=Path, nargs="?", const=DOCS,
+        help="train nothing; write laboratory.md from the results in OUTPUT to this directory (default: docs)",
+    )  # fmt: skip
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: omit the experiments, --model, --case and --width")
@@ -116,6 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
             run(chosen, models, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
+        if not any(page.planned(experiment, results[name]) for name, experiment in experiments.items()):
+            raise ValueError(
+                f"{directory} has no results for a page: choose the directory of the results with --output, such as "
+                "--output docs/laboratory"
+            )
         print(page.write(results, parsed.page, experiments))
         return 0
 

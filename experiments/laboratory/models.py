@@ -1,7 +1,7 @@
 """Models of the causal families and of encoder-decoders for a given width, number of layers and vocabulary.
 
-Two families are missing, because their memory or pooling needs rows of a certain length: ``transformer_xl`` and
-``alexnet``.
+Two families with causal models are missing: ``transformer_xl``, whose memory is for consecutive segments of a long
+text, and ``alexnet``, whose causal model is not published.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HEAD_WIDTH = 32
 """Width of an attention head."""
 
 
-def _definitions(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """For each model name, the family or variant and its config fields, without the fields that all models share."""
     heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
     attention = {"num_heads": heads, "max_positions": max_length}
@@ -26,13 +26,15 @@ def _definitions(width: int, max_length: int) -> dict[str, tuple[str, dict[str, 
     xlstm = {"num_heads": heads, "mlp_dim": mlp, "key_dim": width, "value_dim": 2 * width}
     rwkv_ranks = {"decay_rank": 32, "rate_rank": 32, "value_rank": 16, "gate_rank": 64}
     recurrent = {"hidden_dim": width, "init_bound": 0.5}
+    # The default form, bahdanau, has only one layer.
+    luong = {"attention": "luong", "score": "general", "hidden_dim": width, "output_dim": width}
     return {
         "gpt": ("gpt2", attention),
         "llama": ("llama", {**attention, "mlp_dim": mlp}),
         "lstm": ("lstm", recurrent),
         "gru": ("gru", recurrent),
         "attention_rnn_lm": ("attention_rnn_lm", {"hidden_dim": width, "attention_dim": width, "window": None}),
-        "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1), (width, 4, 1))}),
+        "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1),) * layers}),
         "mamba2": ("mamba2", mamba2),
         "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
         # The published pattern has two recurrent layers before attention, so two layers would have no attention.
@@ -47,13 +49,13 @@ def _definitions(width: int, max_length: int) -> dict[str, tuple[str, dict[str, 
         "gated_deltanet": ("gated_deltanet", delta_rule),
         "gated_deltanet [-1, 1]": ("gated_deltanet", {**delta_rule, "negative_eigenvalues": True}),
         "t5": ("t5", {"num_heads": heads, "head_dim": width // heads, "mlp_dim": 4 * width}),
-        "attention_rnn": ("attention_rnn", {"source_vocab_size": None, "hidden_dim": width, "output_dim": width}),
+        "attention_rnn": ("attention_rnn", {"source_vocab_size": None, **luong}),
     }
 
 
 ENCODER_DECODERS = ("t5", "attention_rnn")
 """Names of the encoder-decoders, for experiments whose rows have a source."""
-MODELS = tuple(name for name in _definitions(64, 64) if name not in ENCODER_DECODERS)
+MODELS = tuple(name for name in _definitions(64, 2, 64) if name not in ENCODER_DECODERS)
 """Names of the causal models. Some families occur with several settings."""
 
 
@@ -64,6 +66,6 @@ def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length:
         name: an entry of :data:`MODELS` or :data:`ENCODER_DECODERS`.
         max_length: length of the longest row in training and tests, for models with a maximum number of positions.
     """
-    variant, fields = _definitions(width, max_length)[name]
+    variant, fields = _definitions(width, layers, max_length)[name]
     model = get_model(variant, vocab_size=vocab_size, embed_dim=width, **fields)
-    return model.with_fields(num_layers=layers, **model.zero_dropout)
+    return model.with_known_fields(num_layers=layers, **model.zero_dropout)

@@ -79,10 +79,12 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
+    early = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} before)"
     lines += [
-        f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each "
+        f"{plan.layers} layers; {plan.steps:,} steps{early}; learning rates {rates}, selected by validation for each "
         f"{'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means "
-        "over the seeds with 95 % intervals (Student's t).",
+        "over the seeds with 95 % intervals (Student's t). A row with fewer seeds is not complete, and may have runs "
+        "with only one learning rate. Minutes are the median duration of a run.",
     ]
     if experiment.claims:
         lines += [
@@ -96,7 +98,7 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         covered = itertools.product(experiment.cases, experiment.models, plan.widths)
         missing = sorted({key[1] for key in covered if claim.covers(*key) and key not in runs})
         if missing and ours:
-            agrees += f" (not all cases and widths of {', '.join(missing)} are measured)"
+            agrees += f" (some or all cases and widths of {', '.join(missing)} are not measured)"
         limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
         models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
@@ -217,6 +219,8 @@ def write(
     parts = [
         "# Laboratory\n\nThe same models on published experiments. All results are in `docs/laboratory/`.\n"
         "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
+        '"ours" is the smallest and the largest measured accuracy. A claim of the form "at most"\n'
+        'also agrees if a model has not learned the training lengths; see the column "validation".\n'
         "All models have no dropout and are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`griffin` alternates recurrent layers and local attention, `hawk` has only recurrent layers;\n"

@@ -145,7 +145,7 @@ class Training:
 
         def model_at(width: int) -> Model:
             sizes = {"vocab_size": case.vocab_size, "layers": plan.layers, "max_length": case.max_length}
-            return model_of(model_name, width=width, **sizes).with_fields(**case.fields)
+            return model_of(model_name, width=width, **sizes).with_known_fields(**case.fields)
 
         self._model = model_at(width)
         scaled = None if case.base_width is None else mup(self._model, model_at(case.base_width))

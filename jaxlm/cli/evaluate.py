@@ -55,12 +55,12 @@ class Evaluate:
         check_output_file("output", self.output)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"--num-fewshot {self.num_fewshot} must be at least 0")
-        model, params, tokenizer = load(self.directory, self.dtype)
         from jaxlm.tasks.lm_eval import HarnessModel  # isort: skip (imported first: its error names the extra)
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
 
+        model, params, tokenizer = load(self.directory, self.dtype)
         harness_model = HarnessModel(
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,

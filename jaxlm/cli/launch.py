@@ -35,10 +35,11 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required, but not allowed for local:N. It confirms that the script is only printed: jaxlm never executes it."""
+    """Required for a TPU or a GPU node, and not allowed for local:N. It confirms that the script is only printed: jaxlm
+    never executes it."""
     restarts: int = 0
-    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
-    The command must name a run directory (--output or --resume)."""
+    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume, but
+    not after a user error (status 2) or a signal. The command must name a run directory (--output or --resume)."""
     lost_after: int = processes.LOST_AFTER
     """For local:N: seconds without a heartbeat after which a process counts as lost."""
 
@@ -59,7 +60,7 @@ class Launch:
         chips = math.prod(map(int, re.findall(r"\d+", self.topology.partition(":")[2])))
         if chips > MAX_CHIPS:
             raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest pod has {MAX_CHIPS:,}")
-        command = None if self.command is None else shlex.split(self.command)
+        command = None if self.command is None else _words(self.command)
         print(
             script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""
         )  # fmt: skip
@@ -74,5 +75,14 @@ class Launch:
             raise ValueError(
                 "--topology local:N runs on this machine: remove --dry-run, --zone, --name, --host and --spot"
             )
-        command = shlex.split(self.command)
-        return run_local(command, int(number), restarts=self.restarts, lost_after=self.lost_after)
+        return run_local(_words(self.command), int(number), restarts=self.restarts, lost_after=self.lost_after)
+
+
+def _words(command: str) -> list[str]:
+    """The words of a shell command."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ValueError(
+            f"--command {command!r} has an open quotation or a final backslash ({error}): close or remove it"
+        ) from error

@@ -13,13 +13,14 @@ from jaxlm.config import assignments, parse_assignments_as_text
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate memory and time of a training or decoding step: compile it for devices that this machine may lack."""
+    """Estimate the memory and, for TPUs, the time of a training or decoding step: compile it for devices that this
+    machine may lack."""
 
     model: str
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
-    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13), or local:
-    the devices of this machine (without estimates for Pallas kernels)."""
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13; no time),
+    or local: the devices of this machine (no time on a CPU or GPU, and no estimates for Pallas kernels)."""
     mesh: str
     """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int

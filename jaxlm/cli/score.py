@@ -13,7 +13,11 @@ from jaxlm.tasks.predict import score_texts
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of tokens, perplexity."""
+    """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of scored tokens, perplexity.
+
+    A causal model does not score the first token of a text. An encoder-decoder scores all tokens of the target and the
+    end token.
+    """
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""

@@ -215,6 +215,7 @@ class Bucketed:
         return BucketBatch(fields, lengths, indices)
 
     def check(self, vocab_size: int) -> None:
+        check_tokens(np.asarray([self.pad_id]), vocab_size, name="pad_id")
         for number, example in enumerate(self.examples):
             for name in self._array_fields:
                 check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
@@ -242,7 +243,8 @@ def _check_scalar(value: Any, first: Any, what: str) -> None:
     kind, first_kind = np.asarray(value).dtype.kind, np.asarray(first).dtype.kind
     if np.ndim(value) or kind not in "biuf" or kind != first_kind:
         raise ValueError(
-            f"{what} is {value!r}, but example 0 has {first!r}: all values must be integers, floats or booleans"
+            f"{what} is {value!r}, but example 0 has {first!r}: all values of a field must be numbers of one type "
+            "(integers, floats or booleans)"
         )
 
 

@@ -43,17 +43,18 @@ PLAYS = (
 def play_passages(words: int = 60) -> Examples:
     """Examples ``{"text", "label"}``: passages of at least ``words`` words, labelled with the title of their play.
 
-    A passage consists of consecutive lines. Lines with the name of a speaker are removed, because the names identify
-    the play. The last words of a play are dropped if they are fewer than ``words``.
+    A passage consists of consecutive lines. Lines with the name of a speaker (in capitals, with a colon) are removed,
+    because the names identify the play. The last words of a play are dropped if they are fewer than ``words``.
     """
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]
     rows = []
     for title, start, stop in zip(PLAYS, starts, [*starts[1:], len(text)], strict=True):
-        lines = [line for line in text[start + len(title) : stop].split("\n") if line and not line.endswith(":")]
+        lines = text[start + len(title) : stop].split("\n")
         passage: list[str] = []
         for line in lines:
-            passage += line.split()
+            if not (line.endswith(":") and line.isupper()):
+                passage += line.split()
             if len(passage) >= words:
                 rows.append({"text": " ".join(passage), "label": title})
                 passage = []

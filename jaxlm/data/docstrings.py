@@ -21,8 +21,13 @@ T = TypeVar("T")
 
 _SKIPPED_DIRECTORIES = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
 """Directories that are not read, because they have tests, copies of other packages or bytecode."""
-_SECTION_NAMES = "args|arguments|parameters|returns|raises|notes?|examples?"
+_SECTION_NAMES = (
+    "args|arguments|attributes|parameters|(other|keyword) (parameters|args|arguments)|returns|yields|raises|warns|"
+    "warnings?|see also|notes?|todo|references|examples?"
+)
 _SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
+_WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+"""Types of nodes that are statements or contain statements."""
 
 
 def docstrings(
@@ -40,8 +45,8 @@ def docstrings(
     ``Args:`` or a doctest. ``package`` is the top-level package, or the module if it is in no package. ``name`` is the
     name of the class or function within its module, such as ``Box.open``; it is "module" for the docstring of a module.
     Examples are in the order of packages, files and lines. Repeated texts and repeated summaries are removed.
-    Directories with tests and copied packages are skipped. ``rejected`` lists the files that this version of Python
-    cannot parse, each with its number in reading order and the reason.
+    Directories with tests and copied packages are skipped. ``rejected`` lists the files that cannot be read, or that
+    this version of Python cannot parse, each with its number in reading order and the reason.
 
     Args:
         directories: directories whose entries are packages or modules. None: the standard library and the installed
@@ -56,6 +61,7 @@ def docstrings(
 
     Raises:
         FileNotFoundError: a directory does not exist.
+        TypeError: ``directories`` is a single directory.
         ValueError: a limit is below 1, or no docstring satisfies the limits.
     """
     for option, value in (
@@ -64,6 +70,8 @@ def docstrings(
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{option}={value} must be at least 1")
+    if isinstance(directories, str | Path):
+        raise TypeError(f"directories must be a sequence of directories: pass [{str(directories)!r}]")
     rejected: list[Rejected] = []
     rows: list[Example] = []
     seen: set[str] = set()
@@ -73,7 +81,7 @@ def docstrings(
         for path, number in zip(_evenly_spaced(paths, max_files), numbers, strict=False):
             try:
                 tree = _parse(path)
-            except (SyntaxError, ValueError, RecursionError) as error:
+            except (OSError, SyntaxError, ValueError, RecursionError) as error:
                 rejected.append(Rejected(number, f"{path}: {error}"))
                 continue
             for name, text, summary in _texts_and_summaries(tree):
@@ -123,10 +131,10 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
             parts = split_docstring(ast.get_docstring(node) or "")
             if parts is not None:
                 yield prefix or "module", *parts
-        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _WITH_STATEMENTS)]
         for child in reversed(children):
             is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            name = child.name if is_named else ""  # type: ignore[attr-defined]
+            name = getattr(child, "name", "") if is_named else ""  # the name in an except clause is a variable
             stack.append((".".join(part for part in (prefix, name) if part), child))
 
 
@@ -144,9 +152,9 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
         >>> split_docstring("Return the sum.\\n\\nBoth numbers are added\\nas integers.\\n\\nArgs:\\n    x: one")
         ('Both numbers are added as integers.', 'Return the sum.')
     """
-    summary, _, rest = docstring.strip().partition("\n\n")
+    summary, *rest = re.split(r"\n\s*\n", docstring.strip())
     paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", rest):
+    for paragraph in rest:
         lines = paragraph.strip("\n").split("\n")
         underlined = len(lines) > 1 and re.fullmatch(r"\s*[-=~^*]{3,}\s*", lines[1])
         if _SECTION_START.match(lines[0]) or underlined or any(line.lstrip().startswith(">>> ") for line in lines):

@@ -35,7 +35,8 @@ def group_similar(
     Args:
         keys: one key for each text, for example the name of its package. None: only the texts are compared.
         similarity: the minimum Jaccard similarity of the word trigrams of two similar texts. It is estimated only for
-            pairs that agree in a band. These are 64 % of the pairs with similarity 0.5, and 99 % of those with 0.7.
+            pairs that agree in a band. These are 12 % of the pairs with similarity 0.3, 64 % of those with 0.5, and
+            99 % of those with 0.7. So a minimum below 0.5 finds few additional pairs.
 
     Raises:
         ValueError: the numbers of keys and texts differ, or the similarity is not in (0, 1].

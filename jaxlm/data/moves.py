@@ -113,7 +113,13 @@ class MoveTokenizer(EncodeInputsMixin):
         if notation == "uci":
             return cls("uci")
         counts = Counter(word.rstrip("+#") for line in lines for word in line.split())
-        return cls("san", sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m)))
+        moves = sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m))
+        if counts and not moves:
+            raise ValueError(
+                f"min_count={min_count}: the most frequent move occurs {max(counts.values())} times in the games: use "
+                "a smaller min_count or more games"
+            )
+        return cls("san", moves)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of the moves, int32 [moves], without the ids of the beginning and the end of a game.
@@ -155,7 +161,7 @@ class MoveTokenizer(EncodeInputsMixin):
 
     def save(self, directory: str | Path) -> None:
         content: dict[str, Any] = {"type": "moves", "notation": self.notation}
-        if self.notation == "san":
+        if self.notation == "san" or self.moves != uci_moves():
             content["moves"] = " ".join(self.moves)
         save_jaxlm_file(directory, content)
 
@@ -181,10 +187,15 @@ class MoveTokenizer(EncodeInputsMixin):
         return f"MoveTokenizer({self.notation!r}, {len(self.moves):,} moves)"
 
     def _id_of_other_word(self, word: str, number: int) -> int:
-        """The id of a word that is not a key of ``_ids``. Raises ``ValueError`` if the word is not a move."""
+        """The id of a word that is not a key of ``_ids``. Raises ``ValueError`` if it is not a move or has no id."""
         plain = word.rstrip("+#") if self.notation == "san" else word
         id = self._ids.get(plain, self.special_ids.unk)
         pattern = SAN_MOVE if self.notation == "san" else UCI_MOVE
+        if id is None and word in uci_moves():
+            raise ValueError(
+                f"word {number + 1} of the game, {word!r}, is not in the vocabulary of {len(self.moves):,} moves: use "
+                "a tokenizer whose moves contain it"
+            )
         if id is None or not pattern.fullmatch(word):
             raise ValueError(
                 f"word {number + 1} of the game, {word!r}, is not a {self.notation} move: read games with "

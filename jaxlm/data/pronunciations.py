@@ -6,13 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxlm.data.text_files import read_text
+from jaxlm.data.text_files import text_chunks
 
 Pronunciations = Mapping[str, Sequence[tuple[str, ...]]]
 """Words in the order of the file, each with one or more different pronunciations, which are tuples of phonemes."""
 
 
-def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[tuple[str, ...]]]:
+def read_pronunciations(
+    path: str | Path, *, stress: bool = False, encoding: str = "utf-8"
+) -> dict[str, list[tuple[str, ...]]]:
     """The pronunciations of each word in a file in the format of CMUdict.
 
     A line has a word and its phonemes, separated by spaces: ``data D EY1 T AH0``. The lines of further pronunciations
@@ -23,12 +25,16 @@ def read_pronunciations(path: Path, *, stress: bool = False) -> dict[str, list[t
         path: a text file, which may be compressed (``.gz``).
         stress: True keeps the digits that mark the stress of vowels. False removes the digits. Pronunciations that
             become equal then occur once.
+        encoding: the encoding of the file. CMU's file ``cmudict-0.7b`` needs ``latin-1``.
 
     Raises:
-        ValueError: the file has no words, or a word has no phonemes. For such a word, the message has the line number.
+        FileNotFoundError: the file does not exist.
+        LookupError: the encoding is unknown.
+        ValueError: the file is not text in this encoding, it has no words, or a word has no phonemes. For such a word,
+            the message has the line number.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate("".join(text_chunks(path, encoding)).split("\n"), 1):
         name, *phonemes = re.split(r"\s#", line, maxsplit=1)[0].split() or [""]
         if name in ("", "#") or name.startswith(";;;"):  # skip empty lines and comments; a word may begin with #
             continue

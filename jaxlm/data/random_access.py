@@ -24,10 +24,10 @@ FINGERPRINT_SAMPLES = 16
 class RandomAccess:
     """A source of batches of random-access elements. Each epoch visits every element exactly once.
 
-    The elements must have the same fields and shapes, which is checked in each batch. For elements of unequal length,
-    use ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch and
-    the first elements of the next epoch, so no element is dropped. A batch is a function of its step, so a resumed run
-    does not read earlier elements again.
+    The elements must have the same fields, shapes and dtypes, which is checked in each batch. For elements of unequal
+    length, use ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch
+    and the first elements of the next epoch, so no element is dropped. A batch is a function of its step, so a resumed
+    run does not read earlier elements again.
 
     Args:
         elements: an object with ``len(elements)``. ``elements[n]`` must be a mapping of arrays and numbers, and the
@@ -91,7 +91,7 @@ class RandomAccess:
             if _shapes(element) != first:
                 raise ValueError(
                     f"element {number} has {_shapes(element)}, but element {numbers[0]} of the same batch has {first}: "
-                    "truncate or pad the elements to one shape, or use Bucketed"
+                    "give all elements the same fields, dtypes and shapes (truncate or pad them), or use Bucketed"
                 )
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 

@@ -36,7 +36,7 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has neither format or no valid question; ``on_error`` is unknown; or a question is
+        ValueError: the file has another format; no question is valid; ``on_error`` is unknown; or a question is
             invalid: a field is missing, a text is empty, or an answer is not in the context within :data:`MAX_SHIFT`
             characters of its start. For an invalid question, the message names the file, the number of the question and
             its id (None if the line cannot be parsed or has no id).
@@ -60,7 +60,10 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
                 raise ValueError(f"{path}, {reason}") from error
             rejected.append(Rejected(number, reason))
     if not rows:
-        raise ValueError(f"{path} has no questions")
+        message = f"{path} has no questions"
+        if rejected:
+            message += f": all {len(rejected)} questions are invalid, for example {rejected[0].reason}"
+        raise ValueError(message)
     return Examples(rows, str(path), tuple(rejected))
 
 

@@ -47,6 +47,8 @@ def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
             start = offset - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             raise _decoding_error(path, encoding, error.object[error.start], start, line) from error
+        except UnicodeError as error:  # no byte order mark
+            raise ValueError(f"{path} is not {encoding} text: {error}") from error
         # Reject zero bytes: an ASCII text in UTF-16 without a byte order mark is valid UTF-8 with zero bytes.
         if _is_utf8(encoding) and (zero := data.find(0)) >= 0:
             raise _decoding_error(path, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))

@@ -125,10 +125,12 @@ def split_tokens(tokens: np.ndarray, validation_fraction: float) -> tuple[np.nda
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    boundary = int(len(tokens) * (1 - validation_fraction))
+    # The small number corrects rounding errors: 10 * (1 - 0.9) is 0.9999999999999998.
+    boundary = int(len(tokens) * (1 - validation_fraction + 1e-15))
     if boundary in (0, len(tokens)):
         raise ValueError(
-            f"{len(tokens)} tokens cannot be split with validation_fraction {validation_fraction}: one part is empty"
+            f"{len(tokens)} tokens cannot be split with validation_fraction {validation_fraction}, because one part "
+            "would be empty: use more tokens or another fraction"
         )
     return tokens[:boundary], tokens[boundary:]
 

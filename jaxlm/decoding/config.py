@@ -17,7 +17,7 @@ EarlyStopping = bool | Literal["never"]
 
 
 def check_early_stopping(value: EarlyStopping) -> None:
-    """Raise ``ValueError`` if the value is not True, False or "never". Other values that equal True are refused."""
+    """Raise ``ValueError`` if the value is not True, False or "never". 1 and 0 are refused too."""
     if not isinstance(value, bool) and value != "never":
         raise ValueError(f"early_stopping={value!r} must be True, False or 'never'")
 

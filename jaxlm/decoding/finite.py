@@ -27,6 +27,7 @@ class NotFiniteError(ValueError):
     """The error for logits that are NaN or infinite. No prediction can be made from them.
 
     Attributes:
+        what: what the numbers count, for example "row" or "prompt".
         rows: the numbers of the rows, prompts, sources or windows with such logits.
         cause: the parameters that are not finite, or another possible cause.
     """
@@ -34,7 +35,11 @@ class NotFiniteError(ValueError):
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:
         more = "" if len(rows) <= MAX_NAMED else f" and {len(rows) - MAX_NAMED} more"
         super().__init__(f"the logits of {what} {', '.join(map(str, rows[:MAX_NAMED]))}{more} are not finite: {cause}")
-        self.rows, self.cause = list(rows), cause
+        self.what, self.rows, self.cause = what, list(rows), cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The class and its arguments. By default, unpickling would pass only the message."""
+        return type(self), (self.what, self.rows, self.cause)
 
 
 def rows_finite(logits_BV: jax.Array) -> jax.Array:
@@ -73,7 +78,7 @@ def _cause(model: Model, params: Params, state: State | None) -> str:
     if found:
         return f"{_not_finite_text(found, 'parameter')}. Load the weights again, or take an older checkpoint"
     if state is not None and (found := _not_finite(state)[0]):
-        return f"all parameters are finite, but {_not_finite_text(found, 'state array')}"
+        return f"all parameters are finite, but {_not_finite_text(found, 'state array')}. Make a new state"
     dtype = getattr(model.config, "dtype", "float32")
     fix = "" if dtype == "float32" else f"compute in float32 instead of dtype={dtype!r}, or "
     return (

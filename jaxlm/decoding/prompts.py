@@ -56,8 +56,9 @@ def check_prompts(
     Raises:
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
         ValueError: a head that does not predict the next token, an encoder-decoder without ``state``, a ``state`` of
-            another model or another number of rows, wrong shapes, dtypes, ids or counts, an end id that cannot be
-            generated, an empty prompt or padding inside a prompt, or more tokens than the model has positions.
+            another model, with another number of rows or with too few free cache slots, wrong shapes, dtypes, ids or
+            counts, an end id that cannot be generated, an empty prompt or padding inside a prompt, or more tokens than
+            the model has positions.
     """
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     if max_new_tokens < 1:
@@ -75,6 +76,7 @@ def check_prompts(
         )
     if state is not None:
         _check_state(specs, state, batch)
+        check_free_slots(state, slots)
     vocab_size = model.config.vocab_size
     ids = vocab_size if allowed_ids is None else allowed_ids
     if not 1 <= ids <= vocab_size:
@@ -106,6 +108,24 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
                 f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make "
                 f"a state with {batch} rows"
             )
+
+
+def check_free_slots(state: State, num_new: int) -> None:
+    """Raise ``ValueError`` if the key-value cache of ``state`` has fewer than ``num_new`` free slots in a row.
+
+    A state without a key-value cache has no limit. The number of used slots is only known outside of ``jit``.
+    """
+    if "length" not in state:
+        return
+    slots, used = state["segment_ids"].shape[1], 0
+    if not _traced(state["length"]):
+        with jax.ensure_compile_time_eval():  # other arguments may be traced
+            used = int(jnp.max(state["length"]))
+    if slots - used < num_new:
+        raise ValueError(
+            f"the state has {slots - used} free cache slots, but the prompts and the new tokens need {num_new}: make a "
+            f"state with a length of at least {used + num_new}"
+        )
 
 
 def source_vocab_size(model: Model) -> int:

@@ -58,7 +58,9 @@ class Sampling:
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name}={value} must be in (0, 1]; None turns it off")
         if not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 turns it off")
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be positive and finite; 1 turns it off"
+            )
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -208,10 +210,10 @@ def generate(
     Raises:
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
         ValueError: the model has no head that predicts the next token; an encoder-decoder has no ``state``; ``state``
-            does not fit the model or the number of rows; a prompt is empty or has padding inside; an id is outside the
-            vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k`` or ``max_new_tokens`` is outside its
-            range; a key is missing or there is a wrong number of keys; shapes are wrong; or there are more tokens than
-            the model has positions (padding included).
+            does not fit the model or the number of rows, or has too few free cache slots; a prompt is empty or has
+            padding inside; an id is outside the vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k``
+            or ``max_new_tokens`` is outside its range; a key is missing or there is a wrong number of keys; shapes are
+            wrong; or there are more tokens than the model has positions (padding included).
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:

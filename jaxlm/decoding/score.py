@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import check_ids, source_vocab_size
@@ -56,8 +57,8 @@ def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Arr
     Raises:
         TypeError: ``tokens`` or ``segment_ids`` is not an array.
         ValueError: a model that does not predict each token from the tokens before it, no rows, fewer than 2 columns,
-            ids outside the vocabulary, wrong shapes, or, without ``segment_ids``, more tokens than the model has
-            positions.
+            ids outside the vocabulary, wrong shapes, or a document with more tokens than the model has positions. (The
+            last column is not read, so it needs no position.)
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
@@ -75,9 +76,26 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
         raise ValueError("tokens have only 1 column: the first token is not predicted, so at least 2 are needed")
+    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
+        _check_document_lengths(np.asarray(segment_ids)[:, :-1], model.max_positions)
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
+
+
+def _check_document_lengths(segment_ids_BT: np.ndarray, limit: int | None) -> None:
+    """Raise ``ValueError`` if a document has more than ``limit`` tokens. None: no limit."""
+    if limit is None or segment_ids_BT.shape[1] <= limit:
+        return
+    for row, segments in enumerate(segment_ids_BT):
+        real = segments[segments > 0]
+        starts = np.flatnonzero(np.diff(real, prepend=0, append=0))  # the last entry is the end of the last document
+        longest = np.diff(starts).max(initial=0)
+        if longest > limit:
+            raise ValueError(
+                f"row {row} has a document of {longest} tokens, not counting the last column, but max_positions={limit}"
+                ": score it in windows, with jaxlm.decoding.perplexity"
+            )
 
 
 def _check_predicts_next_token(model: Model) -> None:
@@ -245,7 +263,7 @@ def perplexity(
 
     Args:
         ids: [tokens] integer ids.
-        window: number of tokens in a window, including the first, which is not predicted; the model reads
+        window: number of tokens in a window, at least 2. The first token is not predicted; the model reads
             ``window - 1`` tokens.
         stride: distance between window starts, from 1 to ``window - 1``.
         batch_size: number of windows that are scored together.
@@ -260,6 +278,9 @@ def perplexity(
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
         raise ValueError(f"ids must have shape [tokens] with at least 2 integers, got {ids.dtype}{list(ids.shape)}")
+    check_tokens(ids, model.config.vocab_size, name="ids")
+    if window < 2:
+        raise ValueError(f"window={window} must be at least 2: the first token of a window is not predicted")
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
     if batch_size < 1:

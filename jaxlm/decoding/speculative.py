@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, check_free_slots, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
 from jaxlm.models import Model
 from jaxlm.spec import Array
@@ -60,8 +60,8 @@ class SpeculativeGeneration:
 
     Attributes:
         generation: the tokens, as from :func:`jaxlm.decoding.generate`.
-        rounds: [B] int32, number of rounds until the row ended: calls of the target model, except the call for the
-            prompt.
+        rounds: [B] int32, number of rounds until the row ended. A round is one call of the target model. The call for
+            the prompt is not a round.
         accepted: [B] int32, number of proposals that became part of the text. The acceptance rate is
             ``accepted / (rounds * K)``.
         draft_finite: [B] bool, whether the logits of the draft model are finite. The logits after a rejected token are
@@ -129,8 +129,10 @@ def speculative_generate(
     settings_of(models.draft, prompts, segment_ids, *options, draft_state)
     # The last round may read num_proposed tokens that do not become part of the text.
     settings = dataclasses.replace(settings, slots=settings.slots + models.num_proposed)
-    for model in (models.target, models.draft):
+    for model, state in ((models.target, target_state), (models.draft, draft_state)):
         model.state_specs(prompts.shape[0], settings.slots)  # raises if the model has fewer positions
+        if state is not None:
+            check_free_slots(state, settings.slots)
     result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)
     check_finite(models.target, models.target_params, result.generation.finite, target_state)
     check_finite(models.draft, models.draft_params, result.draft_finite, draft_state)

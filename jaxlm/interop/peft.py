@@ -42,6 +42,7 @@ from jaxlm.models.model import Model
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 
 _NAME_PREFIX = "base_model.model."
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -76,10 +77,10 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: the directory or a file does not exist.
-        ValueError: a file is damaged or does not match ``checksums.json``; the model has no published format; the
-            adapter is not a LoRA adapter, has no LoRA factors or has an unsupported option (DoRA, different ranks or
-            scales per module, trained biases, ...); or a tensor is missing, does not belong to the model, or has a
-            wrong shape.
+        ValueError: a file is damaged or does not match ``checksums.json``; the weights are only a pickle file; the
+            model has no published format; the adapter is not a LoRA adapter, has no LoRA factors or has an unsupported
+            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does not
+            belong to the model, or has a wrong shape.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -89,6 +90,12 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     integrity.verify_checksums(directory)
     config_path = path_inside(directory, CONFIG)
     rank, alpha = _rank_and_alpha(read_object(config_path), config_path)
+    if not (directory / WEIGHTS).exists() and (directory / _PICKLE).exists():
+        raise ValueError(
+            f"{directory} contains the weights only as a pickle file ({_PICKLE}). jaxlm does not read it, because "
+            "loading a pickle can run arbitrary code. If you trust the file, load the adapter with PEFT and save it "
+            "with save_pretrained(directory, safe_serialization=True)"
+        )
     try:
         tensors = load_file(path_inside(directory, WEIGHTS))
     except SafetensorError as error:
@@ -145,6 +152,7 @@ def save_adapter(
             module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
+    is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     if _has_equal_layers(model):  # so that one _Weight describes a parameter in all layers
         model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     weights = _weights(model, with_prefix=model.task != "none")
@@ -181,9 +189,14 @@ def save_adapter(
         "fan_in_fan_out": any(weight.is_conv1d for weight in lora_weights),
         "inference_mode": True,
     }
-    if not processes.is_first():
-        return
-    directory = Path(directory)
+    if processes.is_first():
+        _write(Path(directory), tensors, config)
+    if is_distributed:
+        processes.barrier("adapter saved")
+
+
+def _write(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    """Write both files of an adapter."""
     with integrity.staging_directory(directory) as temporary:
         save_file(
             {_NAME_PREFIX + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}

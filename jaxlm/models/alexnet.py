@@ -182,9 +182,9 @@ def pool(
     ``segment_ids`` has no effect, because :func:`apply` has already replaced the padding by zeros.
 
     Raises:
-        ValueError: the task is none.
+        ValueError: the task is not classification.
     """
-    heads.require_pooled_output(cfg.task, params, "fc_1")
+    heads.require_pooled_output(cfg.task, params, "classifier")
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
 
 

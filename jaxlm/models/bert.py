@@ -110,11 +110,11 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document. A position of ``max_positions`` or more
-            gives NaN.
+        positions: [B, T] int32. Default: the position within the document. A position below 0, or of
+            ``max_positions`` or more, gives NaN.
         key: random key for dropout; None: no dropout.
-        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. The sentences of
-            a document attend to each other.
+        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. An index of
+            ``num_token_types`` or more gives NaN. The sentences of a document attend to each other.
 
     Raises:
         ValueError: ``state`` is not None; the inputs are not integers of the same shape; or there are more tokens than
@@ -123,6 +123,8 @@ def apply(
     if state is not None:
         raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    if token_types is not None and not jnp.issubdtype(token_types.dtype, jnp.integer):
+        raise ValueError(f"token_types must be integers, got {token_types.dtype}")
     if token_types is not None and token_types.shape != tokens.shape:
         raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
     x = _embed(cfg, params, tokens, segment_ids, positions, token_types, key)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import config as config_lib
 from jaxlm import spec
@@ -36,6 +37,10 @@ class ModelConfig:
     Recurrent states are float32, and so are the residual streams of T5 with float16 and of Mamba-2 by default."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
+                object.__setattr__(self, field.name, value.item())
         check_positive(self, "vocab_multiple")
         for name in ("num_layers", "num_decoder_layers"):  # fields of most families, and of T5
             number = getattr(self, name, None)

@@ -23,7 +23,7 @@ from jaxlm.spec import Initializer, Params
 class ExpertsConfig(common.TransformerConfig):
     """Base class for the ``Config`` of a family whose layers may have experts.
 
-    The ``Config`` must have the fields ``num_layers`` and ``mlp_dim``.
+    The ``Config`` must have the fields ``num_layers``, ``embed_dim`` and ``mlp_dim``.
     """
 
     num_experts: int | None = None

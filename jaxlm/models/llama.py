@@ -240,8 +240,8 @@ def _check_pattern(cfg: Config) -> None:
     kinds = set(layer_kinds(cfg))
     if ("window" in kinds) != (cfg.window is not None):
         raise ValueError(
-            f"window={cfg.window} and pattern={cfg.pattern} contradict each other: set window if and only if the "
-            "pattern contains 'window'"
+            f"window={cfg.window} and pattern={cfg.pattern} contradict each other: set window if and only if at least "
+            f"one of the num_layers={cfg.num_layers} layers has the kind 'window'"
         )
     if cfg.window_rotary_base is not None and "window" not in kinds:
         raise ValueError(f"window_rotary_base={cfg.window_rotary_base} needs layers with a window")

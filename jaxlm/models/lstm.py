@@ -4,7 +4,8 @@ Where the published code of AWD-LSTM differs from the paper, this module follows
 has means instead of norms, and the output head has a bias. Each gate has one bias, initialised with 0 (torch has two,
 which act as their sum). The state has constant size.
 
-Shapes: B batch, T time, D width of the last layer (twice this width for both directions), V vocabulary.
+Shapes: B batch, T time, D width of the output (the width of the last layer; with both directions, twice this width),
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -122,10 +122,27 @@ class Model:
         return spec.count(self.specs)
 
     def with_fields(self, **values: Any) -> Model:
+        """The model with these values of config fields.
+
+        Raises:
+            ValueError: the family has no such field (the message suggests a similar one), a value has the wrong type,
+                or the ``Config`` does not accept the values.
+        """
+        names = [field.name for field in dataclasses.fields(self.config)]
+        hints = field_types(type(self.config))
+        for name, value in values.items():
+            if name not in names:
+                raise ValueError(
+                    f"{self.family} has no field {name!r}: {_suggest(name, names)}its fields are {', '.join(names)}"
+                )
+            # The config class itself raises an error if a value is not among the choices of a field.
+            check_value(hints[name], value, name, choices=False)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **values))
+
+    def with_known_fields(self, **values: Any) -> Model:
         """The model with these values of config fields. Fields that its config does not have are ignored."""
         names = {field.name for field in dataclasses.fields(self.config)}
-        changes = {name: value for name, value in values.items() if name in names}
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+        return self.with_fields(**{name: value for name, value in values.items() if name in names})
 
     @property
     def zero_dropout(self) -> dict[str, float]:
@@ -222,8 +239,8 @@ class Model:
         """The outputs of the task's head, float32, from the family's ``logits``.
 
         For tasks that predict tokens, these are logits [B, T, V], where V includes vocabulary padding.
-        ``transformer_xl`` and ``attention_rnn`` with ``copy`` return log-probabilities. For labels, see
-        ``jaxlm.models.heads``.
+        ``transformer_xl`` always returns log-probabilities instead, and ``attention_rnn`` does so with ``copy``. For
+        labels, see ``jaxlm.models.heads``.
 
         Raises:
             ValueError: the task is none, so there is no head.
@@ -294,11 +311,14 @@ class Model:
 
         Raises:
             NoAttentionWeightsError: the family has no attention that can be recorded.
+            ValueError: there are no tokens, or as in :meth:`apply`.
         """
+        if 0 in jnp.shape(tokens):
+            raise ValueError(f"tokens {list(jnp.shape(tokens))} are empty: give at least one row of at least one token")
         if "state" in inputs:
             inputs = {**inputs, "state": spec.unstack(inputs["state"])}
         # Recorded weights are tracers, which may not leave a scan or a rematerialized block.
-        model = self.with_fields(remat="none", scan_layers=False)
+        model = self.with_known_fields(remat="none", scan_layers=False)
 
         @jax.jit
         def compute_weights(params: Params, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
@@ -455,7 +475,7 @@ def _with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(size or 1 for size in x.shape), x.dtype)
 
 
-def get_model(name: str, **overrides: Any) -> Model:
+def get_model(name: str, /, **overrides: Any) -> Model:
     """The model of the family or variant ``name``, with the config fields in ``overrides`` changed.
 
     Example:
@@ -473,16 +493,7 @@ def get_model(name: str, **overrides: Any) -> Model:
     else:
         known = sorted({*family_names(), *variant_names()})
         raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
-    fields = [field.name for field in dataclasses.fields(config)]
-    hints = field_types(type(config))
-    for field, value in overrides.items():
-        if field not in fields:
-            raise ValueError(
-                f"{family_name} has no field {field!r}: {_suggest(field, fields)}its fields are {', '.join(fields)}"
-            )
-        # The config class itself raises an error if a value is not among the choices of a field.
-        check_value(hints[field], value, field, choices=False)
-    return Model(family_name, dataclasses.replace(config, **overrides))
+    return Model(family_name, config).with_fields(**overrides)
 
 
 def _suggest(name: str, names: list[str]) -> str:

@@ -57,7 +57,8 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     embed_dim: int = 400
     """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
     hidden_dim: int = 1150
-    """Width of each direction of the other layers."""
+    """Width of each direction of a layer. The last layer has the width embed_dim instead if tie_embeddings is True and
+    the direction is forward."""
     direction: Direction = "forward"
     """Read forward, or in both directions with concatenated outputs (an encoder)."""
     tie_embeddings: bool = True
@@ -232,7 +233,7 @@ def regularization(
     activation_weight: float = 2.0,
     slowness_weight: float = 1.0,
 ) -> jax.Array:
-    """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 5):
+    """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 4.6):
     ``activation_weight * mean(dropped ** 2) + slowness_weight * mean((raw[t + 1] - raw[t]) ** 2)``.
 
     As in the published code, these are means instead of norms. The first mean is over real tokens, the second mean over

@@ -57,10 +57,10 @@ def apply(
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+    rows = jnp.where(positions < 0, positions, positions + FIRST_POSITION)  # a negative row gives NaN
     return bert.apply(
-        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions + FIRST_POSITION, key=key,
-        token_types=token_types,
-    )  # fmt: skip
+        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=rows, key=key, token_types=token_types
+    )
 
 
 logits = bert.logits

@@ -111,7 +111,10 @@ def check_state(state: State | None, specs: Mapping[str, ArraySpec]) -> None:
 
 
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
-    """``jnp.where(condition, x, y)`` for trees of arrays; ``condition`` has the first axes of each array."""
+    """``jnp.where(condition, x, y)`` for trees of arrays.
+
+    The shape of ``condition`` is the first part of the shape of each array, for example [B] or [B, T].
+    """
 
     def select(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(condition, range(condition.ndim, x.ndim)), x, y)

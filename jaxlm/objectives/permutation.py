@@ -61,12 +61,17 @@ class PermutationConfig:
     sep_id: int = SEP_ID
     """The id of ``<sep>``."""
 
+    def __post_init__(self) -> None:
+        for name in ("reuse_length", "permutation_length", "num_predict", "alpha", "beta", "max_span_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     def check_window(self, length: int) -> None:
         """Raise ``ValueError`` if a part of a window of ``length`` tokens is too short, or not a multiple of
         ``permutation_length``.
         """
         first, second = self.reuse_length, length + 3 - self.reuse_length
-        if first < 1 or second < 5:
+        if second < 5:
             raise ValueError(
                 f"a window of {length} tokens is too short for two sentences after reuse_length={self.reuse_length}"
             )
@@ -93,8 +98,8 @@ def batch(
 
     Args:
         rng: random generator, used for one row after the other.
-        word_starts: [B, N] bool, True for the first token of each word. Predicted spans begin at these tokens. None:
-            spans begin at any token.
+        word_starts: [B, N] bool, True for the first token of each word in reading order (in a reversed row, this is the
+            last column of the word). Predicted spans begin at these tokens. None: spans begin at any token.
         sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence
             if one ends after the reused part, else at any position. None: A ends at any position.
         right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.

@@ -32,6 +32,7 @@ def batch(
         start_id: the first decoder input of every document, such as ``decoder_start_id`` of a config.
 
     Raises:
+        TypeError: the targets are not integers.
         ValueError: source or targets are not [batch, time] with at least one token per row, or shapes do not match.
     """
     for name, x in (("source", source), ("targets", targets)):
@@ -79,14 +80,18 @@ def decoder_only(batch: Batch) -> Batch:
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
-    """The previous token of each target, [B, T]; ``start_id`` for the first target of each document and for padding.
+    """The previous token of each target, [B, T] int32; ``start_id`` for the first target of each document.
 
-    A target directly after padding also gets ``start_id``.
+    Padding and a target directly after padding also get ``start_id``.
+
+    Raises:
+        TypeError: the targets are not integers.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
         [[0, 5, 6, 0, 7, 0]]
     """
+    targets = targets.astype(np.int32, casting="same_kind")  # ``start_id`` may not fit into a smaller dtype
     shifted = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     if segment_ids is None:
         return shifted

@@ -50,10 +50,12 @@ def batch(
         num_sentinels: number of sentinels in the vocabulary.
 
     Raises:
-        ValueError: an argument is out of range, or a text is too short, needs more sentinels or contains a sentinel.
+        TypeError: the texts are not integers.
+        ValueError: there are no texts, an argument is out of range, or a text is too short, needs more sentinels or
+            contains a sentinel.
     """
-    if tokens.ndim != 2:
-        raise ValueError(f"texts must be [batch, time], got {list(tokens.shape)}")
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"texts must be [batch, time] with at least one row, got {list(tokens.shape)}")
     pairs = [
         corrupt(
             row, noise_mask(len(row), rng, density=density, mean_span=mean_span),
@@ -85,15 +87,19 @@ def noise_mask(
 def corrupt(
     tokens: np.ndarray, mask: np.ndarray, *, first_sentinel: int, end_id: int, num_sentinels: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The source and target of a text [N].
+    """The source and target of a text [N], both int32.
 
     In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each run of tokens
     that are not masked. Both end with ``end_id``.
 
     Raises:
-        ValueError: the mask does not have the shape of the text or removes the first token; there are too few
-            sentinels; sentinels have negative ids; or the text contains a sentinel.
+        TypeError: the text is not integers.
+        ValueError: the text is empty; the mask does not have the shape of the text or removes the first token; there
+            are too few sentinels; sentinels have negative ids; or the text contains a sentinel.
     """
+    tokens = tokens.astype(np.int32, casting="same_kind")  # sentinels may not fit into a smaller dtype
+    if not tokens.size:
+        raise ValueError("a text without tokens cannot be corrupted: remove it")
     if mask.shape != tokens.shape or mask[0]:
         raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
     num_used = max(_run_starts(mask).sum(), _run_starts(~mask).sum())

@@ -20,8 +20,10 @@ from jaxlm.objectives.batch import Batch, Loss
 
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
-_LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding")
-_ONCE_PER_SOURCE = re.compile(r"^encoder/|^source_embedding$|cross_attention/(key|value)/|^alignment/key")
+_LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding", "source_embedding")
+_TOKEN_TABLES = re.compile(r"token_embedding|tails/[^/]+/embedding")
+"""Paths of the tables of token embeddings. ``transformer_xl`` may have separate tables for rare tokens (``tails``)."""
+_ONCE_PER_SOURCE = re.compile(r"^encoder/|cross_attention/(key|value)/|^alignment/key")
 """Paths of parameters that an encoder-decoder uses once for each source, and not in each decoding step."""
 
 
@@ -95,13 +97,13 @@ def matmul_parameters(model: Model, *, decoding: bool = False) -> int:
 
 def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
     """The parameters that :func:`matmul_parameters` counts, by path."""
-    looked_up = set(_LOOKED_UP_EMBEDDINGS)
+    leaves, looked_up = spec.flatten(model.specs), set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
-        looked_up.add("token_embedding")
+        looked_up |= {name for name in leaves if _TOKEN_TABLES.fullmatch(name)}
     return {
         name: leaf
-        for name, leaf in spec.flatten(model.specs).items()
+        for name, leaf in leaves.items()
         if name not in looked_up and not (decoding and model.reads_source and _ONCE_PER_SOURCE.search(name))
     }
 
@@ -143,8 +145,8 @@ def without_recomputation(model: Model) -> Model:
     processes only the tokens that selected it. In a model with a capacity, each expert processes all its slots.
     """
     if getattr(model.config, "capacity_factor", None) is None:
-        model = model.with_fields(experts_implementation="ragged_dot")
-    return model.with_fields(remat="none", attention_implementation="reference")
+        model = model.with_known_fields(experts_implementation="ragged_dot")
+    return model.with_known_fields(remat="none", attention_implementation="reference")
 
 
 def counted_flops(function: Any, *arguments: Any) -> Flops:

@@ -76,7 +76,7 @@ def attention_maps(
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
     ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For a classifier with attention
     pooling, the rows are the hops of the pooling, which are not averaged, and the columns are the tokens of the text.
-    For other models, rows and columns are the tokens of the text.
+    For other models, rows and columns are the tokens of the text. A text whose output has no tokens has no map.
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.
@@ -130,6 +130,8 @@ def attention_maps(
     layers = np.stack([np.asarray(layer) for layer in weights[kind]])  # [L, B, H, T, S]
     maps = []
     for n, column_names in enumerate(columns):
+        if rows is not None and not rows[n]:
+            continue
         mean_HTS = layers[:, n].mean(axis=0)
         if rows is None:
             row_names, map_TS = [f"hop {hop + 1}" for hop in range(mean_HTS.shape[0])], mean_HTS[:, 0]

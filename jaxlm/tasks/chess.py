@@ -40,6 +40,7 @@ from jaxlm.tasks.chess_reading import (
     LegalMoves,
     MoveReader,
     board_after,
+    check_games,
     check_lengths,
     check_model,
     choose_ids,
@@ -92,12 +93,15 @@ def next_move_accuracy(
         games: one line of moves per game, in the tokenizer's notation. All moves must be legal.
 
     Raises:
-        TypeError: the tokenizer is not a ``MoveTokenizer``.
-        ValueError: there are no games; a game has no moves, has an illegal move or is longer than the model's
-            positions; the model does not predict next tokens; or the tokenizer has more tokens than the model.
+        TypeError: the tokenizer is not a ``MoveTokenizer``, or ``games`` is one string.
+        ValueError: there are no games; ``batch_size`` is below 1; a game has no moves, has an illegal move or is longer
+            than the model's positions; the model does not predict next tokens; or the tokenizer has more tokens than
+            the model.
     """
     check_model(model, tokenizer)
-    _check_games(games)
+    check_games("games", games, batch_size)
+    if not all(line.strip() for line in games):
+        raise ValueError("games must be lines with at least one move each")
     legal_moves, hits = LegalMoves(tokenizer), np.zeros((3, len(games)), int)
     for index, best_ids, ranks in _predictions(model, params, tokenizer, games, batch_size):
         board, num_legal = import_chess().Board(), 0
@@ -207,11 +211,13 @@ def mate_in_one_accuracy(
         positions: lines of moves after which a mate in one is possible, for example from :func:`mates_in_one`.
 
     Raises:
-        ValueError: there are no positions, a position has no mate in one, or an argument is invalid for
-            ``next_move_probabilities``.
+        TypeError: the tokenizer is not a ``MoveTokenizer``, or ``positions`` is one string.
+        ValueError: there are no positions, ``batch_size`` is below 1, a position has no mate in one, or another
+            argument is invalid for ``next_move_probabilities``.
     """
     if not positions:
         raise ValueError("mate_in_one_accuracy needs at least one position: search more games with mates_in_one")
+    check_games("positions", positions, batch_size)
     best_ids = next_move_probabilities(
         model, params, tokenizer, positions, legal_only=True, batch_size=batch_size
     ).argmax(axis=1)  # fmt: skip
@@ -293,9 +299,3 @@ def _best_id_and_rank(
     true_BT1 = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)
     # NaN logits get the worst rank. With `logits >= true`, they would count as a hit.
     return jnp.argmax(logits_BTV, axis=-1), jnp.sum(~(logits_BTV < true_BT1), axis=-1) - 1
-
-
-def _check_games(games: Sequence[str]) -> None:
-    """Raise ``ValueError`` if there are no games, or a game has no moves."""
-    if isinstance(games, str) or not games or not all(line.strip() for line in games):
-        raise ValueError("games must be a non-empty sequence of lines with at least one move each")

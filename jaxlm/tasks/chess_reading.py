@@ -92,13 +92,14 @@ def next_move_probabilities(
         batch_size: number of games in a batch.
 
     Raises:
-        TypeError: the tokenizer is not a ``MoveTokenizer``.
+        TypeError: the tokenizer is not a ``MoveTokenizer``, or ``games_so_far`` is one string.
         ValueError: the model does not predict next tokens, or its logits are NaN; the tokenizer has more tokens than
-            the model; there are no games; or a game has a word that is not a move, or is longer than the model's
-            positions. With ``legal_only``: a game has an illegal move or has ended, or the vocabulary has no legal move
-            of a position.
+            the model; there are no games; ``batch_size`` is below 1; or a game has a word that is not a move, or is
+            longer than the model's positions. With ``legal_only``: a game has an illegal move or has ended, or the
+            vocabulary has no legal move of a position.
     """
     check_model(model, tokenizer)
+    check_games("games_so_far", games_so_far, batch_size)
     rows = [tokenizer.encode_inputs(line).ids for line in games_so_far]
     logits = np.concatenate(list(next_logits(model, params, tokenizer, rows, batch_size)))
     if legal_only:
@@ -203,6 +204,11 @@ class MoveReader:
         if not boards:
             raise ValueError("logits needs at least one board")
         self.check_moves(max(len(board.move_stack) for board in boards))
+        for index, board in enumerate(boards):
+            if (start := board.root().fen()) != import_chess().STARTING_FEN:
+                raise ValueError(
+                    f"board {index} begins at {start!r}: a model needs all moves from the initial position"
+                )
         indices = self._find_rows(boards)
         if indices is None:
             self._reset(boards)
@@ -248,17 +254,7 @@ class MoveReader:
         return found
 
     def _reset(self, boards: Sequence[chess.Board]) -> None:
-        """Replace the rows by an empty row for each board, and drop the model state.
-
-        Raises:
-            ValueError: a game did not start from the initial position.
-        """
-        chess = import_chess()
-        for index, board in enumerate(boards):
-            if board.root().fen() != chess.STARTING_FEN:
-                raise ValueError(
-                    f"board {index} begins at {board.root().fen()!r}: a model needs all moves from the initial position"
-                )
+        """Replace the rows by an empty row for each board, and drop the model state."""
         self._rows = [_Row([], []) for _ in boards]
         self._state, self._used, self._capacity = None, 0, 0
         # The batch size is a power of two, so that matches of different sizes can use the same compiled function.
@@ -273,8 +269,12 @@ class MoveReader:
         for _ in moves:
             before.pop()
         for move in moves:
-            id = self.tokenizer.move_id(self._legal.text(before, move))
-            new_ids.append(self.tokenizer.special_ids.unk if id is None else id)  # type: ignore[arg-type]
+            text = self._legal.text(before, move)
+            id = self.tokenizer.move_id(text)
+            id = self.tokenizer.special_ids.unk if id is None else id
+            if id is None:
+                raise ValueError(f"the vocabulary has no move {text!r}: use a tokenizer with all moves of the game")
+            new_ids.append(id)
             before.push(move)
         row.moves.extend(moves)
         row.ids.extend(new_ids)
@@ -396,6 +396,24 @@ def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return min(length, model.max_positions or length)
+
+
+def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
+    """Check the games that a function reads in batches.
+
+    Args:
+        name: name of the argument ``games`` in messages.
+
+    Raises:
+        TypeError: ``games`` is one string.
+        ValueError: there are no games, or ``batch_size`` is below 1.
+    """
+    if isinstance(games, str):
+        raise TypeError(f"{name}={games[:40]!r} is one string: give a sequence of lines")
+    if not len(games):
+        raise ValueError(f"{name} is empty: give at least one line of moves")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:

@@ -67,14 +67,15 @@ def game_batches(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     encoded = [tokenizer.encode_game(line) for line in games]
-    truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()
         for game in encoded:
             for cut in rng.integers(1, min(len(game), length + 1), positions_per_game).tolist():
                 rows.append({"source": game[:cut], "target": game[cut : cut + target_length]})
         bucketed = Bucketed(rows, batch_size, seed=seed, equal_tokens=True)
-        return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {truncated}"
+        description = f"{bucketed.describe()}, sources of at most {length} tokens, targets of at most {target_length}"
+        return bucketed, seq2seq.to_batch(model, tokenizer), description
+    truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     packed = PackedDocuments([game[: length + 1] for game in encoded], length, batch_size, seed)
     return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
 
@@ -165,6 +166,9 @@ def write_test(
     The map has the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, the columns are
     at most the first half of the game, and the rows are the next moves, at most ``target_length``. Families without
     attention have no map.
+
+    Raises:
+        ValueError: there are no games, or one of the first games has no moves.
     """
     write_samples(run, move_samples(model, params, tokenizer, games))
     words, limit = games[0].split(), model.max_positions
@@ -182,8 +186,17 @@ def write_test(
 def move_samples(
     model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
-    """Yield the five most probable tokens in the middle of the first ``count`` games, as rows for ``write_samples``."""
+    """Yield the five most probable tokens in the middle of the first ``count`` games, as rows for ``write_samples``.
+
+    Raises:
+        ValueError: there are no games, or a game has no moves.
+    """
     games_words = [line.split() for line in games[:count]]
+    if not games_words:
+        raise ValueError(f"there are no samples of {len(games)} games with count={count}: use at least one game")
+    for index, words in enumerate(games_words):
+        if not words:
+            raise ValueError(f"game {index} has no moves: remove it")
     prefixes = [" ".join(words[: len(words) // 2]) for words in games_words]
     probabilities = next_move_probabilities(model, params, tokenizer, prefixes)
     for words, source, row in zip(games_words, prefixes, probabilities, strict=True):

@@ -65,11 +65,21 @@ class HarnessModel(LM):
     ) -> HarnessModel:
         """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`.
 
+        Args:
+            additional_config: ``batch_size``, ``max_batch_size`` and ``device`` of the harness. ``batch_size`` is used
+                if ``arg_dict`` does not have it and it is not None. It can be a number or its text. The two others are
+                not used: JAX selects the device, and the batch size does not change during a run.
+
         Raises:
             ValueError: ``pretrained`` is missing, or an argument is unknown or invalid.
         """
-        additional = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        arguments = {**arg_dict, **additional}
+        unused = ("device", "max_batch_size")
+        additional = {
+            name: int(value) if isinstance(value, str) and value.isdecimal() else value  # the command line gives text
+            for name, value in (additional_config or {}).items()
+            if value is not None and name not in unused
+        }
+        arguments = {**additional, **arg_dict}
         known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}
         if "pretrained" not in arguments or not arguments.keys() <= known:
             raise ValueError(

@@ -51,7 +51,7 @@ def encode(
         truncate_all(tokenizer.encode_inputs_batch(examples.column(name)), limit, f"{name}s of {examples.name}")
         for name, limit in (("source", max_source), ("target", max_target))
     )
-    if targets[0].ids[-1] != eos_id:
+    if any(not len(target.ids) or target.ids[-1] != eos_id for target in targets):
         raise ValueError("the tokenizer adds no EOS token at the end: train a tokenizer with template='eos'")
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]
 

@@ -67,6 +67,9 @@ class Corpus:
                 encode a character of the text.
         """
         tokens = tokenizer.encode(text)
+        for option, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+            if not 0.0 <= fraction < 1.0:
+                raise ValueError(f"{option}={fraction} must be at least 0 and less than 1")
         if validation_fraction + test_fraction >= 1.0:
             raise ValueError(
                 f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave nothing to train on"

@@ -8,7 +8,7 @@ A causal model reads a context with the special tokens that the tokenizer adds b
 ``<|begin_of_text|>``), but without the special tokens that it adds after a text. An encoder-decoder reads the context
 with all special tokens as its source. The continuation is its target, without an end token. Two kinds of contexts get
 no special tokens: a text that begins with the prefix token, and an empty context, which is replaced by the prefix
-token.
+token. In ``generate``, the source of an encoder-decoder for an empty context has only the special tokens.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class TextRequests:
             if self.max_length is not None and ids.size > self.max_length:
                 raise ValueError(
                     f"the continuation of request {number} has {ids.size} tokens, but the model reads {self.max_length}"
-                    f": {pairs[number][1][:40]!r}..."
+                    f": {pairs[number][1][:40]!r}...; shorten it, set a larger max_length, or use a model with more "
+                    "positions"
                 )
             max_context = self.max_length
             if max_context is not None and not self.model.reads_source:
@@ -137,6 +138,9 @@ class TextRequests:
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each text in nats, given the prefix token. A text without tokens has log-likelihood 0.
+
+        The special tokens that the tokenizer adds before a text are also scored, and for an encoder-decoder those after
+        it. So with an encoder-decoder, an empty text has tokens if the tokenizer adds special tokens.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
         once. The last window also reads previous tokens as context, up to ``max_length`` tokens. An encoder-decoder
@@ -162,14 +166,16 @@ class TextRequests:
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """The generated text for each (context, options). It ends before the end token or a string of ``until``.
 
-        Special tokens are removed from the text after the search for ``until``.
+        Special tokens are removed from the text: for an encoder-decoder before the search for ``until``, for other
+        models after it.
 
         ``until`` is a string or a sequence of strings. ``max_gen_toks`` (or ``max_new_tokens``, ``max_tokens``,
         ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
         transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
         ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
-        is not set and ``temperature`` is 0 or not set. Other options that are not set are read from the model's
-        ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        is not set and ``temperature`` is 0 or not set. Without ``until``, there are no stop strings, and without
+        a maximum number of new tokens, it is ``max_gen_toks`` of the constructor. Other options that are not set are
+        read from the model's ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
         If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
         tokens, the beginning of the context is removed.
@@ -223,7 +229,7 @@ class TextRequests:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")
         until = set_options.get("until", ())
         until = (until,) if isinstance(until, str) else tuple(until)
-        is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) > 0.0)
+        is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
         if is_random and set_options.get("temperature") == 0.0:
             raise ValueError("do_sample=True and temperature=0.0 contradict each other: set one of them")
         sampling: dict[str, Any] = {"temperature": float(set_options.get("temperature", 1.0)) if is_random else 0.0}

@@ -49,7 +49,7 @@ def tiny_model(name: str, **overrides: Any) -> Model:
 
 def with_stacked_layers(model: Model) -> Model:
     """The model with ``scan_layers=True``; the same model if its family has no such field."""
-    return model.with_fields(scan_layers=True)
+    return model.with_known_fields(scan_layers=True)
 
 
 def decodes(model: Model) -> bool:
@@ -152,27 +152,30 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: f
     """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
 
     Args:
-        floor: the error of a leaf is divided by at least ``floor`` times the largest value of the tree. So leaves that
-            are only rounding errors do not fail. Example: the true gradient of the key bias of attention is 0.
+        floor: the maximum difference of a leaf is divided by the largest value of the leaf, but at least by ``floor``
+            times the largest value of the tree. So leaves that are only rounding errors do not fail. Example: the true
+            gradient of the key bias of attention is 0.
     """
     expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
     min_scale = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
     errors = {}
     for (path, leaf), want in zip(jax.tree_util.tree_flatten_with_path(actual)[0], expected_leaves, strict=True):
         error = relative_error(leaf, want)
-        scale = min(1.0, np.max(np.abs(want), initial=0.0) / max(min_scale, 1e-30))
-        errors[jax.tree_util.keystr(path)] = error * scale
+        scale = max(np.max(np.abs(want), initial=0.0), 1e-30)
+        errors[jax.tree_util.keystr(path)] = error * scale / max(scale, min_scale)
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """Assert that every leaf has the same dtype and the same bits."""
+    """Assert that every leaf has the same shape, the same dtype and the same bits."""
     for (path, leaf), want in zip(
         jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree.leaves(expected), strict=True
     ):
         if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
             leaf, want = jax.random.key_data(leaf), jax.random.key_data(want)
         leaf, want = np.asarray(leaf), np.asarray(want)
-        assert leaf.dtype == want.dtype, path
-        assert leaf.tobytes() == want.tobytes(), f"{jax.tree_util.keystr(path)} differs"
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == want.dtype, f"{name}: dtypes {leaf.dtype} and {want.dtype} differ"
+        assert leaf.shape == want.shape, f"{name}: shapes {leaf.shape} and {want.shape} differ"
+        assert leaf.tobytes() == want.tobytes(), f"{name} differs"

@@ -43,7 +43,10 @@ MINIMUMS = {
 ``similarity`` and ``epochs``. Other settings have no minimum."""
 
 FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
-"""Settings in [0, 1)."""
+"""Settings in [0, 1), by the last part of the dotted name."""
+
+NONZERO_FRACTIONS = {"validation_fraction", "data.validation_fraction", "data.test_fraction"}
+"""The dotted names of the fractions that must not be 0, because their splits must not be empty."""
 
 
 def check_settings(experiment: Any, initial: Any) -> None:
@@ -63,6 +66,8 @@ def check_settings(experiment: Any, initial: Any) -> None:
             raise ValueError(f"{name}={value} must be at least {MINIMUMS[field]}")
         if field in FRACTION_SETTINGS and not 0.0 <= value < 1.0:
             raise ValueError(f"{name}={value} must be at least 0 and less than 1")
+        if name in NONZERO_FRACTIONS and value == 0.0:
+            raise ValueError(f"{name}={value} must be above 0: this split must not be empty")
         if field == "similarity" and not 0.0 < value <= 1.0:
             raise ValueError(f"{name}={value} must be above 0 and at most 1")
         if field == "epochs" and not 0.0 < value <= 1e6:
@@ -143,9 +148,14 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "the directory of model.pretrained contains the tokenizer",
     ),
     (
-        "data.train data.validation data.test data.source data.target",
+        "data.train data.validation data.test data.source data.target data.on_error",
         lambda get: get("data.source") is not None and get("data.directory") is None,
         "data.directory is not set, so the verses of jaxlm are used",
+    ),
+    (
+        "data.encoding data.on_error",
+        lambda get: get("data.encoding") is not None and get("data.train") is None and get("data.test") is None,
+        "data.train is not set, so the passages of jaxlm are used",
     ),
     ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (

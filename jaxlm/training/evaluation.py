@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
@@ -30,13 +31,14 @@ class Evaluator:
             terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
         sharding: how batches are distributed over devices; None uses one device.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
-            starts from an empty state. None carries no state.
+            starts from an empty state, and so does each row in ``Batch.reset``. None carries no state.
         extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
             are not means over batches.
         extra_metric_names: the names of the additional metrics.
 
     Raises:
-        ValueError: ``batches`` is empty, or a term of a loss has the name of another metric.
+        ValueError: ``batches`` is empty, two metrics have the same name, or ``extra_metric_names`` are given without
+            ``extra_metrics``.
 
     Example:
         >>> evaluate = Evaluator(model, causal.loss, batches)     # doctest: +SKIP
@@ -58,19 +60,22 @@ class Evaluator:
         self._initial_state = None if carry_size is None else model.init_state(*carry_size)
         self._extra_metrics, self._extra_metric_names = extra_metrics, extra_metric_names
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
-        terms = [name for loss in self._losses.values() for name in term_names(loss)]
-        for name in terms:
-            if name in (*self._losses, *extra_metric_names) or terms.count(name) > 1:
-                raise ValueError(
-                    f"a loss has the term {name!r}, which is also another metric or a term of another loss: rename one"
-                )
-        self._terms = tuple(terms)
+        if extra_metric_names and extra_metrics is None:
+            raise ValueError(f"extra_metric_names={extra_metric_names} needs extra_metrics, a function")
+        self._terms = tuple(name for loss in self._losses.values() for name in term_names(loss))
+        names = (*self._losses, *self._terms, *extra_metric_names)
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two metrics have the name {duplicates[0]!r}: rename one (a loss, a term of a loss or an extra metric)"
+            )
         self.batches = [to_global_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
         def add_batch(sums: dict[str, Any], params: Params, batch: Any, state: Any) -> Any:
             with contextlib.nullcontext() if sharding is None else sharding.scope():
+                if carry_size is not None and batch.reset is not None:
+                    state = spec.reset(model.state_specs(*carry_size), state, batch.reset)
                 batch_sums, new_state = dict[str, Any](), None
                 for name, loss in self._losses.items():
                     total, weight, new_state, terms = loss_and_terms(loss, model, params, batch, state=state)

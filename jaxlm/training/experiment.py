@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import inspect
 import math
 import operator
 import time
@@ -58,7 +59,7 @@ class ModelConfig:
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
         are not used. If the preset has fields and the command line has no ``--model.set``, a message says that they are
-        not used.
+        not used. A ``--model.set`` with exactly the fields of the preset, in the same order, is not used either.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and self.set == preset.set:
@@ -96,6 +97,9 @@ class ModelConfig:
             if field in fixed or field in tokenizer_fields:
                 raise ValueError(f"--model.set {field}={changes[field]}: {field} follows from the data, leave it out")
         if self.pretrained is not None:
+            for field, value in changes.items():
+                if field in inspect.signature(load_pretrained).parameters:
+                    raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
         return get_model(self.name, **fixed, **tokenizer_fields, **changes), None
 

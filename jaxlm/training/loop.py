@@ -30,7 +30,7 @@ from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimi
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker, TrackerName
-from jaxlm.training.trainer import Metrics, Trainer, TrainState, to_global_batch
+from jaxlm.training.trainer import Metrics, Trainer, TrainState, check_step_settings, to_global_batch
 
 METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it does not wait for a step that it has just dispatched.
@@ -107,23 +107,21 @@ class TrainingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             minimum = 0 if field.name == "max_rollbacks" else 1
-            if type(value) is int and field.name != "seed" and value < minimum:
+            is_count = type(value) is int and field.name not in ("ema_decay", "spike_deviations", "seed")
+            if is_count and value < minimum:
                 raise ValueError(f"{field.name}={value} must be at least {minimum}")
         for name in ("batch_size", "evaluation_batches"):
             if getattr(self, name) > MAX_ROWS_OR_BATCHES:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is too large: the largest number is {MAX_ROWS_OR_BATCHES}"
                 )
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
+        check_step_settings(self.grad_accum_steps, self.ema_decay, self.spike_deviations)
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(f"grad_accum_steps={self.grad_accum_steps} does not divide batch_size={self.batch_size}")
         if self.restore_best and self.checkpoint_every is None:
             raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
         if self.max_rollbacks and self.checkpoint_every is None:
             raise ValueError(f"max_rollbacks={self.max_rollbacks} needs checkpoints: set checkpoint_every")
-        if self.spike_deviations is not None and not self.spike_deviations > 0.0:
-            raise ValueError(f"spike_deviations={self.spike_deviations} must be positive, or None")
 
     def trainer(
         self, model: Model, optimizer: OptimizerConfig | optax.GradientTransformation, loss: Loss, **options: Any
@@ -149,22 +147,35 @@ class TrainingConfig:
         )  # fmt: skip
 
 
+RESERVED_KEYS = ("data", "training", "model", "evaluation", "validation")
+"""Keys of the values that the training loop adds to ``Run.meta`` in a checkpoint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The directory of a training run, and whether to resume it.
 
     Attributes:
         directory: the directory of ``metrics.jsonl`` and ``checkpoints/``.
-        meta: JSON values that are saved in every checkpoint.
+        meta: JSON values that are saved in every checkpoint, under keys that are not in :data:`RESERVED_KEYS`.
         resume: whether to continue from the newest checkpoint in the directory, if there is one. On the same number of
             devices, the result is bitwise the same as without the interruption.
         trackers: loggers that also receive the metrics.
+
+    Raises:
+        ValueError: a key of ``meta`` is reserved.
     """
 
-    directory: Path
+    directory: str | Path
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resume: bool = False
     trackers: tuple[Tracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        if reserved := [key for key in RESERVED_KEYS if key in self.meta]:
+            raise ValueError(
+                f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
+            )
 
 
 class DivergedError(RuntimeError):
@@ -233,7 +244,8 @@ def train(
     different directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
 
     If a resumed run has reached its last step or has stopped early, the function returns the result of the run's
-    checkpoint without further steps. Only one run at a time may train in a directory.
+    checkpoint without further steps. If this checkpoint has no validation metrics, it is evaluated. Only one run at a
+    time may train in a directory.
 
     Args:
         trainer: model, optimizer and loss (``config.trainer(...)`` creates a trainer).
@@ -258,11 +270,12 @@ def train(
             f"{jax.process_count()} processes without a mesh would each train a separate model: pass a sharding "
             f"over all {jax.device_count()} devices"
         )
-    run.directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
-        processes.require_shared_directory(run.directory)
-    checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
-    lock = integrity.lock_directory(run.directory) if processes.is_first() else contextlib.nullcontext()
+        processes.require_shared_directory(directory)
+    checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.keep_last)
+    lock = integrity.lock_directory(directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
         loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
         loop.start(params)
@@ -283,7 +296,7 @@ class _Loop:
         self._model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._batch_shapes: set[Any] = set()
-        self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
+        self._records = _Records(MetricsFile(Path(run.directory) / "metrics.jsonl"), run.trackers)
         self._validation: Mapping[str, float] | None = None
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
@@ -411,13 +424,13 @@ class _Loop:
         if stop == "signal" and self.step < config.steps:
             message = "nothing is saved, because checkpoint_every=None"
             if config.checkpoint_every is not None:
-                directory = self._run.directory
+                directory = Path(self._run.directory)
                 message = (
                     f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
                 )
             bar.say(f"{signals.caught}: {message}")
             return self._result(reader, self._checkpoint_state(self._state), None, signals.caught)
-        return self._finish(reader, bar)
+        return self._finish(reader, bar, signals)
 
     def _advance(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
         """Run one step, and the evaluation and the checkpoint that are due after it.
@@ -572,8 +585,12 @@ class _Loop:
         state = self._checkpoint_state(self._state)
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
-    def _finish(self, reader: _MetricsReader, bar: Bar) -> Result:
-        if not self._config.restore_best or self._checkpoints.best in (None, self.step):
+    def _finish(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
+        improved = False
+        if self._validation is None:  # the checkpoint of a resumed run without further steps was not evaluated
+            with signals.announced(bar, f"the evaluation of step {self.step}"):
+                improved = self._evaluate_now(bar)
+        if not self._config.restore_best or improved or self._checkpoints.best in (None, self.step):
             return self._result(reader, self._checkpoint_state(self._state), self._validation, None)
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._abstract_state, best=True)
@@ -663,7 +680,7 @@ class _MetricsReader:
     """Reads metrics :data:`METRICS_LAG` steps late, writes records of them, and detects divergence.
 
     It writes the metrics of every ``log_every`` steps, of the first :data:`EARLY_STEPS` steps, of skipped steps and of
-    the last step.
+    step ``TrainingConfig.steps``.
     """
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:

@@ -46,7 +46,8 @@ SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
 """Names of axes that must have equal sizes in both models."""
 
 SAME_FIELDS = (
-    "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token"
+    "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token",
+    "num_buckets", "max_distance", "memory_length", "reuse_length", "clamp_length",
 )  # fmt: skip
 """Integer config fields that must be equal in both models. Fields that are not integers or tuples must also be equal,
 except ``dtype``, ``remat`` and the fields that select an implementation."""
@@ -124,7 +125,10 @@ def _check_fields(config: Any, base: Any) -> None:
     for field in dataclasses.fields(config):
         value, base_value = getattr(config, field.name), getattr(base, field.name)
         may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
-        is_size = isinstance(value, int | tuple) and not isinstance(value, bool)
+        is_size = all(
+            each is None or (isinstance(each, int | tuple) and not isinstance(each, bool))
+            for each in (value, base_value)
+        )
         is_width = is_size and field.name not in SAME_FIELDS
         if value != base_value and not (may_differ or is_width):
             raise ValueError(

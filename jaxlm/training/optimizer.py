@@ -15,7 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
-from jaxlm.adapt import is_table, num_row_axes, num_stack_axes
+from jaxlm.adapt import LORA_A, LORA_B, is_table, num_row_axes, num_stack_axes
 from jaxlm.config import check_choices, check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
@@ -100,8 +100,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The learning-rate schedule, a function of the number of updates so far.
 
     ``inverse_square_root`` (Vaswani et al. 2017, section 5.3): let k be the number of warm-up and hold steps. At an
-    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This value does not depend on ``steps``, so k may be
-    larger than the number of steps of the training.
+    update n >= k, the learning rate is ``peak * sqrt(k / n)``. ``hold_steps`` may be larger than ``steps``, because the
+    schedule has no end. The warm-up must be shorter than the training, as in all schedules.
 
     Args:
         steps: number of updates of the whole training.
@@ -228,10 +228,11 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. ``jaxlm.adapt.num_row_axes`` defines which axes are the rows of the matrix. Each index of a stack axis
-    (``jaxlm.adapt.num_stack_axes``) has its own matrix. If an output axis has a name, each index of an unnamed output
-    axis also has its own matrix (queries, keys and values of a fused projection; gates of a recurrence). The tree is
-    also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    scales. It does not update the LoRA factors of embeddings and heads either. ``jaxlm.adapt.num_row_axes`` defines
+    which axes are the rows of the matrix. Each index of a stack axis (``jaxlm.adapt.num_stack_axes``) has its own
+    matrix. If an output axis has a name, each index of an unnamed output axis also has its own matrix (queries, keys
+    and values of a fused projection; gates of a recurrence). The tree is also valid for
+    ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -243,8 +244,9 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
 
 def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | None:
     rows = num_row_axes(name, leaf)
-    is_head = name.split("/")[0] in (*HEADS.values(), "next_sentence")
-    if rows is None or is_head or is_table(name, leaf):
+    weight = name.removesuffix(f"/{LORA_A}").removesuffix(f"/{LORA_B}")  # both factors are treated like their weight
+    is_head = name.split("/")[0] in ("head", *HEADS.values(), "next_sentence")
+    if rows is None or is_head or is_table(weight, leaf):
         return None
     first = num_stack_axes(leaf)
     outputs = tuple(range(first + rows, len(leaf.axes)))
@@ -346,7 +348,8 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
         counts[name] = max(numbers) + 1
     if not counts:
         raise ValueError(
-            f"layer_decay={decay}: the model has neither stacked layers (layers) nor numbered layers (layer_0)"
+            f"layer_decay={decay}: the model has neither stacked layers (layers) nor numbered layers (layer_0): leave "
+            "layer_decay out"
         )
     num_layers = max(counts.values())
 

@@ -260,8 +260,10 @@ def write_confusion(run: str | Path, labels: Sequence[str], counts: npt.ArrayLik
     """Write ``confusion.json``: names of the labels [L] and counts [L, L] (rows: labels, columns: predictions).
 
     Raises:
-        ValueError: ``counts`` are not non-negative integers [L, L].
+        ValueError: ``labels`` are not strings, or ``counts`` are not non-negative integers [L, L].
     """
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels={list(labels)} must be strings: convert each label with str")
     _write_json(Path(run) / CONFUSION, {"labels": list(labels), "counts": _check_counts(labels, counts).tolist()})
 
 
@@ -309,7 +311,8 @@ class AttentionMap:
         weights: [R, C] numbers in [0, 1], up to rounding.
 
     Raises:
-        ValueError: the tokens are not lists or tuples of strings, or the weights have another shape or range.
+        ValueError: the tokens are not lists or tuples of strings, an axis has no tokens, or the weights have another
+            shape or range.
     """
 
     title: str
@@ -322,6 +325,8 @@ class AttentionMap:
             if not isinstance(tokens, list | tuple):
                 raise ValueError(f"attention map {self.title!r}: {name}={tokens!r} must be a list of tokens")
             config.check_value(tuple[str, ...], tuple(tokens), f"attention map {self.title!r}: {name}")
+            if not tokens:
+                raise ValueError(f"attention map {self.title!r}: {name} is empty: leave out maps without tokens")
         weights = np.asarray(self.weights, np.float64)
         if weights.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
@@ -452,8 +457,27 @@ def _write_json(path: Path, content: Any) -> None:
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path.name}: a value is not JSON: {error}") from error
+        raise ValueError(f"{path.name}: {_find_not_json(content, '')} is not JSON: {error}") from error
     _write_text(path, text + "\n")
+
+
+def _find_not_json(value: Any, name: str) -> str:
+    """The name and the value of the first part of ``value`` that is not JSON, for example "scores[0].value=nan".
+
+    Args:
+        name: name of ``value``.
+    """
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        parts = ((f"{name}.{key}".removeprefix("."), part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        parts = ((f"{name}[{index}]", part) for index, part in enumerate(value))
+    for part_name, part in parts:
+        try:
+            json.dumps(part, allow_nan=False)
+        except (TypeError, ValueError):
+            return _find_not_json(part, part_name)
+    return f"{name}={value!r}"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -78,6 +78,16 @@ class TrainState:
     recent_losses: Any = None
 
 
+def check_step_settings(grad_accum_steps: int, ema_decay: float | None, spike_deviations: float | None) -> None:
+    """Raise ``ValueError`` if one of these settings of a :class:`Trainer` is out of its range."""
+    if grad_accum_steps < 1:
+        raise ValueError(f"grad_accum_steps={grad_accum_steps} must be at least 1")
+    if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+        raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1, or None")
+    if spike_deviations is not None and not spike_deviations > 0.0:
+        raise ValueError(f"spike_deviations={spike_deviations} must be positive, or None")
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """A model, an optimizer and a loss, with the methods that a training loop needs.
@@ -92,8 +102,9 @@ class Trainer:
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
-            of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the
-            same rule with 6 deviations. None: a step is skipped only if its loss or gradient is not finite.
+            of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have a
+            similar rule with 6 deviations. They also compare the gradient norm, and they include the losses of skipped
+            steps. None: a step is skipped only if its loss or gradient is not finite.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no
             state.
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
@@ -102,7 +113,8 @@ class Trainer:
 
     Raises:
         TypeError: ``optimizer`` is an ``OptimizerConfig``.
-        ValueError: a term of the loss has the name of another metric (:data:`METRIC_NAMES`).
+        ValueError: ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range, or a term of the
+            loss has the name of another metric (:data:`METRIC_NAMES`).
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -127,6 +139,7 @@ class Trainer:
                 "the optimizer is an OptimizerConfig, but a Trainer needs an Optax optimizer: use make_optimizer or "
                 "TrainingConfig.trainer"
             )
+        check_step_settings(self.grad_accum_steps, self.ema_decay, self.spike_deviations)
         if taken := sorted(set(term_names(self.loss)) & METRIC_NAMES):
             raise ValueError(f"the loss has the terms {taken}, which are names of other metrics: rename the terms")
 
@@ -253,7 +266,8 @@ class Trainer:
 
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
-            axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
+            axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap``, or inside ``jax.shard_map``
+                with ``check_vma=False``.
 
         Raises:
             ValueError: ``grad_accum_steps`` does not divide the number of rows, or is above 1 with a carried state.

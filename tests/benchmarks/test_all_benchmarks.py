@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import report
+from benchmarks import harness, report
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def started_commands(monkeypatch):
         return SimpleNamespace(returncode=int("decode" in command))
 
     # Do not replace subprocess.run itself: matplotlib uses it to find fonts on a machine without a font cache.
+    monkeypatch.setattr(harness, "NEEDS", {})  # torch need not be installed
     monkeypatch.setattr(all_benchmarks, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
     return commands
 
@@ -51,7 +52,8 @@ def test_it_continues_after_a_failure_and_resumes(started_commands, tmp_path, ca
     captured = capsys.readouterr()
     assert "1 of 2 benchmarks failed" in captured.err
     assert "attention_decode.log" in captured.err
-    assert "2/2 attention_decode" in captured.out
+    assert "1/2 attention · 0 min\n" in captured.out
+    assert "2/2 attention_decode · 0 min, about 0 min left\n" in captured.out
     assert (output / "attention.json").exists()
     assert not (output / "attention_decode.json").exists()
     assert (output / "attention.log").read_text() == "a log line\n"
@@ -63,6 +65,13 @@ def test_it_continues_after_a_failure_and_resumes(started_commands, tmp_path, ca
     arguments = ["--full", "--only", "scans", "--output", str(output), "--page", str(page)]
     assert all_benchmarks.main(arguments) == 0
     assert "### cpu" in page.read_text()
+
+
+def test_each_benchmark_gets_the_baselines_that_it_knows(started_commands, tmp_path):
+    assert all_benchmarks.main(["--full", "--output", str(tmp_path), "--against", "flax, lax.scan"]) == 1
+    against = {command[0]: command[command.index("--against") + 1] for command in started_commands}
+    names = {"attention": "", "recurrence": "", "scans": "lax.scan", "training": "flax", "decoding": "flax"}
+    assert against == {f"benchmarks.{name}": baselines for name, baselines in names.items()}
 
 
 def test_every_job_has_valid_options(started_commands, tmp_path, monkeypatch):
@@ -78,11 +87,23 @@ def test_every_job_has_valid_options(started_commands, tmp_path, monkeypatch):
 
 
 def test_wrong_options_print_an_error(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    page, no_page = tmp_path / "page.md", tmp_path / "no_page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    no_page.write_text("")
     for arguments, message in (
+        (["--full", "--only", "scans", "--against", "flax"], "unknown baseline 'flax': choose from lax.scan,"),
+        (["--full", "--page", str(tmp_path)], f"--page {tmp_path} is not a file"),
+        (["--full", "--page", str(no_page)], f"{no_page} has no lines"),
+        (
+            ["--full", "--page", str(page)],
+            f"--page shows all directories in {tmp_path}, and {tmp_path / 'source'} has no result files",
+        ),
         ([], "give one of the options --full and --quick"),
         (["--full", "--quick"], "give one of the options --full and --quick"),
         (["--quick", "--page", "x.md"], "--page x.md needs --full"),
         (["--full", "--only", "chess"], "no benchmark has 'chess' in its name"),
     ):
-        assert all_benchmarks.main([*arguments, "--output", str(tmp_path)]) == 2
+        assert all_benchmarks.main([*arguments, "--output", str(tmp_path / "results")]) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

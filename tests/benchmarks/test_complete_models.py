@@ -100,6 +100,11 @@ def test_xlnet_masks_for_transformers() -> None:
 def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="--length 32: a VDCNN reads texts of max_positions=64"):
         complete_models.sizes(complete_models.build("vdcnn-9", quick=True), True, None, 32)
+    xlnet = complete_models.build("xlnet-base-cased", quick=True)
+    for length in (33, 8):
+        with pytest.raises(ValueError, match=f"--length {length} must be even and at least 10: an XLNet row has"):
+            complete_models.sizes(xlnet, True, None, length)
+    assert complete_models.example(xlnet, *complete_models.sizes(xlnet, True, 1, 10)).tokens.shape == (1, 10)
     with pytest.raises(ValueError, match="--batch 0 must be at least 1"):
         complete_models.sizes(complete_models.build("gpt2", quick=True), True, 0, None)
     targets = {"jaxlm": "a", "torch": "b", "flax": "c"}

@@ -147,7 +147,7 @@ def test_speed_table_has_statistics_and_ratio(rows: list[Row]) -> None:
     assert lines[2].split() == ["jaxlm", "2", "1.2", "16.4", "50.0", "3", "25.0", "3.0", "n/a", "2.50", "n/a"]
     assert len({len(line) for line in lines[1:4]}) == 1
     assert WORK.formula in lines[4]
-    assert lines[-1] == "jaxlm is 2.00x of torch"
+    assert lines[-1] == "jaxlm is 2.00x as fast as torch"
 
 
 def test_bytes_are_shown_as_gb_per_second(rows: list[Row]) -> None:
@@ -212,6 +212,22 @@ def test_a_user_error_prints_one_line_with_status_2(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.startswith("benchmarks.training: unknown baseline 'nobody'")
     assert fidelity.main(["--batch", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fidelity.main(["--model", "llama-tiny"])
+    assert "invalid choice 'llama-tiny'" in capsys.readouterr().err
+
+
+def test_fidelity_uses_float32_matmuls_on_accelerators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import jax
+
+    before = jax.config.jax_default_matmul_precision
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    try:
+        with pytest.raises(FileNotFoundError):  # the directory has no model
+            fidelity.of_jaxlm(tmp_path, np.ones((1, 2), int), np.ones((1, 2), int))
+        assert jax.config.jax_default_matmul_precision == "float32"
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 def test_differences_are_relative_to_the_largest_value() -> None:
@@ -343,11 +359,13 @@ def test_scan_work_counts_each_array_once() -> None:
     )
     array = 8 * 2048 * 1024 * 4
     assert [shapes.scan_work(scan, backward).amount for backward in (False, True)] == [3 * array, 8 * array]
-    assert shapes.scan_work(convolution, False).amount == 2 * 4 * 1024 * 512 * 4
+    array = 4 * 1024 * 512 * 4
+    assert [shapes.scan_work(convolution, backward).amount for backward in (False, True)] == [2 * array, 5 * array]
     work = shapes.scan_work(attention, True)
     assert (work.unit, work.amount) == ("FLOP", 3 * 4 * 2 * 1024 * 8 * 64 * 64)
     assert scan.shown == "B8 T2048 D1024"
-    assert dict(attention.quick().sizes) == {"B": 2, "T": 33, "H": 2, "K": 4, "decays": 1}
+    quick = [dict(case.quick().sizes) for case in shapes.SCANS if case.op == "linear_attention"]
+    assert quick == [{"B": 2, "T": 33, "H": 2, "K": 4, "decays": decays} for decays in (1, 4)]
 
 
 # --------------------------------------------------------------------------------------------------- workers

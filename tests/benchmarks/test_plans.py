@@ -33,3 +33,5 @@ def test_the_command_compares_memory_and_time(tmp_path, capsys, monkeypatch):
 def test_wrong_options_print_an_error(capsys):
     assert plans.main(["--steps", "0"]) == 2
     assert "--steps 0 must be from 1 to" in capsys.readouterr().err
+    assert plans.main(["--quick", "--model", "gpt2"]) == 2
+    assert "--quick measures tiny models: leave out --model" in capsys.readouterr().err

@@ -68,6 +68,19 @@ def test_the_page_has_a_section_per_processor_with_the_newest_first(tmp_path):
     assert write_page(tmp_path)[1] == page
 
 
+def test_only_programs_with_a_baseline_have_a_bar_chart(tmp_path):
+    training = [row(op="training step"), row(op="training step", peer="torch", median=0.2, ratio=2.0)]
+    write_results(tmp_path / "results" / "ours", training[:1], program="training")
+    status, page = write_page(tmp_path)
+    assert status == 0
+    assert "No baseline was measured." in page
+    assert "| training step | T128 B32 H512 | jaxlm | 100 |" in page
+    assert not any((tmp_path / report.PICTURES).iterdir())
+    write_results(tmp_path / "results" / "both", training, program="training")
+    assert write_page(tmp_path)[0] == 0
+    assert {path.name for path in (tmp_path / report.PICTURES).iterdir()} == {"both_training.svg", "training.svg"}
+
+
 def test_the_committed_page_is_up_to_date(tmp_path):
     """If this fails, run ``python -m benchmarks.report``."""
     committed = harness.ROOT / "docs" / "benchmarks.md"
@@ -128,6 +141,7 @@ def test_wrong_files_print_an_error(tmp_path, capsys):
         (lambda: None, "results is not a directory"),
         (results.mkdir, "results has no directories"),
         ((results / "cpu").mkdir, "cpu has no result files"),
+        (lambda: write_results(results / "cpu", ROWS, program="shootout"), "cpu has no results of training, decoding"),
         (lambda: (results / "cpu" / "b.json").write_text("[1]"), "b.json is not a file that a benchmark wrote"),
     ):
         prepare()

@@ -5,8 +5,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import shootout
+from benchmarks.harness import UserError
 
 
 @pytest.mark.thorough
@@ -34,9 +36,23 @@ def test_sized_selects_the_nearest_width():
         return SimpleNamespace(size=width**2)
 
     def size_for(target):
-        return shootout.sized(build, lambda model: model.size, target).size
+        return shootout.sized(build, lambda model: model.size, target, "gpt", "parameters").size
 
-    assert [size_for(target) for target in (1, 5, 7, 100, 10**6)] == [1, 4, 9, 100, 64**2]
+    assert [size_for(target) for target in (1, 5, 7, 100, 64**2)] == [1, 4, 9, 100, 64**2]
+    with pytest.raises(UserError, match="the widest gpt .* has 4,096 parameters, fewer than the 4,097 of the"):
+        size_for(64**2 + 1)
+
+
+def test_each_family_has_its_own_color(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    rows = [
+        {"equal": "flops", "family": family, "tokens": 4, "loss": 1.0, "losses": [1.0, 1.0]}
+        for family in shootout._WIDTHS
+    ]
+    shootout.draw(rows, tmp_path / "plot.png")
+    lines = figures[0].axes[0].lines
+    assert len({line.get_color() for line in lines}) == len(lines) == len(rows)
 
 
 def test_invalid_options_print_an_error(tmp_path, capsys):
@@ -45,7 +61,13 @@ def test_invalid_options_print_an_error(tmp_path, capsys):
         (["--equal", "speed"], "--equal 'speed' is unknown: choose from parameters, flops"),
         (["--contexts", "long"], "--contexts 'long' must be whole numbers"),
         (["--tokens", "100"], "--tokens 100 gives 0 batches of 16 x 128: at least 8 are needed"),
-        (["--quick", "--output", str(tmp_path)], "File exists"),
+        (["--quick", "--output", str(tmp_path)], f"--output {tmp_path} exists: choose another directory"),
+        (
+            ["--parameters", "100000000", "--families", "gpt", "--output", str(tmp_path / "new")],
+            "the widest gpt of this benchmark has 51,059,712 parameters, fewer than the 100,000,000 of the comparison: "
+            "choose smaller --parameters",
+        ),
     ):
         assert shootout.main(arguments) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

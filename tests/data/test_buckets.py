@@ -188,6 +188,8 @@ def test_invalid_input_raises_an_error(data, options, message):
 def test_errors_name_ids_outside_the_vocabulary():
     with pytest.raises(ValueError, match="source of example 0"):
         Bucketed(examples(), 4).check(1)
+    with pytest.raises(ValueError, match="pad_id: id 900 at position 0 is outside the vocabulary of 900 ids"):
+        Bucketed(examples(), 4, pad_id=900).check(900)
 
 
 def test_scalars_of_several_types_raise():

@@ -69,9 +69,20 @@ def test_examples_have_text_summary_package_and_name(site):
 
 
 def test_files_that_are_not_python_are_reported(site):
-    (rejected,) = docstrings([site]).rejected
-    assert rejected.line == 3
-    assert "old.py" in rejected.reason
+    (site / "dangling.py").symlink_to(site / "nowhere.py")
+    dangling, old = docstrings([site]).rejected
+    assert (dangling.line, old.line) == (2, 4)
+    assert "dangling.py" in dangling.reason
+    assert "old.py" in old.reason
+    with pytest.raises(TypeError, match="directories must be a sequence of directories: pass"):
+        docstrings(str(site))
+
+
+def test_definitions_in_handlers_and_cases_are_found(tmp_path):
+    text = "A text with twelve words or more, because shorter texts are not used as examples here."
+    function = f'    def f():\n        """Return the sum.\n\n        {text}\n        """\n'
+    (tmp_path / "a.py").write_text("try:\n    import b\nexcept ImportError:\n" + function)
+    assert [(row["name"], row["text"]) for row in docstrings([tmp_path])] == [("f", text)]
 
 
 def test_limits_of_numbers_and_lengths(site):
@@ -103,6 +114,9 @@ def test_the_order_does_not_depend_on_the_process(site):
         (":param x: a number\n\nText.", None),
         ("-----\n\nText.", None),
         ("Returns\n-------\ndict\n\nText.", None),
+        ("First line.\n\nAttributes:\n    x: a number", None),
+        ("First line.\n\nText.\n\nKeyword arguments:\n    x: a number", ("Text.", "First line.")),
+        ("First line.\n \nText.", ("Text.", "First line.")),
     ],
 )
 def test_split_docstring_returns_text_and_summary(docstring, expected):

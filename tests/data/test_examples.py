@@ -184,6 +184,9 @@ def test_included_examples():
     passages = corpora.play_passages()
     assert set(passages.column("label")) == set(corpora.PLAYS)
     assert np.mean([len(text.split()) for text in passages.column("text")]) == pytest.approx(64, abs=5)
+    words = " ".join(passages.column("text")).split()
+    assert "stand:" in words  # the end of a spoken line
+    assert "JULIET:" not in words  # a speaker
 
 
 def test_an_index_error_of_a_source_does_not_end_the_examples():

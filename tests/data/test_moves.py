@@ -75,7 +75,10 @@ def test_encodings_have_the_character_offsets_of_each_move() -> None:
     assert len(tokenizer.encode_inputs("e2e4 e7e5 g1f3", max_length=2).ids) == 2
 
 
-@pytest.mark.parametrize("tokenizer", [MoveTokenizer("uci"), MoveTokenizer("san", ["e4", "O-O", "e8=Q"])])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [MoveTokenizer("uci"), MoveTokenizer("uci", ["e2e4", "e7e5"]), MoveTokenizer("san", ["e4", "O-O", "e8=Q"])],
+)
 def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, tokenizer: MoveTokenizer) -> None:
     tokenizer.save(tmp_path / "run")
     content = json.loads((tmp_path / "run" / "jaxlm_tokenizer.json").read_text())
@@ -95,8 +98,15 @@ def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, tokenizer: Move
         (lambda: MoveTokenizer("san", []), "at least one move"),
         (lambda: MoveTokenizer("lan"), "notation='lan' must be one of uci, san"),
         (lambda: MoveTokenizer.from_games(["e4"], "san", min_count=0), "min_count=0 must be at least 1"),
+        (
+            lambda: MoveTokenizer.from_games(["e4 e5"], "san", min_count=5),
+            "min_count=5: the most .* 1 times .* smaller",
+        ),
+        (lambda: MoveTokenizer.from_games([""], "san", min_count=5), "at least one move"),
         (lambda: MoveTokenizer.from_games(["e2e4"], "san"), "'e2e4' is not a san move"),
         (lambda: MoveTokenizer.from_json({"notation": "san", "moves": ["e4"]}), "moves must be a text, got list"),
+        (lambda: MoveTokenizer("uci", ["e2e4"]).encode("e2e4 e7e5"), "word 2 .* 'e7e5', is not in the vocabulary of 1"),
+        (lambda: MoveTokenizer("uci").encode("a1b8"), "word 1 of the game, 'a1b8', is not a uci move"),
         (lambda: MoveTokenizer("uci").encode("e2e4 e5"), "word 2 of the game, 'e5', is not a uci move"),
         (lambda: MoveTokenizer("san", ["e4"]).encode("e4 1-0"), "word 2 of the game, '1-0', is not a san move"),
         (lambda: MoveTokenizer("uci").decode([3, 1971]), "id 1971 at position 1 is outside"),

@@ -27,6 +27,14 @@ def test_pronunciations_of_a_word_are_collected(tmp_path):
     assert read_pronunciations(path, stress=True)["data"][2] == ("D", "EY2", "T", "AH0")
 
 
+def test_a_file_may_have_another_encoding(tmp_path):
+    path = tmp_path / "cmudict-0.7b"
+    path.write_bytes("D\u00c9J\u00c0  D EY2 ZH AA1\n".encode("latin-1"))
+    assert read_pronunciations(str(path), encoding="latin-1") == {"D\u00c9J\u00c0": [("D", "EY", "ZH", "AA")]}
+    with pytest.raises(ValueError, match="is not UTF-8 text: byte 0xc9 at offset 1, line 1"):
+        read_pronunciations(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("data D\nword # text\n", "line 2: the word 'word' has no phonemes"), ("# text", "has no words")],

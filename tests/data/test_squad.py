@@ -101,6 +101,13 @@ def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: d
     assert "(id 'bad')" in rejected.reason
 
 
+def test_an_error_has_a_reason_if_all_questions_are_invalid(tmp_path: Path) -> None:
+    path = write(tmp_path / "dev.json", squad_json(("Café", [question(question=""), question(answers=3)])))
+    message = r"has no questions: all 2 questions are invalid, for example question 1 \(id 'q1'\): 'question' must be"
+    with pytest.raises(ValueError, match=message):
+        read_squad(path, on_error="report")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

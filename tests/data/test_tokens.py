@@ -102,8 +102,16 @@ def test_the_last_tokens_are_the_validation_split():
     for fraction in (0.0, 1.0, -0.1):
         with pytest.raises(ValueError, match=f"between 0 and 1, got {fraction}"):
             split_tokens(ids, fraction)
-    with pytest.raises(ValueError, match="1 tokens cannot be split"):
+    with pytest.raises(ValueError, match="1 tokens cannot be split .* use more tokens or another fraction"):
         split_tokens(ids[:1], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "boundary"),
+    [(10, 0.9, 1), (5, 0.8, 1), (15, 0.8, 3), (90, 0.3, 63), (11, 0.5, 5), (1_115_394, 0.1, 1_003_854)],
+)
+def test_the_boundary_of_the_splits_has_no_rounding_error(count, fraction, boundary):
+    assert len(split_tokens(np.zeros(count, np.int32), fraction)[0]) == boundary
 
 
 def test_split_documents_cuts_after_each_end_id():

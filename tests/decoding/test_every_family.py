@@ -121,5 +121,12 @@ def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
     gpt, gpt_params = pair("gpt2-tiny")
     with pytest.raises(ValueError, match="this is not a state of the model"):
         generate(gpt, gpt_params, PROMPTS, max_new_tokens=NUM_NEW, state=three_row_state)
+    for length, slots in ((0, NUM_NEW), (2, 6)):  # a new state, and a state after two tokens of each row
+        state = {**gpt.init_state(2, slots), "length": np.full(2, length, np.int32)}
+        message = rf"{slots - length} free cache slots, .* need 5: make a state with a length of at least {length + 5}"
+        with pytest.raises(ValueError, match=message):
+            generate(gpt, gpt_params, PROMPTS, max_new_tokens=NUM_NEW, state=state)
+    with pytest.raises(ValueError, match="the state has 4 free cache slots, but the prompts and the new tokens need 5"):
+        generate(model, params, PROMPTS, max_new_tokens=NUM_NEW, state=model.init_state(2, 4))
     with pytest.raises(TypeError, match="family 'gpt' has no encoder"):
         gpt.init_decode_state(gpt_params, PROMPTS, 9)

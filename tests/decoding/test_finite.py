@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,9 @@ def test_error_names_other_causes(params: Any) -> None:
     ):
         generate(MODEL, large, PROMPTS, max_new_tokens=NUM_NEW)
     state = {"h": jnp.zeros((16, 3)).at[:, 2].set(jnp.nan)}
-    with pytest.raises(NotFiniteError, match=r"row 2 .* finite, but 1 state array is not finite: h \(16 of 48"):
+    with pytest.raises(
+        NotFiniteError, match=r"row 2 .* finite, but 1 state array is not finite: h \(16 of 48 .*Make a new"
+    ):
         generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW, state=state)
     state = {"h": state["h"], "count": jnp.zeros(16, jnp.int32)}
     assert _not_finite({"count": state["count"]}) == ([], ""), "an array of integers is always finite"
@@ -118,6 +121,13 @@ def test_error_shortens_long_lists_and_names_low_precision() -> None:
         rename_rows_in_errors("text", [7, 7, 7, 4, 4]),
     ):
         check_finite(model, bad, flags)
+
+
+def test_errors_can_be_pickled() -> None:
+    """A process pool pickles the error of a worker."""
+    error = pickle.loads(pickle.dumps(NotFiniteError("prompt", [3, 5], "a cause")))
+    assert (type(error), error.what, error.rows, error.cause) == (NotFiniteError, "prompt", [3, 5], "a cause")
+    assert str(error) == "the logits of prompt 3, 5 are not finite: a cause"
 
 
 def test_parameters_are_searched_only_after_an_error(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,7 @@ def test_only_models_that_predict_the_next_token_have_scores() -> None:
         (np.array([[5, 128]]), None, r"tokens have id 128 in row 0 at position 1"),
         (np.array([[5, 6]]), np.array([[1]]), r"segment_ids \[1, 1\] must have the shape of tokens \[1, 2\]"),
         (np.ones((1, 66), int), None, r"65 tokens exceed max_positions=64"),
+        (np.ones((2, 67), int), np.repeat([[2], [1]], 67, axis=1) * (np.arange(67) > 0), r"row 0 .* of 65 tokens.*=64"),
     ],
 )
 def test_errors_name_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> None:
@@ -141,8 +142,10 @@ def test_errors_name_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, messag
         ({"ids": np.array([0.5, 0.5])}, r"got float64\[2\]"),
         ({"stride": 8}, r"stride=8 must be from 1 to window - 1 = 7"),
         ({"stride": 0}, r"stride=0 must be from 1 to"),
+        ({"window": 1, "stride": 1}, r"window=1 must be at least 2"),
         ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
-        ({"ids": np.full(9, 500)}, r"id 500"),
+        ({"ids": np.full(9, 500)}, r"ids: id 500 at position 0"),
+        ({"ids": np.array([5, 2**32 + 5])}, r"ids: id 4294967301 at position 1"),  # 5 as int32
         ({"ids": np.ones(99, int), "window": 90}, r"89 tokens exceed max_positions=64"),
     ],
 )

@@ -73,6 +73,9 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
     states = state, models.draft.init_state(3, 20)
     got = speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
     np.testing.assert_array_equal(got.generation.tokens, want.tokens)
+    states = models.target.init_state(3, 10), states[1]
+    with pytest.raises(ValueError, match="10 free cache slots, but the prompts and the new tokens need 11"):
+        speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
 
 
 @pytest.mark.plain_cases(1)

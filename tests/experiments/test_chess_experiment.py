@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,31 @@ def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) 
     assert main("--preset", preset, *SMALL, *sizes, "--data", file, "--output", tmp_path / "run") == 0
     assert read_results(tmp_path / "run")["steps"] == 2
     assert read_boards(tmp_path / "run")
+
+
+def test_a_missing_package_is_an_error_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "chess", None)
+    assert main("--data", "none.txt") == 2
+    assert "pip install 'jaxlm[chess]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tests.opening-moves", "12"), "tests.opening_moves=12 must be at most 200 and less than 12, the"),
+        (("--tests.max-moves", "99", "--tests.opening-moves", "64"), "at most 200 and less than 64"),
+        (("--preset", "lstm", "--tests.max-moves", "300", "--tests.opening-moves", "201"), "201 must be at most 200"),
+    ],
+)
+def test_long_openings_are_an_error_before_the_training(
+    options: tuple[str, ...], message: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(*SMALL, "--tests.engine", "1", *options, "--data", file, "--training.steps", "2", "--output", run) == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
 
 
 def test_invalid_data_options_print_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

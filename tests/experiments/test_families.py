@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +24,40 @@ def data() -> families.Data:
 
 def test_every_family_has_a_recipe() -> None:
     assert tuple(families.RECIPES) == FAMILIES
+
+
+def test_the_rows_of_a_family_without_a_recipe_fit_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.RECIPES, "gpt")
+    recipe_without_entry = families.recipe_of("gpt")
+    assert recipe_without_entry.length == recipe_without_entry.build().max_positions == 64
+
+
+def test_a_missing_recipe_is_an_error_before_the_first_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(families.RECIPES, "bert")
+    monkeypatch.setattr(families, "train_family", lambda *_: pytest.fail("the training started"))
+    assert families.main(["--family", "lstm", "bert", "--output", str(tmp_path / "run")]) == 2
+    assert "family 'bert' has no recipe in experiments.families" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("signal", "error", "arguments"), [("SIGINT", KeyboardInterrupt, ()), ("SIGTERM", SystemExit, (143,))]
+)
+def test_the_exit_status_depends_on_the_signal(
+    signal: str, error: type[BaseException], arguments: tuple[int, ...], data: families.Data,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(families, "train", lambda *_: SimpleNamespace(validation_loss=None, interrupted=signal))
+    with pytest.raises(error) as caught:
+        families.train_family("lstm", data, tmp_path)
+    assert caught.value.args == arguments
+
+
+def test_the_table_has_the_tokens_per_second() -> None:
+    row = families.Row("lstm", "lstm", "causal", "adamw", 1, 2, 3.0, 4567.0, 1.0, 2.0)
+    header, _, line = families.table([row]).splitlines()
+    assert dict(zip(header.split(" | "), line.split(" | "), strict=True))["tokens/s"] == "4,567"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

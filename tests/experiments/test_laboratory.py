@@ -10,7 +10,7 @@ import pytest
 from experiments.laboratory import __main__ as command
 from experiments.laboratory import page, pronunciation, runs, scaling
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim
-from experiments.laboratory.models import MODELS, model_of
+from experiments.laboratory.models import ENCODER_DECODERS, MODELS, model_of
 from jaxlm import spec
 from jaxlm.decoding import generate
 from jaxlm.models import FAMILIES, get_model
@@ -31,8 +31,17 @@ def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, 
 def test_every_causal_family_has_a_model():
     families = {model_of(name, vocab_size=8, width=32, layers=1, max_length=8).family for name in MODELS}
     causal = {name for name in FAMILIES if get_model(name).task == "causal" and not get_model(name).reads_source}
-    # These two are left out, because their memory or pooling needs rows of a certain length.
+    # These two are left out (see the docstring of the module models).
     assert causal - families <= {"transformer_xl", "alexnet"}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *ENCODER_DECODERS])
+def test_models_have_the_number_of_layers_of_each_plan(name):
+    for layers in {experiment.plan.layers for experiment in EXPERIMENTS.values()} | {1, 3}:
+        model = model_of(name, vocab_size=8, width=64, layers=layers, max_length=8)
+        num_layers = len(model.config.blocks) if name == "resnet_lm" else model.config.num_layers
+        assert num_layers == layers
+        assert model.num_parameters > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -284,6 +293,12 @@ def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, mo
     with pytest.raises(SystemExit):
         command.main(["--page", str(tmp_path / "docs"), "--model", "gru"])
     assert "--page writes all results" in capsys.readouterr().err
+
+
+def test_a_page_without_results_is_refused(tmp_path, capsys):
+    assert command.main(["--page", str(tmp_path / "docs"), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no results for a page" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists(), "a page with results is not replaced"
 
 
 def test_unknown_names_are_refused(capsys):

@@ -1,13 +1,17 @@
 """Small runs of the sentiment experiment: files of a run, resuming, folds and invalid input."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 import jaxlm
 from experiments import sentiment
 from jaxlm import cli
+from jaxlm.metrics import proportion
+from jaxlm.training.experiment import ModelConfig
 from jaxlm.training.report import read_attention, read_results, read_samples
 
 WORDS = {"1": "good fine great warm", "0": "bad dull poor cold"}
@@ -57,6 +61,12 @@ def test_files_of_a_run(finished_run, capsys):
     assert capsys.readouterr().out.split()[0] == "1"
 
 
+@pytest.mark.parametrize("field", ["directory=run", "param_dtype=bfloat16", "seed=1"])
+def test_options_of_load_pretrained_are_not_fields_of_the_model(field):
+    with pytest.raises(ValueError, match=f"--model.set {field}: .* is not a config field"):
+        ModelConfig(pretrained=Path("model"), set=(field,)).build()
+
+
 def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finished_run, files, capsys):
     (finished_run / "report.html").unlink()
     (finished_run / "model" / "model.safetensors").unlink()
@@ -84,6 +94,22 @@ def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     maps = read_attention(tmp_path / "run")
     assert len(maps) == 4
     assert maps[0].columns[1:3] == ["it", "is"]
+
+
+def test_every_fold_knows_all_labels(tmp_path, monkeypatch):
+    (tmp_path / "lines.all").write_text("".join(f"{'rare' if n == 0 else n % 2} it is word {n}\n" for n in range(20)))
+    calls = []
+
+    def train_and_test(experiment, training, test, labels, resume):
+        calls.append((labels, "rare" in training.label_names()))
+        return None, proportion("accuracy", 1, 10)
+
+    monkeypatch.setattr(sentiment, "train_and_test", train_and_test)
+    monkeypatch.setattr(sentiment.classification, "write_folds", lambda output, scores: None)
+    data = sentiment.Data(train=tmp_path / "lines.all")
+    sentiment.run(dataclasses.replace(sentiment.PRESETS["lstm"], data=data, folds=2, output=tmp_path / "run"))
+    assert {labels for labels, _ in calls} == {("0", "1", "rare")}
+    assert sorted(has_rare for _, has_rare in calls) == [False, True]
 
 
 @pytest.mark.thorough
@@ -115,6 +141,7 @@ def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     [
         (("--data.train", "none.tsv"), "none.tsv is not a file"),
         (("--model.set", "num_labels=3"), "--model.set num_labels=3: num_labels follows from the data, leave it out"),
+        (("--model.set", "name=gru"), "lstm has no field 'name'"),
         (("--model.set", "hidden"), "cannot read --model.set 'hidden': write name=value"),
         (("--model.name", "lstn"), "no model is called 'lstn': did you mean 'lstm'"),
         (("--optimizer.warmup-steps", "999"), "warmup_steps=999 must be fewer than the"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_large_groups_are_in_the_training_split() -> None:
     training, validation, test = parts(Data(largest_group=5, test_fraction=0.3), Examples(rows))
     assert len(training) + len(validation) + len(test) == 100
     assert 0 not in set(test.column("group")) | set(validation.column("group"))
+    with pytest.raises(ValueError, match="all groups have more than data.largest_group=5 texts, .*keys package"):
+        parts(Data(largest_group=5), Examples(rows[:20]))
 
 
 def test_docstrings_are_the_default_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,6 +130,14 @@ def test_first_sentence() -> None:
     """A sentence ends at a line end after punctuation, or at an empty line; white space is stripped."""
     assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
     assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
+
+
+def test_a_missing_package_of_the_test_is_an_error_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    assert main("--data.file", "none.jsonl") == 2
+    assert "pip install 'jaxlm[metrics]'" in capsys.readouterr().err
 
 
 def test_invalid_input_prints_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ FILES: dict[str, bytes] = {
     "file": b"to be\nor not\n",
     "latin": "n\xe9\n".encode("latin-1"),
     "emptyfile": b"",
+    "blankfile": b"\n \n",
     "badgz": b"not gzip",
     "cutgz": gzip.compress(b"hello world\n" * 1000)[:40],
     "text": TEXT.encode(),

@@ -206,6 +206,9 @@ def test_errors_for_missing_or_damaged_files(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12")
     with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
         load_adapter(tmp_path, GPT)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="only as a pickle file .adapter_model.bin.* with PEFT and save it"):
+        load_adapter(tmp_path, GPT)
 
 
 def test_errors_for_models_and_weights_that_peft_does_not_support(tmp_path):

@@ -137,6 +137,9 @@ def test_errors_name_bad_input():
     headless = dataclasses.replace(model, config=dataclasses.replace(model.config, task="none"))
     with pytest.raises(ValueError, match="task='none' has no head for labels"):
         headless.logits(params, jnp.zeros((1, 1, 32)))
+    causal = tiny_model("alexnet", task="causal")
+    with pytest.raises(ValueError, match="task='causal' has no pooled output: set task='classification'"):
+        causal.pool(spec.abstract(causal.specs), jnp.zeros((1, 1, 32)))
 
 
 def test_a_language_model_has_no_maximum_length():

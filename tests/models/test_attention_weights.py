@@ -75,6 +75,13 @@ def test_a_family_without_attention_raises():
         model.attention_weights(initial_params(model), tokens_of(model, 1, 4))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_an_empty_batch_raises(shape):
+    model = jaxlm.get_model("gpt2-tiny")
+    with pytest.raises(ValueError, match=rf"tokens \[{shape[0]}, {shape[1]}\] are empty: give at least one row"):
+        model.attention_weights(initial_params(model), np.zeros(shape, np.int32))
+
+
 def test_recording_does_not_change_later_calls():
     model = jaxlm.get_model("gpt2-tiny")
     params, tokens = initial_params(model), tokens_of(model, 1, 6)

@@ -59,6 +59,10 @@ def test_published_parameter_counts(name, count):
     [
         ({"pattern": ("window",)}, r"window=None and pattern=\('window',\) contradict each other: set window if and"),
         ({"window": 4, "pattern": ("full",)}, r"window=4 and pattern=\('full',\) contradict each other"),
+        (
+            {"window": 8, "pattern": ("full", "full", "window"), "num_layers": 2},
+            "set window if and only if at least one of the num_layers=2 layers has the kind 'window'",
+        ),
         ({"pattern": ("local",)}, r"each entry must be full or window or no_positions"),
         ({"window_rotary_base": 100.0}, "window_rotary_base=100.0 needs layers with a window"),
         ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
@@ -432,6 +436,8 @@ def test_field_names_of_transformers_5_are_read(tmp_path):
     changed = model.with_fields(rotary_base=1000.0, rotary_scaling=None)
     save_pretrained(tmp_path / "changed", changed, initial_params(changed))
     assert load_pretrained(tmp_path / "changed")[0].config == changed.config
+    with pytest.raises(ValueError, match="partial_rotary_factor=0.5 in rope_parameters must be 1.0: this family has"):
+        load_pretrained(save_with_fields(tmp_path, rope_parameters={"partial_rotary_factor": 0.5}))
     with pytest.raises(ValueError, match="rope_parameters has factor, but no rope_type that uses them"):
         load_pretrained(save_with_fields(tmp_path, rope_parameters={"factor": 2.0, "rope_theta": 500.0}))
 
@@ -454,5 +460,5 @@ def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
 
 def test_writing_unsupported_dynamic_scaling_raises(tmp_path):
     model = tiny_model("llama-tiny", rotary_scaling=RotaryScaling("dynamic", 2.0, 32))
-    with pytest.raises(ValueError, match="dynamic rotary scaling from 32 to max_positions=64 cannot be written"):
+    with pytest.raises(ValueError, match="max_positions=64 cannot be written .*: set max_positions=32, or use"):
         save_pretrained(tmp_path, model, initial_params(model))

@@ -51,6 +51,8 @@ def test_the_first_token_of_a_document_reads_row_2_of_the_table():
     assert rows_read((0, 10), (1, 5), (2, 3), (0, 46)) == {2, 3, 4, 5, 6}
     positions = np.arange(64, dtype=np.int32)[None]
     assert_trees_equal(hidden_of(model, params, tokens, positions=positions), hidden_of(model, params, tokens))
+    for outside in (-1, -2, 64):  # rows 0 and 1 are not read either
+        assert np.isnan(hidden_of(model, params, tokens, positions=np.where(positions == 3, outside, positions))).all()
     with pytest.raises(ValueError, match="65 tokens exceed max_positions=64"):
         model.apply(params, np.zeros((1, 65), np.int32))
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.decoding import BeamConfig, beam_search, log_likelihood
+from jaxlm.interop import config_json
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
 from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
@@ -222,6 +223,12 @@ def test_errors_name_bad_inputs():
     }.items():
         with pytest.raises(ValueError, match=field):
             get_model("xlnet-tiny", **{field: value})
+
+
+@pytest.mark.parametrize(("fields", "rate"), [({}, 0.1), ({"summary_last_dropout": 0.3}, 0.3)])
+def test_the_dropout_of_the_classifier_in_files(fields, rate):
+    file = {"architectures": ["XLNetForSequenceClassification"], "model_type": "xlnet", "dropout": 0.2, **fields}
+    assert xlnet.pool_dropout(config_json.describe(file, Path("config.json"), {}).model.config) == rate
 
 
 def test_a_target_outside_the_row_gives_nan():

@@ -190,6 +190,9 @@ def test_invalid_numbers_raise_errors():
         permutation.batch(np.zeros(5, np.int32), rng)
     with pytest.raises(ValueError, match="reuse_length=256"):
         permutation.batch(windows(), rng)
+    for name in ("reuse_length", "permutation_length", "num_predict", "max_span_length"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            PermutationConfig(**{name: 0})
     with pytest.raises(ValueError, match="permutation_length=7 must divide the lengths of both parts, 12 and 24"):
         permutation.batch(windows(), rng, PermutationConfig(**{**SMALL, "permutation_length": 7}))
     with pytest.raises(ValueError, match="num_predict needs 15 targets in a part of 12 tokens"):

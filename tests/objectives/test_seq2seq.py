@@ -22,6 +22,13 @@ def test_the_decoder_input_is_the_shifted_target():
     assert {name: x.tolist() for name, x in batch.inputs.items()} == {"source": [[7, 8, 9, 1]]}
 
 
+def test_the_start_id_does_not_have_the_dtype_of_the_targets():
+    targets, segments = np.array([[5, 6, 1]], np.uint8), np.array([[1, 1, 1]])
+    for each in (None, segments):
+        shifted = seq2seq.shift_right(targets, 300, each)
+        assert (shifted.dtype, shifted.tolist()) == (np.int32, [[300, 5, 6]])
+
+
 def test_every_document_begins_with_the_start_id_and_padding_has_weight_0():
     source, targets = np.array([[7, 1, 8, 1, 0]]), np.array([[0, 5, 6, 1, 9, 1, 0]])
     segments, source_segments = np.array([[0, 1, 1, 1, 2, 2, 0]]), np.array([[1, 1, 2, 2, 0]])

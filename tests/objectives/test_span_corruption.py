@@ -66,6 +66,15 @@ def test_source_and_target_of_a_text():
     assert target.tolist() == [99, 13, 14, 98, 19, 97, 1]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64])
+def test_sentinels_and_start_id_do_not_have_the_dtype_of_the_text(dtype):
+    text = np.arange(10, 30, dtype=dtype)[None]
+    batch = span_corruption.batch(text, np.random.default_rng(0), first_sentinel=250_099, start_id=250_100)
+    assert batch.targets[0, 0] == batch.inputs["source"].max() == 250_099
+    assert batch.tokens[0, :2].tolist() == [250_100, 250_099]
+    assert batch.tokens.dtype == batch.targets.dtype == batch.inputs["source"].dtype == np.int32
+
+
 def test_source_and_target_can_be_merged_into_the_text():
     rng = np.random.default_rng(3)
     texts = rng.integers(2, 150, (6, 130))
@@ -136,5 +145,10 @@ def test_invalid_input_raises_errors():
         corrupt(text, np.arange(40) == 0, first_sentinel=99, end_id=1)
     with pytest.raises(ValueError, match="source_length=2 is too short"):
         text_length(2)
-    with pytest.raises(ValueError, match=r"texts must be \[batch, time\], got \[40\]"):
-        span_corruption.batch(text, rng, first_sentinel=99)
+    with pytest.raises(ValueError, match="a text without tokens cannot be corrupted"):
+        corrupt(text[:0], np.zeros(0, bool), first_sentinel=99, end_id=1)
+    with pytest.raises(TypeError, match="Cannot cast"):
+        corrupt(text.astype(float), np.arange(40) == 5, first_sentinel=199, end_id=1)
+    for shape in ((40,), (0, 40)):
+        with pytest.raises(ValueError, match=rf"texts must be \[batch, time\] with .* row, got \{list(shape)}"):
+            span_corruption.batch(np.ones(shape, int), rng, first_sentinel=99)

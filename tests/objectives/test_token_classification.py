@@ -39,9 +39,13 @@ def test_loss_is_the_cross_entropy_of_the_labels():
     [
         (np.full((2, 3), 7), r"label 7 is not in \[0, num_labels=7\); use -100 for ignored targets"),
         (np.full((2, 3), -1), r"label -1 is not in"),
+        (np.ones((2, 3), bool), "labels must be integers, got bool"),
         (np.zeros((2, 4), int), r"labels \[2, 4\] must have the shape of tokens \[2, 3\]"),
     ],
 )
 def test_invalid_labels_raise_errors(labels, message):
     with pytest.raises(ValueError, match=message):
         token_classification.batch(np.zeros((2, 3), np.int32), labels, num_labels=7)
+    if labels.shape == (2, 3):
+        with pytest.raises(ValueError, match=message):
+            token_classification.batch(np.zeros((2, 3), np.int32), labels, np.ones((2, 3), int), num_labels=7)

@@ -24,6 +24,8 @@ def test_an_encoder_decoder_has_a_row_for_each_output_token():
     np.testing.assert_allclose(np.sum(both[1].weights, axis=1), 1.0, rtol=1e-5)
     [alone] = attention_maps(model, params, tokenizer, ["sun"], ["die Sonne"])
     np.testing.assert_allclose(both[1].weights, alone.weights, atol=1e-6)
+    maps = attention_maps(model, params, tokenizer, ["a house", "sun"], ["", "die Sonne"], output_special_tokens=False)
+    assert [item.title for item in maps] == ["sun"], "an empty output has no rows"
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "gpt2-tiny", "transformer-xl-tiny"])

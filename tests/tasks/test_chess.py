@@ -193,6 +193,12 @@ def test_a_reader_reads_each_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for board in boards:
             board.push_uci(line[ply])
     assert counts == [1] * 6
+    reader.logits([chess.Board()] * 3)
+    with pytest.raises(ValueError, match="board 2 begins at '4k3/8"):
+        reader.logits([chess.Board(), chess.Board(), chess.Board("4k3/8/8/8/8/8/8/4K3 w - - 0 1")])
+    few_moves = MoveReader(*oracle(UCI, games()[:1]), MoveTokenizer("uci", sorted({*line[1:]} - {line[0]})))
+    with pytest.raises(ValueError, match=f"the vocabulary has no move '{line[0]}': use a tokenizer with all moves"):
+        few_moves.logits([board_after(line[0])])
 
 
 def test_a_reader_can_be_used_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +268,27 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
             "1 of 2 games are longer than the model's max_positions=64, first game 1 with 67 moves",
         ),
         (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [""]), ValueError, "at least one move each"),
+        (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, FOOL), TypeError, "games=.* is one string"),
+        (
+            lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [FOOL], batch_size=-1),
+            ValueError,
+            "batch_size=-1 must be at least 1",
+        ),
+        (
+            lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, [FOOL], batch_size=0),
+            ValueError,
+            "batch_size=0 must be at least 1",
+        ),
+        (
+            lambda: next_move_probabilities(*model_and_params("lstm-tiny"), UCI, []),
+            ValueError,
+            "games_so_far is empty: give at least one line",
+        ),
+        (
+            lambda: next_move_probabilities(*model_and_params("lstm-tiny"), UCI, "e2e4"),
+            TypeError,
+            "games_so_far='e2e4' is one string: give a sequence of lines",
+        ),
         (
             lambda: legal_move_rate(*model_and_params("lstm-tiny"), UCI, games=0),
             ValueError,

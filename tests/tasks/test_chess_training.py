@@ -37,7 +37,8 @@ def test_causal_batches_predict_every_move_and_the_end() -> None:
 
 def test_an_encoder_decoder_predicts_the_moves_after_a_position() -> None:
     model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
-    source, to_batch, _ = game_batches(model, UCI, [SCHOLAR], 4, 5, positions_per_game=4, target_length=2)
+    source, to_batch, summary = game_batches(model, UCI, [SCHOLAR], 4, 5, positions_per_game=4, target_length=2)
+    assert summary.endswith("sources of at most 5 tokens, targets of at most 2")
     batch = to_batch(source.batch(0, range(4)))
     game = UCI.encode_game(SCHOLAR).tolist()
     for row in range(4):
@@ -94,6 +95,16 @@ def test_a_family_without_attention_has_no_attention_map(tmp_path: Path) -> None
     model = tiny_model("lstm-tiny", vocab_size=UCI.vocab_size)
     write_test(tmp_path, model, initial_params(model), UCI, ["e2e4 e7e5"])
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("games", "message"), [([], "there are no samples of 0 games"), ([SCHOLAR, " "], "game 1 has no moves: remove it")]
+)
+def test_samples_need_games_with_moves(games: list[str], message: str, tmp_path: Path) -> None:
+    model = tiny_model("lstm-tiny", vocab_size=UCI.vocab_size)
+    with pytest.raises(ValueError, match=message):
+        write_test(tmp_path, model, {}, UCI, games)
+    assert not list(tmp_path.iterdir())
 
 
 def test_match_boards_show_captures_and_last_positions() -> None:

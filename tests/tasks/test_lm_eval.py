@@ -220,10 +220,22 @@ def test_invalid_commands_print_an_error_message(
         assert message in capsys.readouterr().err
 
 
+def test_the_arguments_of_the_harness_command_are_accepted(jaxlm_directory: Path) -> None:
+    from jaxlm.tasks.lm_eval import HarnessModel
+
+    harness = {"batch_size": "16", "max_batch_size": None, "device": "cuda:0"}
+    model = HarnessModel.create_from_arg_obj({"pretrained": str(jaxlm_directory)}, harness)
+    assert model.requests.batch_size == 16
+    model = HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory},batch_size=2", harness)
+    assert model.requests.batch_size == 2
+
+
 def test_invalid_model_arguments_raise_errors(jaxlm_directory: Path) -> None:
     from jaxlm.tasks.lm_eval import HarnessModel
 
     with pytest.raises(ValueError, match="the model jaxlm needs pretrained=DIR and takes batch_size.*got device, pret"):
-        HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory}", {"device": "cuda"})
+        HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory},device=cuda")
+    with pytest.raises(ValueError, match="batch_size='auto' must be an integer of at least 1"):
+        HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory}", {"batch_size": "auto"})
     with pytest.raises(ValueError, match="jaxlm does not support chat templates"):
         HarnessModel.from_pretrained(jaxlm_directory).apply_chat_template([])

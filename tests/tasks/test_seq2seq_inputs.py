@@ -71,3 +71,9 @@ def test_a_tokenizer_without_an_eos_token_is_rejected():
         seq2seq.encode(PAIRS, tokenizer("none"))
     with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         seq2seq.encode(PAIRS, tokenizer("cls_sep"))
+    with pytest.raises(ValueError, match="the tokenizer adds no EOS token at the end"):
+        seq2seq.encode(Examples([{"source": "a", "target": ""}]), tokenizer("none"))
+
+
+def test_no_examples_have_no_ids():
+    assert seq2seq.encode(Examples([]), tokenizer()) == []

@@ -210,6 +210,7 @@ def test_generation_options() -> None:
         ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported: choose from until, max_gen"),
         ({"max_gen_toks": 3, "max_tokens": 3}, "max_gen_toks and max_tokens have the same meaning: set one of them"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True and temperature=0.0 contradict each other"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be finite and at least 0"),
         ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no space for the context, because the model reads max_length"),
         ({"temperature": 0.5, "num_beams": 2}, "num_beams=2 searches for likely texts, but temperature=0.5 draws"),
     ],
@@ -223,7 +224,8 @@ def test_invalid_requests_raise_errors() -> None:
     text_requests = requests("gpt2-tiny")
     with pytest.raises(ValueError, match="the continuation of request 1 has no tokens: ''"):
         text_requests.log_likelihoods([("a", "b"), ("a", "")])
-    with pytest.raises(ValueError, match="the continuation of request 0 has 65 tokens, but the model reads 64: 'xxx"):
+    message = "request 0 has 65 tokens, but the model reads 64: 'x{40}'...; shorten it, set a larger max_length, or use"
+    with pytest.raises(ValueError, match=message):
         text_requests.log_likelihoods([("a", "x" * 65)])
     assert (
         text_requests.log_likelihoods([])

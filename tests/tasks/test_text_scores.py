@@ -21,6 +21,8 @@ def test_splits_are_consecutive() -> None:
     assert np.array_equal(joined, CharTokenizer.from_text(TEXT).encode(TEXT))
     assert len(CORPUS.parts["validation"]) == pytest.approx(0.3 * len(TEXT), abs=1)
     assert set(Corpus.split(TEXT, CharTokenizer.from_text(TEXT)).parts) == {"training", "validation"}
+    with pytest.raises(ValueError, match="test_fraction=-0.1 must be at least 0 and less than 1"):
+        Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, -0.1)
     with pytest.raises(ValueError, match="leave nothing to train on"):
         Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, 0.5)
 

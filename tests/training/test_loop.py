@@ -71,7 +71,7 @@ def run(directory, loss=causal.loss, data=None, **options):
     config = TrainingConfig(**config)
     trainer = CachedTrainer(**vars(config.trainer(model, optimizer, loss, sharding=sharding)))
     data = data or Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
-    return train(trainer, data, evaluate, config, Run(directory, {"note": "test"}, resume), initial)
+    return train(trainer, data, evaluate, config, Run(str(directory), {"note": "test"}, resume), initial)
 
 
 @functools.cache
@@ -304,6 +304,16 @@ def test_resuming_a_complete_run_returns_its_result(tmp_path, complete_run, capf
         run(directory, resume=True, steps=5)
 
 
+def test_a_resumed_run_evaluates_its_last_step_if_the_checkpoint_was_not_evaluated(tmp_path, complete_run):
+    directory = tmp_path / "copy"
+    shutil.copytree(tmp_path.parent / "complete_run", directory)
+    shutil.rmtree(directory / "checkpoints" / str(STEPS))
+    result = run(directory, resume=True, steps=8)
+    assert (result.step, result.interrupted) == (8, None)
+    assert result.validation == training_setup()[3](result.params)
+    assert metric_curve(read_metrics(directory / "metrics.jsonl"), "validation_loss")[0] == [6, 8, 12]
+
+
 def test_resuming_a_run_without_a_checkpoint_starts_at_step_0(tmp_path, complete_run, capfd):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')  # the run was killed while it wrote this line
@@ -336,15 +346,22 @@ def test_a_run_directory_is_locked_by_one_process(tmp_path):
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"ema_decay": 1.5}, "ema_decay=1.5"),
+        ({"ema_decay": 0}, "ema_decay=0 must be between 0 and 1, or None"),
         ({"batch_size": 8, "grad_accum_steps": 3}, "grad_accum_steps=3 does not divide batch_size=8"),
         ({"max_rollbacks": -1}, "max_rollbacks=-1 must be at least 0"),
         ({"max_rollbacks": 1, "checkpoint_every": None}, "max_rollbacks=1 needs checkpoints"),
         ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
+        ({"spike_deviations": 0}, "spike_deviations=0 must be positive, or None"),
     ],
 )
 def test_bad_training_configs_raise_an_error_with_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**change)
+
+
+def test_reserved_keys_of_the_metadata_raise_an_error():
+    with pytest.raises(ValueError, match="meta has the key 'model', under which a checkpoint has .*: rename it"):
+        Run("run", {"note": "test", "model": "gpt"})
 
 
 def test_the_evaluation_is_a_mean_over_tokens():
@@ -405,6 +422,18 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     resumed = run(tmp_path / "cut", resume=True, checkpoint_every=100, patience=2, **best)
     assert resumed.step == 4
     assert_trees_equal(resumed.params, result.params)
+
+
+@pytest.mark.parametrize(("score", "step"), [(0.9, 5), (0.2, 4)])
+def test_the_evaluation_of_an_interrupted_last_step_may_be_the_best(tmp_path, monkeypatch, score, step):
+    model, optimizer, tokens, _ = training_setup()
+    options = {"best_metric": "score", "best_mode": "max", "restore_best": True, "evaluate_every": 2}
+    evaluate = scripted_evaluate([0.1, 0.7, score])
+    monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, evaluate))
+    data = SignalBatches(RandomWindows(tokens, 16, 8, seed=1), 5, signal.SIGTERM)
+    assert run(tmp_path, data=data, checkpoint_every=100, **options).interrupted == "SIGTERM"
+    result = run(tmp_path, resume=True, steps=5, checkpoint_every=100, **options)
+    assert (result.step, result.validation["score"]) == (step, max(score, 0.7))
 
 
 def test_best_mode_cannot_change_and_a_directory_has_one_run(tmp_path):
@@ -499,5 +528,10 @@ def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
     balance_loss = jax.jit(lambda params: load_balance_loss(model.apply_with_routing(params, batch.tokens)[2]))
     assert values["load_balance_loss"] == pytest.approx(float(balance_loss(params)), rel=1e-5)
     losses = {"loss": causal.loss_with_load_balance(0.5), "router_z_loss": causal.loss}
-    with pytest.raises(ValueError, match="a loss has the term 'router_z_loss', which is also another metric"):
+    with pytest.raises(ValueError, match="two metrics have the name 'router_z_loss': rename one"):
         Evaluator(model, losses, [batch])
+    extra = {"extra_metrics": lambda params: {"loss": 0.0}, "extra_metric_names": ("loss",)}
+    with pytest.raises(ValueError, match="two metrics have the name 'loss': rename one"):
+        Evaluator(model, causal.loss, [batch], **extra)
+    with pytest.raises(ValueError, match=r"extra_metric_names=\('bleu',\) needs extra_metrics"):
+        Evaluator(model, causal.loss, [batch], extra_metric_names=("bleu",))

@@ -21,7 +21,7 @@ BATCH = Batch(TOKENS[:, :-1], TOKENS[:, 1:], np.ones((8, 12), np.float32))
 
 def model_at(name, width):
     model = model_of(name, vocab_size=VOCAB, width=width, layers=1, max_length=12)
-    return model.with_fields(tie_embeddings=False)
+    return model.with_known_fields(tie_embeddings=False)
 
 
 def logits_change(name, width, *, with_mup):
@@ -112,11 +112,30 @@ def test_only_widths_may_differ():
         mup(base.with_fields(window=4), base)
     with pytest.raises(ValueError, match=r"rotary_base=500.0 in the model and 10000.0 in the base model"):
         mup(base.with_fields(rotary_base=500.0), base)
+    with pytest.raises(ValueError, match=r"rotary_base=500 in the model and 10000.0 in the base model"):
+        mup(base.with_fields(rotary_base=500), base)
     with pytest.raises(ValueError, match="position_embedding: the axis 'positions' has size 12 in the model and 40"):
         mup(model_at("gpt", NARROW), model_at("gpt", NARROW).with_fields(max_positions=40))
     with pytest.raises(ValueError, match="the model is a llama and the base model a gpt: use the same family"):
         mup(base, tiny_model("gpt"))
+    for family, field in (
+        ("t5", "num_buckets"),
+        ("t5", "max_distance"),
+        ("transformer_xl", "memory_length"),
+        ("transformer_xl", "clamp_length"),
+        ("xlnet", "reuse_length"),
+    ):
+        narrow = tiny_model(family)
+        with pytest.raises(ValueError, match=f"{field}=24 in the model and .* in the base model: only widths may"):
+            mup(narrow.with_fields(**{field: 24}), narrow)
     mup(base.with_fields(dtype="bfloat16", remat="full"), base)
+
+
+def test_a_width_may_be_none_in_one_model():
+    base = model_at("gpt", NARROW).with_fields(mlp_dim=None)
+    model = model_at("gpt", WIDE).with_fields(mlp_dim=4 * WIDE)
+    for wide, narrow in ((model, base), (model.with_fields(mlp_dim=None), base.with_fields(mlp_dim=4 * NARROW))):
+        assert spec.flatten(mup(wide, narrow).rates)["layers/0/mlp/down/weight"] == NARROW / WIDE
 
 
 def test_families_that_mup_does_not_support():

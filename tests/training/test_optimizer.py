@@ -218,6 +218,20 @@ def test_muon_has_dimension_numbers_for_lora_factors():
     assert numbers == {"lora_a": MuonDimensionNumbers((1, 2), (3,)), "lora_b": MuonDimensionNumbers((1,), (2,))}
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("llama-tiny", "^head$"),
+        ("attention-rnn-tiny", "^head/weight$"),
+        ("gpt2-tiny", "token_embedding"),
+        ("gpt2-tiny", "position_embedding"),
+    ],
+)
+def test_muon_does_not_update_lora_factors_of_embeddings_and_heads(name, target):
+    factors = LoRA(2, targets=(target,)).specs(tiny_model(name).specs)
+    assert jax.tree.leaves(muon_dimension_numbers(factors)) == []
+
+
 # ----------------------------------------------------------------------------------------- other optimizers
 
 
@@ -319,7 +333,7 @@ def test_layer_decay_multiplies_the_whole_update():
 
 
 def test_layer_decay_needs_layers():
-    with pytest.raises(ValueError, match=r"layer_decay=0.5: the model has neither"):
+    with pytest.raises(ValueError, match=r"layer_decay=0.5: the model has neither .* leave layer_decay out"):
         make_optimizer(OptimizerConfig(layer_decay=0.5), {"w": spec.ArraySpec((3,), ("embed",))}, 1000)
 
 

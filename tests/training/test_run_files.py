@@ -55,6 +55,8 @@ def test_a_curve_has_no_steps_that_a_rollback_discarded():
     records = [{"step": step, "loss": float(step)} for step in range(1, 6)]
     records += [{"step": 5, "event": "rollback", "to_step": 2}, {"step": 4, "loss": 0.5}]
     assert metric_curve(records, "loss") == ([1, 2, 4], [1.0, 2.0, 0.5])
+    records = [{"step": 3, "validation_loss": 1.0, "validation_accuracy": 0.5}]
+    assert plots.training_panels([*records, {"step": 4, "event": "rollback", "to_step": 2}]) == []
 
 
 def test_each_panel_has_the_loss_or_one_validation_metric(tmp_path):
@@ -113,10 +115,13 @@ def test_read_results_returns_scores_processor_and_versions(tmp_path):
 
 
 def test_values_that_are_not_json_are_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"results.json: a value is not JSON"):
-        report.write_results(
-            tmp_path, task="t", family="f", parameters=1, minutes=1.0, scores=[Score("loss", math.nan)]
-        )
+    scores = [Score("loss", 1.0), Score("f1", math.nan)]
+    for values, message in (
+        ({"scores": scores}, r"results.json: scores\[1\].value=nan is not JSON: Out of range"),
+        ({"scores": [], "data": {"a": ({1},)}}, r"results.json: data.a\[0\]=\{1\} is not JSON: Object of type set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.write_results(tmp_path, task="t", family="f", parameters=1, minutes=1.0, **values)
     with pytest.raises(TypeError, match="sample 1: score is float: it must be a string"):
         report.write_samples(tmp_path, [{"score": "0.5"}, {"score": 0.5}])
     assert not any(tmp_path.iterdir())
@@ -126,6 +131,8 @@ def test_values_that_are_not_json_are_rejected(tmp_path):
 def test_confusion_counts_must_match_their_labels(tmp_path, counts):
     with pytest.raises(ValueError, match=r"must be integers >= 0 of shape \[2, 2\]"):
         report.write_confusion(tmp_path, ["a", "b"], counts)
+    with pytest.raises(ValueError, match=r"labels=\[0, 1\] must be strings"):
+        report.write_confusion(tmp_path, [0, 1], [[1, 0], [0, 1]])
 
 
 def test_attention_weights_must_match_their_tokens():
@@ -135,6 +142,8 @@ def test_attention_weights_must_match_their_tokens():
         AttentionMap("x", ["a"], ["c", "d"], [[-1.0, 2.0]])
     with pytest.raises(ValueError, match=r"weights must be in \[0, 1\]"):
         AttentionMap("x", ["a"], ["c"], [[math.nan]])
+    with pytest.raises(ValueError, match="'x': rows is empty: leave out"):
+        AttentionMap("x", [], ["c"], np.zeros((0, 1)))
 
 
 # --------------------------------------------------------------------------------------------- report.html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -155,4 +156,7 @@ def test_the_evaluator_carries_the_model_state() -> None:
     total, weight, _ = loss_of(model, params, joined, None)
     evaluate = Evaluator(model, causal.loss, batches[:2], carry_size=CARRY)
     assert evaluate(params)["loss"] == pytest.approx(float(total / weight), rel=1e-5)
+    resets = [dataclasses.replace(batch, reset=np.array([True] * len(batch.tokens))) for batch in batches[:2]]
+    separate = Evaluator(model, causal.loss, batches[:2])(params)["loss"]
+    assert Evaluator(model, causal.loss, resets, carry_size=CARRY)(params)["loss"] == pytest.approx(separate, rel=1e-6)
     assert Evaluator(model, causal.loss, batches[:2])(params)["loss"] != pytest.approx(float(total / weight), rel=1e-5)

@@ -301,6 +301,19 @@ def test_bad_optimizer_configs_raise_an_error_with_the_field(change, message):
         OptimizerConfig(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_accum_steps": 0}, "grad_accum_steps=0 must be at least 1"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5 must be between 0 and 1, or None"),
+        ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
+    ],
+)
+def test_bad_settings_of_a_trainer_raise_an_error_with_the_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_model("gpt2-tiny"), optax.sgd(0.1), causal.loss, **change)
+
+
 def test_a_trainer_needs_an_optax_optimizer():
     with pytest.raises(TypeError, match="a Trainer needs an Optax optimizer: use make_optimizer"):
         Trainer(tiny_model("gpt2-tiny"), OptimizerConfig(), causal.loss)

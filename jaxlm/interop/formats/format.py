@@ -62,8 +62,8 @@ class Format:
         unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.
         layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert. A missing path means that the HF
             tensor has the axes of the parameter.
-        tied_tensors: name of an additional tensor (without ``prefix``) that a file may contain -> path of the jaxlm
-            parameter that must be equal to the tensor.
+        tied_tensors: full name of an additional tensor that a file may contain -> path of the jaxlm parameter that must
+            be equal to the tensor. The ``prefix`` is not added to the name.
         renamed: suffix of a tensor name in old files -> suffix of the current name.
         ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
     """

@@ -42,9 +42,13 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
     if "rope_theta" in hf_scaling:  # transformers 5 writes rope_theta into rope_parameters
         fields["rotary_base"] = hf_scaling.pop("rope_theta")
     if "partial_rotary_factor" in hf_scaling:
-        fields["rotary_fraction"] = hf_scaling.pop("partial_rotary_factor")
-        if fraction is not None and fields.pop("rotary_fraction") != fraction:
-            raise ValueError(f"partial_rotary_factor in {name} must be {fraction}: this family has no other fraction")
+        factor = hf_scaling.pop("partial_rotary_factor")
+        if fraction is None:
+            fields["rotary_fraction"] = factor
+        elif factor != fraction:
+            raise ValueError(
+                f"partial_rotary_factor={factor!r} in {name} must be {fraction}: this family has no other fraction"
+            )
     old_kind = hf_scaling.pop("type", "default")
     kind = hf_scaling.pop("rope_type", old_kind)
     if kind == "default":
@@ -85,7 +89,8 @@ def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> di
     if scaling.kind == "dynamic" and scaling.original_positions != max_positions:
         raise ValueError(
             f"dynamic rotary scaling from {scaling.original_positions} to max_positions={max_positions} cannot be "
-            "written to a Hugging Face file, because transformers computes the base from the length of each text"
+            "written to a Hugging Face file, because transformers computes the base from the length of each text: set "
+            f"max_positions={scaling.original_positions}, or use linear or yarn scaling"
         )
     hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}

@@ -20,6 +20,8 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["cutoffs"] = tuple(cutoffs)
     if "clamp_len" in config:
         fields["clamp_length"] = clamp if clamp > 0 else None
+    if not isinstance(config.get("tie_projs", []), list | None):
+        raise ValueError(f"tie_projs={config['tie_projs']!r} must be a list of true and false")
     tied = config.get("tie_projs") or [False, config.get("proj_share_all_but_first", True)]
     if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
         raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")

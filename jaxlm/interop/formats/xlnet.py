@@ -51,6 +51,7 @@ FORMATS = (
             "dropout": "dropout",
             "pool_dropout": "summary_last_dropout",
         },
+        default_fields={"pool_dropout": 0.1},
         read_fields=_read_fields,
         write_fields=_write_fields,
         values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},

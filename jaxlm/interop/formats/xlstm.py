@@ -10,7 +10,7 @@ from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.xlstm import Config
 
 UNPUBLISHED_FIELDS = ("pattern",)
-"""Models with sLSTM layers are saved with jaxlm's own names."""
+"""Config fields that the format of transformers lacks. Models with sLSTM layers are saved with jaxlm's own names."""
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 """HF field -> HF field with the same meaning. transformers reads both fields, so their values must be equal."""

@@ -222,7 +222,8 @@ def make_context(
     S = state["segment_ids"].shape[1]
     if T > S:
         raise ValueError(
-            f"{T} new tokens do not fit into a state of {S} slots: create the state with state_specs(cfg, batch, {T})"
+            f"{T} new tokens do not fit into a state of {S} slots: create a longer state, such as "
+            f"model.init_state(batch, length={T})"
         )
     segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     length_B = state["length"]

@@ -26,7 +26,7 @@ SUBLANE_BITS, LANE_BITS = 3, 7
 
 
 class Block(Tile):
-    """A tile in VMEM. Its methods get integers of queries as a column and integers of keys as a row."""
+    """A tile in VMEM. Integer arrays are already sliced: a column [R, 1] for the queries, a row [1, E] for the keys."""
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         shape = self.rows, self.columns

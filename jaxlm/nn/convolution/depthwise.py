@@ -53,7 +53,8 @@ def depthwise_convolution(
     ``dilation``.
 
     Args:
-        segment_ids: [B, T]; an output reads only its own segment; inputs of other segments count as zeros.
+        segment_ids: [B, T]; an output reads only its own segment; inputs of other segments count as zeros. The segment
+            of output t is that of step t; for ``valid``, that of its last tap.
         implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
             shifts and multiplies the whole input for each tap, and sums the products in one pass; its custom gradient
             saves the input, but not the products. None chooses the fastest known: ``shifts`` on a CPU and for segments,

@@ -1,6 +1,6 @@
 """Max pooling and k-max pooling over time.
 
-Shapes: B batch, T time, C channels, K entries that are selected.
+Shapes: B batch, T time, C channels, K taps of a window or selected entries of a channel, W length of a tail.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 An assignment is a pair of a token and one of its selected experts.
 
-Shapes: R and Q numbers of rows, A assignments, E experts, S rows of a block, P slots (rows of all blocks).
+Shapes: R and Q numbers of rows, D width of a row, A assignments, E experts, S rows of a block, P slots (rows of all
+blocks).
 """
 
 from __future__ import annotations

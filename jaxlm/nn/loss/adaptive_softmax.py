@@ -16,8 +16,8 @@ Parameters (E_i width of cluster i, n_i number of its words, C number of cluster
 The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
 The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
-If the other projections or the tables are not tied, they are stored next to the biases as ``projection`` and
-``embedding``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
+If the other projections or the tables are not tied, they are stored as ``projection`` and ``embedding`` in ``head`` and
+``head/tails/cluster_i``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
 Transformer-XL and in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the
 rows of its ``cluster_weight`` and ``cluster_bias`` are in reverse order.
 

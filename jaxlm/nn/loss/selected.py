@@ -23,9 +23,9 @@ def selected_cross_entropy(
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is not 0.
 
-    Positions with nonzero weight are sorted first, and a loop computes the loss of one block of these positions at a
-    time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``, not in
-    ``weights``; the head must read all leaves of ``params``.
+    The positions are sorted so that those with nonzero weight come first. A loop then computes the loss of one block
+    of these positions at a time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in
+    ``params``, not in ``weights``; the head must read all leaves of ``params``.
 
     Returns:
         A float32 scalar, in nats.

@@ -110,8 +110,8 @@ def _forward(
     weights = _split_hidden(cell, weights)
 
     def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
-        """The state after the step, and the arrays to store: the output and the residuals (the cell before the step,
-        and gates)."""
+        """The state after the step, and the arrays to store: the output and, with ``save_residuals``, the cell before
+        the step (LSTM) and the gates (without ``remat``)."""
         before = _reset(mask, state)
         gates = cell.gates(weights, projected, before[0])
         after = _restore_at_padding(mask, cell.advance(gates, before), before)
@@ -152,9 +152,10 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
     split_weights = _split_hidden(cell, weights)
-    # The hidden weights are transposed once for all steps, except if B = 1 (only float32 without sharding). Time per
-    # step on a CPU, without and with the transposed copy: B1 H650: 41 and 56 us; B4 H512: 145 and 37 us; B32 H512: 260
-    # and 166 us. A matmul for all rows of a chunk takes the same time with and without the copy.
+    # The hidden weights are copied and transposed once for all steps. For B = 1, there is no copy if the weights are
+    # float32 and not sharded. Time per step on a CPU, without and with the transposed copy: B1 H650: 41 and 56 us; B4
+    # H512: 145 and 37 us; B32 H512: 260 and 166 us. A matmul for all rows of a chunk takes the same time with and
+    # without the copy.
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 

@@ -5,9 +5,9 @@ heads in VMEM from the first chunk to the last one.
 
 Let b_t be the sum of the log decays of a chunk up to step t. The product of the decays of steps s + 1 to t is
 ``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
-steps of its segment. Only the first segment reads the state before the chunk. Log decays below ``MIN_LOG_DECAY`` are
-set to this value, so that all sums are finite. The rounding error of a sum is about 6e-8 times its magnitude. A decay
-of almost 0 has a large negative logarithm, so products of later decays are less accurate.
+steps of its segment. Only steps before the first reset of a chunk read the state before the chunk. Log decays below
+``MIN_LOG_DECAY`` are set to this value, so that all sums are finite. The rounding error of a sum is about 6e-8 times
+its magnitude. A decay of almost 0 has a large negative logarithm, so products of later decays are less accurate.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -46,8 +46,8 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
-            "needs a number of heads J so that J * K and J * V are multiples of 128 and the states of J heads fit "
-            "into VMEM"
+            "needs a number of heads J so that J * V and J * K (K, if several groups of heads share keys) are "
+            "multiples of 128, or J is the number of all heads, and the arrays of J heads fit into VMEM"
         )
     return None
 
@@ -76,12 +76,15 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
 
 
 def _vmem_bytes(J: int, K: int, V: int) -> int:
-    """Upper bound of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
+    """Estimate of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
 
-    The inputs and outputs are four arrays of the size of the keys, three of the size of the values, and three of the
-    size of the states. Each of them has two buffers. The carry is another array of the size of the states.
+    The inputs and outputs are four arrays of the size of the keys, three of the size of the values, three of the size
+    of the states, and four arrays with scalars of each step. Each of them has two buffers. The carry is another array
+    of the size of the states. The last axis of states and scalars is padded to whole registers. If the heads of a block
+    share one query and key, their four arrays are smaller than estimated.
     """
-    return 4 * (2 * LANES * J * (4 * K + 3 * V) + 7 * J * K * V)
+    L, padded_V = LANES, -(-V // LANES) * LANES
+    return 4 * (2 * L * J * (4 * K + 3 * V) + 7 * J * K * padded_V + 2 * 4 * L * LANES)
 
 
 HEAD_AXES = ("batch", None, "heads", None)

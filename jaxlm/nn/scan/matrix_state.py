@@ -45,7 +45,8 @@ def linear_attention(
     """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + scale_t * k_t v_t.T``, and the last state.
 
     The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. The products of queries
-    and keys are not scaled. Matmul inputs have the dtype of the values; everything else is float32.
+    and keys are not scaled. Matmul inputs have the dtype of the values (``reference``: float32); everything else is
+    float32.
 
     Args:
         query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may also be a divisor

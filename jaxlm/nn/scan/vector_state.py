@@ -58,7 +58,7 @@ def linear_scan(
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
             the state at step 0.
-        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
+        implementation: ``reference`` (a plain ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
             or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments,
             otherwise ``chunked``.
             ``sequential`` and ``chunked`` support forward-over-reverse second derivatives. ``pallas`` supports no

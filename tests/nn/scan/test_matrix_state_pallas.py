@@ -249,6 +249,19 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     assert reason == "needs numbers of heads and groups that 4 divides, not 8 and 2"
 
 
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [
+        ((1, 80, 128, 64), 8),  # mamba2-2.7b
+        ((8, 8, 256, 512), 2),  # xlstm-7b
+        ((32, 32, 128, 128), 8),  # qwen3-next-80b-a3b
+        ((32, 32, 192, 8), None),  # the compiler pads the rows of a state to 128 entries, so 16 heads need 23 MiB
+    ],
+)
+def test_heads_of_a_block(shape, heads):
+    assert head_blocks.heads_per_block(*shape) == heads
+
+
 def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
     shape = (1, 300, 1, 2, 8, 64)
