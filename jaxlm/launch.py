@@ -73,7 +73,8 @@ def script(
 ) -> str:
     """A bash script that runs ``command`` (``python -m MODULE ...``) on ``topology``.
 
-    If the command succeeds, the script copies the directory ``results`` from the first rented host to this machine.
+    At the end, also after an error of the command, the script copies the directory ``results`` from the first host to
+    this machine. The exit status of the script is that of the command.
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine. The shapes of
@@ -139,7 +140,8 @@ def _gpt2_command(chips: int) -> list[str]:
 def _tpu_script(
     tpu: _TpuGeneration, chips: int, multi_host: bool, command: Sequence[str], zone: str, name: str, spot: bool
 ) -> str:
-    run = shlex.join(["python", "-m", "jaxlm.launch", *command[2:]] if multi_host else command)
+    is_wrapped = command[2] == "jaxlm.launch"
+    run = shlex.join(["python", "-m", "jaxlm.launch", *command[2:]] if multi_host and not is_wrapped else command)
     quoted_zone = shlex.quote(zone)
     ssh = f"gcloud compute tpus tpu-vm ssh {name} --zone={quoted_zone} --worker=all --command"
     spot_option = " --spot" if spot else ""
@@ -153,10 +155,10 @@ def _tpu_script(
     )
     run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
-# {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it from the
-# root directory of a checkout of jaxlm. The Google Cloud command line must be logged in to a project that has quota
-# for these chips.
+# {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it in a checkout
+# of jaxlm. The Google Cloud command line must be logged in to a project that has quota for these chips.
 set -euo pipefail
+cd "$(git rev-parse --show-toplevel)"
 if gcloud compute tpus tpu-vm describe {name} --zone={quoted_zone} >/dev/null 2>&1; then
     echo "the TPU {name} already exists: delete it, or choose another --name" >&2
     exit 1
@@ -168,24 +170,32 @@ git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 gcloud compute tpus tpu-vm scp jaxlm.tar {name}: --zone={quoted_zone} --worker=all
 {ssh} 'tar xf jaxlm.tar'
 {ssh} {shlex.quote(install_command)}
-{ssh} {shlex.quote(run_command)}
-gcloud compute tpus tpu-vm scp --recurse {name}:jaxlm/{_RESULTS} . --zone={quoted_zone} --worker=0
+status=0
+{ssh} {shlex.quote(run_command)} || status=$?
+gcloud compute tpus tpu-vm scp --recurse {name}:jaxlm/{_RESULTS} . --zone={quoted_zone} --worker=0 || [ $status -ne 0 ]
+exit $status
 """
 
 
 def _gpu_script(host: str, run: str) -> str:
     quoted_host = shlex.quote(host)
-    install_command = "tar xf jaxlm.tar && python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[cuda13,test]'"
-    run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
+    install_command = (
+        "rm -rf jaxlm-run/jaxlm && mkdir -p jaxlm-run && tar xf jaxlm-run.tar -C jaxlm-run && "
+        "python3 -m venv jaxlm-run/venv && jaxlm-run/venv/bin/pip install -q -e './jaxlm-run/jaxlm[cuda13,test]'"
+    )
+    run_command = f"cd jaxlm-run/jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/jaxlm-run/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
-# One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it from the root directory
-# of a checkout of jaxlm.
+# One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it in a checkout of jaxlm. The script
+# replaces ~/jaxlm-run/jaxlm on the node.
 set -euo pipefail
+cd "$(git rev-parse --show-toplevel)"
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
-scp jaxlm.tar {quoted_host}:
+scp jaxlm.tar {quoted_host}:jaxlm-run.tar
 ssh {quoted_host} {shlex.quote(install_command)}
-ssh {quoted_host} {shlex.quote(run_command)}
-scp -r {quoted_host}:jaxlm/{_RESULTS} .
+status=0
+ssh {quoted_host} {shlex.quote(run_command)} || status=$?
+scp -r {quoted_host}:jaxlm-run/jaxlm/{_RESULTS} . || [ $status -ne 0 ]
+exit $status
 """
 
 

@@ -29,6 +29,7 @@ def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[s
         (directory / program).write_text(
             f"#!{sys.executable}\nimport sys\n"
             f"open({str(log)!r}, 'a').write(repr([{program!r}, *sys.argv[1:]]) + '\\n')\n"
+            "if 'rev-parse' in sys.argv: print('.')\n"
             f"sys.exit(not set({failing!r}).isdisjoint(sys.argv))\n"
         )
         (directory / program).chmod(0o755)
@@ -43,7 +44,7 @@ def test_a_tpu_is_created_used_and_deleted(tmp_path):
     )
     assert status == 0
     words = [" ".join(call) for call in calls]
-    assert words[1] == (
+    assert words[2] == (
         "gcloud compute tpus tpu-vm create mine --zone=us-central1-a --accelerator-type=v5litepod-8 "
         "--version=v2-alpha-tpuv5-lite --spot"
     )
@@ -62,6 +63,23 @@ def test_a_tpu_is_deleted_after_a_failure(tmp_path):
         status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path, "describe", failing)
         assert status != 0
         assert [call[4] for call in calls if call[0] == "gcloud"][-2:] == [failing, "delete"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"), [("v6e:2x2", {"zone": "z"}), ("gpu", {"host": "me@node"})], ids=["tpu", "gpu"]
+)
+def test_results_are_copied_also_after_an_error_of_the_command(tmp_path, topology, options):
+    text = script(topology, COMMAND, **options)
+    (run,) = [shlex.split(line.removesuffix(" || status=$?"))[-1] for line in text.splitlines() if "results/it" in line]
+    status, calls = execute(text, tmp_path, "describe", run)
+    assert status == 1
+    copies = [" ".join(call) for call in calls if "scp" in call]
+    assert "jaxlm/results" in copies[-1]
+
+
+def test_a_command_that_starts_processes_itself_is_not_wrapped():
+    command = ["python", "-m", "jaxlm.launch", "--lost-after", "60", "experiments.text_generation", "--mesh", "data=16"]
+    assert f" {shlex.join(command)}" in script("v5e:4x4", command, zone="z")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +111,7 @@ def test_a_tpu_with_an_old_python_gets_a_newer_one(version, calls_of_python, tmp
 def test_a_tpu_that_exists_already_is_not_deleted(tmp_path):
     status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path)
     assert status != 0
-    assert [call[4] for call in calls] == ["describe"]
+    assert [call[4] for call in calls if call[0] == "gcloud"] == ["describe"]
 
 
 @pytest.mark.parametrize(
@@ -133,8 +151,8 @@ def test_a_slice_of_several_hosts_runs_an_experiment_by_default():
 def test_a_gpu_node_is_not_created_or_deleted(tmp_path):
     status, calls = execute(script("gpu", COMMAND, host="me@node"), tmp_path)
     assert status == 0
-    assert [call[0] for call in calls] == ["git", "scp", "ssh", "ssh", "scp"]
-    assert all("me@node" in " ".join(call) for call in calls[1:])
+    assert [call[0] for call in calls] == ["git", "git", "scp", "ssh", "ssh", "scp"]
+    assert all("me@node" in " ".join(call) for call in calls[2:])
 
 
 @pytest.mark.parametrize(

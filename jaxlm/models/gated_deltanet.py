@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
-from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
+from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
@@ -110,6 +110,7 @@ class Config(experts.ExpertsConfig):
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if this width is not even
+        check_dynamic_scaling(self.rotary_scaling, self.max_positions)
 
 
 def apply(

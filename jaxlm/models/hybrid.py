@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common
 from jaxlm.nn.attention import Implementation, attention, cache
-from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_width, rotate
+from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import Initializer, Params
@@ -50,6 +50,7 @@ class AttentionConfig(common.TransformerConfig):
         common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
         common.check_divides(self, "attention_kv_heads", "attention_heads")
         rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if this width is not even
+        check_dynamic_scaling(self.rotary_scaling, self.max_positions)
 
 
 def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:

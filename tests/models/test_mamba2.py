@@ -195,6 +195,7 @@ def test_the_residual_stream_is_float32_by_default():
         ({"attention_kv_heads": 5}, "attention_kv_heads=5 does not divide attention_heads=32"),
         ({"rotary_fraction": 0.01}, r"rotary_fraction=0.01 must be .* its product with head_dim=128, .* must be even"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
+        ({"rotary_scaling": RotaryScaling("dynamic", 2.0, 64)}, "dynamic rotary scaling needs max_positions"),
         ({"attention_implementation": "fast"}, "attention_implementation='fast' is unknown"),
         ({"head_dim": 7}, r"head_dim=7 must divide expand \* embed_dim = 64"),
         ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),

@@ -84,19 +84,21 @@ def rotary_frequencies(
         max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
             compute the base in each call from the longest row, so cached keys and later queries may have different
             bases. The frequencies equal those of other libraries for sequences of length ``max_positions``; if
-            ``max_positions`` is at most ``original_positions``, also for shorter sequences. None: the base is not
-            changed. Other kinds of scaling do not use ``max_positions``.
+            ``max_positions`` is at most ``original_positions``, also for shorter sequences. Other kinds of scaling do
+            not use ``max_positions``.
 
     Raises:
-        ValueError: an odd width, or a width below 4 with dynamic scaling.
+        ValueError: an odd width; or, with dynamic scaling, a width below 4 or no ``max_positions``.
     """
     if width % 2:
         raise ValueError(f"rotary embeddings rotate pairs of entries: a head width of {width} is odd")
     if scaling is not None and scaling.kind == "dynamic":
         if width < 4:
             raise ValueError(f"dynamic rotary scaling needs at least 4 rotated entries per head, not {width}")
+        check_dynamic_scaling(scaling, max_positions)
         assert scaling.original_positions is not None
-        length_ratio = max(max_positions or 0, scaling.original_positions) / scaling.original_positions
+        assert max_positions is not None
+        length_ratio = max(max_positions, scaling.original_positions) / scaling.original_positions
         base *= (scaling.factor * length_ratio - (scaling.factor - 1.0)) ** (width / (width - 2))
     frequencies = 1.0 / base ** (np.arange(0, width, 2) / width)
     magnitude = 1.0
@@ -134,6 +136,12 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     # ``last - first`` can be negative only if all pairs make fewer than beta_slow turns, or all make more than
     # beta_fast turns. Then all weights are equal, as in transformers.
     return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
+
+
+def check_dynamic_scaling(scaling: RotaryScaling | None, max_positions: int | None) -> None:
+    """Raise ``ValueError`` if the scaling is dynamic and ``max_positions`` is None."""
+    if scaling is not None and scaling.kind == "dynamic" and max_positions is None:
+        raise ValueError("dynamic rotary scaling needs max_positions, the length of the longest sequence, got None")
 
 
 def rotary_width(head_dim: int, fraction: float) -> int:

@@ -70,7 +70,9 @@ def test_scalings(name):
 
 def test_dynamic_scaling_changes_nothing_up_to_the_original_length():
     unscaled, _ = rotary_frequencies(8, 100.0)
-    for positions in (None, 7, 16):
+    with pytest.raises(ValueError, match="dynamic rotary scaling needs max_positions"):
+        rotary_frequencies(8, 100.0, SCALINGS["dynamic"])
+    for positions in (7, 16):
         assert np.array_equal(rotary_frequencies(8, 100.0, SCALINGS["dynamic"], positions)[0], unscaled)
     assert not np.array_equal(rotary_frequencies(8, 100.0, SCALINGS["dynamic"], 17)[0], unscaled)
 
