@@ -109,6 +109,9 @@ def is_table(name: str, leaf: ArraySpec) -> bool:
 
 # ------------------------------------------------------------------------------------------------- freezing
 
+MATCHED = "matched"
+"""Key of the parameters that match a pattern in the frozen tree of :class:`Freeze`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Freeze:
@@ -120,7 +123,8 @@ class Freeze:
 
     The trained tree has the remaining leaves at their paths; its stacks do not contain the first layers. The frozen
     tree is ``{"matched": other leaves that match a pattern, "first_layers": first layers of each stack}``, without
-    empty entries.
+    empty entries. A ``Trainer`` still updates frozen running statistics of batch normalisation, which no optimizer
+    trains.
 
     Raises:
         TypeError: ``patterns`` is not a tuple of strings.
@@ -162,7 +166,7 @@ class Freeze:
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
         """Parameters of the model."""
-        params = _union(trained, frozen.get("matched", {}))
+        params = _union(trained, frozen.get(MATCHED, {}))
         return _join_layers(frozen["first_layers"], params) if "first_layers" in frozen else params
 
     def _matched_paths(self, model_specs: spec.Tree) -> frozenset[str]:
@@ -183,7 +187,7 @@ class Freeze:
         return self._without_first_layers(_filter(tree, lambda name: name not in matched))
 
     def _select_frozen(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        frozen = {"matched": self._without_first_layers(_filter(tree, lambda name: name in matched))}
+        frozen = {MATCHED: self._without_first_layers(_filter(tree, lambda name: name in matched))}
         if self.first_layers:
             stacks = _filter(tree, _in_stack)
             frozen["first_layers"] = _slice_layers(stacks, 0, self.first_layers)

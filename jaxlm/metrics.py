@@ -362,7 +362,7 @@ def _bootstrap_detail(seed: int) -> str:
 
 def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Check the predictions and the labels, and return them as arrays [N]."""
-    predicted, expected = np.asarray(predictions), np.asarray(labels)
+    predicted, expected = (_as_strings(np.asarray(values)) for values in (predictions, labels))
     if predicted.shape != expected.shape or expected.ndim != 1 or not expected.size:
         raise ValueError(
             f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must have the same shape [N], "
@@ -375,6 +375,12 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
     if expected.dtype.kind not in "US" and np.any(expected < 0):
         raise ValueError(f"label {expected[expected < 0][0]} is negative: remove ignored examples")
     return predicted, expected
+
+
+def _as_strings(values: np.ndarray) -> np.ndarray:
+    """The same array, but as an array of strings if it is an object array that has only strings."""
+    is_strings = values.dtype == object and all(isinstance(value, str) for value in values.flat)
+    return values.astype(str) if is_strings else values
 
 
 def _check_strings(name: str, values: Sequence[str]) -> None:

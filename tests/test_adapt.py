@@ -225,7 +225,14 @@ def test_frozen_layers_of_a_model_with_batch_normalisation():
     new, metrics = step(state, batch)
     assert float(metrics["skipped"]) == 0
     frozen, trained = (spec.flatten(tree) for tree in (new.frozen, new.params))
-    assert any(path.startswith("matched/statistics/layer_0/") for path in frozen)
+    before = spec.flatten(state.frozen)
+    mean = "matched/statistics/layer_0/norm_1/mean"
+    assert not np.array_equal(before[mean], frozen[mean])
+    # LoRA updates the statistics in the same way, and the other frozen parameters do not change.
+    lora = Trainer(model, optax.sgd(0.1), classification.loss, adaptation=LoRA(2, targets=("weight$",)))
+    of_lora = jax.jit(lora.step)(lora.init(jax.random.key(0)), batch)[0].frozen
+    np.testing.assert_allclose(frozen[mean], of_lora["statistics"]["layer_0"]["norm_1"]["mean"], rtol=1e-5, atol=1e-6)
+    assert all(path.startswith("matched/statistics/") or np.array_equal(before[path], frozen[path]) for path in before)
     changed = {path for path, leaf in spec.flatten(state.params).items() if not np.array_equal(leaf, trained[path])}
     assert any(path.startswith("statistics/") for path in changed)
 

@@ -24,6 +24,7 @@ def test_accuracy_has_a_wilson_interval():
     assert score.low == pytest.approx(0.59585, abs=1e-4)
     assert score.high == pytest.approx(0.98212, abs=1e-4)
     assert metrics.accuracy(np.array(["neg", "pos"]), ["neg", "neg"]).value == 0.5
+    assert metrics.accuracy(np.array(["neg", "pos"], object), ["neg", "neg"]).value == 0.5
     assert metrics.proportion("legal moves", 20, 20).high == 1.0
     with pytest.raises(ValueError, match="legal moves: 3 successes of 2 examples"):
         metrics.proportion("legal moves", 3, 2)
@@ -36,6 +37,7 @@ def test_accuracy_has_a_wilson_interval():
         ([], [], ValueError, "at least one"),
         ([1, 0], [1, -100], ValueError, "label -100 is negative: remove"),
         (["a"], [1], TypeError, "both must be numbers or both strings"),
+        (np.array(["a"], object), [1], TypeError, "both must be numbers or both strings"),
     ],
 )
 def test_accuracy_rejects_bad_predictions_and_labels(predictions, labels, error, message):

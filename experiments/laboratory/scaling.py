@@ -108,6 +108,7 @@ def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     runs = runs_by_model(groups)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -121,7 +122,9 @@ def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
             axes.plot(ends, [law.loss(end)[0] for end in ends], color=color, label=model)
         axes.set(xscale="log", yscale="log", xlabel=measure.name)
         axes.grid(alpha=0.3, which="both")
-        axes.yaxis.set_minor_formatter("{x:.1f}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more labels would overlap
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        axes.yaxis.set_minor_formatter("{x:.2f}")
     axes.legend(frameon=False, fontsize=8)
     figure.supylabel("validation loss, nats per character", fontsize=9)
     figure.suptitle(title, fontsize=10)

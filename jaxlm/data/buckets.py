@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.data.batching import check_min, source_fingerprint
-from jaxlm.data.tokens import check_tokens
+from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
 Encoded = Mapping[str, Any]
 """An encoded example: 1-D integer arrays, which are padded, and scalars."""
@@ -131,6 +131,12 @@ class Bucketed:
         """The names of the array fields."""
         return [name for name, value in self.examples[0].items() if np.ndim(value) > 0]
 
+    @functools.cached_property
+    def _scalar_dtypes(self) -> dict[str, np.dtype]:
+        """The dtype of each scalar field: it can represent the values of all examples."""
+        names = self.examples[0].keys() - set(self._array_fields)
+        return {name: np.result_type(*{np.asarray(row[name]).dtype for row in self.examples}) for name in names}
+
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._array_fields] for example in self.examples])
         rounded = -(-lengths // self.length_multiple) * self.length_multiple
@@ -199,7 +205,7 @@ class Bucketed:
         """The examples with these indices, padded to the lengths of the bucket. Index -1 gives an empty row."""
         fields: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
-        for name, first_value in self.examples[0].items():
+        for name in self.examples[0]:
             if name in bucket.lengths:
                 padded = np.full((len(indices), bucket.lengths[name]), self.pad_id, np.int32)
                 lengths[name] = np.zeros(len(indices), np.int32)
@@ -211,14 +217,16 @@ class Bucketed:
                 fields[name] = padded
             else:
                 values = [self.examples[index][name] if index >= 0 else 0 for index in indices]
-                fields[name] = np.asarray(values, np.asarray(first_value).dtype)
+                fields[name] = np.asarray(values, self._scalar_dtypes[name])
         return BucketBatch(fields, lengths, indices)
 
     def check(self, vocab_size: int) -> None:
+        """Raise ``ValueError`` if ``pad_id``, or an id in a field of ``TOKEN_FIELDS``, is outside the vocabulary."""
         check_tokens(np.asarray([self.pad_id]), vocab_size, name="pad_id")
         for number, example in enumerate(self.examples):
-            for name in self._array_fields:
-                check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
+            for name in TOKEN_FIELDS:
+                if name in self._array_fields:
+                    check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0

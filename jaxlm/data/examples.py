@@ -31,6 +31,8 @@ from jaxlm.json_files import parse
 
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names of the text column in classification files, in order of preference."""
+_MAX_FIELD_SIZE = 1 << 24
+"""Maximum number of characters of a field in a CSV file, to limit the memory if a quote is not closed."""
 
 Example = dict[str, Any]
 OnError = Literal["raise", "report"]
@@ -395,7 +397,7 @@ def _read_rows(
     while True:
         number = reader.line_num + 1
         try:
-            row = next(reader, None)
+            row = _next_row(reader)
         except csv.Error as error:
             reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
             yield number, functools.partial(_raise_malformed, reason)
@@ -403,6 +405,16 @@ def _read_rows(
         if row is None:
             return
         yield number, functools.partial(list, row)
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next row of a CSV reader, or None at the end. A field may have up to ``_MAX_FIELD_SIZE`` characters."""
+    limit = csv.field_size_limit()  # of the whole process
+    csv.field_size_limit(max(limit, _MAX_FIELD_SIZE))
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _raise_malformed(reason: str) -> list[str]:

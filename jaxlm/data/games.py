@@ -38,6 +38,7 @@ _PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
 _PGN_VARIATION = re.compile(r"\([^()]*\)")
 _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+(?:\.+|(?!\S))|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
+_FIRST_MOVE = re.compile(r"\s*1(?:\.(?!\s*\.)|\s)")
 GAMES_PER_EXTRA_PROCESS = 2000
 """Number of games for each additional process. A process takes one or two seconds to start."""
 
@@ -381,26 +382,31 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
     """The line number and the text of each game.
 
     The first game begins at the first line that is not empty. A further game begins at the first tag after a line of
-    another kind, and at the first line after moves and an empty line. Empty lines in comments do not count.
+    another kind. After an empty line, a game also begins at move 1 of white, or if the last game ended with a result.
+    Empty lines in comments do not count. The returned text has no empty lines between moves.
     """
-    lines = text.splitlines(keepends=True)
-    start, after_tag, has_moves, has_ended, in_comment = None, False, False, False, False
-    for number, line in enumerate(lines):
+    game: list[str] = []
+    start, after_tag, after_empty, in_comment, last_word = 0, False, False, False, ""
+    for number, line in enumerate(text.splitlines(keepends=True)):
         if not line.strip():
-            has_ended = has_moves and not in_comment
+            after_empty = not in_comment
+            if in_comment or after_tag:  # at any other empty line, the parser ends the game
+                game.append(line)
             continue
         is_tag = bool(_TAG.fullmatch(line))
-        if start is None:
+        is_new = after_empty and last_word and (last_word in RESULTS or _FIRST_MOVE.match(line))
+        if game and (is_new or (is_tag and not after_tag)):
+            yield start + 1, "".join(game)
+            game, in_comment, last_word = [], False, ""
+        if not game:
             start = number
-        elif has_ended or (is_tag and not after_tag):
-            yield start + 1, "".join(lines[start:number])
-            start, has_moves, has_ended, in_comment = number, False, False, False
-        after_tag = is_tag
+        game.append(line)
+        after_tag, after_empty = is_tag, False
         if not is_tag:
             moves, in_comment = _without_comments(line, in_comment)
-            has_moves = has_moves or bool(moves.strip())
-    if start is not None:
-        yield start + 1, "".join(lines[start:])
+            last_word = (moves.split() or [last_word])[-1]
+    if game:
+        yield start + 1, "".join(game)
 
 
 def _without_comments(line: str, in_comment: bool) -> tuple[str, bool]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.data.batching import check_min, shuffled_items, source_fingerprint
 from jaxlm.data.examples import check_random_access
-from jaxlm.data.tokens import check_tokens
+from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
 FINGERPRINT_SAMPLES = 16
 """Maximum number of elements that :meth:`RandomAccess.fingerprint` reads."""
@@ -96,10 +96,11 @@ class RandomAccess:
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 
     def check(self, vocab_size: int) -> None:
+        """Raise ``ValueError`` if an id in a field of ``TOKEN_FIELDS`` is outside the vocabulary. Reads all data."""
         for number in range(self.rows_per_epoch):
             for name, array in self._read(number).items():
-                if array.ndim and array.dtype.kind in "iu":
-                    check_tokens(array, vocab_size, name=f"{name} of element {number}")
+                if name in TOKEN_FIELDS and array.ndim and array.dtype.kind in "iu":
+                    check_tokens(array.ravel(), vocab_size, name=f"{name} of element {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0

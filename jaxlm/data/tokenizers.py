@@ -20,6 +20,7 @@ from jaxlm.data.encodings import Encoding
 from jaxlm.json_files import read_object
 
 JAXLM_FILE = "jaxlm_tokenizer.json"
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 """The roles of special tokens: the fields of :class:`SpecialIds`."""
 _KNOWN_TOKENS = {
@@ -377,12 +378,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
             ValueError: a file cannot be parsed, has an empty vocabulary, names a token that is not in the vocabulary,
-                or gives two tokens the same id.
+                or gives two tokens the same id; or there is no ``tokenizer.json``, and the other files are not those of
+                GPT-2.
         """
         directory = Path(directory)
         backend = _read_backend(directory)
         files = {name: (directory / name).read_bytes() for name in _COPIED_FILES if (directory / name).is_file()}
-        tokens = _declared_tokens(directory, backend)
+        tokens = _declared_tokens(directory, backend, _read_if_exists(directory / "config.json"))
         try:
             return cls(backend, tokens, files=files)
         except ValueError as error:
@@ -406,7 +408,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and the copied files of a published tokenizer.
 
-        transformers and ``load_tokenizer`` read them. Files of an earlier tokenizer are removed.
+        transformers and ``load_tokenizer`` read them. Files of an earlier tokenizer are removed. A special token that
+        cannot be read from the copied files, such as the token of an id in ``config.json``, is added to
+        ``tokenizer_config.json``.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -418,6 +422,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+        # The directory may contain the config.json of another model, so it is not read.
+        declared = _declared_tokens(directory, self.backend, {})
+        read = {role: _special_token(self.backend, role, declared) for role in ROLES}
+        lost = {f"{r}_token": self.special_tokens.get(r) for r in ROLES if read[r] != self.special_tokens.get(r)}
+        if lost:
+            file = directory / "tokenizer_config.json"
+            write_json(file, {**read_object(file), **lost})
 
     def _default_config(self) -> dict[str, Any]:
         """The content of ``tokenizer_config.json`` for a tokenizer that has no such file."""
@@ -439,8 +450,7 @@ def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, 
         raise ValueError(f"{unknown[0]!r} is not a role of special tokens: choose from {', '.join(ROLES)}")
     tokens = {}
     for role in ROLES:
-        known = (token for token in _KNOWN_TOKENS[role] if backend.token_to_id(token) is not None)
-        token = given[role] if role in given else next(known, None)
+        token = _special_token(backend, role, given)
         if token is None:
             continue
         if backend.token_to_id(token) is None:
@@ -448,6 +458,12 @@ def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, 
             raise ValueError(f"{name} token {token!r} is not in the vocabulary of the tokenizer")
         tokens[role] = token
     return tokens
+
+
+def _special_token(backend: Any, role: str, given: Mapping[str, str | None]) -> str | None:
+    """The given token of a role, or else the first known token that is in the vocabulary. None: there is no token."""
+    known = (token for token in _KNOWN_TOKENS[role] if backend.token_to_id(token) is not None)
+    return given[role] if role in given else next(known, None)
 
 
 def _read_backend(directory: Path) -> Any:
@@ -461,7 +477,7 @@ def _read_backend(directory: Path) -> Any:
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     if not file.exists():
         file, vocab = directory / "merges.txt", directory / "vocab.json"
-        read_object(vocab)  # raises if a token occurs twice
+        _require_gpt2(directory, read_object(vocab))  # read_object raises if a token occurs twice
     try:
         if file.name == "tokenizer.json":
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -477,6 +493,32 @@ def _read_backend(directory: Path) -> Any:
     return backend
 
 
+def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if ``vocab.json`` and ``merges.txt`` do not describe the whole tokenizer, as for GPT-2.
+
+    Tokenizers of other classes have a template, other special tokens, or another splitting into words.
+    """
+    settings, config = (_read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    model_type = config.get("model_type") or "gpt2"  # names with "jaxlm-" are models without a published tokenizer
+    added = [token for token in _read_if_exists(directory / "added_tokens.json") if token not in vocabulary]
+    if name not in (None, *_GPT2_CLASSES):
+        reason = f"tokenizer_class={name!r}"
+    elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
+        reason = f"model_type={model_type!r}"
+    elif settings.get("add_prefix_space"):
+        reason = f"add_prefix_space={settings['add_prefix_space']!r}"
+    elif added:
+        reason = f"the further token {added[0]!r} in added_tokens.json"
+    else:
+        return
+    raise ValueError(
+        f"{directory} has vocab.json and merges.txt with {reason}, but these two files are read as GPT-2's tokenizer: "
+        "write tokenizer.json once, with transformers.AutoTokenizer.from_pretrained(directory, use_fast=True)"
+        ".save_pretrained(directory)"
+    )
+
+
 def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
     """Raise ``ValueError`` if two tokens have the same id, because decoding is then ambiguous."""
     tokens: dict[int, str] = {}
@@ -488,11 +530,20 @@ def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
         tokens[number] = token
 
 
-def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
-    """Role -> special token, as declared in the files of a directory. None: a file declares that there is no token."""
+def _read_if_exists(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or ``{}`` if the file does not exist."""
+    return read_object(file) if file.exists() else {}
+
+
+def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Role -> special token, as declared in the files of a directory. None: a file declares that there is no token.
+
+    Args:
+        config: the content of ``config.json``.
+    """
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = read_object(directory / name) if (directory / name).exists() else {}
+        content = _read_if_exists(directory / name)
         for role in ROLES:
             if f"{role}_token" in content and role not in declared:
                 token = content[f"{role}_token"]
@@ -500,7 +551,6 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
                 if not isinstance(token, str | None):
                     raise ValueError(f"{directory / name}: {role}_token={token!r} must be a string")
                 declared[role] = token
-    config = read_object(directory / "config.json") if (directory / "config.json").exists() else {}
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     processor = {} if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())
     for role in ROLES:

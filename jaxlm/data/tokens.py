@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+TOKEN_FIELDS = ("tokens", "source", "target")
+"""The fields of encoded examples that have token ids. Other integers, such as labels, may be outside the vocabulary."""
 _CHUNK = 1 << 22  # number of ids that are checked at a time, to limit the memory of a check
 
 

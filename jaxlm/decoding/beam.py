@@ -102,7 +102,8 @@ def beam_search(
         max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
 
     Raises:
-        TypeError: the family has no model state, or ``beams`` is not a ``BeamConfig``.
+        TypeError: the family has no model state, ``beams`` is not a ``BeamConfig``, or ``max_new_tokens`` is not an
+            integer or an array of integers.
         ValueError: as in :func:`jaxlm.decoding.generate`, or ``max_new_tokens`` has a number below 1 or another shape.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
@@ -112,6 +113,8 @@ def beam_search(
     if not isinstance(beams, BeamConfig):
         raise TypeError(f"beams={beams!r} must be a BeamConfig: pass BeamConfig(num_beams=4)")
     limits = np.asarray(max_new_tokens)
+    if not np.issubdtype(limits.dtype, np.integer):
+        raise TypeError(f"max_new_tokens={limits.tolist()} must be an integer, or one integer for each prompt")
     if limits.ndim and (limits.shape != prompts.shape[:1] or limits.min() < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
     largest_limit = int(limits.max())

@@ -118,8 +118,8 @@ class GenerationConfig:
 
         Args:
             default: defaults of the calling program.
-            sampling: fields of :class:`Sampling` that override the file. They are used only if ``self.sampling`` is
-                not set.
+            sampling: ``do_sample`` and fields of :class:`Sampling` that override the file. They are used only if
+                ``self.sampling`` is not set. ``do_sample`` has no effect if there is a ``temperature``.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text, or a value of the wrong
@@ -275,6 +275,8 @@ def _sampling(
     fields = {name: file_fields[name] for name in _SAMPLING_FIELDS if name in file_fields}
     if "temperature" in overrides:
         is_random = overrides["temperature"] > 0.0
+    elif "do_sample" in overrides:
+        is_random = overrides["do_sample"]
     elif num_beams > 1:
         is_random = file_fields.get("do_sample", False)
     else:
@@ -284,9 +286,12 @@ def _sampling(
         top_k = fields.get("top_k", base.top_k)
         # In the file, a top_k of 0 or of at least the number of ids turns the filter off.
         fields["top_k"] = top_k if top_k is not None and 0 < top_k < vocab_size else None
+        fields["min_p"] = fields.get("min_p", base.min_p) or None  # in the file, 0 turns the filter off
     else:
         base, fields = GREEDY, {name: fields[name] for name in ("repetition_penalty",) if name in fields}
     try:
-        return dataclasses.replace(base, **{**fields, **overrides})
+        return dataclasses.replace(
+            base, **{**fields, **{name: value for name, value in overrides.items() if name != "do_sample"}}
+        )
     except ValueError as error:
         raise ValueError(f"{error}{_FROM_FILE}" if fields else error) from error

@@ -23,14 +23,28 @@ from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
+MIN_TEMPERATURE = 1e-30
+"""Minimum of a temperature that is not 0. The quotient of logits and a smaller temperature may exceed float32."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ``ValueError`` unless the temperature is 0, or finite and at least ``MIN_TEMPERATURE``."""
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be finite and at least 0 (0 is greedy)")
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature={temperature} is too small, because logits / temperature must fit in float32: use 0 "
+            f"(greedy), or at least {MIN_TEMPERATURE}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. Hashable. None turns a filter off.
 
     Attributes:
-        temperature: divisor of the logits. 0 selects the most likely token after the repetition penalty; the filters
-            ``top_k``, ``top_p`` and ``min_p`` then have no effect.
+        temperature: divisor of the logits, at least 1e-30. 0 selects the most likely token after the repetition
+            penalty; the filters ``top_k``, ``top_p`` and ``min_p`` then have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
         min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
@@ -49,8 +63,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be finite and at least 0 (0 is greedy)")
+        check_temperature(self.temperature)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; None turns it off")
         for name in ("top_p", "min_p"):
@@ -62,6 +75,9 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty} must be positive and finite; 1 turns it off"
             )
 
+
+THREEFRY = "threefry2x32"
+"""JAX's default implementation of random keys."""
 
 GREEDY = Sampling(temperature=0.0)
 """Always selects the most likely token. Of several equally likely tokens, the lowest id is selected."""
@@ -198,7 +214,7 @@ def generate(
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
             keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
-            on its index.
+            on its index. From keys of other implementations (rbg), threefry keys are drawn first.
         end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary. None: all ids of the model's vocabulary.
@@ -242,13 +258,27 @@ def prefill(
     end_id: EndId = None,
     allowed_ids: int | None = None,
     state: State | None = None,
+    seen: jax.Array | None = None,
 ) -> Progress:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
-    The arguments and errors are the same as in :func:`generate`.
+    The arguments and errors are the same as in :func:`generate`, and:
+
+    Args:
+        seen: [B, V] bool, ids to which the repetition penalty applies in addition to those of the prompts:
+            ``Progress.seen`` of an earlier part of the text. None: no other ids.
+
+    Raises:
+        ValueError: ``seen`` has another shape, or is given without a repetition penalty.
     """
     settings = settings_of(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
-    progress = _prefill(model, params, prompts, segment_ids, key, state, settings)
+    if seen is not None and sampling.repetition_penalty == 1.0:
+        raise ValueError("seen needs a repetition penalty: set Sampling(repetition_penalty=...), or pass seen=None")
+    if seen is not None and seen.shape != (prompts.shape[0], settings.num_ids):
+        raise ValueError(
+            f"seen {list(seen.shape)} must have the shape [prompts, ids] = {[prompts.shape[0], settings.num_ids]}"
+        )
+    progress = _prefill(model, params, prompts, segment_ids, key, state, settings, seen)
     check_finite(model, params, progress.finite, state)
     return progress
 
@@ -314,6 +344,7 @@ def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
     """Random keys [B]: ``key`` folded with the number of each row."""
     if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # a raw key, from jax.random.PRNGKey
+    key = _threefry_keys(key)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 
@@ -322,7 +353,21 @@ def keys_of_rows(settings: Settings, key: jax.Array | None, batch: int) -> jax.A
     if settings.sampling.temperature == 0.0:
         return None
     assert key is not None
-    return key if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
+    return _threefry_keys(key) if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
+
+
+def _threefry_keys(keys: jax.Array) -> jax.Array:
+    """Threefry keys, each drawn from one of ``keys`` (one key, or [B]). Threefry keys are returned unchanged.
+
+    Under ``vmap``, the other implementations (rbg) draw all rows from one key, so a draw depends on the other rows.
+    """
+    if jax.random.key_impl(keys) == THREEFRY:
+        return keys
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=THREEFRY)
+
+    return draw(keys) if keys.ndim == 0 else jax.lax.map(draw, keys)
 
 
 def _has_row_keys(key: jax.Array) -> bool:
@@ -354,18 +399,19 @@ def _prefill(
     key: jax.Array | None,
     state: State | None,
     settings: Settings,
+    seen_BV: jax.Array | None = None,
 ) -> Progress:
     B, rows_B = prompts_BT.shape[0], jnp.arange(prompts_BT.shape[0])
     max_new_tokens, sampling, end_ids, num_ids = (
         settings.max_new_tokens, settings.sampling, settings.end_ids, settings.num_ids
     )  # fmt: skip
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
-    seen_BV = None
     if sampling.repetition_penalty != 1.0:
         seen_BT = prompts_BT
         if segment_ids_BT is not None:  # padding becomes the id `num_ids`, which mode="drop" ignores
             seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
-        seen_BV = jnp.zeros((B, num_ids), bool).at[rows_B[:, None], seen_BT].set(True, mode="drop")
+        seen_BV = jnp.zeros((B, num_ids), bool) if seen_BV is None else seen_BV
+        seen_BV = seen_BV.at[rows_B[:, None], seen_BT].set(True, mode="drop")
     progress = Progress(
         state=state,
         tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),

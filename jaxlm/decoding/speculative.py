@@ -2,7 +2,8 @@
 
 The generated tokens have exactly the distribution of the target model (Leviathan et al. 2023, "Fast Inference from
 Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are, up to rounding, the
-tokens of :func:`jaxlm.decoding.generate`. Both models may be of any family with a model state.
+tokens of :func:`jaxlm.decoding.generate`. Both models may be of any family with a model state. The target model must
+not have a ``capacity_factor``, because its logits then depend on the number of tokens that it reads in one call.
 
 In each round, the draft model draws K tokens one by one. Then the target model reads the newest token and these K
 tokens in one call. This call gives the target distributions p of the K proposed tokens and of the token after them. A
@@ -99,7 +100,7 @@ def speculative_generate(
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
             ``num_proposed`` more positions than in ``generate``.
         ValueError: the models have different vocabulary sizes and ``allowed_ids`` is None, ``num_proposed`` is below 1,
-            or ``sampling`` has a repetition penalty.
+            ``sampling`` has a repetition penalty, or the target model has a ``capacity_factor``.
         NotFiniteError: logits of a model are not finite.
 
     Example:
@@ -122,6 +123,13 @@ def speculative_generate(
     if sampling.repetition_penalty != 1.0:
         raise ValueError(
             f"repetition_penalty={sampling.repetition_penalty} is not supported in speculative decoding: set it to 1"
+        )
+    capacity_factor = getattr(models.target.config, "capacity_factor", None)
+    if capacity_factor is not None:
+        raise ValueError(
+            f"the target model has capacity_factor={capacity_factor}: its logits depend on the number of tokens that "
+            "it reads in one call, so speculative decoding changes the distribution: set capacity_factor=None, or "
+            "generate without a draft model"
         )
     target_state, draft_state = (None, None) if states is None else states
     options = (max_new_tokens, sampling, key, end_id, allowed_ids)

@@ -8,8 +8,9 @@ not depend on ``CHUNK``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -32,6 +33,8 @@ from jaxlm.spec import Params
 CHUNK = 8
 """Number of tokens between two searches for stop strings; the default of ``chunk`` in :func:`stream_text`."""
 
+REPLACEMENT = "\ufffd"
+"""The character that tokenizers write for bytes that are not UTF-8."""
 
 UNSET_CONFIG = GenerationConfig()
 """A config in which only ``batch_size`` is set, so that :meth:`GenerationConfig.resolve` sets all other fields."""
@@ -53,7 +56,8 @@ def generate_text(
     ``texts`` are prompts, or sources for an encoder-decoder (translation, summarization). Prompts are encoded without
     special tokens, and special tokens in their continuations are kept. Sources are encoded with
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
-    texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD.
+    texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD. A
+    character that begins in a prompt and ends in its continuation belongs to the continuation.
 
     Texts are sorted by length, batched, and padded to one of a few lengths. Each new combination of batch size, padded
     length, number of new tokens and sampling settings compiles the loop again. The random draws for a text depend on
@@ -338,7 +342,10 @@ class _TextGenerator:
     def _final_texts(self, prompts: Sequence[np.ndarray], new_BN: np.ndarray, lengths_B: np.ndarray) -> list[str]:
         """The texts of complete rows, each up to its first stop string."""
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, new_BN, lengths_B, strict=True)]
-        texts = [self._decode(ids, prompt.size) for ids, prompt in zip(rows, prompts, strict=True)]
+        texts = [
+            self._new_text(prompt).read(self._decoded_ids(ids, prompt.size), is_complete=True)
+            for ids, prompt in zip(rows, prompts, strict=True)
+        ]
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
     def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
@@ -353,6 +360,7 @@ class _TextGenerator:
         """
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
+        new_texts = [self._new_text(prompt) for prompt in prompts]
         request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
         with rename_rows_in_errors(self._input_name, numbers):
             windows = WindowedGeneration(request, prompts, numbers, None if self._start is None else batch)
@@ -366,9 +374,10 @@ class _TextGenerator:
                 ids = np.concatenate([earlier_ids, tokens[row, : lengths[row]]])
                 limit = prompts[row].size + limits[row]
                 ended[row] |= ids.size >= limit
-                ids = ids[:limit]
-                text = self._decode(ids, prompts[row].size)
-                text, stopped = _final_part(text, self.stop, is_complete=windows.is_finished or bool(ended[row]))
+                ids = self._decoded_ids(ids[:limit], prompts[row].size)
+                is_complete = windows.is_finished or bool(ended[row])
+                text = new_texts[row].read(ids, is_complete=is_complete)
+                text, stopped = _final_part(text, self.stop, is_complete=is_complete)
                 texts.append(text)
                 has_stop.append(stopped)
             yield texts
@@ -378,14 +387,67 @@ class _TextGenerator:
             with rename_rows_in_errors(self._input_name, numbers):
                 windows.advance(ended, chunk)
 
-    def _decode(self, ids: np.ndarray, prompt_length: int) -> str:
-        """The text of the ids after the prompt, without the end token."""
+    def _decoded_ids(self, ids: np.ndarray, prompt_length: int) -> np.ndarray:
+        """The ids of a row that are decoded: without its end token and the start id of an encoder-decoder."""
         if ids.size > prompt_length and ids[-1] in self._request.end_ids:
             ids = ids[:-1]
-        if self._start is not None:
-            return self._tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
-        # Decode the ids together with the prompt, because some tokenizers treat the beginning of a text differently.
-        return self._tokenizer.decode(ids)[len(self._tokenizer.decode(ids[:prompt_length])) :]
+        return ids if self._start is None else ids[prompt_length:]
+
+    def _new_text(self, prompt: np.ndarray) -> _NewText:
+        """The text after a prompt, or the output of an encoder-decoder."""
+        if self._start is None:
+            return _NewText(self._tokenizer.decode, prompt)
+        return _NewText(functools.partial(self._tokenizer.decode, skip_special_tokens=True), prompt[:0])
+
+
+class _NewText:
+    """The text of the tokens after a prompt, in parts that later tokens do not change.
+
+    A part has one or more tokens. It ends at the first token after which its text does not end with U+FFFD, because
+    U+FFFD at the end may be the beginning of a character. So the text does not depend on the numbers of tokens that
+    :meth:`read` gets, and wrong bytes do not change the characters before them. (Tokenizers with byte fallback decode
+    all bytes between two other tokens as U+FFFD if one of them is wrong.)
+
+    A character that begins in the prompt and ends after it belongs to the new text.
+
+    Args:
+        decode: the text of ids.
+        prompt: the ids of the prompt.
+    """
+
+    def __init__(self, decode: Callable[[np.ndarray], str], prompt: np.ndarray) -> None:
+        self._decode, self._prompt_length = decode, prompt.size
+        start = prompt.size  # moved to the left of all tokens that may be bytes of an incomplete character
+        while start > 0 and REPLACEMENT in decode(prompt[start - 1 : start]):
+            start -= 1
+        # Ids before `start` are decoded, and ids before `end` have been read. The ids from `context` to `start` are
+        # decoded again with the next part, because some tokenizers treat the beginning of a text differently.
+        self._context, self._start, self._end = 0, start, start
+        self._text = ""
+        self.read(prompt, is_complete=False)
+        self._text = ""
+
+    def read(self, ids: np.ndarray, *, is_complete: bool) -> str:
+        """The text of ``ids`` after the prompt that later tokens cannot change.
+
+        Args:
+            ids: the prompt and all new tokens.
+            is_complete: whether there are no later tokens. An incomplete character is then part of the text.
+        """
+        is_valid = REPLACEMENT not in self._part(ids)  # then all parts can be decoded together
+        for end in [ids.size] if is_valid else range(self._end + 1, ids.size + 1):
+            part = self._part(ids[:end])
+            if part.endswith(REPLACEMENT):
+                continue
+            self._text += part
+            self._context, self._start = self._start if part else self._context, end
+        self._end = ids.size
+        return self._text + (self._part(ids) if is_complete and ids.size > self._prompt_length else "")
+
+    def _part(self, ids: np.ndarray) -> str:
+        """The text of the ids from ``start`` on."""
+        before, text = self._decode(ids[self._context : self._start]), self._decode(ids[self._context :])
+        return text[len(before) :] if text.startswith(before) else self._decode(ids[self._start :])
 
 
 def _check_draft(
@@ -428,8 +490,6 @@ def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[s
     Args:
         is_complete: whether there are no later tokens.
     """
-    if not is_complete:
-        text = text.rstrip("\ufffd")
     # The stop string whose last character comes first ends the text.
     found = [(start + len(string), start) for string in stop if (start := text.find(string)) >= 0]
     if found:

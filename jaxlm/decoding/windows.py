@@ -115,8 +115,15 @@ class WindowedGeneration:
         state = None if sources is None else read_sources(request, sources, request.max_new_tokens)
         self.progress = self._open(self.rows, state)
 
-    def _open(self, prompts: Sequence[np.ndarray], state: State | None = None) -> Progress:
-        """The generation in a new window, after it has read the prompts and drawn the first new token of each row."""
+    def _open(
+        self, prompts: Sequence[np.ndarray], state: State | None = None, seen: jax.Array | None = None
+    ) -> Progress:
+        """The generation in a new window, after it has read the prompts and drawn the first new token of each row.
+
+        Args:
+            state: the state of an encoder-decoder; None for other models.
+            seen: ``Progress.seen`` of the window before; None in the first window.
+        """
         request, limit = self._request, self._request.max_positions
         if state is None:
             tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
@@ -131,6 +138,7 @@ class WindowedGeneration:
         return prefill(
             request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,
             sampling=request.sampling, key=key, end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
+            seen=seen,
         )  # fmt: skip
 
     @property
@@ -161,7 +169,8 @@ class WindowedGeneration:
         self._window += 1
         limit = self._request.max_positions
         assert limit is not None
-        progress = self._open([ids[-max(limit // 2, 1) :] for ids in self.rows])
+        prompts = [ids[-max(limit // 2, 1) :] for ids in self.rows]
+        progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty needs the ids of all windows
         # Prefill draws a token for every row. Discard the tokens of rows that have ended.
         lengths = jnp.where(jnp.asarray(ended), 0, progress.lengths)
         self.progress = dataclasses.replace(progress, ended=progress.ended | jnp.asarray(ended), lengths=lengths)

@@ -115,7 +115,9 @@ def load_pretrained(
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
         # This check comes before the specs are built: with a wrong, huge number of layers, the specs would fill memory.
-        for what in ("layers", "experts"):
+        # The number of experts is not limited if each tensor contains all experts of a layer.
+        has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
+        for what in ("layers", "experts") if has_expert_tensors else ("layers",):
             number = getattr(model.config, f"num_{what}", None) or 0
             if number > len(tensors):
                 raise ValueError(

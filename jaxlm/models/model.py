@@ -122,7 +122,7 @@ class Model:
         return spec.count(self.specs)
 
     def with_fields(self, **values: Any) -> Model:
-        """The model with these values of config fields.
+        """The model with these values of config fields. If their number changes, the labels have no names any more.
 
         Raises:
             ValueError: the family has no such field (the message suggests a similar one), a value has the wrong type,
@@ -137,7 +137,11 @@ class Model:
                 )
             # The config class itself raises an error if a value is not among the choices of a field.
             check_value(hints[name], value, name, choices=False)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **values))
+        model = dataclasses.replace(self, config=dataclasses.replace(self.config, **values))
+        num_labels = getattr(model.config, "num_labels", None)
+        if self.metadata is None or self.metadata.labels is None or len(self.metadata.labels) == num_labels:
+            return model
+        return dataclasses.replace(model, metadata=dataclasses.replace(self.metadata, labels=None))
 
     def with_known_fields(self, **values: Any) -> Model:
         """The model with these values of config fields. Fields that its config does not have are ignored."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import bert, common, heads
 from jaxlm.nn.dropout import dropout
+from jaxlm.nn.embedding import widen_ids
 from jaxlm.nn.linear import linear
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import Params, fold_name
@@ -57,6 +58,7 @@ def apply(
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+    positions = widen_ids(positions)
     rows = jnp.where(positions < 0, positions, positions + FIRST_POSITION)  # a negative row gives NaN
     return bert.apply(
         cfg, params, tokens, state=state, segment_ids=segment_ids, positions=rows, key=key, token_types=token_types

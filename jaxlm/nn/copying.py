@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.embedding import widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.spec import ArraySpec, Constant, Initializer, Params
 
@@ -41,6 +42,7 @@ def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int)
         >>> copied_tokens(jnp.array([[[0.5, 0.25, 0.25]]]), jnp.array([[2, 0, 2]]), 4).tolist()
         [[[0.25, 0.0, 0.75, 0.0]]]
     """
+    source_BS = widen_ids(source_BS)
     in_vocabulary_BS = (source_BS >= 0) & (source_BS < vocab_size)
     weights_BTS = jnp.where(in_vocabulary_BS[:, None, :], weights_BTS.astype(jnp.float32), 0.0)
     ids_BS = jnp.where(in_vocabulary_BS, source_BS, 0)

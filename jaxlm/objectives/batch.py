@@ -213,10 +213,6 @@ def token_accuracy(
     [B, P, V] is stored.
     """
     hidden, state = predicted_states(model, params, batch, key, state)
-
-    def logits(params: Params, hidden: jax.Array) -> jax.Array:
-        return model.logits(params, hidden)[..., : model.config.vocab_size]
-
-    predictions = chunked_argmax(logits, params, hidden)
+    predictions = chunked_argmax(model.logits, params, hidden)  # logits of vocabulary padding are never the highest
     correct = jnp.sum(jnp.where(predictions == batch.targets, batch.weights, 0.0))
     return correct, jnp.sum(batch.weights), state

@@ -92,6 +92,8 @@ def batch(
 ) -> Batch:
     """A batch of masked tokens [B, T]. The targets are the original tokens. A row may have no target.
 
+    Tokens and targets of the batch are int32.
+
     Args:
         word_ids: [B, T] integers. Adjacent tokens of a document with equal word ids form a word, which is selected as a
             whole. Special tokens do not belong to words. None: every token is a word.
@@ -107,6 +109,8 @@ def batch(
     num_predict, length = config.num_predict, tokens.shape[1]
     if num_predict is not None and not 1 <= num_predict <= length:
         raise ValueError(f"num_predict={num_predict} must be from 1 to the {length} tokens of a row")
+    # A smaller dtype of the tokens may not represent the mask token and the random ids.
+    tokens = np.asarray(tokens).astype(np.int32, casting="same_kind", copy=False)
 
     is_special = np.isin(tokens, [config.mask_id, *config.special_ids])
     if segment_ids is not None:

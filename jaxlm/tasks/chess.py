@@ -149,7 +149,7 @@ def legal_move_rate(
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
         ValueError: ``games`` or ``max_moves`` is below 1, ``max_moves`` exceeds the model's positions, the temperature
-            is negative or not finite, the model does not predict next tokens, or the tokenizer has more tokens than the
+            is outside its range, the model does not predict next tokens, or the tokenizer has more tokens than the
             model.
     """
     for name, value in (("games", games), ("max_moves", max_moves)):

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.decoding.sample import check_temperature
 from jaxlm.metrics import Score
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -79,8 +80,7 @@ class ModelPlayer:
     def __init__(
         self, model: Model, params: Params, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True
     ) -> None:
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be finite and at least 0")
+        check_temperature(temperature)
         self.temperature, self.masked = temperature, masked
         self._reader = MoveReader(model, params, tokenizer)
         self._legal = LegalMoves(tokenizer)

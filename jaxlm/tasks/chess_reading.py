@@ -23,6 +23,7 @@ from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import read_prompts, source_vocab_size
+from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
 from jaxlm.sharding import Sharding, active
@@ -60,14 +61,20 @@ class LegalMoves:
         return mask
 
     def move(self, board: chess.Board, id: int) -> chess.Move | None:
-        """The legal move with this id. None: the move is illegal or ambiguous, or the id is a special token."""
+        """The legal move with this id. None: the move is illegal or ambiguous, or the id is a special token.
+
+        In SAN, a move with a needless origin is legal, for example ``Ngf3`` if only one knight can move to f3.
+        """
         if not self.tokenizer.is_move(id):
             return None
         text = self.tokenizer.move_text(id)
         try:
-            return board.parse_uci(text) if self.tokenizer.notation == "uci" else board.parse_san(text)
+            if self.tokenizer.notation == "san":
+                return board.parse_san(text)
+            move = board.parse_uci(text)
         except ValueError:
             return None
+        return move if move.uci() == text else None  # python-chess also reads e1h1, the castling of Chess960
 
     def text(self, board: chess.Board, move: chess.Move) -> str:
         """The text of a move in the notation of the tokenizer."""
@@ -147,10 +154,9 @@ def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator)
     """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``. Temperature 0 gives the argmax.
 
     Raises:
-        ValueError: the temperature is negative or not finite.
+        ValueError: the temperature is negative, not finite, or too small for float32.
     """
-    if not 0.0 <= temperature < np.inf:
-        raise ValueError(f"temperature={temperature} must be finite and at least 0")
+    check_temperature(temperature)
     if temperature > 0.0:
         # The argmax of the logits plus Gumbel noise is a sample from their softmax.
         logits = logits / temperature + rng.gumbel(size=logits.shape)

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.decoding import GenerationConfig, decoder_start_id, generate_text
+from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -230,22 +230,30 @@ class TextRequests:
         until = set_options.get("until", ())
         until = (until,) if isinstance(until, str) else tuple(until)
         is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
-        if is_random and set_options.get("temperature") == 0.0:
-            raise ValueError("do_sample=True and temperature=0.0 contradict each other: set one of them")
-        sampling: dict[str, Any] = {"temperature": float(set_options.get("temperature", 1.0)) if is_random else 0.0}
-        if is_random:  # the filters have no effect in greedy decoding
-            sampling |= {name: set_options[name] for name in _FILTERS if name in set_options}
-            if sampling.get("top_k") == 0:
-                sampling["top_k"] = None  # in transformers, top_k=0 disables the filter
+        sampling: dict[str, Any] = {"do_sample": is_random}
+        if is_random:  # the temperature and the filters have no effect in greedy decoding
+            if "temperature" in set_options:
+                sampling["temperature"] = float(set_options["temperature"])
+            for name in _FILTERS:
+                if name in set_options:  # in transformers, top_k=0 and min_p=0 turn the filter off
+                    is_off = name in ("top_k", "min_p") and set_options[name] == 0
+                    sampling[name] = None if is_off else set_options[name]
         if "repetition_penalty" in set_options:
             sampling["repetition_penalty"] = set_options["repetition_penalty"]
-        return GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=int(set_options[lengths[0]]) if lengths else self.max_gen_toks,
             # The harness passes an empty string if a task has no delimiter.
             stop=tuple(text for text in until if text),
             batch_size=self.batch_size,
             **{name: set_options[name] for name in _BEAMS if name in set_options},
-        ).resolve(self.model, self.tokenizer, sampling=sampling)
+        ).resolve(self.model, self.tokenizer, default=GenerationConfig(sampling=Sampling()), sampling=sampling)
+        assert config.sampling is not None
+        if is_random and config.sampling.temperature == 0.0:
+            raise ValueError(
+                "do_sample=True and temperature=0.0 contradict each other: set one of them (a temperature that you do "
+                "not set is read from generation_config.json)"
+            )
+        return config
 
     # ------------------------------------------------------------------------------------------------ internals
 

@@ -181,8 +181,8 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
 def check_output(directory: Path, *, resume: bool) -> None:
     """Check that a run can write to its directory.
 
-    A directory that contains only the files of a tokenizer, in ``model/``, counts as empty. A run that was killed at
-    its start leaves such a directory.
+    A directory that contains only the files of a tokenizer, in ``model/``, and the temporary file of ``config.json``
+    counts as empty. A run that was killed at its start leaves such a directory.
 
     Raises:
         FileExistsError: the directory of a new run is not empty.
@@ -206,8 +206,9 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def _is_unused(directory: Path) -> bool:
-    """Whether a directory is empty or has only the files of a tokenizer, in ``model/``."""
-    entries = list(directory.iterdir())
+    """Whether a directory is empty or has only the files of a tokenizer, in ``model/``, and an unfinished config."""
+    unfinished = ".config.json"  # the temporary name of config.json (integrity.replace_text)
+    entries = [path for path in directory.iterdir() if path.name != unfinished]
     if any(path.name != "model" or not path.is_dir() for path in entries):
         return False
     return all(path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())

@@ -85,7 +85,7 @@ def _validation_metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
 
 def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
     """The cells of the columns run, family, parameters, steps and minutes."""
-    steps = [record["step"] for record in records if "step" in record]
+    steps = [record["step"] for record in report.valid_records(records) if "step" in record]
     family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
     return [
         name.replace("|", r"\|"),

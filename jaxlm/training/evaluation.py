@@ -15,7 +15,7 @@ from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
-from jaxlm.training.trainer import CarrySize, to_global_batch
+from jaxlm.training.trainer import CarrySize, to_global_batch, to_mesh
 
 
 class Evaluator:
@@ -29,7 +29,8 @@ class Evaluator:
         losses: the ``loss`` function of an objective, whose mean is reported as ``loss``; or a dict from metric names
             to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
             terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
-        sharding: how batches are distributed over devices; None uses one device.
+        sharding: how batches are distributed over devices; None uses one device. Parameters on other devices are copied
+            to the mesh.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
             starts from an empty state, and so does each row in ``Batch.reset``. None carries no state.
         extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
@@ -59,6 +60,7 @@ class Evaluator:
     ) -> None:
         self._initial_state = None if carry_size is None else model.init_state(*carry_size)
         self._extra_metrics, self._extra_metric_names = extra_metrics, extra_metric_names
+        self._specs, self._sharding = model.specs, sharding
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
         if extra_metric_names and extra_metrics is None:
             raise ValueError(f"extra_metric_names={extra_metric_names} needs extra_metrics, a function")
@@ -96,12 +98,14 @@ class Evaluator:
         """A dict of the metrics of a model with these parameters.
 
         Raises:
-            ValueError: all targets of the batches have weight 0.
+            ValueError: all targets of the batches have weight 0, or ``extra_metrics`` returns a metric with the name of
+                another metric.
         """
         names, state = (*self._losses, *self._terms), self._initial_state
+        params_on_mesh = to_mesh(params, self._specs, self._sharding)
         sums = {name: [jnp.zeros(()), jnp.zeros(())] for name in names}
         for batch in self.batches:
-            sums, state = self._add_batch(sums, params, batch, state)
+            sums, state = self._add_batch(sums, params_on_mesh, batch, state)
             if self._initial_state is None:
                 state = None
         values = {}
@@ -109,7 +113,10 @@ class Evaluator:
             if weight == 0.0:
                 raise ValueError("all targets of the evaluation batches have weight 0: the batches are only padding")
             values[name] = float(total) / float(weight)
-        return values if self._extra_metrics is None else {**values, **self._extra_metrics(params)}
+        extra = {} if self._extra_metrics is None else self._extra_metrics(params)
+        if taken := sorted(values.keys() & extra.keys()):
+            raise ValueError(f"extra_metrics returns {taken[0]!r}, which is the name of another metric: rename it")
+        return {**values, **extra}
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:

@@ -90,7 +90,7 @@ def _page(run: Path) -> str:
 def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """An HTML list: the last step, and the entries of ``results.json`` except task, family, scores and versions."""
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
-    steps = [record["step"] for record in records if "step" in record]
+    steps = [record["step"] for record in report.valid_records(records) if "step" in record]
     if steps:
         entries = {"steps": max(steps), **entries}
     items = "".join(

@@ -122,6 +122,7 @@ class TrainingConfig:
             raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
         if self.max_rollbacks and self.checkpoint_every is None:
             raise ValueError(f"max_rollbacks={self.max_rollbacks} needs checkpoints: set checkpoint_every")
+        config_lib.check_numbers(self)
 
     def trainer(
         self, model: Model, optimizer: OptimizerConfig | optax.GradientTransformation, loss: Loss, **options: Any

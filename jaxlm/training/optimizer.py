@@ -337,6 +337,10 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     its path contains ``embedding`` or ``relative_bias``. Other implementations differ: in ELECTRA's code, everything
     below the head has one more factor ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
 
+    Only the layers in ``specs`` are counted. Without the first layers of a stack (``Freeze(first_layers=...)``), the
+    other layers have the same factors as in the complete model, because the top layer is still next to the head.
+    Trained embeddings then have a larger factor: L is the number of trained layers.
+
     Raises:
         ValueError: the model has no layers.
     """
@@ -383,14 +387,23 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     algorithm 1).
 
     Optax divides each entry. XLA writes the quotients to memory before Adam reads them, which costs an extra pass over
-    all gradients. If the caller passes ``gradient_norm``, as ``Trainer.step`` does, the norm is not computed again.
+    all gradients. The caller may pass a tree ``gradient`` and its norm ``gradient_norm``, as ``Trainer.step`` does. If
+    ``updates`` is the same object as ``gradient``, because no transformation has changed it, the norm is not computed
+    again.
     """
 
     def clip(
-        updates: optax.Updates, state: Any, params: Params | None = None, *, gradient_norm: Any = None, **unused: Any
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        gradient: Any = None,
+        gradient_norm: Any = None,
+        **unused: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, unused
-        norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
+        is_known = gradient_norm is not None and updates is gradient
+        norm = gradient_norm if is_known else optax.tree.norm(updates)
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 

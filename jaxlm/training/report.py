@@ -103,17 +103,28 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def metric_curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of one metric, from the last record of each step. A value that was not finite is NaN.
+def valid_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records without those of steps that a rollback or a resume discarded, and without the rollbacks themselves.
 
-    Steps that a rollback discarded are left out.
+    A rollback discards the steps after its ``to_step``, and a resume those after its ``step``.
     """
-    points: dict[int, Any] = {}
+    valid: list[Mapping[str, Any]] = []
     for record in records:
-        if record.get("event") == "rollback":
-            points = {step: value for step, value in points.items() if step <= record["to_step"]}
-        elif name in record and "step" in record:
-            points[record["step"]] = record[name]
+        event = record.get("event")
+        last = record.get("to_step" if event == "rollback" else "step")
+        if event in ("rollback", "resumed") and last is not None:
+            valid = [earlier for earlier in valid if earlier.get("step", 0) <= last]
+        if event != "rollback":
+            valid.append(record)
+    return valid
+
+
+def metric_curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps and values of one metric, from the last of the :func:`valid_records` of each step.
+
+    A value that was not finite is NaN.
+    """
+    points = {record["step"]: record[name] for record in valid_records(records) if name in record and "step" in record}
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
 

@@ -16,7 +16,7 @@ import optax
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.adapt import Adaptation
+from jaxlm.adapt import MATCHED, Adaptation
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
@@ -155,14 +155,15 @@ class Trainer:
 
         Args:
             key: root key of all random numbers of the training.
-            params: initial parameters of the model, which are copied. None initializes them at random.
+            params: initial parameters of the model, which are copied; with ``sharding``, to the devices of the mesh.
+                None initializes them at random.
 
         Raises:
             ValueError: a trained parameter is not float32.
         """
         shardings = None if self.sharding is None else self.shardings()
         if params is not None:
-            params = jax.tree.map(_to_host_if_distributed, params)
+            params = to_mesh(params, self.model.specs, self.sharding)
         return jax.jit(self._init, out_shardings=shardings)(key, params)
 
     def _init(self, key: jax.Array, params: Params) -> TrainState:
@@ -262,7 +263,8 @@ class Trainer:
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
 
         If no model state is carried, the loss may return new values of some parameters, for example the running
-        statistics of batch normalisation. After the update, they overwrite the parameters with the same names.
+        statistics of batch normalisation. After the update, they overwrite the parameters with the same names, also
+        the frozen ones (``adaptation``).
 
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
@@ -363,15 +365,16 @@ class Trainer:
         params, optimizer_state, ema, model_state, frozen = trees
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping reuses `gradient_norm`. Optax drops this argument for optimizers that do not accept it.
+        # Clipping reuses the norm of `gradient`. Optax drops these arguments for optimizers that do not accept them.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
-        updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
+        updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient=grads, gradient_norm=norm)
         params = optax.apply_updates(params, updates)
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
             params = _overwrite(params, new_model_state)
-            frozen = None if frozen is None else _overwrite(frozen, new_model_state)
+            if frozen is not None:
+                frozen = _overwrite(frozen, {**new_model_state, MATCHED: new_model_state})
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
@@ -421,13 +424,29 @@ def _overwrite(tree: Any, new: Any) -> Any:
     return {name: _overwrite(child, new[name]) if name in new else child for name, child in tree.items()}
 
 
-def _to_host_if_distributed(x: Any) -> Any:
-    """``x`` as a NumPy array if there are several processes and ``x`` is local to this process, otherwise ``x``.
+def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Params:
+    """``params`` as arrays that a jitted function over the mesh accepts.
 
-    With several processes, jit accepts NumPy arrays as inputs, but no ``jax.Array`` that is local to one process.
+    It does not accept arrays that are committed to other devices. With several processes, it accepts NumPy arrays, but
+    no ``jax.Array`` that is local to one process.
+
+    Args:
+        specs: the specs of ``params``.
+        sharding: the mesh and its rules; None returns ``params`` unchanged.
     """
+    if sharding is None:
+        return params
+    if jax.process_count() > 1:
+        return jax.tree.map(_to_host_if_local, params)
+    devices = set(sharding.mesh.devices.flat)
+    if all(x.sharding.device_set == devices for x in jax.tree.leaves(params) if isinstance(x, jax.Array)):
+        return params
+    return jax.device_put(params, sharding.tree(specs))
+
+
+def _to_host_if_local(x: Any) -> Any:
     is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return np.asarray(x) if jax.process_count() > 1 and is_local else x
+    return np.asarray(x) if is_local else x
 
 
 def _micro_batches(batch: Any, count: int) -> Any:

@@ -190,6 +190,22 @@ def test_errors_name_ids_outside_the_vocabulary():
         Bucketed(examples(), 4).check(1)
     with pytest.raises(ValueError, match="pad_id: id 900 at position 0 is outside the vocabulary of 900 ids"):
         Bucketed(examples(), 4, pad_id=900).check(900)
+    Bucketed([{"tokens": IDS, "labels": np.array([-100, 8])}], 1).check(3)  # labels are not ids
+
+
+@pytest.mark.parametrize(
+    ("scores", "dtype"),
+    [
+        ([np.float16(1), 1e6], np.float64),
+        ([np.int8(1), 300], np.int64),
+        ([np.float32(1), np.float32(2)], np.float32),
+        ([True, False], np.bool_),
+    ],
+)
+def test_the_dtype_of_scalars_represents_all_values(scores, dtype):
+    batch = Bucketed([{"tokens": IDS, "score": score} for score in scores], 3, shuffle=False).batch(0, range(3))
+    assert batch.fields["score"].dtype == dtype
+    assert batch.fields["score"].tolist() == [*scores, 0]
 
 
 def test_scalars_of_several_types_raise():

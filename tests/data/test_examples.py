@@ -1,5 +1,6 @@
 """Readers of labelled and paired texts, and their errors for bad files."""
 
+import csv
 import gzip
 import json
 
@@ -31,8 +32,8 @@ def write(path, text, encoding="utf-8"):
 def test_quotes_are_special_in_csv_but_not_in_tsv(tmp_path, name):
     tsv = write(tmp_path / name, '\ufefflabel\tsentence\n1\t"a" fine, film\r\n0\t" bad\n')
     assert read_table(tsv, FIELDS).rows == [{"text": '"a" fine, film', "label": "1"}, {"text": '" bad', "label": "0"}]
-    csv = write(tmp_path / "a.csv", 'sentence,label\n"a ""fine"", film",1\n')
-    assert read_table(csv, FIELDS).rows == [{"text": 'a "fine", film', "label": "1"}]
+    path = write(tmp_path / "a.csv", 'sentence,label\n"a ""fine"", film",1\n')
+    assert read_table(path, FIELDS).rows == [{"text": 'a "fine", film', "label": "1"}]
 
 
 def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the_file(tmp_path):
@@ -49,6 +50,13 @@ def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the
         read_table(write(tmp_path / "r.csv", "text,label\na\rb,1\n"), fields)
     tsv = write(tmp_path / "r.tsv", "text\tlabel\na\rb\t1")
     assert read_table(tsv, fields).rows == [{"text": "a\rb", "label": "1"}]
+
+
+def test_csv_fields_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
+    text, limit = "a" * 200_000, csv.field_size_limit()
+    examples = read_table(write(tmp_path / "a.csv", f"text,label\n{text},1\n"), {"text": "text"})
+    assert examples.column("text") == [text]
+    assert csv.field_size_limit() == limit
 
 
 def test_lines_json_and_parallel_files_are_read(tmp_path):

@@ -144,6 +144,15 @@ def test_pgn_without_tags_and_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert len(games.rejected) == 4
 
 
+def test_a_pgn_game_without_a_result_continues_after_an_empty_line(tmp_path: Path) -> None:
+    first = '[Event "a"]\n[Result "1-0"]\n\n1. e4 e5\n\n2. Nc3\n\n2... Nf6 {so far}\n\n1-0\n\n'
+    other = '1. d4 (1. c4\n\n1... c5) d5\n\n1.e4 c5\n\n[Event "b"]\n\n{a comment}\n\n1. Nf3\n\n1... d5 *'
+    games = read_games(write(tmp_path / "a.pgn", first + other), "san")
+    assert games.moves == ("e4 e5 Nc3 Nf6", "d4 d5", "e4 c5", "Nf3 d5")
+    assert games.results == ("1-0", "*", "*", "*")
+    assert not games.rejected
+
+
 def test_an_error_in_a_pgn_game_without_tags_does_not_reject_the_next_game(tmp_path: Path) -> None:
     first_games = "1. e4 hello *\n\n1. d4 {a comment\n\nwith an empty line} d5 ; and {\n2. Nf3 1-0\n\n\n"
     games = read_games(write(tmp_path / "A.PGN", first_games + "1 e4 e5 2 Ke3 *\n\n1 e4 c5 *\n"), "san")

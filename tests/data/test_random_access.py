@@ -185,3 +185,8 @@ def test_errors_name_ids_outside_the_vocabulary():
     source.check(14)
     with pytest.raises(ValueError, match="tokens of element 1"):
         source.check(13)
+    # Only tokens are ids. They may have several axes.
+    pairs = RandomAccess([{"tokens": np.arange(6).reshape(2, 3), "labels": np.array([-100, 8])}], 1)
+    pairs.check(6)
+    with pytest.raises(ValueError, match="tokens of element 0: id 5 at position 5"):
+        pairs.check(5)

@@ -177,6 +177,47 @@ def test_loaded_pretrained_tokenizers_equal_the_saved_ones(tmp_path):
     assert load_tokenizer(tmp_path / "new").end_id is None
 
 
+@pytest.mark.parametrize(
+    ("config", "eos", "bos"), [({"eos_token_id": 1}, 1, None), ({"eos_token_id": 0, "bos_token_id": 0}, 0, 0)]
+)
+def test_special_tokens_of_config_json_are_saved(tmp_path, config, eos, bos):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({END: 0, "<|im_end|>": 1, "to": 2}, unk_token=END))
+    backend.add_special_tokens([END, "<|im_end|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.end_id, tokenizer.special_ids.bos) == (eos, bos)
+    tokenizer.save(tmp_path / "new")
+    loaded = load_tokenizer(tmp_path / "new")
+    assert (loaded.end_id, loaded.special_ids) == (eos, tokenizer.special_ids)
+    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer_config", {"tokenizer_class": "RobertaTokenizer"}, "tokenizer_class='RobertaTokenizer'"),
+        ("config", {"model_type": "roberta"}, "model_type='roberta'"),
+        ("tokenizer_config", {"add_prefix_space": True}, "add_prefix_space=True"),
+        ("added_tokens", {"<x>": 259}, "the further token '<x>' in added_tokens.json"),
+    ],
+)
+def test_vocab_and_merges_of_other_tokenizers_are_rejected(tmp_path, name, content, reason):
+    tokens = byte_level_files(tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"with {reason}, but .* with transformers\.AutoTokenizer\.from_pretrained"):
+        load_tokenizer(tmp_path)
+    # These are files of GPT-2.
+    for file, gpt2 in [
+        ("tokenizer_config", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}),
+        ("config", {"model_type": "gpt2"}),
+        ("added_tokens", {END: len(tokens) - 1}),
+    ]:
+        (tmp_path / f"{file}.json").write_text(json.dumps(gpt2))
+    assert load_tokenizer(tmp_path).end_id == len(tokens) - 1
+
+
 def test_a_missing_package_raises_an_error_with_the_install_command(tmp_path, monkeypatch):
     words_file(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)

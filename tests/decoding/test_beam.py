@@ -224,6 +224,12 @@ def test_errors_name_bad_input(gpt: Pair, arguments: dict[str, Any], message: st
         beam_search(*gpt, **given)
 
 
+@pytest.mark.parametrize("limits", [3.7, np.array([2.9])])
+def test_maximum_lengths_must_be_integers(gpt: Pair, limits: Any) -> None:
+    with pytest.raises(TypeError, match=r"max_new_tokens=.* must be an integer, or one integer for each prompt"):
+        beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=limits, beams=BeamConfig(2))
+
+
 def test_a_number_of_beams_gives_the_fix(gpt: Pair) -> None:
     with pytest.raises(TypeError, match=r"beams=4 must be a BeamConfig: pass BeamConfig\(num_beams=4\)"):
         beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=2, beams=4)  # type: ignore[arg-type]

@@ -83,6 +83,8 @@ def test_a_program_may_have_other_defaults() -> None:
     assert sampling_of({"top_p": 0.3}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.3)
     assert sampling_of({"temperature": 0.0}, do_sample=True, top_p=0.9) == GREEDY
     assert sampling_of({"temperature": 0.7}, do_sample=False) == Sampling(0.7)
+    assert sampling_of({"do_sample": True}, do_sample=False, temperature=0.5) == Sampling(0.5)
+    assert sampling_of({"do_sample": False}, do_sample=True) == GREEDY
     assert sampling_of({}, do_sample=False) == GREEDY
     assert sampling_of({}, num_beams=4) == GREEDY, "beams of the file search"
 
@@ -94,6 +96,7 @@ def test_sampling_fields_of_the_file() -> None:
     assert resolve(**fields).sampling == Sampling(0.0, repetition_penalty=1.5), "as in transformers"
     assert resolve(do_sample=True).sampling == Sampling(top_k=50), "the default of transformers"
     assert resolve(do_sample=True, top_k=400).sampling == Sampling(), "more than there are ids"
+    assert resolve(do_sample=True, min_p=0, top_p=1.0).sampling == Sampling(top_k=50, top_p=1.0), "no effect"
     assert resolve(GenerationConfig(sampling=Sampling(0.9)), do_sample=True, **fields).sampling == Sampling(0.9)
     model = with_file_fields(jaxlm.get_model("gpt2-tiny", vocab_size=257), do_sample=True)
     with pytest.raises(
@@ -116,6 +119,7 @@ def test_sampling_fields_of_the_file() -> None:
         ({"temperature": "hot"}, r"generation_config.json: temperature='hot' must be of type int or float"),
         ({"num_beams": True}, r"generation_config.json: num_beams=True must be of type int"),
         ({"num_beams": 0}, r"generation_config.json: num_beams=0 must be at least 1"),
+        ({"do_sample": True, "top_p": 0}, r"top_p=0 must be in \(0, 1\].*generation_config.json"),
         ({"do_sample": True, "top_p": 2}, r"top_p=2 must be in \(0, 1\].*generation_config.json"),
         ({"do_sample": True, "num_beams": 2}, r"num_beams=2 searches for .*temperature=1.0 draws .*generation_config"),
         ({"repetition_penalty": 1.2, "num_beams": 2}, r"num_beams=2 does not support .*repetition_penalty=1.2"),

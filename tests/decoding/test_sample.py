@@ -66,6 +66,27 @@ def test_other_rows_do_not_change_samples(gpt: Pair, pad: Pad) -> None:
     assert len({tuple(row) for row in equal_prompts.tolist()}) == 4, "rows with one prompt must draw apart"
 
 
+def test_rbg_keys_of_other_rows_do_not_change_samples(gpt: Pair, pad: Pad) -> None:
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 5)
+    options = {"max_new_tokens": NUM_NEW, "sampling": SAMPLING}
+    first, second = (
+        generate(*gpt, *pad(PROMPTS, "llll"), key=keys[rows], **options)
+        for rows in np.array([[0, 1, 2, 3], [4, 1, 2, 3]])
+    )
+    np.testing.assert_array_equal(first.tokens[1:], second.tokens[1:])
+    assert first.tokens[0].tolist() != second.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_the_draws_of_a_row_depend_only_on_its_number(impl: str) -> None:
+    key = jax.random.key(3, impl=impl)
+    first, second = (jax.vmap(jax.random.bits)(sample.row_keys(key, np.array(rows))) for rows in ([0, 1, 2], [5, 1]))
+    assert first[1] == second[1]
+    assert len({*first.tolist(), *second.tolist()}) == 4
+    if impl == "threefry2x32":
+        assert first[1] == jax.random.bits(jax.random.fold_in(key, 1)), "the keys of the default are unchanged"
+
+
 def test_log_probs_equal_those_of_log_likelihood(pair: Pair, pad: Pad) -> None:
     tokens, segment_ids = pad(PROMPTS, "llll")
     out = generate_samples(pair, (tokens, segment_ids))
@@ -129,6 +150,12 @@ def test_filters_against_their_definitions(sampling: Sampling, filters: bool) ->
     np.testing.assert_allclose(jax.nn.softmax(out, axis=-1), expected, atol=1e-6)
     assert np.any(expected == 0) == filters
     assert not np.allclose(expected, jax.nn.softmax(logits, axis=-1)) or sampling == Sampling()
+
+
+def test_the_smallest_temperature_keeps_the_logits_finite() -> None:
+    out = filter_logits(Sampling(1e-30), jnp.array([[-3e4, 3e4, 2.0]]))
+    assert np.isfinite(out).all()
+    assert np.argmax(out) == 1
 
 
 def test_equally_likely_tokens_are_kept_together() -> None:
@@ -301,6 +328,7 @@ def test_a_trace_is_not_reused_for_another_sharding(gpt: Pair) -> None:
     [
         ({"temperature": -1.0}, r"temperature=-1.0 must be finite and at least 0"),
         ({"temperature": float("nan")}, r"temperature=nan"),
+        ({"temperature": 1e-38}, r"temperature=1e-38 is too small, .* use 0 \(greedy\), or at least 1e-30"),
         ({"top_k": 0}, r"top_k=0 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p=1.5 must be in \(0, 1\]"),
@@ -349,6 +377,14 @@ def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any
         with pytest.raises(ValueError, match=message):
             function(model, params, **{**VALID_ARGUMENTS, **arguments})
     assert sample._generate._cache_size() == before
+
+
+def test_errors_name_bad_seen_ids(gpt: Pair) -> None:
+    penalty = Sampling(0.0, repetition_penalty=2.0)
+    with pytest.raises(ValueError, match=r"seen needs a repetition penalty: set Sampling\(repetition_penalty=...\)"):
+        prefill(*gpt, **VALID_ARGUMENTS, seen=np.zeros((2, 128), bool))
+    with pytest.raises(ValueError, match=r"seen \[1, 128\] must have the shape \[prompts, ids\] = \[2, 128\]"):
+        prefill(*gpt, **VALID_ARGUMENTS, sampling=penalty, seen=np.zeros((1, 128), bool))
 
 
 def test_the_longest_output_that_fits(gpt: Pair) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import jaxlm
 from jaxlm.decoding import (
     GREEDY,
     NotFiniteError,
@@ -143,6 +144,9 @@ def test_errors_name_the_bad_input():
         run(models.replace(draft=draft, draft_params=draft_params))
     with pytest.raises(ValueError, match="repetition_penalty=1.2 is not supported in speculative decoding"):
         run(models, sampling=Sampling(repetition_penalty=1.2), key=jax.random.key(0))
+    capacity = jaxlm.get_model("mixtral-tiny", vocab_size=128, capacity_factor=1.25)
+    with pytest.raises(ValueError, match=r"target model has capacity_factor=1.25.* set capacity_factor=None"):
+        run(models.replace(target=capacity))
     with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
         run(models, max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature=1.0 draws at random: pass a key"):

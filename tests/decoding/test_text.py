@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import jaxlm
 from jaxlm import spec
-from jaxlm.data import ByteTokenizer, CharTokenizer
+from jaxlm.data import ByteTokenizer, CharTokenizer, PretrainedTokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text, text, windows
 from jaxlm.spec import ArraySpec
 from jaxlm.testing.helpers import initial_params
@@ -117,6 +118,68 @@ def test_an_incomplete_character_is_streamed_only_at_the_end() -> None:
     assert list(stream_text(model, params, BYTES, "x", GenerationConfig(6), chunk=1)) == [" ", "é", "€"]
     assert list(stream_text(model, params, BYTES, "x", GenerationConfig(5), chunk=1)) == [" ", "é", "\ufffd"]
     assert generate_text(model, params, BYTES, ["x"], GenerationConfig(5)) == [" é\ufffd"]
+
+
+def byte_fallback_tokenizer() -> PretrainedTokenizer:
+    """A BPE tokenizer with byte fallback and the ids of ``ByteTokenizer``. Only letters and spaces are not bytes."""
+    tokens = [chr(i) if chr(i).isalpha() and i < 128 else f"<0x{i:02X}>" for i in range(256)]
+    tokens[ord(" ")] = "▁"
+    vocabulary = {token: i for i, token in enumerate([*tokens, "</s>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence(  # as in Llama
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PretrainedTokenizer(backend)
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK])
+@pytest.mark.parametrize("num_wrong", [0, 4])
+def test_new_text_does_not_depend_on_the_chunks(tokenizer: Any, num_wrong: int) -> None:
+    rng = np.random.default_rng(num_wrong)
+    for _ in range(60):
+        line = np.frombuffer((LINE + "\n😀é\n").encode(), np.uint8).astype(np.int32)
+        line[rng.integers(0, line.size, num_wrong)] = rng.integers(128, 256, num_wrong)
+        first, last = np.sort(rng.integers(0, line.size + 1, 2))
+        ids = line[:last]
+        expected = text._NewText(tokenizer.decode, ids[:first]).read(ids, is_complete=True)
+        new_text, pieces = text._NewText(tokenizer.decode, ids[:first]), ""
+        for end in np.sort(rng.integers(first, last + 1, 12)):
+            pieces = new_text.read(ids[:end], is_complete=False)
+            assert expected.startswith(pieces)
+            assert not pieces.endswith("\ufffd")
+        assert new_text.read(ids, is_complete=True) == new_text.read(ids, is_complete=True) == expected
+        if num_wrong == 0:  # a character that begins in the prompt is part of the new text
+            whole, before = (bytes(part.tolist()).decode(errors="ignore") for part in (ids, ids[:first]))
+            assert expected.rstrip("\ufffd") == (whole[len(before) :] if last > first else "")
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_wrong_byte_does_not_change_the_characters_before_it(chunk: int) -> None:
+    model, params = recite(b"x\n\xe4\xb8\xad\xe5")  # the last character is cut
+    prompt = np.array([ord("x")], np.int32)
+    config = GenerationConfig(5, end_ids=())
+    assert generate_text(model, params, FALLBACK, [prompt], config) == ["\n中\ufffd"]
+    # The iterator yields no incomplete character before the end.
+    pieces = list(text.stream_text(model, params, FALLBACK, "x", config, chunk=chunk))
+    assert pieces == (["\n", "中", "\ufffd"] if chunk == 1 else ["\n", "中\ufffd"])
+    stopped = dataclasses.replace(config, stop=("中",))
+    assert list(stream_text(model, params, FALLBACK, "x", stopped, chunk=chunk)) == ["\n"]
+
+
+def test_a_character_that_begins_in_the_prompt_is_generated_text() -> None:
+    model, params = recite("cé!😀".encode())
+    for size, expected in [(2, "é!😀"), (5, "😀"), (7, "😀")]:
+        prompt = np.frombuffer("cé!😀".encode(), np.uint8)[:size].astype(np.int32)
+        assert generate_text(model, params, BYTES, [prompt], GenerationConfig(9)) == [expected]
+    for size in (1, 5, 9):  # the prompt ends with complete emoji, and the new token is one byte
+        model, params = recite(b"a" + "😀😀".encode() + b"\xf0")
+        prompt = np.frombuffer(b"a" + "😀😀".encode(), np.uint8)[:size].astype(np.int32)
+        expected = "😀😀"[size // 4 :] + "\ufffd"
+        assert generate_text(model, params, FALLBACK, [prompt], GenerationConfig(10 - size)) == [expected]
 
 
 def test_batched_prompts_of_unequal_length() -> None:
@@ -268,6 +331,15 @@ def test_text_can_be_longer_than_the_context(chunk: int) -> None:
     assert generate_text(model, params, tokenizer, ["abc"], GenerationConfig(40, stop=(stop,))) == [expected]
     with pytest.raises(ValueError, match="prompt 0 has 13 tokens, but max_positions=12: shorten it"):
         stream_text(model, params, tokenizer, "abcdefghijabc", GenerationConfig(3))
+
+
+def test_the_repetition_penalty_counts_the_tokens_of_all_windows() -> None:
+    model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
+    tokenizer = CharTokenizer(LETTERS + LETTERS.upper() + "0123456789")
+    config, prompts = GenerationConfig(25, Sampling(0.0, repetition_penalty=1e6)), ["abc", "J"]
+    outputs = generate_text(model, initial_params(model, 3), tokenizer, prompts, config)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len({*prompt, *output}) == len(prompt) + 25
 
 
 def test_rows_that_end_early_get_no_text_in_later_windows() -> None:

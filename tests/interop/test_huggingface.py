@@ -170,6 +170,25 @@ def test_every_family_round_trips(name: str, variant: str, tmp_path: Path) -> No
         assert all(set(implied) <= fields for implied in table.architectures.values())
 
 
+def test_a_native_file_may_have_fewer_tensors_than_experts(tmp_path: Path) -> None:
+    """In jaxlm's own format, one tensor contains all experts of a layer."""
+    model = get_model(
+        "gated_deltanet", vocab_size=16, num_layers=1, embed_dim=8, mlp_dim=8, num_experts=96, expert_dim=2,
+        experts_per_token=2, shared_expert_dim=2, negative_eigenvalues=True, delta_key_heads=1, delta_value_heads=1,
+        delta_key_dim=4, delta_value_dim=4, num_heads=2, num_kv_heads=1, head_dim=8,
+    )  # fmt: skip
+    params = zeros(model)
+    save_pretrained(tmp_path, model, params)
+    assert len(weights(tmp_path)) < 96
+    loaded, loaded_params = load_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert_trees_equal(loaded_params, params)
+    fields = json.loads((tmp_path / "config.json").read_text())["config"]
+    edit_config(tmp_path, config={**fields, "num_experts": 10**12})
+    with pytest.raises(ValueError, match=r"layers.0.experts.\S+ expected F32\[1000000000000, .*, got F32\[96, "):
+        load_pretrained(tmp_path)
+
+
 def test_formats_are_found_by_family() -> None:
     modules = {path.stem for path in Path(formats.__file__).parent.glob("*.py")} - {
         "__init__",

@@ -273,6 +273,8 @@ def test_labels_are_set_saved_and_loaded(tmp_path: Path) -> None:
     loaded_model, _ = load_pretrained(tmp_path)
     assert loaded_model.labels == ("bad", "good")
     assert loaded_model.with_labels(["-", "+"]).labels == ("-", "+")
+    assert loaded_model.with_fields(remat="full").labels == ("bad", "good")
+    assert loaded_model.with_fields(num_labels=3).labels is None
 
 
 @pytest.mark.parametrize(

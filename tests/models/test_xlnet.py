@@ -50,6 +50,7 @@ def check_memory(model, params, golden):
     right_to_left = np.arange(batch) >= batch // 2
     for i in range(segments):
         arrays = {name: golden[name][i] for name in ("order", "targets", "token_types")}
+        arrays["order"] = arrays["order"].astype(np.int8)  # the order of the memory does not fit into 8 bits
         hidden, permuted = step(params, golden["tokens"][i], state=permuted, right_to_left=right_to_left, **arrays)
         assert relative_error(hidden, golden["permuted"][i]) < 1e-5
         hidden, causal = step(params, golden["tokens"][i], state=causal)

@@ -7,6 +7,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention.cache import append
+from jaxlm.nn.copying import copied_tokens
 from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -193,6 +194,9 @@ def test_small_integer_ids_do_not_wrap():
     table = jnp.arange(384.0)[:, None]
     ids = jnp.array([[3, 255]], jnp.uint8)
     assert embed(table, ids, "float32", size=257)[..., 0].tolist() == [[3.0, 255.0]]
+    for dtype in (jnp.uint8, jnp.int8):
+        copied = copied_tokens(jnp.ones((1, 1, 3)), jnp.array([[1, 5, 100]], dtype), 300)
+        assert np.flatnonzero(copied).tolist() == [1, 5, 100]
 
 
 def test_append_writes_each_row_at_its_own_length():

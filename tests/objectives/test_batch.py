@@ -8,7 +8,7 @@ import pytest
 from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
-from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
+from jaxlm.objectives.batch import Batch, count, smoothed_token_loss, token_accuracy
 from jaxlm.testing.helpers import apply, initial_params, tiny_model
 from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
@@ -47,6 +47,16 @@ def test_token_accuracy_ignores_tokens_with_weight_0():
     best = np.argmax(MODEL.logits(params, hidden), axis=-1).astype(np.int32)
     three_correct = batch.replace(targets=np.where(np.arange(7) < 3, best, (best + 1) % VOCAB))
     assert [float(x) for x in token_accuracy(MODEL, params, three_correct)[:2]] == [6.0, 11.0]
+
+
+def test_token_accuracy_of_a_head_with_more_labels_than_ids():
+    model = MeanModel(VOCAB + 5)
+    model.config.vocab_size = VOCAB
+    params = model.init()
+    hidden, _ = model.apply(params, TOKENS)
+    best = np.argmax(model.logits(params, hidden), axis=-1)
+    assert best.max() >= VOCAB
+    assert float(token_accuracy(model, params, Batch(TOKENS, best, np.ones(best.shape, np.float32)))[0]) == best.size
 
 
 @pytest.mark.parametrize("max_chunk_logits", [1, 2 * 3 * VOCAB, 2**20])

@@ -73,6 +73,16 @@ def test_tokens_that_are_not_selected_or_special_do_not_change():
     assert batch.segment_ids is segments
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_the_dtype_of_the_tokens_does_not_change_the_batch(dtype):
+    tokens = random_rows(rows=4)[0]
+    config = {"mask_id": 40_000, "vocab_size": 50_000}
+    batches = [masked_batch(rows, np.random.default_rng(0), **config) for rows in (tokens, tokens.astype(dtype))]
+    for name in ("tokens", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(batches[1], name), getattr(batches[0], name), strict=True)
+    assert (batches[1].tokens == 40_000).any()
+
+
 def test_mask_tokens_of_the_text_are_not_predicted():
     batch = masked_batch(np.full((2, 40), MASK), np.random.default_rng(0), mask_id=MASK, vocab_size=V, rate=1.0)
     assert not batch.weights.any()

@@ -86,6 +86,13 @@ def test_san_moves_with_unnecessary_origin_are_legal_and_ambiguous_moves_are_not
     assert legal.move(board_after("d4 d5 Nf3 Nf6"), 5) is None
 
 
+def test_castling_has_one_text_in_uci() -> None:
+    castling = chess.Board("4k2r/P6P/8/8/8/8/8/R3K2R w KQk - 0 1")
+    legal_uci = LegalMoves(UCI)
+    for text, is_legal in (("e1g1", True), ("e1c1", True), ("e1h1", False), ("e1a1", False)):
+        assert (legal_uci.move(castling, UCI.encode(text)[0]) is not None) == is_legal, text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -302,6 +309,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
             "no mate in one after 'e2e4'",
         ),
         (lambda: choose_ids(np.zeros((1, 3)), -1.0, np.random.default_rng(0)), ValueError, "temperature=-1.0 must be"),
+        (lambda: choose_ids(np.zeros((1, 3)), 1e-45, np.random.default_rng(0)), ValueError, "1e-45 is too small"),
     ],
 )  # fmt: skip
 def test_invalid_input_raises_an_error(make: Any, error: type[Exception], message: str) -> None:

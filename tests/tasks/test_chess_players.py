@@ -152,9 +152,13 @@ def test_invalid_match_options_raise_errors(options: dict, message: str) -> None
         play_match(ScriptedPlayer("", max_moves=63), RandomPlayer(), **options)
 
 
-def test_an_invalid_temperature_raises_an_error() -> None:
-    with pytest.raises(ValueError, match="temperature=-1 must be finite"):
-        ModelPlayer(*oracle(UCI, [FOOL]), UCI, temperature=-1)
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [(-1, "temperature=-1 must be finite and at least 0"), (1e-45, "temperature=1e-45 is too small")],
+)
+def test_an_invalid_temperature_raises_an_error(temperature: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelPlayer(*oracle(UCI, [FOOL]), UCI, temperature=temperature)
 
 
 # -------------------------------------------------------------------------------------------------- engines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import jaxlm
 from jaxlm.data import ByteTokenizer, CharTokenizer
 from jaxlm.data.tokenizers import PretrainedTokenizer
-from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, score
+from jaxlm.decoding import GREEDY, GenerationConfig, Sampling, generate_text, score
 from jaxlm.decoding.batches import bucket_length
+from jaxlm.models.model import Metadata
 from jaxlm.tasks.text_requests import TextRequests, rolling_windows
 from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, initial_params, tiny_model
 
@@ -195,13 +197,30 @@ def test_generation_options() -> None:
     texts = text_requests.generate(sampling_requests)
     assert len(set(texts)) > 1, "repeated requests have different samples"
     assert text_requests.generate(sampling_requests) == texts
-    config = text_requests.generation_config({"do_sample": True, "top_k": 0, "top_p": 0.5, "repetition_penalty": 1.2})
-    assert config.sampling is not None
-    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.top_p) == (1.0, None, 0.5)
+    options = {"do_sample": True, "top_k": 0, "top_p": 0.5, "min_p": 0.0, "repetition_penalty": 1.2}
+    config = text_requests.generation_config(options)
+    assert config.sampling == Sampling(1.0, None, 0.5, None, 1.2)
     assert config.max_new_tokens == 256
     greedy = text_requests.generation_config({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "num_beams": 3})
     assert greedy.sampling is not None
     assert (greedy.sampling.temperature, greedy.sampling.top_p, greedy.num_beams) == (0.0, None, 3)
+
+
+def test_sampling_options_that_are_not_set_are_read_from_the_file() -> None:
+    def sampling_of(options: dict[str, Any], **fields: Any) -> Sampling | None:
+        model, params = model_and_params("gpt2-tiny")
+        model = dataclasses.replace(model, metadata=Metadata(generation_config=fields))
+        return TextRequests(model, params, BYTES).generation_config(options).sampling
+
+    fields = {"temperature": 0.6, "top_k": 7, "min_p": 0.1}
+    assert sampling_of({"do_sample": True}, do_sample=True, **fields) == Sampling(0.6, 7, min_p=0.1)
+    assert sampling_of({"do_sample": True}, do_sample=False, num_beams=1, **fields) == Sampling(0.6, 7, min_p=0.1)
+    assert sampling_of({"temperature": 0.8, "min_p": 0}, do_sample=True, **fields) == Sampling(0.8, 7)
+    assert sampling_of({}, do_sample=True, **fields) == sampling_of({"do_sample": False}, **fields) == GREEDY
+    with pytest.raises(ValueError, match=r"do_sample=True and temperature=0.0 .* read from generation_config.json"):
+        sampling_of({"do_sample": True}, temperature=0.0)
+    with pytest.raises(ValueError, match=r"num_beams=2 searches for likely texts, but temperature=0.6 draws"):
+        sampling_of({"do_sample": True, "num_beams": 2}, **fields)
 
 
 @pytest.mark.parametrize(

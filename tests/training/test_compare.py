@@ -4,6 +4,7 @@ import pytest
 
 from jaxlm.metrics import Score
 from jaxlm.training.compare import compare_runs, draw_comparison
+from jaxlm.training.html_report import write_report
 from jaxlm.training.report import MetricsFile, write_results
 
 
@@ -40,6 +41,19 @@ def test_the_table_has_last_and_best_values_and_scores(tmp_path):
     ]  # fmt: skip
     assert cells(second) == ["lstm", "-", "-", "200", "-", "0.6 (0.6)", "-", "-"]
     assert len({len(line) for line in (header, rule, first, second)}) == 1  # columns are aligned
+
+
+def test_the_table_has_no_steps_that_a_resume_or_a_rollback_discarded(tmp_path):
+    for name, record in (
+        ("resumed", {"step": 150, "event": "resumed"}),
+        ("rollback", {"step": 310, "event": "rollback", "to_step": 150}),
+    ):
+        directory = make_run(tmp_path / name, [0.5, 0.2, 0.4])
+        file = MetricsFile(directory / "metrics.jsonl")
+        file.write(**record)
+        file.write(step=160, validation_loss=0.3)
+        assert cells(compare_runs([directory]).splitlines()[2]) == [name, "-", "-", "160", "-", "0.3 (0.3)"]
+        assert "<dt>steps</dt><dd>160</dd>" in write_report(directory).read_text()
 
 
 def test_runs_with_equal_names_are_listed_with_their_paths(tmp_path):

@@ -80,6 +80,7 @@ def exported_params(directory: Path) -> dict[str, np.ndarray]:
 def test_a_run_killed_before_it_wrote_its_configuration_can_be_started_again(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "jaxlm_tokenizer.json").write_text("{}")
+    (tmp_path / ".config.json").write_text('{"seed"')  # the temporary file of config.json
     checks.check_output(tmp_path, resume=False)
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "model" / name).write_text("{}")

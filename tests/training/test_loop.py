@@ -311,7 +311,7 @@ def test_a_resumed_run_evaluates_its_last_step_if_the_checkpoint_was_not_evaluat
     result = run(directory, resume=True, steps=8)
     assert (result.step, result.interrupted) == (8, None)
     assert result.validation == training_setup()[3](result.params)
-    assert metric_curve(read_metrics(directory / "metrics.jsonl"), "validation_loss")[0] == [6, 8, 12]
+    assert metric_curve(read_metrics(directory / "metrics.jsonl"), "validation_loss")[0] == [6, 8]
 
 
 def test_resuming_a_run_without_a_checkpoint_starts_at_step_0(tmp_path, complete_run, capfd):
@@ -352,6 +352,8 @@ def test_a_run_directory_is_locked_by_one_process(tmp_path):
         ({"max_rollbacks": 1, "checkpoint_every": None}, "max_rollbacks=1 needs checkpoints"),
         ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
         ({"spike_deviations": 0}, "spike_deviations=0 must be positive, or None"),
+        ({"seed": -1}, "^seed=-1 must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "^seed=4294967296 must be from 0 to 4294967295"),
     ],
 )
 def test_bad_training_configs_raise_an_error_with_the_field(change, message):
@@ -530,8 +532,10 @@ def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
     losses = {"loss": causal.loss_with_load_balance(0.5), "router_z_loss": causal.loss}
     with pytest.raises(ValueError, match="two metrics have the name 'router_z_loss': rename one"):
         Evaluator(model, losses, [batch])
-    extra = {"extra_metrics": lambda params: {"loss": 0.0}, "extra_metric_names": ("loss",)}
+    extra = {"extra_metrics": lambda params: {"bleu": 1.0, "loss": 0.0}}
     with pytest.raises(ValueError, match="two metrics have the name 'loss': rename one"):
-        Evaluator(model, causal.loss, [batch], **extra)
+        Evaluator(model, causal.loss, [batch], **extra, extra_metric_names=("bleu", "loss"))
+    with pytest.raises(ValueError, match="extra_metrics returns 'loss', which is the name of another metric: rename"):
+        Evaluator(model, causal.loss, [batch], **extra)(params)
     with pytest.raises(ValueError, match=r"extra_metric_names=\('bleu',\) needs extra_metrics"):
         Evaluator(model, causal.loss, [batch], extra_metric_names=("bleu",))

@@ -14,7 +14,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
-from jaxlm.adapt import LoRA
+from jaxlm.adapt import Freeze, LoRA
 from jaxlm.config import from_json, to_json
 from jaxlm.models import FAMILIES
 from jaxlm.sharding import Sharding, make_mesh
@@ -316,6 +316,14 @@ def test_layer_rates_equal_those_of_beit():
     recurrent = spec.flatten(layer_rates(tiny_model("lstm-encoder-tiny").specs, 0.5))
     assert recurrent["layer_0/forward/bias"] == 0.25
     assert recurrent["layer_1/backward/weight_hidden"] == 0.5
+
+
+def test_layer_rates_without_the_first_layers_are_those_of_the_complete_model():
+    """The top layer is next to the head in both models. Only embeddings depend on the number of trained layers."""
+    specs = tiny_model("bert", scan_layers=True).specs
+    complete, rest = (spec.flatten(layer_rates(tree, 0.5)) for tree in (specs, Freeze((), 1).specs(specs)))
+    np.testing.assert_array_equal(complete["layers/mlp/up/weight"][1:], rest["layers/mlp/up/weight"])
+    assert (complete["token_embedding"], rest["token_embedding"]) == (0.125, 0.25)
 
 
 def test_layer_decay_multiplies_the_whole_update():

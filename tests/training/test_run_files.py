@@ -59,6 +59,13 @@ def test_a_curve_has_no_steps_that_a_rollback_discarded():
     assert plots.training_panels([*records, {"step": 4, "event": "rollback", "to_step": 2}]) == []
 
 
+def test_a_curve_has_no_steps_after_the_checkpoint_of_a_resume():
+    records = [{"step": step, "loss": float(step)} for step in (10, 20, 30)]
+    records += [{"step": 15, "event": "resumed"}, {"step": 16, "loss": 0.5}]
+    assert metric_curve(records, "loss") == ([10, 16], [10.0, 0.5])
+    assert metric_curve(records[:-1], "loss") == ([10], [10.0])
+
+
 def test_each_panel_has_the_loss_or_one_validation_metric(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl"))
     loss, accuracy = plots.training_panels(records)

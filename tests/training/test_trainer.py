@@ -22,6 +22,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
+from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
 
@@ -218,7 +219,26 @@ def test_a_step_passes_the_gradient_norm_to_the_optimizer():
     for wrapped in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
         step = jax.jit(Trainer(model, wrapped, nan_loss).step)
         assert_trees_close(step(initial_state(), batch)[0].params, expected.params, 1e-6)
-    assert argument_names == [set(), {"gradient_norm"}]
+    assert argument_names == [set(), {"gradient", "gradient_norm"}]
+
+
+def test_clipping_uses_the_norm_of_the_updates_that_it_gets():
+    """The norm 100 of the gradient is 0.1 after the first transformation, which is below clip_norm."""
+    model, _, batch = model_optimizer_batch()
+
+    def loss(model, params, batch, *, key=None, state=None):
+        return 100.0 * params["final_norm"]["bias"][0], jnp.ones(()), None
+
+    config = OptimizerConfig(
+        "sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, beta1=0.0, clip_norm=1.0
+    )
+    clipped = make_optimizer(config, model.specs, 10)
+    state = initial_state()
+    for optimizer, update in ((clipped, 1.0), (optax.chain(optax.scale(0.001), clipped), 0.1)):
+        started = dataclasses.replace(state, optimizer=optimizer.init(state.params))
+        after, metrics = jax.jit(Trainer(model, optimizer, loss).step)(started, batch)
+        assert float(metrics["gradient_norm"]) == pytest.approx(100.0)
+        assert float(after.params["final_norm"]["bias"][0]) == pytest.approx(-update, rel=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -232,6 +252,18 @@ def test_abstract_has_the_shapes_dtypes_and_shardings_of_the_state(scan_layers):
     layers = state.optimizer[1].mu["layers"]
     moments = (layers if scan_layers else layers[0])["mlp"]["up"]["weight"]
     assert moments.sharding.spec == jax.sharding.PartitionSpec(*[None] * scan_layers, "fsdp", "tensor")
+
+
+def test_parameters_on_one_device_are_copied_to_the_mesh():
+    model, optimizer, batch = model_optimizer_batch()
+    sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
+    trainer = Trainer(model, optimizer, causal.loss, sharding=sharding)
+    params = jax.device_put(jax.device_get(initial_state().params), jax.devices()[3])  # committed to this device
+    state = trainer.init(jax.random.key(0), params)
+    assert_trees_equal(state.params, params)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == sharding.tree(model.specs)
+    evaluate = Evaluator(model, causal.loss, [batch], sharding=sharding)
+    assert evaluate(params) == evaluate(state.params)
 
 
 # ----------------------------------------------------------------------------- optimizer and adaptation

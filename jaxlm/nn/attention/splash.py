@@ -90,6 +90,7 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
     else:
         query = jnp.pad(query, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
         key = jnp.pad(key, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
+        query, key = (jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in (query, key))  # all rows may share one
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=query, kv=key))
     return jnp.swapaxes(out, 1, 2)[:, :T]
 

@@ -91,6 +91,7 @@ def make_streams(
         types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
     key_order = None
     if order is not None:
+        order = jnp.asarray(order, jnp.int32)  # the order of the memory does not fit into a smaller dtype
         key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
     elif is_causal:
         key_order = context.key_positions

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.embedding import widen_ids
 from jaxlm.spec import Params
 
 Head = Callable[[Any, jax.Array], jax.Array]
@@ -41,6 +42,7 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
 def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # "fill" gives NaN for an id outside the vocabulary. Negative ids are replaced by V, because JAX would count them
     # from the end.
+    targets_BT = widen_ids(targets_BT)
     targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     # Padding rows of the vocabulary have this logit (``jaxlm.nn.embedding.unembed``).

@@ -1,6 +1,6 @@
 """Pallas kernels for the gated delta rule, and for its gradients, on TPU.
 
-The equations of a chunk are those of ``jaxlm.nn.scan.delta_rule._gated_chunk``. D(s, t) is the product of the decays of
+The equations of a chunk are those of ``_gated_chunk`` in delta_rule.py. D(s, t) is the product of the decays of
 steps s + 1 to t, and S is the state before the chunk. With the matrix ``A[t, s] = beta_t * D(s, t) * (k_t @ k_s)`` for
 s < t, the vectors u solve ``(I + A) @ u = r`` with ``r_t = beta_t * (v_t - D(0, t) * k_t @ S)``. Then the chunk is
 linear attention with the values u. A kernel keeps the inverse of ``I + A``, the scores and the states in VMEM. The

@@ -32,6 +32,13 @@ CASES = {
     "bidirectional, padded": (Mask(), 130, 250, 2, 2),
     "window": (Mask(causal=True, window=70), 256, 256, 1, 1),
     "causal documents": (Mask(causal=True, **segments(256, 256, same=True)), 256, 256, 2, 2),
+    "documents, equal in all rows": (
+        Mask(causal=True, **{name: x[:1] for name, x in segments(130, 130, same=True).items()}),
+        130,
+        130,
+        1,
+        1,
+    ),
     "segments, some queries without keys": (Mask(**segments(130, 200, same=False)), 130, 200, 2, 2),
 }
 

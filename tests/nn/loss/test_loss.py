@@ -113,6 +113,7 @@ def test_a_target_outside_the_vocabulary_gives_nan():
     for bad in (V, V + 5, -1):
         targets[0, 0] = bad
         assert np.isnan(run(targets.copy()))
+    assert np.all(np.isnan(cross_entropy(np.zeros((1, 2, 300), np.float32), np.array([[-1, -100]], np.int8))))
 
 
 def test_a_target_in_the_padding_of_the_vocabulary_gives_nan():
