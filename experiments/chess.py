@@ -179,7 +179,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         model, {"loss": causal.evaluation_loss(model), "token_accuracy": token_accuracy},
         [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
-    max_moves(experiment.tests, model)
+    max_moves(experiment.tests, model)  # raises an error before the training
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "

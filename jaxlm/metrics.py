@@ -195,7 +195,7 @@ def bleu(
         TypeError: ``hypotheses`` or ``references`` is one string, or has an item that is not a string.
         ImportError: sacrebleu is not installed.
     """
-    metrics = import_sacrebleu().metrics
+    metrics = import_sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
     if tokenize not in metrics.BLEU.TOKENIZERS:
         raise ValueError(f"tokenize={tokenize!r} must be one of {', '.join(metrics.BLEU.TOKENIZERS)}")
@@ -209,7 +209,7 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
 
     The computation of the interval and the errors are the same as for :func:`bleu`.
     """
-    metrics = import_sacrebleu().metrics
+    metrics = import_sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
     return _corpus_score(
         "chrF2 (lowercase)" if lowercase else "chrF2", metrics.CHRF(lowercase=lowercase), hypotheses, references
@@ -401,12 +401,12 @@ def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> 
 
 
 def import_sacrebleu() -> Any:
-    """The package ``sacrebleu``. If it is not installed, an ``ImportError`` names the extra that installs it."""
+    """The module ``sacrebleu.metrics``. If sacrebleu is not installed, an ``ImportError`` names the extra."""
     try:
         import sacrebleu.metrics
     except ImportError as error:
         raise ImportError("BLEU and chrF need sacrebleu: pip install 'jaxlm[metrics]'") from error
-    return sacrebleu
+    return sacrebleu.metrics
 
 
 def import_rouge_scorer() -> Any:

@@ -103,7 +103,7 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
         assert message in error_line(capsys, "generate", run_directory, *prompt, option, value)
 
 
-def test_values_that_turn_a_filter_off_are_greedy_decoding():
+def test_values_that_turn_a_filter_off_do_not_change_greedy_decoding():
     options = sampling_options(top_k=0, top_p=1.0, min_p=0.0)
     assert Sampling(temperature=0.0, **options) == Sampling(temperature=0.0)
 

@@ -29,12 +29,15 @@ def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[s
         (directory / program).write_text(
             f"#!{sys.executable}\nimport sys\n"
             f"open({str(log)!r}, 'a').write(repr([{program!r}, *sys.argv[1:]]) + '\\n')\n"
-            "if 'rev-parse' in sys.argv: print('.')\n"
+            "if 'rev-parse' in sys.argv: print('..')\n"
             f"sys.exit(not set({failing!r}).isdisjoint(sys.argv))\n"
         )
         (directory / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"}
-    status = subprocess.run(["bash", "-c", text], env=environment, cwd=directory, check=False).returncode
+    (directory / "subdirectory").mkdir(exist_ok=True)
+    status = subprocess.run(
+        ["bash", "-c", text], env=environment, cwd=directory / "subdirectory", check=False
+    ).returncode
     return status, [eval(line) for line in log.read_text().splitlines()]
 
 

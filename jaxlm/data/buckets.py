@@ -97,6 +97,7 @@ class Bucketed:
     length_multiple: int = 8
     max_length: int | None = None
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
+    _scalar_dtypes: dict[str, np.dtype] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, length_multiple=self.length_multiple)
@@ -106,7 +107,7 @@ class Bucketed:
         if not len(self.examples):
             raise ValueError("no examples to batch")
         first, array_fields = self.examples[0], self._array_fields
-        names = list(first)
+        names, dtypes = list(first), dict[str, np.dtype]()
         if not array_fields:
             raise ValueError(f"the examples have no array, only {', '.join(names) or 'no fields'}: encode their texts")
         for number, example in enumerate(self.examples):
@@ -115,6 +116,8 @@ class Bucketed:
             for name in names:
                 if name not in array_fields:
                     _check_scalar(example[name], first[name], f"{name} of example {number}")
+                    dtype = np.asarray(example[name]).dtype
+                    dtypes[name] = np.result_type(dtypes.get(name, dtype), dtype)
             for name in array_fields:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                     raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
@@ -124,18 +127,13 @@ class Bucketed:
                         f"{name} of example {number} has {len(example[name])} entries, more than "
                         f"max_length={self.max_length}: truncate it"
                     )
+        object.__setattr__(self, "_scalar_dtypes", dtypes)
         object.__setattr__(self, "buckets", tuple(self._make_buckets()))
 
     @property
     def _array_fields(self) -> list[str]:
         """The names of the array fields."""
         return [name for name, value in self.examples[0].items() if np.ndim(value) > 0]
-
-    @functools.cached_property
-    def _scalar_dtypes(self) -> dict[str, np.dtype]:
-        """The dtype of each scalar field: it can represent the values of all examples."""
-        names = self.examples[0].keys() - set(self._array_fields)
-        return {name: np.result_type(*{np.asarray(row[name]).dtype for row in self.examples}) for name in names}
 
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._array_fields] for example in self.examples])
@@ -223,10 +221,10 @@ class Bucketed:
     def check(self, vocab_size: int) -> None:
         """Raise ``ValueError`` if ``pad_id``, or an id in a field of ``TOKEN_FIELDS``, is outside the vocabulary."""
         check_tokens(np.asarray([self.pad_id]), vocab_size, name="pad_id")
+        names = [name for name in TOKEN_FIELDS if name in self._array_fields]
         for number, example in enumerate(self.examples):
-            for name in TOKEN_FIELDS:
-                if name in self._array_fields:
-                    check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
+            for name in names:
+                check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0

@@ -394,17 +394,16 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
                 game.append(line)
             continue
         is_tag = bool(_TAG.fullmatch(line))
-        is_new = after_empty and last_word and (last_word in RESULTS or _FIRST_MOVE.match(line))
+        moves, in_comment_after = ("", False) if is_tag else _without_comments(line, in_comment)
+        is_new = after_empty and last_word and (last_word in RESULTS or _FIRST_MOVE.match(moves))
         if game and (is_new or (is_tag and not after_tag)):
             yield start + 1, "".join(game)
-            game, in_comment, last_word = [], False, ""
+            game, last_word = [], ""
         if not game:
             start = number
         game.append(line)
-        after_tag, after_empty = is_tag, False
-        if not is_tag:
-            moves, in_comment = _without_comments(line, in_comment)
-            last_word = (moves.split() or [last_word])[-1]
+        after_tag, after_empty = is_tag, after_empty and not is_tag and not moves.strip()
+        in_comment, last_word = in_comment_after, (moves.split() or [last_word])[-1]
     if game:
         yield start + 1, "".join(game)
 

@@ -506,8 +506,8 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
         reason = f"tokenizer_class={name!r}"
     elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
         reason = f"model_type={model_type!r}"
-    elif settings.get("add_prefix_space"):
-        reason = f"add_prefix_space={settings['add_prefix_space']!r}"
+    elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
+        reason = f"{setting}={settings[setting]!r}"
     elif added:
         reason = f"the further token {added[0]!r} in added_tokens.json"
     else:
@@ -515,7 +515,8 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     raise ValueError(
         f"{directory} has vocab.json and merges.txt with {reason}, but these two files are read as GPT-2's tokenizer: "
         "write tokenizer.json once, with transformers.AutoTokenizer.from_pretrained(directory, use_fast=True)"
-        ".save_pretrained(directory)"
+        '.save_pretrained(directory). If it is GPT-2\'s tokenizer, write {"tokenizer_class": "GPT2Tokenizer"} to '
+        "tokenizer_config.json"
     )
 
 

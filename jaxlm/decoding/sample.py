@@ -262,7 +262,7 @@ def prefill(
 ) -> Progress:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
-    The arguments and errors are the same as in :func:`generate`, and:
+    The arguments and errors are those of :func:`generate`, and in addition:
 
     Args:
         seen: [B, V] bool, ids to which the repetition penalty applies in addition to those of the prompts:

@@ -76,17 +76,16 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
         raise ValueError("tokens have only 1 column: the first token is not predicted, so at least 2 are needed")
-    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
-        _check_document_lengths(np.asarray(segment_ids)[:, :-1], model.max_positions)
+    limit, is_traced = model.max_positions, isinstance(segment_ids, jax.core.Tracer)
+    if segment_ids is not None and not is_traced and limit is not None and segment_ids.shape[1] - 1 > limit:
+        _check_document_lengths(np.asarray(segment_ids)[:, :-1], limit)
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
 
 
-def _check_document_lengths(segment_ids_BT: np.ndarray, limit: int | None) -> None:
-    """Raise ``ValueError`` if a document has more than ``limit`` tokens. None: no limit."""
-    if limit is None or segment_ids_BT.shape[1] <= limit:
-        return
+def _check_document_lengths(segment_ids_BT: np.ndarray, limit: int) -> None:
+    """Raise ``ValueError`` if a document has more than ``limit`` tokens."""
     for row, segments in enumerate(segment_ids_BT):
         real = segments[segments > 0]
         starts = np.flatnonzero(np.diff(real, prepend=0, append=0))  # the last entry is the end of the last document

@@ -423,9 +423,10 @@ class _NewText:
         # Ids before `start` are decoded, and ids before `end` have been read. The ids from `context` to `start` are
         # decoded again with the next part, because some tokenizers treat the beginning of a text differently.
         self._context, self._start, self._end = 0, start, start
-        self._text = ""
+        self._text = self._of_prompt = ""
         self.read(prompt, is_complete=False)
-        self._text = ""
+        # Bytes at the end of the prompt are new text only if new tokens complete their character.
+        self._text, self._of_prompt = "", self._part(prompt)
 
     def read(self, ids: np.ndarray, *, is_complete: bool) -> str:
         """The text of ``ids`` after the prompt that later tokens cannot change.
@@ -442,7 +443,8 @@ class _NewText:
             self._text += part
             self._context, self._start = self._start if part else self._context, end
         self._end = ids.size
-        return self._text + (self._part(ids) if is_complete and ids.size > self._prompt_length else "")
+        rest = self._part(ids) if is_complete and ids.size > self._prompt_length else ""
+        return (self._text + rest).removeprefix(self._of_prompt)
 
     def _part(self, ids: np.ndarray) -> str:
         """The text of the ids from ``start`` on."""

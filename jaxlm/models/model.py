@@ -122,7 +122,7 @@ class Model:
         return spec.count(self.specs)
 
     def with_fields(self, **values: Any) -> Model:
-        """The model with these values of config fields. If their number changes, the labels have no names any more.
+        """The model with these values of config fields. If ``num_labels`` changes, the names of the labels are dropped.
 
         Raises:
             ValueError: the family has no such field (the message suggests a similar one), a value has the wrong type,

@@ -210,10 +210,11 @@ class MoveReader:
         if not boards:
             raise ValueError("logits needs at least one board")
         self.check_moves(max(len(board.move_stack) for board in boards))
+        initial = import_chess().Board()
         for index, board in enumerate(boards):
-            if (start := board.root().fen()) != import_chess().STARTING_FEN:
+            if (start := board.root()) != initial:
                 raise ValueError(
-                    f"board {index} begins at {start!r}: a model needs all moves from the initial position"
+                    f"board {index} begins at {start.fen()!r}: a model needs all moves from the initial position"
                 )
         indices = self._find_rows(boards)
         if indices is None:

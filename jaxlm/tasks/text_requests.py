@@ -173,9 +173,9 @@ class TextRequests:
         ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
         transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
         ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
-        is not set and ``temperature`` is 0 or not set. Without ``until``, there are no stop strings, and without
-        a maximum number of new tokens, it is ``max_gen_toks`` of the constructor. Other options that are not set are
-        read from the model's ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        is not set and ``temperature`` is 0 or not set. The default of ``until`` is
+        no stop string, and the default maximum is ``max_gen_toks`` of the constructor. Other options that are not set
+        are read from the model's ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
         If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
         tokens, the beginning of the context is removed.

@@ -80,7 +80,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 def _validation_metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
     """The names of the validation metrics of all runs, with the loss first."""
-    return report.validation_metrics([record for records in runs for record in records])
+    names = dict.fromkeys(name for records in runs for name in report.validation_metrics(records))
+    return sorted(names, key=lambda name: name != "validation_loss")
 
 
 def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:

@@ -346,6 +346,8 @@ class _Loop:
                     "resume that run"
                 )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
+            if self._run.resume:  # the run was killed before its first checkpoint: its records are not valid
+                self._records.write(0, event="resumed")
         if self.step > self._config.steps:
             raise ValueError(
                 f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: set "

@@ -49,8 +49,8 @@ SAME_FIELDS = (
     "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token",
     "num_buckets", "max_distance", "memory_length", "reuse_length", "clamp_length",
 )  # fmt: skip
-"""Integer config fields that must be equal in both models. Fields that are not integers or tuples must also be equal,
-except ``dtype``, ``remat`` and the fields that select an implementation."""
+"""Integer config fields that must be equal in both models. Fields that are neither integers, tuples nor None must also
+be equal, except ``dtype``, ``remat`` and the fields that select an implementation."""
 
 
 @dataclasses.dataclass(frozen=True)

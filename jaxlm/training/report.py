@@ -129,8 +129,9 @@ def metric_curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[
 
 
 def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
-    """Names of the validation metrics (``validation_loss``, ``validation_accuracy``, ...), with the loss first."""
-    names = dict.fromkeys(name for record in records for name in record if name.startswith("validation_"))
+    """Names of the metrics in the :func:`valid_records` (``validation_loss``, ...), with the loss first."""
+    valid = valid_records(records)
+    names = dict.fromkeys(name for record in valid for name in record if name.startswith("validation_"))
     return sorted(names, key=lambda name: name != "validation_loss")
 
 
@@ -468,7 +469,9 @@ def _write_json(path: Path, content: Any) -> None:
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path.name}: {_find_not_json(content, '')} is not JSON: {error}") from error
+        raise ValueError(
+            f"{path.name}: {_find_not_json(content, '').removeprefix('=')} is not JSON: {error}"
+        ) from error
     _write_text(path, text + "\n")
 
 

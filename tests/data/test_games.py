@@ -151,6 +151,9 @@ def test_a_pgn_game_without_a_result_continues_after_an_empty_line(tmp_path: Pat
     assert games.moves == ("e4 e5 Nc3 Nf6", "d4 d5", "e4 c5", "Nf3 d5")
     assert games.results == ("1-0", "*", "*", "*")
     assert not games.rejected
+    for comment in ("{Game 2}\n", "{Game 2} ", "; Game 2\n"):
+        games = read_games(write(tmp_path / "b.pgn", f"1. d4 d5\n\n{comment}1. c4 c5\n"), "san")
+        assert games.moves == ("d4 d5", "c4 c5")
 
 
 def test_an_error_in_a_pgn_game_without_tags_does_not_reject_the_next_game(tmp_path: Path) -> None:

@@ -175,6 +175,11 @@ def test_a_character_that_begins_in_the_prompt_is_generated_text() -> None:
     for size, expected in [(2, "é!😀"), (5, "😀"), (7, "😀")]:
         prompt = np.frombuffer("cé!😀".encode(), np.uint8)[:size].astype(np.int32)
         assert generate_text(model, params, BYTES, [prompt], GenerationConfig(9)) == [expected]
+    for start in ("abc\ufffd".encode(), b"abc\xff"):  # wrong bytes of a prompt are not repeated
+        model, params = recite(start + b"xyz")
+        assert generate_text(
+            model, params, BYTES, [np.frombuffer(start, np.uint8).astype(np.int32)], GenerationConfig(3)
+        ) == ["xyz"]
     for size in (1, 5, 9):  # the prompt ends with complete emoji, and the new token is one byte
         model, params = recite(b"a" + "😀😀".encode() + b"\xf0")
         prompt = np.frombuffer(b"a" + "😀😀".encode(), np.uint8)[:size].astype(np.int32)

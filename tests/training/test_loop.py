@@ -316,9 +316,11 @@ def test_a_resumed_run_evaluates_its_last_step_if_the_checkpoint_was_not_evaluat
 
 def test_resuming_a_run_without_a_checkpoint_starts_at_step_0(tmp_path, complete_run, capfd):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')  # the run was killed while it wrote this line
+    # The run was killed while it wrote the second line. The first line is of a step that the new run does not have.
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 999, "loss": 1.0}\n{"step": 1, "lo')
     result = run(tmp_path / "run", resume=True)
     assert "there is no checkpoint yet" in capfd.readouterr().err
+    assert metric_curve(read_metrics(tmp_path / "run" / "metrics.jsonl"), "loss")[0][-1] == STEPS
     assert_trees_equal(result.params, complete_run.params)
 
 

@@ -156,7 +156,11 @@ def test_the_evaluator_carries_the_model_state() -> None:
     total, weight, _ = loss_of(model, params, joined, None)
     evaluate = Evaluator(model, causal.loss, batches[:2], carry_size=CARRY)
     assert evaluate(params)["loss"] == pytest.approx(float(total / weight), rel=1e-5)
-    resets = [dataclasses.replace(batch, reset=np.array([True] * len(batch.tokens))) for batch in batches[:2]]
-    separate = Evaluator(model, causal.loss, batches[:2])(params)["loss"]
-    assert Evaluator(model, causal.loss, resets, carry_size=CARRY)(params)["loss"] == pytest.approx(separate, rel=1e-6)
+    is_first = np.arange(ROWS) == 0  # only the first row starts from an empty state
+    for rows, size in ((is_first, None), (~is_first, CARRY)):
+        weighted = [dataclasses.replace(batch, weights=batch.weights * rows[:, None]) for batch in batches[:2]]
+        reset = [dataclasses.replace(batch, reset=is_first) for batch in weighted]
+        expected = Evaluator(model, causal.loss, weighted, carry_size=size)(params)["loss"]
+        loss = Evaluator(model, causal.loss, reset, carry_size=CARRY)(params)["loss"]
+        assert loss == pytest.approx(expected, rel=1e-6)
     assert Evaluator(model, causal.loss, batches[:2])(params)["loss"] != pytest.approx(float(total / weight), rel=1e-5)
