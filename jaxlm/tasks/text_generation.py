@@ -66,7 +66,6 @@ class Corpus:
             ValueError: a fraction is outside its range, the fractions leave a part empty, or the tokenizer cannot
                 encode a character of the text.
         """
-        tokens = tokenizer.encode(text)
         for option, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
             if not 0.0 <= fraction < 1.0:
                 raise ValueError(f"{option}={fraction} must be at least 0 and less than 1")
@@ -74,6 +73,7 @@ class Corpus:
             raise ValueError(
                 f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave nothing to train on"
             )
+        tokens = tokenizer.encode(text)
         parts, remaining = {}, tokens
         if test_fraction:
             remaining, parts["test"] = split_tokens(tokens, test_fraction)

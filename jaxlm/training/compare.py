@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     paths = _check_runs(runs)
     records = [_read_records(path) for path in paths]
     results = [report.read_results(path) if (path / report.RESULTS).exists() else {} for path in paths]
-    metrics = _validation_metrics(records)
+    metrics = report.validation_metrics(*records)
     scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
     header = ["run", "family", "parameters", "steps", "minutes"]
     header += [f"{plots.readable_name(metric)} (best)" for metric in metrics] + scores
@@ -51,7 +51,7 @@ def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
     paths = _check_runs(runs)
     records = {name: _read_records(run) for name, run in zip(_run_names(paths), paths, strict=True)}
     panels = []
-    for metric in _validation_metrics(records.values()):
+    for metric in report.validation_metrics(*records.values()):
         series = []
         for index, (name, run) in enumerate(records.items()):
             steps, values = report.metric_curve(run, metric)
@@ -76,12 +76,6 @@ def _run_names(paths: Sequence[Path]) -> list[str]:
 def _read_records(path: Path) -> list[dict[str, Any]]:
     metrics = path / report.METRICS
     return report.read_metrics(metrics) if metrics.exists() else []
-
-
-def _validation_metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
-    """The names of the validation metrics of all runs, with the loss first."""
-    names = dict.fromkeys(name for records in runs for name in report.validation_metrics(records))
-    return sorted(names, key=lambda name: name != "validation_loss")
 
 
 def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:

@@ -128,9 +128,13 @@ def metric_curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
 
-def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
-    """Names of the metrics in the :func:`valid_records` (``validation_loss``, ...), with the loss first."""
-    valid = valid_records(records)
+def validation_metrics(*runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics in the :func:`valid_records` of all runs (``validation_loss``, ...), with the loss first.
+
+    Args:
+        runs: the records of each run.
+    """
+    valid = [record for records in runs for record in valid_records(records)]
     names = dict.fromkeys(name for record in valid for name in record if name.startswith("validation_"))
     return sorted(names, key=lambda name: name != "validation_loss")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +129,6 @@ def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) 
     assert main("--preset", preset, *SMALL, *sizes, "--data", file, "--output", tmp_path / "run") == 0
     assert read_results(tmp_path / "run")["steps"] == 2
     assert read_boards(tmp_path / "run")
-
-
-def test_a_missing_package_is_an_error_before_the_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "chess", None)
-    assert main("--data", "none.txt") == 2
-    assert "pip install 'jaxlm[chess]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

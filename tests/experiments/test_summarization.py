@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +129,6 @@ def test_first_sentence() -> None:
     """A sentence ends at a line end after punctuation, or at an empty line; white space is stripped."""
     assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
     assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
-
-
-def test_a_missing_package_of_the_test_is_an_error_before_the_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    assert main("--data.file", "none.jsonl") == 2
-    assert "pip install 'jaxlm[metrics]'" in capsys.readouterr().err
 
 
 def test_invalid_input_prints_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
