@@ -8,7 +8,7 @@
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 copying (copying, induction heads, a needle in a text), pronunciation (letters to phonemes; needs
-``pip install 'jaxlm[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
+``pip install -e '.[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
 scaling (loss of three sizes at equal FLOPs and at equal numbers of parameters).
 The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
 interrupted command again to continue it. With --quick, the results are in OUTPUT/quick.
@@ -88,16 +88,21 @@ def main(arguments: list[str] | None = None) -> int:
         "experiment", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT",
         help=f"experiments: {', '.join(EXPERIMENTS)} (default: all)",
     )  # fmt: skip
+    all_models = [*MODELS, *ENCODER_DECODERS]
     parser.add_argument(
-        "--model",
-        nargs="+",
-        choices=(*MODELS, *ENCODER_DECODERS),
-        help="models (default: all)",
-    )
-    all_cases = [case for experiment in EXPERIMENTS.values() for case in experiment.cases]
-    parser.add_argument("--case", nargs="+", choices=all_cases, help="cases of the experiments (default: all)")
+        "--model", nargs="+", choices=all_models, metavar="MODEL",
+        help=f"models: {', '.join(map(repr, all_models))} (default: all)",
+    )  # fmt: skip
+    all_cases = list(dict.fromkeys(case for experiment in EXPERIMENTS.values() for case in experiment.cases))
+    parser.add_argument(
+        "--case", nargs="+", choices=all_cases, metavar="CASE",
+        help=f"cases of the experiments: {', '.join(map(repr, all_cases))} (default: all)",
+    )  # fmt: skip
     all_widths = sorted({width for experiment in EXPERIMENTS.values() for width in experiment.plan.widths})
-    parser.add_argument("--width", nargs="+", type=int, choices=all_widths, help="widths of the models (default: all)")
+    parser.add_argument(
+        "--width", nargs="+", type=int, choices=all_widths, metavar="WIDTH",
+        help=f"widths of the models: {', '.join(map(str, all_widths))} (default: all)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("runs/laboratory"), help="directory of the results (default: %(default)s)"
     )
@@ -111,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: omit the experiments, --model, --case and --width")
-    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or [*MODELS, *ENCODER_DECODERS]
+    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or all_models
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
