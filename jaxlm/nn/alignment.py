@@ -88,7 +88,12 @@ def align(
             have the specs with ``local=True``. The query predicts a source position p, which counts only positions that
             are not masked. Only positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian
             around p with standard deviation D / 2, so the weights of a row no longer sum to 1.
+
+    Raises:
+        ValueError: ``window`` is below 1.
     """
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, or None for no local attention")
     if "score" in params:
         scores_BS = additive_scores(linear(params["query"], query_BQ), keys_BSA, params["score"])
     else:

@@ -42,7 +42,8 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 def keep_rows(key: jax.Array, rows: jax.Array, length: int, rate: float) -> jax.Array:
     """The dropout mask of some rows of a matrix, [R, length]; True: keep.
 
-    Entry (row, s) depends only on the random key, the index of the row in the matrix and s.
+    Entry (row, s) depends only on the random key, the index of the row in the matrix and s. With keys of the
+    implementation ``rbg``, it also depends on ``rows``, because JAX then draws all rows of a ``vmap`` from one key.
 
     Args:
         rows: [R], the indices of the rows.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
 
 
@@ -55,7 +56,7 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + lax.broadcast_in_dim(bias.astype(y.dtype), y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
 
 
-@jax.custom_vjp
+@custom_vjp
 def _add_with_matmul_vjp(y: jax.Array, bias: jax.Array) -> jax.Array:
     """``y + bias``, with the gradient of ``bias`` as a matmul with ones (``choices.bias_gradient_by_matmul``)."""
     return _add(y, bias)
@@ -85,7 +86,7 @@ def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
 def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     """The product, with a weight gradient that is fast on a CPU.
 

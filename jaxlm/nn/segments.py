@@ -96,14 +96,12 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
             raise ValueError(f"{name} has dtype {mask.dtype}: pass a boolean array, such as segment_ids > 0")
 
 
-def check_state(state: State | None, specs: Mapping[str, ArraySpec]) -> None:
-    """Check that the state, if there is one, has an array of the right shape for each spec.
+def check_state(state: State, specs: Mapping[str, ArraySpec]) -> None:
+    """Check that the state has an array of the right shape for each spec.
 
     Raises:
         ValueError: an array is missing or has another shape.
     """
-    if state is None:
-        return
     for name, leaf in specs.items():
         if name not in state or state[name].shape != leaf.shape:
             got = list(state[name].shape) if name in state else "missing"

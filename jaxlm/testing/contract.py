@@ -715,15 +715,19 @@ def test_pmap_step_equals_single_device_step(name):
 
 @every_variant
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
-    """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded."""
+    """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
+
+    The gradient is only traced in ``shard_map``: JAX checks then that it has the type of the parameters."""
     model, params, tokens = setup(name, batch=8)
     want, source = hidden_of(model, params, tokens), source_of(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(
         lambda p, t, s: model.apply(p, t, **s)[0], mesh=make_mesh("data=8"),
-        in_specs=(replicated, batch_sharded, batch_sharded), out_specs=batch_sharded, check_vma=False,
+        in_specs=(replicated, batch_sharded, batch_sharded), out_specs=batch_sharded,
     )  # fmt: skip
     assert relative_error(jax.jit(mapped)(params, tokens, source), want) < TOLERANCE
+    gradient = jax.eval_shape(jax.grad(lambda p: jnp.sum(mapped(p, tokens, source))), params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
     mesh = make_mesh("data=8", axis_type=jax.sharding.AxisType.Explicit)
     with jax.set_mesh(mesh):
         sharded_inputs = jax.device_put((params, tokens, source), (replicated, batch_sharded, batch_sharded))

@@ -109,3 +109,6 @@ def test_errors_name_bad_input():
         alignment_specs("cosine", 4, 4, 4, Uniform(1.0))
     with pytest.raises(ValueError, match="score='dot' needs queries as wide as the source, got 4 and 6"):
         alignment_specs("dot", 4, 6, 4, Uniform(1.0))
+    params, source = make_case("dot", local=True)
+    with pytest.raises(ValueError, match="window=0 must be at least 1, or None for no local attention"):
+        align(params, QUERY, source, window=0)

@@ -6,14 +6,19 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.activation import activation
+from jaxlm.nn.attention import attention
 from jaxlm.nn.attention.cache import append
 from jaxlm.nn.copying import copied_tokens
 from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.experts import expert_specs, mixture_of_experts
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
+from jaxlm.nn.recurrence import gru, gru_specs, lstm, lstm_specs, slstm
+from jaxlm.nn.recurrence.slstm import slstm_specs
+from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention, linear_scan, mlstm
 from jaxlm.nn.segments import positions_in_segments
-from jaxlm.spec import ZEROS
+from jaxlm.spec import ZEROS, Normal
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 
 RNG = np.random.default_rng(0)
@@ -203,3 +208,37 @@ def test_append_writes_each_row_at_its_own_length():
     slots = jnp.zeros((2, 5, 1))
     after = append(slots, jnp.array([[[1.0], [2.0]], [[3.0], [4.0]]]), jnp.array([0, 3]))
     assert after[..., 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]]
+
+
+def empty(*shape):
+    return jax.ShapeDtypeStruct((0, 9, *shape), np.float32)
+
+
+def mixture(params, x):
+    return mixture_of_experts(params, x, num_selected=2, renormalize=True, implementation="blocks")[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options"),
+    [
+        (attention, [empty(4, 8)] * 3, {"implementation": "blockwise"}),
+        (attention, [empty(4, 8), empty(2, 8), empty(2, 8)], {"implementation": "decode"}),
+        (mixture, [expert_specs(4, 6, 3, Normal(1.0)), empty(4)], {}),
+        (lstm, [lstm_specs(5, 4), empty(5)], {"implementation": "chunked"}),
+        (gru, [gru_specs(5, 4), empty(5)], {"implementation": "reference"}),
+        (slstm, [slstm_specs(2, 4), empty(2, 4, 4)], {"chunk": 4}),
+        (mlstm, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4, "implementation": "chunked"}),
+        (linear_scan, [empty(4)] * 2, {"implementation": "chunked"}),
+        (linear_attention, [empty(1, 8), empty(1, 8), empty(2, 3), empty(2)], {"chunk": 4}),
+        (linear_attention, [empty(2, 8)] * 4, {"chunk": 4}),
+        (gated_delta_rule, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4}),
+        (generalized_delta_rule, [empty(2, 8)] * 6, {"chunk": 4}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_functions_of_an_empty_batch_have_gradients(function, arguments, options):
+    def total(arguments):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(function(*arguments, **options)))
+
+    gradients = jax.eval_shape(jax.grad(total), arguments)
+    assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, arguments)

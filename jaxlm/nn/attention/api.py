@@ -50,7 +50,8 @@ def attention(
             ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile.
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
-            are recorded (``jaxlm.nn.weight_record``), ``reference`` is used instead of any choice. The choices are
+            are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is used instead of any
+            choice. The choices are
 
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.
@@ -58,8 +59,9 @@ def attention(
             - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh axis over tokens.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
               and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh axis over tokens.
-            - ``cudnn``: NVIDIA GPUs, half precision; head widths that are multiples of 8 up to 128, the same for keys
-              and values; no biases, no dropout, no ``Mask.query_order``, no segments, no mesh axis over tokens.
+            - ``cudnn``: NVIDIA GPUs (Ampere and later), half precision; head widths that are multiples of 8 up to 128,
+              the same for keys and values; no biases, no dropout, no ``Mask.query_order``, no segments, no mesh axis
+              over tokens.
 
     Raises:
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
@@ -127,12 +129,12 @@ def _choose(
     key: jax.Array | None, implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
     """The implementation to run: the given one, or the fastest known one if it is None; ``reference`` while attention
-    weights are recorded."""
+    weights are recorded, and for an empty batch."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
             f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
         )
-    if is_recording():
+    if is_recording() or not q_BTHK.shape[0]:
         return "reference"
     T, keys = q_BTHK.shape[1], v_BSGK.shape[1]
     any_bias = dense_bias if dense_bias is not None else biases or None

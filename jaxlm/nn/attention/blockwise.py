@@ -36,6 +36,7 @@ from jaxlm.nn.attention.bias import (
 )
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, products, scores
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.dropout import keep_rows
 
 BLOCK_ROWS = (256, 512)
@@ -275,7 +276,7 @@ def _head_forward(
         out, lse = _forward_block(static, _Block.slice(static, tile, key, head, floats), integers)
         return _write_rows(carry[0], out, tile.row), _write_rows(carry[1], lse, tile.row)
 
-    init = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
+    init = jnp.zeros_like(v, shape=(T, v.shape[1])), jnp.zeros_like(v, jnp.float32, (T,))
     return _loop_over_blocks(static, T, S, integers, init, visit)
 
 
@@ -299,7 +300,7 @@ def _head_backward(
             dbias,
         )  # fmt: skip
 
-    init = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, bias_floats))
+    init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (q, k.T, v.T, bias_floats))
     dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, init, visit)
     return dq, dk.T, dv.T, dbias
 
@@ -307,7 +308,7 @@ def _head_backward(
 # ------------------------------------------------------------------------------------------------ all heads
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> jax.Array:
     """The output [B, T, H, V] of attention.
 
@@ -326,7 +327,7 @@ def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None)
             out, lse = head_fn(index, *_select_head(index, H, floats, _HEAD_AXES, integers))
             return _write_head(carry[0], out, index, H, 2), _write_head(carry[1], lse, index, H, 1)
 
-        init = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
+        init = jnp.zeros_like(v, shape=(B, T, H, v.shape[3])), jnp.zeros_like(v, jnp.float32, (B, H, T))
         out_BTHK, lse_BHT = lax.fori_loop(0, B * H, add_head, init)
     else:
         out_BHTK, lse_BHT = _map_all_heads(head_fn, _swap_heads_and_time(floats), integers)
@@ -355,7 +356,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
 
             return _map_with_axes(add, gradients, new, axes=_HEAD_AXES)
 
-        init = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
+        init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), floats)
         gradients = lax.fori_loop(0, B * H, add_head, init)
         return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
 

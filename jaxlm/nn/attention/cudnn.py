@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxlm import sharding
 from jaxlm.nn.attention import split
 from jaxlm.nn.attention.mask import Mask
 
@@ -15,11 +16,14 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_WIDTH = 128
 """The largest width of a head that JAX supports on every GPU with cuDNN attention."""
 
+MIN_COMPUTE_CAPABILITY = 8
+"""cuDNN attention needs an Ampere GPU or a later one: compute capability 8.0."""
+
 
 def unsupported_reason(
     mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, bias: Any, key: jax.Array | None
 ) -> str | None:
-    """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
+    """Why cuDNN does not support the arguments or the GPU, as a part of an error message; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_width % 8 or head_width > MAX_HEAD_WIDTH:
@@ -32,7 +36,16 @@ def unsupported_reason(
         return "has no dropout: its dropout mask would differ from that of the other implementations"
     if mask.query_order is not None or mask.query_segments is not None:
         return "takes no query_order and no segments: they would need a dense mask"
+    capability = sharding.compute_capability()
+    if capability is not None and not _is_ampere_or_later(capability):
+        return f"needs an NVIDIA GPU of compute capability {MIN_COMPUTE_CAPABILITY}.0 or higher, not {capability}"
     return split.unsupported_reason()
+
+
+def _is_ampere_or_later(capability: str) -> bool:
+    """Whether the compute capability is high enough; False for AMD GPUs, whose "capability" is a name like gfx942."""
+    major = capability.partition(".")[0]
+    return major.isdigit() and int(major) >= MIN_COMPUTE_CAPABILITY
 
 
 def attention(

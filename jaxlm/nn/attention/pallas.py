@@ -29,6 +29,7 @@ from jaxlm.nn.attention.bias import AttentionBias, BiasFn, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import Block
 from jaxlm.nn.attention.tile_scores import dot
+from jaxlm.nn.custom_gradient import custom_vjp
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
@@ -312,7 +313,7 @@ def _pallas_call(static: _Static, layout: _Layout, kernel: Callable[..., None], 
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
     """The output [B, H, T, V] of attention.
 

@@ -18,6 +18,7 @@ from jax import lax
 from jaxlm.devices import LANES
 from jaxlm.nn.attention.bias import Tile
 from jaxlm.nn.attention.tile_scores import dot
+from jaxlm.nn.custom_gradient import custom_vjp
 
 SUBLANES = 8
 """Rows of a vector register, in float32."""
@@ -94,7 +95,7 @@ def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Arr
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
     return dot(q_RK, table_KN, 1, 0) * scale
 
@@ -105,7 +106,7 @@ _product.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
     """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + max_shift].
 
@@ -151,7 +152,7 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
     return _rotate_progressively(x_RP, P - R)[:, : P - R]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
     return _diagonals_to_columns(_product(scale, q_RK, strip_KP))
 
@@ -171,7 +172,7 @@ def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[j
 _diagonals.defvjp(lambda scale, q, strip: (_diagonals(scale, q, strip), (q, strip)), _diagonals_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
     return _diagonals_to_columns(jnp.broadcast_to(strip_1P, (R, strip_1P.shape[1])))
 

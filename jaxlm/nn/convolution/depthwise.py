@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.convolution.window import Padding, Stream, padding_and_count, prepend_tail
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.linear import linear_specs
 from jaxlm.spec import ArraySpec, Initializer, Params
 
@@ -122,7 +123,7 @@ class _Taps:
     count: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _shifted_products(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return _shifted_products_forward(taps, weight_KC, x_BTC, segment_ids)[0]
 
@@ -187,7 +188,7 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
             new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
         return tuple(new_sums)
 
-    zeros_BLC = jnp.zeros((x_BTC.shape[0], BLOCK, x_BTC.shape[2]), jnp.float32)
+    zeros_BLC = jnp.zeros_like(x_BTC, jnp.float32, (x_BTC.shape[0], BLOCK, x_BTC.shape[2]))
     sums = lax.fori_loop(0, blocks, add_block, (zeros_BLC,) * len(taps.offsets))
     dweight_KC = jnp.stack([jnp.sum(sum_BLC, axis=(0, 1)) for sum_BLC in sums])
     return dweight_KC + sum_without_blocks(0, begin) + sum_without_blocks(end, taps.count)

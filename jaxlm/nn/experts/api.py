@@ -74,7 +74,8 @@ def mixture_of_experts(
         implementation: how experts without a capacity are computed. None selects the fastest known. The choices are
 
             - ``reference``: the plain definition; every expert processes every token.
-            - ``ragged_dot``: tokens sorted by expert, and ``jax.lax.ragged_dot``.
+            - ``ragged_dot``: tokens sorted by expert, and ``jax.lax.ragged_dot``. JAX cannot ``vmap`` it over ``x_BTD``
+              with the same ``params`` for all entries: choose ``blocks`` or ``reference`` under such a ``vmap``.
             - ``blocks``: tokens sorted by expert, and a loop over blocks of tokens that have the same expert.
 
     Raises:

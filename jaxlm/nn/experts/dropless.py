@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.experts.router import Routing
 from jaxlm.nn.experts.rows import Groups, group_by_expert, permute_rows
 from jaxlm.sharding import map_shards
@@ -91,14 +92,16 @@ def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
 def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
     """The grouped matmul as a loop over blocks of rows that have the same expert."""
     num_blocks = groups.block_experts.shape[0]
-    y = _block_matmul(x_PC.reshape(num_blocks, -1, x_PC.shape[1]), w_ECD, groups.block_experts)
+    y = _block_matmul(
+        x_PC.reshape(num_blocks, x_PC.shape[0] // max(1, num_blocks), x_PC.shape[1]), w_ECD, groups.block_experts
+    )
     return checkpoint_name(y.reshape(-1, y.shape[2]), CHECKPOINT_NAME)
 
 
 _MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
 
 
-@jax.custom_vjp
+@custom_vjp
 def _block_matmul(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
     """``x[m] @ w[expert[m]]`` for each of M blocks. The gradient of ``w`` is summed in place, block by block."""
     return _multiply_blocks(x_MSC, w_ECD, expert_M)
@@ -121,7 +124,7 @@ def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, ja
         dw_ECD = lax.dynamic_update_index_in_dim(dw_ECD, dw_ECD[expert] + dw_CD, expert, 0)
         return dw_ECD, dy_SD @ w_ECD[expert].T
 
-    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros(w_ECD.shape, jnp.float32), (x_MSC, dy_MSD, expert_M))
+    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros_like(w_ECD, jnp.float32), (x_MSC, dy_MSD, expert_M))
     return dx_MSC, dw_ECD.astype(w_ECD.dtype), None
 
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.custom_gradient import custom_vjp
 
-@jax.custom_vjp
+
+@custom_vjp
 def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> jax.Array:
     """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
@@ -46,7 +47,7 @@ def chunked_cross_entropy(
                 f"{name} {list(x.shape)} must have the batch and time of the hidden states {list(hidden_BTD.shape)}"
             )
     if hidden_BTD.size == 0:
-        return jnp.zeros(())  # an empty sum
+        return jnp.zeros((), jnp.float32)  # an empty sum
     if max_chunk_logits is None:
         max_chunk_logits = choices.max_logits()
     leaves, tree = jax.tree.flatten(params)
@@ -104,7 +105,7 @@ def _chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD:
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked_loss(
     head: Head,
     max_chunk_logits: int,
@@ -120,7 +121,9 @@ def _chunked_loss(
         return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
 
     C = _chunk_length(head, max_chunk_logits, params, hidden)
-    return jax.lax.scan(add_chunk, jnp.zeros(()), tuple(_split_time(x, C) for x in (hidden, targets, weights)))[0]
+    chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
+    # `zeros_like`, so that the sum varies over the same mesh axes as the arrays (in `shard_map`).
+    return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
 
 
 def _forward(

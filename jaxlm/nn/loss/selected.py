@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
@@ -31,17 +32,19 @@ def selected_cross_entropy(
         A float32 scalar, in nats.
     """
     if hidden_BTD.size == 0:
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
     return _selected(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
         hidden, targets, weights = block
         return total + jnp.sum(jnp.where(weights != 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
 
-    return _fold_weighted_blocks(head, params, (hidden, targets, weights), add_block, 0.0)[0]
+    return _fold_weighted_blocks(
+        head, params, (hidden, targets, weights), add_block, jnp.zeros_like(weights, shape=())
+    )[0]
 
 
 def _fold_weighted_blocks(
@@ -83,20 +86,21 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
     def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
         loss, block_dparams, block_dhidden = loss_and_gradients(head, 0.0, params, *block)
+        dparams = jax.tree.map(lambda total, new: total + new.astype(jnp.float32), dparams, block_dparams)
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
-        return total + loss, jax.tree.map(jnp.add, dparams, block_dparams), dhidden
+        return total + loss, dparams, dhidden
 
     N, D = targets.size, hidden.shape[-1]
     # 2 N rows, because the last block may extend beyond row N.
     init = (
-        jnp.zeros(()),
+        jnp.zeros_like(weights, shape=()),  # so that it varies over the same mesh axes (in `shard_map`)
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
-        jnp.zeros((2 * N, D), hidden.dtype),
+        jnp.zeros_like(hidden, shape=(2 * N, D)),
     )
     arrays = (hidden, targets, weights)
     (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)
     dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
-    dhidden = jnp.zeros((N, D), hidden.dtype).at[order].set(sorted_ND[:N])
+    dhidden = jnp.zeros_like(hidden, shape=(N, D)).at[order].set(sorted_ND[:N])
     return total, (dparams, dhidden.reshape(hidden.shape))
 
 

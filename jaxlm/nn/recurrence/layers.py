@@ -139,7 +139,8 @@ def _check(
     if x_BTD.ndim != 3 or not x_BTD.shape[1]:
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
     check_width(params, x_BTD)
-    check_state(state, state_specs(x_BTD.shape[0], params["weight_hidden"].shape[0]))
+    if state is not None:
+        check_state(state, state_specs(x_BTD.shape[0], params["weight_hidden"].shape[0]))
     check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(

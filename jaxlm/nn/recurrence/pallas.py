@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.recurrence.chunked import State, Weights
 
 MAX_WEIGHT_BYTES = 32 * 2**20
@@ -140,7 +141,7 @@ def layer(
     return hidden_BTH[:, num_padding:] if reverse else hidden_BTH[:, :T], last
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _layer(static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any) -> tuple[jax.Array, State]:
     return _forward(static, weights, x_BTD, first, mask_TB1, store=False)[0]
 

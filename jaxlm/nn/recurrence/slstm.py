@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
@@ -134,7 +135,8 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
             f"the input {list(projected.shape)} must be [batch, time, heads, gates, width], with at least one step and "
             f"with the heads, gates and width of the parameters, {[H, 4, P]}"
         )
-    check_state(state, slstm_state_specs(projected.shape[0], H, P))
+    if state is not None:
+        check_state(state, slstm_state_specs(projected.shape[0], H, P))
     check_masks(reset, keep, projected.shape[:2])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
@@ -185,7 +187,7 @@ def _with_output(state: State) -> tuple[State, jax.Array]:
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State
 ) -> tuple[jax.Array, State]:
@@ -203,7 +205,7 @@ def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Ar
         return last, (hidden_LBHP, state)
 
     last, (hidden_CLBHP, states) = lax.scan(run_chunk, state, _chunks(L, projected_TBHGP, masks))
-    hidden_TBHP = hidden_CLBHP.reshape(-1, *hidden_CLBHP.shape[2:])[:T]
+    hidden_TBHP = lax.collapse(hidden_CLBHP, 0, 2)[:T]
     return (hidden_TBHP, last), (weight, bias, projected_TBHGP, masks, states)
 
 
@@ -217,7 +219,9 @@ def _chunks(L: int, projected_TBHGP: jax.Array, masks: Any) -> Any:
 
 def _split(L: int, x: jax.Array) -> jax.Array:
     """``x`` [T, ...] in chunks, [C, L, ...]. The last chunk is filled with zeros."""
-    return jnp.pad(x, ((0, -x.shape[0] % L), *((0, 0),) * (x.ndim - 1))).reshape(-1, L, *x.shape[1:])
+    num_chunks = -(-x.shape[0] // L)
+    padding = ((0, num_chunks * L - x.shape[0]), *((0, 0),) * (x.ndim - 1))
+    return jnp.pad(x, padding).reshape(num_chunks, L, *x.shape[1:])
 
 
 def _backward(L: int, saved: Any, cotangents: Any) -> Any:
@@ -262,7 +266,7 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
     zeros = jnp.zeros_like(weight, jnp.float32), jnp.zeros_like(bias, jnp.float32)
     inputs = (_chunks(L, projected_TBHGP, masks), _split(L, dhidden_TBHP), states)
     (dstate, dweight, dbias), dprojected_CLBHGP = lax.scan(backward_chunk, (dlast, *zeros), inputs, reverse=True)
-    dprojected_TBHGP = dprojected_CLBHGP.reshape(-1, *dprojected_CLBHGP.shape[2:])[:T]
+    dprojected_TBHGP = lax.collapse(dprojected_CLBHGP, 0, 2)[:T]
     return dweight.astype(weight.dtype), dbias.astype(bias.dtype), dprojected_TBHGP, None, dstate
 
 

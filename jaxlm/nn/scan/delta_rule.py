@@ -28,12 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
-from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan import delta_rule_pallas
+from jaxlm.nn.scan import chunks, delta_rule_pallas
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import (
     Implementation,
@@ -41,9 +39,7 @@ from jaxlm.nn.scan.matrix_state import (
     check_equal_heads,
     choose_implementation,
     decay_products,
-    join_chunks,
     pair_scores_and_decays,
-    split_into_chunks,
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import check_masks
@@ -105,9 +101,9 @@ def gated_delta_rule(
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
     if reset_BT is not None and implementation != "pallas":
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
-    inputs, state_BHKV = _prepare((query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, keep_BT)
+    inputs, state_BHKV = chunks.prepare((query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, keep_BT)
     if implementation == "reference":
-        return _scan_steps(_gated_step, inputs, state_BHKV)
+        return chunks.scan_steps(_gated_step, inputs, state_BHKV)
     if implementation == "pallas":
         if reset_BT is not None and keep_BT is not None:
             reset_BT = reset_BT & keep_BT  # padding does not change the state
@@ -115,7 +111,9 @@ def gated_delta_rule(
         return delta_rule_pallas.gated_delta_rule(
             (*inputs[:3], *per_head), state_BHKV, reset_BT, choices.kernel_chunk(T)
         )
-    return _scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
+    # ``linear_attention`` computes the gradient of the decays as a difference of two inner products. Here, this
+    # difference would be inaccurate for strong decays, so all of a chunk is differentiated.
+    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
 
 
 def generalized_delta_rule(
@@ -165,10 +163,12 @@ def generalized_delta_rule(
     if reset_BT is not None:
         log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
         a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
-    inputs, state_BHKV = _prepare((query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, keep_BT)
+    inputs, state_BHKV = chunks.prepare(
+        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, keep_BT
+    )
     if implementation == "reference":
-        return _scan_steps(_generalized_step, inputs, state_BHKV)
-    return _scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk or choices.generalized_delta_rule_chunk())
+        return chunks.scan_steps(_generalized_step, inputs, state_BHKV)
+    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk or choices.generalized_delta_rule_chunk())
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
@@ -177,42 +177,6 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
     check_masks(reset, keep, (B, T), "query")
-
-
-def _prepare(
-    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array | None, keep_BT: jax.Array | None
-) -> tuple[list[jax.Array], jax.Array]:
-    """The inputs with zeros at padding, and the state before the first step, float32.
-
-    The inputs are queries, keys, values, and others. The time axis is not sharded, because the steps are sequential.
-    """
-    arrays = [sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs]
-    if keep_BT is not None:
-        arrays = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in arrays]
-    if state_BHKV is None:
-        _, k, v, *_ = arrays
-        state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
-    return arrays, state_BHKV.astype(jnp.float32)
-
-
-def _scan_steps(step: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array) -> Any:
-    """The outputs and the last state. ``step(state, *inputs)`` returns the state and the output of one step."""
-    steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
-    last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
-    return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
-
-
-def _scan_chunks(run_chunk: Callable[..., Any], inputs: list[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
-    """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk."""
-    T = inputs[0].shape[1]
-    L = min(chunk, 1 << (T - 1).bit_length())
-    # The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays.
-    # ``linear_attention`` instead computes the gradient of the decays as a difference of two inner products. Here, this
-    # difference would be inaccurate for strong decays.
-    recomputed = jax.checkpoint(run_chunk, prevent_cse=False)
-    chunks = [split_into_chunks(x, L) for x in inputs]
-    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
-    return join_chunks(out_CBHLV, T), last_BHKV
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm import sharding
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan.head_blocks import (
     HEAD_AXES,
     STATE_AXES,
@@ -51,7 +52,7 @@ def gated_delta_rule(
     return _rule((query, key, value, log_BTH, beta_BTH.astype(jnp.float32), reset_BT), state_BHKV, L, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _rule(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
     return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import matrix_state_pallas
+from jaxlm.nn.scan.chunks import join_chunks, per_head, prepare, scan_steps, split_into_chunks
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.segments import check_masks
 
@@ -75,32 +76,20 @@ def linear_attention(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([1.0, 1.5, 1.75], [1.75])
     """
-    _check(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
+    check_inputs(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
     if scale_BTH is not None and scale_BTH.shape != value_BTHV.shape[:3]:
         raise ValueError(f"scale {list(scale_BTH.shape)} must be {list(value_BTHV.shape[:3])}, one for each head")
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
     per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
     unsupported = per_channel or unsupported_reason(query_BTGK, value_BTHV)
     implementation = choose_implementation("linear_attention", implementation, T, chunk, unsupported)
-    # The time axis is not sharded, because the steps are sequential.
-    axes = ("batch", None, "heads", None)
-    group_axes = axes if G == H else ("batch", None, None, None)
-    query_BTGK, key_BTGK = (sharding.constrain(x, group_axes) for x in (query_BTGK, key_BTGK))
-    value_BTHV = sharding.constrain(value_BTHV, axes)
     log_BTHE = log_decay.astype(jnp.float32)
-    log_BTHE = sharding.constrain(log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE, axes)
+    log_BTHE = log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE
     if reset_BT is not None and implementation != "pallas":
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
-    scale_BTH1 = sharding.constrain(scale_BTH1, axes)
-    if keep_BT is not None:
-        query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1 = (
-            jnp.where(keep_BT[:, :, None, None], x, 0) for x in (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1)
-        )
-    if state_BHKV is None:
-        key_BHK = _per_head(key_BTGK[:, 0], H)
-        state_BHKV = jnp.zeros_like(key_BHK[:, :, :, None] * value_BTHV[:, 0, :, None, :], jnp.float32)
-    state_BHKV = state_BHKV.astype(jnp.float32)
+    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1)
+    (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV = prepare(inputs, state_BHKV, keep_BT)
     if implementation == "pallas":
         if reset_BT is not None and keep_BT is not None:
             reset_BT = reset_BT & keep_BT  # padding does not change the state
@@ -112,12 +101,12 @@ def linear_attention(
         key_BTGK = (scale_BTH1 * key_BTGK.astype(jnp.float32)).astype(key_BTGK.dtype)
     elif scale_BTH is not None:
         value_BTHV = (scale_BTH1 * value_BTHV.astype(jnp.float32)).astype(value_BTHV.dtype)
-    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
+    inputs_BT = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
-        return _reference(inputs, state_BHKV)
+        return scan_steps(_log_step, inputs_BT, state_BHKV)
     if chunk is None:
         chunk = choices.linear_attention_chunk()
-    return _chunked(inputs, state_BHKV, min(chunk, 1 << (T - 1).bit_length()))
+    return _chunked(inputs_BT, state_BHKV, min(chunk, 1 << (T - 1).bit_length()))
 
 
 def choose_implementation(
@@ -149,7 +138,7 @@ def choose_implementation(
     return implementation
 
 
-def _check(
+def check_inputs(
     query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: Any, reset: Any, keep: Any
 ) -> None:
     if (
@@ -201,27 +190,24 @@ def linear_attention_step(
     It is for use in a decoding loop. ``log_decay`` is [B, H] or [B, H, K].
     """
     log_BHE = log_decay.astype(jnp.float32)
-    return _step(state_BHKV, query_BGK, key_BGK, value_BHV, log_BHE[..., None] if log_decay.ndim == 2 else log_BHE)
+    log_BHE = log_BHE[..., None] if log_decay.ndim == 2 else log_BHE
+    state_BHKV, out_BHV = _log_step(state_BHKV, query_BGK, key_BGK, value_BHV, log_BHE)
+    return out_BHV, state_BHKV
 
 
-def _per_head(x_BG: jax.Array, heads: int) -> jax.Array:
-    """The array of each head [B, H, ...], from one array for each group of consecutive heads [B, G, ...]."""
-    return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
+def _log_step(
+    state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return decay_step(state_BHKV, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE))
 
 
-def _step(state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array) -> Any:
-    q, k, v = (_per_head(x.astype(jnp.float32), v_BHV.shape[1]) for x in (q_BGK, k_BGK, v_BHV))
-    state_BHKV = jnp.exp(log_BHE)[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
-    return jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype), state_BHKV
-
-
-def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
-        out_BHV, state_BHKV = _step(state_BHKV, *inputs)
-        return state_BHKV, out_BHV
-
-    state_BHKV, out_TBHV = lax.scan(step, state_BHKV, [jnp.swapaxes(x, 0, 1) for x in inputs])
-    return jnp.swapaxes(out_TBHV, 0, 1), state_BHKV
+def decay_step(
+    state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, decay_BHE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The state after a step, and its output in the dtype of the value."""
+    q, k, v = (per_head(x.astype(jnp.float32), v_BHV.shape[1]) for x in (q_BGK, k_BGK, v_BHV))
+    state_BHKV = decay_BHE[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
+    return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ chunked
@@ -232,20 +218,7 @@ def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax
     return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
 
 
-def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
-    """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
-    B, T, H, X = x_BTHX.shape
-    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
-    return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
-
-
-def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
-    """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
-    C, B, H, L, X = x_CBHLX.shape
-    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]
-
-
-@jax.custom_vjp
+@custom_vjp
 def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
     state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: _chunk(state, *inputs), state_BHKV, inputs)
     return out_CBHLV, state_BHKV
@@ -268,7 +241,7 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
         # The arguments are float32, because the gradient of the decays is a difference that needs accurate gradients.
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         dtype = v.dtype
-        chunk = lambda state, q, k, v: _float32_chunk(state, q, k, v, log_BHLE, dtype)  # noqa: E731
+        chunk = lambda state, q, k, v: decay_chunk(state, q, k, v, jnp.exp(log_BHLE), dtype)  # noqa: E731
         (after_BHKV, out), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v32)
         dout = dout_BHLV.astype(jnp.float32)
         dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout))
@@ -312,26 +285,25 @@ def _chunk(
     state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps in the dtype of the values."""
-    state_BHKV, out_BHLV = _float32_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, log_BHLE, v_BHLV.dtype)
+    state_BHKV, out_BHLV = decay_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, jnp.exp(log_BHLE), v_BHLV.dtype)
     return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
 
 
-def _float32_chunk(
+def decay_chunk(
     state_BHKV: jax.Array,
     q_BGLK: jax.Array,
     k_BGLK: jax.Array,
     v_BHLV: jax.Array,
-    log_BHLE: jax.Array,
+    decay_BHLE: jax.Array,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls are cast to ``dtype``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
-    is the expression in parentheses for t = L. Decays are multiplied and never divided, so every product is at least 0
-    and at most 1.
+    is the expression in parentheses for t = L. Decays are multiplied and never divided, so no product has a magnitude
+    above 1. Decays may be negative.
     """
-    decay_BHLE = jnp.exp(log_BHLE)
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
@@ -340,10 +312,11 @@ def _float32_chunk(
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape
-            return x_BHXV.reshape(B, q_BGLK.shape[1], -1, X, V)
+            G = q_BGLK.shape[1]
+            return x_BHXV.reshape(B, G, H // G, X, V)
 
         decay_BHLM, prefix_BHLE, suffix_BHLE = decay_products(decay_BHLE)
-        scores_BHLM = _per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
+        scores_BHLM = per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
         from_state_BHLV = (
             product("BGLK,BGRKV->BGRLV", q_BGLK, split_groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
         )
@@ -403,7 +376,7 @@ def pair_scores_and_decays(
     prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
     suffix = jnp.ones_like(prefix)
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        prefix_pairs, suffix_pairs = (x.reshape(B, H, -1, 2, size, E) for x in (prefix, suffix))
+        prefix_pairs, suffix_pairs = (x.reshape(B, H, L // (2 * size), 2, size, E) for x in (prefix, suffix))
         lower = pair_scores(prefix_pairs[:, :, :, 1], suffix_pairs[:, :, :, 0])
         upper = jnp.zeros_like(lower)
         rows = [jnp.concatenate(row, axis=-1) for row in ((scores[:, :, 0::2], upper), (lower, scores[:, :, 1::2]))]
@@ -418,5 +391,6 @@ def pair_scores_and_decays(
 
 def block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
-    pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, size, x_BHLK.shape[-1])
+    B, H, L, K = x_BHLK.shape
+    pairs = x_BHLK.reshape(B, H, L // (2 * size), 2, size, K)
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

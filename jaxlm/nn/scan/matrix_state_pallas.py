@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm import sharding
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan.head_blocks import (
     HEAD_AXES,
     STATE_AXES,
@@ -53,7 +54,7 @@ def linear_attention(
     return _attention((query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV, L, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _attention(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
     return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
 

@@ -129,7 +129,8 @@ def _check(
         if x.shape != query.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
     (B, _, H, K), V = query.shape, value.shape[-1]
-    check_state(state, mlstm_state_specs(B, H, K, V))
+    if state is not None:
+        check_state(state, mlstm_state_specs(B, H, K, V))
     check_masks(reset, keep, query.shape[:2], "query")
 
 

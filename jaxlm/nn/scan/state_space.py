@@ -10,10 +10,21 @@ Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.scan.matrix_state import Implementation, linear_attention
+from jaxlm.nn import choices
+from jaxlm.nn.scan.chunks import prepare, scan_chunks, scan_steps
+from jaxlm.nn.scan.matrix_state import (
+    Implementation,
+    check_inputs,
+    choose_implementation,
+    decay_chunk,
+    decay_step,
+    linear_attention,
+)
 
 
 def ssd(
@@ -42,7 +53,7 @@ def ssd(
             each group.
         state_BHNP: the state before the first step; None: zeros.
         negative_eigenvalues: the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of ``exp(A * dt_t)``
-            (Grazzi et al. 2025).
+            (Grazzi et al. 2025). There is no ``pallas`` for it.
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
     Raises:
@@ -66,32 +77,30 @@ def ssd(
         )
     dt_BTH = dt_BTH.astype(jnp.float32)
     log_decay_BTH = A_H.astype(jnp.float32)[None, None] * dt_BTH
-    if negative_eigenvalues:
-        # Let s_t be the product of the signs of the decays up to step t. Then s_t h_t follows the same recurrence with
-        # the absolute values of the decays, and with s_t dt_t x_t instead of dt_t x_t.
-        log_decay_BTH, is_negative_BTH = _log_of_twice_minus_one(log_decay_BTH)
-        if keep_BT is not None:
-            is_negative_BTH &= keep_BT[:, :, None]
-        sign_BTH = 1 - 2 * (jnp.cumsum(is_negative_BTH, axis=1) % 2)
-        dt_BTH *= sign_BTH
-    y_BTHP, state_BHNP = linear_attention(
-        C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
-        reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
-    )  # fmt: skip
-    if negative_eigenvalues:
-        y_BTHP = y_BTHP * sign_BTH[..., None].astype(y_BTHP.dtype)
-        state_BHNP = state_BHNP * sign_BTH[:, -1, :, None, None].astype(jnp.float32)
-    return y_BTHP, state_BHNP
+    if not negative_eigenvalues:
+        return linear_attention(
+            C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
+            reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
+        )  # fmt: skip
+    # The gradient of linear_attention would be inaccurate: it is the gradient of the logarithm of the decays, which
+    # is infinite at 0. So all of a chunk is differentiated.
+    T = x_BTHP.shape[1]
+    implementation = choose_implementation("ssd", implementation, T, chunk, "has no negative eigenvalues")
+    check_inputs(C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, reset_BT, keep_BT)
+    decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]  # 0 at padding
+    if reset_BT is not None:
+        decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
+    value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
+    inputs, state_BHNP = prepare((C_BTGN, B_BTGN, value_BTHP, decay_minus_one_BTH1), state_BHNP, keep_BT)
+    if implementation == "reference":
+        return scan_steps(_step, inputs, state_BHNP)
+    return scan_chunks(_chunk, inputs, state_BHNP, chunk or choices.linear_attention_chunk())
 
 
-def _log_of_twice_minus_one(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``log(abs(2 * exp(log_decay) - 1))``, and whether ``2 * exp(log_decay) - 1`` is negative.
+def _step(state: jax.Array, C: jax.Array, B: jax.Array, value: jax.Array, decay_minus_one: jax.Array) -> Any:
+    return decay_step(state, C, B, value, 1.0 + decay_minus_one)
 
-    The absolute value is clipped to at least the float32 epsilon, because the gradient of the logarithm is infinite at
-    0.
-    """
-    minus_one = 2.0 * jnp.expm1(log_decay)  # the decay minus 1, exact for small steps
-    is_negative, epsilon = minus_one < -1.0, jnp.finfo(jnp.float32).eps
-    log_positive = jnp.log1p(jnp.where(is_negative, 0.0, jnp.maximum(minus_one, epsilon - 1.0)))
-    log_negative = jnp.log(jnp.where(is_negative, jnp.maximum(-1.0 - minus_one, epsilon), 1.0))
-    return jnp.where(is_negative, log_negative, log_positive), is_negative
+
+def _chunk(state: jax.Array, C: jax.Array, B: jax.Array, value: jax.Array, decay_minus_one: jax.Array) -> Any:
+    state, y = decay_chunk(state, C, B, value, 1.0 + decay_minus_one, value.dtype)
+    return state, y.astype(value.dtype)

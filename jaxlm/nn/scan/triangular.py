@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm.nn.custom_gradient import custom_vjp
 
-@jax.custom_vjp
+
+@custom_vjp
 def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
     """The solution u of ``u + lower @ u = right``, [B, H, L, V] float32, for a strictly lower triangular matrix.
 

@@ -26,6 +26,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import pallas
 from jaxlm.nn.segments import check_masks, complete_masks
 
@@ -136,7 +137,7 @@ def _reference(
 # ---------------------------------------------------------------------------------------------- custom gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _scan(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -321,12 +322,13 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     """The state after each step, [B, T, D] float32."""
     B, T, D = input_BTD.shape
     L = min(CHUNK, T)
-    num_padding = -T % L
+    num_chunks = -(-T // L)
+    num_padding = num_chunks * L - T
     # In the order of the scan, the padding comes after the last step.
     padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
 
     def split(x_BTD: jax.Array) -> jax.Array:
-        return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, -1, L, D), 0, 1)
+        return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, num_chunks, L, D), 0, 1)
 
     def combine(earlier: Any, later: Any) -> Any:
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
@@ -338,7 +340,7 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
         return hidden_BLD[:, 0 if reverse else -1], hidden_BLD
 
     _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)
-    hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, -1, D)
+    hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, num_chunks * L, D)
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]
 
 

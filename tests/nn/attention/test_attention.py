@@ -461,6 +461,19 @@ def test_cudnn_needs_values_of_the_width_of_the_keys(monkeypatch):
     assert jax.eval_shape(attention, q, q, v).shape == v.shape
 
 
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_cudnn_needs_an_ampere_gpu(monkeypatch, capability):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "attention", lambda q, *_, **__: q)
+    q, uses_exp = jax.ShapeDtypeStruct((1, 256, 2, 16), jnp.bfloat16), {}
+    for name in ("8.0", capability):
+        monkeypatch.setattr(sharding, "compute_capability", lambda name=name: name)
+        uses_exp[name] = "exp" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))
+    assert uses_exp == {"8.0": False, capability: True}, "cudnn is chosen only on the newer GPU"
+    with pytest.raises(ValueError, match=rf"'cudnn' needs an NVIDIA GPU .* 8\.0 or higher, not {capability}: leave"):
+        jax.eval_shape(functools.partial(attention, implementation="cudnn"), q, q, q)
+
+
 def test_default_implementation_on_a_tpu(monkeypatch):
     """``pallas`` for short rows or if ``splash`` does not support the mask; ``blockwise`` if no kernel supports it."""
     called = []

@@ -69,6 +69,22 @@ def test_selected_equals_unchunked_in_value_and_all_gradients():
     assert relative_error(value, want[0]) < 1e-6
 
 
+@pytest.mark.parametrize("function", [chunked_cross_entropy, selected_cross_entropy])
+@pytest.mark.parametrize("rows", [0, B])
+def test_losses_of_float64_are_float32_and_their_gradients_float64(function, rows):
+    params, hidden, targets, weights = make_arrays()
+    with jax.enable_x64(True):
+        arrays = {"table": np.float64(params["table"])}, np.float64(hidden)[:rows]
+
+        def loss(params, hidden):
+            return function(head, params, hidden, targets[:rows], weights[:rows])
+
+        assert jax.eval_shape(loss, *arrays).dtype == np.float32
+        value, gradients = jax.eval_shape(jax.value_and_grad(loss, argnums=(0, 1)), *arrays)
+    assert value.dtype == np.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype(np.float64)}
+
+
 def test_the_logits_of_all_positions_never_exist():
     """All temporary arrays of the compiled gradient together are smaller than an eighth of the logits."""
     rows, width, vocabulary = 4096, 16, 4096

@@ -1,0 +1,77 @@
+"""Loops of the scans with a matrix as state: over single steps, and over chunks of steps.
+
+Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
+of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+
+
+def prepare(
+    inputs: Sequence[jax.Array], state_BHKV: jax.Array | None, keep_BT: jax.Array | None
+) -> tuple[list[jax.Array], jax.Array]:
+    """The inputs with zeros at padding, and the state before the first step, float32.
+
+    The time axis is not sharded, because the steps are sequential.
+
+    Args:
+        inputs: queries and keys [B, T, G, K], values [B, T, H, V], and others [B, T, H, X].
+        state_BHKV: None: zeros.
+        keep_BT: False at padding; None: no padding.
+    """
+    H = inputs[2].shape[2]
+    arrays = [sharding.constrain(x, ("batch", None, "heads" if x.shape[2] == H else None, None)) for x in inputs]
+    if keep_BT is not None:
+        arrays = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in arrays]
+    if state_BHKV is None:
+        key_BHK, value_BHV = per_head(arrays[1][:, 0], H), arrays[2][:, 0]
+        state_BHKV = jnp.zeros_like(key_BHK[..., None] * value_BHV[:, :, None], jnp.float32)
+    return arrays, state_BHKV.astype(jnp.float32)
+
+
+def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
+    """The array of each head [B, H, ...], from one array for each group of consecutive heads [B, G, ...]."""
+    return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
+
+
+def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
+    """The outputs and the last state. ``step(state, *inputs)`` returns the state and the output of one step."""
+    steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
+    last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
+    return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
+
+
+def scan_chunks(run_chunk: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
+    """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk.
+
+    The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays. So only
+    the state before each chunk is saved.
+    """
+    T = inputs[0].shape[1]
+    L = min(chunk, 1 << (T - 1).bit_length())
+    recomputed = jax.checkpoint(run_chunk, prevent_cse=False)
+    chunks = [split_into_chunks(x, L) for x in inputs]
+    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
+    return join_chunks(out_CBHLV, T), last_BHKV
+
+
+def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
+    """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
+    B, T, H, X = x_BTHX.shape
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
+    return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
+
+
+def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
+    """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
+    C, B, H, L, X = x_CBHLX.shape
+    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]

@@ -1,0 +1,52 @@
+"""Custom gradients in ``jax.shard_map``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import spec
+from jaxlm.nn.attention import attention
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.linear import linear
+from jaxlm.nn.loss import chunked_cross_entropy, selected_cross_entropy
+from jaxlm.nn.recurrence import lstm, lstm_specs
+from jaxlm.sharding import make_mesh
+from jaxlm.spec import Normal
+from jaxlm.testing.helpers import assert_trees_close
+
+
+def cross_entropy_of(loss):
+    def apply(weight, x_BTD):
+        weights_BT = (jnp.arange(x_BTD.shape[1])[None] % 3 == 0) * jnp.ones(x_BTD.shape[:2])
+        return loss(lambda w, x: x @ w, weight, x_BTD, jnp.zeros(x_BTD.shape[:2], jnp.int32), weights_BT)
+
+    return apply
+
+
+def self_attention(weight, x_BTD):
+    q, k, v = (x[:, :, None] for x in jnp.split(linear({"weight": weight}, x_BTD), 3, axis=-1))
+    return jnp.sum(attention(q, k, v, Mask(causal=True), implementation="blockwise") ** 2)
+
+
+WEIGHT = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
+LOSSES = {
+    "linear": (lambda weight, x: jnp.sum(linear({"weight": weight}, x) ** 2), WEIGHT),
+    "lstm": (lambda p, x: jnp.sum(lstm(p, x)[0] ** 2), spec.init(lstm_specs(6, 3, Normal(1.0)), jax.random.key(0))),
+    "attention": (self_attention, WEIGHT),
+    "chunked_cross_entropy": (cross_entropy_of(chunked_cross_entropy), WEIGHT),
+    "selected_cross_entropy": (cross_entropy_of(selected_cross_entropy), WEIGHT),
+}
+"""Sums over the rows of a batch, by name, and their parameters."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_replicated_parameters_is_summed_over_devices(name):
+    loss, params = LOSSES[name]
+    x_BTD = np.random.default_rng(1).normal(size=(8, 5, 6)).astype(np.float32)
+    mapped = jax.shard_map(
+        lambda params, x: jax.lax.psum(loss(params, x), "data"), mesh=make_mesh("data=8"),
+        in_specs=(P(), P("data")), out_specs=P(),
+    )  # fmt: skip
+    assert_trees_close(jax.jit(jax.grad(mapped))(params, x_BTD), jax.jit(jax.grad(loss))(params, x_BTD), 1e-5)
