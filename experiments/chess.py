@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
-from jaxlm.tasks.chess_players import MAX_OPENING_MOVES
+from jaxlm.tasks.chess_players import check_opening_moves, opponents
 from jaxlm.tasks.chess_training import game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
@@ -134,9 +134,9 @@ PRESETS = {
 def read(experiment: Experiment) -> Games:
     """The games of the file, or the included games."""
     start_time = time.perf_counter()
-    if experiment.data is not None:
-        lib.print_once(f"reading {experiment.data}: about 1 ms per game on one core")
     path, notation = experiment.data, experiment.notation
+    if path is not None:
+        lib.print_once(f"reading {path}: about 1 ms per game on one core")
     games = chess_games(notation) if path is None else read_games(path, notation)
     lib.print_once(f"{games.report()}, read in {time.perf_counter() - start_time:.0f} s")
     count = len(games) if experiment.max_games is None else experiment.max_games
@@ -188,23 +188,16 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if lib.export(directory, experiment, model, result, tokenizer):
+    if lib.export(directory, model, result, tokenizer):
         _report(directory, experiment, model, result, tokenizer, test, start_time)
     return result
 
 
 def max_moves(tests: TestSizes, model: Model) -> int:
-    """The maximum number of moves of a game that the model samples or plays.
-
-    Raises:
-        ValueError: ``tests.opening_moves`` is too large for the games against Stockfish.
-    """
+    """The maximum number of moves of a game. Raises ``ValueError`` if ``tests.opening_moves`` is too large."""
     limit = tests.max_moves if model.max_positions is None else min(tests.max_moves, model.max_positions)
-    if tests.engine and tests.opening_moves > min(MAX_OPENING_MOVES, limit - 1):
-        raise ValueError(
-            f"tests.opening_moves={tests.opening_moves} must be at most {MAX_OPENING_MOVES} and less than {limit}, the "
-            "maximum number of moves of a game"
-        )
+    if tests.engine:
+        check_opening_moves("tests.opening_moves", tests.opening_moves, limit)
     return limit
 
 
@@ -234,30 +227,17 @@ def _report(
         scores += [sampled.moves, sampled.games]
     model_player = chess.ModelPlayer(*trained_model)
     player: chess.Player = chess.MatingPlayer(model_player) if tests.search_mate_in_one else model_player
-    for name, opponent, games, opening in _opponents(tests):
+    for name, opponent, games, opening in opponents(tests.random, tests.engine, tests.opening_moves, lib.print_once):
         match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
         name += " with search for mates" * tests.search_mate_in_one
         lib.print_once(f"against {name}: {match}")
-        scores.append(metrics.proportion(f"wins against {name}", match.wins, games))
-        scores.append(dataclasses.replace(match.score, name=f"score against {name}"))
+        scores += match.scores(name)
         boards += match_boards(name, match)
     write_boards(directory, boards)
     lib.report(
         directory, task="chess", model=model, start_time=start_time, scores=scores, result=result,
         data=str(experiment.data or "included games"), notation=experiment.notation, test_games_per_second=rate,
     )  # fmt: skip
-
-
-def _opponents(tests: TestSizes) -> Iterator[tuple[str, chess.Player, int, int]]:
-    """Yield the name, player, number of games and number of random opening moves of each match."""
-    if tests.random:
-        yield "random moves", chess.RandomPlayer(), tests.random, 0
-    if tests.engine:
-        try:
-            with chess.EnginePlayer() as engine:
-                yield "Stockfish level 0", engine, tests.engine, tests.opening_moves
-        except (FileNotFoundError, ValueError) as error:  # there is no engine, or it does not start
-            lib.print_once(f"{error}: this test is skipped")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
-from jaxlm.data.squad import read_squad
+from jaxlm.data.squad import read_squad, read_squad_files
 from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
@@ -173,27 +172,21 @@ class Scorer:
         return {"f1": f1.value, "exact_match": exact.value}
 
 
-def read_extra_tests(paths: Sequence[Path]) -> dict[str, Examples]:
-    """The examples of each file by file name, or by path if two files have the same name."""
-    names = [path.name for path in paths]
-    unique = len(set(names)) == len(names)
-    return {path.name if unique else str(path): read_squad(path) for path in paths}
-
-
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
     data_fields = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
     lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *data_fields])
     training, validation, test = parts(experiment)
-    extra_tests = read_extra_tests(experiment.extra_tests)
+    extra_tests = read_squad_files(experiment.extra_tests)
     model, params, tokenizer = build(experiment, training, resume)
     window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
     windows = qa.training_windows(model, tokenizer, training, **window_size)
     limit = model.max_positions
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
-    if experiment.epochs is not None:
-        config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
+    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    for examples in (test, *extra_tests.values()):
+        qa.check_questions(model, tokenizer, examples, **window_size)
     scorer = Scorer(experiment, model, tokenizer)
     held_out = qa.batches(
         qa.training_windows(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit
@@ -211,7 +204,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     data = Batches(source, to_batch=qa.to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if lib.export(directory, experiment, model, result, tokenizer):
+    if lib.export(directory, model, result, tokenizer):
         report(directory, scorer, result, validation, test, extra_tests, start_time)
     return result
 

@@ -45,11 +45,10 @@ from jaxlm.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Files of labelled sentences."""
+    """Files of labelled sentences, also compressed (.gz)."""
 
     train: Path | None = None
-    """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence" (also .gz). None: the included
-    passages."""
+    """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence"; None: the included passages."""
     test: Path | None = None
     """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
@@ -62,8 +61,7 @@ class Data:
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
-    """Maximum number of tokens. Longer sentences are truncated. None: sentences are not truncated, and a sentence with
-    more tokens than the model's max_positions is an error."""
+    """Maximum number of tokens; longer sentences are truncated. None: a sentence beyond max_positions is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +92,7 @@ class Experiment:
     label_smoothing: float = 0.0
     """Fraction of the target probability that is spread uniformly over all labels."""
     folds: int | None = None
-    """Number of cross-validation folds. The score is the accuracy over the test examples of all folds. None: one test
-    split."""
+    """Number of cross-validation folds. The score is the accuracy over all test examples. None: one test split."""
     output: Path | None = None
     """Run directory; None: runs/sentiment-<time>."""
 
@@ -113,7 +110,6 @@ def scratch(name: str, *changes: str, **options: Any) -> Experiment:
 RNN = ("embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
        "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0")  # fmt: skip
 ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
-INCLUDED_DATA = "passages of the included plays"
 PRESETS = {
     "plays": scratch(
         "lstm", *RNN[3:], "embed_dim=128", "hidden_dim=128", "num_layers=1", "init_bound=1.0", "direction=both",
@@ -166,12 +162,12 @@ def build(
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    has_fixed_length = config.name in ("alexnet", "resnet")
-    if config.pretrained is None and has_fixed_length:
+    if config.pretrained is None and config.name in ("alexnet", "resnet"):  # they have a fixed length
         kernels = config_lib.assignments("model.set", config.set).get("kernels")
         limits = {"max_length": experiment.data.max_length, "kernels": kernels}
         fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), **limits)
     model, params = config.build(experiment.training.seed, fields, task="classification", num_labels=len(labels))
+    objective.check_problem_type(model)
     return model.with_labels(labels), params, tokenizer
 
 
@@ -188,11 +184,11 @@ def train_and_test(
     )
     limit = model.max_positions
     source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
-    if experiment.epochs is not None:
-        config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
+    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
     validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
-    loss = objective.make_loss(label_smoothing=experiment.label_smoothing)
-    trainer = config.trainer(model, experiment.optimizer, loss)
+    trainer = config.trainer(
+        model, experiment.optimizer, objective.make_loss(label_smoothing=experiment.label_smoothing)
+    )
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     if experiment.folds is not None:  # the parent directory is the run directory of all folds
@@ -204,7 +200,7 @@ def train_and_test(
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if not lib.export(directory, experiment, model, result, tokenizer):
+    if not lib.export(directory, model, result, tokenizer):
         return result, None
     started = time.perf_counter()
     predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
@@ -214,14 +210,17 @@ def train_and_test(
     attention_maps.write_attention_maps(directory, model, result.params, tokenizer, texts, max_tokens=40)
     lib.report(
         directory, task="sentiment", model=model, start_time=start_time, scores=[score], result=result,
-        data=str(experiment.data.train or INCLUDED_DATA), test_examples_per_second=round(rate, 1),
+        data=str(experiment.data.train or "passages of the included plays"), test_examples_per_second=round(rate, 1),
     )  # fmt: skip
     return result, score
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
-    lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
+    if experiment.folds is not None and resume is not None and (resume / "model").exists():  # only a fold has a model
+        raise ValueError(f"--resume {resume} is one fold of a cross-validation: --resume {resume.absolute().parent}")
+    vocabulary_fields = ["vocabulary", "vocab_size", "min_frequency", "template"]
+    lib.check_unchanged(experiment, resume, ["output", "data", *vocabulary_fields, "folds"])
     if experiment.folds is None:
         training, test = parts(experiment.data)
         return train_and_test(experiment, training, test, training.label_names(), resume)[0]
@@ -236,16 +235,14 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         if score is None:
             return result
         scores.append(score)
-    pooled = classification.write_folds(output, scores)
-    lib.print_once(str(pooled))
+    lib.print_once(str(classification.write_folds(output, scores)))
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    return lib.command_line(
-        PRESETS["plays"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
-    )
+    name = "sentiment"
+    return lib.command_line(PRESETS["plays"], PRESETS, run, name=name, description=f"{__doc__}", arguments=arguments)
 
 
 if __name__ == "__main__":

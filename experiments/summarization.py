@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -160,19 +159,17 @@ def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]
 
 
 def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examples, int]:
-    """The examples with sources truncated to ``limit`` tokens, and the number of truncated sources."""
+    """The examples with sources truncated to ``limit`` tokens, and the number of truncated sources.
+
+    An incomplete character (U+FFFD) at the end of a truncated source is removed, unless nothing else is left.
+    """
     rows, truncated = [], 0
     for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
         if encoding.ids.size > limit:  # limit - 1, because encoding adds an end token
             text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
-            row, truncated = {**row, "source": text.rstrip("\ufffd")}, truncated + 1
+            row, truncated = {**row, "source": text.rstrip("\ufffd") or text}, truncated + 1
         rows.append(row)
     return Examples(rows, examples.name), truncated
-
-
-def first_sentence(text: str) -> str:
-    """The first sentence of a text (or its first paragraph, if shorter), the summary of the baseline "lead-1"."""
-    return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
@@ -191,7 +188,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
-    config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
+    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    seq2seq.check_sources(test, tokenizer)
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
@@ -205,7 +203,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if lib.export(directory, experiment, model, result, tokenizer):
+    if lib.export(directory, model, result, tokenizer):
         summarize(directory, experiment, model, result, tokenizer, test, start_time, facts)
     return result
 
@@ -225,7 +223,7 @@ def summarize(
     started = time.perf_counter()
     outputs = generate_text(model, result.params, tokenizer, sources, generation_config(experiment))
     rate = len(sources) / (time.perf_counter() - started)
-    lead = metrics.rouge([first_sentence(text) for text in test.column("text")], references)
+    lead = metrics.rouge([metrics.first_sentence(text) for text in test.column("text")], references)
     scores = [
         *metrics.rouge(outputs, references),
         *(dataclasses.replace(score, name=f"{score.name} of the first sentence") for score in lead),
@@ -234,8 +232,7 @@ def summarize(
     lib.report(
         directory, task="summarization", model=model, start_time=start_time, scores=scores,
         data=str(experiment.data.file or "docstrings of the installed packages"), result=result,
-        beams=experiment.num_beams,
-        test_examples_per_second=round(rate, 1), **facts,
+        beams=experiment.num_beams, test_examples_per_second=round(rate, 1), **facts,
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +38,11 @@ import jax.numpy as jnp
 from jaxlm import host, processes
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, read_text, shakespeare
-from jaxlm.decoding import GenerationConfig, Sampling, stream_text
+from jaxlm.decoding import GenerationConfig, Sampling
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.tasks.text_generation import Corpus, check_family, scores, to_batch, write_sample
+from jaxlm.tasks.text_generation import Corpus, check_family, print_passage, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
@@ -212,12 +211,13 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size} token ids · tokens {sizes} · {directory}"
     )
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if not lib.export(directory, experiment, model, result, tokenizer):
+    if not lib.export(directory, model, result, tokenizer):
         return result
     final_params = jax.tree.map(processes.gather_to_host, result.params)
     if processes.is_first():
         final_params = jax.tree.map(jnp.asarray, final_params)
-        passage = write_passage(experiment, model, final_params, tokenizer, prompt)
+        key = jax.random.key(config.seed)
+        passage = print_passage(model, final_params, tokenizer, prompt, generation_config(experiment), key=key)
         write_sample(directory, model, final_params, tokenizer, prompt, passage)
         parts = [part for part in ("validation", "test") if part in corpus.parts]
         lib.report(
@@ -228,20 +228,6 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         command = ["jaxlm", "generate", str(directory), f"--prompt={prompt}"]
         lib.print_once(f"to generate more text: {shlex.join(command)}")
     return result
-
-
-def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
-    """Generate a passage, print it during generation, and return it."""
-    passage, started = prompt, time.perf_counter()
-    sys.stdout.write(f"\n{prompt}")
-    key = jax.random.key(experiment.training.seed)
-    for piece in stream_text(model, params, tokenizer, prompt, generation_config(experiment), key=key):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        passage += piece
-    rate = tokenizer.encode(passage[len(prompt) :]).size / (time.perf_counter() - started)
-    sys.stdout.write(f"\n\n{rate:.0f} tokens per second, compilation included\n")
-    return passage
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import host, metrics
+from jaxlm.cli.common import one_line
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
@@ -158,7 +159,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
         length_multiple=4,
     )  # fmt: skip
-    config = dataclasses.replace(config, steps=lib.steps_of(experiment.epochs, source.steps_per_epoch))
+    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    seq2seq.check_sources(test, tokenizer)
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
@@ -170,7 +172,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if lib.export(directory, experiment, model, result, tokenizer):
+    if lib.export(directory, model, result, tokenizer):
         translate(directory, experiment, model, result, tokenizer, test, start_time)
     return result
 
@@ -186,12 +188,15 @@ def translate(
     directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
     start_time: float,
 ) -> None:  # fmt: skip
-    """Translate the test split and write the report."""
+    """Translate the test split and write the report.
+
+    Line n of ``translations.txt`` is the translation of example n, with backslashes and line breaks escaped.
+    """
     sources, references = test.column("source"), test.column("target")
     started = time.perf_counter()
     outputs = generate_text(model, result.params, tokenizer, sources, generation_config(experiment, tokenizer, test))
     rate = len(sources) / (time.perf_counter() - started)
-    (directory / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
+    (directory / "translations.txt").write_text("".join(f"{one_line(text)}\n" for text in outputs), encoding="utf-8")
     scores = [
         metrics.bleu(outputs, references), metrics.bleu(outputs, references, lowercase=True),
         metrics.chrf(outputs, references),

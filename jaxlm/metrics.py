@@ -3,7 +3,7 @@
 The first argument of these metrics contains the model's outputs, and the second contains the references. They return a
 :class:`Score` (:func:`rouge` returns three). :func:`mean` and :func:`proportion` make a score from other values, and
 :func:`confusion` counts labels and predictions. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE
-(``pip install 'jaxlm[metrics]'``). scipy computes Wilson intervals.
+(extra ``metrics``). scipy computes Wilson intervals.
 
 Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
 mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles, cut to the
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from jaxlm import extras
 
 BOOTSTRAP_SAMPLES = 1000
 """Number of resampled test sets for a bootstrap interval, including the intervals that sacrebleu computes."""
@@ -247,6 +249,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of a text (or its first paragraph, if shorter), the summary of the baseline "lead-1"."""
+    return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
+
+
 def normalize_answer(text: str) -> str:
     """The normalized answer of SQuAD: lower case, without punctuation, articles and extra white space.
 
@@ -405,7 +412,7 @@ def import_sacrebleu() -> Any:
     try:
         import sacrebleu.metrics
     except ImportError as error:
-        raise ImportError("BLEU and chrF need sacrebleu: pip install 'jaxlm[metrics]'") from error
+        raise ImportError(f"BLEU and chrF need sacrebleu: {extras.install('metrics')}") from error
     return sacrebleu.metrics
 
 
@@ -415,7 +422,7 @@ def import_rouge_scorer() -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise ImportError("ROUGE needs rouge-score: pip install 'jaxlm[metrics]'") from error
+        raise ImportError(f"ROUGE needs rouge-score: {extras.install('metrics')}") from error
     return rouge_scorer
 
 

@@ -194,5 +194,11 @@ def test_error_for_an_unknown_sacrebleu_tokenizer():
 )
 def test_error_for_a_missing_package_names_the_extra(monkeypatch, package, metric):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[metrics\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[metrics\]' in"):
         getattr(metrics, metric)(["a"], ["a"])
+
+
+def test_first_sentence() -> None:
+    """A sentence ends at a line end after punctuation, or at an empty line; white space is stripped."""
+    assert metrics.first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
+    assert metrics.first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"

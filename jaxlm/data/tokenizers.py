@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from jaxlm import integrity
+from jaxlm import extras, integrity
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
+from jaxlm.data.text_files import check_no_surrogate
 from jaxlm.json_files import read_object
+
+_LOG = logging.getLogger("jaxlm")
 
 JAXLM_FILE = "jaxlm_tokenizer.json"
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
@@ -116,6 +120,8 @@ class EncodeInputsMixin:
 
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
+    _truncation_side: Literal["right", "left"] = "right"
+    """From which side of a text ``encode_inputs`` and ``encode_inputs_batch`` remove tokens."""
 
     @abstractmethod
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
@@ -128,8 +134,9 @@ class EncodeInputsMixin:
         characters: no special tokens.
 
         Args:
-            max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a
-                text; in a pair, first from the longer text. None: the texts are not truncated.
+            max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a text
+                (from its start, if the files of the tokenizer set ``truncation_side`` to "left"); in a pair, first
+                from the longer text. None: the texts are not truncated.
 
         Raises:
             TypeError: ``text`` or ``pair`` is not a string.
@@ -155,14 +162,16 @@ class EncodeInputsMixin:
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"each text needs one pair: got {len(texts)} texts and {len(pairs)} pairs")
         encoded = self._encodings(texts, pairs)
-        return encoded if max_length is None else [encodings.truncate(encoding, max_length) for encoding in encoded]
+        if max_length is None:
+            return encoded
+        return [encodings.truncate(encoding, max_length, self._truncation_side) for encoding in encoded]
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
         """Overlapping windows of the context, each with the whole question, as for SQuAD.
 
         In every window, ``sequence_ids`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens
         are positions in the whole context. If the template ends with the classifier token (XLNet), the context is
-        before the question.
+        before the question. ``truncation_side`` in the files of the tokenizer has no effect.
 
         Args:
             max_length: maximum number of tokens of a window, including special tokens.
@@ -187,6 +196,29 @@ class EncodeInputsMixin:
             if not np.any(encoding.sequence_ids == number):
                 raise ValueError(f"the {name} has no tokens: {text!r}")
         return encodings.split_windows(encoding, max_length, stride)
+
+
+def encode_truncated(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None, name: str
+) -> list[Encoding]:
+    """The encoding of each text (and its pair), truncated to ``max_length`` tokens. None: no truncation.
+
+    The logger "jaxlm" warns with the number of truncated encodings.
+
+    Args:
+        name: what the texts are, for the warning, for example ``texts of train.tsv``.
+    """
+    encoded = tokenizer.encode_inputs_batch(texts, pairs)
+    if max_length is None:
+        return encoded
+    long = [number for number, encoding in enumerate(encoded) if len(encoding.ids) > max_length]
+    if long:
+        _LOG.warning("%d of %d %s are truncated to %d tokens", len(long), len(encoded), name, max_length)
+        long_pairs = None if pairs is None else [pairs[number] for number in long]
+        shorter = tokenizer.encode_inputs_batch([texts[number] for number in long], long_pairs, max_length=max_length)
+        for number, encoding in zip(long, shorter, strict=True):
+            encoded[number] = encoding
+    return encoded
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
@@ -223,12 +255,8 @@ class ByteTokenizer(EncodeInputsMixin):
     special_ids = SpecialIds(eos=256)
 
     def encode(self, text: str) -> np.ndarray:
-        try:
-            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"character {error.start} of the text, {text[error.start]!r}, is a surrogate and has no UTF-8 bytes"
-            ) from error
+        check_no_surrogate(text, "the text")
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -321,18 +349,22 @@ def _code_points(text: str) -> np.ndarray:
 class PretrainedTokenizer(EncodeInputsMixin):
     """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
-    ``encode`` adds no special tokens, but encodes a special token in the text as its id. ``decode`` writes special
-    tokens as text, unless ``skip_special_tokens`` is True.
+    ``encode`` adds no special tokens, but encodes a special token in the text as its id. It raises ``ValueError`` for a
+    surrogate, which has no UTF-8 bytes. ``decode`` writes special tokens as text, unless ``skip_special_tokens`` is
+    True.
 
     Args:
         backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off. ``save`` writes their original
             settings.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
-        files: name -> content of further files that ``save`` writes.
+        files: name -> content of further files that ``save`` writes. ``truncation_side`` in ``tokenizer_config.json``
+            ("right" or "left"; if it is missing, the direction of the backend's truncation, or "right") is the side
+            from which tokens of long texts are removed.
 
     Raises:
-        ValueError: the vocabulary is empty; an unknown role; or a token that is not in the vocabulary.
+        ValueError: the vocabulary is empty; an unknown role; a token that is not in the vocabulary; or an unknown
+            ``truncation_side``.
 
     Attributes:
         special_tokens: role -> special token, for the roles that the tokenizer has.
@@ -356,6 +388,12 @@ class PretrainedTokenizer(EncodeInputsMixin):
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
+        side = (backend.truncation or {}).get("direction", "right")
+        if "tokenizer_config.json" in self._files:
+            side = json.loads(self._files["tokenizer_config.json"]).get("truncation_side", side)
+        if side not in ("right", "left"):
+            raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
+        self._truncation_side = side
         # The padding and truncation of tokenizer.json would change the number of ids, so turn them off.
         self._padding_and_truncation: dict[str, Any] = {"padding": None, "truncation": None}
         if backend.padding is not None or backend.truncation is not None:
@@ -375,10 +413,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
         ``tokenizer.json`` (only cls and sep), and the tokens that published vocabularies use. In the first two, null
         means that the role has no token. ``save`` copies the other files of the tokenizer unchanged.
 
+        Without ``tokenizer.json``, the tokens that ``special_tokens_map.json``, ``tokenizer_config.json`` and
+        ``added_tokens.json`` declare are not split, as in transformers.
+
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
-            ValueError: a file cannot be parsed, has an empty vocabulary, names a token that is not in the vocabulary,
-                or gives two tokens the same id; or there is no ``tokenizer.json``, and the other files are not those of
+            ValueError: a file cannot be parsed, has an empty vocabulary or an unknown ``truncation_side``, names a
+                token that is not in the vocabulary, or gives two tokens the same id; or there is no ``tokenizer.json``, and the other files are not those of
                 GPT-2.
         """
         directory = Path(directory)
@@ -391,14 +432,21 @@ class PretrainedTokenizer(EncodeInputsMixin):
             raise ValueError(f"{directory}: {error}") from error
 
     def encode(self, text: str) -> np.ndarray:
+        check_no_surrogate(text, "the text")
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
+        for name, values in (("texts", texts), ("pairs", pairs or ())):
+            for position, text in enumerate(values):
+                check_no_surrogate(text, f"{name}[{position}]")
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         return [_as_encoding(encoding) for encoding in self.backend.encode_batch(inputs)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
+
+        No space is removed: ``clean_up_tokenization_spaces`` in ``tokenizer_config.json``, which removes spaces before
+        punctuation and contractions in transformers, has no effect.
 
         Args:
             skip_special_tokens: True removes special tokens. False writes them as text.
@@ -472,7 +520,7 @@ def _read_backend(directory: Path) -> Any:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            f"the tokenizer in {directory} needs the package `tokenizers`: pip install 'jaxlm[tokenizers]'"
+            f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install('tokenizers')}"
         ) from error
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     if not file.exists():
@@ -487,6 +535,8 @@ def _read_backend(directory: Path) -> Any:
             backend.decoder = tokenizers.decoders.ByteLevel()
             if backend.token_to_id("<|endoftext|>") is not None:
                 backend.add_special_tokens(["<|endoftext|>"])
+            tokens = _added_tokens(directory).items()
+            backend.add_tokens([tokenizers.AddedToken(token, **options) for token, (_, options) in tokens])
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
     _check_unique_ids(backend.get_vocab(), vocab)
@@ -501,7 +551,7 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     settings, config = (_read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     model_type = config.get("model_type") or "gpt2"  # names with "jaxlm-" are models without a published tokenizer
-    added = [token for token in _read_if_exists(directory / "added_tokens.json") if token not in vocabulary]
+    added = [(token, file) for token, (file, _) in _added_tokens(directory).items() if token not in vocabulary]
     if name not in (None, *_GPT2_CLASSES):
         reason = f"tokenizer_class={name!r}"
     elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
@@ -509,7 +559,7 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
         reason = f"{setting}={settings[setting]!r}"
     elif added:
-        reason = f"the further token {added[0]!r} in added_tokens.json"
+        reason = "the further token {!r} in {}".format(*added[0])
     else:
         return
     raise ValueError(
@@ -518,6 +568,36 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
         '.save_pretrained(directory). If it is GPT-2\'s tokenizer, write {"tokenizer_class": "GPT2Tokenizer"} to '
         "tokenizer_config.json"
     )
+
+
+_ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
+    """The tokens that GPT-2's files declare besides ``vocab.json``: they are not split, as in transformers.
+
+    Returns:
+        Token -> the name of the file that declares it, and its options of ``tokenizers.AddedToken``.
+    """
+    declared: list[tuple[str, Any, bool]] = []  # file name, token, whether it has a role
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        content = _read_if_exists(directory / name)
+        tokens = [content.get(f"{role}_token") for role in ROLES] + (content.get("additional_special_tokens") or [])
+        declared += [(name, token, True) for token in tokens if token is not None]
+        declared += [(name, token, False) for token in (content.get("added_tokens_decoder") or {}).values()]
+    name = "added_tokens.json"
+    declared += [(name, token, False) for token in _read_if_exists(directory / name)]
+    found: dict[str, tuple[str, dict[str, bool]]] = {}
+    for name, token, has_role in declared:
+        fields = token if isinstance(token, dict) else {"content": token}
+        text = fields.get("content")
+        if not isinstance(text, str):
+            raise ValueError(f"{directory / name}: the token {token!r} must be a string")
+        _, options = found.get(text, (name, {}))
+        is_special = has_role or text == "<|endoftext|>" or options.get("special") or fields.get("special", False)
+        options |= {option: fields[option] for option in _ADDED_TOKEN_OPTIONS if option in fields}
+        found[text] = name, {**options, "special": is_special}
+    return found
 
 
 def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training of tokenizers: subwords (BPE, unigram), words and characters. Training needs ``jaxlm[tokenizers]``.
+"""Training of tokenizers: subwords (BPE, unigram), words and characters. Training needs the extra ``tokenizers``.
 
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
     tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from jaxlm import extras
 from jaxlm.data.tokenizers import PretrainedTokenizer
 
 Kind = Literal["bpe", "unigram", "word", "character"]
@@ -127,7 +128,7 @@ def train_tokenizer(
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            "training a tokenizer needs the package `tokenizers`: pip install 'jaxlm[tokenizers]'"
+            f"training a tokenizer needs the package `tokenizers`: {extras.install('tokenizers')}"
         ) from error
     build = _subword_backend if kind in _SUBWORDS else _symbol_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)

@@ -53,8 +53,7 @@ class Config(common.ModelConfig):
     score: Score = "concat"
     """Attention score: dot, general or concat; bahdanau needs concat (its additive score)."""
     window: int | None = None
-    """Maximum distance of attended source positions from a predicted centre (local-p of Luong et al. 2015); None means
-    no limit."""
+    """Maximum distance of attended source positions from a predicted centre (local-p, Luong 2015); None: no limit."""
     num_layers: int = 1
     """Number of layers of encoder and of decoder; bahdanau has one."""
     embed_dim: int = 620
@@ -97,9 +96,8 @@ def apply(
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """The head's input at each target token, [B, T, D], and the new state (None without a state).
 
-    With ``cfg.copy``, the last axis is the concatenation that the module docstring describes.
-
-    Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
+    With ``cfg.copy``, the last axis is the concatenation that the module docstring describes. Exactly one of
+    ``source`` (for training) and ``state`` (for decoding) must be given.
 
     Args:
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
@@ -120,11 +118,10 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
-    if state is None:
+    initial = state
+    if initial is None:
         assert source is not None
         initial = init_decode_state(cfg, params, source, tokens.shape[1], segment_ids=source_segment_ids, key=key)
-    else:
-        initial = state
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = segment_boundaries(segments, initial["document"])
     is_one_document = state is None and segment_ids is None and source_segment_ids is None
@@ -214,9 +211,7 @@ def encode(
     cfg: Config, params: Params, source: jax.Array, *, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """The encoder's states at each source token, [B, S, C].
-
-    These are the states of both directions (bahdanau) or of the last layer (luong).
+    """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or the last layer (luong).
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of its document.
@@ -256,9 +251,9 @@ def init_decode_state(
     encoder applies dropout.
     """
     source_state = _encode(cfg, params, source, segment_ids, key)
-    segments = source_state["segment_ids"]
     if cfg.score != "dot":
         source_state["key"] = alignment_keys(params["alignment"], source_state["encoded"])
+    segments = source_state["segment_ids"]
     first_B1 = jnp.take_along_axis(segments, jnp.argmax(segments > 0, axis=1)[:, None], axis=1)
     decoder = jax.tree.map(lambda x_B1H: x_B1H[:, 0], _initial_states(cfg, params, source_state, first_B1))
     return {"decoder": decoder, "document": first_B1[:, 0], "source": source_state}
@@ -294,22 +289,20 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     source = {"encoded": source_spec(form.encoder_width(cfg), cfg.dtype), "segment_ids": segments, **states}
     if cfg.copy:
         source["tokens"] = segments
-    if cfg.score == "concat":
-        source["key"] = source_spec(cfg.attention_dim or cfg.hidden_dim, cfg.dtype)
-    elif cfg.score == "general":
-        source["key"] = source_spec(cfg.hidden_dim, cfg.dtype)
+    if cfg.score != "dot":
+        width = (cfg.attention_dim or cfg.hidden_dim) if cfg.score == "concat" else cfg.hidden_dim
+        source["key"] = source_spec(width, cfg.dtype)
     return {"decoder": decoder, "document": ArraySpec((batch,), ("batch",), dtype=jnp.int32), "source": source}
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
-    uniform = Uniform(cfg.init_bound)
+    form, uniform = _FORMS[cfg.attention], Uniform(cfg.init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, E), ("vocab", "embed"), uniform, decay=True)}
     if cfg.source_vocab_size is not None:
         rows = round_up(cfg.source_vocab_size, cfg.vocab_multiple)
         tree["source_embedding"] = ArraySpec((rows, E), ("vocab", "embed"), uniform, decay=True)
-    form = _FORMS[cfg.attention]
     C = form.encoder_width(cfg)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree |= form.specs(cfg, uniform, recurrent_init)
@@ -332,8 +325,8 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax
 
 def _gather_weights(cfg: Config, params: Params) -> dict[str, Any]:
     """The parameters, with an all-gather of the parameters that loops over time use (``common.gather_weights``)."""
-    names_in_loops = ("encoder", "decoder", "alignment", "output")
-    loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}
+    in_loops = ("encoder", "decoder", "alignment", "output")
+    loop_specs = {name: tree for name, tree in specs(cfg).items() if name in in_loops}
     return {**params, **common.gather_weights(loop_specs, {name: params[name] for name in loop_specs})}
 
 

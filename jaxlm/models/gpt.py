@@ -52,8 +52,7 @@ class Config(common.TransformerConfig):
     activation: Activation = "gelu_tanh"
     """Nonlinearity of the MLP."""
     norm_position: NormPosition = "before"
-    """Pre-norm (before, GPT-2): normalize the input of each sublayer. Post-norm (after, GPT-1): normalize each residual
-    sum."""
+    """Normalize the input of each sublayer (before: pre-norm, GPT-2) or each residual sum (after: post-norm, GPT-1)."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
@@ -84,15 +83,9 @@ class Config(common.TransformerConfig):
 
 
 def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+    cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
+    segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The hidden states after the last norm, [B, T, D], and the new state (None without a state).
 
     Args:
@@ -166,23 +159,20 @@ def _project_qkv(weights: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, j
     if choices.fused_qkv():
         qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-
-    def project(index: int) -> jax.Array:
-        projection = {name: w[..., index, :, :] for name, w in weights.items()}
-        return constrain(linear(projection, x), ("batch", "seq", "heads", "kv"))
-
-    return project(0), project(1), project(2)
+    projections = ({name: w[..., index, :, :] for name, w in weights.items()} for index in range(3))
+    q, k, v = (constrain(linear(projection, x), ("batch", "seq", "heads", "kv")) for projection in projections)
+    return q, k, v
 
 
 logits = heads.decoder_logits
 pool = heads.pool_last_token
+rollback = cache.rollback
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
-    F = 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
+    V, F = round_up(cfg.vocab_size, cfg.vocab_multiple), 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
     normal = Normal(cfg.init_stddev)
     pre_norm = cfg.norm_position == "before"
     residual_init = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
@@ -213,13 +203,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     common.check_state_length(cfg, length)
-    K = cfg.embed_dim // cfg.num_heads
-    return cache.cache_specs(
-        cfg.num_layers, batch, length, cfg.num_heads, K, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
-    )
-
-
-rollback = cache.rollback
+    shape = cfg.num_layers, batch, length, cfg.num_heads, cfg.embed_dim // cfg.num_heads
+    return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
 
 
 VARIANTS = {

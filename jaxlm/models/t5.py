@@ -7,7 +7,7 @@ the layers of the encoder share one table, and the layers of the decoder share a
 by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
 
 The head of v1.1 is initialised with standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x. Hugging Face
-uses another value. The difference matters only for training from scratch.
+uses another value.
 
 Shapes: B batch, T target time, S source time, D model width, H heads, K head width (H * K may differ from D), F hidden
 width of the MLP, V vocabulary.
@@ -16,7 +16,6 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -70,13 +69,11 @@ class Config(common.TransformerConfig):
     max_distance: int = 128
     """All distances of at least this length share a bucket (in the encoder, one bucket for each direction)."""
     bias_per_layer: bool = False
-    """True: every layer has its own table of position biases (umT5). False: the encoder layers share one table, and the
-    decoder layers share another."""
+    """Whether every layer has its own table of position biases (umT5). False: one table for each of the two stacks."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, outputs of sublayers, and the final
-    outputs of encoder and decoder."""
+    """Dropout rate on embeddings, attention probabilities, MLPs, and outputs of sublayers, encoder and decoder."""
     decoder_start_id: int = 0
     """Id of the first input of the decoder, before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
@@ -103,13 +100,13 @@ def encode(
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Padding inside a
+            document counts in the distances of its tokens. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    # Indices in the row are used as positions: both give the same distances in a document without padding inside.
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
@@ -117,7 +114,7 @@ def encode(
         weights, _, layer_key = layer
         normed = _norm(cfg, weights["attention_norm"], x)
         kv, bias = _project_kv(weights["attention"], normed), bias_fn(weights)
-        x = x + _attention(cfg, weights["attention"], normed, kv, mask, bias, fold_name(layer_key, "attention"))
+        x = x + _attention(cfg, weights, "attention", normed, kv, mask, bias, layer_key)
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
@@ -141,11 +138,9 @@ def apply(
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
-            row whose tokens do not fit into the cache gives NaN. Several rows may share a source
-            (``jaxlm.nn.attention.source``).
+            row whose tokens do not fit into the cache gives NaN. Several rows may share a source.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document. Without a state, padding inside a document
-            counts.
+        positions: [B, T] int32. Default: the position in the document (without a state, its padding inside counts).
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -161,8 +156,7 @@ def apply(
         assert source is not None
         bias_positions = None if positions is None else (positions, positions)
         encoded = encode(cfg, params, source, segment_ids=source_segment_ids, key=key)
-        layers = params["decoder"]["layers"]
-        source_kv: SourceKV = functools.partial(_project_source, encoded)
+        layers, source_kv = params["decoder"]["layers"], _source_projection(encoded)
         source_segments = common.segment_ids_or_ones(source, source_segment_ids)
     else:
         bias_positions = context.positions, state["positions"]
@@ -179,13 +173,10 @@ def apply(
         weights, kv, layer_key = layer
         normed = _norm(cfg, weights["attention_norm"], x)
         kv, cached = cache.append_and_read(kv, _project_kv(weights["attention"], normed), context)
-        attention_key = fold_name(layer_key, "attention")
-        x = x + _attention(cfg, weights["attention"], normed, cached, context.mask, bias_fn(weights), attention_key)
+        x = x + _attention(cfg, weights, "attention", normed, cached, context.mask, bias_fn(weights), layer_key)
 
         normed = group_rows_by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
-        attention_key = fold_name(layer_key, "cross_attention")
-        cross_weights, kv_of_source = weights["cross_attention"], source_kv(weights)
-        attended = _attention(cfg, cross_weights, normed, kv_of_source, cross_mask, None, attention_key)
+        attended = _attention(cfg, weights, "cross_attention", normed, source_kv(weights), cross_mask, None, layer_key)
         x = x + attended.reshape(x.shape)
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
@@ -198,8 +189,9 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: Params, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
+    cfg: Config, layer: Params, name: str, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
 ) -> jax.Array:
+    weights, key = layer[name], fold_name(key, name)
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
     key, probabilities_key = fold_name(key, "output"), fold_name(key, "probabilities")
     x = attention(q, *kv, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=probabilities_key)
@@ -211,8 +203,8 @@ def _project_kv(weights: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return k, v
 
 
-def _project_source(encoded: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
-    return _project_kv(weights["cross_attention"], encoded)
+def _source_projection(encoded: jax.Array) -> SourceKV:
+    return lambda layer: _project_kv(layer["cross_attention"], encoded)
 
 
 def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: jax.Array | None) -> jax.Array:
@@ -233,8 +225,7 @@ def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None
     # With compute dtype float16, the residual stream is float32, because published weights would overflow in float16.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    return constrain(x, ("batch", "seq", "activation_embed"))
+    return constrain(dropout(x, cfg.dropout, fold_name(key, "embedding")), ("batch", "seq", "activation_embed"))
 
 
 def _bias_fn(
@@ -282,7 +273,7 @@ def init_decode_state(
     _require_decoder(cfg)
     encoded = encode(cfg, params, source, segment_ids=segment_ids)
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    layers = project_once(functools.partial(_project_source, encoded), params["decoder"]["layers"])
+    layers = project_once(_source_projection(encoded), params["decoder"]["layers"])
     return {**state, "source": {"layers": layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}}
 
 
@@ -295,16 +286,12 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
         ValueError: the model has no decoder.
     """
     _require_decoder(cfg)
-
-    def decoder_cache_specs(slots: int) -> dict[str, Any]:
-        shape = _num_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim
-        return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
-
-    source = decoder_cache_specs(source_length)
-    return {**decoder_cache_specs(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
-
-
-rollback = cache.rollback
+    sizes, dtype = (cfg.num_heads, cfg.head_dim), jnp.dtype(cfg.dtype)
+    target, source = (
+        cache.cache_specs(_num_decoder_layers(cfg), batch, slots, *sizes, dtype, stacked=cfg.scan_layers)
+        for slots in (length, source_length)
+    )
+    return {**target, "source": {name: source[name] for name in ("layers", "segment_ids")}}
 
 
 def _require_decoder(cfg: Config) -> None:
@@ -320,13 +307,12 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
     V, normal = round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(D**-0.5)
-
-    def projection(stddev: float) -> dict[str, ArraySpec]:
-        return linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
-
     output = linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False)
-    stddevs = {"query": (D * K) ** -0.5, "key": D**-0.5, "value": D**-0.5}
-    attention_specs = {**{name: projection(stddev) for name, stddev in stddevs.items()}, "output": output}
+    projections = {
+        name: linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
+        for name, stddev in (("query", (D * K) ** -0.5), ("key", D**-0.5), ("value", D**-0.5))
+    }
+    attention_specs = {**projections, "output": output}
     up = linear_specs((D, F), ("embed", "mlp"), normal, bias=False)
     mlp = {"up": up} if cfg.mlp == "relu" else {"gate": up, "gated": up}
     mlp["down"] = linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False)
@@ -336,11 +322,11 @@ def specs(cfg: Config) -> dict[str, Any]:
 
     def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
         per_layer, shared = (bias, {}) if cfg.bias_per_layer else ({}, bias)
-        layers = spec.layers(count, {**layer, **per_layer}, stacked=cfg.scan_layers)
+        layers = spec.layers(count, layer | per_layer, stacked=cfg.scan_layers)
         return {"layers": layers, **shared, "final_norm": norm}
 
-    token_embedding = ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True)
-    tree = {"token_embedding": token_embedding, "encoder": stack(cfg.num_layers, encoder_layer)}
+    tree: dict[str, Any] = {"token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True)}
+    tree["encoder"] = stack(cfg.num_layers, encoder_layer)
     if _num_decoder_layers(cfg) > 0:
         tree["decoder"] = stack(_num_decoder_layers(cfg), decoder_layer)
     if cfg.task == "seq2seq" and not cfg.tie_embeddings:
@@ -348,6 +334,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     return tree
 
 
+rollback = cache.rollback
 _V1_1 = Config(mlp="gated_gelu", tie_embeddings=False, mlp_dim=1024, num_layers=8, num_heads=6)
 VARIANTS = {
     "t5-small": Config(),

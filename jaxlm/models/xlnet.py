@@ -84,18 +84,10 @@ class Config(common.TransformerConfig):
 
 
 def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    state: State | None = None,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-    token_types: jax.Array | None = None,
-    right_to_left: jax.Array | None = None,
-    order: jax.Array | None = None,
-    targets: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+    cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
+    segment_ids: jax.Array | None = None, key: jax.Array | None = None, token_types: jax.Array | None = None,
+    right_to_left: jax.Array | None = None, order: jax.Array | None = None, targets: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The hidden states, and the new state (None without a state).
 
     For the task ``permutation``, the hidden states are the query stream. With an ``order``, the query stream has the
@@ -170,15 +162,9 @@ def apply(
 
 
 def _attention(
-    cfg: Config,
-    weights: Params,
-    x_BQD: jax.Array,
-    T: int,
-    memory_BMD: jax.Array | None,
-    streams: tuple[Stream, ...],
-    encoded_RD: jax.Array,
-    key: jax.Array | None,
-) -> jax.Array:
+    cfg: Config, weights: Params, x_BQD: jax.Array, T: int, memory_BMD: jax.Array | None, streams: tuple[Stream, ...],
+    encoded_RD: jax.Array, key: jax.Array | None,
+) -> jax.Array:  # fmt: skip
     """The output of attention for the concatenated streams ``x``, [B, Q, D].
 
     Args:
@@ -349,8 +335,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """
     if cfg.task != "permutation":
         raise TypeError(
-            f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or read a "
-            "text in several calls"
+            f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' has a state"
         )
     shape = cfg.num_layers, batch, length, cfg.embed_dim
     token_types = ArraySpec((batch, length), ("batch", None), dtype=jnp.int32)

@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding.sample import check_temperature
-from jaxlm.metrics import Score
+from jaxlm.metrics import Score, proportion
 from jaxlm.models import Model
 from jaxlm.spec import Params
 from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, gives_checkmate
@@ -227,10 +227,51 @@ class MatchResult:
         low, high = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
         return Score("score", p, low, high, n, "Wilson interval")
 
+    def scores(self, opponent: str) -> list[Score]:
+        """The share of the games that the first player won, and the score, with the opponent's name."""
+        games = self.wins + self.draws + self.losses
+        won = proportion(f"wins against {opponent}", self.wins, games)
+        return [won, dataclasses.replace(self.score, name=f"score against {opponent}")]
+
     def __str__(self) -> str:
         return (
             f"{self.wins} wins, {self.draws} draws ({self.unfinished} unfinished), {self.losses} losses "
             f"({self.illegal} by illegal moves): {self.score}"
+        )
+
+
+def opponents(
+    random: int, engine: int, opening_moves: int, report: Callable[[str], None]
+) -> Iterator[tuple[str, Player, int, int]]:
+    """Yield the name, player, number of games and number of random opening moves of each match of a test.
+
+    Args:
+        random: number of games against random legal moves; 0: no match.
+        engine: number of games against Stockfish at skill level 0; 0: no match. If Stockfish is not installed or does
+            not start, ``report`` gets a message, and there is no match.
+    """
+    if random:
+        yield "random moves", RandomPlayer(), random, 0
+    if engine:
+        try:
+            with EnginePlayer() as player:
+                yield "Stockfish level 0", player, engine, opening_moves
+        except (FileNotFoundError, ValueError) as error:
+            report(f"{error}: this test is skipped")
+
+
+def check_opening_moves(name: str, opening_moves: int, max_moves: int) -> None:
+    """Raise ``ValueError`` if games of ``max_moves`` moves cannot begin with ``opening_moves`` random moves.
+
+    Args:
+        name: name of the number in the error message.
+    """
+    if opening_moves < 0:
+        raise ValueError(f"{name}={opening_moves} must be at least 0")
+    if opening_moves > min(MAX_OPENING_MOVES, max_moves - 1):
+        raise ValueError(
+            f"{name}={opening_moves} must be at most {MAX_OPENING_MOVES} and less than {max_moves}, the maximum number "
+            "of moves of a game"
         )
 
 
@@ -255,19 +296,13 @@ def play_match(
         seed: seed of all random choices, except those of an engine (an argument of ``np.random.default_rng``).
 
     Raises:
-        ValueError: ``games`` or ``max_moves`` is below 1; ``opening_moves`` is negative, above
-            :data:`MAX_OPENING_MOVES` or not below ``max_moves``; or ``max_moves`` is too large for a player.
+        ValueError: ``games`` or ``max_moves`` is below 1; :func:`check_opening_moves` does not accept
+            ``opening_moves``; or ``max_moves`` is too large for a player.
     """
-    for name, value, minimum in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
-        if value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
-    if opening_moves > MAX_OPENING_MOVES:
-        raise ValueError(
-            f"opening_moves={opening_moves} must be at most {MAX_OPENING_MOVES}: most games with random moves end "
-            "before many more moves"
-        )
-    if opening_moves >= max_moves:
-        raise ValueError(f"opening_moves={opening_moves} must be less than max_moves={max_moves}")
+    for name, value in (("games", games), ("max_moves", max_moves)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    check_opening_moves("opening_moves", opening_moves, max_moves)
     for side in (player, opponent):
         if side.max_moves is not None and max_moves > side.max_moves + 1:
             raise ValueError(

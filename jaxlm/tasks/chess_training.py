@@ -136,17 +136,18 @@ def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number (from 1) of a player's most valuable capture. None: there is no capture.
-
-    A capture en passant does not count.
+    """The number (from 1) of a player's most valuable capture, the first of equal ones. None: there is no capture.
 
     Args:
         first: index of the player's first move, 0 for white and 1 for black.
     """
+    from chess import PAWN
+
     board, best, best_piece = board_after(""), None, 0
     for index, word in enumerate(words):
-        captured = board.piece_type_at(board.parse_uci(word).to_square) or 0
-        if index % 2 == first and captured > best_piece and board.is_capture(board.parse_uci(word)):
+        move = board.parse_uci(word)
+        captured = board.piece_type_at(move.to_square) or PAWN  # the target square is empty in a capture en passant
+        if index % 2 == first and captured > best_piece and board.is_capture(move):
             best, best_piece = index + 1, captured
         board.push_uci(word)
     return best

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
-from jaxlm.data.encodings import truncate_all
 from jaxlm.data.examples import Examples, label_ids
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.metrics import Score, accuracy, confusion, proportion
 from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
+from jaxlm.tasks.predict import labels_are_independent
 from jaxlm.training.report import read_results, write_confusion, write_results, write_samples
 
 
@@ -48,7 +48,7 @@ def encode(
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = model.max_positions
     encoded: list[Encoded] = []
-    encodings = truncate_all(tokenizer.encode_inputs_batch(texts, pairs), max_length, f"texts of {examples.name}")
+    encodings = encode_truncated(tokenizer, texts, pairs, max_length, f"texts of {examples.name}")
     for text, encoding, label in zip(texts, encodings, label_numbers, strict=True):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
             allowed = "at least 1" if limit is None else f"from 1 to {limit}"
@@ -92,7 +92,14 @@ def batches(
 
 
 def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
-    """The label probabilities of N encoded examples, float32 [N, labels]."""
+    """The label probabilities of N encoded examples, float32 [N, labels].
+
+    They are those of :func:`jaxlm.tasks.predict.classify`.
+
+    Raises:
+        ValueError: the outputs of the model are regression scores, as in ``classify``.
+    """
+    independent = labels_are_independent(model)
     limit = model.max_positions
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
     make = to_batch(model.config.num_labels)
@@ -100,15 +107,17 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
     for index in range(source.steps_per_epoch):
         rows = source.batch(index, range(batch_size))
         real = rows.indices >= 0
-        probabilities[rows.indices[real]] = np.asarray(_probabilities(model, params, make(rows)))[real]
+        batch = make(rows)
+        probabilities[rows.indices[real]] = np.asarray(_probabilities(model, params, batch, independent))[real]
     return probabilities
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _probabilities(model: Model, params: Params, batch: Batch) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("model", "independent"))
+def _probabilities(model: Model, params: Params, batch: Batch, independent: bool) -> jax.Array:
     """The label probabilities of each row, [B, labels]."""
     pooled_B1D, _ = classification.pooled_states(model, params, batch, None, None)
-    return jax.nn.softmax(model.logits(params, pooled_B1D)[:, 0], axis=-1)
+    logits_BL = model.logits(params, pooled_B1D)[:, 0]
+    return jax.nn.sigmoid(logits_BL) if independent else jax.nn.softmax(logits_BL, axis=-1)
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:

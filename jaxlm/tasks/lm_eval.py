@@ -1,7 +1,7 @@
 """The interface of jaxlm models for EleutherAI's lm-evaluation-harness (Gao et al. 2021).
 
 Importing this module registers the model type ``jaxlm`` with the harness. The module needs the packages of
-``pip install 'jaxlm[eval]'``.
+the extra ``eval``.
 Source of the harness: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm import extras
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import Model
@@ -22,7 +23,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import simple_parse_args_string
 except ImportError as error:
-    raise ImportError("evaluation on tasks needs lm_eval: pip install 'jaxlm[eval]'") from error
+    raise ImportError(f"evaluation on tasks needs lm_eval: {extras.install('eval')}") from error
 
 
 @register_model("jaxlm")

@@ -26,6 +26,7 @@ from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import perplexity_of, target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.models import Model
+from jaxlm.objectives.classification import problem_type
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
 
@@ -91,13 +92,7 @@ def classify(
         model, ("classification",), "it does not classify texts",
         "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
     )  # fmt: skip
-    problem = _problem_type(model)
-    independent = problem == "multi_label_classification"
-    if problem == "regression" or (model.config.num_labels == 1 and not independent):
-        raise ValueError(
-            f"the model has num_labels={model.config.num_labels} and problem_type={problem!r}: its outputs are "
-            "regression scores, not labels: compute them with model.logits(params, model.pool(params, hidden))"
-        )
+    independent = labels_are_independent(model)
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in input_batches(model, encodings, batch_size):
@@ -457,14 +452,22 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
         yield _InputBatch(numbers, tokens, segment_ids, inputs)
 
 
-def _problem_type(model: Model) -> str | None:
-    """The ``problem_type`` in the ``config.json`` from which the model was loaded.
+def labels_are_independent(model: Model) -> bool:
+    """Whether the labels of a classifier are independent, so that each has the probability ``sigmoid(logit)``.
 
-    None: the model was not loaded, the field is missing, or some parameters were not loaded, so the head may be new.
+    False: the probabilities of all labels are the softmax of the logits.
+
+    Raises:
+        ValueError: the outputs of the model are regression scores.
     """
-    if model.metadata is None or model.metadata.initialized:
-        return None
-    return model.metadata.config.get("problem_type")
+    problem = problem_type(model)
+    independent = problem == "multi_label_classification"
+    if problem == "regression" or (model.config.num_labels == 1 and not independent):
+        raise ValueError(
+            f"the model has num_labels={model.config.num_labels} and problem_type={problem!r}: its outputs are "
+            "regression scores, not labels: compute them with model.logits(params, model.pool(params, hidden))"
+        )
+    return independent
 
 
 def _checked_probabilities(

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
@@ -81,6 +82,19 @@ def training_windows(
                 row["token_types"] = window.token_types
             encoded.append({**row, "first": first, "last": last})
     return encoded
+
+
+def check_questions(model: Model, tokenizer: Tokenizer, examples: Examples, **window_size: int | None) -> None:
+    """Raise ``ValueError`` if the model cannot read a question, for example because the question is too long.
+
+    Args:
+        examples: as for :func:`training_windows`; the answers are not used.
+        window_size: ``max_length`` and ``stride``, as for :func:`training_windows`.
+    """
+    try:  # without answers, because an answer to a test question may have no tokens or be in no window
+        training_windows(model, tokenizer, ({**example, "answers": []} for example in examples), **window_size)
+    except ValueError as error:
+        raise ValueError(f"{examples.name}: {error}") from error
 
 
 def to_batch(rows: BucketBatch) -> Batch:

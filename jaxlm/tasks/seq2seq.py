@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
-from jaxlm.data.encodings import truncate_all
+from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.examples import Examples
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.decoding import decoder_start_id
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
@@ -48,12 +48,26 @@ def encode(
     if eos_id is None:
         raise ValueError("the tokenizer has no EOS token: train a tokenizer with template='eos'")
     sources, targets = (
-        truncate_all(tokenizer.encode_inputs_batch(examples.column(name)), limit, f"{name}s of {examples.name}")
+        encode_truncated(tokenizer, examples.column(name), None, limit, f"{name}s of {examples.name}")
         for name, limit in (("source", max_source), ("target", max_target))
     )
     if any(not len(target.ids) or target.ids[-1] != eos_id for target in targets):
         raise ValueError("the tokenizer adds no EOS token at the end: train a tokenizer with template='eos'")
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]
+
+
+def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
+    """Raise ``ValueError`` if a ``source`` has no tokens, because no text can be generated from it.
+
+    Call it for a test split before the training.
+    """
+    sources = examples.column("source")
+    for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
+        if np.all(encoding.sequence_ids == SPECIAL):
+            raise ValueError(
+                f"example {number} of {examples.name} has the source {sources[number]!r}, which has no tokens: leave "
+                "the example out, or use a tokenizer that has tokens for it"
+            )
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:

@@ -14,12 +14,16 @@ without a state.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxlm.data import ContiguousStreams, RandomWindows, Tokenizer, Window
 from jaxlm.data.tokens import split_tokens
+from jaxlm.decoding import GenerationConfig, stream_text
 from jaxlm.decoding.describe import describe, require_task
 from jaxlm.decoding.score import perplexity, perplexity_of
 from jaxlm.metrics import Score
@@ -165,6 +169,21 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
         Score(f"{part} {name}", value, count=ids.size - 1, detail=f"whole {part} split, {how}")
         for name, value in values.items()
     ]
+
+
+def print_passage(
+    model: Model, params: Params, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, *, key: jax.Array
+) -> str:
+    """Generate a passage, print it during generation, and return it. It begins with the prompt."""
+    passage, started = prompt, time.perf_counter()
+    sys.stdout.write(f"\n{prompt}")
+    for piece in stream_text(model, params, tokenizer, prompt, config, key=key):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        passage += piece
+    rate = tokenizer.encode(passage[len(prompt) :]).size / (time.perf_counter() - started)
+    sys.stdout.write(f"\n\n{rate:.0f} tokens per second, compilation included\n")
+    return passage
 
 
 def write_sample(run: Path, model: Model, params: Params, tokenizer: Tokenizer, prompt: str, passage: str) -> None:

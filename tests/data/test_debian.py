@@ -68,7 +68,7 @@ def test_json_lines_are_read(tmp_path):
 
 
 def test_json_lines_need_no_package(tmp_path):
-    path = tmp_path / "own.jsonl"
+    path = tmp_path / "own.JSONL"
     path.write_text('{"text": "A long text.", "summary": "Short."}\n{"text": "More text.", "summary": "More."}\n')
     examples = read_descriptions(path)
     assert examples.column("summary") == ["Short.", "More."]

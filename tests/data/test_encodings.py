@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from jaxlm.data import ByteTokenizer, CharTokenizer, PretrainedTokenizer, SpecialIds, load_tokenizer, train_tokenizer
+from jaxlm.data.tokenizers import encode_truncated
 
 TEXT = "It was the best of times, it was the worst of times."
 WORDS = TEXT.replace(",", "").replace(".", "").split()
@@ -85,16 +86,65 @@ def test_max_length_truncates_the_longer_text_first():
         ByteTokenizer().encode_inputs("a", max_length=0)
 
 
-def test_truncation_equals_that_of_the_tokenizers_package():
-    tokenizer = word_tokenizer()
+def set_truncation_side(directory: Path, side: object) -> None:
+    """Change ``truncation_side`` in ``tokenizer_config.json``."""
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": side}))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation_equals_that_of_the_tokenizers_package(side, tmp_path):
+    word_tokenizer().save(tmp_path)
+    set_truncation_side(tmp_path, side)
+    load_tokenizer(tmp_path).save(tmp_path / "copy")
+    tokenizer = load_tokenizer(tmp_path / "copy")
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     for first, second in [(1, 9), (4, 5), (5, 4), (9, 1), (6, 6), (3, 8)]:
         texts = (" ".join(WORDS[:first]), " ".join(WORDS[:second]))
         for max_length in range(6, 16):
-            backend.enable_truncation(max_length, strategy="longest_first")
-            expected = backend.encode(*texts)
-            actual = tokenizer.encode_inputs(*texts, max_length=max_length)
-            assert (actual.ids.tolist(), actual.token_types.tolist()) == (expected.ids, expected.type_ids)
+            backend.enable_truncation(max_length, strategy="longest_first", direction=side)
+            for row in (texts, texts[:1]):
+                expected = backend.encode(*row)
+                actual = tokenizer.encode_inputs(*row, max_length=max_length)
+                assert (actual.ids.tolist(), actual.token_types.tolist()) == (expected.ids, expected.type_ids)
+
+
+def test_texts_for_training_are_truncated_from_the_side_in_the_files(tmp_path, caplog):
+    word_tokenizer().save(tmp_path)
+    set_truncation_side(tmp_path, "left")
+    tokenizer = load_tokenizer(tmp_path)
+    texts = ["who is it", "is it the best of times", "it"]
+    encodings = encode_truncated(tokenizer, texts, None, 5, "texts of a.txt")
+    assert [tokenizer.decode(encoding.ids[1:-1]) for encoding in encodings] == ["who is it", "best of times", "it"]
+    pairs = ["it was", "it was the best", "it"]
+    encodings = encode_truncated(tokenizer, texts, pairs, 8, "texts of a.txt")
+    assert [tokenizer.decode(encoding.ids[1:-1]) for encoding in encodings] == [
+        "who is it [SEP] it was", "best of times [SEP] the best", "it [SEP] it",
+    ]  # fmt: skip
+    assert caplog.messages == ["1 of 3 texts of a.txt are truncated to 5 tokens"] + [
+        "1 of 3 texts of a.txt are truncated to 8 tokens"
+    ]
+    set_truncation_side(tmp_path, "start")
+    with pytest.raises(ValueError, match="tokenizer_config.json: truncation_side='start' must be 'right' or 'left'"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("setting", "direction"), [(None, "left"), ("left", "right"), ("right", "left"), (None, None)])
+def test_the_truncation_side_equals_that_of_transformers(setting, direction, tmp_path):
+    from transformers import AutoTokenizer
+
+    word_tokenizer().save(tmp_path)
+    if setting is not None:
+        set_truncation_side(tmp_path, setting)
+    if direction is not None:
+        backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        backend.enable_truncation(9, direction=direction)
+        backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, reference = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for texts in [(" ".join(WORDS),), (" ".join(WORDS), "who is it"), ("who is it", " ".join(WORDS))]:
+        expected = reference(*texts, truncation=True, max_length=8)["input_ids"]
+        assert tokenizer.encode_inputs(*texts, max_length=8).ids.tolist() == expected
 
 
 @pytest.mark.parametrize("template", ["none", "eos", "bos_eos", "cls_sep", "sep_cls"])

@@ -42,8 +42,13 @@ def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the
     examples = read_table(path, fields, on_error="report")
     assert examples.rows == [{"text": "a\n\nb", "label": "1"}, {"text": "f", "label": "4"}]
     assert [line.line for line in examples.rejected] == [5, 6]
-    with pytest.raises(ValueError, match="c.csv, line 3: not CSV: unexpected end of data"):
-        read_table(write(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n'), fields)
+    unclosed = write(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n')
+    for on_error in ("raise", "report"):
+        with pytest.raises(ValueError, match=r"c.csv, line 3: a quote in the row that begins here is not closed"):
+            read_table(unclosed, fields, on_error=on_error)
+    swallowed = read_table(write(tmp_path / "s.csv", 'label,text\n1,"a\n2,b\n3,"c"\n4,d\n'), fields, on_error="report")
+    assert swallowed.column("text") == ["d"]
+    assert swallowed.rejected == (Rejected(2, "not CSV: ',' expected after '\"' (lines 2 to 4)"),)
     with pytest.raises(ValueError, match="h.csv, line 1: not CSV"):
         read_labelled(write(tmp_path / "h.csv", '"text"x,label\na,1\n'))
     with pytest.raises(ValueError, match="r.csv, line 2: not CSV: new-line character"):
@@ -75,14 +80,25 @@ def test_read_labelled_finds_the_text_column(tmp_path):
     path = write(tmp_path / "b.tsv", "sentence_id\ttext\tlabel\n7\tx\t1\n")
     assert read_labelled(path).rows == [{"text": "x", "label": "1"}]
     assert read_labelled(write(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
+    for name in ("A.CSV", "a.Csv.gz"):
+        path = write(tmp_path / name, "text,label\na fine film,1\n")
+        assert read_labelled(path).rows == [{"text": "a fine film", "label": "1"}]
 
 
 def test_read_labelled_reads_valid_lines_after_an_invalid_one(tmp_path):
-    lines = ['{"id": 1}', '{"text": "b", "label": 1}', '{"text": "c", "label": true}', '{"text": "d", "label": NaN}']
+    lines = [
+        '{"id": 1}', '{"text": "b", "label": 1}', '{"text": "c", "label": true}', '{"text": "d", "label": NaN}',
+        '{"text": "e\\ud83d", "label": 1}', '{"text": "f", "label": "\\udce9"}',
+        '{"text": "g", "text": "", "label": 1}',
+    ]  # fmt: skip
     examples = read_labelled(write(tmp_path / "a.jsonl", "\n".join(lines)), on_error="report")
     assert examples.rows == [{"text": "b", "label": 1}]
-    assert [line.line for line in examples.rejected] == [1, 3, 4]
-    assert examples.rejected[1].reason == "label=True must be a string or a whole number"
+    assert [line.line for line in examples.rejected] == [1, 3, 4, 5, 6, 7]
+    reasons = [line.reason for line in examples.rejected]
+    assert reasons[1] == "label=True must be a string or a whole number"
+    assert reasons[3] == r"character 1 of 'text', '\ud83d', is a surrogate and has no UTF-8 bytes"
+    assert reasons[4] == r"character 0 of 'label', '\udce9', is a surrogate and has no UTF-8 bytes"
+    assert reasons[5] == "not JSON: the key 'text' occurs twice"
     for name, text in (("b.tsv", "Text\tlabel\nx\t1\n"), ("b.jsonl", '{"Text": "x", "label": 1}')):
         message = r"no text column \(one of 'sentence', 'text', 'content'\): its columns are 'Text', 'label'"
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ def squad_json(*articles: tuple[str, list[dict[str, Any]]]) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    content = text.encode("utf-8")
+    content = text.encode("utf-8", errors="backslashreplace")  # a surrogate becomes an escape sequence of JSON
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
@@ -87,6 +87,7 @@ def test_answer_starts_are_corrected_by_up_to_two_characters(tmp_path: Path, shi
         ({"answers": [{"text": "1998"}]}, "'answers' must be a list of objects with 'text' and 'answer_start'"),
         ({"answers": {"text": ["a", "b"], "answer_start": [1]}}, "'answers' must be a list of objects"),
         ({"question": " "}, "'question' must be a text, got ' '"),
+        ({"question": "a\ud83d"}, r"character 1 of 'question', '\\ud83d', is a surrogate and has no UTF-8 bytes"),
     ],
 )
 def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -116,6 +117,8 @@ def test_an_error_has_a_reason_if_all_questions_are_invalid(tmp_path: Path) -> N
         ('{"data": 3}', "is not SQuAD JSON: TypeError"),
         ('{"data"', r"question 1 \(id None\): the file is neither SQuAD JSON nor one JSON object per line: "),
         ('{"data": []}', "has no questions"),
+        ('{\n"data": [],\n"data": []\n}', "f: the key 'data' occurs twice"),
+        ('{"id": 7, "id": 8}\n{}', r"question 1 \(id None\): .*: the key 'id' occurs twice"),
         ("", "has no questions"),
         ('{"id": 7, "context": "a"}', r"question 1 \(id 7\): no field 'question': the fields are 'id', 'context'"),
         ("[" * 100_000, r"question 1 \(id None\): .*: it is nested too deeply"),

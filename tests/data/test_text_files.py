@@ -31,7 +31,7 @@ every_reader = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 
 def write(path, text, encoding="utf-8"):
     data = text if isinstance(text, bytes) else text.encode(encoding)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
     return path
 
 
@@ -41,7 +41,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "TEXT.GZ"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_read_text_keeps_every_character_except_the_byte_order_mark(tmp_path, name, mark):
     text = "né\r\nŝ\t☃ 𝄞\r\r\n\n \ufeffx\n"  # the byte order mark inside the text is a character

@@ -37,9 +37,15 @@ def words_file(directory, **special):
     return backend
 
 
-def test_a_surrogate_has_no_bytes():
+def test_a_surrogate_has_no_bytes(tmp_path):
     with pytest.raises(ValueError, match=r"character 1 of the text, '\\ud800', is a surrogate"):
         ByteTokenizer().encode_inputs("a\ud800")
+    words_file(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"character 1 of the text, '\\ud800', is a surrogate"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match=r"character 0 of pairs\[1\], '\\ud800', is a surrogate"):
+        tokenizer.encode_inputs_batch(["a", "a"], ["a", "\ud800"])
 
 
 def test_byte_tokenizer_decodes_any_text():
@@ -218,10 +224,34 @@ def test_vocab_and_merges_of_other_tokenizers_are_rejected(tmp_path, name, conte
     assert load_tokenizer(tmp_path).end_id == len(tokens) - 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "tokens", "text"),
+    [
+        ("special_tokens_map", {"pad_token": "he"}, ["he", " ", "he", "i", END], " i"),
+        ("special_tokens_map", {"pad_token": {"content": "he", "lstrip": True}}, ["he", "he", "i", END], "i"),
+        ("tokenizer_config", {"additional_special_tokens": ["he"]}, ["he", " ", "he", "i", END], " i"),
+        ("added_tokens", {"he": 256}, ["he", " ", "he", "i", END], "he hei"),
+        ("tokenizer_config", {"added_tokens_decoder": {"0": {"content": "he"}}}, ["he", " ", "he", "i", END], "he hei"),
+        ("special_tokens_map", {"bos_token": END}, ["he", " he", "i", END], "he hei"),
+    ],
+)
+def test_declared_tokens_of_vocab_and_merges_are_not_split(tmp_path, name, content, tokens, text):
+    """As in ``transformers.GPT2TokenizerFast``."""
+    byte_level_files(tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode(f"he hei{END}")
+    assert [tokenizer.decode([number]) for number in ids] == tokens
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<x>"]}))
+    with pytest.raises(ValueError, match=r"the further token '<x>' in special_tokens_map\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_package_raises_an_error_with_the_install_command(tmp_path, monkeypatch):
     words_file(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[tokenizers\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[tokenizers\]' in"):
         load_tokenizer(tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_invalid_arguments_raise_errors(changes, error, message):
 
 def test_a_missing_package_raises_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[tokenizers\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[tokenizers\]' in"):
         train_tokenizer(["a"], "word", 10)
 
 

@@ -18,4 +18,4 @@ from experiments import chess, summarization, translation
 def test_a_missing_package_is_an_error_before_the_training(experiment, package, arguments, extra, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert experiment.main(arguments) == 2
-    assert f"pip install 'jaxlm[{extra}]'" in capsys.readouterr().err
+    assert f"pip install -e '.[{extra}]' in" in capsys.readouterr().err

@@ -93,6 +93,20 @@ def test_training_on_squad_files_from_pretrained_weights(finished_run: Path, tmp
     assert main(*command) == 2, "the directory is not empty"
 
 
+@pytest.mark.parametrize("option", ["--test", "--extra-tests"])
+def test_a_test_question_that_is_too_long_is_found_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    data = squad_file(tmp_path / "train.json", 12, unanswerable=False)
+    row = {"id": "long", "question": "Who is it? " * 40, "context": STORY, "answers": []}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    command = (*TINY, *SMALL_MODEL, "--epochs", "1", "--data", data, "--validation-fraction", "0.2")
+    assert main(*command, option, tmp_path / "long.jsonl", "--output", tmp_path / "run") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'long.jsonl'}: question 'long': max_length=96 leaves 0 tokens for the context" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_splits_share_no_article(tmp_path: Path) -> None:
     data = squad_file(tmp_path / "a.json", 20, unanswerable=False)
     experiment = Experiment(data=data, validation_fraction=0.1, test_fraction=0.1)
@@ -128,7 +142,7 @@ def test_the_command_reads_files_and_standard_input(
     assert (
         printed_lines(capsys, finished_run, "--question", *QUESTIONS, "--context", tmp_path / "story.txt") == expected
     )
-    monkeypatch.setattr("sys.stdin", io.StringIO(STORY))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(STORY.encode())))
     assert printed_lines(capsys, finished_run / "model", "--question", *QUESTIONS) == expected
     rows = [{"question": question, "context": STORY, "id": 3} for question in QUESTIONS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -151,6 +165,6 @@ def test_invalid_commands_print_an_error(
     finished_run: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert cli.main(["answer", str(finished_run), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -74,8 +74,9 @@ def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finishe
     assert "the training is complete" in capsys.readouterr().err
     assert (finished_run / "report.html").exists()
     jaxlm.load_pretrained(finished_run / "model")
-    assert main("--resume", finished_run, "--data.train", files / "dev.tsv") == 2
-    assert "cannot change in a resumed run" in capsys.readouterr().err
+    for change in (("--data.train", files / "dev.tsv"), ("--min-frequency", "3")):
+        assert main("--resume", finished_run, *change) == 2
+        assert "cannot change in a resumed run" in capsys.readouterr().err
 
 
 def test_lines_without_a_text_are_an_error_or_are_left_out(tmp_path, capsys):
@@ -110,6 +111,18 @@ def test_every_fold_knows_all_labels(tmp_path, monkeypatch):
     sentiment.run(dataclasses.replace(sentiment.PRESETS["lstm"], data=data, folds=2, output=tmp_path / "run"))
     assert {labels for labels, _ in calls} == {("0", "1", "rare")}
     assert sorted(has_rare for _, has_rare in calls) == [False, True]
+
+
+def test_a_fold_cannot_be_resumed_alone(finished_run, tmp_path, capsys):
+    fold = tmp_path / "folds" / "fold-0"
+    shutil.copytree(finished_run, fold)
+    config = json.loads((fold / "config.json").read_text())
+    (fold / "config.json").write_text(json.dumps({**config, "folds": 3, "output": str(fold)}))
+    before = sorted(fold.rglob("*"))
+    assert main("--resume", fold) == 2
+    message = f"--resume {fold} is one fold of a cross-validation: --resume {fold.parent}"
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(fold.rglob("*")) == before
 
 
 @pytest.mark.thorough

@@ -11,7 +11,7 @@ import pytest
 
 import jaxlm
 from experiments import summarization
-from experiments.summarization import Data, Experiment, first_sentence, parts, read, shorten
+from experiments.summarization import Data, Experiment, parts, read, shorten
 from jaxlm.data import load_tokenizer
 from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
@@ -123,12 +123,20 @@ def test_long_sources_are_truncated_and_counted() -> None:
     tokenizer = train_tokenizer(texts, "word", 50, template="eos")
     examples, num_truncated = shorten(Examples([{"source": text} for text in texts]), tokenizer, 5)
     assert (examples.column("source"), num_truncated) == ([texts[0], "one two three four"], 1)
+    tokenizer = train_tokenizer(texts, "bpe", 300, template="eos")
+    examples, _ = shorten(Examples([{"source": text} for text in ("\u2603" * 3, "\ufffd" * 3)]), tokenizer, 6)
+    assert examples.column("source") == ["\u2603", "\ufffd\ufffd"], "a source is never empty"
 
 
-def test_first_sentence() -> None:
-    """A sentence ends at a line end after punctuation, or at an empty line; white space is stripped."""
-    assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
-    assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
+def test_a_test_source_without_tokens_is_found_before_the_training(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        summarization, "shorten", lambda part, *_: (Examples([{**row, "source": ""} for row in part], "test"), 0)
+    )
+    assert main(*TINY, "--data.file", file, "--output", tmp_path / "run") == 2
+    assert "example 0 of test has the source '', which has no tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_invalid_input_prints_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:

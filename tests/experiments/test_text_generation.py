@@ -10,11 +10,12 @@ import pytest
 
 import jaxlm
 from experiments import text_generation
-from jaxlm import cli, spec
+from jaxlm import cli, integrity, spec
 from jaxlm import config as config_lib
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import load_tokenizer, read_text
 from jaxlm.objectives import causal
+from jaxlm.training import experiment as lib
 from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import make_optimizer
 from jaxlm.training.report import metric_curve, read_attention, read_metrics, read_results, read_samples
@@ -142,12 +143,30 @@ def test_a_run_can_be_resumed_with_more_steps(copied_run, finished_run):
         ),
         (("--tokenizer", "byte"), "tokenizer=byte cannot change in a resumed run (saved value: character)"),
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
+        (("--seed", "7"), "training.seed=7 cannot change in a resumed run (saved value: 0): leave it out"),
     ],
 )
-def test_a_rejected_resume_keeps_the_configuration(copied_run, capsys, change, message):
-    config_bytes = (copied_run / "config.json").read_bytes()
+def test_a_rejected_resume_keeps_all_files(copied_run, capsys, change, message):
+    content = {path: path.read_bytes() for path in copied_run.rglob("*") if path.is_file()}
     assert message in error_line(capsys, "--resume", copied_run, *change)
-    assert (copied_run / "config.json").read_bytes() == config_bytes
+    assert {path: path.read_bytes() for path in copied_run.rglob("*") if path.is_file()} == content
+
+
+class Killed(BaseException):
+    """A simulated kill."""
+
+
+def test_a_killed_run_keeps_the_changed_options_of_its_resume(copied_run, monkeypatch):
+    def raise_killed(*arguments, **options):
+        raise Killed
+
+    options = ("--training.steps", "16", "--optimizer.clip-norm", "0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "jit_step", lambda self: raise_killed)
+        with pytest.raises(Killed):
+            main("--resume", copied_run, *options)
+    config = config_lib.read(text_generation.Experiment, copied_run / "config.json")
+    assert (config.training.steps, config.optimizer.clip_norm) == (16, 0.5)
 
 
 OTHER_MODEL = ("--model.set", "num_layers=1", "num_heads=4", "embed_dim=64", "vocab_multiple=8")
@@ -205,6 +224,32 @@ def test_a_nonempty_output_directory_is_rejected(finished_run, capsys):
     message = error_line(capsys, *TINY, "--training.seed", "5", "--output", finished_run)
     assert "is not empty: choose another --output, or continue with --resume" in message
     assert (finished_run / "config.json").read_bytes() == config_bytes
+
+
+def test_of_two_new_runs_in_one_directory_only_one_starts(tmp_path, capsys, monkeypatch):
+    lock, output = integrity.lock_directory, tmp_path / "run"
+    output.mkdir()
+    with lock(output):
+        assert main(*TINY, "--output", output) == 1
+    assert "run is in use by another process" in capsys.readouterr().err.splitlines()[-1]
+    assert list(output.iterdir()) == []
+
+    def lock_after_another_run(directory):
+        (directory / "config.json").write_text("the other run passed the same checks and was faster")
+        return lock(directory)
+
+    monkeypatch.setattr(integrity, "lock_directory", lock_after_another_run)
+    assert "run is not empty: choose another --output" in error_line(capsys, *TINY, "--output", output)
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert (output / "config.json").read_text().startswith("the other run")
+
+
+def test_runs_without_an_output_that_start_in_one_second_have_different_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lib.time, "strftime", lambda form: "now")
+    directories = [lib.new_directory("chess") for _ in range(3)]
+    assert directories == [Path("runs/chess-now"), Path("runs/chess-now-2"), Path("runs/chess-now-3")]
+    assert all(directory.is_dir() for directory in directories)
 
 
 def test_an_invalid_mesh_is_rejected(tmp_path, capsys):
@@ -369,6 +414,8 @@ def test_model_options_change_single_fields_of_the_preset(fake_run, capsys, tmp_
     assert fake_run["experiment"].model.set == ()
     assert main("--preset", "lstm", "--model.name", "llama", "--model.set", "num_layers=1") == 0
     assert fake_run["experiment"].model.set == ("num_layers=1",)
+    assert main("--preset", "lstm", "--model.name", "gru", "--model.set", *preset) == 0
+    assert fake_run["experiment"].model.set == preset
     assert "not used" not in capsys.readouterr().out
     assert main("--preset", "lstm", "--model.name", "llama") == 0
     assert fake_run["experiment"].model.set == ()

@@ -3,12 +3,15 @@
 import dataclasses
 import gzip
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import jaxlm
 from experiments import translation
 from jaxlm import cli
+from jaxlm.data import load_tokenizer
+from jaxlm.data.examples import Examples
 from jaxlm.training.report import read_attention, read_results, read_samples
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier"}
@@ -85,6 +88,27 @@ def test_training_continues_from_pretrained_weights_with_their_tokenizer(finishe
     names = ("tokenizer.json", "tokenizer_config.json")
     for name in names:
         assert (tmp_path / "run/model" / name).read_bytes() == (finished_run / "model" / name).read_bytes()
+
+
+def test_a_test_source_without_tokens_is_found_before_the_training(files, tmp_path, monkeypatch, capsys):
+    training, validation, _ = translation.parts(translation.Data(files))
+    test = Examples([{"source": "", "target": "eins"}], "test.en")
+    monkeypatch.setattr(translation, "parts", lambda data: (training, validation, test))
+    assert main(*TINY, "--data.directory", files, "--output", tmp_path / "run") == 2
+    assert "example 0 of test.en has the source '', which has no tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_line_n_of_the_translations_is_example_n(finished_run, tmp_path, monkeypatch):
+    model, _ = jaxlm.load_pretrained(finished_run / "model")
+    tokenizer = load_tokenizer(finished_run / "model")
+    monkeypatch.setattr(translation, "generate_text", lambda *_: ["eins\nzwei", "drei\r"])
+    for module, name in ((translation.seq2seq, "write_test"), (translation.lib, "report")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    result = SimpleNamespace(params=None)
+    test = Examples([{"source": "one", "target": "eins"}] * 2)
+    translation.translate(tmp_path, translation.PRESETS["verses"], model, result, tokenizer, test, 0.0)
+    assert (tmp_path / "translations.txt").read_bytes() == b"eins\\nzwei\ndrei\\r\n"
 
 
 def test_splits_of_the_included_verses_do_not_overlap():

@@ -142,8 +142,8 @@ def test_the_score_has_the_wilson_interval() -> None:
         ({"games": 0}, "games=0 must be at least 1"),
         ({"max_moves": 0}, "max_moves=0 must be at least 1"),
         ({"opening_moves": -1}, "opening_moves=-1 must be at least 0"),
-        ({"opening_moves": 9, "max_moves": 9}, "opening_moves=9 must be less than max_moves=9"),
-        ({"opening_moves": 201, "max_moves": 9}, "opening_moves=201 must be at most 200: most games with random moves"),
+        ({"opening_moves": 9, "max_moves": 9}, "opening_moves=9 must be at most 200 and less than 9, the maximum"),
+        ({"opening_moves": 201, "max_moves": 300}, "opening_moves=201 must be at most 200 and less than 300"),
         ({"max_moves": 65}, "model reads games of at most 63 moves: use max_moves=64 or fewer"),
     ],
 )

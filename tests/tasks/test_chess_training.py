@@ -117,6 +117,9 @@ def test_match_boards_show_captures_and_last_positions() -> None:
     assert boards[0].text == "The model is white. Its most valuable capture is move 7."
     assert boards[1].fen == board_after(SCHOLAR).fen()
     assert (boards[1].last_move, boards[2].text) == ("h5f7", "The model is black. The last position.")
+    en_passant = Games(("e2e4 a7a6 e4e5 d7d5 e5d6 c7d6",), ("*",), "uci")
+    captured = next(match_boards("nobody", MatchResult(1, 0, 0, 1, 0, en_passant)))
+    assert captured.text == "The model is white. Its most valuable capture is move 5."
 
 
 def test_a_mating_player_plays_a_mate_in_one() -> None:

@@ -144,6 +144,11 @@ def test_labels_of_a_multi_label_model_are_independent(tmp_path: Path) -> None:
     probabilities = classify(*loaded("multi_label_classification"), BYTES, TEXTS).probabilities
     odds = probabilities / (1 - probabilities)
     np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), shares, rtol=1e-4)
+    encoded: Any = [{"tokens": BYTES.encode(text), "label": 0} for text in TEXTS]
+    predicted = classification.predict(*loaded("multi_label_classification"), encoded)
+    np.testing.assert_allclose(predicted, probabilities, rtol=1e-4)
+    with pytest.raises(ValueError, match="num_labels=3 and problem_type='regression': its outputs are regression"):
+        classification.predict(*loaded("regression"), encoded)
     assert np.abs(probabilities.sum(axis=1) - 1).min() > 1e-3
     with pytest.raises(ValueError, match="num_labels=3 and problem_type='regression': its outputs are regression"):
         classify(*loaded("regression"), BYTES, TEXTS)

@@ -77,3 +77,11 @@ def test_a_tokenizer_without_an_eos_token_is_rejected():
 
 def test_no_examples_have_no_ids():
     assert seq2seq.encode(Examples([]), tokenizer()) == []
+
+
+def test_a_source_without_tokens_is_named():
+    tokenizer = train_tokenizer(["one two"], "word", 50, template="eos")
+    examples = Examples([{"source": "one"}, {"source": "\t"}], "test.en")
+    with pytest.raises(ValueError, match=r"example 1 of test.en has the source '\\t', which has no tokens"):
+        seq2seq.check_sources(examples, tokenizer)
+    seq2seq.check_sources(examples[:1], tokenizer)

@@ -20,7 +20,7 @@ STEPS = 3
 PHASES = [  # functions that are called after the training, in this order
     (lib, "save_pretrained"),
     (lib, "draw_losses"),
-    (text_generation, "write_passage"),
+    (text_generation, "print_passage"),
     (text_generation, "write_sample"),
     (text_generation, "scores"),
     (lib, "write_results"),
