@@ -231,9 +231,10 @@ def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
             raise UserError(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
-            raise UserError(
-                f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against"
-            )
+            from jaxlm import extras  # imported here, because jaxlm imports jax
+
+            install = extras.install("reference")
+            raise UserError(f"{name} needs {' and '.join(missing)}: {install}, or choose --against")
     return {name: implementations[name] for name in (OURS, *names)}
 
 

@@ -46,7 +46,7 @@ class Case(Implementation):
 
     @abc.abstractmethod
     def compute(self) -> list[Any]:
-        """Run one repetition, wait until it has ended, and return the output, or all gradients (backward)."""
+        """Run one repetition, wait until it has ended, and return the output, or all gradients and the output."""
 
     def read(self, result: Any) -> np.ndarray:
         """A result as a NumPy array."""
@@ -83,10 +83,11 @@ class JaxCase(Case):
             return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
 
         def both(*arguments: Any) -> Any:
-            # JAX assigns donated buffers to results in order. The gradient of the input is the last result, so it
-            # reuses the buffer of ``dout``. XLA does the same inside a model.
-            _, vjp = jax.vjp(forward, *arguments[:-1])
-            return vjp(arguments[-1])
+            # JAX assigns donated buffers to results in order. The gradient of the input is the last gradient, so it
+            # reuses the buffer of ``dout``. XLA does the same inside a model. The output is a result, because XLA would
+            # otherwise not compute it for an operation whose gradients do not need it (the convolution).
+            output, vjp = jax.vjp(forward, *arguments[:-1])
+            return [*vjp(arguments[-1]), output]
 
         inputs, dout = inputs_of(op, sizes)
         self.inputs, self.dout = jax.device_put(inputs), jax.device_put(dout)
@@ -134,10 +135,10 @@ class TorchCase(Case):
         taps = self.weight.shape[-1]
         y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
         y = y[:, :, : self.x.shape[-1]]
-        results = torch.autograd.grad(y, (self.weight, self.x), self.dy) if self.backward else [y]
+        gradients = torch.autograd.grad(y, (self.weight, self.x), self.dy) if self.backward else ()
         if y.is_cuda:
             torch.cuda.synchronize()
-        return list(results)
+        return [*gradients, y]
 
     def read(self, result: Any) -> np.ndarray:
         array = result.detach().cpu().numpy()

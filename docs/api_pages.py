@@ -34,7 +34,9 @@ import jaxlm
 logger = logging.getLogger(__name__)
 
 API = f"{GENERATED}/api"
-PRIVATE = {"jaxlm.__main__", "jaxlm.cli", "jaxlm.command_line", "jaxlm.json_files", "jaxlm.stderr_relay"}
+PRIVATE = {
+    "jaxlm.__main__", "jaxlm.cli", "jaxlm.command_line", "jaxlm.extras", "jaxlm.json_files", "jaxlm.stderr_relay"
+}  # fmt: skip
 """Modules (with their submodules) of the commands, whose functions are not meant to be called from Python."""
 HISTORY = {f"{GENERATED}/changelog", "labbook"}
 """Pages that may name objects that no longer exist."""

@@ -53,6 +53,17 @@ class Adaptation(Protocol):
         """Parameters of the model. The function is pure and differentiable in ``trained``."""
         ...
 
+    def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
+        """Both trees with new values of some parameters, such as the running statistics of batch normalisation.
+
+        Args:
+            values: a tree of new values at their paths in the model, in its layer layout.
+
+        Raises:
+            ValueError: a value has another shape than its parameter.
+        """
+        ...
+
 
 # ------------------------------------------------------------------------------------------------- matrices
 
@@ -168,6 +179,12 @@ class Freeze:
         """Parameters of the model."""
         params = _union(trained, frozen.get(MATCHED, {}))
         return _join_layers(frozen["first_layers"], params) if "first_layers" in frozen else params
+
+    def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
+        """Both trees with new values of some parameters; see :meth:`Adaptation.overwrite`."""
+        new_trained = self._without_first_layers(values)
+        new_frozen = self._select_frozen(values, frozenset(_leaves(values)))
+        return overwrite(trained, new_trained), overwrite(frozen, new_frozen)
 
     def _matched_paths(self, model_specs: spec.Tree) -> frozenset[str]:
         """The paths that match a pattern, after a check of the patterns and ``first_layers``."""
@@ -287,6 +304,10 @@ class LoRA:
         """
         return _union(trained, frozen, self._adapted_weight)
 
+    def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
+        """Both trees with new values of some parameters; see :meth:`Adaptation.overwrite`."""
+        return overwrite(trained, values), overwrite(frozen, values)
+
     def target_paths(self, model_specs: spec.Tree) -> dict[str, ArraySpec]:
         """``{path: spec}`` of the weights that get low-rank factors.
 
@@ -347,6 +368,26 @@ class LoRA:
 
 
 # ------------------------------------------------------------------------- trees: nested dicts, and tuples of layers
+
+
+def overwrite(tree: spec.Tree, values: spec.Tree, path: str = "") -> spec.Tree:
+    """``tree`` with the values of ``values`` at the paths that both have.
+
+    Raises:
+        ValueError: a value has another shape than the leaf of ``tree``.
+    """
+    if isinstance(tree, tuple) and isinstance(values, tuple) and len(tree) == len(values):
+        return tuple(overwrite(*layers, path) for layers in zip(tree, values, strict=True))
+    if isinstance(tree, dict) and isinstance(values, dict):
+        new = {
+            name: overwrite(tree[name], values[name], f"{path}/{name}" if path else name)
+            for name in tree.keys() & values.keys()
+        }
+        return {**tree, **new}
+    shape, new_shape = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, values)
+    if new_shape != shape:
+        raise ValueError(f"the new value of {path} has the shape {new_shape}: it must have the shape {shape}")
+    return values
 
 
 def _check_patterns(field: str, patterns: Any) -> None:

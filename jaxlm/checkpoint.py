@@ -515,8 +515,9 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        Extra steps affect neither the result nor the set of scheduled steps that remain. Newer steps with a damaged
-        record are not deleted.
+        Extra steps affect neither the result nor the set of scheduled steps that remain. A newer step with a damaged
+        record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so that :meth:`restore` does
+        not try to read it.
 
         Raises:
             FileNotFoundError: there is no such step.
@@ -530,7 +531,11 @@ class Checkpointer:
             raise FileNotFoundError(f"no checkpoint in {self.directory} to go back to")
         restored = self._restore(target, step)
         if processes.is_first():
-            self._delete(later for later in self.steps() if later > step)
+            intact, damaged = self._scan()
+            self._delete(later for later in intact if later > step)
+            for later in damaged:
+                if later > step:
+                    self._rename_damaged(later, damaged[later])
             self.remove_leftovers()
         processes.barrier("newer checkpoints deleted")
         self._last_saved = None

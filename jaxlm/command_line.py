@@ -54,6 +54,7 @@ _FIXES: dict[int | None, str] = {
     errno.EROFS: "choose another path",
     errno.ENOSPC: "free some disk space, then continue from the last checkpoint or start again",
     errno.EDQUOT: "free some disk space, then continue from the last checkpoint or start again",
+    errno.EFBIG: "raise the limit of the file size (ulimit -f), then continue from the last checkpoint or start again",
     errno.EADDRINUSE: "another program uses this port: end it, or choose another port",
     errno.ECONNREFUSED: "no program answers at this address: start the other program first, and check host and port",
     errno.ETIMEDOUT: "no program answers at this address: start the other program first, and check host and port",
@@ -104,12 +105,14 @@ class ExperimentOptions(Generic[T]):
         initial: the config that ``--preset`` or ``--resume`` selects, with the optimizer that ``--recipe`` selects.
         recipe: the name that ``--recipe`` selects, or None.
         resume: the run directory to resume, or None.
+        given: the options of ``config`` on the command line, such as ``--model.set``.
     """
 
     config: T
     initial: T
     recipe: str | None
     resume: Path | None
+    given: frozenset[str]
 
 
 def parse_experiment(
@@ -166,7 +169,8 @@ def parse_experiment(
         initial = dataclasses.replace(initial, optimizer=recipes[known.recipe])  # type: ignore[type-var]
     options = "".join(f"  {' '.join(a.option_strings)} {a.metavar}: {a.help}\n" for a in parser._actions)
     config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=initial)
-    return ExperimentOptions(config, initial, known.recipe, known.resume)
+    given = frozenset(word.partition("=")[0] for word in rest if word.startswith("--"))
+    return ExperimentOptions(config, initial, known.recipe, known.resume, given)
 
 
 class Parser(argparse.ArgumentParser):

@@ -125,7 +125,7 @@ def check_choices(config: Any) -> None:
 
 
 def check_finite(config: Any, where: str = "") -> None:
-    """Raise ``ValueError`` if a number field of a config or a nested config is not finite. Tuples are not checked.
+    """Raise ``ValueError`` if a number of a config or a nested config is not finite. Tuples are checked too.
 
     Args:
         where: prefix of the field names in the error message.
@@ -136,7 +136,7 @@ def check_finite(config: Any, where: str = "") -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise ``ValueError`` if a number field of a config or a nested config is out of range. Tuples are not checked.
+    """Raise ``ValueError`` if a number of a config or a nested config is out of range. Tuples are checked too.
 
     Numbers must be finite. Integers must fit in int32. Fields named ``seed`` must fit in uint32, because JAX generates
     the same random numbers for several seeds outside this range.
@@ -151,19 +151,25 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the dotted name and the value of every number field of a config and its nested configs.
+    """Yield the dotted name and the value of every number in a config and its nested configs.
 
-    Booleans and the entries of tuples are left out.
+    An entry of a tuple has a name such as ``optimizer.betas[1]``. Booleans are left out.
 
     Args:
         where: prefix of the names.
     """
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{where}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from numbers_of(value, f"{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, value
+        yield from _numbers_in(getattr(config, field.name), f"{where}{field.name}")
+
+
+def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
+    if dataclasses.is_dataclass(value):
+        yield from numbers_of(value, f"{name}.")
+    elif isinstance(value, tuple):
+        for index, entry in enumerate(value):
+            yield from _numbers_in(entry, f"{name}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 _TYPE_NAMES = {

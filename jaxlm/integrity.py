@@ -74,9 +74,9 @@ def staging_directory(directory: Path) -> Iterator[Path]:
     ``directory``.
 
     Raises:
-        OSError: the disk is full, or the directory is not writable.
+        OSError: the disk is full, a file is larger than its limit, or the directory is not writable.
     """
-    with explain_disk_errors(directory, "the previous files are unchanged"):
+    with explain_disk_errors(directory, _UNCHANGED):
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(f"{_STAGING}*"):
             shutil.rmtree(leftover)
@@ -92,14 +92,29 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
 
     Args:
         delete_first: old files that are deleted directly before the first move, if they exist.
+
+    Raises:
+        OSError: the disk is full, or a file cannot be replaced. If files were already replaced or deleted, the message
+            names them.
     """
     write_checksums(temporary, names)
     for name in names:
         sync(temporary / name)
+    changed: list[str] = []
+
+    def explain() -> contextlib.AbstractContextManager[None]:
+        state = f"of the previous files, {', '.join(changed)} are already replaced or deleted, and all others unchanged"
+        return explain_disk_errors(directory, state if changed else _UNCHANGED)
+
     for name in delete_first:
-        (directory / name).unlink(missing_ok=True)
+        if (directory / name).exists():
+            with explain():
+                (directory / name).unlink()
+            changed.append(name)
     for name in (CHECKSUMS, *names):
-        os.replace(temporary / name, directory / name)
+        with explain():
+            os.replace(temporary / name, directory / name)
+        changed.append(name)
     sync(directory)
 
 
@@ -107,7 +122,8 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
 def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
-    Errors of missing permissions also get such a message. All other errors are raised unchanged.
+    Errors of missing permissions and of files above a size limit also get such a message. All other errors are raised
+    unchanged, also those that an inner context manager of this function has explained.
 
     Args:
         unchanged: the part of the message that says which files are valid, such as "the previous files are unchanged".
@@ -120,8 +136,10 @@ def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
         yield
     except Exception as error:
         error_number = getattr(error, "errno", None)
+        if isinstance(error, OSError) and error_number is not None and error.strerror is None:
+            raise  # an inner call of this function has explained it
         if error_number is None:  # safetensors and orbax raise their own errors, which contain the system's message
-            codes = (*_DISK_FULL, *_NOT_WRITABLE)
+            codes = (*_DISK_FULL, *_NOT_WRITABLE, errno.EFBIG)
             error_number = next((code for code in codes if os.strerror(code) in str(error)), None)
         if error_number in _DISK_FULL:
             free = _format_bytes(shutil.disk_usage(_nearest_existing(directory)).free)
@@ -129,11 +147,17 @@ def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
             message = f"the disk of {directory} is full ({reason}): {unchanged}. Free some space and try again"
         elif error_number in _NOT_WRITABLE:
             message = f"{directory} is not writable ({error}): {unchanged}. Change its permissions and try again"
+        elif error_number == errno.EFBIG:
+            message = (
+                f"a file in {directory} would be larger than the limit ({os.strerror(error_number)}): {unchanged}. "
+                "Raise the limit (ulimit -f, or the limit of the file system) and try again"
+            )
         else:
             raise
         raise _os_error(error_number, message) from error
 
 
+_UNCHANGED = "the previous files are unchanged"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 

@@ -29,7 +29,7 @@ def read_value(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)
-    except _DuplicateError as error:
+    except DuplicateKeyError as error:
         raise ValueError(f"{path}: {error}") from error
     except ValueError as error:  # not JSON, not UTF-8
         raise ValueError(f"{path} is not JSON or is damaged: {error}") from error
@@ -41,21 +41,25 @@ def parse(text: str) -> Any:
     """The JSON value in a text, such as a line of a file.
 
     Raises:
+        DuplicateKeyError: an object has a key twice.
         ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-class _DuplicateError(ValueError):
-    pass
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice."""
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise _DuplicateError(f"the key {name!r} occurs twice")
+        raise DuplicateKeyError(f"the key {name!r} occurs twice")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)  # json.loads would create a decoder for each line

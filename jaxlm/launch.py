@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from jaxlm import processes
 from jaxlm.command_line import Parser
@@ -208,8 +209,8 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
     If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
     ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). If the run has not written its
     ``config.json`` yet, its directory is renamed and the run starts from the beginning. Signals are forwarded to the
-    processes, and there is no restart after a signal. A single process is started without ``jax.distributed``, so
-    ``lost_after`` has no effect on it.
+    processes, SIGHUP as SIGTERM, and there is no restart after a signal. A single process is started without
+    ``jax.distributed``, so ``lost_after`` has no effect on it.
 
     Args:
         restarts: maximum number of restarts.
@@ -235,7 +236,18 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         elif directory.exists() and any(directory.iterdir()):
             raise ValueError(f"{directory} is not empty: choose another --output, or use --resume {directory}")
     received_signals: list[int] = []
-    handlers = {number: signal.signal(number, lambda n, _: received_signals.append(n)) for number in _SIGNALS}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP
+            # The shell and the kernel may both send it, and a second signal would end the run without saving.
+            signal.signal(number, signal.SIG_IGN)
+            number = signal.SIGTERM
+        received_signals.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, receive) for number in numbers}
     try:
         for attempt in range(restarts + 1):
             if attempt:
@@ -257,7 +269,6 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
             signal.signal(number, handler)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _USER_ERROR = 2  # exit status of a command after a user error
 _GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
 

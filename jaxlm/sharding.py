@@ -319,6 +319,11 @@ def device_kind() -> str:
     return _device().device_kind
 
 
+def compute_capability() -> str | None:
+    """The compute capability of the GPU that :func:`platform` describes, for example ``9.0``; None if it has none."""
+    return getattr(_device(), "compute_capability", None)
+
+
 def _device() -> jax.Device:
     sharding = _active.get()
     if sharding is not None:

@@ -237,6 +237,37 @@ def test_frozen_layers_of_a_model_with_batch_normalisation():
     assert any(path.startswith("statistics/") for path in changed)
 
 
+@pytest.mark.parametrize(
+    "adaptation",
+    [
+        Freeze(("mean",)),
+        Freeze(first_layers=1),
+        Freeze(("mean",), first_layers=1),
+        Freeze(("weight",), first_layers=3),
+        LoRA(1, targets=("weight",)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["stacked", "per_layer"])
+def test_new_values_overwrite_trained_and_frozen_parameters(adaptation, layout):
+    def tree_of(matrix, vector, mean):
+        layers = {"layers": {"norm": {"mean": mean, "scale": vector}, "mlp": {"weight": matrix}}}
+        # A parameter may have the name of an entry of the frozen tree.
+        return to_layout({"encoder": layers, "matched": vector, "first_layers": {"mean": mean}})
+
+    to_layout = spec.unstack if layout == "per_layer" else lambda tree: tree
+    matrix, vector = ArraySpec((3, 2, 2), ("layers", "embed", "mlp")), ArraySpec((3, 2), ("layers", "embed"))
+    specs = tree_of(matrix, vector, vector)
+    ones, mean = np.ones((3, 2), np.float32), np.arange(6, dtype=np.float32).reshape(3, 2)
+    matrices = np.ones((3, 2, 2), np.float32)
+    trained, frozen = split(adaptation, specs, tree_of(matrices, ones, ones))
+    new = to_layout({"encoder": {"layers": {"norm": {"mean": mean}}}, "first_layers": {"mean": mean}})
+    merged = merge(adaptation, *adaptation.overwrite(trained, frozen, new))
+    assert_trees_equal(merged, tree_of(matrices, ones, mean))
+    with pytest.raises(ValueError, match=r"the new value of .*first_layers/mean has the shape \(5,\): it must have"):
+        adaptation.overwrite(trained, frozen, {"first_layers": {"mean": np.ones(5)}})
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 

@@ -633,9 +633,11 @@ def test_extra_steps_do_not_count_for_keep_last_and_roll_back_deletes_them(tmp_p
         checkpointer.save(4, tree(4), {}, extra=True, wait=True)
         assert checkpointer.steps() == [1, 2, 4]
         assert float(checkpointer.restore(tree(0))[0]["x"]) == 4
+        (tmp_path / "5").mkdir()  # a damaged step
         restored, meta = checkpointer.roll_back(tree(0))
         assert (float(restored["x"]), meta) == (2, {"n": 2})
-        assert names_in(tmp_path) == {"1", "2"}
+        assert {name.split("-")[0] for name in names_in(tmp_path)} == {"1", "2", "5.corrupt"}
+        assert float(checkpointer.restore(tree(0))[0]["x"]) == 2  # the damaged step is no reason to stop
         for step, extra in [(3, True), (4, False)]:
             checkpointer.save(step, tree(step), {}, extra=extra, wait=True)
         assert checkpointer.steps() == [2, 4]

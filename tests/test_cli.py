@@ -149,6 +149,18 @@ def test_compare_prints_a_table_and_writes_a_plot(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["one", "two"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "results.json").write_text("[]")  # the results of several runs
+    assert cli.main(["compare", *map(str, sorted(tmp_path.iterdir()))]) == 0  # compare runs/*
+    output = capsys.readouterr()
+    assert [row.split("|")[1].strip() for row in output.out.splitlines()[2:]] == ["one", "two"]
+    assert output.err.splitlines() == [
+        f"jaxlm compare: {tmp_path / name} is left out: it is not a run directory" for name in ("families", "x.png")
+    ]
+    assert cli.main(["compare", str(tmp_path / "families"), str(tmp_path / "x.png")]) == 2
+    assert "families is not a run directory: it has neither" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a directory" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path)]) == 2
     assert cli.main(["compare"]) == 2
     assert "name at least one run directory" in capsys.readouterr().err
@@ -172,13 +184,19 @@ def test_doctor_prints_versions_devices_and_missing_packages(monkeypatch, capsys
     assert report["backend"].startswith(jax.default_backend())
     assert sum(line.startswith("device ") for line in lines) == jax.device_count()
     assert report["torch"].startswith("missing: ")
-    assert "pip install 'jaxlm[reference]'" in report["torch"]
+    assert "pip install -e '.[reference]' in" in report["torch"]
     assert report["tokenizers"] == real_version("tokenizers")
     assert report["sacrebleu"] == real_version("sacrebleu")
-    assert report["chess"] == "missing: the rules of chess; pip install 'jaxlm[chess]'"
+    assert report["chess"] == "missing: the rules of chess; pip install -e '.[chess]' in the clone of jaxlm"
 
 
 # ------------------------------------------------------------- commands that read lines and print lines
+
+
+def stdin(data):
+    """A replacement of ``sys.stdin`` with this text or these bytes, in the error handler of the C locale."""
+    data = data.encode() if isinstance(data, str) else data
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
 
 
 def output_lines(capsys, *arguments):
@@ -215,7 +233,7 @@ def test_texts_come_from_arguments_a_file_or_standard_input(model_directory, tmp
     file = tmp_path / "lines.txt"
     file.write_text("\n".join(sources) + "\n", encoding="utf-8")
     assert output_lines(capsys, "summarize", directory, "--file", file, *options) == want
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(sources)))
+    monkeypatch.setattr(sys, "stdin", stdin("\ufeff" + "\r\n".join(sources)))
     assert output_lines(capsys, "translate", directory, *options) == want
     prefixed = generate_text(model, params, ByteTokenizer(), [f"de: {text}" for text in sources], config)
     assert output_lines(capsys, "translate", directory, *sources, "--prefix", "de: ", *options) == [
@@ -275,11 +293,19 @@ def test_defaults_come_from_generation_config_json(model_directory, tmp_path, ca
         assert "generation_config.json sets no_repeat_ngram_size=3, which jaxlm does" in error_line(capsys, *arguments)
 
 
+def test_standard_input_has_the_lines_of_a_file(tmp_path, monkeypatch):
+    data = b"\xef\xbb\xbfone\rtwo\r\nthree\xe2\x80\xa8four"
+    (tmp_path / "lines.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", stdin(data))
+    lines = cli.common.read_texts((), None)
+    assert lines == ["one\rtwo", "three\u2028four"] == cli.common.read_texts((), tmp_path / "lines.txt")
+
+
 def test_one_line_escapes_line_breaks():
     assert cli.common.one_line("a\nb\r\\n") == "a\\nb\\r\\\\n"
 
 
-def test_classify_prints_labels_and_probabilities(model_directory, capsys):
+def test_classify_prints_labels_and_probabilities(model_directory, capsys, monkeypatch):
     directory = model_directory("bert-tiny", task="classification", num_labels=3)
     predictions = classify(*jaxlm.load_pretrained(directory), ByteTokenizer(), ["fine", "a bore"])
     lines = output_lines(capsys, "classify", directory, "fine", "a bore")
@@ -290,6 +316,10 @@ def test_classify_prints_labels_and_probabilities(model_directory, capsys):
     assert shown == sorted(shown, reverse=True)
     assert sum(shown) == pytest.approx(1.0, abs=1e-3)
     assert output_lines(capsys, "classify", directory, "fine\ta bore", "a\tb")[0] != lines[0], "pairs"
+    named = dataclasses.replace(predictions, names=("a\nb", "a\tb", "a\\b"))
+    monkeypatch.setattr("jaxlm.cli.classify.classify", lambda *_, **__: named)
+    labels = [line.split("\t")[0] for line in output_lines(capsys, "classify", directory, "fine", "a bore")]
+    assert labels == [("a\\nb", "a\\tb", "a\\\\b")[index] for index in named.ids]
 
 
 def test_score_prints_likelihoods(model_directory, capsys):
@@ -329,8 +359,17 @@ def test_errors_name_the_unusable_text(model_directory, tmp_path, monkeypatch, c
     assert "only one of them" in error_line(capsys, "generate", directory, "text", "--prompt", "text")
     file.write_bytes("né".encode("latin-1"))
     assert "is not UTF-8 text: byte 0xe9" in error_line(capsys, "score", directory, "--file", file)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "standard input is empty" in error_line(capsys, "score", directory)
+    for data, message in (
+        (b"", "standard input is empty"),
+        (b"one\n \n", "line 2 of standard input is empty"),
+        (b"one\ncaf\xe9\n", "standard input is not UTF-8 text: byte 0xe9 at offset 7, line 2"),
+        (b"one\0", "standard input is not UTF-8 text: byte 0x00 at offset 3, line 1"),
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin(data))
+        assert message in error_line(capsys, "score", directory)
+    message = r"character 1 of text 2, '\udce9', is a surrogate and has no UTF-8 bytes"
+    assert message in error_line(capsys, "score", directory, "one", "a\udce9")
+    assert message.replace("2", "1") in error_line(capsys, "generate", directory, "--prompt", "a\udce9")
     assert "text 2 has 0 tabs and text 1 has 1" in error_line(capsys, "score", model_directory("t5-tiny"), "a\tb", "c")
     assert "text 1 has 100 tokens, but max_positions=64" in error_line(capsys, "score", directory, "short", "x" * 100)
 
@@ -339,7 +378,7 @@ def test_evaluate_names_a_missing_package_before_it_loads_the_model(monkeypatch,
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "jaxlm.tasks.lm_eval", raising=False)
     assert cli.main(["evaluate", str(tmp_path / "missing"), "--tasks", "lambada"]) == 2
-    assert "evaluation on tasks needs lm_eval: pip install 'jaxlm[eval]'" in capsys.readouterr().err
+    assert "evaluation on tasks needs lm_eval: pip install -e '.[eval]' in" in capsys.readouterr().err
 
 
 def test_python_m_jaxlm_runs_the_command():

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +120,12 @@ def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
         with pytest.raises(SystemExit, match="2"):
             parse(*options)
         assert capsys.readouterr().err.startswith(message)
+    for pairs, message in (
+        (((1, 0.5), (2, math.nan)), r"pairs\[1\]\[1\]=nan must be a finite number"),
+        (((2**31, None),), r"pairs\[0\]\[0\]=2147483648 is too large"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_lib.check_numbers(Outer(pairs=pairs))
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=f"seed={seed} must be from 0 to 4294967295"):
             config_lib.check_numbers(dataclasses.make_dataclass("Draws", ["seed"])(seed))

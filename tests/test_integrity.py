@@ -121,11 +121,11 @@ def contents(directory):
     return {path.name: path.read_text() for path in directory.iterdir()}
 
 
-def replace(directory):
+def replace(directory, **options):
     with staging_directory(directory) as temporary:
         for name in NAMES:
             (temporary / name).write_text(f"new {name}")
-        install_files(temporary, directory, NAMES)
+        install_files(temporary, directory, NAMES, **options)
 
 
 def test_install_replaces_all_files_and_keeps_others(old):
@@ -182,6 +182,8 @@ def test_a_mixture_of_old_and_new_files_after_a_kill_is_detected(old, renames):
             RuntimeError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'),
             errno.ENOSPC, "the disk of .* is full",
         ),
+        (OSError(errno.EFBIG, "File too large"), errno.EFBIG, "larger than the limit .*are unchanged. Raise"),
+        (RuntimeError("I/O error: File too large (os error 27)"), errno.EFBIG, "a file in .* would be larger"),
         (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES, "is not writable .*Change its"),
         (OSError(errno.EROFS, "Read-only file system"), errno.EROFS, "is not writable .*Read-only"),
     ],
@@ -194,6 +196,24 @@ def test_an_unwritable_disk_keeps_the_old_files_and_raises(old, error, number, m
     assert str(old) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(old) == before
+
+
+@pytest.mark.parametrize(("renames", "changed"), [(0, ""), (2, f"index, {CHECKSUMS}, weights")])
+def test_an_error_between_two_replacements_names_the_changed_files(old, monkeypatch, renames, changed):
+    before, left = contents(old), list(range(renames))
+
+    def failing(source, target, real=os.replace):
+        if target.parent == old and not left:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(target))
+        del left[: target.parent == old]
+        real(source, target)
+
+    monkeypatch.setattr(integrity.os, "replace", failing)
+    message = f"of the previous files, {changed} are already" if changed else "the previous files are unchanged"
+    with pytest.raises(PermissionError, match=f"^[^:]* is not writable [^:]*: [^:]*: {message}"):
+        replace(old, delete_first=["index"] if renames else [])
+    after = contents(old)
+    assert {name for name in before if before[name] != after.get(name)} == set(filter(None, changed.split(", ")))
 
 
 def test_other_errors_propagate(old):

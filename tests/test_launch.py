@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -313,6 +314,27 @@ def test_a_usage_error_of_one_process_decides_even_if_other_processes_fail(monke
 
     monkeypatch.setattr(launch.subprocess, "Popen", Child)
     assert launch._run_once("prog", [], 3, 60, []) == (2, "process 0 of 3 ended with status 2")
+
+
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_hang_up_ends_the_processes_unless_it_is_ignored(is_ignored, tmp_path, monkeypatch):
+    """The program receives SIGTERM once, although the launcher receives SIGHUP twice."""
+    (tmp_path / "prog.py").write_text(
+        "import os, signal, sys, time\n"
+        "received = []\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))\n"
+        "for _ in range(2):\n"
+        "    os.kill(os.getppid(), signal.SIGHUP)\n"
+        "    time.sleep(0.3)\n"
+        "sys.exit(10 + len(received))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        assert run_local(["python", "-m", "prog"], 1) == (10 if is_ignored else 11)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_an_incomplete_run_directory_is_renamed(program):

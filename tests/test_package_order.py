@@ -20,6 +20,7 @@ LAYERS = [
         "command_line",
         "json_files",
         "stderr_relay",
+        "extras",
     },
     {"nn"},
     {"models"},

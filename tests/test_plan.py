@@ -339,6 +339,17 @@ def test_attention_flops_count_the_window():
     assert part == whole / 2 + 12 * width * T * 8 * (1 - 8 / 128)
 
 
+@pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny"])
+def test_the_pooler_and_the_classifier_count_once_per_row(name):
+    B, T, width, labels = 4, 48, 32, 5
+    rows, tokens = (
+        flops.training_flops(get_model(name, task=task, num_labels=labels), B, T).amount
+        for task in ("classification", "token_classification")
+    )
+    pooler, classifier = (width + 1) * width, (width + 1) * labels
+    assert rows - tokens == 6 * B * (pooler + classifier) - 6 * B * T * classifier
+
+
 def abstract_batch(model, rows, tokens):
     return program.abstract_batch(model, rows, tokens, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
 
@@ -487,6 +498,16 @@ def test_the_steps_of_every_family_can_be_lowered(name):
         step.function.lower(*step.arguments)
 
 
+@pytest.mark.parametrize("steps", [{"hold_steps": 5000}, {"warmup_steps": 0.9999}, {"warmup_steps": 10**6}])
+@pytest.mark.parametrize("schedule", ["linear", "inverse_square_root"])
+def test_a_plan_accepts_a_schedule_of_any_length(schedule, steps):
+    model, sharding = tiny_model("gpt2-tiny"), Sharding(make_mesh("data=8"))
+    expected = program.training_step(model, sharding, 8, 32, optimizer=OptimizerConfig())
+    optimizer = OptimizerConfig(**{"schedule": schedule, "warmup_steps": 100, **steps})
+    step = program.training_step(model, sharding, 8, 32, optimizer=optimizer)
+    assert program.device_bytes(step.parts) == program.device_bytes(expected.parts)
+
+
 def test_error_for_a_family_that_cannot_decode(cpu_topology):
     with pytest.raises(TypeError, match="family 'bert' carries no state"):
         plan(tiny_model("bert"), "here", "data=8", batch=8, decode=True)
@@ -513,8 +534,8 @@ def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):
         capsys, *model_option, "--topology", "v5e:2x2", "--set", "num_layer=2"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'jaxlm[tpu]'" in error_line(capsys, *model_option, "--topology", "v5e:2x2")
-    assert "pip install 'jaxlm[cuda13]'" in error_line(capsys, *model_option, "--topology", "h100:8")
+    assert "pip install -e '.[tpu]' in" in error_line(capsys, *model_option, "--topology", "v5e:2x2")
+    assert "pip install -e '.[cuda13]' in" in error_line(capsys, *model_option, "--topology", "h100:8")
     assert "write the number of GPUs of one host, as in h100:8" in error_line(
         capsys, *model_option, "--topology", "h100:2x2"
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
-from jaxlm.cli.common import Directory, load, one_line
+from jaxlm.cli.common import STANDARD_INPUT, Directory, load, one_field, standard_input
 from jaxlm.data import read_text
 from jaxlm.data.examples import read_jsonl
 from jaxlm.tasks.question_answering import answer
@@ -50,8 +49,7 @@ class Answer:
             batch_size=self.batch_size,
         )  # fmt: skip
         for result in answers:
-            text = one_line(result.text).replace("\t", "\\t")
-            print(f"{text}\t{result.score:.4f}")
+            print(f"{one_field(result.text)}\t{result.score:.4f}")
         return 0
 
     def _questions(self) -> tuple[list[str], list[str]]:
@@ -67,7 +65,7 @@ class Answer:
             return rows.column("question"), rows.column("context")
         if not self.question:
             raise ValueError("there is no question: give --question (with --context FILE), or --file FILE")
-        context = sys.stdin.read() if self.context is None else read_text(self.context)
+        context = standard_input() if self.context is None else read_text(self.context)
         if not context.strip():
-            raise ValueError(f"{self.context or 'standard input'} is empty: it must contain the text for the questions")
+            raise ValueError(f"{self.context or STANDARD_INPUT} is empty: it must contain the text for the questions")
         return list(self.question), [context] * len(self.question)

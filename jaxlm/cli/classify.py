@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
+from jaxlm.cli.common import Directory, Texts, load, one_field, read_texts, split_pairs
 from jaxlm.tasks.predict import classify
 
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
-    """Classify texts. Prints the most probable label of each text and its probability, separated by a tab."""
+    """Classify texts. Prints the most probable label of each text and its probability, separated by a tab.
+
+    In a label, a line break is printed as \\n, a tab as \\t and a backslash as \\\\.
+    """
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
@@ -33,6 +36,6 @@ class Classify:
         result = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)
         for probabilities in result.probabilities:
             order = (-probabilities).argsort(kind="stable")[: None if self.all else 1].tolist()
-            names = [str(i) if result.names is None else result.names[i] for i in order]
+            names = [str(i) if result.names is None else one_field(result.names[i]) for i in order]
             print("\t".join(f"{name}\t{probabilities[i]:.4f}" for name, i in zip(names, order, strict=True)))
         return 0

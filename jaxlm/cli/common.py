@@ -12,7 +12,7 @@ import tyro
 
 from jaxlm import Model, load_pretrained
 from jaxlm.data import load_tokenizer
-from jaxlm.data.text_files import read_lines
+from jaxlm.data.text_files import check_no_surrogate, decode_pieces, read_lines, split_lines
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.spec import Params
 from jaxlm.training.checks import check_tokenizer
@@ -62,25 +62,33 @@ def sampling_options(**options: float | None) -> dict[str, Any]:
     return {name: None if name in off and value == off[name] else value for name, value in fields.items()}
 
 
+STANDARD_INPUT = "standard input"
+
+
+def standard_input() -> str:
+    """The text of standard input, read with the rules of :mod:`jaxlm.data.text_files`, like a file.
+
+    Raises:
+        ValueError: the input is not UTF-8.
+    """
+    return "".join(decode_pieces([sys.stdin.buffer.read(), b""], STANDARD_INPUT))
+
+
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     """The texts from the command line, the lines of the file, or the lines of standard input.
 
     Raises:
-        ValueError: both texts and a file are given, a line is empty, there is no line, or the input is not UTF-8.
+        ValueError: both texts and a file are given, a text has a surrogate (a byte that is not UTF-8), a line is empty,
+            there is no line, or the input is not UTF-8.
     """
     if texts and file is not None:
         raise ValueError("give texts or --file, not both")
     if texts:
+        for number, text in enumerate(texts, start=1):
+            check_no_surrogate(text, f"text {number}")
         return list(texts)
-    name = "standard input" if file is None else str(file)
-    if file is None:
-        try:
-            content = sys.stdin.read().removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x}") from error
-        lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []
-    else:
-        lines = [line for _, line in read_lines(file)]
+    name = STANDARD_INPUT if file is None else str(file)
+    lines = [line for _, line in (split_lines([standard_input()]) if file is None else read_lines(file))]
     if not lines:
         raise ValueError(f"{name} is empty: give one text per line")
     for number, line in enumerate(lines, start=1):
@@ -92,6 +100,11 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
 def one_line(text: str) -> str:
     """The text with backslashes and line breaks escaped as in JSON."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def one_field(text: str) -> str:
+    """The text as a field of a line of fields that are separated by tabs: :func:`one_line`, with tabs escaped too."""
+    return one_line(text).replace("\t", "\\t")
 
 
 def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import tyro
 
 from jaxlm.command_line import check_output_file
 from jaxlm.training.compare import compare_runs, draw_comparison
+from jaxlm.training.report import check_run, is_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Compare:
     """Print a table of training runs: family, parameters, steps, minutes, validation metrics and scores."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
+    """Run directories, for example runs/*. Other files and directories are left out with a message."""
     plot: Path | None = None
     """Plot the validation curves of all runs to this PNG file."""
 
@@ -25,7 +27,13 @@ class Compare:
         if not self.runs:
             raise ValueError("there are no runs to compare: name at least one run directory")
         check_output_file("plot", self.plot)
-        print(compare_runs(self.runs))
+        others = [path for path in self.runs if path.exists() and not is_run(path)]
+        runs = [path for path in self.runs if path not in others]
+        if not runs:
+            check_run(others[0])  # raises an error
+        print(compare_runs(runs))
+        for path in others:
+            print(f"jaxlm compare: {path} is left out: it is not a run directory", file=sys.stderr)
         if self.plot is not None:
-            draw_comparison(self.runs, self.plot)
+            draw_comparison(runs, self.plot)
         return 0

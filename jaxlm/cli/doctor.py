@@ -11,23 +11,24 @@ import jax
 
 import jaxlm
 from jaxlm.devices import by_kind
+from jaxlm.extras import install
 
 EXTRAS = (
-    ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
-    ("sacrebleu", "'jaxlm[metrics]'", "BLEU and chrF of translations"),
-    ("rouge-score", "'jaxlm[metrics]'", "ROUGE of summaries"),
-    ("lm_eval", "'jaxlm[eval]'", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
-    ("chess", "'jaxlm[chess]'", "the rules of chess"),
-    ("datasets", "'jaxlm[data]'", "reading data sets of Hugging Face"),
-    ("grain", "'jaxlm[data]'", "data loaders of Grain"),
-    ("peft", "'jaxlm[adapters]'", "tests of the files of adapters"),
-    ("tensorboard", "'jaxlm[trackers]'", "--training.tracker tensorboard"),
-    ("pytest", "'jaxlm[test]'", "running the tests"),
-    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on a TPU"),
-    ("torch", "'jaxlm[reference]'", "tests against the reference implementations"),
-    ("transformers", "'jaxlm[reference]'", "tests against the reference implementations"),
+    ("tokenizers", "tokenizers", "reading tokenizer.json and vocab/merges files"),
+    ("sacrebleu", "metrics", "BLEU and chrF of translations"),
+    ("rouge-score", "metrics", "ROUGE of summaries"),
+    ("lm_eval", "eval", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
+    ("chess", "chess", "the rules of chess"),
+    ("datasets", "data", "reading data sets of Hugging Face"),
+    ("grain", "data", "data loaders of Grain"),
+    ("peft", "adapters", "tests of the files of adapters"),
+    ("tensorboard", "trackers", "--training.tracker tensorboard"),
+    ("pytest", "test", "running the tests"),
+    ("libtpu", "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
+    ("torch", "reference", "tests against the reference implementations"),
+    ("transformers", "reference", "tests against the reference implementations"),
 )
-"""Optional packages: name, pip argument, purpose."""
+"""Optional packages: name, extra, purpose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Doctor:
         print()
         for package, extra, purpose in EXTRAS:
             version = _version(package)
-            print(f"{package:18} {version or f'missing: {purpose}; pip install {extra}'}")
+            print(f"{package:18} {version or f'missing: {purpose}; {install(extra)}'}")
         return 0
 
 

@@ -86,7 +86,7 @@ class Generate:
         )  # fmt: skip
         check_beams(model, tokenizer, config)
         key = jax.random.key(self.seed)
-        prompts = list(arguments) if arguments else read_texts((), self.file)
+        prompts = read_texts(arguments, self.file)
         draft = None if self.draft is None else load_draft(self.draft, self.dtype, tokenizer, prompts)
         if len(arguments) != 1 or config.num_beams != 1 or draft is not None:
             texts = generate_text(

@@ -43,7 +43,8 @@ class GenerationConfig:
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
             its start token. Set it instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
-        end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none.
+        end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none. If
+            ``eos_token_id`` in ``config.json`` is a list with the end id of the tokenizer: all ids of the list.
         ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
             ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error unless it is ignored.
 
@@ -139,7 +140,7 @@ class GenerationConfig:
         length = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
         num_beams, end_ids = first_set("num_beams"), first_set("end_ids")
         if end_ids is None:
-            end_ids = () if tokenizer.end_id is None else (tokenizer.end_id,)
+            end_ids = _model_end_ids(model, tokenizer)
         resolved_sampling = self.sampling
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
@@ -164,6 +165,15 @@ class GenerationConfig:
 
 _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
 _FROM_FILE = f" (fields that you do not set are read from {FILE})"
+
+
+def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end id of the tokenizer, or the list in ``config.json`` that has it and further ids."""
+    metadata = getattr(model, "metadata", None)
+    listed = None if metadata is None else metadata.config.get("eos_token_id")
+    if isinstance(listed, list) and tokenizer.end_id in listed:
+        return tuple(listed)
+    return () if tokenizer.end_id is None else (tokenizer.end_id,)
 
 
 def num_ids(model: Model, tokenizer: Tokenizer) -> int:

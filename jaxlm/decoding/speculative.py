@@ -132,6 +132,14 @@ def speculative_generate(
             "generate without a draft model"
         )
     target_state, draft_state = (None, None) if states is None else states
+    for model, state in ((models.target, target_state), (models.draft, draft_state)):
+        if model.reads_source and state is None:
+            raise ValueError(
+                f"{model.family} reads a source: pass states=(state of the target model, state of the draft model). "
+                "The state of an encoder-decoder is model.init_decode_state(params, source, length), with a length of "
+                f"at least the length of the prompts + {max_new_tokens + models.num_proposed - 1} (max_new_tokens + "
+                "num_proposed - 1). The state of another model may be None"
+            )
     options = (max_new_tokens, sampling, key, end_id, allowed_ids)
     settings = settings_of(models.target, prompts, segment_ids, *options, target_state)
     settings_of(models.draft, prompts, segment_ids, *options, draft_state)

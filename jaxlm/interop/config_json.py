@@ -2,7 +2,8 @@
 
 ``Model.metadata`` contains the loaded files. When a model is saved in the format in which it was loaded, a loaded field
 that jaxlm does not set is written back unchanged, unless it contradicts a changed field (:func:`_merge_loaded`). A
-field that describes the model is replaced only if its value has changed since loading.
+field that describes the model is replaced only if its value has changed since loading, or if the file would otherwise
+describe another model.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -309,6 +310,10 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         result |= {field: token if token < vocabulary else None for field, token in table.token_ids.items()}
     if tokenizer is not None:
         result |= _tokenizer_fields(model, table, tokenizer, result)
+    if loaded and not _describes(result, model_fields):
+        # The meaning of a loaded field, or the default of an omitted field, depends on the changed fields.
+        result.pop("rope_parameters", None)
+        result |= model_fields
     if not table.is_native:
         # Since version 4.56, transformers writes "dtype" and reads both names.
         names = [name for name in ("dtype", "torch_dtype") if name in loaded] or ["torch_dtype"]
@@ -379,6 +384,15 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     if model.metadata is not None and model.metadata.initialized:
         result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
     return result
+
+
+def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` describes the model of which ``_model_fields`` gives ``model_fields``."""
+    try:
+        description = describe(dict(config), Path("config.json"), {})
+    except ValueError:
+        return False
+    return _model_fields(description.model, description.format) == model_fields
 
 
 def _tokenizer_fields(

@@ -172,7 +172,8 @@ def save_pretrained(
         max_shard_bytes: maximum size of a weight file. A larger tensor has its own file.
 
     Raises:
-        OSError: the disk is full, or the directory is not writable. The previous files are unchanged.
+        OSError: the disk is full, or the directory or a file is not writable. The message says whether files have
+            changed, and names them.
         ValueError: the format of the family cannot represent the config; the parameters do not match the model or have
             another dtype; the tokenizer does not match the model; or ``max_shard_bytes`` is below 1.
     """

@@ -34,7 +34,7 @@ from jaxlm.config import check_value
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
 from jaxlm.interop.directory import path_inside, write_json
-from jaxlm.interop.formats import Layout
+from jaxlm.interop.formats import Format, Layout
 from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
@@ -80,7 +80,8 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
         ValueError: a file is damaged or does not match ``checksums.json``; the weights are only a pickle file; the
             model has no published format; the adapter is not a LoRA adapter, has no LoRA factors or has an unsupported
             option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does not
-            belong to the model, or has a wrong shape.
+            belong to the model, is trained in full but used twice by the transformers class (the token embedding of a
+            model with a tied head, and of T5), or has a wrong shape.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -148,8 +149,9 @@ def save_adapter(
         OSError: the disk is full, or the directory is not writable.
         ValueError: the model has no published format; ``trained`` does not match the specs; a weight with LoRA factors
             is not the weight of a linear module in the transformers class (token embeddings, the attention of XLNet); a
-            tensor of a weight that is trained in full also contains other parameters; or only some parameters of a
-            module are trained in full.
+            tensor of a weight that is trained in full also contains other parameters, or is used twice by the
+            transformers class (the token embedding of a model with a tied head, and of T5); or only some parameters of
+            a module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
@@ -219,6 +221,8 @@ class _Weight:
         num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
             ``jaxlm.adapt.num_row_axes``); None: the parameter is not a matrix.
         is_table: whether the parameter is an embedding table or an output head.
+        second_name: the name of another tensor of the transformers class that is the same parameter, in another module;
+            None: there is no such tensor.
     """
 
     path: str
@@ -226,6 +230,7 @@ class _Weight:
     padded_shape: tuple[int, ...]
     num_row_axes: int | None
     is_table: bool
+    second_name: str | None
 
     @property
     def path_without_layer(self) -> str:
@@ -320,11 +325,17 @@ class _Weight:
         return self._stack(x)
 
     def _require_own_tensor(self) -> None:
-        """Raise ``ValueError`` if the tensor of transformers also contains other parameters of the model."""
+        """Raise ``ValueError`` if the tensor also contains other parameters, or transformers uses it twice."""
         if self.location.num_rows is not None:
             raise ValueError(
                 f"{self.path} is a part of {self.names[0]} in the transformers class, so it cannot be saved or loaded "
                 "in PEFT's format"
+            )
+        if self.second_name is not None:
+            raise ValueError(
+                f"{self.path} is trained in full, but the transformers class uses this table twice ({self.names[0]} "
+                f"and {self.second_name}), and PEFT trains only one copy: merge the adapter with PEFT, or save the "
+                "merged model"
             )
 
     def _stack(self, matrices: np.ndarray) -> np.ndarray:
@@ -354,6 +365,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             f"family {model.family!r}{with_config} has no class in transformers, so PEFT has no adapters for it"
         )
     locations = locations_of(model, table, table.prefix if with_prefix else "")
+    second_names = _second_names(model, table, locations)
     return {
         path: _Weight(
             path=path,
@@ -361,9 +373,28 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             padded_shape=leaf.shape[len(locations[path].stack) :],
             num_row_axes=num_row_axes(path, leaf),
             is_table=is_table(path, leaf),
+            second_name=second_names.get(path),
         )
         for path, leaf in spec.flatten(model.specs).items()
     }
+
+
+def _second_names(model: Model, table: Format, locations: dict[str, Location]) -> dict[str, str]:
+    """``{path: name}`` of the parameters that are also a tensor of another module in the transformers class.
+
+    For example, a tied head is a second name of the token embedding. A class with a head for labels, or without a head,
+    has no tied head.
+    """
+    own_names = {name for location in locations.values() for name in location.names}
+    base_modules = {(table.prefix + name).split(".")[0] for name in table.tensors.values()}
+    has_head = model.task != "none" and model.task not in HEADS
+    second_names: dict[str, str] = {}
+    for name, path in table.tied_tensors.items():
+        if path in locations and name not in own_names and (has_head or name.split(".")[0] in base_modules):
+            module = locations[path].names[0].rpartition(".")[0]
+            if not name.startswith(f"{module}."):  # PEFT copies a module with all its tensors
+                second_names.setdefault(path, name)
+    return second_names
 
 
 # --------------------------------------------------------------------------------------------------- reading

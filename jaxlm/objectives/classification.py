@@ -61,6 +61,29 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
     return np.where(labels == IGNORED_LABEL, 0, labels).astype(np.int32), (labels != IGNORED_LABEL).astype(np.float32)
 
 
+def problem_type(model: Model) -> str | None:
+    """The ``problem_type`` in the ``config.json`` from which the model was loaded.
+
+    None: the model was not loaded, the field is missing, or some parameters were not loaded, so the head may be new.
+    """
+    metadata = getattr(model, "metadata", None)
+    return None if metadata is None or metadata.initialized else metadata.config.get("problem_type")
+
+
+def check_problem_type(model: Model) -> None:
+    """Raise ``ValueError`` if the files of the model say that a text may have several labels, or scores.
+
+    ``save_pretrained`` keeps ``problem_type``, so programs that load the model would not apply softmax.
+    """
+    problem = problem_type(model)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"config.json of the model has problem_type={problem!r}, but this objective needs exactly one label per "
+            'text: write "problem_type": "single_label_classification" to config.json, or load the model with another '
+            "num_labels, which makes a new head"
+        )
+
+
 def pooled_states(
     model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
@@ -80,7 +103,8 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
 
     Raises:
         ValueError: ``label_smoothing`` is outside [0, 1); a class weight is not positive; or the loss function is
-            called with a model that has another number of labels.
+            called with a model that has another number of labels, or another ``problem_type`` in its files than
+            "single_label_classification".
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -91,6 +115,7 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
         model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
+        check_problem_type(model)
         pooled_B1D, state = pooled_states(model, params, batch, key, state)
         weights = batch.weights
         if class_weights is not None:

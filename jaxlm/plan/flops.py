@@ -25,6 +25,8 @@ _TOKEN_TABLES = re.compile(r"token_embedding|tails/[^/]+/embedding")
 """Paths of the tables of token embeddings. ``transformer_xl`` may have separate tables for rare tokens (``tails``)."""
 _ONCE_PER_SOURCE = re.compile(r"^encoder/|cross_attention/(key|value)/|^alignment/key")
 """Paths of parameters that an encoder-decoder uses once for each source, and not in each decoding step."""
+_ONCE_PER_ROW = re.compile(r"^(pooler|classifier_dense|classifier|next_sentence)/")
+"""Paths of parameters that are multiplied only with the pooled output of a row, and not with each token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     """FLOPs of a training step by the closed formula of the family, or None if the family has none."""
     if model.family not in FAMILIES_WITH_FORMULA:
         return None
-    weights = active_matmul_parameters(model)
+    leaves = matmul_leaves(model, decoding=False)
+    row_weights = sum(leaf.size for name, leaf in leaves.items() if _ONCE_PER_ROW.search(name))
+    weights = active_matmul_parameters(model) - row_weights
     causal = model.family in ("gpt", "llama")
     tokens, cfg = batch * sequence, model.config
     (layer, *_) = spec.unstack(model.specs)["layers"]
@@ -53,9 +57,10 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
         ]
         attention = 12 * width * tokens * sum(keys_of_layers)
         attention_text = "12*D*tokens*(mean number of visible keys, summed over the layers)"
+    row_text = f", and 6*{row_weights:,}*rows (parameters after the pooling)" if row_weights else ""
     return Flops(
-        6.0 * weights * tokens + attention,
-        f"6*N*tokens + {attention_text}, N = {weights:,} {_what(model)}; recomputation is not counted",
+        6.0 * weights * tokens + attention + 6.0 * row_weights * batch,
+        f"6*N*tokens + {attention_text}, N = {weights:,} {_what(model)}{row_text}; recomputation is not counted",
     )
 
 

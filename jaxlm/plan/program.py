@@ -126,7 +126,10 @@ def training_step(
             batch.
     """
     task = model.task
-    update = make_optimizer(optimizer, model.specs, round(optimizer.warmup_steps) + 1000)
+    # The plan depends only on the kind of the schedule, not on its numbers of steps.
+    has_warmup = optimizer.warmup_steps > 0 or optimizer.hold_steps > 0
+    schedule = dataclasses.replace(optimizer, warmup_steps=int(has_warmup), hold_steps=0)
+    update = make_optimizer(schedule, model.specs, steps=1000)
     carry_size = carry_size_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(

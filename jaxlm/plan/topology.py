@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxlm import extras
 from jaxlm.devices import TPU_SHAPES, Device, by_kind, by_name
 from jaxlm.plan import kernels
 
@@ -88,7 +89,7 @@ def get_topology(name: str) -> Topology:
             f"topology {name!r}: a {kind} has a shape such as {TPUS[kind].partition(',')[0]}, not {shape!r}"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: pip install 'jaxlm[tpu]'")
+        raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install('tpu')}")
     prepare()
     return Topology(name, _describe(name, "tpu", topology_name=name), by_name(kind))
 
@@ -97,7 +98,7 @@ def _gpu(name: str, kind: str, shape: str) -> Topology:
     if not shape.isdigit() or int(shape) < 1:
         raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: pip install 'jaxlm[cuda13]'")
+        raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
     return Topology(name, _describe(name, "cuda", **config), by_name(kind))

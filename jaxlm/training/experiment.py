@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import inspect
+import itertools
 import math
 import operator
 import time
@@ -16,7 +18,7 @@ import jax
 
 import jaxlm
 from jaxlm import config as config_lib
-from jaxlm import processes
+from jaxlm import integrity, processes
 from jaxlm.command_line import exit_status, parse_experiment, split_debug
 from jaxlm.data import Tokenizer, load_tokenizer, train_tokenizer
 from jaxlm.data.examples import Examples, InvalidLineError
@@ -27,11 +29,11 @@ from jaxlm.models import Model, get_model
 from jaxlm.training import checks
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import write_report
-from jaxlm.training.loop import Result, Run
+from jaxlm.training.loop import Result, Run, TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
-from jaxlm.training.plots import save_attention
+from jaxlm.training.plots import save_attention, training_panels
 from jaxlm.training.recipes import RECIPES, recipe
-from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, write_results
+from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, read_metrics, write_results
 from jaxlm.training.trackers import check_tracker, make_tracker
 from jaxlm.training.trainer import Trainer
 
@@ -39,6 +41,9 @@ E = TypeVar("E")
 
 EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
+
+RUNS = Path("runs")
+"""The parent of the directories of new runs without an output option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +59,18 @@ class ModelConfig:
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
-    def merge(self, preset: ModelConfig) -> ModelConfig:
+    def merge(self, preset: ModelConfig, *, set_is_given: bool) -> ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
         are not used. If the preset has fields and the command line has no ``--model.set``, a message says that they are
-        not used. A ``--model.set`` with exactly the fields of the preset, in the same order, is not used either.
+        not used.
+
+        Args:
+            set_is_given: whether the command line has ``--model.set``. Otherwise, ``set`` is that of the preset.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
-            if self.set and self.set == preset.set:
+            if self.set and not set_is_given:
                 print_once(f"the preset's fields of {preset.name} are not used: {' '.join(preset.set)}")
                 return dataclasses.replace(self, set=())
             return self
@@ -163,7 +171,8 @@ def command_line(
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
         if resume is not None:  # the fields of the preset stay valid if the path of ``pretrained`` changes
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
-        experiment = dataclasses.replace(experiment, model=model.merge(preset))  # type: ignore[type-var]
+        model = model.merge(preset, set_is_given="--model.set" in parsed.given)
+        experiment = dataclasses.replace(experiment, model=model)  # type: ignore[type-var]
         checks.check_settings(experiment, initial)
         if parsed.recipe is not None:
             print_once(_describe_recipe(parsed.recipe, experiment.optimizer))  # type: ignore[attr-defined]
@@ -195,12 +204,13 @@ def prepare_run(
     """The directory of a run: ``resume``, or a new directory with ``config.json`` and the tokenizer in ``model/``.
 
     ``experiment.output`` is the path of a new directory; None means ``runs/<name>-<time>``. All checks run first, and
-    nothing is written if one of them fails.
+    nothing is written if one of them fails. If several new runs start in one directory, only one gets it.
 
     Args:
         request: settings for generating text after the training.
 
     Raises:
+        BlockingIOError: another process uses the directory of a new run.
         FileExistsError: the directory of a new run is not empty.
         ImportError: the package of ``training.tracker`` is not installed.
         OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
@@ -218,27 +228,40 @@ def prepare_run(
     has_checkpoints = experiment.training.checkpoint_every is not None
 
     def create() -> str:
+        checks.check_space(resume or experiment.output or RUNS, trainer, checkpoints=has_checkpoints)
         directory = resume or experiment.output or new_directory(name)
         checks.check_output(directory, resume=resume is not None)
-        checks.check_space(directory, trainer, checkpoints=has_checkpoints)
         if resume is None:
-            (directory / "model").mkdir(parents=True, exist_ok=True)
-            tokenizer.save(directory / "model")
-            config_lib.write(experiment, directory / "config.json")
+            directory.mkdir(parents=True, exist_ok=True)
+            with integrity.lock_directory(directory):
+                checks.check_output(directory, resume=False)  # another run may have started here since the last check
+                (directory / "model").mkdir(exist_ok=True)
+                tokenizer.save(directory / "model")
+                config_lib.write(experiment, directory / "config.json")
         return str(directory)
 
     return Path(processes.call_in_first_process(create))
 
 
 def new_directory(name: str) -> Path:
-    """The path of the directory of a new run without an output option: ``runs/<name>-<time>``."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Create the directory of a new run without an output option, and return its path.
+
+    It is ``runs/<name>-<time>``. If it exists, because another run started in the same second, -2, -3, ... is added.
+    """
+    RUNS.mkdir(exist_ok=True)
+    path = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        directory = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir()
+            break
+    return directory
 
 
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
     """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run.
 
-    The names of the model and of the optimizer must not change, either.
+    The names of the model and of the optimizer and the seed must not change, either.
     """
     if resume is None:
         return
@@ -252,12 +275,15 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
         elif value != saved:
             raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
 
-    for field in ("model.name", "optimizer.name", *fields):
+    for field in ("model.name", "optimizer.name", "training.seed", *fields):
         check(field)
 
 
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX.
+
+    A resumed run writes ``config.json`` when it has restored its state, so that the next ``--resume`` uses the changed
+    options, also after a kill. A start that fails before this does not change the file.
 
     The tracker that ``training.tracker`` names is closed when the process ends.
     """
@@ -266,38 +292,40 @@ def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
     for tracker in trackers:
         atexit.register(tracker.close)  # also after an error or Ctrl-C: services write buffered values only then
-    return Run(directory, meta, resume=resume is not None, trackers=trackers)
 
-
-def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
-    """Write ``config.json`` and, if the run finished, ``model/`` (Hugging Face layout) and the loss curves.
-
-    Returns whether the run finished. ``config.json`` is also written after an interruption, so that the next
-    ``--resume`` uses the changed options. ``--resume`` does not write it before training, so a failed start does not
-    change it.
-    """
-    if processes.is_first():
+    def write_config() -> None:
         config_lib.write(experiment, directory / "config.json")
+
+    is_resumed = resume is not None
+    return Run(directory, meta, is_resumed, trackers, on_start=write_config if is_resumed else None)
+
+
+def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
+    """Write ``model/`` (Hugging Face layout) and the loss curves, if the run finished. Returns whether it finished."""
     if result.interrupted is not None:
         return False
     save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
-    if processes.is_first() and (directory / METRICS).exists():
-        draw_losses(directory / METRICS, directory / "loss.png")
-    elif processes.is_first():
-        print_once(f"{directory / METRICS} is missing: there are no loss curves")
+    if processes.is_first():
+        metrics = directory / METRICS
+        if metrics.exists() and training_panels(read_metrics(metrics)):
+            draw_losses(metrics, directory / "loss.png")
+        else:
+            print_once(f"{metrics} has no metrics: there are no loss curves")
     return True
 
 
-def steps_of(epochs: float, steps_per_epoch: int) -> int:
-    """The number of training steps for ``epochs`` passes over the training split.
+def with_epochs(config: TrainingConfig, epochs: float | None, steps_per_epoch: int) -> TrainingConfig:
+    """The config with the steps of ``epochs`` passes over the training split. None: the config is not changed.
 
     Raises:
-        ValueError: the number is less than 1.
+        ValueError: the number of steps is less than 1.
     """
+    if epochs is None:
+        return config
     steps = round(epochs * steps_per_epoch)
     if steps < 1:
         raise ValueError(f"epochs={epochs:g} of {steps_per_epoch} steps are less than one step: increase epochs")
-    return steps
+    return dataclasses.replace(config, steps=steps)
 
 
 def report(

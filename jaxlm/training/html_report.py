@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import integrity, processes
+from jaxlm import extras, integrity, processes
 from jaxlm.metrics import Score
 from jaxlm.training import plots, report
 
@@ -293,7 +293,7 @@ def _board_html(board: report.Board, index: int) -> str:
         import chess
         import chess.svg
     except ImportError:
-        note = "To see the board, run pip install 'jaxlm[chess]' and write the report again."
+        note = f"To see the board, run {extras.install('chess')}, and write the report again."
         return f"<p><code>{escape(board.fen)}</code></p><p class='note'>{note}</p>"
     try:
         position = chess.Board(board.fen)

@@ -157,22 +157,26 @@ class Run:
     """The directory of a training run, and whether to resume it.
 
     Attributes:
-        directory: the directory of ``metrics.jsonl`` and ``checkpoints/``.
+        directory: the directory of ``metrics.jsonl`` and ``checkpoints/``. A string is converted to a path.
         meta: JSON values that are saved in every checkpoint, under keys that are not in :data:`RESERVED_KEYS`.
         resume: whether to continue from the newest checkpoint in the directory, if there is one. On the same number of
             devices, the result is bitwise the same as without the interruption.
         trackers: loggers that also receive the metrics.
+        on_start: a function that the first process calls once, when the state is initialized or restored and the
+            directory is locked. It is not called if the start fails.
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
     """
 
-    directory: str | Path
+    directory: Path
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resume: bool = False
     trackers: tuple[Tracker, ...] = ()
+    on_start: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))
         if reserved := [key for key in RESERVED_KEYS if key in self.meta]:
             raise ValueError(
                 f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
@@ -271,7 +275,7 @@ def train(
             f"{jax.process_count()} processes without a mesh would each train a separate model: pass a sharding "
             f"over all {jax.device_count()} devices"
         )
-    directory = Path(run.directory)
+    directory = run.directory
     directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
         processes.require_shared_directory(directory)
@@ -297,7 +301,7 @@ class _Loop:
         self._model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._batch_shapes: set[Any] = set()
-        self._records = _Records(MetricsFile(Path(run.directory) / "metrics.jsonl"), run.trackers)
+        self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
         self._validation: Mapping[str, float] | None = None
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
@@ -338,7 +342,6 @@ class _Loop:
                     f"step {self.step}: the next learning rate is {rate:.6g}, and it was {saved_rate:.6g} when this "
                     "checkpoint was saved: the schedule or its number of steps has changed"
                 )
-            self._records.write(self.step, event="resumed")
         else:
             if existing and self._config.checkpoint_every is not None:
                 raise FileExistsError(
@@ -346,13 +349,15 @@ class _Loop:
                     "resume that run"
                 )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
-            if self._run.resume:  # the run was killed before its first checkpoint: its records are not valid
-                self._records.write(0, event="resumed")
         if self.step > self._config.steps:
             raise ValueError(
                 f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: set "
                 f"training.steps to at least {self.step}"
             )
+        if self._run.on_start is not None and processes.is_first():
+            self._run.on_start()
+        if self._run.resume:  # the records of later steps are no longer valid; without a checkpoint, all records
+            self._records.write(self.step, event="resumed")
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
         """Check that a resumed run has the saved value of each setting that must not change."""
@@ -363,7 +368,9 @@ class _Loop:
         for name in ("family", "adaptation"):
             _require_same(name, model[name], saved_model.get(name, model[name]))
         for name, value in saved_model.get("config", {}).items():
-            if name in model["config"] and not _MAY_CHANGE.fullmatch(name):
+            carries_state = self._trainer.carry_size is not None
+            may_change = _MAY_CHANGE.fullmatch(name) and not (name == "dtype" and carries_state)
+            if name in model["config"] and not may_change:
                 _require_same(name, model["config"][name], value)
 
     def _learning_rate(self) -> float | None:
@@ -427,7 +434,7 @@ class _Loop:
         if stop == "signal" and self.step < config.steps:
             message = "nothing is saved, because checkpoint_every=None"
             if config.checkpoint_every is not None:
-                directory = Path(self._run.directory)
+                directory = self._run.directory
                 message = (
                     f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
                 )
@@ -614,7 +621,10 @@ class _Loop:
 
 
 _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|.*_implementation")
-"""Fields of a model's config that a resumed run may change, because the trained weights stay valid."""
+"""Fields of a model's config that a resumed run may change, because the trained weights stay valid.
+
+``dtype`` must not change if the trainer carries a state, because the saved state may have this dtype.
+"""
 
 
 def _require_same(name: str, value: Any, saved: Any) -> None:

@@ -403,7 +403,10 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     ) -> tuple[optax.Updates, Any]:
         del params, unused
         is_known = gradient_norm is not None and updates is gradient
-        norm = gradient_norm if is_known else optax.tree.norm(updates)
+        if is_known:
+            norm = gradient_norm
+        else:  # the squares of float16 numbers could overflow
+            norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates))
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 

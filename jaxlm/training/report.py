@@ -423,14 +423,27 @@ def check_run(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: the directory has neither ``metrics.jsonl`` nor ``results.json``.
+        ValueError: the directory is not a run directory (:func:`is_run`), or its ``results.json`` is damaged.
     """
     path = Path(run)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory: give the directory of a run")
-    if not any((path / name).exists() for name in (METRICS, RESULTS)):
-        raise ValueError(f"{path} is not a run directory: it has neither {METRICS} nor {RESULTS}")
+    if not is_run(path):
+        raise ValueError(f"{path} is not a run directory: it has neither {METRICS} nor {RESULTS} of one run")
     return path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory has ``metrics.jsonl``, or a ``results.json`` of one run.
+
+    The ``results.json`` of several runs is a list (``experiments.families``).
+
+    Raises:
+        ValueError: there is no ``metrics.jsonl``, and ``results.json`` is damaged.
+    """
+    if (path / METRICS).exists():
+        return True
+    return (path / RESULTS).exists() and not isinstance(json_files.read_value(path / RESULTS), list)
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ import optax
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.adapt import MATCHED, Adaptation
+from jaxlm.adapt import Adaptation, overwrite
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
@@ -372,9 +372,10 @@ class Trainer:
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
-            params = _overwrite(params, new_model_state)
-            if frozen is not None:
-                frozen = _overwrite(frozen, {**new_model_state, MATCHED: new_model_state})
+            if self.adaptation is None:
+                params = overwrite(params, new_model_state)
+            else:
+                params, frozen = self.adaptation.overwrite(params, frozen, new_model_state)
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
@@ -415,13 +416,6 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
     folded = spec.fold_name(key, name)
     assert folded is not None
     return folded
-
-
-def _overwrite(tree: Any, new: Any) -> Any:
-    """``tree`` with the values of ``new`` at the paths that both have."""
-    if not isinstance(tree, dict):
-        return new
-    return {name: _overwrite(child, new[name]) if name in new else child for name, child in tree.items()}
 
 
 def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Params:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import attention, decoding, fidelity, harness, recurrence, shapes, training
+from benchmarks import attention, decoding, fidelity, harness, recurrence, scan_baselines, shapes, training
 from benchmarks.harness import Failure, Row, Worker
 from benchmarks.worker import Implementation
 from jaxlm import get_model
@@ -203,7 +203,7 @@ def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch
         harness.choose("tensorflow", training.IMPLEMENTATIONS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
     assert list(harness.choose("flax, jaxlm", decoding.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
-    with pytest.raises(Failure, match=r"torch needs torch: pip install 'jaxlm\[reference\]'"):
+    with pytest.raises(Failure, match=r"torch needs torch: pip install -e '\.\[reference\]' in"):
         harness.choose("torch", decoding.IMPLEMENTATIONS)
 
 
@@ -431,3 +431,15 @@ def test_the_parent_process_imports_no_framework() -> None:
         [sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("case", [scan_baselines.JaxCase, scan_baselines.TorchCase])
+def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) -> None:
+    results = []
+    for backward in (False, True):
+        measured = case("", "depthwise_convolution", "jaxlm", {"B": 1, "T": 6, "C": 3, "taps": 2}, backward)
+        measured.prepare()
+        results.append(measured.run())
+    forward, both = results
+    assert list(both) == ["result 0", "result 1", "result 2"], "two gradients and the output"
+    assert np.allclose(both["result 2"], forward["result 0"], atol=1e-6)

@@ -61,6 +61,21 @@ def test_given_fields_override_the_file_and_the_file_overrides_the_library() -> 
     assert resolve(eos_token_id=7).end_ids == (7,)
 
 
+@pytest.mark.parametrize(
+    ("in_config", "expected"), [([7, 256, 9], (7, 256, 9)), ([7, 9], (256,)), (7, (256,)), (None, (256,))]
+)
+def test_a_list_of_end_ids_in_the_config_is_used_if_it_has_that_of_the_tokenizer(in_config: Any, expected: Any) -> None:
+    model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
+
+    def end_ids(given: GenerationConfig = NO_FIELDS, file: Any = None) -> Any:
+        metadata = Metadata(config={"eos_token_id": in_config}, generation_config=file)
+        return given.resolve(dataclasses.replace(model, metadata=metadata), TOKENIZER).end_ids
+
+    assert end_ids() == end_ids(file={"max_new_tokens": 3}) == expected
+    assert end_ids(file={"eos_token_id": 3}) == end_ids(GenerationConfig(end_ids=(3,))) == (3,)
+    assert end_ids(GenerationConfig(ignored_fields=("eos_token_id",)), {"eos_token_id": [256, 4]}) == expected
+
+
 @pytest.mark.parametrize(("name", "kind"), [("stop_strings", "str"), ("eos_token_id", "int")])
 def test_lists_in_the_file_have_entries_of_one_type(name: str, kind: str) -> None:
     with pytest.raises(ValueError, match=rf"generation_config.json: {name}=\[2.5\] must be a list of {kind}"):

@@ -147,6 +147,9 @@ def test_errors_name_the_bad_input():
     capacity = jaxlm.get_model("mixtral-tiny", vocab_size=128, capacity_factor=1.25)
     with pytest.raises(ValueError, match=r"target model has capacity_factor=1.25.* set capacity_factor=None"):
         run(models.replace(target=capacity))
+    reader = tiny_model("t5")
+    with pytest.raises(ValueError, match=r"t5 reads a source: pass states=.* length of the prompts \+ 6 \(max_new"):
+        run(models.replace(target=reader))
     with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
         run(models, max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature=1.0 draws at random: pass a key"):

@@ -64,7 +64,7 @@ def rejecting_work(directories: Directories) -> Iterator[None]:
         for name in (*EXPERIMENTS, "families"):
             stack.enter_context(mock.patch.object(importlib.import_module(f"experiments.{name}"), "train", fail))
         stack.enter_context(mock.patch.object(harness, "session", fail))
-        stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO("")))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())))
         stack.enter_context(contextlib.chdir(directories.root))
         yield
 

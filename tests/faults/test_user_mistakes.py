@@ -60,6 +60,7 @@ def _os_error(path: str, number: int) -> OSError:
         (_os_error("x", errno.EACCES), 2, "change the permissions"),
         (_os_error("x", errno.ENAMETOOLONG), 2, "words: 'x'"),
         (_os_error("x", errno.ENOSPC), 1, "free some disk space"),
+        (_os_error("x", errno.EFBIG), 1, "raise the limit of the file size"),
         (_os_error("x", errno.EADDRINUSE), 1, "another program uses this port"),
         (_os_error("x", errno.ECONNREFUSED), 1, "no program answers at this address"),
         (BlockingIOError("x is in use by another process"), 1, "x is in use by another process"),

@@ -135,6 +135,40 @@ def test_an_overridden_field_is_written(tmp_path: Path) -> None:
     assert "rope_scaling" not in config_json.model_config_json(model, "float32")
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+MHA = {"max_position_embeddings": 16, "num_key_value_heads": 32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "change"),
+    [
+        ("LlamaForCausalLM", {**MHA, "rope_scaling": YARN}, {"max_positions": 64}),
+        ("LlamaForCausalLM", {**MHA, "rope_parameters": YARN}, {"max_positions": 64}),
+        ("BambaModel", {}, {"attention_heads": 16}),
+        ("BambaModel", {"max_position_embeddings": 16, "rope_scaling": YARN}, {"max_positions": None}),
+        ("FalconH1Model", {}, {"embed_dim": 2048}),
+        ("XLNetModel", {"d_head": 64}, {"num_heads": 8}),
+    ],
+)
+def test_the_saved_config_describes_a_changed_model(architecture: str, fields: Any, change: Any) -> None:
+    """The omitted fields of these configs have a default that depends on the changed field."""
+    model_types = {"LlamaForCausalLM": "llama", "BambaModel": "bamba", "FalconH1Model": "falcon_h1"}
+    config = {"model_type": model_types.get(architecture, "xlnet"), "architectures": [architecture], **fields}
+    model = config_json.describe(config, Path("config.json"), {}).model
+    assert config_json.model_config_json(model, "float32") == {**config, "torch_dtype": "float32"}
+    changed = model.with_fields(**change)
+    saved = config_json.model_config_json(changed, "float32")
+    assert config_json.describe(saved, Path("config.json"), {}).model.config == changed.config
+
+
+def test_the_padding_id_of_a_tokenizer_does_not_change_the_decoder_start_id() -> None:
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "pad_token_id": 7}
+    model = config_json.describe(config, Path("config.json"), {}).model
+    tokenizer = train_tokenizer(WORDS, "word", 30, template="eos")
+    saved = config_json.model_config_json(model, "float32", tokenizer)
+    assert (saved["pad_token_id"], saved["decoder_start_token_id"]) == (0, 7)
+
+
 def test_the_model_type_survives_if_another_format_also_fits(tmp_path: Path) -> None:
     table = next(table for table in formats.of("llama") if table.model_type == "mistral")
     directory = save_model(tmp_path / "a", model_of_class("llama", table, "MistralForCausalLM"))

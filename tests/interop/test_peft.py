@@ -129,6 +129,30 @@ def test_fully_trained_modules_are_saved(tmp_path):
         save_adapter(tmp_path, model, partial_lora, trained)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "second_name"),
+    [
+        ("gpt2-tiny", {"task": "none"}, None),
+        ("llama-tiny", {"tie_embeddings": False}, None),
+        ("llama-tiny", {"tie_embeddings": True}, "lm_head.weight"),
+        ("llama-tiny", {"tie_embeddings": True, "task": "classification"}, None),
+        ("bert", {"task": "classification"}, None),
+        ("bert", {"task": "masked"}, "cls.predictions.decoder.weight"),
+        ("t5", {"tie_embeddings": False}, "encoder.embed_tokens.weight"),
+        ("t5", {"task": "none"}, "encoder.embed_tokens.weight"),
+    ],
+)
+def test_a_table_that_transformers_uses_twice_cannot_be_trained_in_full(name, overrides, second_name, tmp_path):
+    model, lora = tiny_model(name, **overrides), LoRA(2, full_training_patterns=("^token_embedding$",))
+    trained = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), lora.specs(model.specs))
+    if second_name is None:
+        save_adapter(tmp_path, model, lora, trained)
+        load_adapter(tmp_path, model)
+    else:
+        with pytest.raises(ValueError, match=f"this table twice .* and {second_name}.*, and PEFT trains only one copy"):
+            save_adapter(tmp_path, model, lora, trained)
+
+
 def test_the_scale_of_rank_stabilized_adapters(tmp_path):
     config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config | {"use_rslora": True}, tensors)
@@ -180,6 +204,10 @@ def test_errors_name_unsupported_config_fields(change, message, tmp_path):
             r"token_embedding \(transformer.wte.weight\) is not the",
         ),
         ({"lm_head.base_layer.weight": (4, 4)}, "is a weight of the base model: save the adapter with"),
+        (
+            {"transformer.wte.weight": (128, 32)},
+            r"this table twice \(transformer.wte.weight and lm_head.weight\), and PEFT trains only one copy: merge the",
+        ),
     ],
 )
 def test_errors_name_tensors_that_do_not_fit(change, message, tmp_path):

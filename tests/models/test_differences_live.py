@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.data import load_tokenizer, train_tokenizer
 from jaxlm.interop.huggingface import load_pretrained, named_tensors
 from jaxlm.testing.helpers import relative_error
 from tests.oracles.xlnet import perm_mask, target_mapping
@@ -35,6 +37,19 @@ def build(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
             parameter.add_(0.3 * torch.randn(parameter.shape))
     torch_model.save_pretrained(directory)
     return torch_model, *load_pretrained(directory)
+
+
+def test_decoding_removes_no_space(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = "it isn 't so , is it ?"
+    train_tokenizer([text], "word", 50).save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clean_up_tokenization_spaces": True}))
+    tokenizer, reference = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == reference.decode(ids, clean_up_tokenization_spaces=False)
+    assert reference.decode(ids) == tokenizer.decode(ids).replace(" ,", ",").replace(" ?", "?")
 
 
 def test_roberta_treats_pads_as_tokens_without_a_mask(tmp_path: Path) -> None:

@@ -298,10 +298,12 @@ def test_resuming_a_complete_run_returns_its_result(tmp_path, complete_run, capf
     assert_trees_equal(resumed.params, complete_run.params)
     assert resumed.validation == pytest.approx(dict(complete_run.validation))
     assert (resumed.step, resumed.interrupted) == (STEPS, None)
+    metrics = (directory / "metrics.jsonl").read_bytes()
     with pytest.raises(
         ValueError, match=rf"of step {STEPS}, beyond training.steps=5: set training.steps to at least {STEPS}"
     ):
         run(directory, resume=True, steps=5)
+    assert (directory / "metrics.jsonl").read_bytes() == metrics, "a failed start changes nothing"
 
 
 def test_a_resumed_run_evaluates_its_last_step_if_the_checkpoint_was_not_evaluated(tmp_path, complete_run):
@@ -366,6 +368,10 @@ def test_bad_training_configs_raise_an_error_with_the_field(change, message):
 def test_reserved_keys_of_the_metadata_raise_an_error():
     with pytest.raises(ValueError, match="meta has the key 'model', under which a checkpoint has .*: rename it"):
         Run("run", {"note": "test", "model": "gpt"})
+
+
+def test_the_directory_of_a_run_is_a_path():
+    assert Run("run").directory == Path("run")
 
 
 def test_the_evaluation_is_a_mean_over_tokens():

@@ -265,6 +265,14 @@ def test_optimizers_equal_those_of_optax(options, reference):
     assert_trees_close(updates, run_optimizer(reference, params, gradients)[0], 1e-6)
 
 
+def test_clipping_of_float16_gradients_computes_the_norm_in_float32():
+    specs = {"w": spec.ArraySpec((2,), ("embed",))}
+    config = OptimizerConfig("sgd", **{**PLAIN, "clip_norm": 1.0}, beta1=0.0)
+    w = {"w": jnp.array([600.0, 800.0], jnp.float16)}
+    updates, _ = make_optimizer(config, specs, 10).update(w, make_optimizer(config, specs, 10).init(w), w)
+    np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-2)
+
+
 def test_nt_asgd_averages_the_iterates_of_sgd():
     specs = {"w": spec.ArraySpec((3,), ("embed",))}
     optimizer = make_optimizer(OptimizerConfig("nt_asgd", **{**PLAIN, "learning_rate": 0.1}, beta1=0.0), specs, 10)

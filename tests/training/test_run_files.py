@@ -286,7 +286,7 @@ def test_without_the_chess_package_the_report_shows_positions_as_text(tmp_path, 
     monkeypatch.setitem(sys.modules, "chess", None)
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
     assert FEN in text
-    assert "pip install 'jaxlm[chess]'" in text
+    assert "pip install -e '.[chess]' in" in text
 
 
 def test_an_invalid_chess_position_raises_an_error(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.data import ContiguousStreams
+from jaxlm.data import Batches, ContiguousStreams
+from jaxlm.models import Model
 from jaxlm.objectives import causal, objective
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
@@ -29,6 +31,7 @@ from jaxlm.testing.helpers import (
     variant_params,
 )
 from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from tests.training.cached_trainer import CachedTrainer
 
@@ -105,6 +108,21 @@ def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> N
     expected = loss_of(model, state.params, batches[3], model.init_state(*CARRY))[2]
     state, _ = step(state, batches[3])
     assert_trees_close(state.model_state, expected, 2e-5)
+
+
+def test_a_run_that_carries_state_cannot_change_its_dtype(tmp_path: Path) -> None:
+    model, optimizer, _ = model_optimizer_batches("lstm-tiny")
+    columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
+    data = Batches(columns, to_batch=lambda window: causal.batch(window.tokens, reset=window.reset))
+
+    def run(model: Model, **options: Any) -> Any:
+        config, trainer = TrainingConfig(steps=1), trainer_of(model, optimizer)
+        return train(trainer, data, lambda params: {"loss": 1.0}, config, Run(tmp_path, **options))
+
+    assert run(model).step == 1
+    with pytest.raises(ValueError, match=r"dtype=bfloat16 cannot change .*saved value: float32.*: set it to float32"):
+        run(model.with_fields(dtype="bfloat16"), resume=True)
+    assert run(model, resume=True).step == 1
 
 
 def test_a_skipped_step_keeps_the_model_state() -> None:

@@ -24,6 +24,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     return {
         "clamp_len": -1 if cfg.clamp_length is None else cfg.clamp_length,
         "summary_last_dropout": pool_dropout(cfg),
+        "d_head": cfg.embed_dim // cfg.num_heads,
     }
 
 
