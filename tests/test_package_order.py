@@ -123,6 +123,17 @@ def test_only_the_choices_ask_for_the_platform():
     assert {path for path in found if path.startswith(("jaxlm/nn/", "jaxlm/models/"))} == {"jaxlm/nn/choices.py"}
 
 
+def test_custom_gradients_run_in_shard_map():
+    """Only ``jaxlm.nn.custom_gradient`` uses ``jax.custom_vjp``, whose rules would fail in ``jax.shard_map``."""
+    used = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.custom_vjp"
+    }
+    assert used == {"jaxlm/nn/custom_gradient.py"}
+
+
 def test_no_module_imports_private_names():
     """A module uses only the public names of another module."""
     wrong = [

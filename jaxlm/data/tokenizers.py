@@ -419,8 +419,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
             ValueError: a file cannot be parsed, has an empty vocabulary or an unknown ``truncation_side``, names a
-                token that is not in the vocabulary, or gives two tokens the same id; or there is no ``tokenizer.json``, and the other files are not those of
-                GPT-2.
+                token that is not in the vocabulary, or gives two tokens the same id; or there is no
+                ``tokenizer.json``, and the other files are not those of GPT-2.
         """
         directory = Path(directory)
         backend = _read_backend(directory)

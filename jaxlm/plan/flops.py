@@ -57,10 +57,11 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
         ]
         attention = 12 * width * tokens * sum(keys_of_layers)
         attention_text = "12*D*tokens*(mean number of visible keys, summed over the layers)"
-    row_text = f", and 6*{row_weights:,}*rows (parameters after the pooling)" if row_weights else ""
+    row_text, row_count = (" + 6*P*rows", f", P = {row_weights:,} after the pooling") if row_weights else ("", "")
     return Flops(
         6.0 * weights * tokens + attention + 6.0 * row_weights * batch,
-        f"6*N*tokens + {attention_text}, N = {weights:,} {_what(model)}{row_text}; recomputation is not counted",
+        f"6*N*tokens{row_text} + {attention_text}, N = {weights:,} {_what(model)}{row_count}; "
+        "recomputation is not counted",
     )
 
 

@@ -121,9 +121,7 @@ def test_texts_for_training_are_truncated_from_the_side_in_the_files(tmp_path, c
     assert [tokenizer.decode(encoding.ids[1:-1]) for encoding in encodings] == [
         "who is it [SEP] it was", "best of times [SEP] the best", "it [SEP] it",
     ]  # fmt: skip
-    assert caplog.messages == ["1 of 3 texts of a.txt are truncated to 5 tokens"] + [
-        "1 of 3 texts of a.txt are truncated to 8 tokens"
-    ]
+    assert caplog.messages == [f"1 of 3 texts of a.txt are truncated to {limit} tokens" for limit in (5, 8)]
     set_truncation_side(tmp_path, "start")
     with pytest.raises(ValueError, match="tokenizer_config.json: truncation_side='start' must be 'right' or 'left'"):
         load_tokenizer(tmp_path)

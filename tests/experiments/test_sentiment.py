@@ -79,6 +79,17 @@ def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finishe
         assert "cannot change in a resumed run" in capsys.readouterr().err
 
 
+def test_a_model_for_several_labels_per_text_is_refused_before_the_training(finished_run, files, tmp_path, capsys):
+    directory, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(finished_run / "model", directory)
+    (directory / "checksums.json").unlink()  # the configuration changes
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    assert main("--model.pretrained", directory, "--data.train", files / "train.tsv", "--output", output) == 2
+    assert "has problem_type='multi_label_classification', but this objective needs" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_lines_without_a_text_are_an_error_or_are_left_out(tmp_path, capsys):
     path = tmp_path / "train.all"
     path.write_text("1 it is great\n0 \n0 it is dull\n")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.models.model import Metadata
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import classification
 from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
@@ -91,6 +92,18 @@ def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
         classification.make_loss(label_smoothing=1.0)
     with pytest.raises(ValueError, match="must be positive"):
         classification.make_loss(class_weights=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_with_another_problem_type_in_its_files_is_not_trained(problem):
+    model, batch = MeanModel(5), classification.batch(TOKENS, np.array([0, 1, 2, 3]), SEGMENTS, num_labels=5)
+    model.metadata = Metadata(config={"problem_type": problem})
+    with pytest.raises(ValueError, match=f"problem_type='{problem}', but this objective needs exactly one label"):
+        classification.loss(model, {}, batch)
+    model.metadata = Metadata(config={"problem_type": problem}, initialized=("classifier/weight",))
+    classification.check_problem_type(model)  # a new head
+    model.metadata = Metadata(config={"problem_type": "single_label_classification"})
+    classification.check_problem_type(model)
 
 
 def test_accuracy_ignores_rows_with_weight_0():

@@ -18,7 +18,7 @@ import jaxlm
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
-from jaxlm.tasks import predict
+from jaxlm.tasks import classification, predict
 from jaxlm.tasks.predict import Predictions, classify, label_words, score_ids, score_texts
 from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decode_state, initial_params, tiny_model
 

@@ -1,7 +1,6 @@
 """A run that is killed in any phase after the training can be resumed and completed."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +31,18 @@ class Killed(BaseException):
     """A simulated kill. ``except Exception`` does not catch it."""
 
 
-def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path, monkeypatch):
-    text, directory = tmp_path / "text.txt", tmp_path / "run"
+def small_experiment(directory: Path) -> text_generation.Experiment:
+    text = directory / "text.txt"
     text.write_text("to be, or not to be: that is the question. " * 40)
-    experiment = text_generation.Experiment(
+    return text_generation.Experiment(
         model=lib.ModelConfig("gpt", ("num_layers=1", "num_heads=1", "embed_dim=8", "mlp_dim=8")),
         training=TrainingConfig(STEPS, 2, 8, evaluation_batches=1),
-        optimizer=OptimizerConfig(warmup_steps=1), data=text, output=directory, prompt="to", sample_tokens=3,
+        optimizer=OptimizerConfig(warmup_steps=1), data=text, output=directory / "run", prompt="to", sample_tokens=3,
     )  # fmt: skip
+
+
+def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path, monkeypatch):
+    experiment, directory = small_experiment(tmp_path), tmp_path / "run"
     exports: list[dict[str, np.ndarray]] = []
 
     def raise_killed(*arguments: object, **options: object) -> None:
@@ -93,10 +96,13 @@ def test_a_run_killed_before_it_wrote_its_configuration_can_be_started_again(tmp
 
 
 def test_a_finished_run_without_metrics_can_be_completed(tmp_path, capsys):
-    experiment = SimpleNamespace(output=tmp_path)
-    result = SimpleNamespace(interrupted=None, params=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib, "save_pretrained", lambda *arguments, **options: None)
-        patch.setattr(lib.config_lib, "write", lambda *arguments: None)
-        assert lib.export(tmp_path, experiment, None, result)
-    assert "metrics.jsonl is missing: there are no loss curves" in capsys.readouterr().out
+    experiment, directory = small_experiment(tmp_path), tmp_path / "run"
+    text_generation.run(experiment)
+    assert "no metrics" not in capsys.readouterr().out
+    for name in ("metrics.jsonl", "loss.png", "results.json", "report.html"):
+        (directory / name).unlink()
+    text_generation.run(experiment, directory)
+    assert f"{directory / 'metrics.jsonl'} has no metrics: there are no loss curves" in capsys.readouterr().out
+    assert not (directory / "loss.png").exists()
+    assert read_results(directory)["steps"] == STEPS
+    assert (directory / "report.html").exists()
