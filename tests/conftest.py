@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import jaxlib.version
 
@@ -39,24 +40,41 @@ CHECK_INTERVAL = 20
 _finished = 0
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+@pytest.hookimpl(tryfirst=True)  # before the selection by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for ``--dist loadgroup``: one process runs all tests of a group and compiles its models once.
+    """Remove contract tests that apply to no variant of a module, and mark thorough cases.
 
-    A group is a module. In test_contract.py, a group is the tests of one variant. A live test is its own group: such
-    tests share few models, and a long module would keep one process busy while the other one has no tests left.
-    Contract tests that apply to no variant of a module are removed. If a test has the mark ``plain_cases(count)``, all
-    of its cases except ``count`` get the mark ``thorough``.
+    If a test has the mark ``plain_cases(count)``, all of its cases except ``count`` get the mark ``thorough``.
     """
     items[:] = [item for item in items if not _has_no_parameters(item)]
     _mark_thorough_cases(items)
-    for item in items:
-        group = item.nodeid.split("::")[0]
-        if group.endswith("test_contract.py"):
-            group += str(item.callspec.params.get("name", "")) if hasattr(item, "callspec") else ""
-        elif item.get_closest_marker("live"):
-            group = item.nodeid
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A scheduler for ``--dist loadscope``: one process runs all tests of a group and compiles its models once.
+
+    A group is a module. In test_contract.py, a group is the tests of one variant. In ``*_live.py``, each test is a
+    group: such tests share few models, and a long module would keep one process busy while the other one has no tests
+    left. The groups depend only on the names of tests, because pytest 9.2 broke the marks ``xdist_group``.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    from jaxlm.models.registry import variant_names
+
+    variants = variant_names()
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, name = nodeid.partition("::")
+            if module.endswith("_live.py"):
+                return nodeid
+            if module.endswith("test_contract.py"):
+                parameters = name.partition("[")[2]
+                return max((v for v in variants if parameters.startswith(v)), key=len, default=module)
+            return module
+
+    return Scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 SLOW_CONTRACT_TESTS = {
