@@ -51,8 +51,7 @@ class TestSizes:
     engine: int = 40
     """Games against Stockfish at skill level 0, if it is installed."""
     opening_moves: int = 4
-    """Random moves at the start of a game against Stockfish, so that games differ. At most 200, and fewer than
-    max_moves and the max_positions of the model."""
+    """Random moves at the start of a game against Stockfish; at most 200, and fewer than the maximum of a game."""
     max_moves: int = 256
     """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. The max_positions
     of the model (gpt, llama: training.sequence_length) is a lower limit, if it is smaller."""
@@ -194,7 +193,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def max_moves(tests: TestSizes, model: Model) -> int:
-    """The maximum number of moves of a game. Raises ``ValueError`` if ``tests.opening_moves`` is too large."""
+    """The maximum number of moves of a game. Raises ``ValueError`` if ``tests.opening_moves`` is invalid for it."""
     limit = tests.max_moves if model.max_positions is None else min(tests.max_moves, model.max_positions)
     if tests.engine:
         check_opening_moves("tests.opening_moves", tests.opening_moves, limit)
@@ -227,7 +226,8 @@ def _report(
         scores += [sampled.moves, sampled.games]
     model_player = chess.ModelPlayer(*trained_model)
     player: chess.Player = chess.MatingPlayer(model_player) if tests.search_mate_in_one else model_player
-    for name, opponent, games, opening in opponents(tests.random, tests.engine, tests.opening_moves, lib.print_once):
+    counts = {"random": tests.random, "engine": tests.engine, "opening_moves": tests.opening_moves}
+    for name, opponent, games, opening in opponents(**counts, report=lib.print_once):
         match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
         name += " with search for mates" * tests.search_mate_in_one
         lib.print_once(f"against {name}: {match}")

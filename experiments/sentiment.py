@@ -61,7 +61,7 @@ class Data:
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
-    """Maximum number of tokens; longer sentences are truncated. None: a sentence beyond max_positions is an error."""
+    """Maximum number of tokens; longer sentences are truncated. None: more than max_positions tokens are an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +217,10 @@ def train_and_test(
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
-    if experiment.folds is not None and resume is not None and (resume / "model").exists():  # only a fold has a model
-        raise ValueError(f"--resume {resume} is one fold of a cross-validation: --resume {resume.absolute().parent}")
     vocabulary_fields = ["vocabulary", "vocab_size", "min_frequency", "template"]
     lib.check_unchanged(experiment, resume, ["output", "data", *vocabulary_fields, "folds"])
+    if experiment.folds is not None and resume is not None and (resume / "model").exists():  # the parent has no model
+        raise ValueError(f"--resume {resume} is one fold of a cross-validation: --resume {resume.absolute().parent}")
     if experiment.folds is None:
         training, test = parts(experiment.data)
         return train_and_test(experiment, training, test, training.label_names(), resume)[0]

@@ -167,7 +167,8 @@ def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examp
     for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
         if encoding.ids.size > limit:  # limit - 1, because encoding adds an end token
             text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
-            row, truncated = {**row, "source": text.rstrip("\ufffd") or text}, truncated + 1
+            complete = text.rstrip("\ufffd")
+            row, truncated = {**row, "source": complete if complete.strip() else text}, truncated + 1
         rows.append(row)
     return Examples(rows, examples.name), truncated
 

@@ -374,7 +374,7 @@ def overwrite(tree: spec.Tree, values: spec.Tree, path: str = "") -> spec.Tree:
     """``tree`` with the values of ``values`` at the paths that both have.
 
     Raises:
-        ValueError: a value has another shape than the leaf of ``tree``.
+        ValueError: a value has another shape or structure than the part of ``tree``.
     """
     if isinstance(tree, tuple) and isinstance(values, tuple) and len(tree) == len(values):
         return tuple(overwrite(*layers, path) for layers in zip(tree, values, strict=True))
@@ -384,6 +384,8 @@ def overwrite(tree: spec.Tree, values: spec.Tree, path: str = "") -> spec.Tree:
             for name in tree.keys() & values.keys()
         }
         return {**tree, **new}
+    if isinstance(tree, dict | tuple) or isinstance(values, dict | tuple):
+        raise ValueError(f"the new value of {path} has another structure than the parameter")
     shape, new_shape = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, values)
     if new_shape != shape:
         raise ValueError(f"the new value of {path} has the shape {new_shape}: it must have the shape {shape}")

@@ -153,7 +153,7 @@ def check_numbers(config: Any) -> None:
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
     """Yield the dotted name and the value of every number in a config and its nested configs.
 
-    An entry of a tuple has a name such as ``optimizer.betas[1]``. Booleans are left out.
+    An entry of a tuple has a name such as ``pools[1]``. Booleans are left out.
 
     Args:
         where: prefix of the names.

@@ -103,7 +103,7 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
     changed: list[str] = []
 
     def explain() -> contextlib.AbstractContextManager[None]:
-        state = f"of the previous files, {', '.join(changed)} are already replaced or deleted, and all others unchanged"
+        state = f"already replaced, created or deleted: {', '.join(changed)}; all other files are unchanged"
         return explain_disk_errors(directory, state if changed else _UNCHANGED)
 
     for name in delete_first:
@@ -115,7 +115,8 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
         with explain():
             os.replace(temporary / name, directory / name)
         changed.append(name)
-    sync(directory)
+    with explain():
+        sync(directory)
 
 
 @contextlib.contextmanager
@@ -196,6 +197,8 @@ def lock_directory(directory: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{directory} is in use by another process: wait until it ends, or choose another directory"
             ) from None
+        if not directory.is_dir() or not os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+            raise BlockingIOError(f"{directory} was replaced by another process: choose another directory")
         yield
     finally:
         os.close(descriptor)

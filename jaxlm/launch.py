@@ -241,6 +241,8 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP
             # The shell and the kernel may both send it, and a second signal would end the run without saving.
             signal.signal(number, signal.SIG_IGN)
+            if received_signals:  # the run already ends
+                return
             number = signal.SIGTERM
         received_signals.append(number)
 

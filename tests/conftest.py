@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     A group is a module. In test_contract.py, a group is the tests of one variant. In ``*_live.py``, each test is a
     group: such tests share few models, and a long module would keep one process busy while the other one has no tests
-    left. The groups depend only on the names of tests, because pytest 9.2 broke the marks ``xdist_group``.
+    left. The groups depend only on the names of tests, because pytest 9.2 ignores the marks ``xdist_group``.
     """
     from xdist.scheduler import LoadScopeScheduling
 

@@ -209,7 +209,11 @@ def test_an_error_between_two_replacements_names_the_changed_files(old, monkeypa
         real(source, target)
 
     monkeypatch.setattr(integrity.os, "replace", failing)
-    message = f"of the previous files, {changed} are already" if changed else "the previous files are unchanged"
+    message = (
+        f"already replaced, created or deleted: {changed}; all other files are unchanged"
+        if changed
+        else "the previous files are unchanged"
+    )
     with pytest.raises(PermissionError, match=f"^[^:]* is not writable [^:]*: [^:]*: {message}"):
         replace(old, delete_first=["index"] if renames else [])
     after = contents(old)

@@ -18,7 +18,7 @@ class Compare:
     """Print a table of training runs: family, parameters, steps, minutes, validation metrics and scores."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, for example runs/*. Other files and directories are left out with a message."""
+    """Run directories, for example runs/*. Existing paths that are not run directories are left out with a message."""
     plot: Path | None = None
     """Plot the validation curves of all runs to this PNG file."""
 
@@ -30,7 +30,7 @@ class Compare:
         others = [path for path in self.runs if path.exists() and not is_run(path)]
         runs = [path for path in self.runs if path not in others]
         if not runs:
-            check_run(others[0])  # raises an error
+            check_run(others[0])  # raises the error of a directory that is not a run
         print(compare_runs(runs))
         for path in others:
             print(f"jaxlm compare: {path} is left out: it is not a run directory", file=sys.stderr)

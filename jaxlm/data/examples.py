@@ -406,8 +406,8 @@ def _read_rows(
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 raise ValueError(
-                    f"{path}, line {number}: a quote in the row that begins here is not closed, so the rest of the "
-                    "file cannot be read: close it, or write a quote in a text as two quotes in a quoted field"
+                    f"{path}, line {number}: the row that begins here has a quote that is not closed, so the rest "
+                    "of the file cannot be read. Close the quote. A quote inside a quoted text is written as two quotes"
                 ) from error
             reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
             if reader.line_num > number:  # these lines are not read as rows

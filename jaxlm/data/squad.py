@@ -81,7 +81,7 @@ def _read_records(path: Path) -> Iterator[Any]:
         content = parse(text)
     except ValueError as error:  # a file with several JSON lines is not one JSON document
         lines = [line for line in text.split("\n") if line.strip()]
-        if isinstance(error, DuplicateKeyError) and not lines[0].rstrip().endswith("}"):  # it is one JSON document
+        if isinstance(error, DuplicateKeyError) and (len(lines) == 1 or not lines[0].rstrip().endswith("}")):
             raise ValueError(f"{path}: {error}") from error
         yield from lines
         return

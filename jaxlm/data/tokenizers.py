@@ -203,7 +203,8 @@ def encode_truncated(
 ) -> list[Encoding]:
     """The encoding of each text (and its pair), truncated to ``max_length`` tokens. None: no truncation.
 
-    The logger "jaxlm" warns with the number of truncated encodings.
+    Long texts are encoded twice, because the tokenizer knows from which side to remove tokens. The logger "jaxlm" warns
+    with the number of truncated encodings.
 
     Args:
         name: what the texts are, for the warning, for example ``texts of train.tsv``.
@@ -445,8 +446,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
 
-        No space is removed: ``clean_up_tokenization_spaces`` in ``tokenizer_config.json``, which removes spaces before
-        punctuation and contractions in transformers, has no effect.
+        Only the decoder in ``tokenizer.json`` changes spaces (WordPiece with ``cleanup`` removes spaces before
+        punctuation and in contractions). ``clean_up_tokenization_spaces`` in ``tokenizer_config.json``, which
+        transformers also applies, has no effect.
 
         Args:
             skip_special_tokens: True removes special tokens. False writes them as text.
@@ -551,14 +553,13 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     settings, config = (_read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     model_type = config.get("model_type") or "gpt2"  # names with "jaxlm-" are models without a published tokenizer
-    added = [(token, file) for token, (file, _) in _added_tokens(directory).items() if token not in vocabulary]
     if name not in (None, *_GPT2_CLASSES):
         reason = f"tokenizer_class={name!r}"
     elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
         reason = f"model_type={model_type!r}"
     elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
         reason = f"{setting}={settings[setting]!r}"
-    elif added:
+    elif added := [(token, file) for token, (file, _) in _added_tokens(directory).items() if token not in vocabulary]:
         reason = "the further token {!r} in {}".format(*added[0])
     else:
         return
@@ -574,7 +575,7 @@ _ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
-    """The tokens that GPT-2's files declare besides ``vocab.json``: they are not split, as in transformers.
+    """The tokens that GPT-2's files declare in addition to ``vocab.json``. They are not split, as in transformers.
 
     Returns:
         Token -> the name of the file that declares it, and its options of ``tokenizers.AddedToken``.
@@ -582,6 +583,9 @@ def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
     declared: list[tuple[str, Any, bool]] = []  # file name, token, whether it has a role
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = _read_if_exists(directory / name)
+        for key, kind in (("additional_special_tokens", list), ("added_tokens_decoder", dict)):
+            if not isinstance(content.get(key) or kind(), kind):
+                raise ValueError(f"{directory / name}: {key}={content[key]!r} must be a {kind.__name__}")
         tokens = [content.get(f"{role}_token") for role in ROLES] + (content.get("additional_special_tokens") or [])
         declared += [(name, token, True) for token in tokens if token is not None]
         declared += [(name, token, False) for token in (content.get("added_tokens_decoder") or {}).values()]

@@ -44,7 +44,8 @@ class GenerationConfig:
             its start token. Set it instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
         end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none. If
-            ``eos_token_id`` in ``config.json`` is a list with the end id of the tokenizer: all ids of the list.
+            ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, also the other ids
+            of the list (those of the vocabulary).
         ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
             ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error unless it is ignored.
 
@@ -168,11 +169,12 @@ _FROM_FILE = f" (fields that you do not set are read from {FILE})"
 
 
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end id of the tokenizer, or the list in ``config.json`` that has it and further ids."""
+    """The end id of the tokenizer, and further ids if ``config.json`` has a list of end ids that contains it."""
     metadata = getattr(model, "metadata", None)
     listed = None if metadata is None else metadata.config.get("eos_token_id")
     if isinstance(listed, list) and tokenizer.end_id in listed:
-        return tuple(listed)
+        further = (i for i in listed if i != tokenizer.end_id and 0 <= i < num_ids(model, tokenizer))
+        return (tokenizer.end_id, *further)
     return () if tokenizer.end_id is None else (tokenizer.end_id,)
 
 

@@ -390,9 +390,9 @@ def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
     """Whether a ``config.json`` describes the model of which ``_model_fields`` gives ``model_fields``."""
     try:
         description = describe(dict(config), Path("config.json"), {})
+        return _model_fields(description.model, description.format) == model_fields
     except ValueError:
         return False
-    return _model_fields(description.model, description.format) == model_fields
 
 
 def _tokenizer_fields(

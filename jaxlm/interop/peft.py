@@ -334,8 +334,8 @@ class _Weight:
         if self.second_name is not None:
             raise ValueError(
                 f"{self.path} is trained in full, but the transformers class uses this table twice ({self.names[0]} "
-                f"and {self.second_name}), and PEFT trains only one copy: merge the adapter with PEFT, or save the "
-                "merged model"
+                f"and {self.second_name}), and PEFT trains only one copy. To save: use save_pretrained with the merged "
+                "parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), and load the result"
             )
 
     def _stack(self, matrices: np.ndarray) -> np.ndarray:

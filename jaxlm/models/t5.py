@@ -73,7 +73,7 @@ class Config(common.TransformerConfig):
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, attention probabilities, MLPs, and outputs of sublayers, encoder and decoder."""
+    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, outputs of sublayers and stacks."""
     decoder_start_id: int = 0
     """Id of the first input of the decoder, before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
@@ -140,7 +140,7 @@ def apply(
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Several rows may share a source.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position in the document (without a state, its padding inside counts).
+        positions: [B, T] int32. Default: the position in the document; without a state, this counts padding inside.
         key: random key for dropout; None: no dropout.
 
     Raises:

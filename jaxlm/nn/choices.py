@@ -211,7 +211,7 @@ LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 
 
 def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
-    """The implementation of ``linear_attention``, ``mlstm`` and the delta rules.
+    """The implementation of ``linear_attention``, ``ssd``, ``mlstm`` and the delta rules.
 
     The result is ``reference`` for fewer than ``MIN_CHUNKED_STEPS`` steps. For more steps, it is ``pallas`` on a TPU if
     ``pallas`` supports the arguments, otherwise ``chunked``.

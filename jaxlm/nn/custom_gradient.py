@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ class custom_vjp:
         nondiff_argnums: as in ``jax.custom_vjp``.
     """
 
-    def __init__(self, function: Callable[..., Any], nondiff_argnums: Iterable[int] = ()) -> None:
+    def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         self._function = jax.custom_vjp(function, nondiff_argnums=tuple(nondiff_argnums))
         self._nondiff_argnums = frozenset(nondiff_argnums)
         self.defvjp = self._function.defvjp

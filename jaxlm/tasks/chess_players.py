@@ -241,14 +241,16 @@ class MatchResult:
 
 
 def opponents(
-    random: int, engine: int, opening_moves: int, report: Callable[[str], None]
+    *, random: int, engine: int, opening_moves: int, report: Callable[[str], None]
 ) -> Iterator[tuple[str, Player, int, int]]:
     """Yield the name, player, number of games and number of random opening moves of each match of a test.
 
     Args:
         random: number of games against random legal moves; 0: no match.
-        engine: number of games against Stockfish at skill level 0; 0: no match. If Stockfish is not installed or does
-            not start, ``report`` gets a message, and there is no match.
+        engine: number of games against Stockfish at skill level 0; 0: no match. There is also no match if Stockfish is
+            not installed or does not start.
+        opening_moves: number of random moves at the beginning of each game against Stockfish.
+        report: a function, for example one that prints, that gets a message if there is no match against Stockfish.
     """
     if random:
         yield "random moves", RandomPlayer(), random, 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm.data import PackedDocuments, Source, Window
 from jaxlm.data.buckets import Bucketed, Encoded
-from jaxlm.data.games import Games, Notation, check_notation, to_san
+from jaxlm.data.games import Games, Notation, check_notation, import_chess, to_san
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import causal
@@ -141,12 +141,12 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
     Args:
         first: index of the player's first move, 0 for white and 1 for black.
     """
-    from chess import PAWN
+    pawn = import_chess().PAWN
 
     board, best, best_piece = board_after(""), None, 0
     for index, word in enumerate(words):
         move = board.parse_uci(word)
-        captured = board.piece_type_at(move.to_square) or PAWN  # the target square is empty in a capture en passant
+        captured = board.piece_type_at(move.to_square) or pawn  # the target square is empty in a capture en passant
         if index % 2 == first and captured > best_piece and board.is_capture(move):
             best, best_piece = index + 1, captured
         board.push_uci(word)

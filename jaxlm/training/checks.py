@@ -59,7 +59,7 @@ def check_settings(experiment: Any, initial: Any) -> None:
         ValueError: a number is out of its range, or an option changed a setting that has no effect.
     """
     for name, value in numbers_of(experiment):
-        field = name.rpartition(".")[2]
+        field = name.rpartition(".")[2].partition("[")[0]
         if name.startswith(("training.", "optimizer.")):
             continue  # TrainingConfig and OptimizerConfig check these
         if value < MINIMUMS.get(field, -math.inf):

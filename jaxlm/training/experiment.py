@@ -229,7 +229,7 @@ def prepare_run(
 
     def create() -> str:
         checks.check_space(resume or experiment.output or RUNS, trainer, checkpoints=has_checkpoints)
-        directory = resume or experiment.output or new_directory(name)
+        directory = resume or experiment.output or _create_directory(name)
         checks.check_output(directory, resume=resume is not None)
         if resume is None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -244,10 +244,18 @@ def prepare_run(
 
 
 def new_directory(name: str) -> Path:
-    """Create the directory of a new run without an output option, and return its path.
+    """Create the directory of a new run without an output option, and return its path (the same in all processes).
 
     It is ``runs/<name>-<time>``. If it exists, because another run started in the same second, -2, -3, ... is added.
+
+    Raises:
+        NotADirectoryError: ``runs`` is not a directory.
     """
+    return Path(processes.call_in_first_process(lambda: str(_create_directory(name))))
+
+
+def _create_directory(name: str) -> Path:
+    checks.check_output(RUNS, resume=True)
     RUNS.mkdir(exist_ok=True)
     path = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
@@ -261,7 +269,7 @@ def new_directory(name: str) -> Path:
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
     """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run.
 
-    The names of the model and of the optimizer and the seed must not change, either.
+    The name of the model, the name of the optimizer and the seed must not change either.
     """
     if resume is None:
         return

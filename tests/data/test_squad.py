@@ -118,6 +118,7 @@ def test_an_error_has_a_reason_if_all_questions_are_invalid(tmp_path: Path) -> N
         ('{"data"', r"question 1 \(id None\): the file is neither SQuAD JSON nor one JSON object per line: "),
         ('{"data": []}', "has no questions"),
         ('{\n"data": [],\n"data": []\n}', "f: the key 'data' occurs twice"),
+        ('{"data": [], "data": []}', "f: the key 'data' occurs twice"),
         ('{"id": 7, "id": 8}\n{}', r"question 1 \(id None\): .*: the key 'id' occurs twice"),
         ("", "has no questions"),
         ('{"id": 7, "context": "a"}', r"question 1 \(id 7\): no field 'question': the fields are 'id', 'context'"),

@@ -246,6 +246,9 @@ def test_declared_tokens_of_vocab_and_merges_are_not_split(tmp_path, name, conte
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<x>"]}))
     with pytest.raises(ValueError, match=r"the further token '<x>' in special_tokens_map\.json"):
         load_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": "<x>"}))
+    with pytest.raises(ValueError, match=r"additional_special_tokens='<x>' must be a list"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_package_raises_an_error_with_the_install_command(tmp_path, monkeypatch):

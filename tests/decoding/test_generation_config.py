@@ -62,7 +62,7 @@ def test_given_fields_override_the_file_and_the_file_overrides_the_library() -> 
 
 
 @pytest.mark.parametrize(
-    ("in_config", "expected"), [([7, 256, 9], (7, 256, 9)), ([7, 9], (256,)), (7, (256,)), (None, (256,))]
+    ("in_config", "expected"), [([7, 256, 9, 999], (256, 7, 9)), ([7, 9], (256,)), (7, (256,)), (None, (256,))]
 )
 def test_a_list_of_end_ids_in_the_config_is_used_if_it_has_that_of_the_tokenizer(in_config: Any, expected: Any) -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=257)

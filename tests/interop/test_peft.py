@@ -206,7 +206,7 @@ def test_errors_name_unsupported_config_fields(change, message, tmp_path):
         ({"lm_head.base_layer.weight": (4, 4)}, "is a weight of the base model: save the adapter with"),
         (
             {"transformer.wte.weight": (128, 32)},
-            r"this table twice \(transformer.wte.weight and lm_head.weight\), and PEFT trains only one copy: merge the",
+            r"this table twice \(transformer.wte.weight and lm_head.weight\), and PEFT trains only one copy. To save",
         ),
     ],
 )

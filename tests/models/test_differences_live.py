@@ -39,7 +39,7 @@ def build(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
     return torch_model, *load_pretrained(directory)
 
 
-def test_decoding_removes_no_space(tmp_path: Path) -> None:
+def test_decoding_ignores_clean_up_tokenization_spaces(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     text = "it isn 't so , is it ?"

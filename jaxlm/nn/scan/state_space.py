@@ -82,12 +82,12 @@ def ssd(
             C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
             reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
         )  # fmt: skip
-    # The gradient of linear_attention would be inaccurate: it is the gradient of the logarithm of the decays, which
-    # is infinite at 0. So all of a chunk is differentiated.
+    # ``linear_attention`` takes the logarithm of the decays. Its gradient is infinite at a decay of 0, so it would be
+    # inaccurate here. Instead, all of a chunk is differentiated.
     T = x_BTHP.shape[1]
     implementation = choose_implementation("ssd", implementation, T, chunk, "has no negative eigenvalues")
     check_inputs(C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, reset_BT, keep_BT)
-    decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]  # 0 at padding
+    decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]  # prepare() sets it to 0 at padding
     if reset_BT is not None:
         decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
     value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
