@@ -433,7 +433,9 @@ def test_the_parent_process_imports_no_framework() -> None:
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("case", [scan_baselines.JaxCase, scan_baselines.TorchCase])
+@pytest.mark.parametrize(
+    "case", [scan_baselines.JaxCase, pytest.param(scan_baselines.TorchCase, marks=pytest.mark.live)]
+)
 def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) -> None:
     results = []
     for backward in (False, True):
