@@ -44,7 +44,7 @@ def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the
     assert [line.line for line in examples.rejected] == [5, 6]
     unclosed = write(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n')
     for on_error in ("raise", "report"):
-        with pytest.raises(ValueError, match=r"c.csv, line 3: a quote in the row that begins here is not closed"):
+        with pytest.raises(ValueError, match=r"c.csv, line 3: the row that begins here has a quote that is not closed"):
             read_table(unclosed, fields, on_error=on_error)
     swallowed = read_table(write(tmp_path / "s.csv", 'label,text\n1,"a\n2,b\n3,"c"\n4,d\n'), fields, on_error="report")
     assert swallowed.column("text") == ["d"]
