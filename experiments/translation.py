@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import host, metrics
-from jaxlm.cli.common import one_line
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import verses
 from jaxlm.data.examples import Examples, OnError, read_pairs
+from jaxlm.data.text_files import one_line
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import Model
 from jaxlm.objectives.batch import smoothed_token_loss

@@ -386,9 +386,10 @@ def overwrite(tree: spec.Tree, values: spec.Tree, path: str = "") -> spec.Tree:
         return {**tree, **new}
     if isinstance(tree, dict | tuple) or isinstance(values, dict | tuple):
         raise ValueError(f"the new value of {path} has another structure than the parameter")
-    shape, new_shape = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, values)
-    if new_shape != shape:
-        raise ValueError(f"the new value of {path} has the shape {new_shape}: it must have the shape {shape}")
+    if jnp.shape(values) != jnp.shape(tree):
+        raise ValueError(
+            f"the new value of {path} has the shape {jnp.shape(values)}: it must have the shape {jnp.shape(tree)}"
+        )
     return values
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import STANDARD_INPUT, Directory, load, one_field, standard_input
+from jaxlm.cli.common import STANDARD_INPUT, Directory, load, standard_input
 from jaxlm.data import read_text
 from jaxlm.data.examples import read_jsonl
+from jaxlm.data.text_files import one_field
 from jaxlm.tasks.question_answering import answer
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import Directory, Texts, load, one_field, read_texts, split_pairs
+from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
+from jaxlm.data.text_files import one_field
 from jaxlm.tasks.predict import classify
 
 

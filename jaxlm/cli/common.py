@@ -97,16 +97,6 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     return lines
 
 
-def one_line(text: str) -> str:
-    """The text with backslashes and line breaks escaped as in JSON."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def one_field(text: str) -> str:
-    """The text as a field of a line of fields that are separated by tabs: :func:`one_line`, with tabs escaped too."""
-    return one_line(text).replace("\t", "\\t")
-
-
 def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """The texts before the tabs and the texts after the tabs. Without tabs: the texts and None.
 

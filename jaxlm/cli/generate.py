@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.cli.common import Directory, Texts, load, load_draft, one_line, read_texts, sampling_options
+from jaxlm.cli.common import Directory, Texts, load, load_draft, read_texts, sampling_options
+from jaxlm.data.text_files import one_line
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
 from jaxlm.training.checks import check_beams

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import jax
 
-from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts, sampling_options
+from jaxlm.cli.common import Directory, Texts, load, read_texts, sampling_options
+from jaxlm.data.text_files import one_line
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
 from jaxlm.training.checks import check_beams

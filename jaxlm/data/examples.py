@@ -368,9 +368,9 @@ def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Exampl
         value = row[column]
         if value is None:
             raise ValueError(f"{column!r} is null")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{column!r} is empty")
         if isinstance(value, str):
+            if not value.strip():
+                raise ValueError(f"{column!r} is empty")
             check_no_surrogate(value, repr(column))
         example[field] = value
     return example

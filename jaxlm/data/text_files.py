@@ -116,14 +116,32 @@ def suffix(path: str | Path) -> str:
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
+def one_line(text: str) -> str:
+    """The text with backslashes and line breaks escaped as in JSON."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def one_field(text: str) -> str:
+    """The text as a field of a line of fields that are separated by tabs: :func:`one_line`, with tabs escaped too."""
+    return one_line(text).replace("\t", "\\t")
+
+
 def check_no_surrogate(text: str, name: str) -> None:
-    """Raise ``ValueError`` if a text has a surrogate: half of a pair of UTF-16 codes, which is not a character.
+    """Raise ``ValueError`` as :func:`utf8_bytes`."""
+    utf8_bytes(text, name)
+
+
+def utf8_bytes(text: str, name: str) -> bytes:
+    """The UTF-8 bytes of a text.
 
     Args:
         name: the name of the text in the message.
+
+    Raises:
+        ValueError: the text has a surrogate: half of a pair of UTF-16 codes, which is not a character.
     """
     try:
-        text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
             f"character {error.start} of {name}, {text[error.start]!r}, is a surrogate and has no UTF-8 bytes"

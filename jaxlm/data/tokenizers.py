@@ -18,7 +18,7 @@ import numpy as np
 from jaxlm import extras, integrity
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
-from jaxlm.data.text_files import check_no_surrogate
+from jaxlm.data.text_files import check_no_surrogate, utf8_bytes
 from jaxlm.json_files import read_object
 
 _LOG = logging.getLogger("jaxlm")
@@ -256,8 +256,7 @@ class ByteTokenizer(EncodeInputsMixin):
     special_ids = SpecialIds(eos=256)
 
     def encode(self, text: str) -> np.ndarray:
-        check_no_surrogate(text, "the text")
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        return np.frombuffer(utf8_bytes(text, "the text"), np.uint8).astype(np.int32)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm import sharding
 
@@ -56,22 +57,40 @@ def scan_chunks(run_chunk: Callable[..., Any], inputs: Sequence[jax.Array], stat
     The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays. So only
     the state before each chunk is saved.
     """
+    recomputed, chunks = jax.checkpoint(run_chunk, prevent_cse=False), split_into_chunks(inputs, chunk)
+    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
+    return join_chunks(out_CBHLV, inputs[0].shape[1]), last_BHKV
+
+
+def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:
+    """Each input [B, T, H, X] in chunks, [C, B, H, L, X].
+
+    The last chunk is padded with zeros, which must not change the state.
+
+    Args:
+        chunk: L, a power of two. If fewer steps are enough for one chunk, L is the smallest power of two that is.
+    """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
-    recomputed = jax.checkpoint(run_chunk, prevent_cse=False)
-    chunks = [split_into_chunks(x, L) for x in inputs]
-    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
-    return join_chunks(out_CBHLV, T), last_BHKV
 
+    def split(x_BTHX: jax.Array) -> jax.Array:
+        B, _, H, X = x_BTHX.shape
+        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
+        return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
 
-def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
-    """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
-    B, T, H, X = x_BTHX.shape
-    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
-    return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
+    return tuple(map(split, inputs))
 
 
 def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
     """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
     C, B, H, L, X = x_CBHLX.shape
     return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]
+
+
+def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
+    """An ``einsum`` that casts its inputs to ``dtype`` and returns float32."""
+
+    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
+
+    return product

@@ -23,12 +23,10 @@ Shapes: B batch, T time, H heads, K width of queries and keys, V width of values
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
 from jaxlm.nn.scan import chunks, delta_rule_pallas
@@ -208,7 +206,7 @@ def _gated_chunk(
 
         u_t + beta_t * sum_{s < t} D(s, t) * (k_t @ k_s) * u_s = beta_t * (v_t - D(0, t) * k_t @ S)
     """
-    product = _product_in(v_BHLV.dtype)
+    product = chunks.product_in(v_BHLV.dtype)
     decay_BHLM, prefix_BHL1, suffix_BHL1 = decay_products(jnp.exp(log_BHL1))
     overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
     old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
@@ -217,15 +215,6 @@ def _gated_chunk(
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
     state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
     return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
-
-
-def _product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
-    """An ``einsum`` that casts its inputs to ``dtype`` and returns float32."""
-
-    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
-
-    return product
 
 
 # ---------------------------------------------------------------------------------------- generalized delta rule
@@ -262,7 +251,7 @@ def _generalized_chunk(
     of step t, and then moves its scores from step t to step t + 1.
     """
     dtype = v_BHLV.dtype
-    product = _product_in(dtype)
+    product = chunks.product_in(dtype)
     queries = (q_BHLK, jnp.pad(a_BHLK[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))))  # q_t and a_{t+1}
     keys = (k_BHLK, b_BHLK)
 

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import matrix_state_pallas
-from jaxlm.nn.scan.chunks import join_chunks, per_head, prepare, scan_steps, split_into_chunks
+from jaxlm.nn.scan.chunks import join_chunks, per_head, prepare, product_in, scan_steps, split_into_chunks
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.segments import check_masks
 
@@ -88,8 +88,9 @@ def linear_attention(
     if reset_BT is not None and implementation != "pallas":
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
-    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1)
-    (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV = prepare(inputs, state_BHKV, keep_BT)
+    (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV = prepare(
+        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, keep_BT
+    )
     if implementation == "pallas":
         if reset_BT is not None and keep_BT is not None:
             reset_BT = reset_BT & keep_BT  # padding does not change the state
@@ -101,12 +102,11 @@ def linear_attention(
         key_BTGK = (scale_BTH1 * key_BTGK.astype(jnp.float32)).astype(key_BTGK.dtype)
     elif scale_BTH is not None:
         value_BTHV = (scale_BTH1 * value_BTHV.astype(jnp.float32)).astype(value_BTHV.dtype)
-    inputs_BT = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
+    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
-        return scan_steps(_log_step, inputs_BT, state_BHKV)
-    if chunk is None:
-        chunk = choices.linear_attention_chunk()
-    return _chunked(inputs_BT, state_BHKV, min(chunk, 1 << (T - 1).bit_length()))
+        return scan_steps(_log_step, inputs, state_BHKV)
+    out_CBHLV, state_BHKV = _scan(split_into_chunks(inputs, chunk or choices.linear_attention_chunk()), state_BHKV)
+    return join_chunks(out_CBHLV, T), state_BHKV
 
 
 def choose_implementation(
@@ -213,11 +213,6 @@ def decay_step(
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-    out_CBHLV, state_BHKV = _scan(tuple(split_into_chunks(x, L) for x in inputs), state_BHKV)
-    return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
-
-
 @custom_vjp
 def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
     state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: _chunk(state, *inputs), state_BHKV, inputs)
@@ -304,10 +299,7 @@ def decay_chunk(
     is the expression in parentheses for t = L. Decays are multiplied and never divided, so no product has a magnitude
     above 1. Decays may be negative.
     """
-
-    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
-
+    product = product_in(dtype)
     if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
