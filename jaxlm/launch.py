@@ -1,8 +1,8 @@
 """Scripts that run a command on rented machines, and multi-process runs on this machine.
 
 :func:`script` returns a bash script for the user to read and run. The script installs the last commit of this
-checkout (without uncommitted changes), runs a command on every host, and, if the command succeeds, fetches the results
-of the first host. A TPU is created at the start of the script, and deleted at its end, even after a failure. A GPU node
+checkout (without uncommitted changes), runs a command on every host, and fetches the results of the first host, even
+after a failure. A TPU is created at the start of the script, and deleted at its end, even after a failure. A GPU node
 must already exist. jaxlm never executes the script.
 
 :func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.

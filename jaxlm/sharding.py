@@ -147,7 +147,8 @@ def make_mesh(
 
     Args:
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
-        axis_type: ``Auto`` lets the compiler propagate shardings. The models also support ``Explicit``.
+        axis_type: ``Auto`` lets the compiler propagate shardings. ``Explicit`` is for ``jax.set_mesh`` without
+            :class:`Sharding`: models, losses and their gradients run on a batch that is split over the mesh.
 
     Raises:
         ValueError: the text cannot be read (:func:`parse_mesh`), or the product of the sizes is not the number of
@@ -182,13 +183,19 @@ class Sharding:
     """A mesh and the rules that map logical axes to it.
 
     Raises:
-        ValueError: the mesh has an axis that no rule names.
+        ValueError: the mesh has an axis that is not Auto, or an axis that no rule names.
     """
 
     mesh: Mesh
     rules: Rules = DEFAULT_RULES
 
     def __post_init__(self) -> None:
+        for axis, axis_type in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
+            if axis_type != AxisType.Auto:
+                raise ValueError(
+                    f"mesh axis {axis!r} has axis type {axis_type.name}, but Sharding needs a mesh with Auto axes: leave "
+                    "axis_type out of make_mesh (an Explicit mesh is for jax.set_mesh without Sharding)"
+                )
         for axis in self.mesh.axis_names:
             if axis not in self.rules.mesh_axes:
                 raise ValueError(
@@ -401,3 +408,14 @@ def gather_sharding(ids: jax.Array) -> NamedSharding | None:
         return None
     sharding = jax.typeof(ids).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+
+
+def row_sharding(x: jax.Array) -> NamedSharding | None:
+    """The ``out_sharding`` of a reshape of ``x`` that keeps its first axis: the sharding of this axis, and no other.
+
+    None unless the mesh has Explicit axes, as in :func:`gather_sharding`.
+    """
+    if not has_explicit_axes(x):
+        return None
+    sharding = jax.typeof(x).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))

@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -210,17 +210,31 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
 # ------------------------------------------------------------------------------- layers, arrays, shapes, masks
 
 
-def layers(count: int, specs: Tree, *, stacked: bool) -> Tree:
-    """Specs of ``count`` equal layers, for the key ``layers`` of the parameters and of the state of a family.
+def layers(specs: Iterable[Tree], *, stacked: bool) -> Tree:
+    """Specs of all layers of a model, for the key ``layers`` of its parameters or of its state.
 
     The config field ``scan_layers`` selects one of two layouts (``jaxlm.models.common.run_layers``):
 
-    - stacked: one tree, whose arrays have a leading ``layers`` axis of size ``count``. ``lax.scan`` runs the layers.
+    - stacked: one tree, whose arrays have a leading ``layers`` axis. ``lax.scan`` runs the layers.
     - per-layer: a tuple with one tree per layer. A Python loop runs the layers.
 
     Initial values, shardings, optimizer states and checkpoints have the layout of the specs.
+
+    Args:
+        specs: the specs of each layer: ``[block] * num_layers`` if all layers are equal.
+
+    Raises:
+        ValueError: if ``stacked`` is True and the layers are not equal.
     """
-    return stack(count, specs) if stacked else (specs,) * count
+    specs = tuple(specs)
+    if not stacked:
+        return specs
+    for number, layer in enumerate(specs):
+        if layer != specs[0]:
+            raise ValueError(
+                f"layer {number} differs from layer 0: stacked layers must be equal (set scan_layers to False)"
+            )
+    return stack(len(specs), specs[0])
 
 
 def stack(count: int, specs: Tree) -> Tree:

@@ -95,14 +95,14 @@ def specs(cfg: Config) -> dict[str, Any]:
         "output": linear_specs((D, D), ("mlp", "embed"), normal, bias=False),
     }
     table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    layers = spec.layers(cfg.num_layers, layer, stacked=cfg.scan_layers)
+    layers = spec.layers([layer] * cfg.num_layers, stacked=cfg.scan_layers)
     return {"token_embedding": table, "layers": layers, "final_norm": rms_norm_specs(D), "head": table}
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state for any ``length``: ``hidden`` of each layer, and the last document of each row."""
     layer = {"hidden": ArraySpec((batch, cfg.embed_dim), ("batch", "activation_embed"))}
-    layers = spec.layers(cfg.num_layers, layer, stacked=cfg.scan_layers)
+    layers = spec.layers([layer] * cfg.num_layers, stacked=cfg.scan_layers)
     return {"layers": layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
 
 

@@ -243,7 +243,7 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, coun
         "norm": {"scale": spec.ArraySpec((8,), ("embed",))},
     }
     specs = {
-        is_stacked: {"table": layer["w"], "encoder": {"layers": spec.layers(count, layer, stacked=is_stacked)}}
+        is_stacked: {"table": layer["w"], "encoder": {"layers": spec.layers([layer] * count, stacked=is_stacked)}}
         for is_stacked in (True, False)
     }
     saved, wanted = spec.init(specs[stacked], key), spec.init(specs[not stacked], key)
@@ -259,7 +259,7 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, coun
         if sharding is not None:
             assert {leaf.sharding for leaf in jax.tree.leaves(restored["params"])} == {mesh}
     one_more_layer = spec.abstract(
-        {"table": layer["w"], "encoder": {"layers": spec.layers(count + 1, layer, stacked=not stacked)}}
+        {"table": layer["w"], "encoder": {"layers": spec.layers([layer] * (count + 1), stacked=not stacked)}}
     )
     with pytest.raises(ValueError, match=r"encoder/layers/"):
         Checkpointer(tmp_path).restore({"params": one_more_layer, "key": key})

@@ -69,7 +69,7 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_the_number_of_layers():
 def test_layers_have_the_same_values_in_both_layouts():
     layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0)), "b": ArraySpec((6,), ("mlp",), ONES)}
     stacked, per_layer = (
-        {"encoder": {"layers": spec.layers(3, layer, stacked=is_stacked)}, "table": layer["w"]}
+        {"encoder": {"layers": spec.layers([layer] * 3, stacked=is_stacked)}, "table": layer["w"]}
         for is_stacked in (True, False)
     )
     assert spec.unstack(stacked) == per_layer
@@ -77,6 +77,13 @@ def test_layers_have_the_same_values_in_both_layouts():
     values = [spec.init(specs, jax.random.key(4)) for specs in (stacked, per_layer)]
     assert_trees_equal(spec.unstack(values[0]), values[1])
     assert spec.count(stacked) == spec.count(per_layer)
+
+
+def test_stacked_layers_must_be_equal():
+    layer, other = ({"w": ArraySpec((width,), ("embed",), Normal(1.0))} for width in (5, 6))
+    assert spec.layers([layer, other], stacked=False) == (layer, other)
+    with pytest.raises(ValueError, match="layer 1 differs from layer 0: stacked layers must be equal"):
+        spec.layers([layer, other], stacked=True)
 
 
 def test_layers_of_different_kinds_stay_per_layer():

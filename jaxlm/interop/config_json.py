@@ -290,10 +290,11 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     """The contents of ``config.json`` for saving a model.
 
     Args:
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters; if they have several, the dtype of most of their entries.
         tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
-            published models if there is no loaded config of this format. An id of the published models is null if it is
-            outside the vocabulary.
+            published models if there is no loaded config. An id of the published models is null if it is outside the
+            vocabulary. If the loaded config has another model type, only its padding, BOS and EOS ids are written,
+            because they describe the vocabulary, and its other fields that jaxlm does not set are dropped.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
@@ -306,8 +307,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         loaded = {}
     result = _merge_loaded(model, model_fields, loaded)
     if not loaded:
-        vocabulary = model.config.vocab_size
-        result |= {field: token if token < vocabulary else None for field, token in table.token_ids.items()}
+        result |= _new_token_fields(model, table)
     if tokenizer is not None:
         result |= _tokenizer_fields(model, table, tokenizer, result)
     if loaded and not _describes(result, model_fields):
@@ -344,7 +344,8 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
-_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "head_dim")
+"""If one of these fields changes, all of them are written."""
 
 
 def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,6 +394,21 @@ def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
         return _model_fields(description.model, description.format) == model_fields
     except ValueError:
         return False
+
+
+def _new_token_fields(model: Model, table: Format) -> dict[str, Any]:
+    """The special token ids for a ``config.json`` of a model that was not loaded, or loaded as another model type.
+
+    A loaded config that omits an id has the default of its own model type.
+    """
+    loaded: Mapping[str, Any] = {} if model.metadata is None else model.metadata.config
+    fields: dict[str, Any] = dict.fromkeys(table.token_ids)
+    for other in formats.of(model.family):
+        if other.model_type == loaded.get("model_type", table.model_type):
+            fields |= {field: token for field, token in other.token_ids.items() if token < model.config.vocab_size}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    fields |= {field: loaded[field] for field in names if field in loaded}
+    return {field: token for field, token in fields.items() if field not in table.required}
 
 
 def _tokenizer_fields(

@@ -46,7 +46,7 @@ from jaxlm.interop.config_json import (
 )
 from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, path_inside, write_json
 from jaxlm.interop.formats import Format
-from jaxlm.interop.locations import Location, locations_of, tensor_groups
+from jaxlm.interop.locations import Location, copies_of, locations_of, tensor_groups
 from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
@@ -184,7 +184,10 @@ def save_pretrained(
     for path, leaf in flat.items():
         if str(leaf.dtype) not in _DTYPES.values():
             raise ValueError(f"{path} is {leaf.dtype}: cast it to one of {', '.join(_DTYPES.values())} before saving")
-    configs = {CONFIG: model_config_json(model, jnp.result_type(*(leaf.dtype for leaf in flat.values())), tokenizer)}
+    entries: collections.Counter[str] = collections.Counter()
+    for leaf in flat.values():
+        entries[str(leaf.dtype)] += leaf.size
+    configs = {CONFIG: model_config_json(model, entries.most_common(1)[0][0], tokenizer)}
     generation_config = generation_config_json(model, tokenizer)
     if generation_config is not None:
         configs = {GENERATION_CONFIG: generation_config, **configs}
@@ -218,16 +221,20 @@ def save_pretrained(
 def _write_weights(directory: Path, model: Model, params: Params, max_shard_bytes: int) -> list[str]:
     """Write ``params`` to files, and return the file names. With several files, the last name is the index file."""
     flat = spec.flatten(params)
-    locations = locations_of(model, format_of(model))
+    table = format_of(model)
+    locations = locations_of(model, table)
     sizes = [
         (name, math.prod(locations[paths[0]].file_shape) * jnp.result_type(*(flat[path] for path in paths)).itemsize)
         for names, paths in tensor_groups(locations).items()
         for name in names
     ]
+    sources = {name: locations[path].names[0] for name, path in copies_of(model, table, locations).items()}
+    size_of = dict(sizes)
+    sizes += [(copy, size_of[name]) for copy, name in sources.items()]
     shards = _split_into_shards(sizes, max_shard_bytes)
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    tensors = named_tensors(model, params)
+    tensors = _with_copies(named_tensors(model, params), sources)
     for file, names in zip(files, shards, strict=True):
         # transformers rejects a file without this metadata.
         save_file(dict(itertools.islice(tensors, len(names))), directory / file, metadata={"format": "pt"})
@@ -240,6 +247,19 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     }
     write_json(directory / INDEX, index)
     return [*files, INDEX]
+
+
+def _with_copies(
+    tensors: Iterator[tuple[str, np.ndarray]], sources: dict[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """All pairs of ``tensors``, and then a pair for each copy. ``sources`` has the name of the tensor of each copy."""
+    kept = {}
+    for name, tensor in tensors:
+        if name in sources.values():
+            kept[name] = tensor
+        yield name, tensor
+    for copy, name in sources.items():
+        yield copy, kept[name]
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
@@ -461,7 +481,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     }
     copies = {
         name: path
-        for name, path in table.tied_tensors.items()
+        for name, path in [*table.tied_tensors.items(), *copies_of(model, table, locations, prefix).items()]
         if name in tensors and name not in expected and name not in stored_path_of and path in locations
     }
     extra = {

@@ -112,6 +112,24 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
     return locations
 
 
+def copies_of(
+    model: Model, table: Format, locations: Mapping[str, Location], prefix: str | None = None
+) -> dict[str, str]:
+    """``{name: path}`` of the copies of parameters in each layer (``Format.layer_copies``).
+
+    Args:
+        locations: the locations of the parameters of the model.
+        prefix: as in :func:`locations_of`.
+    """
+    prefix = table.prefix if prefix is None else prefix
+    return {
+        prefix + name.format(layer=layer): path
+        for name, path in table.layer_copies.items()
+        if path in locations
+        for layer in range(model.config.num_layers)
+    }
+
+
 def tensor_groups(locations: Mapping[str, Location]) -> dict[tuple[str, ...], list[str]]:
     """``{names of tensors: paths of the parameters in them}``; the paths are in the order of their rows."""
     groups: dict[tuple[str, ...], list[str]] = {}

@@ -185,7 +185,7 @@ def pool(
         ValueError: the task is not classification.
     """
     heads.require_pooled_output(cfg.task, params, "classifier")
-    return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
+    return _hidden_layers(cfg, params, heads.concatenate_features(hidden), key)
 
 
 def max_positions(cfg: Config) -> int | None:

@@ -200,7 +200,7 @@ def pool(
     weights_BRT = attention_weights(cfg, params, hidden, segment_ids)
     record(weights_BRT[:, :, None], "pool")
     pooled_BRD = jnp.einsum("BRT,BTD->BRD", weights_BRT.astype(hidden.dtype), hidden)
-    return pooled_BRD.reshape(hidden.shape[0], 1, -1)
+    return heads.concatenate_features(pooled_BRD)
 
 
 def attention_weights(

@@ -279,7 +279,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
         "token_type_embedding": ArraySpec((cfg.num_token_types, D), (None, "embed"), normal, decay=True),
         "embedding_norm": layer_norm_specs(D),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
+        "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
     }
     if cfg.task == "masked":

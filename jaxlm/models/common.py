@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as config_lib
-from jaxlm import spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
@@ -307,17 +306,6 @@ def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
 def mixers(cfg: Any) -> tuple[Any, ...]:
     """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
-
-
-def arrange_layers(cfg: Any, layers: Iterable[Any]) -> Any:
-    """The specs of ``layers`` in the layout that ``cfg.scan_layers`` selects (see ``spec.layers``).
-
-    Args:
-        layers: for each layer, the specs of its parameters or of its state. If ``cfg.scan_layers`` is True, all are
-            equal.
-    """
-    layers = tuple(layers)
-    return spec.stack(len(layers), layers[0]) if cfg.scan_layers else layers
 
 
 def check_state_length(cfg: Any, length: int) -> None:

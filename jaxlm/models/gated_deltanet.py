@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
@@ -266,7 +267,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     )
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": common.arrange_layers(cfg, layers),
+        "layers": spec.layers(layers, stacked=cfg.scan_layers),
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -289,7 +290,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         common.check_state_length(cfg, length)
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
         layer_specs["attention"] = caches["layers"][0]
-    layers = common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg)))
+    layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
     return {**caches, "layers": layers, "past": past_specs(batch, reach)}
 
 

@@ -191,7 +191,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
+        "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **({"final_norm": layer_norm_specs(D)} if pre_norm else {}),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }

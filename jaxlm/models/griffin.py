@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate
@@ -233,9 +234,9 @@ def specs(cfg: Config) -> dict[str, Any]:
     table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
     tree = {
         "token_embedding": table,
-        "layers": common.arrange_layers(
-            cfg,
+        "layers": spec.layers(
             ({"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in common.mixers(cfg)),
+            stacked=cfg.scan_layers,
         ),
         "final_norm": norm,
     }
@@ -257,7 +258,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg))),
+        "layers": spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers),
         "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }

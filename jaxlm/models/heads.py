@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.embedding import unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, row_sharding
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
@@ -71,6 +71,12 @@ def head_specs(
         return {}
     outputs = 2 if task == "span_qa" else num_labels
     return {HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
+
+
+def concatenate_features(x_BTD: jax.Array) -> jax.Array:
+    """The features of all positions of a row as one vector, [B, 1, T * D]."""
+    B, T, D = x_BTD.shape
+    return jax.lax.reshape(x_BTD, (B, 1, T * D), out_sharding=row_sharding(x_BTD))
 
 
 def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
@@ -272,7 +273,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     layers = ({**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers))
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": common.arrange_layers(cfg, layers),
+        "layers": spec.layers(layers, stacked=cfg.scan_layers),
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
@@ -295,7 +296,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
     """The specs of all layers, from the specs of a layer with each mixer."""
     specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
-    return common.arrange_layers(cfg, (specs_of[mixer] for mixer in common.mixers(cfg)))
+    return spec.layers((specs_of[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
 
 
 def carried_state_length(cfg: Config) -> int | None:

@@ -169,7 +169,7 @@ def pool(
     """
     heads.require_pooled_output(cfg.task, params, "fc_1")
     x = k_max_pool(hidden, cfg.k_max)
-    x = x.reshape(x.shape[0], 1, -1)
+    x = heads.concatenate_features(x)
     for name in ("fc_1", "fc_2"):
         x = jax.nn.relu(linear(params[name], x))
     return x

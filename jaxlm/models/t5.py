@@ -322,7 +322,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
     def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
         per_layer, shared = (bias, {}) if cfg.bias_per_layer else ({}, bias)
-        layers = spec.layers(count, layer | per_layer, stacked=cfg.scan_layers)
+        layers = spec.layers([layer | per_layer] * count, stacked=cfg.scan_layers)
         return {"layers": layers, **shared, "final_norm": norm}
 
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True)}

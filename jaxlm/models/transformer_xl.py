@@ -266,7 +266,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     tree = {
         **adaptive_softmax.input_specs(_clusters(cfg), normal, projection),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
+        "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **({} if cfg.untie_relative else biases),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=False),
     }

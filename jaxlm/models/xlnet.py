@@ -315,7 +315,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "mask_embedding": ArraySpec((D,), ("embed",), normal),
-        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
+        "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
     }
     if cfg.task == "permutation":

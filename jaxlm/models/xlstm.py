@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
@@ -242,7 +243,9 @@ def specs(cfg: Config) -> dict[str, Any]:
     table = ArraySpec((padded_vocab, D), ("vocab", "embed"), small_init, decay=True)
     tree = {
         "token_embedding": table,
-        "layers": common.arrange_layers(cfg, ({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg))),
+        "layers": spec.layers(
+            ({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)), stacked=cfg.scan_layers
+        ),
         "final_norm": norm,
     }
     return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
@@ -262,7 +265,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
             "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
         },
     }
-    layers = common.arrange_layers(cfg, (layer_specs[mixer] for mixer in common.mixers(cfg)))
+    layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
     return {"layers": layers, "past": past_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
 
 

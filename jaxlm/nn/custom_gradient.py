@@ -8,29 +8,63 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxlm import sharding
+
 
 class custom_vjp:
-    """``jax.custom_vjp`` for functions that also run in ``jax.shard_map``.
+    """``jax.custom_vjp`` for functions that also run in ``jax.shard_map`` and under a mesh with Explicit axes.
 
     In ``shard_map``, JAX tracks for each array over which mesh axes it varies. The gradient of weights that vary over
     fewer axes than the inputs must be summed over the other axes, and JAX expects this sum from the backward rule of
     ``jax.custom_vjp``. Here, all arguments are first cast to vary over the same axes, outside of the rule. The gradient
     of this cast is the sum.
 
+    Under a mesh with Explicit axes, the backward rule runs with Auto axes, so the compiler chooses the shardings in it.
+    Then each gradient gets the sharding of its argument. Otherwise, JAX would need the sharding of the result of each
+    matmul that sums over a sharded axis.
+
     Args:
         nondiff_argnums: as in ``jax.custom_vjp``.
     """
 
     def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
-        self._function = jax.custom_vjp(function, nondiff_argnums=tuple(nondiff_argnums))
-        self._nondiff_argnums = frozenset(nondiff_argnums)
-        self.defvjp = self._function.defvjp
+        self._nondiff_argnums = tuple(nondiff_argnums)
+        self._function = jax.custom_vjp(function, nondiff_argnums=self._nondiff_argnums)
         self.__doc__ = function.__doc__
+
+    def defvjp(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """As in ``jax.custom_vjp``."""
+        self._function.defvjp(forward, backward)
+        self._forward, self._backward = forward, backward
 
     def __call__(self, *arguments: Any) -> Any:
         numbers = [number for number in range(len(arguments)) if number not in self._nondiff_argnums]
-        cast = dict(zip(numbers, _vary_equally([arguments[number] for number in numbers]), strict=True))
-        return self._function(*(cast.get(number, argument) for number, argument in enumerate(arguments)))
+        varying = _vary_equally([arguments[number] for number in numbers])
+        cast = dict(zip(numbers, varying, strict=True))
+        function = self._function
+        if any(map(sharding.has_explicit_axes, jax.tree.leaves(varying))):
+            function = jax.custom_vjp(function.fun, nondiff_argnums=self._nondiff_argnums)
+            function.defvjp(self._forward, _with_auto_axes(self._backward, varying))
+        return function(*(cast.get(number, argument) for number, argument in enumerate(arguments)))
+
+
+def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """The backward rule with Auto axes. ``arguments``: the differentiable arguments of the function."""
+    shardings = tuple(jax.tree.map(lambda x: jax.typeof(x).sharding, argument) for argument in arguments)
+
+    def backward_with_auto_axes(*rule_arguments: Any) -> Any:
+        *nondiff, saved, cotangent = rule_arguments
+
+        def gradients(saved: Any, cotangent: Any) -> Any:
+            # The tree of a gradient must be the tree of its shardings, also if the gradient is None.
+            return tuple(
+                jax.tree.map(lambda _: None, tree) if gradient is None else gradient
+                for gradient, tree in zip(backward(*nondiff, saved, cotangent), shardings, strict=True)
+            )
+
+        return jax.sharding.auto_axes(gradients, out_sharding=shardings)(saved, cotangent)
+
+    return backward_with_auto_axes
 
 
 def _vary_equally(tree: Any) -> Any:

@@ -94,7 +94,7 @@ class Trainer:
 
     Attributes:
         model: the model.
-        optimizer: any Optax transformation.
+        optimizer: any Optax transformation. It gets the loss as ``value`` (for ``optax.contrib.reduce_on_plateau``).
         loss: the ``loss`` of an objective, or a function with its signature.
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other and their
             gradients are summed. This saves memory and gives the same gradient, except for dropout, batch normalisation
@@ -297,7 +297,10 @@ class Trainer:
         # moments (docs/labbook.md).
         trees = (state.params, state.optimizer, state.ema, model_state, state.frozen)
         trees = jax.lax.cond(
-            accepted, lambda trees: self._update(trees, grads, scale, norm, new_model_state), lambda trees: trees, trees
+            accepted,
+            lambda trees: self._update(trees, grads, scale, loss, norm, new_model_state),
+            lambda trees: trees,
+            trees,
         )
         skipped = state.skipped + jnp.where(accepted, 0, 1)
         in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
@@ -361,13 +364,18 @@ class Trainer:
         sums, new_states = jax.lax.scan(add_micro_batch, zeros, indexed_micro_batches)
         return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new_states)
 
-    def _update(self, trees: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
+    def _update(
+        self, trees: Any, grads: Any, scale: jax.Array, loss: jax.Array, norm: jax.Array, new_model_state: Any
+    ) -> Any:
         params, optimizer_state, ema, model_state, frozen = trees
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping reuses the norm of `gradient`. Optax drops these arguments for optimizers that do not accept them.
+        # Clipping reuses the norm of `gradient`. Transformations such as optax.contrib.reduce_on_plateau read the loss
+        # (`value`). Optax drops these arguments for optimizers that do not accept them.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
-        updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient=grads, gradient_norm=norm)
+        updates, optimizer_state = apply_optimizer(
+            grads, optimizer_state, params, value=loss, gradient=grads, gradient_norm=norm
+        )
         params = optax.apply_updates(params, updates)
         if model_state is not None:
             model_state = new_model_state

@@ -25,6 +25,7 @@ from jaxlm.models import FAMILIES, Model
 from jaxlm.testing.helpers import relative_error
 from tests.interop.classes import TRANSFORMERS_CLASSES, declare_tied_head
 from tests.interop.test_classes_live import torch_class
+from tests.oracles import transformer_xl
 from tests.oracles.xlnet import perm_mask, target_mapping
 
 pytestmark = [
@@ -291,11 +292,6 @@ class Reference:
                 scale = 0.05 if is_t5 and matrix else 0.2
                 parameter.copy_(matrix * parameter + scale * torch.randn(parameter.shape, generator=noise))
         model.tie_weights()  # with torchscript, this copies the weights
-        if (
-            config.model_type == "transfo-xl" and not config.untie_r
-        ):  # transformers must know that the layers share u and v
-            layers = range(config.n_layer)
-            model._dynamic_tied_weights_keys = [f"transformer.layers.{i}.dec_attn.r_[wr]_bias" for i in layers]
         declare_tied_head(model)
         ids = torch.from_numpy(TOKENS).long()
         inputs: dict[str, Any] = {"input_ids": ids}
@@ -435,7 +431,9 @@ class ConfigComparison:
 
     def _load(self, reference: Reference, content: dict[str, Any]) -> tuple[Model, Any]:
         self.directory.mkdir(exist_ok=True)
-        reference.model.save_pretrained(self.directory)
+        is_xl = reference.model.config.model_type == "transfo-xl"
+        state = transformer_xl.state_to_save(reference.model) if is_xl else None
+        reference.model.save_pretrained(self.directory, state_dict=state)
         (self.directory / "config.json").write_text(json.dumps(content))
         return load_pretrained(self.directory)
 

@@ -138,6 +138,19 @@ def test_a_round_trip_keeps_every_byte(case: str, dtype: str, tmp_path: Path) ->
     assert reloaded_model == model
 
 
+def test_the_dtype_in_the_config_is_that_of_most_entries(tmp_path: Path) -> None:
+    """For example, Mamba-2 may have A_log in float32, and all other parameters in bfloat16."""
+    directory = Path(shutil.copytree(GOLDENS / "tied", tmp_path / "in"))
+    edit_weights(
+        directory,
+        lambda tensors: {name: x if "ln_f" in name else x.astype(jnp.bfloat16) for name, x in tensors.items()},
+    )
+    edit_config(directory, torch_dtype="bfloat16")
+    save_pretrained(tmp_path / "out", *load_pretrained(directory))
+    assert raw(weights(tmp_path / "out")) == raw(weights(directory))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("name", "variant"),
     [(name, variant) for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("tiny")],

@@ -176,9 +176,34 @@ def test_the_model_type_survives_if_another_format_also_fits(tmp_path: Path) -> 
     model, params = load_pretrained(directory)
     save_pretrained(tmp_path / "b", model, params)
     assert read(tmp_path / "b") == before
-    qkv_bias_model = dataclasses.replace(model, config=dataclasses.replace(model.config, qkv_bias=True))
-    config = config_json.model_config_json(qkv_bias_model, "float32")  # the Mistral format does not support qkv_bias
+    changed = model.with_fields(qkv_bias=True)
+    config = config_json.model_config_json(changed, "float32")  # the Mistral format does not support qkv_bias
     assert (config["model_type"], "sliding_window" in config) == ("qwen2", False)
+
+
+def test_the_special_ids_survive_a_new_model_type() -> None:
+    """They are facts about the vocabulary. An omitted id has the default of the loaded model type."""
+
+    def saved_ids(fields: dict[str, Any], **change: Any) -> tuple[str, dict[str, Any]]:
+        model = config_json.describe({"vocab_size": 40, **fields}, Path("config.json"), {}).model
+        config = config_json.model_config_json(model.with_fields(**change), "float32")
+        return config["model_type"], {name: ids for name, ids in config.items() if name.endswith("_token_id")}
+
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    ids = {"pad_token_id": 3, "bos_token_id": None, "eos_token_id": [5, 6]}
+    assert saved_ids({**llama, **ids, "sep_token_id": 7}, qkv_bias=True) == ("qwen2", ids)
+    assert saved_ids(llama, qkv_bias=True) == ("qwen2", {"bos_token_id": 1, "eos_token_id": 2})
+    qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    assert saved_ids({**qwen, "eos_token_id": 9}, qkv_bias=False) == (
+        "llama",
+        {"bos_token_id": None, "eos_token_id": 9},
+    )
+    mamba = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
+    assert saved_ids({**mamba, **ids}, negative_eigenvalues=True) == ("jaxlm-mamba2", ids)
+    t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": 4}
+    assert saved_ids({**t5, "eos_token_id": 8}, bias_per_layer=True) == (
+        "umt5", {"pad_token_id": 0, "eos_token_id": 8, "decoder_start_token_id": 4},
+    )  # fmt: skip
 
 
 def test_an_overridden_decoder_start_id_is_written_into_both_files(tmp_path: Path) -> None:

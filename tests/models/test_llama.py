@@ -275,7 +275,7 @@ SHAPES = {
     "llama3": {"rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
     "linear": {"rotary_scaling": RotaryScaling("linear", 2.0), "head_dim": 6, "num_kv_heads": 1},
     "dynamic": {"rotary_scaling": RotaryScaling("dynamic", 2.0, 64)},
-    "mistral": {"window": 5, "rotary_scaling": YARN, "task": "token_classification", "num_labels": 4},
+    "mistral": {"window": 5, "head_dim": 6, "rotary_scaling": YARN, "task": "token_classification", "num_labels": 4},
     "qwen2": {"qkv_bias": True, "task": "classification", "num_labels": 3},
     "qwen2 with a window": {"qkv_bias": True, "window": 7, "task": "none"},
     "mixtral": {**MIXTRAL, "window": 5, "num_experts": 3},
@@ -440,6 +440,22 @@ def test_field_names_of_transformers_5_are_read(tmp_path):
         load_pretrained(save_with_fields(tmp_path, rope_parameters={"partial_rotary_factor": 0.5}))
     with pytest.raises(ValueError, match="rope_parameters has factor, but no rope_type that uses them"):
         load_pretrained(save_with_fields(tmp_path, rope_parameters={"factor": 2.0, "rope_theta": 500.0}))
+
+
+def test_mistral_with_rotary_scaling_has_a_head_dim_in_files():
+    """In transformers, its default is null in the classes of Mistral and Mixtral, and YaRN scaling multiplies it."""
+    for fields in ({"window": 5}, MIXTRAL):
+        model = tiny_model("llama-tiny", **fields, rotary_scaling=YARN)
+        config = config_json.model_config_json(model, "float32")
+        assert (config["model_type"], config["head_dim"]) == ("mixtral" if fields == MIXTRAL else "mistral", 8)
+    content = {**MIXTRAL_FILE, "max_position_embeddings": 64, "torch_dtype": "float32"}
+    content["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    model = config_json.describe(content, Path("config.json"), {}).model
+    assert config_json.model_config_json(model, "float32") == content
+    assert config_json.model_config_json(model.with_fields(rotary_scaling=YARN), "float32")["head_dim"] == 128
+    del content["rope_scaling"]
+    model = config_json.describe(content, Path("config.json"), {"rotary_scaling": YARN}).model
+    assert config_json.model_config_json(model, "float32")["head_dim"] == 128
 
 
 def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():

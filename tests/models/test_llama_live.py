@@ -17,10 +17,11 @@ import jaxlm
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.decoding.text import GenerationConfig, generate_text
 from jaxlm.interop.huggingface import named_tensors
+from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.nn.experts import load_balance_loss
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error, tiny_model
 from tests.models import smollm2
 
 pytestmark = pytest.mark.live
@@ -66,6 +67,23 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
         past = output.past_key_values
         hidden, state = step(params, tokens[:, start:stop], state)
         assert relative_error(model.logits(params, hidden), output.logits) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [{"window": 5}, {"num_experts": 3}], ids=["mistral", "mixtral"])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_torch_loads_a_saved_model_with_rotary_scaling(kind: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    scaling = RotaryScaling(kind, 2.0, 64)
+    model = tiny_model("llama-tiny", max_positions=64, rotary_scaling=scaling, **fields)
+    params = add_noise(initial_params(model))
+    jaxlm.save_pretrained(tmp_path, model, params)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16)).astype(np.int32)
+    logits = jax.jit(lambda p: model.logits(p, model.apply(p, tokens)[0]))(params)
+    torch_model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert relative_error(logits, torch_model(torch.from_numpy(tokens).long()).logits) < 1e-5
 
 
 @pytest.mark.parametrize("mask_side", [None, "left", "right"])

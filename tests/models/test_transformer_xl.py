@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
 from jaxlm.interop import formats
-from jaxlm.interop.huggingface import load_pretrained
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
 from jaxlm.testing.helpers import (
@@ -194,6 +195,28 @@ def test_published_sizes():
 def test_errors_name_bad_fields(change, message):
     with pytest.raises(ValueError, match=message):
         get_model("transformer-xl-tiny", **change)
+
+
+def test_files_have_a_copy_of_shared_biases_for_each_layer(tmp_path):
+    """transformers does not tie the copies: it would initialise a copy that a file lacks."""
+    model = tiny_model("transformer_xl", untie_relative=False)
+    params = add_noise(initial_params(model))
+    save_pretrained(tmp_path / "shards", model, params, max_shard_bytes=300)
+    assert_trees_equal(load_pretrained(tmp_path / "shards")[1], params)
+    save_pretrained(tmp_path, model, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    copies = [f"transformer.layers.{i}.dec_attn.r_{x}_bias" for i in range(model.config.num_layers) for x in "wr"]
+    assert set(tensors) - set(dict(named_tensors(model, params))) == set(copies)
+    for name in copies:
+        assert np.array_equal(tensors[name], tensors["transformer." + name.rpartition(".")[2]])
+    tensors[copies[-1]][1, 2] += 1
+    (tmp_path / "checksums.json").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.1.dec_attn.r_r_bias must equal transformer.r_r_bias, .* they differ"):
+        load_pretrained(tmp_path)
+    base = {name.removeprefix("transformer."): x for name, x in tensors.items() if name.startswith("transformer.")}
+    save_file({**base, copies[-1].removeprefix("transformer."): base["r_r_bias"]}, tmp_path / "model.safetensors")
+    assert np.array_equal(load_pretrained(tmp_path, task="none")[1]["position_bias"], params["position_bias"])
 
 
 def test_fields_of_hugging_face_configs():

@@ -58,7 +58,7 @@ def test_golden_files_equal_transformers():
                 np.testing.assert_allclose(file[f"{case}/{name}"], x, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["base", "divided", "projected", "untied", "classifier"])
+@pytest.mark.parametrize("case", ["base", "divided", "pre_norm", "projected", "untied", "classifier"])
 def test_transformers_reads_written_files(case, tmp_path):
     import torch
 

@@ -219,7 +219,26 @@ def test_a_step_passes_the_gradient_norm_to_the_optimizer():
     for wrapped in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
         step = jax.jit(Trainer(model, wrapped, nan_loss).step)
         assert_trees_close(step(initial_state(), batch)[0].params, expected.params, 1e-6)
-    assert argument_names == [set(), {"gradient", "gradient_norm"}]
+    assert argument_names == [set(), {"value", "gradient", "gradient_norm"}]
+
+
+def test_an_optimizer_reads_the_loss():
+    """Each step adds its update to the loss. The loss does not fall, so the second and third update are halved."""
+    model, _, batch = model_optimizer_batch()
+    optimizer = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+
+    def loss(model, params, batch, *, key=None, state=None):
+        bias = params["final_norm"]["bias"][0]
+        return jax.lax.stop_gradient(-2.0 * bias) + bias, jnp.ones(()), None
+
+    state = initial_state()
+    state = dataclasses.replace(state, optimizer=optimizer.init(state.params))
+    step = jax.jit(Trainer(model, optimizer, loss).step)
+    values = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        values.append(float(metrics["loss"]))
+    assert values == [0.0, 1.0, 1.5]
 
 
 def test_clipping_uses_the_norm_of_the_updates_that_it_gets():

@@ -64,6 +64,9 @@ class Format:
             tensor has the axes of the parameter.
         tied_tensors: full name of an additional tensor that a file may contain -> path of the jaxlm parameter that must
             be equal to the tensor. The ``prefix`` is not added to the name.
+        layer_copies: name of an HF tensor of each layer, with ``{layer}`` -> path of the jaxlm parameter that all
+            layers share. The copies are written, because transformers does not tie them. A file may lack them. If it
+            has them, they must be equal to the parameter.
         renamed: suffix of a tensor name in old files -> suffix of the current name.
         ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
     """
@@ -84,6 +87,7 @@ class Format:
     unprefixed_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
     tied_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layer_copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 

@@ -32,7 +32,10 @@ def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
-    return {**_write_fields(cfg), "sliding_window": cfg.window}
+    fields = {**_write_fields(cfg), "sliding_window": cfg.window}
+    if cfg.rotary_scaling is not None:  # a missing head_dim is null in these classes, and some kinds of scaling read it
+        fields["head_dim"] = head_sizes(cfg)[2]
+    return fields
 
 
 def _write_mixtral(cfg: Config) -> dict[str, Any]:

@@ -125,6 +125,10 @@ FORMATS = (
             **{f"crit.out_layers.{i}.weight": f"tails/cluster_{i}/embedding" for i in _CLUSTERS},
             **{f"crit.out_projs.{i}": f"tails/cluster_{i}/projection" for i in _CLUSTERS},
         },
+        layer_copies={
+            "layers.{layer}.dec_attn.r_w_bias": "content_bias",
+            "layers.{layer}.dec_attn.r_r_bias": "position_bias",
+        },
         layouts={
             "layers/attention/qkv/weight": ((1, 2, 3), (0,)),
             "layers/attention/relative/weight": ((1, 2), (0,)),

@@ -32,7 +32,7 @@ def cache_specs(
     keys = ArraySpec((batch, slots, heads * head_width), ("batch", "slots", "heads"), dtype=dtype)
     slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
-        spec.LAYERS: spec.layers(layers, {"key": keys, "value": keys}, stacked=stacked),
+        spec.LAYERS: spec.layers([{"key": keys, "value": keys}] * layers, stacked=stacked),
         "segment_ids": slot,
         "positions": slot,
         "length": ArraySpec((batch,), ("batch",), dtype=jnp.int32),

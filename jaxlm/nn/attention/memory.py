@@ -44,7 +44,7 @@ def memory_specs(
         )
     hidden = {"hidden": ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)}
     return {
-        **(hidden if layers is None else {spec.LAYERS: spec.layers(layers, hidden, stacked=stacked)}),
+        **(hidden if layers is None else {spec.LAYERS: spec.layers([hidden] * layers, stacked=stacked)}),
         "segment_ids": ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32),
     }
 

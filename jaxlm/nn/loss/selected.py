@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.loss.chunked import chunked_cross_entropy
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
@@ -26,13 +27,16 @@ def selected_cross_entropy(
 
     The positions are sorted so that those with nonzero weight come first. A loop then computes the loss of one block
     of these positions at a time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in
-    ``params``, not in ``weights``; the head must read all leaves of ``params``.
+    ``params``, not in ``weights``; the head must read all leaves of ``params``. Under a mesh with Explicit axes, on
+    which JAX cannot sort a sharded axis, the result is that of ``chunked_cross_entropy``.
 
     Returns:
         A float32 scalar, in nats.
     """
     if hidden_BTD.size == 0:
         return jnp.zeros((), jnp.float32)
+    if sharding.has_explicit_axes(hidden_BTD):
+        return chunked_cross_entropy(head, params, hidden_BTD, targets_BT, weights_BT)
     return _selected(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
 
 
