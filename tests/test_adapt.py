@@ -65,7 +65,7 @@ def random_like(trained):
 # --------------------------------------------------------------------------------------- every adaptation
 
 
-@pytest.mark.plain_cases(3)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=str)
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
 def test_merge_undoes_split_and_specs_match(adaptation, layout):

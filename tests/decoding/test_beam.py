@@ -36,6 +36,7 @@ def all_hypotheses(pair: Pair, forward: Forward, prompt: list[int], end_id: int 
     return sorted(((score, tokens) for tokens, score in scores.items()), reverse=True)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("end_id", [None, 2])
 def test_wide_beam_search_equals_brute_force(
     tiny_pair: Pair, end_id: int | None, pad: Pad, next_log_probs: Forward
@@ -148,6 +149,7 @@ def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs
     assert runs == {0.0: 1, 20.0: 16}
 
 
+@pytest.mark.plain_cases(1)
 def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
     prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
     out = beam_search(*pair, *prompts, max_new_tokens=6, beams=BeamConfig(num_beams=1))
@@ -156,6 +158,7 @@ def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
     np.testing.assert_allclose(out.scores[:, 0], greedy.log_probs.mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.plain_cases(1)
 def test_a_growing_cache_does_not_change_results(pair: Pair, pad: Pad, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
     results = []

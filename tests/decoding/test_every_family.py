@@ -68,7 +68,7 @@ def initial_state(model: Any, params: Any) -> Any:
     return decode_state(model, params, source_of(model, 2)["source"], PROMPTS.shape[1] + NUM_NEW)
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(1)
 @every_decoder
 def test_wide_beam_search_equals_brute_force(name: str) -> None:
     model, params = pair(name)
@@ -92,7 +92,7 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
         assert {*map(tuple, out.tokens[row].tolist())} == {*map(tuple, CONTINUATIONS[best].tolist())}
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(1)
 @every_decoder
 def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: str) -> None:
     model, params = pair(name)

@@ -321,6 +321,7 @@ def greedy_by_forward_passes(model: jaxlm.Model, params: Any, prompt: np.ndarray
 LETTERS = "abcdefghij"
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_text_can_be_longer_than_the_context(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)

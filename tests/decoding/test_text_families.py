@@ -167,6 +167,7 @@ def test_compilations_are_bounded_by_the_buckets(name: str) -> None:
     assert windows._read_sources._cache_size() == before[1] + sources
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", SOURCE)
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> None:
@@ -179,6 +180,7 @@ def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> Non
     assert len(pieces) > 1
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_stop_strings_end_outputs(num_beams: int) -> None:
     model, params = pair("t5-tiny")

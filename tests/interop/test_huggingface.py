@@ -67,6 +67,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, np.ndarray]], dict
 # ------------------------------------------------------------------------------------------------------ numerics
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_states_logits_loss_and_all_gradients_equal_torch(case: str) -> None:
     head = {"task": "causal", "tie_embeddings": True} if case == "base" else {}  # its files have no head

@@ -110,6 +110,7 @@ def test_packed_rows_decode_in_several_calls(name):
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", [*VARIANTS, COPY])
 def test_a_document_without_source_has_no_context(name):
     model, params = small(name)

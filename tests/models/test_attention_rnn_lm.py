@@ -29,6 +29,7 @@ def hidden_in_chunks(model, params, tokens, state, size, segment_ids=None):
     return jnp.concatenate(outputs, axis=1)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_memory_of_the_window_is_enough(parts):
     """Calls shorter and longer than the window, with padded and packed rows and a memory of three slots."""

@@ -18,6 +18,7 @@ def tokens_of(model, batch, length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(5, model.config.vocab_size, (batch, length)))
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", SELF_ATTENTION_IS_CAUSAL)
 def test_weights_sum_to_one_and_are_zero_where_masked(name):
     model = jaxlm.get_model(name)
@@ -49,6 +50,7 @@ def test_an_encoder_decoder_has_three_kinds_of_weights():
         np.testing.assert_allclose(layer.sum(-1), 1.0, rtol=1e-5)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["attention-rnn-tiny", "attention-rnn-luong-tiny"])
 def test_an_rnn_with_attention_has_one_array_of_weights(name):
     model = jaxlm.get_model(name)

@@ -140,6 +140,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model(HYBRID, **SHAPES[name])

@@ -118,6 +118,7 @@ def test_tokens_attend_only_to_the_window():
     assert (difference_T[7:] == 0).all()
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_window_does_not_count_padding_in_the_cache(side):
     model, params, tokens = setup(batch=2, length=12, window=3)
@@ -147,6 +148,7 @@ def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
     assert [params["layers"][0]["attention"][f"{name}_norm"]["scale"].shape for name in ("query", "key")] == [(8,)] * 2
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("fields", [{"experts_implementation": "blocks"}, {"capacity_factor": 4.0}])
 def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
     """Test the two implementations that the contract test does not choose for its small model."""
@@ -194,6 +196,7 @@ def test_only_differences_of_positions_matter():
     assert relative_error(apply(base_positions * 3), apply(base_positions)) > 1e-3
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_outputs_of_classification_and_span_heads(task, outputs):
     """Each task has the right number of outputs, and a classifier reads the last real token."""
@@ -288,7 +291,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model("llama-tiny", **SHAPES[name])

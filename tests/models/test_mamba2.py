@@ -235,7 +235,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, scan_layers, tmp_path):

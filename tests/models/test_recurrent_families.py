@@ -101,6 +101,7 @@ def test_only_locked_dropout_has_one_mask_for_all_steps(name, mask):
     assert relative_error(hidden_of(model, params, tokens, key=jax.random.key(2)), dropped) < TOLERANCE
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("rate", ["input_dropout", "hidden_dropout"])
 def test_input_and_hidden_dropout_change_outputs_with_both_masks(name, rate):
     without_dropout = hidden_of(*setup(name))

@@ -86,6 +86,7 @@ def test_roberta_has_no_next_sentence_head_and_no_state():
 # ------------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("task", ["masked", "none", "classification", "token_classification", "span_qa"])
 def test_max_positions_in_files_is_the_number_of_table_rows(tmp_path, task):
     model, params, _ = setup(task=task)

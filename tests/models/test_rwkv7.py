@@ -167,6 +167,7 @@ CHANGED = {
 }  # fmt: skip
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("task", ["causal", "none"])
 def test_files_round_trip_with_every_field(task, tmp_path):
     (table,) = formats.of("rwkv7")

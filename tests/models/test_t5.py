@@ -79,6 +79,7 @@ def test_cached_decoding_equals_transformers():
     assert relative_error(np.stack(logits, axis=1), golden["logits"]) < TOLERANCE
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("bias_per_layer", [False, True])
 def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     """Padding between a prompt and the tokens after it must not change distances."""

@@ -98,6 +98,7 @@ def test_distances_beyond_the_clamp_are_equal():
     assert relative_error(near, want) > 1e-3
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("fields", [{}, {"same_length": True, "memory_length": 3, "clamp_length": 4, "pre_norm": True}])
 def test_documents_in_several_calls_with_padding_equal_separate_documents(fields):
     model, params, _ = setup(**fields)

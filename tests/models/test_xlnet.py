@@ -71,6 +71,7 @@ def test_left_to_right_equals_the_identity_permutation():
     assert relative_error(hidden_of(model, params, tokens), permuted) < 1e-5
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("with_types", [False, True])
 def test_a_prediction_depends_only_on_tokens_of_lower_order(with_types):
     model, params, _ = setup()
@@ -174,6 +175,7 @@ def test_distances_beyond_the_clamp_are_equal():
     assert effect_of_exchange(None) > 1e-4
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_classifier_reads_the_last_real_token(side):
     model, params, tokens = setup(batch=3, length=8, task="classification", num_labels=5)

@@ -59,6 +59,7 @@ def test_token_accuracy_of_a_head_with_more_labels_than_ids():
     assert float(token_accuracy(model, params, Batch(TOKENS, best, np.ones(best.shape, np.float32)))[0]) == best.size
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("max_chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
 def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, max_chunk_logits):
     model = tiny_model("gpt2-tiny", vocab_size=101, vocab_multiple=8)

@@ -28,6 +28,7 @@ def test_an_encoder_decoder_has_a_row_for_each_output_token():
     assert [item.title for item in maps] == ["sun"], "an empty output has no rows"
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["bert-tiny", "gpt2-tiny", "transformer-xl-tiny"])
 def test_other_families_have_the_tokens_of_the_text_on_both_axes(name):
     model, params, tokenizer = model_params_tokenizer(name)
@@ -74,6 +75,7 @@ def test_a_file_is_written_only_for_a_family_with_attention(tmp_path):
     assert [item.title for item in read_attention(tmp_path)] == ["sun"]
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["lstm-tiny", "gru-tiny", "resnet-lm-tiny"])
 def test_no_file_is_written_for_a_family_without_attention(tmp_path, name):
     write_attention_maps(tmp_path, *model_params_tokenizer(name), ["sun"])

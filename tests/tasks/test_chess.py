@@ -328,6 +328,7 @@ def test_choose_ids_samples_with_the_temperature() -> None:
 # -------------------------------------------------------------------------------------------------- metrics
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_next_move_accuracy_equals_a_loop_over_positions(name: str) -> None:
     model, params = model_and_params(name)

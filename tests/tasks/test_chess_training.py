@@ -57,6 +57,7 @@ def test_options_must_be_at_least_1(name: str) -> None:
         game_batches(model, UCI, [SCHOLAR], 1, **options)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(("name", "fields"), [("gpt2-tiny", {"max_positions": 30}), ("transformer-xl-tiny", {})])
 def test_the_attention_map_of_a_causal_model_has_the_first_moves_of_a_game(
     name: str, fields: dict[str, int], tmp_path: Path

@@ -241,6 +241,7 @@ def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
 # -------------------------------------------------------------------------------------------------- likelihoods
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "lstm-tiny"])
 def test_causal_families_score_all_tokens_except_the_first(name: str) -> None:
     model, params = model_and_params(name)

@@ -113,6 +113,7 @@ def test_gradient_accumulation_equals_the_full_batch_with_uneven_padding(count):
     )
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_metrics_have_the_mean_of_each_term_of_the_loss(count):
     model = tiny_model("mixtral-tiny")

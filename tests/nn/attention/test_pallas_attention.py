@@ -86,7 +86,7 @@ def run(attend, kinds, S, floats, cotangent):
     return value_and_gradients(*floats)
 
 
-@pytest.mark.plain_cases(3)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]

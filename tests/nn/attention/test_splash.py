@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     mask, T, S, H, G = CASES[name]

@@ -20,6 +20,7 @@ def arrays(kernel=3, channels=5, out=4, length=11, batch=2):
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("kernel", [1, 3, 4])
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (3, 2)])
 def test_every_padding_equals_the_convolution_of_xla(kernel, stride, dilation):
@@ -34,6 +35,7 @@ def test_every_padding_equals_the_convolution_of_xla(kernel, stride, dilation):
         assert relative_error(got, want + params["bias"][None, None]) < 1e-6
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("padding", ["same", "causal", "valid"])
 def test_no_window_reads_another_segment(padding):
     params, x = arrays(kernel=3, length=12)

@@ -50,6 +50,7 @@ def results(convolve, params, x):
     return y, gradients
 
 
+@pytest.mark.plain_cases(5)
 @pytest.mark.parametrize("padding", ["same", "causal", "valid"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_all_gradients_equal_those_of_xla(shape, padding):
@@ -83,6 +84,7 @@ def numpy_convolution(params, x, ids, padding, dilation):
     return np.stack(outputs)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("padding", ["same", "causal", "valid"])
 @pytest.mark.parametrize("dilation", [1, 3])
 def test_no_window_reads_another_segment(padding, dilation):

@@ -72,7 +72,7 @@ def numpy_probabilities(clusters, params, h):
     return np.concatenate(result, axis=-1)
 
 
-@pytest.mark.plain_cases(5)
+@pytest.mark.plain_cases(2)
 @all_clusters
 @pytest.mark.parametrize("ties", [{}, {"tie_embeddings": False, "tie_projections": False}])
 def test_log_probabilities_equal_numpy_and_sum_to_one(case, ties):
@@ -151,7 +151,7 @@ def test_a_cluster_without_width_is_an_error():
         Clusters(20, (6, 11), 8, 8, 4)
 
 
-@pytest.mark.plain_cases(3)
+@pytest.mark.plain_cases(1)
 @all_clusters
 @pytest.mark.parametrize("ties", [{}, {"tie_embeddings": False, "tie_projections": False}])
 def test_the_loss_and_its_gradients_equal_those_from_log_probabilities(case, ties, monkeypatch):

@@ -199,6 +199,7 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, 
         assert relative_error(last[row : row + 1], separate_last) < 1e-6
 
 
+@pytest.mark.plain_cases(2)
 @every_rule
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_keeps_a_float32_state(name, implementation):

@@ -65,7 +65,7 @@ def float64_results(arguments, **options):
         return results(reference_loop, [np.asarray(x, np.float64) for x in arguments], **options)
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):

@@ -52,7 +52,7 @@ def results(scan, arguments, **options):
     return jax.device_get((outputs, gradients))
 
 
-@pytest.mark.plain_cases(4)
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked", ["none", "reset", "keep", "both"])
 def test_values_and_all_gradients_equal_those_of_the_loop(masked, reverse):

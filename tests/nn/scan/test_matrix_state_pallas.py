@@ -100,7 +100,7 @@ def interpret(monkeypatch):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
 
-@pytest.mark.plain_cases(2)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(shape, masked, on_tpu):
@@ -111,7 +111,7 @@ def test_values_and_gradients(shape, masked, on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
-@pytest.mark.plain_cases(3)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
@@ -146,7 +146,7 @@ def test_decays_of_almost_zero(on_tpu):
     assert_trees_close(got, want, 2e-5)  # a sum of log decays of 208 has a rounding error of 1e-5
 
 
-@pytest.mark.plain_cases(2)
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("name", "shape"), [*((name, OWN_KEYS) for name in FUNCTIONS), ("scale", SHAPES["shared keys, padded time"])]
 )
@@ -177,6 +177,7 @@ def test_the_sum_of_the_gradients_of_decays_in_bfloat16(on_tpu, monkeypatch):
     assert error < 2.0 * chunked_error + 0.005
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 @pytest.mark.parametrize("steps", [40, 130])
 def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch):
@@ -229,6 +230,7 @@ def test_heads_of_several_devices(shape, on_tpu):
     check_on_several_devices("linear_attention", shape)
 
 
+@pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_several_devices(name, on_tpu):
     """The other functions also give the results of one device."""

@@ -48,6 +48,7 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(pallas, "MAX_CHANNELS", 128)
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("B", "T", "D", "masked"),
