@@ -148,7 +148,8 @@ def make_mesh(
     Args:
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
         axis_type: ``Auto`` lets the compiler propagate shardings. ``Explicit`` is for ``jax.set_mesh`` without
-            :class:`Sharding`: models, losses and their gradients run on a batch that is split over the mesh.
+            :class:`Sharding`. Models, losses and their gradients then run with a copy of the parameters on each device
+            and a batch whose rows are split over the mesh, but the Pallas kernels for TPUs do not.
 
     Raises:
         ValueError: the text cannot be read (:func:`parse_mesh`), or the product of the sizes is not the number of
@@ -193,8 +194,9 @@ class Sharding:
         for axis, axis_type in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
             if axis_type != AxisType.Auto:
                 raise ValueError(
-                    f"mesh axis {axis!r} has axis type {axis_type.name}, but Sharding needs a mesh with Auto axes: leave "
-                    "axis_type out of make_mesh (an Explicit mesh is for jax.set_mesh without Sharding)"
+                    f"mesh axis {axis!r} has axis type {axis_type.name}, but Sharding needs a mesh with Auto axes: use "
+                    "jaxlm.sharding.make_mesh and leave axis_type out (an Explicit mesh is for jax.set_mesh without "
+                    "Sharding)"
                 )
         for axis in self.mesh.axis_names:
             if axis not in self.rules.mesh_axes:
@@ -394,9 +396,19 @@ def map_shards(
     return apply
 
 
+def is_explicit() -> bool:
+    """Whether the computation runs on a mesh with Explicit axes, which JAX requires to be set by ``jax.set_mesh``."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
 def has_explicit_axes(x: jax.Array) -> bool:
     """Whether ``x`` is on a mesh with Explicit axes."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` with the sharding of ``other``, an array of the same shape; unchanged unless the mesh has Explicit axes."""
+    return jax.sharding.reshard(x, jax.typeof(other).sharding) if has_explicit_axes(other) else x
 
 
 def gather_sharding(ids: jax.Array) -> NamedSharding | None:

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding
@@ -69,6 +70,14 @@ def test_errors_for_wrong_names_suggest_the_right_name():
         DEFAULT_RULES.partition(("emebd",), make_mesh("data=8"))
     with pytest.raises(ValueError, match="mesh axis 'tenosr' has no rule.*did you mean 'tensor'"):
         Sharding(make_mesh("tenosr=8"))
+
+
+def test_error_for_a_mesh_with_explicit_axes():
+    message = (
+        "mesh axis 'data' has axis type Explicit, but Sharding needs a mesh with Auto axes: use .*leave axis_type out"
+    )
+    with pytest.raises(ValueError, match=message):
+        Sharding(make_mesh("data=8", axis_type=AxisType.Explicit))
 
 
 def test_error_for_an_indivisible_axis_suggests_a_fix():

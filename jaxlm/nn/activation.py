@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -12,8 +13,26 @@ import jax.numpy as jnp
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 """``gelu`` is the exact GELU (erf); ``gelu_tanh`` is the approximation that GPT-2 uses."""
 
+
+@jax.custom_jvp
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_exact_gelu.defjvp
+def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The derivative is the normal distribution function plus ``x`` times the normal density.
+
+    JAX 0.12 cannot differentiate erf in ``jax.shard_map`` with its default arguments.
+    """
+    (x,), (dx,) = primals, tangents
+    distribution = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
+    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+    return _exact_gelu(x), dx * (distribution + x * density)
+
+
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": _exact_gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }

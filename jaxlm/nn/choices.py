@@ -30,7 +30,7 @@ def wrong_platform(implementation: str | None) -> str | None:
 def _is_single_cpu() -> bool:
     """Whether the computation runs on a single CPU device. Several devices need operations that keep the sharding of
     arrays."""
-    return sharding.platform() == "cpu" and sharding.active() is None
+    return sharding.platform() == "cpu" and sharding.active() is None and not sharding.is_explicit()
 
 
 # ------------------------------------------------------------------------------------------------------ attention

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm.sharding import sharded_like
+
 _BITS = 16
 """Random bits per mask entry. Threefry generates 32 bits at a time, so one call serves two entries. The calls of
 Threefry are most of the cost of dropout on a CPU."""
@@ -23,7 +25,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         raise ValueError(f"rate={rate} must be in [0, 1)")
     if key is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(key, rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+    return jnp.where(sharded_like(keep_mask(key, rate, x.shape), x), x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

@@ -717,7 +717,8 @@ def test_pmap_step_equals_single_device_step(name):
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
 
-    The gradient is only traced in ``shard_map``: JAX checks then that it has the type of the parameters."""
+    Gradients are only traced. JAX checks then that they have the type of the parameters. The gradient under an Explicit
+    mesh is that of the loss, with dropout."""
     model, params, tokens = setup(name, batch=8)
     want, source = hidden_of(model, params, tokens), source_of(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
@@ -732,6 +733,11 @@ def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     with jax.set_mesh(mesh):
         sharded_inputs = jax.device_put((params, tokens, source), (replicated, batch_sharded, batch_sharded))
         hidden = jax.jit(lambda p, t, s: model.apply(p, t, **s)[0])(*sharded_inputs)
+        batch = jax.device_put(batch_of(model, tokens), batch_sharded)
+        model = model.with_fields(**dict.fromkeys(model.zero_dropout, 0.2))
+        loss_gradient = jax.jit(jax.grad(lambda p, b: loss_of(model, p, b, jax.random.key(0))))
+        gradient = jax.eval_shape(loss_gradient, sharded_inputs[0], batch)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
     assert hidden.sharding.spec[0] == "data"
     assert relative_error(hidden, want) < TOLERANCE
 

@@ -1,9 +1,10 @@
-"""Custom gradients in ``jax.shard_map``."""
+"""Custom gradients in ``jax.shard_map`` and on a mesh with Explicit axes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import spec
@@ -50,3 +51,16 @@ def test_the_gradient_of_replicated_parameters_is_summed_over_devices(name):
         in_specs=(P(), P("data")), out_specs=P(),
     )  # fmt: skip
     assert_trees_close(jax.jit(jax.grad(mapped))(params, x_BTD), jax.jit(jax.grad(loss))(params, x_BTD), 1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_on_a_mesh_with_explicit_axes(name):
+    """The gradients are those on one device, each with the sharding of its argument."""
+    loss, params = LOSSES[name]
+    x_BTD = np.random.default_rng(1).normal(size=(8, 5, 6)).astype(np.float32)
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    with jax.set_mesh(make_mesh("data=8", axis_type=AxisType.Explicit)):
+        dparams, dx_BTD = gradients(*jax.device_put((params, x_BTD), (P(), P("data"))))
+    assert dx_BTD.sharding.spec[0] == "data"
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(dparams))
+    assert_trees_close((dparams, dx_BTD), gradients(params, x_BTD), 1e-5)

@@ -180,6 +180,26 @@ def test_activations_at_one(name, at_one):
         activation("swush")
 
 
+def test_the_derivatives_of_the_exact_gelu_equal_those_of_its_definition():
+    """The function has its own rule. First derivatives in both modes, and the second derivative."""
+    x = np.linspace(-8.0, 8.0, 97, dtype=np.float32)
+
+    @jax.jit
+    def derivatives(x):
+        reverse = [jax.vmap(jax.grad(f))(x) for f in (activation("gelu"), exact)]
+        forward = jax.jvp(activation("gelu"), (x,), (jnp.ones_like(x),))[1]
+        second = [jax.vmap(jax.grad(jax.grad(f)))(x) for f in (activation("gelu"), exact)]
+        return *reverse, forward, *second
+
+    def exact(x):
+        return jax.nn.gelu(x, approximate=False)
+
+    reverse, want, forward, second, want_second = derivatives(x)
+    for got in (reverse, forward):
+        np.testing.assert_allclose(got, want, atol=3e-7)
+    np.testing.assert_allclose(second, want_second, atol=1e-6)
+
+
 def test_positions_within_documents_and_continued_from_a_state():
     segments = jnp.array([[0, 0, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [3, 3, 4, 4, 4, 0]])
     assert positions_in_segments(segments).tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]]

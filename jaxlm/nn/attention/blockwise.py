@@ -89,7 +89,10 @@ def attention(
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
     floats = (q_BTHK, k_BSGK, v_BSGK, tuple(bias.floats for bias in biases))
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
-    return _attention(static, floats, integers, key)
+    attend = functools.partial(_attention, static)
+    if sharding.has_explicit_axes(q_BTHK):  # vmap does not support arrays of which only some are sharded
+        attend = jax.sharding.auto_axes(attend, out_sharding=jax.typeof(q_BTHK).sharding)
+    return attend(floats, integers, key)
 
 
 # ------------------------------------------------------------------------------------------------ one block

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlm.nn.attention.mask import Mask, keep, softmax
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.nn.weight_record import record
+from jaxlm.sharding import sharded_like
 
 
 def attention(
@@ -38,7 +39,7 @@ def attention(
     record(probabilities, "causal" if mask.causal else "bidirectional")
     if key is not None:
         rows = jnp.arange(B * H * T, dtype=jnp.uint32)
-        keep_BHTS = keep_rows(key, rows, S, dropout).reshape(B, H, T, S)
+        keep_BHTS = sharded_like(keep_rows(key, rows, S, dropout).reshape(B, H, T, S), probabilities)
         probabilities = jnp.where(keep_BHTS, probabilities / (1.0 - dropout), 0.0)
     out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", probabilities.astype(v_BSGK.dtype).reshape(B, G, H // G, T, S), v_BSGK)
     return out_BTGRK.reshape(B, T, H, v_BSGK.shape[-1])
