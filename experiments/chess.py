@@ -27,9 +27,9 @@ from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
 from jaxlm.tasks.chess_players import check_opening_moves, opponents
-from jaxlm.tasks.chess_training import game_batches, match_boards, write_test
+from jaxlm.tasks.chess_training import extra_games, game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
-from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.evaluation import Evaluator, first_epoch
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
@@ -163,7 +163,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     lib.check_unchanged(experiment, resume, ["output", *fields])
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
-    extra = () if experiment.extra_data is None else read_games(experiment.extra_data, experiment.notation).moves
+    held_out = {*validation.moves, *test.moves}
+    extra = extra_games(experiment.extra_data, experiment.notation, held_out, report=lib.print_once)
     model, params, tokenizer = build(experiment, training.moves + extra, resume)
     (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
@@ -173,10 +174,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         for part in (training.moves + extra, validation.moves)
     )  # fmt: skip
     trainer = config.trainer(model, experiment.optimizer, causal.training_loss(model))
-    num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
     evaluate = Evaluator(
         model, {"loss": causal.evaluation_loss(model), "token_accuracy": token_accuracy},
-        [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
+        first_epoch(Batches(validation_source, to_batch=to_batch), config.evaluation_batches),
     )  # fmt: skip
     max_moves(experiment.tests, model)  # raises an error before the training
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)

@@ -44,7 +44,7 @@ from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.tasks.text_generation import Corpus, check_family, print_passage, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
-from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.evaluation import Evaluator, first_epoch
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.trainer import carry_size_of
@@ -196,10 +196,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         source = corpus.batches(part, length=length, batch_size=rows, model=model, seed=seed)
         return Batches(source, None if sharding is None else sharding.local_rows(rows), to_batch=to_batch)
 
-    validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
-    if state is not None:  # the carried state is valid only until the end of the columns
-        count = min(count, (len(corpus.parts["validation"]) - 1) // (rows * length))
-    held_out = [next(validation) for _ in range(count)]
+    held_out, data = first_epoch(batches("validation", 0), config.evaluation_batches), batches("training", config.seed)
     evaluate = Evaluator(model, causal.evaluation_loss(model), held_out, sharding=sharding, carry_size=state)
     loss = causal.training_loss(model)
     trainer = config.trainer(model, experiment.optimizer, loss, carry_size=state, sharding=sharding)

@@ -213,7 +213,7 @@ def model_directory(tmp_path_factory):
     def get_directory(name, **fields):
         if (name, *fields.items()) not in directories:
             path = tmp_path_factory.mktemp(name)
-            model = tiny_model(name, vocab_size=264, **fields)
+            model = tiny_model(name, vocab_size=264, num_layers=1, **fields)
             jaxlm.save_pretrained(path, model, initial_params(model))
             ByteTokenizer().save(path)
             directories[name, *fields.items()] = path

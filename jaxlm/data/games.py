@@ -34,12 +34,24 @@ RESULTS = ("1-0", "0-1", "1/2-1/2", "*")
 UCI_MOVE = re.compile(r"[a-h][1-8][a-h][1-8][qrbn]?")
 SAN_MOVE = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?)[+#]?")
 _SAN_WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?")
-_TAG = re.compile(r'\[[A-Za-z0-9_]+ ".*"\]\s*')
-_PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
-_PGN_VARIATION = re.compile(r"\([^()]*\)")
+_TAG_NAME = r"[A-Za-z0-9_][A-Za-z0-9_+#=:-]*"
+_PGN_TAG = re.compile(
+    # As in the PGN standard, or a whole line with unescaped quotes in the value, which python-chess also reads.
+    rf'\[\s*{_TAG_NAME}\s*"(?:[^"\\\n]|\\.)*"\s*\]|\[(?<![^\n]\[){_TAG_NAME}\s+".*"\][^\S\n]*$', re.MULTILINE
+)  # fmt: skip
+_PGN_TAG_PARTS = re.compile(r'\[\s*([^\s"]+)\s*"(.*)"\s*\]\s*')
+_PGN_PIECE = re.compile(  # each alternative begins with a character, which makes the search faster
+    "|".join(
+        [r";[^\n]*", r"%(?<![^\n]%)[^\n]*", r"\{", r"\(", r"\)", r"\n[^\S\n]*(?=\n)", _PGN_TAG.pattern]
+        + [rf"{word}(?<![^\s)}}]{word})(?![^\s({{;])" for word in map(re.escape, RESULTS)]
+    ),
+    re.MULTILINE,
+)
+_PGN_KINDS = {";": "comment", "%": "comment", "{": "brace", "[": "tag", "(": "open", ")": "close", "\n": "empty"}
+"""The kind of a match of ``_PGN_PIECE`` by its first character. Other matches are results."""
 _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+(?:\.+|(?!\S))|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
-_FIRST_MOVE = re.compile(r"\s*1(?:\.(?!\s*\.)|\s)")
+_FIRST_MOVE = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
 GAMES_PER_EXTRA_PROCESS = 2000
 """Number of games for each additional process. A process takes one or two seconds to start."""
 
@@ -120,9 +132,10 @@ def read_games(
     """The games of a file, with their moves in ``notation``.
 
     A text file has one game per line: SAN or UCI moves, and optionally the result at the end. Only the main lines of a
-    PGN file (``.pgn``) are read. Files may be compressed (``.gz``). Empty lines are skipped. ``Games.rejected`` lists
-    the games that have an illegal, ambiguous, null or unreadable move, no moves, or (PGN) other rules or another
-    initial position than standard chess, each with its line and the reason.
+    PGN file (``.pgn``) are read. In a PGN file, a result ends a game. Files may be compressed (``.gz``). Empty lines
+    are skipped. ``Games.rejected`` lists the games that have an illegal, ambiguous, null or unreadable move, no moves,
+    or (PGN) other rules or another initial position than standard chess, another first move number than 1, or a comment
+    or variation that is not closed, each with its line and the reason.
 
     Checking the rules takes about 0.9 ms per game (2 minutes for 144,000 games on one core, 1 minute on two cores).
     ``check="syntax"`` takes a few seconds for these games. It requires a text file that uses ``notation``, and checks
@@ -349,78 +362,126 @@ def _read_pgn(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]
 
     unknown_word = _unknown_word(text)
     if unknown_word is not None:  # the parser ignores unknown words
-        yield _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game is not a move")
+        problem = "is not closed" if unknown_word in ("{", "(") else "is not a move"
+        yield _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game {problem}")
         return
-    stream = io.StringIO(text)
-    while (game := chess.pgn.read_game(stream, Visitor=MainLine)) is not None:
-        if game.errors:  # board() raises an error if a tag is invalid
-            yield _ParsedGame(line, reason=str(game.errors[0]))
-            continue
-        result, board = game.headers.get("Result", "*"), game.board()
-        if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
-            yield _ParsedGame(line, reason="the game is not standard chess from the initial position")
-        elif game.next() is None:
-            yield _ParsedGame(line, reason="no moves")
-        else:
-            try:
-                moves = _replay([move.uci() for move in game.mainline_moves()], notation)
-                yield _ParsedGame(line, moves, result if result in RESULTS else "*")
-            except ValueError as error:  # a null move
-                yield _ParsedGame(line, reason=str(error))
+    game = chess.pgn.read_game(io.StringIO(text), Visitor=MainLine)
+    assert game is not None
+    if game.errors:  # board() raises an error if a tag is invalid
+        yield _ParsedGame(line, reason=str(game.errors[0]))
+        return
+    result, board = game.headers.get("Result", "*"), game.board()
+    first_number = re.match(r"(\d+)(?:\.|\s)", _pgn_moves(text))
+    if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
+        yield _ParsedGame(line, reason="the game is not standard chess from the initial position")
+    elif game.next() is None:
+        yield _ParsedGame(line, reason="no moves")
+    elif first_number is not None and first_number[1] != "1":
+        yield _ParsedGame(line, reason=f"the game begins with move {first_number[1]}, not with move 1")
+    else:
+        try:
+            moves = _replay([move.uci() for move in game.mainline_moves()], notation)
+            yield _ParsedGame(line, moves, result if result in RESULTS else "*")
+        except ValueError as error:  # a null move
+            yield _ParsedGame(line, reason=str(error))
+
+
+def _pgn_moves(text: str) -> str:
+    """The moves of a text of :func:`_pgn_games`: its last line."""
+    return text.rpartition("\n")[2]
 
 
 def _unknown_word(text: str) -> str | None:
-    """The first word of a PGN text, outside tags, comments and variations, that is neither a move nor a result."""
-    moves = "\n".join(line for line in text.splitlines() if not _TAG.fullmatch(line))
-    moves = _PGN_COMMENT.sub(" ", moves)
-    while (without_innermost := _PGN_VARIATION.sub(" ", moves)) != moves:
-        moves = without_innermost
-    words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", moves).split())
+    """The first word in the moves of a text of :func:`_pgn_games` that is neither a move nor a result."""
+    words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", _pgn_moves(text)).split())
     return next((word for word in words if word and word not in RESULTS and not _PGN_MOVE.fullmatch(word)), None)
 
 
+@dataclasses.dataclass
+class _PgnGame:
+    """The pieces of one game of a PGN text: its tags, the text of its main line, and the number of open variations."""
+
+    line: int
+    tags: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    moves: list[str] = dataclasses.field(default_factory=list)
+    depth: int = 0
+
+    def text(self) -> str:
+        """One line per tag, an empty line, and one line of moves. It ends with "(" if a variation is not closed."""
+        moves = [word for piece in self.moves for word in piece.split()] + ["("] * bool(self.depth)
+        return "\n".join([*(f'[{name} "{value}"]' for name, value in self.tags), "", " ".join(moves)])
+
+
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
-    """The line number and the text of each game.
+    """The line number and the text (``_PgnGame.text``) of each game, without comments and variations.
 
-    The first game begins at the first line that is not empty. A further game begins at the first tag after a line of
-    another kind. After an empty line, a game also begins at move 1 of white, or if the last game ended with a result.
-    Empty lines in comments do not count. The returned text has no empty lines between moves.
+    A result ends a game. A tag after moves begins a game. After an empty line, a game also begins at move 1 of white,
+    or at a tag whose name the tags before it already have. Empty lines in comments do not count.
     """
-    game: list[str] = []
-    start, after_tag, after_empty, in_comment, last_word = 0, False, False, False, ""
-    for number, line in enumerate(text.splitlines(keepends=True)):
-        if not line.strip():
-            after_empty = not in_comment
-            if in_comment or after_tag:  # at any other empty line, the parser ends the game
-                game.append(line)
+    text = re.sub(r"\r\n?", "\n", text)
+    game, after_empty, line, counted = None, False, 1, 0
+    for start, kind, piece in _pgn_pieces(text):
+        if kind == "empty":
+            after_empty = True
             continue
-        is_tag = bool(_TAG.fullmatch(line))
-        moves, in_comment_after = ("", False) if is_tag else _without_comments(line, in_comment)
-        is_new = after_empty and last_word and (last_word in RESULTS or _FIRST_MOVE.match(moves))
-        if game and (is_new or (is_tag and not after_tag)):
-            yield start + 1, "".join(game)
-            game, last_word = [], ""
-        if not game:
-            start = number
-        game.append(line)
-        after_tag, after_empty = is_tag, after_empty and not is_tag and not moves.strip()
-        in_comment, last_word = in_comment_after, (moves.split() or [last_word])[-1]
-    if game:
-        yield start + 1, "".join(game)
+        tag = _PGN_TAG_PARTS.fullmatch(piece) if kind == "tag" else None
+        if game is not None:
+            if tag is not None:
+                is_new = bool(game.moves or game.depth) or (after_empty and tag[1] in dict(game.tags))
+            else:
+                after_result = not game.depth and bool(game.moves) and game.moves[-1] in RESULTS
+                at_move_1 = after_empty and bool(game.moves) and _FIRST_MOVE.match(piece) is not None
+                is_new = kind in ("moves", "result") and (after_result or at_move_1)
+            if is_new:
+                yield game.line, game.text()
+                game = None
+        if game is None:
+            line, counted = line + text.count("\n", counted, start), start
+            game = _PgnGame(line)
+        if tag is not None:
+            game.tags.append((tag[1], tag[2]))
+        elif kind == "open":
+            game.depth += 1
+        elif kind == "close" and game.depth:
+            game.depth -= 1
+        elif not game.depth or kind == "unclosed":
+            game.moves.append(piece)
+        after_empty = False
+    if game is not None:
+        yield game.line, game.text()
 
 
-def _without_comments(line: str, in_comment: bool) -> tuple[str, bool]:
-    """A line of PGN without comments, and whether its last comment continues in the next line.
+def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (start, kind, piece) for the pieces of a PGN text, without comments.
 
-    Args:
-        in_comment: whether the line begins in a comment.
+    The kinds are ``moves``, ``result``, ``tag``, ``open`` and ``close`` (of a variation), ``empty`` (a line), and
+    ``unclosed``: a ``{`` without ``}``. A comment with a tag and another ``{`` after it counts as unclosed, and ends at
+    the tag. So the games after it are read.
     """
-    if in_comment:
-        _, closed, line = line.partition("}")
-        if not closed:
-            return "", True
-    moves, opened, _ = _PGN_COMMENT.sub(" ", line).partition("{")
-    return moves, bool(opened)
+    position = 0
+    while position < len(text):
+        match = _PGN_PIECE.search(text, position)
+        start = len(text) if match is None else match.start()
+        moves = text[position:start]
+        if moves.strip():
+            yield position + len(moves) - len(moves.lstrip()), "moves", moves.strip()
+        if match is None:
+            return
+        position, kind = match.end(), _PGN_KINDS.get(match[0][0], "result")
+        if kind == "brace":
+            close = text.find("}", position)
+            end = len(text) if close < 0 else close
+            tag = _PGN_TAG.search(text, position, end)
+            if tag is not None and (close < 0 or "{" in text[tag.end() : end]):
+                position = tag.start()
+                yield start, "unclosed", "{"
+            elif close < 0:
+                position = end
+                yield start, "unclosed", "{"
+            else:
+                position = close + 1
+        elif kind != "comment":
+            yield start, kind, match[0]
 
 
 _READERS: dict[str, Callable[[int, str, Notation], Iterator[_ParsedGame]]] = {

@@ -63,14 +63,16 @@ class LegalMoves:
     def move(self, board: chess.Board, id: int) -> chess.Move | None:
         """The legal move with this id. None: the move is illegal or ambiguous, or the id is a special token.
 
-        In SAN, a move with a needless origin is legal, for example ``Ngf3`` if only one knight can move to f3.
+        In SAN, a move with a needless origin is legal, for example ``Ngf3`` if only one knight can move to f3. A move
+        with a wrong capture sign is illegal, for example ``Nxf3`` if f3 is empty.
         """
         if not self.tokenizer.is_move(id):
             return None
         text = self.tokenizer.move_text(id)
         try:
             if self.tokenizer.notation == "san":
-                return board.parse_san(text)
+                move = board.parse_san(text)
+                return move if ("x" in text) == board.is_capture(move) else None  # python-chess ignores the "x"
             move = board.parse_uci(text)
         except ValueError:
             return None

@@ -1,8 +1,8 @@
-"""Training batches of chess games, generated games, and the boards and samples for the report of a chess model."""
+"""Batches of chess games, extra and generated games, and the boards and samples for the report of a chess model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm.data import PackedDocuments, Source, Window
 from jaxlm.data.buckets import Bucketed, Encoded
-from jaxlm.data.games import Games, Notation, check_notation, import_chess, to_san
+from jaxlm.data.games import Games, Notation, check_notation, import_chess, read_games, to_san
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import causal
@@ -78,6 +78,27 @@ def game_batches(
     truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     packed = PackedDocuments([game[: length + 1] for game in encoded], length, batch_size, seed)
     return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
+
+
+def extra_games(
+    path: Path | None, notation: Notation, held_out: Collection[str], *, report: Callable[[str], None] = print
+) -> tuple[str, ...]:
+    """The games of a file that are not in ``held_out``, the validation and test games. None: no games.
+
+    Args:
+        report: a function that gets the report of the file and the number of games that are left out.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as in :func:`jaxlm.data.read_games`.
+    """
+    if path is None:
+        return ()
+    games = read_games(path, notation)
+    kept = tuple(line for line in games.moves if line not in held_out)
+    report(games.report())
+    if len(kept) < len(games):
+        report(f"{len(games) - len(kept):,} of these games are left out: they equal validation or test games")
+    return kept
 
 
 def _packed_batch(window: Window) -> Batch:

@@ -5,12 +5,10 @@ Shapes: B batch, T time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
@@ -21,7 +19,7 @@ from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import labels_are_independent
+from jaxlm.tasks.predict import InputBatch, labels_are_independent, text_probabilities
 from jaxlm.training.report import read_results, write_confusion, write_results, write_samples
 
 
@@ -98,26 +96,22 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
 
     Raises:
         ValueError: the outputs of the model are regression scores, as in ``classify``.
+        NotFiniteError: logits are not finite. The message names the examples, as in ``classify``.
     """
     independent = labels_are_independent(model)
     limit = model.max_positions
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
-    make = to_batch(model.config.num_labels)
     probabilities = np.zeros((len(encoded), model.config.num_labels), np.float32)
     for index in range(source.steps_per_epoch):
         rows = source.batch(index, range(batch_size))
-        real = rows.indices >= 0
-        batch = make(rows)
-        probabilities[rows.indices[real]] = np.asarray(_probabilities(model, params, batch, independent))[real]
+        is_real = rows.indices >= 0
+        # A row without an example repeats the first example of its batch, so that its logits are finite, too.
+        chosen = np.where(is_real, np.arange(len(is_real)), np.argmax(is_real))
+        fields, segment_ids = rows.fields, rows.segment_ids("tokens")[chosen]
+        inputs = {"token_types": fields["token_types"][chosen]} if "token_types" in fields else {}
+        batch = InputBatch(rows.indices[chosen], fields["tokens"][chosen], segment_ids, inputs)
+        probabilities[batch.numbers] = text_probabilities(model, params, batch, independent, what="example")
     return probabilities
-
-
-@functools.partial(jax.jit, static_argnames=("model", "independent"))
-def _probabilities(model: Model, params: Params, batch: Batch, independent: bool) -> jax.Array:
-    """The label probabilities of each row, [B, labels]."""
-    pooled_B1D, _ = classification.pooled_states(model, params, batch, None, None)
-    logits_BL = model.logits(params, pooled_B1D)[:, 0]
-    return jax.nn.sigmoid(logits_BL) if independent else jax.nn.softmax(logits_BL, axis=-1)
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:

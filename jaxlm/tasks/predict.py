@@ -96,9 +96,7 @@ def classify(
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in input_batches(model, encodings, batch_size):
-        probabilities[batch.numbers] = _checked_probabilities(model, params, batch, pool=True, independent=independent)[
-            :, 0
-        ]
+        probabilities[batch.numbers] = text_probabilities(model, params, batch, independent)
     return Predictions(probabilities, model.labels)
 
 
@@ -393,11 +391,11 @@ def score_ids(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _InputBatch:
+class InputBatch:
     """The encoded texts of one batch.
 
     Attributes:
-        numbers: [B], the index of the text of each row.
+        numbers: [B], the index of the text of each row. Rows may have the same text.
         tokens, segment_ids: [B, T] int32.
         inputs: further inputs of ``apply``, [B, T].
     """
@@ -429,7 +427,7 @@ def _encode(
     return encodings
 
 
-def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
+def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[InputBatch]:
     """Yield batches of the encodings, padded on the right to bucket lengths.
 
     Raises:
@@ -449,7 +447,7 @@ def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) 
                     f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
                 )
             inputs["token_types"] = types
-        yield _InputBatch(numbers, tokens, segment_ids, inputs)
+        yield InputBatch(numbers, tokens, segment_ids, inputs)
 
 
 def labels_are_independent(model: Model) -> bool:
@@ -470,8 +468,23 @@ def labels_are_independent(model: Model) -> bool:
     return independent
 
 
+def text_probabilities(
+    model: Model, params: Params, batch: InputBatch, independent: bool, *, what: str = "text"
+) -> np.ndarray:
+    """The label probabilities of each row, [B, L] float32.
+
+    Args:
+        independent: the result of :func:`labels_are_independent`.
+        what: the name of a row in messages.
+
+    Raises:
+        NotFiniteError: the logits of a row are not finite.
+    """
+    return _checked_probabilities(model, params, batch, pool=True, independent=independent, what=what)[:, 0]
+
+
 def _checked_probabilities(
-    model: Model, params: Params, batch: _InputBatch, *, pool: bool, independent: bool = False
+    model: Model, params: Params, batch: InputBatch, *, pool: bool, independent: bool = False, what: str = "text"
 ) -> np.ndarray:
     """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
 
@@ -484,7 +497,7 @@ def _checked_probabilities(
         model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool,
         independent=independent, sharding=active(),
     )  # fmt: skip
-    with rename_rows_in_errors("text", batch.numbers):
+    with rename_rows_in_errors(what, batch.numbers):
         check_finite(model, params, finite_B)
     return np.asarray(probabilities)
 

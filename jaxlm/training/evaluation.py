@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import spec
+from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
@@ -117,6 +120,27 @@ class Evaluator:
         if taken := sorted(values.keys() & extra.keys()):
             raise ValueError(f"extra_metrics returns {taken[0]!r}, which is the name of another metric: rename it")
         return {**values, **extra}
+
+
+def first_epoch(data: Batches, max_batches: int) -> list[Any]:
+    """The batches of the first epoch of ``data`` for an ``Evaluator``, at most ``max_batches``.
+
+    No row counts twice: in the last batch of an epoch, rows of the next epoch get weight 0.
+
+    Args:
+        data: a new iterator over batches of an objective.
+    """
+    size, num_rows = data.source.batch_size, data.source.rows_per_epoch
+    batches = []
+    for start in range(0, min(max_batches * size, num_rows), size):
+        batch = next(data)
+        in_next_epoch = start + np.asarray(data.rows) >= num_rows
+        if in_next_epoch.any():
+            weights = np.array(batch.weights)
+            weights[in_next_epoch] = 0.0
+            batch = dataclasses.replace(batch, weights=weights)
+        batches.append(batch)
+    return batches
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:

@@ -68,7 +68,7 @@ class TrainingConfig:
     evaluate_every: int = 250
     """Steps between evaluations."""
     evaluation_batches: int = 20
-    """Batches per evaluation."""
+    """Maximum number of batches per evaluation."""
     best_metric: str = "loss"
     """Validation metric by which the best checkpoint is selected."""
     best_mode: Literal["min", "max"] = "min"

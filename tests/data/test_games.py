@@ -176,7 +176,43 @@ def test_an_error_in_a_pgn_game_without_tags_does_not_reject_the_next_game(tmp_p
     ],
 )
 def test_unknown_words_in_pgn_are_found(text: str, unknown: str | None) -> None:
-    assert games_module._unknown_word(f'[Event "garbage in a tag"]\n\n{text}') == unknown
+    ((_, game),) = games_module._pgn_games(f'[Event "garbage in a tag"]\n\n{text}')
+    assert games_module._unknown_word(game) == unknown
+
+
+FEN = "8/8/8/8/4k3/8/8/4K2R w K - 0 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "moves", "rejected"),
+    [
+        # A result ends a game, also without an empty line after it, but not in a comment or variation.
+        ("1. a4 a5 1/2-1/2\n1. b4 b5 0-1\n", ["a4 a5", "b4 b5"], {}),
+        ("1. e4 e5 1-0 1. d4 d5 0-1", ["e4 e5", "d4 d5"], {}),
+        ("1. e4 {1-0 *} e5{x}1-0{resigns} ; 0-1\n(1. c4) 2. Nf3 *", ["e4 e5"], {2: "the game begins with move 2, not"}),
+        ("1. e4 (1. d4 d5 1-0) 1... e5 *", ["e4 e5"], {}),
+        # Tags as in the PGN standard and in python-chess.
+        (f'[FEN "{FEN}"]\n[White   "K"]\n\n1. Kd1 *\n\n1. e4 *', ["e4"], {1: "the game is not standard chess"}),
+        ('[Variant "Chess960"]\n[Time-Control "60"]\n\n1. e4 *\n1. d4 *', ["d4"], {1: "the game is not standard"}),
+        (f'[White "A"] [ FEN "{FEN}" ]\n[Black "A "b" \\"]\n1. Kd1 *\n1. d4 *', ["d4"], {1: "the game is not"}),
+        (f'[FEN "{FEN}"]\n; [x\n% comment\n\n[White "K"]\n1. Kd1 *\n1. e4 *', ["e4"], {1: "the game is not standard"}),
+        ('[Event "a"]\n\n[Event "b"]\n\n1. e4 *', ["e4"], {1: "no moves"}),
+        # Comments and variations.
+        ('1. e4 {from\n[Site "Paris"]\nbook} e5 1-0\n\n[Event "b"]\n1. d4 *', ["e4 e5", "d4"], {}),
+        ('1. e4 {from\n\n[Event "b"]\n1. d4 *\n[Event "c"]\n1. c4 {x} c5 *', ["d4", "c4 c5"], {1: "'{' in the text"}),
+        ("1. d4 *\n1. e4 {from\n\n1. d4 *", ["d4"], {2: "'{' in the text of the game is not closed"}),
+        ('1. e4 (1. d4\n\n[Event "b"]\n1. c4 *', ["c4"], {1: "'(' in the text of the game is not closed"}),
+        ("1. e4 ) e5 *\n1. c4 *", ["c4"], {1: "')' in the text of the game is not a move"}),
+    ],
+)  # fmt: skip
+def test_each_pgn_game_is_read_or_rejected_alone(
+    text: str, moves: list[str], rejected: dict[int, str], tmp_path: Path
+) -> None:
+    games = read_games(write(tmp_path / "a.pgn", text), "san")
+    assert list(games.moves) == moves
+    assert [game.line for game in games.rejected] == list(rejected)
+    for game in games.rejected:
+        assert game.reason.startswith(rejected[game.line])
 
 
 def test_several_workers_return_the_same_games_as_one(tmp_path: Path) -> None:

@@ -268,10 +268,10 @@ def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model:
 
 
 def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None:
-    model = jaxlm.get_model("t5-tiny", vocab_size=257)
+    model = jaxlm.get_model("t5-tiny", vocab_size=257, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 1))
     config = GenerationConfig(6)
-    other = jaxlm.get_model("t5-tiny", vocab_size=257, decoder_start_id=9)
+    other = model.with_fields(decoder_start_id=9)
     (expected,) = generate_text(other, params, TOKENIZER, ["ab"], config)
     assert generate_text(with_file_fields(model, decoder_start_token_id=9), params, TOKENIZER, ["ab"], config) == [
         expected

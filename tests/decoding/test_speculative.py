@@ -54,7 +54,7 @@ def test_greedy_tokens_equal_those_of_generate(target, draft):
 
 
 def test_a_model_accepts_its_own_proposals():
-    model, params = model_and_params("gpt")
+    model, params = model_and_params("gpt", num_layers=1)
     models = SpeculativeModels(model, params, model, params, 3)
     for sampling in (GREEDY, Sampling(temperature=0.8, top_k=20)):
         result = speculative_generate(
@@ -66,7 +66,7 @@ def test_a_model_accepts_its_own_proposals():
 
 
 def test_an_encoder_decoder_with_a_decoder_as_draft():
-    models = models_of("t5", "lstm")
+    models = models_of("t5", "lstm", num_layers=1)
     source = source_of(models.target, 3)["source"]
     prompts = np.zeros((3, 1), np.int32)
     state = decode_state(models.target, models.target_params, source, 20)
@@ -84,7 +84,7 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
 def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):
     """A chi-square test of the first three tokens of 4,000 rows, over all texts of three tokens."""
     rows, ids = 4000, 5
-    models = models_of("gpt", "gru", 2, vocab_size=ids)
+    models = models_of("gpt", "gru", 2, vocab_size=ids, num_layers=1)
     prompts = np.tile(np.array([[1, 3]], np.int32), (rows, 1))
     key = jax.random.key(7)
     result = speculative_generate(models, prompts, max_new_tokens=3, sampling=sampling, key=key)

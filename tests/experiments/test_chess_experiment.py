@@ -12,7 +12,7 @@ import pytest
 import jaxlm
 from experiments import chess
 from jaxlm import cli
-from jaxlm.data import ByteTokenizer, MoveTokenizer, chess_games, load_tokenizer
+from jaxlm.data import ByteTokenizer, MoveTokenizer, chess_games, load_tokenizer, read_games, split_games
 from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import read_attention, read_boards, read_results, read_samples
 
@@ -146,6 +146,23 @@ def test_long_openings_are_an_error_before_the_training(
     assert main(*SMALL, "--tests.engine", "1", *options, "--data", file, "--training.steps", "2", "--output", run) == 2
     assert message in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_an_evaluation_reads_each_validation_game_once(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = list[float]()
+
+    def stop(model: Any, losses: Any, batches: Any) -> None:
+        weights.extend(batch.weights.sum() for batch in batches)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(chess, "Evaluator", stop)
+    options = ("--notation", "uci", "--data", file, "--training.batch-size", "7", "--output", tmp_path / "run")
+    assert main(*SMALL, *LLAMA, *options) == 2
+    assert "enough" in capsys.readouterr().err
+    _, validation, _ = split_games(read_games(file), 0.1, 0.4)
+    assert sum(weights) == sum(min(len(line.split()) + 1, 64) for line in validation.moves)
 
 
 def test_invalid_data_options_print_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,13 +51,14 @@ def test_a_recipe_replaces_the_optimizer_of_a_preset(captured):
         assert experiments[-1] == dataclasses.replace(preset, optimizer=recipe("gru"))
 
 
+@pytest.mark.usefixtures("no_svg")
 def test_a_resumed_run_keeps_its_recipe(tmp_path, capsys):
     sentiment, run = importlib.import_module("experiments.sentiment"), tmp_path / "run"
     lines = [f"{label} it is {word} number {n}\n" for label, word in enumerate(("dull", "great")) for n in range(40)]
     (tmp_path / "lines.all").write_text("".join(lines))
     sizes = ("--model.set", "embed_dim=16", "hidden_dim=16", "--training.batch-size", "8", "--training.log-every", "1")
     data = ("--data.train", str(tmp_path / "lines.all"), "--data.validation-fraction", "0.1")
-    options = ("--preset", "gru", "--recipe", "mamba2", "--epochs", "3", "--training.checkpoint-every", "5")
+    options = ("--preset", "gru", "--recipe", "mamba2", "--epochs", "3", "--training.checkpoint-every", "30")
     assert sentiment.main([*options, *sizes, *data, "--output", str(run)]) == 0
     saved = config_lib.read(sentiment.Experiment, run / "config.json").optimizer
     assert saved == recipe("mamba2")

@@ -67,6 +67,7 @@ def test_options_of_load_pretrained_are_not_fields_of_the_model(field):
         ModelConfig(pretrained=Path("model"), set=(field,)).build()
 
 
+@pytest.mark.usefixtures("no_svg")
 def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finished_run, files, capsys):
     (finished_run / "report.html").unlink()
     (finished_run / "model" / "model.safetensors").unlink()
@@ -99,6 +100,7 @@ def test_lines_without_a_text_are_an_error_or_are_left_out(tmp_path, capsys):
     assert f"{path}, line 2 is left out: the line must have a label, a space and a text" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_svg")
 def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     sizes = ("num_layers=1", "num_heads=2", "embed_dim=16", "max_positions=64")
     arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")

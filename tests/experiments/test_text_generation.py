@@ -24,6 +24,7 @@ from jaxlm.training.trainer import Trainer
 TINY = (
     "--training.steps", "12", "--training.batch-size", "8", "--training.sequence-length", "32",
     "--training.evaluation-batches", "2", "--training.log-every", "1", "--optimizer.warmup-steps", "2",
+    "--validation-fraction", "0.02",
     "--model.set", "num_layers=1", "num_heads=4", "embed_dim=32", "vocab_multiple=8", "embedding_dropout=0.0",
     "attention_dropout=0.0", "residual_dropout=0.0", "--sample-tokens", "24",
 )  # fmt: skip
@@ -123,6 +124,7 @@ def test_losses_on_a_mesh_are_the_same(finished_run, tmp_path):
     assert read_text(tmp_path / "run" / "sample.txt").startswith("ROMEO:")
 
 
+@pytest.mark.usefixtures("no_svg")
 def test_a_run_can_be_resumed_with_more_steps(copied_run, finished_run):
     assert main("--resume", copied_run, "--training.steps", "16") == 0
     records = read_metrics(copied_run / "metrics.jsonl")
@@ -189,10 +191,27 @@ def test_an_invalid_prompt_is_rejected_before_the_training(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_reads_each_validation_window_once(tmp_path, monkeypatch, capsys):
+    batches = []
+
+    def stop(model, loss, held_out, **options):
+        batches.extend(held_out)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(text_generation, "Evaluator", stop)
+    (tmp_path / "a.txt").write_text("abcdefgh\n" * 333)
+    options = ("--data", tmp_path / "a.txt", "--validation-fraction", "0.1", "--training.evaluation-batches", "5")
+    assert "enough" in error_line(capsys, *TINY, *options, "--output", tmp_path / "run")
+    assert len(batches) == 2
+    assert sum(batch.weights.sum() for batch in batches) == 9 * 32  # 9 windows of 32 targets fit into 300 tokens
+
+
+@pytest.mark.usefixtures("no_svg")
 def test_training_on_a_text_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("Été: l'œuvre est née.\n" * 60, encoding="utf-8")
-    assert main(*TINY, "--data", "mine.txt", "--prompt", "née", "--training.steps", "4") == 0
+    options = ("--data", "mine.txt", "--validation-fraction", "0.1", "--prompt", "née", "--training.steps", "4")
+    assert main(*TINY, *options) == 0
     (run,) = Path("runs").iterdir()  # the default output directory
     assert run.name.startswith("text_generation-")
     tokenizer = load_tokenizer(run / "model")
@@ -280,6 +299,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.usefixtures("no_svg")
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize(
     ("preset", "changes", "method"),
@@ -316,7 +336,7 @@ def test_every_family_is_scored_on_complete_splits(tmp_path, text, preset, chang
     assert len(sample["output"]) == 8
 
 
-EXPERTS = "num_layers=2 num_heads=2 embed_dim=16 mlp_dim=16 num_experts=4 experts_per_token=2"
+EXPERTS = "num_layers=1 num_heads=2 embed_dim=16 mlp_dim=16 num_experts=4 experts_per_token=2"
 DELTA = (
     "shared_expert_dim=8 delta_key_heads=2 delta_value_heads=2 delta_key_dim=8 delta_value_dim=8 "
     "pattern=('delta_rule',)"
@@ -357,6 +377,7 @@ def test_losses_of_a_stateful_model_on_a_mesh_are_the_same(tmp_path, text):
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_svg")
 def test_byte_models_are_scored_per_character(tmp_path, text):
     run = tmp_path / "run"
     small = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16")

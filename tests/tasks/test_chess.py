@@ -86,6 +86,18 @@ def test_san_moves_with_unnecessary_origin_are_legal_and_ambiguous_moves_are_not
     assert legal.move(board_after("d4 d5 Nf3 Nf6"), 5) is None
 
 
+def test_a_san_move_with_a_wrong_capture_sign_is_illegal() -> None:
+    tokenizer = MoveTokenizer("san", ["Nf3", "Nxf3", "exd6", "d6"])
+    legal = LegalMoves(tokenizer)
+    knight, en_passant = chess.Move.from_uci("g1f3"), chess.Move.from_uci("e5d6")
+    for line, expected in (
+        ("", [knight, None, None, None]),
+        ("f3 e5 e3 e4 a3 exf3", [None, knight, None, None]),
+        ("e4 a6 e5 d5", [knight, None, en_passant, None]),
+    ):
+        assert [legal.move(board_after(line), tokenizer.move_id(move) or 0) for move in tokenizer.moves] == expected
+
+
 def test_castling_has_one_text_in_uci() -> None:
     castling = chess.Board("4k2r/P6P/8/8/8/8/8/R3K2R w KQk - 0 1")
     legal_uci = LegalMoves(UCI)

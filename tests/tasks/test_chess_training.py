@@ -9,17 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data.games import Games, chess_games, to_uci
+from jaxlm.data.games import Games, chess_games, to_san, to_uci
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks import chess_training
 from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
-from jaxlm.tasks.chess_training import game_batches, generated_games, match_boards, write_test
+from jaxlm.tasks.chess_training import extra_games, game_batches, generated_games, match_boards, write_test
 from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import read_attention, read_samples
 
 UCI = MoveTokenizer("uci")
 SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
 FOOL = "f2f3 e7e5 g2g4 d8h4"
+
+
+def test_extra_games_are_reported_and_have_no_held_out_games(tmp_path: Path) -> None:
+    path, reports = tmp_path / "extra.txt", list[str]()
+    path.write_text(f"{SCHOLAR}\ne4 e4\n{to_san(FOOL)}\n{FOOL}\n")
+    assert extra_games(path, "uci", {FOOL, "e2e4"}, report=reports.append) == (SCHOLAR,)
+    assert "3 games, 1 rejected" in reports[0]
+    assert "line 2: move 1 of black, 'e4', is illegal" in reports[0]
+    assert reports[1:] == ["2 of these games are left out: they equal validation or test games"]
+    assert extra_games(None, "uci", {FOOL}, report=reports.append) == ()
+    assert len(reports) == 2
 
 
 def test_causal_batches_predict_every_move_and_the_end() -> None:

@@ -13,6 +13,7 @@ from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.metrics import proportion
 from jaxlm.objectives import classification as objective
+from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.tasks import classification
 from jaxlm.tasks.predict import classify
 from jaxlm.testing.helpers import FIRST_VARIANTS, initial_params, tiny_model
@@ -55,6 +56,16 @@ def test_training_and_prediction_encode_texts_in_the_same_way(name):
     expected = -sum(np.log(probabilities[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(classification.predict(model, params, encoded, batch_size=4), probabilities, rtol=1e-5)
+
+
+def test_predictions_do_not_reuse_the_trace_of_another_sharding():
+    model = tiny_model("lstm-encoder-tiny", num_labels=2)
+    params = initial_params(model)
+    encoded = [{"tokens": np.arange(1, 4, dtype=np.int32), "label": 0}] * 8
+    with Sharding(make_mesh("data=8")).scope():
+        expected = classification.predict(model, params, encoded, batch_size=8)
+    on_one_device = jax.device_put(params, jax.devices()[0])
+    np.testing.assert_allclose(classification.predict(model, on_one_device, encoded, batch_size=8), expected, rtol=1e-5)
 
 
 def test_write_test_writes_the_files_for_the_report(tmp_path):
@@ -103,7 +114,7 @@ def test_a_classifier_for_own_examples_needs_ten_lines(tmp_path):
     config = TrainingConfig(steps=60, batch_size=20, evaluate_every=60, checkpoint_every=None)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-2, warmup_steps=2), model.specs, config.steps)
     trainer = config.trainer(model, optimizer, objective.loss)
-    batches = Batches(Bucketed(encoded, 20, num_buckets=2), to_batch=classification.to_batch(2))
+    batches = Batches(Bucketed(encoded, 20, num_buckets=1), to_batch=classification.to_batch(2))
     evaluate = Evaluator(model, classification.METRICS, classification.batches(encoded, 2, 20, num_buckets=1))
     result = train(trainer, batches, evaluate, config, Run(tmp_path))
     assert result.validation["accuracy"] == 1.0

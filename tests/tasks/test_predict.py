@@ -197,6 +197,9 @@ def test_errors_name_texts_with_nonfinite_logits() -> None:
     with pytest.raises(NotFiniteError, match=message):
         classify(*nan_classifier, BYTES, texts, batch_size=4)
     assert np.isfinite(classify(*nan_classifier, BYTES, TEXTS, batch_size=4).probabilities).all()
+    encoded: list[Any] = [{"tokens": BYTES.encode(text), "label": 0} for text in ["***", *texts[:3]]]
+    with pytest.raises(NotFiniteError, match="the logits of example 0, 2 are not finite: 1 parameter"):
+        classification.predict(*nan_classifier, encoded, batch_size=4)
     with pytest.raises(NotFiniteError, match=message):
         label_words(
             *model_with_nan_embedding("bert-tiny", "*", task="token_classification", num_labels=4),

@@ -1,6 +1,10 @@
 """A run that is killed in any phase after the training can be resumed and completed."""
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ from experiments import text_generation
 from jaxlm import load_pretrained
 from jaxlm.training import checks
 from jaxlm.training import experiment as lib
-from jaxlm.training.loop import TrainingConfig
+from jaxlm.training.loop import Result, TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.report import metric_curve, read_metrics, read_results, read_samples
 
@@ -41,15 +45,28 @@ def small_experiment(directory: Path) -> text_generation.Experiment:
     )  # fmt: skip
 
 
-def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path, monkeypatch):
-    experiment, directory = small_experiment(tmp_path), tmp_path / "run"
+class CompletedRun(NamedTuple):
+    experiment: text_generation.Experiment
+    directory: Path
+    result: Result
+    exports: list[dict[str, np.ndarray]]
+    """The exported parameters after each call that ran the export."""
+    printed: str
+    """What the last call printed."""
+
+
+@pytest.fixture(scope="module")
+def completed_run(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
+    """A run that is killed once in each phase after the training and then completed. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("finishing")
+    experiment, directory = small_experiment(directory), directory / "run"
     exports: list[dict[str, np.ndarray]] = []
 
     def raise_killed(*arguments: object, **options: object) -> None:
         raise Killed
 
     for module, name in PHASES:
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, raise_killed)
             try:
                 text_generation.run(experiment, directory if directory.exists() else None)
@@ -59,8 +76,14 @@ def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path,
                 raise AssertionError(f"{name} was not called")
         if name != "save_pretrained":  # the other phases run after the export
             exports.append(exported_params(directory))
-    result = text_generation.run(experiment, directory)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = text_generation.run(experiment, directory)
     exports.append(exported_params(directory))
+    return CompletedRun(experiment, directory, result, exports, printed.getvalue())
+
+
+def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(completed_run):
+    _, directory, result, exports, _ = completed_run
     expected = jax.tree.leaves(jax.tree.map(np.asarray, result.params))
     for params in exports:
         assert all(np.array_equal(actual, want) for actual, want in zip(jax.tree.leaves(params), expected, strict=True))
@@ -95,13 +118,12 @@ def test_a_run_killed_before_it_wrote_its_configuration_can_be_started_again(tmp
         checks.check_output(tmp_path, resume=False)
 
 
-def test_a_finished_run_without_metrics_can_be_completed(tmp_path, capsys):
-    experiment, directory = small_experiment(tmp_path), tmp_path / "run"
-    text_generation.run(experiment)
-    assert "no metrics" not in capsys.readouterr().out
+def test_a_finished_run_without_metrics_can_be_completed(completed_run, tmp_path, capsys):
+    assert "no metrics" not in completed_run.printed
+    directory = shutil.copytree(completed_run.directory, tmp_path / "run")
     for name in ("metrics.jsonl", "loss.png", "results.json", "report.html"):
         (directory / name).unlink()
-    text_generation.run(experiment, directory)
+    text_generation.run(completed_run.experiment, directory)
     assert f"{directory / 'metrics.jsonl'} has no metrics: there are no loss curves" in capsys.readouterr().out
     assert not (directory / "loss.png").exists()
     assert read_results(directory)["steps"] == STEPS

@@ -32,7 +32,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
-from jaxlm.training.evaluation import Evaluator, bits_per_character
+from jaxlm.training.evaluation import Evaluator, bits_per_character, first_epoch
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import draw_losses, metric_curve, read_metrics
@@ -202,7 +202,8 @@ def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, n
         monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: setup)
         return run(tmp_path / str(scan_layers), resume=True, steps=steps, ema_decay=0.5)
 
-    tokens_and_evaluate = training_setup()[2:]
+    # The evaluation of the parameters is not the subject.
+    tokens_and_evaluate = training_setup()[2], lambda params: {"loss": 0.0}
     reference = resume_with(scan_layers, 4)
     resume_with(not scan_layers, 2)
     (tmp_path / str(scan_layers)).rename(tmp_path / "reference")
@@ -219,8 +220,7 @@ def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, n
 
 def test_an_optimizer_state_without_another_layout_is_rejected(tmp_path, monkeypatch):
     """``optax.adafactor`` factors the stacked array. Its statistics cannot be converted to statistics of layers."""
-    tokens_and_evaluate = training_setup()[2:]
-
+    tokens_and_evaluate = training_setup()[2], lambda params: {"loss": 0.0}
     optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=2)
 
     def resume_with(scan_layers, steps):
@@ -386,6 +386,15 @@ def test_the_evaluation_is_a_mean_over_tokens():
         Evaluator(model, causal.loss, [])
     with pytest.raises(ValueError, match="the batches are only padding"):
         Evaluator(model, causal.loss, [with_zero_weights(long)])(params)
+
+
+def test_an_evaluation_has_each_row_of_an_epoch_at_most_once():
+    source = RandomWindows(np.arange(16 * 11 + 1), 16, 4, seed=3, stride=16)
+    for max_batches, num_batches, num_rows in ((9, 3, 11), (3, 3, 11), (2, 2, 8)):
+        parts = [first_epoch(Batches(source, rows, to_batch=to_batch), max_batches) for rows in ([0, 1], [2, 3])]
+        assert [len(batches) for batches in parts] == [num_batches] * 2
+        weighted = [batch.targets[batch.weights > 0] for batches in parts for batch in batches]
+        assert len(np.unique(np.concatenate(weighted))) == sum(map(len, weighted)) == 16 * num_rows
 
 
 def with_zero_weights(batch):
