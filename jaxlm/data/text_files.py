@@ -56,12 +56,13 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         offset += len(data)
         try:
             text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
+            # Python 3.13 has a UnicodeDecodeError for a missing byte order mark, older versions have a UnicodeError.
+            if not isinstance(error, UnicodeDecodeError) or "BOM" in error.reason:
+                raise ValueError(f"{name} is not {encoding} text: it does not begin with a byte order mark") from error
             start = offset - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             raise _decoding_error(name, encoding, error.object[error.start], start, line) from error
-        except UnicodeError as error:  # no byte order mark
-            raise ValueError(f"{name} is not {encoding} text: {error}") from error
         # Reject zero bytes: an ASCII text in UTF-16 without a byte order mark is valid UTF-8 with zero bytes.
         if _is_utf8(encoding) and (zero := data.find(0)) >= 0:
             raise _decoding_error(name, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))

@@ -78,7 +78,9 @@ def test_lines_are_read_in_the_given_encoding(tmp_path):
 
 def test_a_file_without_a_byte_order_mark_is_named(tmp_path):
     path = write(tmp_path / "a.txt", "cafe", "utf-16-le")
-    with pytest.raises(ValueError, match=re.escape(f"{path} is not utf-16 text: UTF-16 stream does not start")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path} is not utf-16 text: it does not begin with a byte order mark")
+    ):
         "".join(text_chunks(path, "utf-16"))
 
 
