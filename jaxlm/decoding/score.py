@@ -19,6 +19,7 @@ from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
+from jaxlm.nn.embedding import widen_ids
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params
@@ -150,7 +151,7 @@ def target_token_scores(
         raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
     check_ids(model, source, source_segment_ids, "sources", vocab_size=source_vocab_size(model))
     check_ids(model, targets, segment_ids, "targets")
-    targets = jnp.asarray(targets)
+    targets = widen_ids(targets)  # in a small dtype, ``start_id`` could wrap to a valid id
     decoder_BT = jnp.concatenate([jnp.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
     scores, finite_B = _target_token_scores(

@@ -256,7 +256,8 @@ def regularization(
 
 def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
     total = jnp.sum(jnp.where(mask_BT[:, :, None], jnp.square(x_BTD), 0.0))
-    return total / jnp.maximum(jnp.sum(mask_BT) * x_BTD.shape[-1], 1)
+    count = jnp.sum(mask_BT, dtype=jnp.float32) * x_BTD.shape[-1]  # the product may be above the maximum of int32
+    return total / jnp.maximum(count, 1.0)
 
 
 def widths(cfg: RecurrentConfig) -> list[int]:

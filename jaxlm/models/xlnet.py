@@ -109,7 +109,7 @@ def apply(
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
             query stream attends only to positions of a lower rank. Given together with ``targets``.
-        targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
+        targets: [B, P] int32, the positions to predict, at least one. A position outside the row gives NaN.
 
     Raises:
         ValueError: the inputs have wrong shapes, only one of ``order`` and ``targets`` is given, or they are given for
@@ -279,9 +279,10 @@ def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any
         return
     if cfg.task != "permutation":
         raise ValueError(f"task={cfg.task!r} predicts no tokens: order and targets are for task='permutation'")
-    if targets.ndim != 2 or targets.shape[0] != B:
+    if targets.ndim != 2 or targets.shape[0] != B or not targets.shape[1]:
         raise ValueError(
-            f"targets {list(targets.shape)} must have shape [{B}, positions] for tokens {list(tokens.shape)}"
+            f"targets {list(targets.shape)} must have shape [{B}, positions] for tokens {list(tokens.shape)}, with at "
+            "least one position"
         )
 
 

@@ -82,6 +82,19 @@ def segment_boundaries(
     return reset_BT, keep_BT, last_real_BT[:, -1]
 
 
+def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
+    """The number of the document of each token, 1, 2, ... in each row, and 0 at padding; int32.
+
+    As in :func:`segment_boundaries`, a change of the segment id starts a document, also if the id occurred before.
+
+    Example:
+        >>> document_numbers(jnp.array([[3, 3, 0, 3, 1, 3]])).tolist()
+        [[1, 1, 0, 1, 2, 3]]
+    """
+    reset_BT, keep_BT, _ = segment_boundaries(segment_ids_BT)
+    return jnp.where(keep_BT, 1 + jnp.cumsum(reset_BT, axis=1, dtype=jnp.int32), 0)
+
+
 def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
     """Check that each mask is None or a boolean array of the ``shape`` [B, T].
 

@@ -169,6 +169,8 @@ def test_errors_of_target_scores() -> None:
     bad = {**params, "token_embedding": params["token_embedding"].at[9].set(jnp.nan)}
     with pytest.raises(NotFiniteError, match=r"token_embedding \(\d+ of \d+ values\)"):
         target_log_likelihood(model, bad, PROMPTS, PROMPTS, start_id=0)
+    with pytest.raises(ValueError, match="start ids have id 261 in row 0"):  # 261 would wrap to 5 in uint8
+        target_log_likelihood(model, bad, PROMPTS, PROMPTS.astype(np.uint8), start_id=261)
 
 
 @pytest.fixture(scope="module")

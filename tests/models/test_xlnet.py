@@ -208,6 +208,8 @@ def test_errors_name_bad_inputs():
         model.apply(params, tokens, order=order[:, :5], targets=order)
     with pytest.raises(ValueError, match=r"targets \[1, 9\] must have shape \[2, positions\]"):
         model.apply(params, tokens, order=order, targets=order[:1])
+    with pytest.raises(ValueError, match=r"targets \[2, 0\] must have shape .* with at least one position"):
+        model.apply(params, tokens, order=order, targets=order[:, :0])
     with pytest.raises(ValueError, match=r"right_to_left \[1\] must have shape \[2\]"):
         model.apply(params, tokens, right_to_left=np.zeros(1, bool))
     token_classifier = dataclasses.replace(model, config=dataclasses.replace(model.config, task="token_classification"))

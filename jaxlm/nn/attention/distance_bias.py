@@ -108,7 +108,9 @@ def distance_bias_at_positions(
     This bias gathers single entries, so it is slower than :func:`distance_bias`, which shifts whole rows.
     """
     return AttentionBias(
-        _ByPositions(max_distance, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS}
+        _ByPositions(max_distance, scale),
+        _table_arrays(table, q_BTHK),
+        {"query": query_BT.astype(jnp.int32), "key": key_BS.astype(jnp.int32)},  # unsigned differences would wrap
     )
 
 

@@ -88,6 +88,7 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
     if query is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
+        query, key = query.astype(jnp.int32), key.astype(jnp.int32)  # ids of padding are negative
         query = jnp.pad(query, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
         key = jnp.pad(key, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
         query, key = (jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in (query, key))  # all rows may share one

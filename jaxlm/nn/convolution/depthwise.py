@@ -18,6 +18,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.convolution.window import Padding, Stream, padding_and_count, prepend_tail
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.linear import linear_specs
+from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 DepthwiseImplementation = Literal["reference", "shifts"]
@@ -54,8 +55,9 @@ def depthwise_convolution(
     ``dilation``.
 
     Args:
-        segment_ids: [B, T]; an output reads only its own segment; inputs of other segments count as zeros. The segment
-            of output t is that of step t; for ``valid``, that of its last tap.
+        segment_ids: [B, T]; an output reads only its own document; inputs of other documents count as zeros. A change
+            of the id starts a document (``jaxlm.nn.segments.document_numbers``). The document of output t is that of
+            step t; for ``valid``, that of its last tap.
         implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
             shifts and multiplies the whole input for each tap, and sums the products in one pass; its custom gradient
             saves the input, but not the products. None chooses the fastest known: ``shifts`` on a CPU and for segments,
@@ -74,6 +76,19 @@ def depthwise_convolution(
         raise ValueError(
             "depthwise_convolution implementation 'reference' does not support segment_ids: leave implementation out"
         )
+    documents_BT = None if segment_ids is None else document_numbers(segment_ids)
+    return _convolution(params, x_BTC, padding, dilation, documents_BT, implementation)
+
+
+def _convolution(
+    params: Params,
+    x_BTC: jax.Array,
+    padding: Padding,
+    dilation: int,
+    documents_BT: jax.Array | None,
+    implementation: DepthwiseImplementation,
+) -> jax.Array:
+    """As :func:`depthwise_convolution`, with the document of each step."""
     weight_KC = params["weight"].astype(x_BTC.dtype)
     kernel, channels = weight_KC.shape
     if x_BTC.ndim != 3 or x_BTC.shape[-1] != channels:
@@ -91,8 +106,8 @@ def depthwise_convolution(
         )
     else:
         offsets = tuple(tap * dilation - before for tap in range(kernel))
-        segment_offset = offsets[-1] if padding == "valid" else 0
-        y_BTC = _shifted_products(_Taps(offsets, segment_offset, count), weight_KC, x_BTC, segment_ids)
+        document_offset = offsets[-1] if padding == "valid" else 0
+        y_BTC = _shifted_products(_Taps(offsets, document_offset, count), weight_KC, x_BTC, documents_BT)
     return y_BTC if "bias" not in params else y_BTC + params["bias"].astype(x_BTC.dtype)[None, None, :]
 
 
@@ -103,56 +118,56 @@ def causal_depthwise_convolution(
 
     See ``jaxlm.nn.convolution.window`` for streams and tails.
     """
+    implementation = choices.depthwise_convolution(stream.segment_ids)
     if tail_BWC is None:
-        ids = stream.segment_ids
-        return depthwise_convolution(params, x_BTC, padding="causal", dilation=dilation, segment_ids=ids), None
-    x_BSC, ids_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
-    return depthwise_convolution(params, x_BSC, padding="valid", dilation=dilation, segment_ids=ids_BS), tail_BWC
+        return _convolution(params, x_BTC, "causal", dilation, stream.documents, implementation), None
+    x_BSC, documents_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
+    return _convolution(params, x_BSC, "valid", dilation, documents_BS, implementation), tail_BWC
 
 
 @dataclasses.dataclass(frozen=True)
 class _Taps:
     """The taps of each output.
 
-    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. The segment id of output
-    t is that of input ``t + segment_offset``.
+    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. The document of output t
+    is that of input ``t + document_offset``.
     """
 
     offsets: tuple[int, ...]
-    segment_offset: int
+    document_offset: int
     count: int
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _shifted_products(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    return _shifted_products_forward(taps, weight_KC, x_BTC, segment_ids)[0]
+def _shifted_products(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
+    return _shifted_products_forward(taps, weight_KC, x_BTC, documents_BT)[0]
 
 
 def _shifted_products_forward(
-    taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None
+    taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None
 ) -> Any:
     total_BTC = jnp.zeros((), jnp.float32)
-    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, _same_segment(taps, segment_ids), strict=True):
+    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, _same_document(taps, documents_BT), strict=True):
         tap_BTC = _masked(same_BT, _shifted(x_BTC, offset, taps.count))
         total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
-    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, segment_ids)
+    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, documents_BT)
 
 
 def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> Any:
-    weight_KC, x_BTC, segment_ids = saved
-    same_segment = _same_segment(taps, segment_ids)
+    weight_KC, x_BTC, documents_BT = saved
+    same_document = _same_document(taps, documents_BT)
     total_BTC = jnp.zeros((), jnp.float32)
-    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_segment, strict=True):
+    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
         tap_BTC = _shifted(_masked(same_BT, dy_BTC), -offset, x_BTC.shape[1])
         total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
-    dweight_KC = _weight_gradient(taps, x_BTC, dy_BTC, same_segment)
+    dweight_KC = _weight_gradient(taps, x_BTC, dy_BTC, same_document)
     return dweight_KC.astype(weight_KC.dtype), total_BTC.astype(x_BTC.dtype), None
 
 
 _shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
 
 
-def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segment: Sequence[Any]) -> jax.Array:
+def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_document: Sequence[Any]) -> jax.Array:
     """The gradient of the weights: for each tap, the sum over rows and time of inputs times output gradients, [K, C]
     float32.
 
@@ -168,7 +183,7 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
 
     def products(tap: int, start: int, stop: int) -> jax.Array:
         x_BLC = _shifted(x_BTC, taps.offsets[tap], taps.count)[:, start:stop].astype(jnp.float32)
-        same_BL = None if same_segment[tap] is None else same_segment[tap][:, start:stop]
+        same_BL = None if same_document[tap] is None else same_document[tap][:, start:stop]
         return _masked(same_BL, x_BLC * dy_BTC[:, start:stop])
 
     def sum_without_blocks(start: int, stop: int) -> jax.Array:
@@ -182,7 +197,7 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
         x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + min_offset, BLOCK + max_offset - min_offset, axis=1)
         dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(jnp.float32)
         new_sums = []
-        for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_segment, strict=True):
+        for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_document, strict=True):
             x_BLC = x_BSC[:, offset - min_offset : offset - min_offset + BLOCK].astype(jnp.float32)
             same_BL = None if same_BT is None else lax.dynamic_slice_in_dim(same_BT, start, BLOCK, axis=1)
             new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
@@ -200,12 +215,15 @@ def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
     return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
 
 
-def _same_segment(taps: _Taps, segment_ids: jax.Array | None) -> list[Any]:
-    """For each tap, whether the tap's input is in the segment of the output, [B, T']; None: there are no segments."""
-    if segment_ids is None:
+def _same_document(taps: _Taps, documents_BT: jax.Array | None) -> list[Any]:
+    """For each tap, whether the tap's input is in the document of the output, [B, T'].
+
+    None: each row is one document.
+    """
+    if documents_BT is None:
         return [None] * len(taps.offsets)
-    output_ids_BT = _shifted(segment_ids, taps.segment_offset, taps.count)
-    return [_shifted(segment_ids, offset, taps.count) == output_ids_BT for offset in taps.offsets]
+    of_outputs_BT = _shifted(documents_BT, taps.document_offset, taps.count)
+    return [_shifted(documents_BT, offset, taps.count) == of_outputs_BT for offset in taps.offsets]
 
 
 def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import struct
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.segments import document_numbers, segment_boundaries
 from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
@@ -44,13 +44,28 @@ def windows(
     Args:
         kernel: K, the number of taps of a window; taps are ``dilation`` steps apart.
         stride: steps from one window to the next.
-        segment_ids: [B, T]; taps outside the window's segment give ``fill``. The segment of a window is that of
-            step ``t * stride``; for ``valid``, that of its last tap.
-        fill: the value of taps outside the input or the segment.
+        segment_ids: [B, T]; taps outside the window's document give ``fill``. A change of the id starts a document
+            (``jaxlm.nn.segments.document_numbers``). The document of a window is that of step ``t * stride``; for
+            ``valid``, that of its last tap.
+        fill: the value of taps outside the input or the document.
 
     Raises:
         ValueError: an unknown padding, or an input that is shorter than one window.
     """
+    documents_BT = None if segment_ids is None else document_numbers(segment_ids)
+    return _windows(x_BTC, kernel, padding, stride, dilation, documents_BT, fill)
+
+
+def _windows(
+    x_BTC: jax.Array,
+    kernel: int,
+    padding: Padding,
+    stride: int,
+    dilation: int,
+    documents_BT: jax.Array | None,
+    fill: float,
+) -> jax.Array:
+    """As :func:`windows`, with the document of each step."""
     before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
 
     def taps(x: jax.Array, fill: float) -> list[jax.Array]:
@@ -59,12 +74,12 @@ def windows(
         return [lax.slice_in_dim(x, tap * dilation, tap * dilation + length, stride, axis=1) for tap in range(kernel)]
 
     windows_BTKC = jnp.stack(taps(x_BTC, fill), axis=2)
-    if segment_ids is None:
+    if documents_BT is None:
         return windows_BTKC
-    ids_BTK = jnp.stack(taps(segment_ids, 0), axis=2)
+    of_taps_BTK = jnp.stack(taps(documents_BT, 0), axis=2)
     first = (kernel - 1) * dilation if padding == "valid" else 0
-    window_ids_BT = lax.slice_in_dim(segment_ids, first, first + (count - 1) * stride + 1, stride, axis=1)
-    return jnp.where((ids_BTK == window_ids_BT[:, :, None])[..., None], windows_BTKC, fill)
+    of_windows_BT = lax.slice_in_dim(documents_BT, first, first + (count - 1) * stride + 1, stride, axis=1)
+    return jnp.where((of_taps_BTK == of_windows_BT[:, :, None])[..., None], windows_BTKC, fill)
 
 
 def padding_and_count(
@@ -96,12 +111,15 @@ class Stream:
         segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
         order: [B, T], the original index of each token; None: the tokens were not reordered.
         past: [B, P], segment ids of the last real tokens of earlier calls; None without a state.
+        documents: [B, P + T], the document of each of these tokens and of each token of the call
+            (``jaxlm.nn.segments.document_numbers``); P is 0 without a state. None: ``segment_ids`` is None.
         count_B: number of real tokens of the call; None without segment ids and state.
     """
 
     segment_ids: Any
     order: Any
     past: Any
+    documents: Any
     count_B: Any
 
     def masks(self) -> dict[str, jax.Array]:
@@ -138,13 +156,16 @@ def move_padding_last(
         past_BP: segment ids of the tokens of earlier calls (:func:`past_specs`); None without a state.
     """
     if segment_ids is None and past_BP is None:
-        return tokens_BT, Stream(None, None, None, None)
+        return tokens_BT, Stream(None, None, None, None, None)
     if segment_ids is None:
-        all_tokens_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
-        return tokens_BT, Stream(jnp.ones(tokens_BT.shape, jnp.int32), None, past_BP, all_tokens_B)
-    order_BT = real_first_indices(segment_ids)
-    tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
-    return tokens_BT, Stream(segment_ids, order_BT, past_BP, jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+        order_BT, segment_ids = None, jnp.ones(tokens_BT.shape, jnp.int32)
+        count_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
+    else:
+        order_BT = real_first_indices(segment_ids)
+        tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
+        count_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+    ids_BS = segment_ids if past_BP is None else jnp.concatenate([past_BP, segment_ids], axis=1)
+    return tokens_BT, Stream(segment_ids, order_BT, past_BP, document_numbers(ids_BS), count_B)
 
 
 def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
@@ -172,18 +193,17 @@ def causal_windows(
     Without a tail (``tail_BWC`` None), the tail for the next call is None.
     """
     if tail_BWC is None:
-        ids = stream.segment_ids
-        return windows(x_BTC, kernel, padding="causal", dilation=dilation, segment_ids=ids, fill=fill), None
-    x_BSC, ids_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
-    return windows(x_BSC, kernel, padding="valid", dilation=dilation, segment_ids=ids_BS, fill=fill), tail_BWC
+        return _windows(x_BTC, kernel, "causal", 1, dilation, stream.documents, fill), None
+    x_BSC, documents_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
+    return _windows(x_BSC, kernel, "valid", 1, dilation, documents_BS, fill), tail_BWC
 
 
 def prepend_tail(stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tail followed by the new inputs [B, W + T, C], their segment ids, and the tail for the next call."""
+    """The tail followed by the new inputs [B, W + T, C], their documents, and the tail for the next call."""
     reach = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
-    ids_BS = jnp.concatenate([stream.past[:, stream.past.shape[1] - reach :], stream.segment_ids], axis=1)
-    return x_BSC, ids_BS, _last_real(x_BSC, stream.count_B, reach)
+    documents_BS = stream.documents[:, stream.past.shape[1] - reach :]
+    return x_BSC, documents_BS, _last_real(x_BSC, stream.count_B, reach)
 
 
 def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:

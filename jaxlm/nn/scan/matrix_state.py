@@ -231,46 +231,24 @@ def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
 
 
 def _scan_backward(saved: Any, cotangents: Any) -> Any:
+    """Autodiff of each chunk, including the products of decays.
+
+    The gradient of a log decay is also a difference of two inner products (Yang et al. 2024, section 4.3). But the
+    rounding errors of this difference would not be small relative to the gradient of a strong decay.
+    """
+
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        # The arguments are float32, because the gradient of the decays is a difference that needs accurate gradients.
-        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))  # their gradients are summed in float32
         dtype = v.dtype
-        chunk = lambda state, q, k, v: decay_chunk(state, q, k, v, jnp.exp(log_BHLE), dtype)  # noqa: E731
-        (after_BHKV, out), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v32)
-        dout = dout_BHLV.astype(jnp.float32)
-        dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout))
-        dsum = out * dout - v32 * dv if log_BHLE.shape[-1] == 1 else q32 * dq - k32 * dk
-        dlog_BHLE = _log_decay_gradient(dsum, after_BHKV * dafter_BHKV, log_BHLE)
+        chunk = lambda state, q, k, v, log: decay_chunk(state, q, k, v, jnp.exp(log), dtype)  # noqa: E731
+        _, vjp = jax.vjp(chunk, state_BHKV, q32, k32, v32, log_BHLE)
+        dstate_BHKV, dq, dk, dv, dlog_BHLE = vjp((dafter_BHKV, dout_BHLV.astype(jnp.float32)))
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
     dstate_BHKV, dinputs = lax.scan(step, dlast_BHKV, (*saved, dout_CBHLV), reverse=True)
     return dinputs, dstate_BHKV
-
-
-def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
-    """The gradient of the log decays of a chunk, without differentiating the products of decays.
-
-    See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
-    on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The gradient of the last one, b_L, has
-    another summand: the state after the chunk times its gradient. The log decay of step t is a summand of b_s for all
-    steps s >= t, so its gradient is the sum of the gradients of these b_s.
-
-    Args:
-        dsum_BHLK: ``q * dq - k * dk``. With one decay per head, only the sum over the last axis matters. ``out * dout``
-            has the same sum as ``q * dq``, because the output is linear in q. ``v * dv`` has the same sum as
-            ``k * dk``, because k and v occur only in ``k v.T``. If several heads share q and k, dq and dk are sums over
-            these heads, and only ``out * dout - v * dv`` gives the value of each head.
-        state_dstate_BHKV: the state after the chunk times its gradient.
-    """
-    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
-    if log_BHLE.shape[-1] == 1:
-        dsum_BHLE, dlast_BHE = (jnp.sum(x, axis=-1, keepdims=True) for x in (dsum_BHLE, dlast_BHE))
-    later_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
-    dlog_BHLE = jnp.einsum("LM,BHME->BHLE", later_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
-    return jnp.where(log_BHLE == -jnp.inf, 0.0, dlog_BHLE + dlast_BHE[:, :, None])
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -106,6 +106,12 @@ def test_distance_bias_at_positions(vectors):
     compare(function, lambda table, *q: gathered_bias(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
+def test_unsigned_positions_do_not_wrap():
+    table, positions = jnp.arange(7.0)[:, None], np.array([[0, 5, 2]])
+    got = dense(distance_bias_at_positions(table, 3, *(jnp.asarray(positions, jnp.uint8),) * 2), 3, 3)
+    assert np.array_equal(got[0, 0], np.clip(3 - (positions.T - positions), 0, 6))
+
+
 def test_distance_bias_at_query_positions():
     query = np.random.default_rng(0).integers(0, 7, (B, 5))
     table, q = arrays(5, 13, True)

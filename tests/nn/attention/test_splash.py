@@ -26,12 +26,19 @@ def segments(T, S, *, same):
     }  # some segments have only queries or only keys
 
 
+def uint8_segments(T):
+    """Document 255 has the id that -1, the id of padding queries, would have in uint8; 254 that of padding keys."""
+    ids = np.sort(np.random.default_rng(1).integers(253, 256, (2, T)), axis=1).astype(np.uint8)
+    return {"query_segments": ids, "key_segments": ids}
+
+
 CASES = {
     "causal": (Mask(causal=True), 256, 256, 2, 2),
     "causal, padded": (Mask(causal=True), 200, 200, 2, 1),
     "bidirectional, padded": (Mask(), 130, 250, 2, 2),
     "window": (Mask(causal=True, window=70), 256, 256, 1, 1),
     "causal documents": (Mask(causal=True, **segments(256, 256, same=True)), 256, 256, 2, 2),
+    "documents with uint8 ids": (Mask(**uint8_segments(130)), 130, 130, 1, 1),
     "documents, equal in all rows": (
         Mask(causal=True, **{name: x[:1] for name, x in segments(130, 130, same=True).items()}),
         130,

@@ -7,7 +7,15 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import (
+    causal_windows,
+    move_padding_last,
+    pad_to_length,
+    past_specs,
+    restore_order,
+    tail_specs,
+    windows,
+)
 from jaxlm.spec import ONES, Normal
 from jaxlm.testing.helpers import relative_error
 
@@ -149,6 +157,22 @@ def test_each_padded_document_equals_a_separate_document(cuts):
         for document in range(1, int(ids[row].max()) + 1):
             index = np.nonzero(ids[row] == document)[0]
             assert relative_error(got[row, index], numpy_causal_convolution(params, x[row, index])) < 1e-6
+
+
+def test_a_segment_id_that_occurs_again_is_another_document():
+    x, ids = np.arange(10.0, 60.0, 10.0, dtype=np.float32)[None, :, None], np.array([[1, 2, 0, 1, 1]])
+    got = windows(x, 3, padding="causal", segment_ids=ids)[0, :, :, 0]
+    want = [[0, 0, 10], [0, 0, 20], [0, 0, 30], [0, 0, 40], [0, 40, 50]]
+    assert got.tolist() == want
+    # A call ends with document 2, and the ids of the next call begin with 1. The padding moves to the end.
+    past, tail = np.zeros((1, 2), np.int32), np.zeros((1, 2, 1), np.float32)
+    _, stream = move_padding_last(ids, np.array([[1, 1, 1, 2, 2]]), past)
+    got, tail = causal_windows(stream, x, tail, 3)
+    assert got[0, :, :, 0].tolist() == [[0, 0, 10], [0, 10, 20], [10, 20, 30], [0, 0, 40], [0, 40, 50]]
+    _, past = restore_order(stream, x)
+    _, stream = move_padding_last(ids, np.array([[2, 1, 2, 0, 2]]), past)
+    got, _ = causal_windows(stream, x, tail, 3)
+    assert got[0, :4, :, 0].tolist() == [[40, 50, 10], [0, 0, 20], [0, 0, 30], [0, 30, 40]]
 
 
 def test_pad_to_length_moves_padding_to_the_end_and_reverses_texts():

@@ -184,3 +184,16 @@ def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilat
     y, no_state = causal_depthwise_convolution(params, stream, x, None, dilation=dilation)
     assert no_state is None
     assert relative_error(y, depthwise_convolution(params, x, padding="causal", dilation=dilation)) < 1e-6
+
+
+def test_a_segment_id_that_occurs_again_is_another_document():
+    params, x = arrays(3, 8)
+    ids, documents = np.array([[1, 1, 2, 1, 1, 1, 2, 1]] * B), [1, 1, 2, 3, 3, 3, 4, 5]
+    want = np.stack([numpy_convolution(params, row, documents, "causal", 1) for row in np.asarray(x)])
+    assert relative_error(depthwise_convolution(params, x, padding="causal", segment_ids=ids), want) < 1e-6
+    past, tail = spec.init((past_specs(B, 2), tail_specs(B, 2, C, jnp.float32)))
+    indices, outputs = np.broadcast_to(np.arange(8), (B, 8)), []
+    for call in (slice(0, 4), slice(4, 8)):  # document 3 continues in the second call
+        y, past, tail = run_call(params, x, indices[:, call], ids[:, call], past, tail, 1)
+        outputs.append(y)
+    assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6

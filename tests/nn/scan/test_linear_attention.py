@@ -172,6 +172,25 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert last.item() == 3000 / 256  # a sum in bfloat16 would stop growing at 1
 
 
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("log_decay", [-1.6, -8.0])
+@pytest.mark.parametrize("decay", ["channel", "grouped"])
+def test_the_gradient_of_a_strong_decay_is_accurate(log_decay, decay):
+    """Rounding errors of weights and values are small relative to the gradient, which is about ``exp(log_decay)``."""
+    q, k, v, decays, state = arrays(decay)
+    for dtype, tolerance in ((jnp.bfloat16, 0.01), (jnp.float32, 3e-6)):
+        rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        arguments = [*rounded, np.full_like(decays, log_decay), state]
+        got, want = (
+            np.asarray(gradients[3])
+            for _, gradients in (
+                results(linear_attention, arguments, chunk=4, implementation="chunked"),
+                float64_results(arguments),
+            )
+        )
+        assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
+
+
 def test_only_inputs_and_one_state_per_chunk_are_saved():
     q, k, v, log_decay, state = arrays("channel")
     attend = functools.partial(linear_attention, implementation="chunked", chunk=4)

@@ -206,6 +206,20 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert_trees_close(((out, last), gradients), float64_results(rounded), 0.05)
 
 
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("log_forget", [-1.6, -8.0])
+def test_the_gradient_of_a_strong_forget_gate_is_accurate_in_bfloat16(log_forget):
+    q, k, v, log_i, log_f, state = arrays()
+    q, k = np.abs(q), np.abs(k)  # with a normalizer near 0, the division would amplify rounding errors
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    arguments = [*rounded, 0.1 * log_i, np.full_like(log_f, log_forget), state]
+    (_, got), (_, want) = (
+        results(CELL, arguments, implementation="chunked", chunk=4),
+        float64_results(arguments),
+    )
+    assert np.linalg.norm(got[4] - want[4]) < 0.01 * np.linalg.norm(want[4])
+
+
 def test_a_long_text_keeps_its_precision():
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2000, 1, 8)).astype(np.float32) for _ in range(3))
