@@ -109,8 +109,6 @@ def gated_delta_rule(
         return delta_rule_pallas.gated_delta_rule(
             (*inputs[:3], *per_head), state_BHKV, reset_BT, choices.kernel_chunk(T)
         )
-    # ``linear_attention`` computes the gradient of the decays as a difference of two inner products. Here, this
-    # difference would be inaccurate for strong decays, so all of a chunk is differentiated.
     return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
 
 
