@@ -52,7 +52,7 @@ class CompletedRun(NamedTuple):
     exports: list[dict[str, np.ndarray]]
     """The exported parameters after each call that ran the export."""
     printed: str
-    """What the last call printed."""
+    """The output of the last call."""
 
 
 @pytest.fixture(scope="module")
