@@ -39,7 +39,7 @@ class custom_vjp:
 
     def __call__(self, *arguments: Any) -> Any:
         numbers = [number for number in range(len(arguments)) if number not in self._nondiff_argnums]
-        varying = _vary_equally([arguments[number] for number in numbers])
+        varying = vary_equally([arguments[number] for number in numbers])
         cast = dict(zip(numbers, varying, strict=True))
         function = self._function
         if any(map(sharding.has_explicit_axes, jax.tree.leaves(varying))):
@@ -67,7 +67,7 @@ def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> C
     return backward_with_auto_axes
 
 
-def _vary_equally(tree: Any) -> Any:
+def vary_equally(tree: Any) -> Any:
     """The arrays of ``tree``, each cast to vary over all mesh axes over which one of them varies."""
     axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(tree)))
 

@@ -13,6 +13,7 @@ from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.linear import linear
 from jaxlm.nn.loss import chunked_cross_entropy, selected_cross_entropy
 from jaxlm.nn.recurrence import lstm, lstm_specs
+from jaxlm.nn.scan import gated_delta_rule, linear_attention
 from jaxlm.sharding import make_mesh
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import assert_trees_close
@@ -51,6 +52,25 @@ def test_the_gradient_of_replicated_parameters_is_summed_over_devices(name):
         in_specs=(P(), P("data")), out_specs=P(),
     )  # fmt: skip
     assert_trees_close(jax.jit(jax.grad(mapped))(params, x_BTD), jax.jit(jax.grad(loss))(params, x_BTD), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("scan", [linear_attention, gated_delta_rule])
+def test_the_gradient_of_a_replicated_state_is_summed_over_devices(scan, implementation):
+    x_BTD = np.random.default_rng(1).normal(size=(8, 5, 6)).astype(np.float32)
+
+    def loss(state_KV, x_BTD):
+        x_BTHD, ones_BTH = x_BTD[:, :, None], jnp.ones_like(x_BTD[:, :, :1])
+        gates = (-ones_BTH,) if scan is linear_attention else (-ones_BTH, 0.1 * ones_BTH)
+        state_BHKV = jnp.broadcast_to(state_KV, (len(x_BTD), 1, *state_KV.shape))
+        return jnp.sum(scan(x_BTHD, x_BTHD, x_BTHD, *gates, state_BHKV, implementation=implementation)[0] ** 2)
+
+    mapped = jax.shard_map(
+        lambda state, x: jax.lax.psum(loss(state, x), "data"), mesh=make_mesh("data=8"), in_specs=(P(), P("data")),
+        out_specs=P(),
+    )  # fmt: skip
+    state_KV = np.random.default_rng(2).normal(size=(6, 6)).astype(np.float32)
+    assert_trees_close(jax.jit(jax.grad(mapped))(state_KV, x_BTD), jax.jit(jax.grad(loss))(state_KV, x_BTD), 1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm import sharding
+from jaxlm.nn.custom_gradient import vary_equally
 
 
 def prepare(
@@ -36,7 +37,8 @@ def prepare(
     if state_BHKV is None:
         key_BHK, value_BHV = per_head(arrays[1][:, 0], H), arrays[2][:, 0]
         state_BHKV = jnp.zeros_like(key_BHK[..., None] * value_BHV[:, :, None], jnp.float32)
-    return arrays, state_BHKV.astype(jnp.float32)
+    # In ``jax.shard_map``, the state must vary over the same mesh axes in all steps.
+    return vary_equally((arrays, state_BHKV.astype(jnp.float32)))
 
 
 def per_head(x_BG: jax.Array, heads: int) -> jax.Array:

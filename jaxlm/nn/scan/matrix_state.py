@@ -17,13 +17,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
-from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import matrix_state_pallas
-from jaxlm.nn.scan.chunks import join_chunks, per_head, prepare, product_in, scan_steps, split_into_chunks
+from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.segments import check_masks
 
@@ -105,8 +103,7 @@ def linear_attention(
     inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
         return scan_steps(_log_step, inputs, state_BHKV)
-    out_CBHLV, state_BHKV = _scan(split_into_chunks(inputs, chunk or choices.linear_attention_chunk()), state_BHKV)
-    return join_chunks(out_CBHLV, T), state_BHKV
+    return scan_chunks(_chunk, inputs, state_BHKV, chunk or choices.linear_attention_chunk())
 
 
 def choose_implementation(
@@ -213,53 +210,19 @@ def decay_step(
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-@custom_vjp
-def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: _chunk(state, *inputs), state_BHKV, inputs)
-    return out_CBHLV, state_BHKV
-
-
-def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
-    """The outputs and the residuals of :func:`_scan`. The residuals are the inputs and the state before each chunk."""
-
-    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
-        after_BHKV, out_BHLV = _chunk(state_BHKV, *inputs)
-        return after_BHKV, (out_BHLV, state_BHKV)
-
-    last_BHKV, (out_CBHLV, states_CBHKV) = lax.scan(step, state_BHKV, inputs)
-    return (out_CBHLV, last_BHKV), (inputs, states_CBHKV)
-
-
-def _scan_backward(saved: Any, cotangents: Any) -> Any:
-    """Autodiff of each chunk, including the products of decays.
-
-    The gradient of a log decay is also a difference of two inner products (Yang et al. 2024, section 4.3). But the
-    rounding errors of this difference would not be small relative to the gradient of a strong decay.
-    """
-
-    def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
-        (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))  # their gradients are summed in float32
-        dtype = v.dtype
-        chunk = lambda state, q, k, v, log: decay_chunk(state, q, k, v, jnp.exp(log), dtype)  # noqa: E731
-        _, vjp = jax.vjp(chunk, state_BHKV, q32, k32, v32, log_BHLE)
-        dstate_BHKV, dq, dk, dv, dlog_BHLE = vjp((dafter_BHKV, dout_BHLV.astype(jnp.float32)))
-        return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_BHLE)
-
-    dout_CBHLV, dlast_BHKV = cotangents
-    dstate_BHKV, dinputs = lax.scan(step, dlast_BHKV, (*saved, dout_CBHLV), reverse=True)
-    return dinputs, dstate_BHKV
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
 def _chunk(
     state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps in the dtype of the values."""
-    state_BHKV, out_BHLV = decay_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, jnp.exp(log_BHLE), v_BHLV.dtype)
-    return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
+    """The state after a chunk, and the outputs of its steps in the dtype of the values.
+
+    The gradient of a log decay is also a difference of two inner products (Yang et al. 2024, section 4.3). But the
+    rounding errors of this difference would not be small relative to the gradient of a strong decay, so autodiff also
+    differentiates the products of decays.
+    """
+    dtype = v_BHLV.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q_BGLK, k_BGLK, v_BHLV))  # their gradients are summed in float32
+    state_BHKV, out_BHLV = decay_chunk(state_BHKV, q, k, v, jnp.exp(log_BHLE), dtype)
+    return state_BHKV, out_BHLV.astype(dtype)
 
 
 def decay_chunk(

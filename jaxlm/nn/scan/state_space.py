@@ -83,7 +83,7 @@ def ssd(
             reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
         )  # fmt: skip
     # ``linear_attention`` takes the logarithm of the decays. Its gradient is infinite at a decay of 0, so it would be
-    # inaccurate here. Instead, all of a chunk is differentiated.
+    # inaccurate here.
     T = x_BTHP.shape[1]
     implementation = choose_implementation("ssd", implementation, T, chunk, "has no negative eigenvalues")
     check_inputs(C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, reset_BT, keep_BT)
