@@ -6,7 +6,8 @@ jaxlm and torch use the same batches in the same order, and the same learning-ra
 weight decay. Their initial weights are different samples of one distribution. torch trains ``GPT2LMHeadModel`` of
 transformers in eager mode, as nanoGPT does on CPU. The nanoGPT readme states a validation loss of 1.88 for this
 configuration. Seconds are for the complete process, including imports and compilation. The process of jaxlm
-also generates a passage and writes a report. Tokens per second are for the training steps only.
+also generates a passage and writes a report. Tokens per second are for the training steps only. For jaxlm, they exclude
+the first step, which compiles.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Literal
 from benchmarks import harness
 
 CPU_ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
-"""Environment of both processes. The model of torch is on the CPU, too."""
+"""Environment of both processes. It keeps jaxlm on the CPU, where torch also runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +115,11 @@ def run_torch(options: Options) -> dict[str, float]:
 
 
 def run(options: Options) -> None:
-    """Run jaxlm and torch, and print one row of results for each."""
+    """Run jaxlm and torch, and print one row of results for each. With ``side`` "torch", run torch and print JSON."""
     if not options.data.is_file():
         raise harness.UserError(f"--data {options.data} is not a file: give the path of a text file")
     if options.steps < 2:
-        raise harness.UserError(f"--steps {options.steps} must be at least 2: the first step is not in the speed")
+        raise harness.UserError(f"--steps {options.steps} must be at least 2: jaxlm's speed excludes the first step")
     if options.side == "torch" and options.json is not None:
         raise harness.UserError("--json needs --side both")
     if options.side == "torch":

@@ -1,6 +1,6 @@
 """LSTM and GRU layers: jaxlm and torch (oneDNN on CPU) with the same weights and random inputs.
 
-    python -m benchmarks.recurrence            three sizes, each forward, and forward plus backward
+    python -m benchmarks.recurrence            three sizes; for each, the forward pass, and both passes together
     python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
     python -m benchmarks.recurrence --quick    a short test that the benchmark works
 
@@ -52,9 +52,9 @@ def run(options: Recurrence) -> None:
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for layer in layers:
-            for direction in passes:
+            for pass_name in passes:
                 for shape in sizes:
-                    measured = _measure(options, session, targets, layer, direction, shape)
+                    measured = _measure(options, session, targets, layer, pass_name, shape)
                     print("; ".join(f"{row.implementation} {1e3 * row.median:.4g} ms" for row in measured), flush=True)
                     rows += measured
         print("\n" + recurrence_table(rows))
@@ -67,15 +67,15 @@ def _measure(
     session: harness.Session,
     targets: dict[str, str],
     layer: str,
-    passes: str,
+    pass_name: str,
     shape: shapes.Recurrence,
 ) -> list[harness.Row]:
-    op = f"{layer} {passes}"
+    op = f"{layer} {pass_name}"
     print(f"{op}, {shape}: ", end="")
     return session.compare(
         {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_BASELINE},
-        {"layer": layer, "passes": passes, **dataclasses.asdict(shape)},
-        op, str(shape), shapes.recurrence_work(shape, layer, passes),
+        {"layer": layer, "passes": pass_name, **dataclasses.asdict(shape)},
+        op, str(shape), shapes.recurrence_work(shape, layer, pass_name),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
     )  # fmt: skip
 
@@ -100,7 +100,8 @@ def recurrence_table(rows: Sequence[harness.Row]) -> str:
         [
             f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
             harness.table(header, lines),
-            *(f"% of peak: {formula}; peak: FLOP/s of a matmul, measured in the same rounds" for formula in formulas),
+            "% of peak: FLOP/s divided by the FLOP/s of a matmul, measured in the same rounds",
+            *(f"FLOPs: {formula}" for formula in formulas),
             "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
         ]
     )

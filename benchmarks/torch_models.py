@@ -1,7 +1,8 @@
 """torch models with the weights of a jaxlm checkpoint, for families that transformers does not have.
 
-Transformer-XL is also in this module, because its class in transformers is deprecated. Only the processes of torch
-import this module. Shapes: B batch, T time, C channels, V vocabulary.
+Transformer-XL is also in this module, because its class in transformers is deprecated. Only the benchmark processes
+that run torch import this module. Shapes: B batch, T time, V vocabulary, D width of embeddings, H hidden width of an
+LSTM, F width of the fully connected layers.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class TransformerXL(nn.Module):
         config = self.model.config
         memory = [torch.zeros(0, len(tokens), config.d_model, device=tokens.device) for _ in range(config.n_layer)]
         hidden = self.model.transformer(tokens, mems=memory).last_hidden_state
-        # `crit` shifts the labels by one position. One extra position at each end compensates for this shift.
+        # `crit` shifts the labels by one position. So the hidden states get one extra position at the end, and the
+        # labels one at the start.
         hidden, labels = torch.cat([hidden, hidden[:, :1]], 1), torch.cat([labels[:, :1], labels], 1)
         return self.model.crit(hidden, labels).mean()
 

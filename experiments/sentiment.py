@@ -1,6 +1,6 @@
 """Train a text classifier from scratch or from pretrained BERT weights, for example to predict sentiment.
 
-    python -m experiments.sentiment          a BiLSTM that predicts the play of a passage: accuracy 0.57, 3 minutes
+    python -m experiments.sentiment    a BiLSTM that predicts from which play a passage comes: accuracy 0.57, 3 minutes
 
 The next commands train on SST-2 (files of GLUE): pretrained MiniLM (accuracy 0.90, 40 minutes), and an LSTM from
 scratch (accuracy 0.84, 4 minutes).
@@ -8,7 +8,7 @@ scratch (accuracy 0.84, 4 minutes).
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-The next commands train the CNN over words of Kim (2014, CNN-rand): with 10 folds on MR (accuracy 0.759, 42 minutes),
+The next commands train the word-level CNN of Kim (2014, CNN-rand): with 10 folds on MR (accuracy 0.759, 42 minutes),
 and on TREC (accuracy 0.90, 1 minute). Subj, CR and MPQA also need 10 folds.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
@@ -45,7 +45,7 @@ from jaxlm.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Files of labelled sentences, also compressed (.gz)."""
+    """Files of labelled sentences, which may be compressed (.gz)."""
 
     train: Path | None = None
     """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence"; None: the included passages."""
@@ -83,7 +83,7 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum number of occurrences in the training split of a word, or of a BPE merge (vocabulary bpe). With the
+    """Minimum number of times that a word, or a BPE merge (vocabulary bpe), occurs in the training split. With the
     vocabulary word, rarer words become unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
@@ -220,7 +220,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     vocabulary_fields = ["vocabulary", "vocab_size", "min_frequency", "template"]
     lib.check_unchanged(experiment, resume, ["output", "data", *vocabulary_fields, "folds"])
     if experiment.folds is not None and resume is not None and (resume / "model").exists():  # the parent has no model
-        raise ValueError(f"--resume {resume} is one fold of a cross-validation: --resume {resume.absolute().parent}")
+        raise ValueError(
+            f"--resume {resume} is one fold of a cross-validation: to resume all folds, use --resume "
+            f"{resume.absolute().parent}"
+        )
     if experiment.folds is None:
         training, test = parts(experiment.data)
         return train_and_test(experiment, training, test, training.label_names(), resume)[0]

@@ -57,7 +57,7 @@ class Adaptation(Protocol):
         """Both trees with new values of some parameters, such as the running statistics of batch normalisation.
 
         Args:
-            values: a tree of new values at their paths in the model, in its layer layout.
+            values: new values at the paths of their parameters, in the layer layout of the model.
 
         Raises:
             ValueError: a value has another shape than its parameter.
@@ -69,13 +69,14 @@ class Adaptation(Protocol):
 
 
 def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
-    """Number of leading axes (after the stack axes) that form the rows of a matrix; None if it is no matrix.
+    """Number of leading axes (after the stack axes) that form the rows of a matrix; None if the leaf is not a matrix.
 
-    A leaf with two or more axes is a matrix if the last key of its path is ``weight``, begins with ``weight_``, or is
-    ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are matrices too. Biases
-    and scales are not matrices. The rows of a weight are its inputs: one axis, or two axes for ``[heads, kv, embed]``
-    and for the kernel of a convolution ``[width, in, out]``. The rows of a table or head are its first axis
-    (:func:`is_table`). The rows of ``lora_a`` are all axes except the last, and those of ``lora_b`` are its first axis.
+    A leaf with two or more axes after the stack axes is a matrix if the last key of its path is ``weight``, begins with
+    ``weight_``, or is ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are
+    matrices too. Biases and scales are not matrices. The rows of a weight are its inputs: one axis, or two axes for
+    ``[heads, kv, embed]`` and for the kernel of a convolution ``[width, in, out]``. The rows of a table or head are its
+    first axis (:func:`is_table`). The rows of ``lora_a`` are all axes except the last, and those of ``lora_b`` are its
+    first axis.
 
     Example:
         >>> num_row_axes("attention/output/weight", ArraySpec((4, 8, 32), ("heads", "kv", "embed")))
@@ -121,7 +122,7 @@ def is_table(name: str, leaf: ArraySpec) -> bool:
 # ------------------------------------------------------------------------------------------------- freezing
 
 MATCHED = "matched"
-"""Key of the parameters that match a pattern in the frozen tree of :class:`Freeze`."""
+"""Key, in the frozen tree of :class:`Freeze`, of the parameters that match a pattern."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +160,8 @@ class Freeze:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, ``first_layers`` is set and the model has no stack or a stack with
-                fewer layers, or no parameter is left to train.
+            ValueError: a pattern matches nothing; ``first_layers`` is set, and the model has no stack, or a stack with
+                fewer layers; or no parameter is left to train.
         """
         return self._select_trained(model_specs, self._matched_paths(model_specs))
 
@@ -188,9 +189,9 @@ class Freeze:
 
     def _matched_paths(self, model_specs: spec.Tree) -> frozenset[str]:
         """The paths that match a pattern, after a check of the patterns and ``first_layers``."""
-        names = list(_leaves(model_specs))
-        matched = _matching_paths("patterns", self.patterns, names)
-        stacks = {name[: name.index(f"{LAYERS}/")] for name in names if _in_stack(name)}
+        paths = list(_leaves(model_specs))
+        matched = _matching_paths("patterns", self.patterns, paths)
+        stacks = {path[: path.index(f"{LAYERS}/")] for path in paths if _in_stack(path)}
         if self.first_layers and not stacks:
             raise ValueError(
                 f"first_layers={self.first_layers}: the model has no stack of layers; freeze by pattern, for example "
@@ -201,10 +202,10 @@ class Freeze:
         return matched
 
     def _select_trained(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        return self._without_first_layers(_filter(tree, lambda name: name not in matched))
+        return self._without_first_layers(_filter(tree, lambda path: path not in matched))
 
     def _select_frozen(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        frozen = {MATCHED: self._without_first_layers(_filter(tree, lambda name: name in matched))}
+        frozen = {MATCHED: self._without_first_layers(_filter(tree, lambda path: path in matched))}
         if self.first_layers:
             stacks = _filter(tree, _in_stack)
             frozen["first_layers"] = _slice_layers(stacks, 0, self.first_layers)
@@ -230,8 +231,8 @@ class LoRA:
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each adapted weight, and the parameters that
     match ``full_training_patterns`` at their paths. The frozen tree has all other base parameters, including each W.
-    Each step computes the merged weights and their gradients, which temporarily need as much memory as the full
-    weights. Without fully trained parameters, the optimizer state and the trained tree are small. A checkpoint of
+    Each step computes the merged weights and their gradients. Each of the two temporarily needs as much memory as the
+    weights W. Without fully trained parameters, the optimizer state and the trained tree are small. A checkpoint of
     ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No dropout is
     applied to the input of the factors.
 
@@ -275,7 +276,7 @@ class LoRA:
                 parameter, or a weight matches both.
         """
         fully_trained = self._fully_trained_paths(model_specs)
-        return _union(self._factor_specs(model_specs), _filter(model_specs, lambda name: name in fully_trained))
+        return _union(self._factor_specs(model_specs), _filter(model_specs, lambda path: path in fully_trained))
 
     def frozen_specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the frozen tree."""
@@ -288,13 +289,13 @@ class LoRA:
         """
         fully_trained = self._fully_trained_paths(model_specs)
         factors = spec.init(self._factor_specs(model_specs), key)
-        trained = _union(factors, _filter(params, lambda name: name in fully_trained))
+        trained = _union(factors, _filter(params, lambda path: path in fully_trained))
         return trained, self.frozen(model_specs, params)
 
     def frozen(self, model_specs: spec.Tree, params: Params) -> spec.Tree:
         """The frozen tree of ``params``. :meth:`merge` needs it together with a saved trained tree."""
         fully_trained = self._fully_trained_paths(model_specs)
-        return _filter(params, lambda name: name not in fully_trained)
+        return _filter(params, lambda path: path not in fully_trained)
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
         """Parameters of the model; each adapted weight has the dtype that it has in ``frozen``.
@@ -314,8 +315,8 @@ class LoRA:
         Raises:
             ValueError: a pattern in ``targets`` matches no matrix.
         """
-        weights = {name: leaf for name, leaf in _leaves(model_specs).items() if num_row_axes(name, leaf) is not None}
-        return {name: weights[name] for name in sorted(_matching_paths("targets", self.targets, weights))}
+        weights = {path: leaf for path, leaf in _leaves(model_specs).items() if num_row_axes(path, leaf) is not None}
+        return {path: weights[path] for path in sorted(_matching_paths("targets", self.targets, weights))}
 
     def _fully_trained_paths(self, model_specs: spec.Tree) -> frozenset[str]:
         fully_trained = _matching_paths("full_training_patterns", self.full_training_patterns, _leaves(model_specs))
@@ -329,10 +330,10 @@ class LoRA:
 
     def _factor_specs(self, model_specs: spec.Tree) -> spec.Tree:
         targets = self.target_paths(model_specs)
-        return _map_leaves(self._weight_factor_specs, _filter(model_specs, lambda name: name in targets))
+        return _map_leaves(self._weight_factor_specs, _filter(model_specs, lambda path: path in targets))
 
-    def _weight_factor_specs(self, name: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
-        rows = num_row_axes(name, leaf)
+    def _weight_factor_specs(self, path: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
+        rows = num_row_axes(path, leaf)
         assert rows is not None
         first = num_stack_axes(leaf)  # the first axis of the matrix
         shape, axes = leaf.shape, leaf.axes
@@ -340,7 +341,7 @@ class LoRA:
         a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)
         b_init: Initializer = ZEROS
         # The rows of a table or head are the vocabulary. The factor on the side of the vocabulary starts at zero.
-        if is_table(name, leaf):
+        if is_table(path, leaf):
             a_init, b_init = ZEROS, Uniform(math.prod(shape[column_axes]) ** -0.5)
         a_shape, a_axes = (*shape[:first], *shape[row_axes], self.rank), (*axes[:first], *axes[row_axes], None)
         b_shape, b_axes = (*shape[:first], self.rank, *shape[column_axes]), (*axes[:first], None, *axes[column_axes])
@@ -374,7 +375,7 @@ def overwrite(tree: spec.Tree, values: spec.Tree, path: str = "") -> spec.Tree:
     """``tree`` with the values of ``values`` at the paths that both have.
 
     Raises:
-        ValueError: a value has another shape or structure than the part of ``tree``.
+        ValueError: a value has another shape or structure than the entry of ``tree`` at the same path.
     """
     if isinstance(tree, tuple) and isinstance(values, tuple) and len(tree) == len(values):
         return tuple(overwrite(*layers, path) for layers in zip(tree, values, strict=True))
@@ -403,14 +404,14 @@ def _check_patterns(field: str, patterns: Any) -> None:
             raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _matching_paths(field: str, patterns: tuple[str, ...], names: Iterable[str]) -> frozenset[str]:
-    """The paths in ``names`` that match at least one of the patterns. ``field`` names the patterns in errors."""
-    names = list(names)
+def _matching_paths(field: str, patterns: tuple[str, ...], paths: Iterable[str]) -> frozenset[str]:
+    """The ``paths`` that match at least one of the patterns. ``field`` names the patterns in errors."""
+    paths = list(paths)
     matched: set[str] = set()
     for pattern in patterns:
-        matches = {name for name in names if re.search(pattern, name)}
+        matches = {path for path in paths if re.search(pattern, path)}
         if not matches:
-            raise ValueError(f"{field}: {pattern!r} matches none of the paths {', '.join(names)}")
+            raise ValueError(f"{field}: {pattern!r} matches none of the paths {', '.join(paths)}")
         matched |= matches
     return frozenset(matched)
 
@@ -436,8 +437,8 @@ def _map_leaves(function: Callable[[str, Any], Any], tree: spec.Tree, prefix: st
     return function(prefix, tree)
 
 
-def _in_stack(name: str) -> bool:
-    return LAYERS in name.split("/")
+def _in_stack(path: str) -> bool:
+    return LAYERS in path.split("/")
 
 
 def _filter(tree: spec.Tree, keep: Callable[[str], bool], prefix: str = "") -> spec.Tree:

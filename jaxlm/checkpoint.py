@@ -140,7 +140,10 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _orbax_target(name: str, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """The orbax target for a leaf: a ``ShapeDtypeStruct`` with its sharding, or a host array if it has no sharding."""
+    """The orbax target for a leaf: a ``ShapeDtypeStruct`` with its sharding.
+
+    If the leaf has no sharding or is an uncommitted array, the target is a host array.
+    """
     raw = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     raw = jax.eval_shape(jax.random.key_data, raw) if _is_key(leaf) else raw
     if jax.dtypes.canonicalize_dtype(raw.dtype) != raw.dtype:
@@ -377,7 +380,7 @@ class Checkpointer:
         return min(ranked, key=lambda step: ranked[step], default=None)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The ``meta`` saved with ``step`` (None: the latest step). No array is read.
+        """The ``meta`` saved with ``step`` (None: the newest step, even if it is damaged). No array is read.
 
         Raises:
             FileNotFoundError: there is no such step.
@@ -415,7 +418,7 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{path / 'record'} is damaged: {error}") from error
         if not isinstance(record, dict) or "checksum" not in record:
             raise CorruptCheckpointError(
-                f"{path / 'record'} has no checksum: it is damaged, or it was written by jaxlm 0.1: restore it with 0.1"
+                f"{path / 'record'} has no checksum: it is damaged, or jaxlm 0.1 wrote it (then restore it with 0.1)"
             )
         checksum = record.pop("checksum")
         if checksum != _digest(record):
@@ -431,7 +434,10 @@ class Checkpointer:
         return record
 
     def _find(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """``step`` (None: the latest step) and its record. The error for a missing step names the intact steps."""
+        """``step`` (None: the newest step, even if it is damaged) and its record.
+
+        The error for a missing step names the intact steps.
+        """
         records, damaged = self._scan()
         step = max([*records, *damaged], default=None) if step is None else step
         if step is None:
@@ -468,7 +474,9 @@ class Checkpointer:
     def restore(
         self, target: spec.Tree, step: int | None = None, *, best: bool = False, on_corrupt: ON_CORRUPT = "stop"
     ) -> tuple[spec.Tree, dict[str, Any]]:
-        """``(tree, meta)`` of ``step`` (None: the latest step, or the best step if ``best``), bitwise as saved.
+        """``(tree, meta)`` of ``step``, bitwise as saved.
+
+        If ``step`` is None, this is the best step with ``best``, otherwise the newest step, even if it is damaged.
 
         Args:
             target: a tree of arrays, ``jax.ShapeDtypeStruct`` or ``ArraySpec`` with the structure, shapes, dtypes and
@@ -481,10 +489,10 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: there is no such step, or ``best`` is True and no step has a metric.
-            ValueError: names, shapes or dtypes of the saved tree differ from ``target``, an array of ``target`` is
-                empty, has 64 bits without ``jax_enable_x64``, or has a sharding without devices (in these cases, no
-                array is read); ``on_corrupt`` is unknown, or is "previous" for a step other than the latest; or both
-                ``step`` and ``best`` are given.
+            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; an array of ``target`` is
+                empty, has 64 bits without ``jax_enable_x64``, or has a sharding without devices; ``on_corrupt`` is
+                unknown, or is "previous" with ``step`` or ``best``; or both ``step`` and ``best`` are given. In all
+                these cases, no array is read.
             CorruptCheckpointError: the record or an array is damaged. The error names the directory or file, and the
                 intact steps.
         """
@@ -515,7 +523,7 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        Extra steps affect neither the result nor the set of scheduled steps that remain. A newer step with a damaged
+        The result and the remaining scheduled steps are the same as without any extra step. A newer step with a damaged
         record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so that :meth:`restore` does
         not try to read it.
 
@@ -610,7 +618,10 @@ def _sources(flat: dict[str, Any], saved: dict[str, _ShapeDtype]) -> tuple[dict[
 
 
 def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
-    """``array`` with the sharding of ``leaf``, or ``array`` itself if ``leaf`` has no sharding."""
+    """``array`` with the sharding of ``leaf``.
+
+    If ``leaf`` has no sharding or is an uncommitted array, the result is ``array`` itself.
+    """
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return array
@@ -618,7 +629,10 @@ def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """False for a log record with the traceback of an error in orbax's threads or tasks, which the caller gets too."""
+    """Whether to keep a log record.
+
+    Errors in orbax's threads or tasks are not logged with their traceback, because the caller gets these errors too.
+    """
     if not record.exc_info or record.levelno < logging.ERROR:
         return True
     from_orbax = "orbax" in Path(record.pathname).parts
@@ -634,14 +648,14 @@ def _ignore_closed_event_loop() -> None:
     orbax raises the error of the first unreadable array and closes its event loop. The reads of other unreadable arrays
     then fail in tensorstore's threads, and Python prints each of these errors on standard error.
     """
-    report = sys.unraisablehook
+    previous_hook = sys.unraisablehook
 
     def hook(error: Any) -> None:
         # tensorstore's threads have no Python frame, so the first frame of the traceback is in asyncio.
         frame = None if error.exc_traceback is None else error.exc_traceback.tb_frame
         from_thread = frame is not None and Path(frame.f_code.co_filename).parent.name == "asyncio"
         if not (from_thread and str(error.exc_value) == "Event loop is closed"):
-            report(error)
+            previous_hook(error)
 
     sys.unraisablehook = hook
 

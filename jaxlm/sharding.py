@@ -365,10 +365,16 @@ def map_shards(
         out_axes: the logical axes of the result; if the result is a tuple, a list with the axes of each array.
         sum_over: logical axes of the arguments that ``function`` sums over. The results of the shards of these axes are
             added (``psum``).
+
+    Raises:
+        ValueError: the rules map two of the axes of an array to one mesh axis, or an axis of a result and an axis of
+            ``sum_over``. In the second case, ``psum`` would add different parts of the result.
     """
     sharding = _active.get()
     if sharding is None:
         return function
+    for axes in out_axes if isinstance(out_axes, list) else [out_axes]:
+        sharding.rules.partition((*axes, *sum_over), sharding.mesh)
     mesh_axes = tuple(
         axis for entry in sharding.rules.partition(sum_over, sharding.mesh) for axis in _entry_axes(entry)
     )

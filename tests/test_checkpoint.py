@@ -500,7 +500,7 @@ def test_a_record_of_another_version_raises(tmp_path: Path) -> None:
     del record["checksum"]
     path.write_text(json.dumps(record))
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(CorruptCheckpointError, match="has no checksum: it is damaged, or it was written by"):
+        with pytest.raises(CorruptCheckpointError, match="has no checksum: it is damaged, or jaxlm 0.1 wrote it"):
             checkpointer.restore(tree)
         record["format"] = checkpoint.FORMAT + 1
         record["checksum"] = checkpoint._digest(record)

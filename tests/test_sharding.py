@@ -63,6 +63,18 @@ def test_error_for_two_logical_axes_on_one_mesh_axis():
         rules.partition(("heads", "kv"), make_mesh("tensor=8"))
 
 
+@pytest.mark.parametrize("name", ["expert", "mlp"])
+def test_error_for_a_sum_over_a_mesh_axis_that_splits_the_result(name):
+    """Otherwise, ``psum`` would add the outputs of different tokens."""
+    axes = ("batch", "seq", None)
+    message = f"'seq' and {name!r} of an array .* both mapped to mesh axis 'tensor'"
+    for out_axes in (axes, [axes, ("batch",)]):
+        with Sharding(make_mesh("data=2,tensor=4"), Rules.of(batch="data", seq="tensor", **{name: "tensor"})).scope():
+            with pytest.raises(ValueError, match=message):
+                sharding.map_shards(jnp.sin, [axes], out_axes, sum_over=("expert", "mlp"))
+            sharding.map_shards(jnp.sin, [axes], out_axes)  # without a sum
+
+
 def test_errors_for_wrong_names_suggest_the_right_name():
     with pytest.raises(ValueError, match="no logical axis is called 'head': did you mean 'heads'"):
         Rules.of(head="tensor")

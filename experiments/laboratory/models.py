@@ -1,7 +1,8 @@
 """Models of the causal families and of encoder-decoders for a given width, number of layers and vocabulary.
 
-Two families with causal models are missing: ``transformer_xl``, whose memory is for consecutive segments of a long
-text, and ``alexnet``, whose causal model is not published.
+Three families with causal models are missing: ``transformer_xl``, whose memory is for consecutive segments of a long
+text, ``xlnet``, whose published models predict tokens in any order, and ``alexnet``, whose causal model is not
+published.
 """
 
 from __future__ import annotations

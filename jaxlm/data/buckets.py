@@ -149,8 +149,8 @@ class Bucketed:
             parts_by_longest,
             key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts),
         )
-        longest_row_entries = max(shape.sum() for shape, _ in parts)
-        row_factors = [max(1, longest_row_entries // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
+        max_entries_per_row = max(shape.sum() for shape, _ in parts)
+        row_factors = [max(1, max_entries_per_row // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
         return [
             Bucket(dict(zip(self._array_fields, shape.tolist(), strict=True)), int(factor) * self.batch_size, members)
             for (shape, members), factor in zip(parts, row_factors, strict=True)
@@ -163,7 +163,7 @@ class Bucketed:
 
     @property
     def rows_per_epoch(self) -> int:
-        """``steps_per_epoch * batch_size``, also if a batch has more rows (``equal_tokens``)."""
+        """``steps_per_epoch * batch_size``, even if some batches have more rows (``equal_tokens``)."""
         return self.steps_per_epoch * self.batch_size
 
     @property
@@ -230,8 +230,8 @@ class Bucketed:
         checksum = 0
         for example in self.examples:
             for value in map(np.asarray, example.values()):
-                # Equal integers of different dtypes have equal checksums. A conversion to integers would truncate
-                # fractions.
+                # Integers are converted to int64, so that equal integers of different dtypes have equal checksums.
+                # Floats are converted to float64, because integers would truncate their fractions.
                 value = value.astype("<f8" if value.dtype.kind == "f" else "<i8")
                 checksum = zlib.crc32(value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
@@ -245,12 +245,12 @@ class Bucketed:
 
 
 def _check_scalar(value: Any, first: Any, what: str) -> None:
-    """Raise ``ValueError`` unless both values are numbers of the same kind, such as integers, or are booleans."""
+    """Raise ``ValueError`` unless both values are signed integers, unsigned integers, floats or booleans."""
     kind, first_kind = np.asarray(value).dtype.kind, np.asarray(first).dtype.kind
     if np.ndim(value) or kind not in "biuf" or kind != first_kind:
         raise ValueError(
-            f"{what} is {value!r}, but example 0 has {first!r}: all values of a field must be numbers of one type "
-            "(integers, floats or booleans)"
+            f"{what} is {value!r}, but example 0 has {first!r}: all values of a field must be of one type "
+            "(signed integers, unsigned integers, floats or booleans)"
         )
 
 

@@ -64,7 +64,7 @@ def check_prompts(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     batch, length = prompts_BT.shape
-    slots = length + max_new_tokens - 1  # the model never reads the last token
+    slots = length + max_new_tokens - 1  # the model does not read the last new token
     specs = model.state_specs(batch, slots)
     require_task(model, GENERATIVE_TASKS, "it generates no tokens", "use a language model or an encoder-decoder")
     if state is None and model.reads_source:
@@ -78,15 +78,15 @@ def check_prompts(
         _check_state(specs, state, batch)
         check_free_slots(state, slots)
     vocab_size = model.config.vocab_size
-    ids = vocab_size if allowed_ids is None else allowed_ids
-    if not 1 <= ids <= vocab_size:
+    num_ids = vocab_size if allowed_ids is None else allowed_ids
+    if not 1 <= num_ids <= vocab_size:
         raise ValueError(f"allowed_ids={allowed_ids} must be between 1 and vocab_size={vocab_size}")
     for end in end_ids_of(end_id):
-        if not 0 <= end < ids:
-            raise ValueError(f"end_id={end} can never be generated: ids are 0 to {ids - 1}; None means no end")
+        if not 0 <= end < num_ids:
+            raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
         _check_no_gaps(np.asarray(segment_ids_BT))
-    return ids, slots
+    return num_ids, slots
 
 
 def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
@@ -111,9 +111,9 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
 
 
 def check_free_slots(state: State, num_new: int) -> None:
-    """Raise ``ValueError`` if the key-value cache of ``state`` has fewer than ``num_new`` free slots in a row.
+    """Raise ``ValueError`` if a row of the key-value cache of ``state`` has fewer than ``num_new`` free slots.
 
-    A state without a key-value cache has no limit. The number of used slots is only known outside of ``jit``.
+    A state without a key-value cache has no limit. Inside ``jit``, the number of used slots is unknown and counts as 0.
     """
     if "length" not in state:
         return
@@ -126,6 +126,32 @@ def check_free_slots(state: State, num_new: int) -> None:
             f"the state has {slots - used} free cache slots, but the prompts and the new tokens need {num_new}: make a "
             f"state with a length of at least {used + num_new}"
         )
+
+
+def check_memory_slots(model: Model, state: State, num_new: int) -> None:
+    """Raise ``ValueError`` if ``state`` of a target model is a rolling memory that is too short for ``num_new`` tokens.
+
+    After a memory has dropped a token that later tokens may attend to, a call of several tokens has other results than
+    calls of one token. ``Model.state_specs`` gives the number of slots that is enough: if tokens attend only to a
+    window, it does not grow beyond the window. The slots are those of the leaf ``segment_ids``, as in
+    ``nn.attention.memory``. Inside ``jit``, the number of used slots is unknown and counts as 0.
+    """
+    if "length" in state:  # a key-value cache (check_free_slots)
+        return
+    for name, segment_ids in spec.flatten(state).items():
+        if name.rpartition("/")[2] != "segment_ids":
+            continue
+        (batch, slots), used = segment_ids.shape, 0
+        if not _traced(segment_ids):
+            with jax.ensure_compile_time_eval():
+                used = int(jnp.max(jnp.sum(segment_ids > 0, axis=1)))
+        needed = spec.flatten(model.state_specs(batch, used + num_new))[name].shape[1]
+        if slots < needed:
+            raise ValueError(
+                f"the state of the target model ({model.family}) has {slots} memory slots, {used} of them used, but "
+                f"needs {needed}, so that it drops no token while it reads the prompts and the new and proposed tokens "
+                f"({num_new}): make a state with a length of at least {used + num_new}"
+            )
 
 
 def source_vocab_size(model: Model) -> int:

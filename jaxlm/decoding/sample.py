@@ -20,6 +20,7 @@ from flax import struct
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
+from jaxlm.nn.embedding import argmax
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
@@ -214,7 +215,7 @@ def generate(
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
             keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
-            on its index. From keys of other implementations (rbg), threefry keys are drawn first.
+            on its index. From each key of another implementation (rbg), a threefry key is drawn first.
         end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary. None: all ids of the model's vocabulary.
@@ -265,8 +266,8 @@ def prefill(
     The arguments and errors are those of :func:`generate`, and in addition:
 
     Args:
-        seen: [B, V] bool, ids to which the repetition penalty applies in addition to those of the prompts:
-            ``Progress.seen`` of an earlier part of the text. None: no other ids.
+        seen: [B, V] bool, ids to which the repetition penalty applies in addition to those of the prompts, for
+            example ``Progress.seen`` of an earlier part of the text. None: no other ids.
 
     Raises:
         ValueError: ``seen`` has another shape, or is given without a repetition penalty.
@@ -435,7 +436,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
     logits_BV = logits_BV[:, : progress.num_ids]
     filtered_BV = filter_logits(progress.sampling, logits_BV, progress.seen)
     if progress.keys is None:
-        drawn_B = jnp.argmax(filtered_BV, axis=-1)
+        drawn_B = argmax(filtered_BV)
     else:
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, progress.step))(progress.keys)
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered_BV)

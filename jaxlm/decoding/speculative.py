@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, check_free_slots, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, check_free_slots, check_memory_slots, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
 from jaxlm.models import Model
 from jaxlm.spec import Array
@@ -94,13 +94,15 @@ def speculative_generate(
 
     Args:
         states: the initial states of the target model and of the draft model; required if a model is an
-            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed - 1`` tokens.
+            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed - 1`` tokens. The
+            rolling memory of a draft model may be shorter; this changes only the proposals.
 
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
             ``num_proposed`` more positions than in ``generate``.
         ValueError: the models have different vocabulary sizes and ``allowed_ids`` is None, ``num_proposed`` is below 1,
-            ``sampling`` has a repetition penalty, or the target model has a ``capacity_factor``.
+            ``sampling`` has a repetition penalty, the target model has a ``capacity_factor``, or its state is a rolling
+            memory that is too short for all tokens.
         NotFiniteError: logits of a model are not finite.
 
     Example:
@@ -149,6 +151,8 @@ def speculative_generate(
         model.state_specs(prompts.shape[0], settings.slots)  # raises if the model has fewer positions
         if state is not None:
             check_free_slots(state, settings.slots)
+    if target_state is not None:
+        check_memory_slots(models.target, target_state, settings.slots)
     result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)
     check_finite(models.target, models.target_params, result.generation.finite, target_state)
     check_finite(models.draft, models.draft_params, result.draft_finite, draft_state)

@@ -74,12 +74,12 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    With the overrides ``task`` or ``num_labels``, the model may have a different head from the files. Then parameters
-    that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
-    ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the tensors
-    that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly
-    the tensors of the model. They may also contain copies of tied tensors, which must be equal, and tensors that are
-    not parameters, such as masks in old files.
+    With the overrides ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then
+    parameters that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not
+    loaded. ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the
+    tensors that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain
+    exactly the tensors of the model. They may also contain copies of tied tensors, which must be equal, and tensors
+    that are not parameters, such as masks in old files.
 
     Apart from the result, host memory holds only one loaded parameter at a time (all layers of a stacked parameter),
     and the initialised parameters.
@@ -184,10 +184,10 @@ def save_pretrained(
     for path, leaf in flat.items():
         if str(leaf.dtype) not in _DTYPES.values():
             raise ValueError(f"{path} is {leaf.dtype}: cast it to one of {', '.join(_DTYPES.values())} before saving")
-    entries: collections.Counter[str] = collections.Counter()
+    num_entries_of_dtype: collections.Counter[str] = collections.Counter()
     for leaf in flat.values():
-        entries[str(leaf.dtype)] += leaf.size
-    configs = {CONFIG: model_config_json(model, entries.most_common(1)[0][0], tokenizer)}
+        num_entries_of_dtype[str(leaf.dtype)] += leaf.size
+    configs = {CONFIG: model_config_json(model, num_entries_of_dtype.most_common(1)[0][0], tokenizer)}
     generation_config = generation_config_json(model, tokenizer)
     if generation_config is not None:
         configs = {GENERATION_CONFIG: generation_config, **configs}
@@ -206,7 +206,8 @@ def save_pretrained(
         other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
-        # Shards are moved one by one. The old index is deleted first, because shards without an index cannot be loaded.
+        # Shards are moved one by one. The old index is deleted first: then a mixture of old and new shards has no index
+        # and cannot be loaded.
         integrity.install_files(temporary, directory, written, delete_first=[INDEX] if INDEX in weights else [])
     for file in os.listdir(directory):
         is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
@@ -520,9 +521,9 @@ def _missing_paths(
     """Paths of the head and pooler parameters that must be initialised.
 
     Either all parameters of a head are initialised, or all are loaded. A head is initialised if the files contain none
-    of its parameters, if the files have a head for labels of another size, or if the override ``task`` selects another
-    head for labels than the files have. Otherwise, it is loaded: if the files contain only some of its parameters,
-    the check of the tensors reports the missing parameters.
+    of its parameters, if the head in the files has another number of labels, or if the override ``task`` selects a head
+    of another task. Otherwise, it is loaded: if the files contain only some of its parameters, the check of the tensors
+    reports the missing parameters.
     """
     assert description.saved_model is not None
     config, stored_config = description.model.config, description.saved_model.config

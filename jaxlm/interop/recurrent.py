@@ -8,7 +8,7 @@ The number of gates G decides whether a layer is an LSTM (4) or a GRU (3). D is 
 the state. The libraries differ in the order of the gates, the layout of a weight, and the biases:
 
     jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU with reset='after': also bias_hidden
-    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases: import adds them, export zeros bias_hh
+    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases: import adds them; export: bias_hh is 0
     Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
@@ -54,10 +54,10 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
     if missing:
         raise ValueError(f"no {' and '.join(missing)} in the weights: they have {', '.join(weights)}")
     weight_input, weight_hidden = (np.asarray(weights[f"weight_{source}{suffix}"]).T for source in ("ih", "hh"))
-    gates, width = _gates(weight_input, weight_hidden)
-    zeros = np.zeros(gates * width, weight_input.dtype)
+    num_gates, width = _num_gates_and_width(weight_input, weight_hidden)
+    zeros = np.zeros(num_gates * width, weight_input.dtype)
     bias, bias_hidden = (
-        np.asarray(weights.get(f"bias_{source}{suffix}", zeros)).reshape(gates, width) for source in ("ih", "hh")
+        np.asarray(weights.get(f"bias_{source}{suffix}", zeros)).reshape(num_gates, width) for source in ("ih", "hh")
     )
     return _params(weight_input, weight_hidden, bias, bias_hidden)
 
@@ -103,21 +103,22 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
     if len(weights) not in (2, 3):
         raise ValueError(f"{len(weights)} arrays, but one LSTM or GRU has kernel, recurrent_kernel and maybe a bias")
     weight_input, weight_hidden = (np.asarray(x) for x in weights[:2])
-    gates, width = _gates(weight_input, weight_hidden)
+    num_gates, width = _num_gates_and_width(weight_input, weight_hidden)
     if len(weights) == 2:
-        if gates == 3 and reset is None:
+        if num_gates == 3 and reset is None:
             raise ValueError("reset_after of a GRU without bias is unknown: pass reset='after' or reset='before'")
-        bias = np.zeros((2 if reset == "after" else 1, gates, width), weight_input.dtype)
+        bias = np.zeros((2 if reset == "after" else 1, num_gates, width), weight_input.dtype)
     else:
         bias = np.asarray(weights[2])
-        if bias.shape == (2 * gates * width,):  # a CuDNN layer; a GRU with reset_after has [2, G * H]
-            weight_input, weight_hidden = _from_cudnn(weight_input, gates), _from_cudnn(weight_hidden, gates)
-            bias = bias.reshape(2, gates * width)
-        elif bias.size not in ((gates * width, 2 * gates * width) if gates == 3 else (gates * width,)):
-            raise ValueError(f"bias {list(bias.shape)} does not fit {gates} gates of width {width}")
-        bias = bias.reshape(-1, gates, width)
+        size = num_gates * width
+        if bias.shape == (2 * size,):  # a CuDNN layer; a GRU with reset_after has [2, G * H]
+            weight_input, weight_hidden = _from_cudnn(weight_input, num_gates), _from_cudnn(weight_hidden, num_gates)
+            bias = bias.reshape(2, size)
+        elif bias.size not in ((size, 2 * size) if num_gates == 3 else (size,)):
+            raise ValueError(f"bias {list(bias.shape)} does not fit {num_gates} gates of width {width}")
+        bias = bias.reshape(-1, num_gates, width)
     params = _params(weight_input, weight_hidden, bias[0], bias[1] if len(bias) == 2 else None)
-    return {name: _swap_reset_and_update_gates(name, x) for name, x in params.items()} if gates == 3 else params
+    return {name: _swap_reset_and_update_gates(name, x) for name, x in params.items()} if num_gates == 3 else params
 
 
 def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
@@ -136,9 +137,9 @@ def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
     return [_flat(arrays["weight_input"]), _flat(arrays["weight_hidden"]), bias]
 
 
-def _from_cudnn(matrix: np.ndarray, gates: int) -> np.ndarray:
+def _from_cudnn(matrix: np.ndarray, num_gates: int) -> np.ndarray:
     """The weight [D, G * H] from a CuDNN layer, which stores each gate [D, H] with the memory layout of [H, D]."""
-    gate_matrices = [gate.reshape(gate.shape[::-1]).T for gate in np.split(matrix, gates, axis=1)]
+    gate_matrices = [gate.reshape(gate.shape[::-1]).T for gate in np.split(matrix, num_gates, axis=1)]
     return np.concatenate(gate_matrices, axis=1)
 
 
@@ -149,20 +150,20 @@ def _suffix(weights: Mapping[str, Any], layer: int, reverse: bool) -> str:
     return f"_l{layer}{'_reverse' if reverse else ''}"
 
 
-def _gates(weight_input: np.ndarray, weight_hidden: np.ndarray) -> tuple[int, int]:
+def _num_gates_and_width(weight_input: np.ndarray, weight_hidden: np.ndarray) -> tuple[int, int]:
     """The number G and the width H of the gates, from weights [D, G * H] and [H, G * H]."""
     width = weight_hidden.shape[0]
-    gates = weight_hidden.size // width**2
+    num_gates = weight_hidden.size // width**2
     if (
-        gates not in (3, 4)
-        or weight_hidden.shape != (width, gates * width)
-        or weight_input.shape[1:] != (gates * width,)
+        num_gates not in (3, 4)
+        or weight_hidden.shape != (width, num_gates * width)
+        or weight_input.shape[1:] != (num_gates * width,)
     ):
         raise ValueError(
             f"the input weight {list(weight_input.shape)} and the hidden weight {list(weight_hidden.shape)} are "
             "neither those of an LSTM (4 gates) nor of a GRU (3 gates)"
         )
-    return gates, width
+    return num_gates, width
 
 
 def _params(

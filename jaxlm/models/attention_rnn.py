@@ -71,7 +71,7 @@ class Config(common.ModelConfig):
     init_bound: float = 0.1
     """Initial weights are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """The corresponding bound for the weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
+    """``init_bound`` of the weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
     decoder_start_id: int = 0
     """Id of the first input of the decoder, before the first target."""
     task: Task = "seq2seq"

@@ -41,7 +41,7 @@ class ModelConfig:
             if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
                 object.__setattr__(self, field.name, value.item())
         check_positive(self, "vocab_multiple")
-        for name in ("num_layers", "num_decoder_layers"):  # fields of most families, and of T5
+        for name in ("num_layers", "num_decoder_layers"):  # the second one only in T5
             number = getattr(self, name, None)
             if number is not None and number > MAX_LAYERS:
                 raise ValueError(f"{name}={number} is too large: at most {MAX_LAYERS} are supported")

@@ -281,10 +281,12 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the rolling memory of the last ``length`` tokens of ``batch`` rows; older tokens are dropped.
 
     To train on consecutive segments, use ``cfg.memory_length``. If the memory is long enough for all tokens, several
-    calls give the same results as one call.
+    calls give the same results as one call. With ``same_length``, ``cfg.memory_length`` slots are always enough, so the
+    memory has ``min(length, memory_length)`` slots.
     """
+    slots = min(length, cfg.memory_length) if cfg.same_length else length
     return memory.memory_specs(
-        cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
+        cfg.num_layers, batch, slots, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
     )
 
 

@@ -102,10 +102,8 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. If all types are equal, all scores get the
-            bias of equal types, unlike with the default.
-        right_to_left: [B] bool, True for rows whose tokens are in reverse order. The distances in these rows are
-            negated.
+            depends on whether their types are equal. Default: no such bias, which differs from equal types everywhere.
+        right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
             query stream attends only to positions of a lower rank. Given together with ``targets``.
@@ -172,13 +170,14 @@ def _attention(
         encoded_RD: the encodings of the distances from S down to the lowest distance that occurs.
     """
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
-    context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
-    scale, S = q.shape[-1] ** -0.5, context.shape[1]
-    use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, context, dropout=cfg.dropout, key=key)
+    inputs_BSD = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
+    scale, S = q.shape[-1] ** -0.5, inputs_BSD.shape[1]
+    use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
     if use_absorbed:
         table = encoded_RD[:, None]
     else:
-        k, v = (constrain(linear(weights[name], context), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+        axes = "batch", "seq", "heads", "kv"
+        k, v = (constrain(linear(weights[name], inputs_BSD), axes) for name in ("key", "value"))
         table = linear(weights["relative"], encoded_RD)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
@@ -197,7 +196,7 @@ def _attention(
             biases.append(type_bias(add_bias("type_bias"), types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", add_bias("content_bias"))
         if use_absorbed:
-            outputs.append(memory.attend(content_q, context, stream.mask, scale=scale, biases=biases))
+            outputs.append(memory.attend(content_q, inputs_BSD, stream.mask, scale=scale, biases=biases))
         else:
             options = {"scale": scale, "dropout": cfg.dropout, "key": fold_name(key, f"{name}_attention")}
             outputs.append(attention(content_q, k, v, stream.mask, bias=biases, **options))
@@ -300,7 +299,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "value": projection,
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
-            # Added to the queries before the products with keys, distance encodings and token type embeddings.
+            # Each bias is added to the queries before one product: with keys, distance encodings, type_embedding.
             "content_bias": score_bias,
             "position_bias": score_bias,
             "type_bias": score_bias,

@@ -90,10 +90,9 @@ def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
 def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     """The product, with a weight gradient that is fast on a CPU.
 
-    Of the two matmuls ``x.T @ dy`` and ``(dy.T @ x).T``, the gradient is the one whose result, before the transpose,
-    has at most as many rows as columns. XLA would replace the second one by the first one, and the first one by the
-    second one if a transpose follows. So on a CPU, the result is computed separately from the operations that follow
-    (``choices.separate_weight_gradient``).
+    The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``. XLA
+    would undo this choice, because it merges a transpose that follows into the matmul. So on a CPU, the matmul is
+    computed separately from the operations that follow (``choices.separate_weight_gradient``).
     """
     return _product(x, weight, num_input_axes)
 
@@ -105,16 +104,16 @@ def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tu
 def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of ``x`` and ``weight``."""
     x, weight = saved
-    rows = tuple(range(x.ndim - num_input_axes))
-    outputs = tuple(range(len(rows), dy.ndim))
-    dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
+    row_axes = tuple(range(x.ndim - num_input_axes))
+    output_axes = tuple(range(len(row_axes), dy.ndim))
+    dx = lax.dot_general(dy, weight, ((output_axes, tuple(range(num_input_axes, weight.ndim))), ((), ())))
     outputs_first = math.prod(weight.shape[num_input_axes:]) < math.prod(weight.shape[:num_input_axes])
     left, right = (dy, x) if outputs_first else (x, dy)
-    dweight = lax.dot_general(left, right, ((rows, rows), ((), ())))
+    dweight = lax.dot_general(left, right, ((row_axes, row_axes), ((), ())))
     if choices.separate_weight_gradient():
         dweight = lax.optimization_barrier(dweight)
     if outputs_first:
-        dweight = jnp.moveaxis(dweight, range(len(outputs)), range(num_input_axes, weight.ndim))
+        dweight = jnp.moveaxis(dweight, range(len(output_axes)), range(num_input_axes, weight.ndim))
     return dx, dweight
 
 

@@ -1,7 +1,7 @@
 """Training objectives.
 
-In the module of each objective, ``batch`` makes a batch on the host, and ``loss`` computes the loss of a batch. The
-module ``batch`` has the code that the objectives share.
+In the module of each objective, the function ``batch`` makes a batch on the host, and ``loss`` computes the loss of a
+batch. The module ``jaxlm.objectives.batch`` has the code that the objectives share.
 
     loss(model, params, batch, *, key=None, state=None) -> (total, weight, state)
 

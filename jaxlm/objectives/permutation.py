@@ -1,12 +1,13 @@
 """Permutation language modelling (Yang et al. 2019): some tokens of a row are predicted in a random order.
 
     row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
-    targets    spans of 1 to 5 tokens in each of the two parts, by default one token in six, but never separators
+    targets    spans of 1 to 5 tokens in each of the two parts, by default one token in six, never <sep> or <cls>
     order      an index in a permutation; context tokens (not in a span, not separators, not <cls>) have the lowest
                order of their part
 
 The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
-first part. B continues A or, with probability 0.5, is a text from another row, if there is one with the same direction.
+first part. B continues A or, with probability 0.5, is a text from another row, if another row is read in the same
+direction (``right_to_left``).
 
 The code follows ``data_utils.py`` of Yang et al., because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
@@ -48,7 +49,7 @@ class PermutationConfig:
     """Number of tokens that are permuted together. It must divide the lengths of both parts."""
     num_predict: int = 85
     """Number of targets per row, half of them in each part (if the number is odd, one more in the first part).
-    Separators in a span are not predicted; targets of weight 0 replace them."""
+    ``<sep>`` and ``<cls>`` in a span are not predicted; targets of weight 0 replace them."""
     alpha: int = 6
     """A span of n predicted tokens has a context of ``n * alpha // beta`` other tokens. The number of predicted tokens
     depends only on ``num_predict``: single tokens are added after the last span."""
@@ -101,7 +102,7 @@ def batch(
         word_starts: [B, N] bool, True for the first token of each word in reading order (in a reversed row, this is the
             last column of the word). Predicted spans begin at these tokens. None: spans begin at any token.
         sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence
-            if one ends after the reused part, else at any position. None: A ends at any position.
+            if one ends after the reused part, else at a random position. None: A ends at a random position.
         right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
         reset: as in ``Batch``.
 
@@ -164,8 +165,9 @@ def _choose_sentences(
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
     """The locations of A and B: for each text, the index of its row and its slice of this row.
 
-    A begins at ``start`` and ends at the end of a sentence, or at any position if no sentence ends after ``start``. If
-    there are rows ``others``, B is text from one of them with probability 0.5. Otherwise, B is the text after A.
+    A begins at ``start`` and ends at the end of a sentence, or at a random position if no sentence ends after
+    ``start``. If there are rows ``others``, B is text from one of them with probability 0.5. Otherwise, B is the text
+    after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):

@@ -90,8 +90,8 @@ class KernelStats:
         bundles: number of VLIW instruction bundles (one per cycle) at each loop depth (see ``plan.kernels``); None if
             there is no schedule.
         cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. The number
-            includes code that a grid step skips, and one iteration of each inner loop. It does not include the time
-            that the kernel waits for memory.
+            includes instructions that a grid step does not execute (``pl.when``), and one iteration of each inner loop.
+            It does not include the time that the kernel waits for memory.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Plan:
             rate is unknown.
         min_memory_seconds: seconds to read the state and the parameters once, a lower bound of the step time. In a
             mixture of experts, only the experts that one token uses are read. None for training or an unknown device.
-        notes: costs that the numbers do not include or overestimate.
+        notes: costs that the numbers omit or overestimate.
     """
 
     model: str

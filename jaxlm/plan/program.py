@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxlm import spec
 from jaxlm.decoding.prompts import read_tokens
 from jaxlm.models import Model
+from jaxlm.nn.embedding import argmax
 from jaxlm.objectives import objective, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.plan import flops as flops_lib
@@ -183,7 +184,7 @@ def decoding_step(
     def step(params: Params, state: Any, tokens_B: jax.Array) -> tuple[Any, jax.Array]:
         with sharding.scope():
             state, logits_BV = read_tokens(model, params, state, tokens_B)
-            return state, jnp.argmax(logits_BV[:, : model.config.vocab_size], axis=-1).astype(jnp.int32)
+            return state, argmax(logits_BV[:, : model.config.vocab_size])
 
     function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
     return Step(

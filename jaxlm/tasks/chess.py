@@ -204,8 +204,8 @@ def mate_in_one_accuracy(
 ) -> Score:
     """The fraction of ``positions`` in which the model's most probable legal move gives checkmate.
 
-    Every move that gives checkmate is correct, not only the move of the game. The confidence interval is a Wilson
-    interval.
+    Every move that gives checkmate is correct, not only the move of the game. A position counts as wrong if a SAN
+    vocabulary has none of its legal moves. The confidence interval is a Wilson interval.
 
     Args:
         positions: lines of moves after which a mate in one is possible, for example from :func:`mates_in_one`.
@@ -218,16 +218,21 @@ def mate_in_one_accuracy(
     if not positions:
         raise ValueError("mate_in_one_accuracy needs at least one position: search more games with mates_in_one")
     check_games("positions", positions, batch_size)
-    best_ids = next_move_probabilities(
-        model, params, tokenizer, positions, legal_only=True, batch_size=batch_size
-    ).argmax(axis=1)  # fmt: skip
-    legal_moves, num_mates = LegalMoves(tokenizer), 0
-    for line, id in zip(positions, best_ids.tolist(), strict=True):
-        board = board_after(line)
+    check_model(model, tokenizer)
+    boards = [board_after(line) for line in positions]
+    for line, board in zip(positions, boards, strict=True):
         if not any(gives_checkmate(board, move) for move in board.legal_moves):
             raise ValueError(f"there is no mate in one after {line!r}")
-        move = legal_moves.move(board, id)
-        num_mates += move is not None and gives_checkmate(board, move)
+    legal_moves, num_mates = LegalMoves(tokenizer), 0
+    playable = np.flatnonzero(legal_moves.mask(boards).any(axis=1)).tolist()
+    if playable:
+        lines = [positions[index] for index in playable]
+        best_ids = next_move_probabilities(
+            model, params, tokenizer, lines, legal_only=True, batch_size=batch_size
+        ).argmax(axis=1)  # fmt: skip
+        for index, id in zip(playable, best_ids.tolist(), strict=True):
+            move = legal_moves.move(boards[index], id)
+            num_mates += move is not None and gives_checkmate(boards[index], move)
     return proportion("mate in one", num_mates, len(positions))
 
 

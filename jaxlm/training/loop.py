@@ -97,8 +97,9 @@ class TrainingConfig:
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
-    goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
-    2022, section 5.1). 0 stops with an error instead."""
+    goes back to its newest scheduled checkpoint (one that a signal did not cause, and that was not saved while steps
+    were skipped) and leaves out the batches since then, as in PaLM (Chowdhery et al. 2022, section 5.1). 0 stops with
+    an error instead."""
     seed: int = 0
     """Seed of the initial weights and dropout; in the experiments, also of the order of the data."""
 
@@ -207,7 +208,7 @@ class Result:
         seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation; NaN if
             no step was run.
         tokens_per_second: tokens that the model read per second, excluding the first step and the first step after each
-            evaluation; NaN if no step remains.
+            evaluation or rollback; NaN if no step remains.
         examples_per_second: examples per second, excluding the same steps; NaN if no step remains.
         compilations: number of distinct batch shapes; the step was compiled once for each shape.
         tokens: tokens that the model has read up to the last step, including those before a resume.
@@ -263,10 +264,11 @@ def train(
             the run has no checkpoint to go back to or has already gone back ``config.max_rollbacks`` times.
         FileExistsError: the directory has checkpoints, ``run.resume`` is False, and ``config.checkpoint_every`` is set.
         BlockingIOError: another process trains in the directory.
-        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
+        CorruptCheckpointError: the newest checkpoint of a resumed run (with ``config.on_corrupt="previous"``: each of
+            its checkpoints) is damaged, or the restored checkpoint is inconsistent.
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or has another model, other arrays (for
-            example, of another optimizer), ``best_metric`` or ``best_mode``; ``evaluate`` does not return
+        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or its model, arrays (for example, of
+            another optimizer), ``best_metric`` or ``best_mode`` differ; ``evaluate`` does not return
             ``config.best_metric``; or there are several processes without ``sharding`` or without a shared directory
             for checkpoints.
     """
@@ -356,7 +358,7 @@ class _Loop:
             )
         if self._run.on_start is not None and processes.is_first():
             self._run.on_start()
-        if self._run.resume:  # the records of later steps are no longer valid; without a checkpoint, all records
+        if self._run.resume:  # with this record, readers ignore the earlier records of steps after `self.step`
             self._records.write(self.step, event="resumed")
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
@@ -519,7 +521,7 @@ class _Loop:
         if shape not in self._batch_shapes:
             self._batch_shapes.add(shape)
             if len(self._batch_shapes) > 1:
-                bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._batch_shapes)}")
+                bar.say(f"step {self.step + 1}: compiling for a new batch shape, number {len(self._batch_shapes)}")
         examples, tokens = count(batch)
         # This process has this fraction of the rows of the global batch.
         fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(global_batch)[0].shape[0]
@@ -692,8 +694,8 @@ class _Records:
 class _MetricsReader:
     """Reads metrics :data:`METRICS_LAG` steps late, writes records of them, and detects divergence.
 
-    It writes the metrics of every ``log_every`` steps, of the first :data:`EARLY_STEPS` steps, of skipped steps and of
-    step ``TrainingConfig.steps``.
+    It writes the metrics of every step that is a multiple of ``log_every``, of the first :data:`EARLY_STEPS` steps, of
+    skipped steps and of step ``TrainingConfig.steps``.
     """
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
@@ -768,11 +770,11 @@ class _MetricsReader:
                 step,
             )
         if not math.isfinite(values["parameter_norm"]):
-            raise DivergedError(
-                f"step {step}: the weights are not finite, although the loss and the gradient were finite ({details}). "
-                f"Lower the learning rate, or check the optimizer",
-                step,
-            )
+            problem = "are not finite, although the loss and the gradient were finite"
+            hint = "Lower the learning rate, or check the optimizer"
+            if self.skipped_in_a_row:  # a skipped step does not change the weights
+                problem, hint = "were not finite before this step", "Check the initial parameters"
+            raise DivergedError(f"step {step}: the weights {problem} ({details}). {hint}", step)
         if not self.skipped_in_a_row:
             self._last_loss = values["loss"]
 

@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def device_name(count: int) -> str:
-    """The number and kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
+    """The number (if it is not 1) and the kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
     kind = sharding.device_kind()
     return kind if count == 1 else f"{count} x {kind}"
 

@@ -253,11 +253,10 @@ class Trainer:
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
         If all targets of the batch have weight 0, the loss is NaN, so the step is skipped. A skipped step changes only
-        the counters. Parameters, optimizer state, moving average and model state stay bitwise the same, except that
-        model-state rows with ``batch.reset`` are emptied. Metrics are float32 scalars: ``loss`` (mean, nats),
-        ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new parameters), ``weight`` (sum of the weights
-        of the targets), ``skipped`` and ``skipped_in_a_row``, and the mean of each term of the loss
-        (``jaxlm.objectives.batch.LossWithTerms``).
+        the counters, and empties the model-state rows with ``batch.reset``. Everything else stays bitwise the same.
+        Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of
+        the new parameters), ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``, and
+        the mean of each term of the loss (``jaxlm.objectives.batch.LossWithTerms``).
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
@@ -370,8 +369,9 @@ class Trainer:
         params, optimizer_state, ema, model_state, frozen = trees
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping reuses the norm of `gradient`. Transformations such as optax.contrib.reduce_on_plateau read the loss
-        # (`value`). Optax drops these arguments for optimizers that do not accept them.
+        # With `gradient` and `gradient_norm`, clipping need not compute the norm again. Transformations such as
+        # optax.contrib.reduce_on_plateau read the loss (`value`). Optax drops these arguments for optimizers that do
+        # not accept them.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
         updates, optimizer_state = apply_optimizer(
             grads, optimizer_state, params, value=loss, gradient=grads, gradient_norm=norm
@@ -429,8 +429,8 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
 def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Params:
     """``params`` as arrays that a jitted function over the mesh accepts.
 
-    It does not accept arrays that are committed to other devices. With several processes, it accepts NumPy arrays, but
-    no ``jax.Array`` that is local to one process.
+    Such a function rejects arrays that are committed to other devices. With several processes, it accepts NumPy arrays,
+    but rejects a ``jax.Array`` that is local to one process.
 
     Args:
         specs: the specs of ``params``.

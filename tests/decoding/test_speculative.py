@@ -79,6 +79,36 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
         speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
 
 
+def test_the_memory_of_the_target_model_must_have_room_for_all_tokens_it_may_attend_to():
+    """Otherwise, a token sees more in a call of several tokens than in a call of one token."""
+    draft, draft_params = model_and_params("lstm", 1, vocab_size=64)
+    options = {"prompts": PROMPTS, "max_new_tokens": 9}  # 4 + 9 - 1 + 3 proposals = 15 tokens
+
+    def run(target, params, state):
+        models = SpeculativeModels(target, params, draft, draft_params, 3)
+        return speculative_generate(models, **options, states=(state, None))
+
+    unlimited = {
+        "transformer_xl": {},
+        "xlnet": {"task": "permutation", "vocab_size": 64},
+        "attention_rnn_lm": {"window": None, "vocab_size": 64},
+    }
+    for name, overrides in unlimited.items():
+        target = tiny_model(name, **overrides)
+        with pytest.raises(ValueError, match=rf"\({name}\) has 14 memory slots, 0 .* needs 15, .*at least 15"):
+            run(target, None, target.init_state(3, 14))
+    target, params = model_and_params("transformer_xl")
+    used = {**target.init_state(3, 20), "segment_ids": np.pad(np.ones((3, 6), np.int32), [(0, 0), (14, 0)])}
+    with pytest.raises(ValueError, match="has 20 memory slots, 6 of them used, but needs 21, .* at least 21"):
+        run(target, None, used)
+    # Each token attends to at most 5 tokens, so a memory of 5 slots is enough.
+    target, params = model_and_params("transformer_xl", same_length=True, memory_length=5, num_layers=1)
+    assert target.init_state(3, 100)["segment_ids"].shape == (3, 5)
+    state = target.init_state(3, 5)
+    want = generate(target, params, **options, state=state)
+    np.testing.assert_array_equal(run(target, params, state).generation.tokens, want.tokens)
+
+
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
 def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):

@@ -133,7 +133,7 @@ def test_a_fold_cannot_be_resumed_alone(finished_run, tmp_path, capsys):
     (fold / "config.json").write_text(json.dumps({**config, "folds": 3, "output": str(fold)}))
     before = sorted(fold.rglob("*"))
     assert main("--resume", fold) == 2
-    message = f"--resume {fold} is one fold of a cross-validation: --resume {fold.parent}"
+    message = f"--resume {fold} is one fold of a cross-validation: to resume all folds, use --resume {fold.parent}"
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert main("--resume", finished_run, "--folds", 3) == 2  # not a fold
     assert "folds=3" in capsys.readouterr().err.splitlines()[-1]

@@ -10,7 +10,7 @@ from jaxlm.nn.attention import attention
 from jaxlm.nn.attention.cache import append
 from jaxlm.nn.copying import copied_tokens
 from jaxlm.nn.dropout import dropout, keep_mask
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import argmax, embed, round_up, unembed
 from jaxlm.nn.experts import expert_specs, mixture_of_experts
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
@@ -164,12 +164,39 @@ def test_a_longer_keep_mask_starts_with_the_shorter_one():
     assert bool(jnp.all(keep_mask(jax.random.key(2), 1e-6, (5, 5))))
 
 
-def test_the_gradients_of_unembed_equal_those_of_the_matmul():
-    table, hidden, weight = draw(8, 4), draw(2, 3, 4), draw(2, 3, 8)
-    got = jax.grad(lambda *x: jnp.sum(unembed(*x, 8) * weight), argnums=(0, 1))(table, hidden)
-    want = jax.grad(lambda table, hidden: jnp.sum((hidden @ table.T) * weight), argnums=(0, 1))(table, hidden)
-    for leaf, want_leaf in zip(got, want, strict=True):
-        assert relative_error(leaf, want_leaf) < 1e-6
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 1, 4096), (2, 3, 4), (3, 11, 4)])
+def test_unembed_and_its_gradients_equal_the_matmul(shape):
+    """For one row, one wide row, few rows and many rows, which use different matmuls on a CPU."""
+    table, hidden, weight = draw(8, shape[-1]), draw(*shape), draw(*shape[:2], 8)
+
+    def value_and_gradients(logits):
+        return jax.value_and_grad(lambda *x: jnp.sum(logits(*x) * weight), argnums=(0, 1))(table, hidden)
+
+    got = value_and_gradients(lambda table, hidden: unembed(table, hidden, 8))
+    want = value_and_gradients(lambda table, hidden: hidden @ table.T)
+    for leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(leaf, want_leaf) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (1, 4096), (4, 64)])
+def test_the_logits_of_a_few_rows_do_not_copy_the_table(rows, width):
+    """The logits have a bias and are split, as in decoding. XLA would copy or transpose the table for both."""
+    table, bias, hidden = draw(512, width), draw(512), draw(rows, 1, width)
+
+    @jax.jit
+    def first_half(table, bias, hidden):
+        return (unembed(table, hidden, 512) + bias[None, None])[..., :256]
+
+    temporary = first_half.lower(table, bias, hidden).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < table.nbytes / 4
+
+
+def test_argmax_returns_the_first_largest_logit():
+    logits = np.random.default_rng(0).integers(-3, 3, (2, 50, 7)).astype(np.float32)  # with equal logits
+    assert argmax(logits).dtype == jnp.int32
+    np.testing.assert_array_equal(argmax(logits), logits.argmax(axis=-1))
+    nothing_allowed, with_nan = np.full(5, -np.inf), np.array([1.0, np.nan, 2.0])
+    assert (int(argmax(jnp.array(nothing_allowed))), int(argmax(jnp.array(with_nan)))) == (0, 3)
 
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])

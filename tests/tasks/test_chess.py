@@ -421,6 +421,14 @@ def test_mate_in_one_accuracy_of_oracles() -> None:
     assert (both_known.value, one_known.value, both_known.count) == (1.0, 0.5, 2)
 
 
+def test_a_position_without_a_legal_move_in_the_vocabulary_is_not_solved() -> None:
+    positions = ["e4 e5 Qh5 Nc6 Bc4 Nf6", "f3 e5 g4"]
+    for move, value in (("Qxf7", 0.5), ("O-O", 0.0)):  # legal in the first position; legal in no position
+        tokenizer = MoveTokenizer("san", [move])
+        accuracy = mate_in_one_accuracy(*oracle(tokenizer, [move]), tokenizer, positions)
+        assert (accuracy.value, accuracy.count) == (value, 2)
+
+
 def test_nan_parameters_raise_an_error() -> None:
     model, params = oracle(UCI, [FOOL])
     broken = {**params, "logits": params["logits"] * np.nan}

@@ -103,12 +103,14 @@ MOMENTUM_SGD = optax.sgd(0.1, momentum=0.9)
 NONFINITE_SGD = optax.GradientTransformation(lambda params: optax.EmptyState(), nonfinite_sgd)
 
 
-def run(directory, loss, data=None, *, resume=False, optimizer=MOMENTUM_SGD, model=None, rate=None, **options):
+def run(
+    directory, loss, data=None, *, resume=False, optimizer=MOMENTUM_SGD, model=None, rate=None, params=None, **options
+):
     options = {"evaluate_every": 1000, "checkpoint_every": 4, "max_skipped_in_a_row": 3, **options}
     config = TrainingConfig(options.pop("steps", STEPS), 2, 4, **options)
     trainer = CachedTrainer(**vars(config.trainer(model or gpt_model(), optimizer, loss, learning_rate=rate)))
     data = data or Batches(NumberedBatches(), to_batch=to_batch)
-    return train(trainer, data, evaluate, config, Run(directory, resume=resume))
+    return train(trainer, data, evaluate, config, Run(directory, resume=resume), params)
 
 
 def saved_steps(directory):
@@ -174,6 +176,12 @@ def test_nonfinite_weights_cause_a_rollback(tmp_path, capfd):
     result = run(tmp_path / "run", loss_with(huge=(9,)), optimizer=NONFINITE_SGD, max_rollbacks=1)
     assert_trees_equal(result.state, run_without_batches(8, 2, tmp_path, optimizer=NONFINITE_SGD).state)
     assert "step 10: the weights are not finite, although" in capfd.readouterr().err
+
+
+def test_initial_weights_that_are_not_finite_are_reported(tmp_path):
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), gpt_model().init(jax.random.key(0)))
+    with pytest.raises(DivergedError, match=r"step 1: the weights were not finite before .* Check the initial"):
+        run(tmp_path, loss_with(), params=params)
 
 
 def test_skipped_steps_postpone_the_next_checkpoint(tmp_path):

@@ -513,7 +513,7 @@ def test_each_bucket_is_compiled_once(tmp_path, capfd):
     trainer = config.trainer(model, optimizer, causal.loss)
     result = train(trainer, Batches(source, to_batch=bucket_to_batch, prefetch=1), evaluate, config, Run(tmp_path))
     assert result.compilations == len(source.buckets) == 2
-    assert "compiling for batch shape 2" in capfd.readouterr().err
+    assert "compiling for a new batch shape, number 2" in capfd.readouterr().err
 
 
 def test_a_trainer_from_an_optimizer_config_equals_one_from_an_optimizer():

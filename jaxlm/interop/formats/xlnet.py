@@ -56,8 +56,8 @@ FORMATS = (
         read_fields=_read_fields,
         write_fields=_write_fields,
         values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
-        # The family supports only these values. Any other value is an error. For bi_data, see the argument
-        # ``right_to_left`` of ``xlnet.apply``.
+        # The family supports only these values. Any other value is an error. Instead of bi_data, pass
+        # ``right_to_left`` to ``xlnet.apply``.
         required={
             "attn_type": "bi",
             "bi_data": False,

@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
 
-Shapes: B batch, T query time, S key time, H query heads, G key and value heads (H / G query heads share each), K
+Shapes: B batch, T query time, S key time, H query heads, G key and value heads (each is used by H / G query heads), K
 head width.
 """
 
@@ -47,11 +47,12 @@ def attention(
         scale: default ``1 / sqrt(K)``.
         bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], which only ``reference``
             supports, or one or several attention biases (``jaxlm.nn.attention.bias``,
-            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile.
+            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile (``reference`` and ``decode``: as one
+            dense array).
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
-            are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is used instead of any
-            choice. The choices are
+            are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is always used. The
+            implementations are
 
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.
@@ -136,17 +137,17 @@ def _choose(
         )
     if is_recording() or not q_BTHK.shape[0]:
         return "reference"
-    T, keys = q_BTHK.shape[1], v_BSGK.shape[1]
+    T, S = q_BTHK.shape[1], v_BSGK.shape[1]
     any_bias = dense_bias if dense_bias is not None else biases or None
     reasons = {
         "blockwise": None if dense_bias is None else "takes no dense bias",
         "decode": decode.unsupported_reason(dense_bias, key),
         "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas.unsupported_reason(keys, biases, dense_bias, key),
+        "pallas": pallas.unsupported_reason(S, biases, dense_bias, key),
         "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], v_BSGK.shape[-1], any_bias, key),
     }
     if implementation is None:
-        return choices.attention(T, keys, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)
+        return choices.attention(T, S, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)
     reason = reasons.get(implementation) or choices.wrong_platform(implementation)
     if reason is not None:
         raise ValueError(f"attention implementation {implementation!r} {reason}: leave the implementation out")

@@ -2,11 +2,12 @@
 
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
-bias needs no array [H, T, S], except in ``reference`` and ``decode``, which call :func:`dense`. The function declares
-which slices of the arrays a tile needs (``required_slices``) and gets only these slices.
+bias needs no array [H, T, S], except in the implementations ``reference`` and ``decode``, which call :func:`dense`. The
+function declares which slices of the float arrays a tile needs (``required_slices``) and gets only these slices. It
+gets integer arrays whole.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
-table, P = R + E columns of a strip.
+table, P = R + E columns of a strip (the slice of a table of distances that a tile needs).
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ class Tile(NamedTuple):
         return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
 
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-        """The array [R, E] that has ``x[i, first[i] + s]`` in row i, in the column of key s.
+        """The array [R, E] whose entry in row i and in the column of key s is ``x[i, first[i] + s]``.
 
-        Row i is an index within the tile, but s is an index among all S keys. Each ``first[i] + s`` must be a column of
-        ``x``.
+        i counts the rows of the tile, but s counts all S keys. Each ``first[i] + s`` must be a column of ``x``.
         """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")

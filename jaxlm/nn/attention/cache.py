@@ -82,7 +82,7 @@ class CacheView:
 
 
 def updates_in_place(state: State | None, num_new: int) -> bool:
-    """Whether a loop over layers should update the cache in place: it has at least 8 slots per new token.
+    """Whether the cache has at least 8 slots per new token, so that a loop over layers should update it in place.
 
     False without a state.
     """

@@ -4,8 +4,8 @@ A block of queries is multiplied with all keys at once. Its scores, with biases,
 with the values. Without the kernel, XLA writes each tile of the scores to HBM, and it does so several times if a
 relative bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
-The backward pass recomputes the scores. Because a block has whole rows, it can also compute the sums over rows, so it
-reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
+The backward pass recomputes the scores. A block has whole rows, so the backward pass also computes the sums over rows,
+and reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a block, X and Y the last axes of a bias's
 array.
@@ -86,10 +86,10 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
-        consecutive grid steps. The steps of the same block of queries in different rows are not consecutive, so
-        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all query heads
-        of a group before the next row. Then the steps of one head in different rows are not consecutive, so all arrays
-        are broadcast to all rows.
+        consecutive grid steps. For one block of queries, the grid steps of different rows of the batch are not
+        consecutive, so query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all
+        query heads of a group before the next row. Then, for one head, the grid steps of different rows of the batch
+        are not consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))

@@ -4,10 +4,9 @@ A causal window must contain the last real tokens of its own document and must s
 So :func:`move_padding_last` moves the padding of each row to the row's end before the first layer, and
 :func:`restore_order` restores the original order after the last layer. Between these two functions, the real tokens of
 a row are adjacent, within a call of the model and across calls. A change of the segment id is a document boundary. Each
-layer passes its last real inputs, the tail, from one call to the next. A text that is read in several calls is called a
-stream.
+layer passes its last real inputs, the tail, from one call to the next.
 
-Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model.
+Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model (at least 1).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from jaxlm.spec import ArraySpec
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
 The window of output t begins at step ``t * stride`` (``valid``), ``(K - 1) * dilation`` steps earlier
-(``causal``: it ends at this step), or ``(K - 1) * dilation // 2`` steps earlier (``same``)."""
+(``causal``: so it ends at step ``t * stride``), or ``(K - 1) * dilation // 2`` steps earlier (``same``)."""
 
 
 def windows(
@@ -76,10 +75,10 @@ def _windows(
     windows_BTKC = jnp.stack(taps(x_BTC, fill), axis=2)
     if documents_BT is None:
         return windows_BTKC
-    of_taps_BTK = jnp.stack(taps(documents_BT, 0), axis=2)
+    tap_documents_BTK = jnp.stack(taps(documents_BT, 0), axis=2)
     first = (kernel - 1) * dilation if padding == "valid" else 0
-    of_windows_BT = lax.slice_in_dim(documents_BT, first, first + (count - 1) * stride + 1, stride, axis=1)
-    return jnp.where((of_taps_BTK == of_windows_BT[:, :, None])[..., None], windows_BTKC, fill)
+    window_documents_BT = lax.slice_in_dim(documents_BT, first, first + (count - 1) * stride + 1, stride, axis=1)
+    return jnp.where((tap_documents_BTK == window_documents_BT[:, :, None])[..., None], windows_BTKC, fill)
 
 
 def padding_and_count(
@@ -188,7 +187,7 @@ def restore_order(stream: Stream, hidden_BTC: jax.Array) -> tuple[jax.Array, jax
 def causal_windows(
     stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, kernel: int, *, dilation: int = 1, fill: float = 0.0
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The inputs in each causal window of a stream, [B, T, K, C], and the tail for the next call.
+    """The inputs in each causal window, [B, T, K, C], and the tail for the next call.
 
     Without a tail (``tail_BWC`` None), the tail for the next call is None.
     """

@@ -1,8 +1,8 @@
 """Adaptive softmax (Grave et al. 2017) and adaptive input (Baevski & Auli 2019), tied as in Transformer-XL.
 
-The vocabulary is sorted by frequency and split into clusters. The head of the softmax contains the words of cluster 0
-and one entry for each further cluster. A word of cluster i > 0 has the probability
-``p(word) = p(cluster i | head) * p(word | cluster i)``. With a ``divisor`` d > 1, the vectors of cluster i have width
+The vocabulary is sorted by frequency and split into clusters. The first softmax has the words of cluster 0 and one
+entry for each further cluster. A word of cluster i > 0 has the probability
+``p(word) = p(cluster i) * p(word | cluster i)``. With a ``divisor`` d > 1, the vectors of cluster i have width
 ``width / d^i`` and a projection to the model's width. With d = 1 all vectors have the same width and are in one table.
 
 Parameters (E_i width of cluster i, n_i number of its words, C number of clusters after the first, D model width):
@@ -16,8 +16,8 @@ Parameters (E_i width of cluster i, n_i number of its words, C number of cluster
 The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
 The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
-If the other projections or the tables are not tied, they are stored as ``projection`` and ``embedding`` in ``head`` and
-``head/tails/cluster_i``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
+Any other projection or table that is not tied is stored beside the bias of its cluster, with the name ``projection`` or
+``embedding``. The index of cluster i in the first softmax is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
 Transformer-XL and in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the
 rows of its ``cluster_weight`` and ``cluster_bias`` are in reverse order.
 
@@ -165,7 +165,7 @@ def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: DTypeLik
 
 def log_probabilities(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Normalised log-probabilities of the whole vocabulary, [B, T, V] float32."""
-    head, *tails = (jax.nn.log_softmax(_logits(output, hidden_BTD)) for output in _softmax_parameters(clusters, params))
+    head, *tails = map(jax.nn.log_softmax, _logits_of_clusters(clusters, params, hidden_BTD))
     head_words = clusters.ranges[0][1]
     cluster_log_p = jnp.split(head[..., head_words:], len(tails), axis=-1) if tails else []
     return jnp.concatenate([head[..., :head_words], *map(jnp.add, cluster_log_p, tails)], axis=-1)
@@ -194,11 +194,29 @@ def cross_entropy(
     return total
 
 
-def _logits(output: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
-    """Logits of the words of one cluster; for the head, also logits of the other clusters."""
-    projection, weight = output.get("projection"), output["weight"]
+def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> list[jax.Array]:
+    """The result of :func:`_logits` for each cluster.
+
+    If all clusters share one table and have no projections, one matmul computes the logits of all words. Otherwise,
+    the rows of each cluster would be copied from the table before its matmul.
+    """
+    if clusters.divisor > 1 or clusters.projected:
+        return [_logits(cluster_params, hidden_BTD) for cluster_params in _softmax_parameters(clusters, params)]
+    head = params["head"]
+    table_VD = head.get("embedding", params["token_embedding"])
+    logits_BTV = _logits({"weight": table_VD, "bias": head["bias"]}, hidden_BTD)[..., : clusters.vocab_size]
+    logits = jnp.split(logits_BTV, clusters.cutoffs, axis=-1)
+    if clusters.cutoffs:
+        of_clusters = _logits({"weight": head["cluster_weight"], "bias": head["cluster_bias"]}, hidden_BTD)
+        logits[0] = jnp.concatenate([logits[0], of_clusters], axis=-1)
+    return logits
+
+
+def _logits(cluster_params: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
+    """Logits of the words of one cluster; for the first cluster, also logits of the other clusters."""
+    projection, weight = cluster_params.get("projection"), cluster_params["weight"]
     x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T
-    return embedding.unembed(weight, x, weight.shape[0]) + output["bias"].astype(jnp.float32)[None, None]
+    return embedding.unembed(weight, x, weight.shape[0]) + cluster_params["bias"].astype(jnp.float32)[None, None]
 
 
 def _input_table_and_projection(params: Params, i: int) -> tuple[jax.Array, Any]:
@@ -215,22 +233,22 @@ def _input_table_and_projection(params: Params, i: int) -> tuple[jax.Array, Any]
 def _softmax_parameters(clusters: Clusters, params: Params) -> list[dict[str, jax.Array]]:
     """``weight``, ``bias`` and (if there is one) ``projection`` of each cluster in the softmax.
 
-    Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. The first item is the
-    head of the softmax: its words, followed by one entry for each further cluster.
+    Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. The first item has
+    the words of cluster 0, followed by one entry for each further cluster.
     """
     head = params["head"]
-    heads = [head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {}) for i in range(len(clusters.ranges))]
-    inputs = [_input_table_and_projection(params, 0 if clusters.divisor == 1 else i) for i in range(len(heads))]
-    projections = [tree.get("projection", tied) for tree, (_, tied) in zip(heads, inputs, strict=True)]
+    trees = [head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {}) for i in range(len(clusters.ranges))]
+    inputs = [_input_table_and_projection(params, 0 if clusters.divisor == 1 else i) for i in range(len(trees))]
+    projections = [tree.get("projection", tied) for tree, (_, tied) in zip(trees, inputs, strict=True)]
     if clusters.divisor == 1:
         # The gradient of a split is one concatenation. The gradient of slices would be a sum of zero-padded arrays.
         weights = jnp.split(head.get("embedding", inputs[0][0])[: clusters.vocab_size], clusters.cutoffs)
         biases = jnp.split(head["bias"][: clusters.vocab_size], clusters.cutoffs)
     else:
         sizes = [stop - start for start, stop in clusters.ranges]
-        tables = [tree.get("embedding", tied) for tree, (tied, _) in zip(heads, inputs, strict=True)]
+        tables = [tree.get("embedding", tied) for tree, (tied, _) in zip(trees, inputs, strict=True)]
         weights = [table[:size] for table, size in zip(tables, sizes, strict=True)]
-        biases = [tree["bias"][:size] for tree, size in zip(heads, sizes, strict=True)]
+        biases = [tree["bias"][:size] for tree, size in zip(trees, sizes, strict=True)]
     if clusters.cutoffs:
         weights[0] = jnp.concatenate([weights[0], head["cluster_weight"]])
         biases[0] = jnp.concatenate([biases[0], head["cluster_bias"]])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.embedding import argmax
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
@@ -79,8 +80,8 @@ def chunked_argmax(
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
     C = _chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
-    argmax_by_chunk = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _split_time(hidden_BTD, C))
-    return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
+    argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), _split_time(hidden_BTD, C))
+    return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T]
 
 
 def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[int]:

@@ -27,8 +27,8 @@ def selected_cross_entropy(
 
     The positions are sorted so that those with nonzero weight come first. A loop then computes the loss of one block
     of these positions at a time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in
-    ``params``, not in ``weights``; the head must read all leaves of ``params``. Under a mesh with Explicit axes, on
-    which JAX cannot sort a sharded axis, the result is that of ``chunked_cross_entropy``.
+    ``params``, not in ``weights``. JAX cannot sort an array axis that is sharded over an Explicit mesh axis. With such
+    a mesh, this function calls ``chunked_cross_entropy``.
 
     Returns:
         A float32 scalar, in nats.
@@ -97,7 +97,7 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
     N, D = targets.size, hidden.shape[-1]
     # 2 N rows, because the last block may extend beyond row N.
     init = (
-        jnp.zeros_like(weights, shape=()),  # so that it varies over the same mesh axes (in `shard_map`)
+        jnp.zeros_like(weights, shape=()),  # `zeros_like`: varies over the mesh axes of the weights (in `shard_map`)
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
         jnp.zeros_like(hidden, shape=(2 * N, D)),
     )

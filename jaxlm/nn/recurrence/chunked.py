@@ -58,7 +58,7 @@ class Cell(NamedTuple):
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
     gradient of the products of the state with the hidden weights [B, G, H], and, for some cells, more arrays that
-    ``dprojected`` needs. Here, ``gates`` has one array [B, H] per gate."""
+    ``dprojected`` needs. Here, each array in ``gates`` is [B, H]: each gate has its own."""
     dprojected: Callable[..., jax.Array]
     """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs, from all results of ``backward``
     except the first."""
@@ -135,13 +135,13 @@ def _forward(
 
         return lax.fori_loop(0, steps, body, carry)
 
-    def first_step() -> Any:
+    def example_step() -> Any:
         return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
 
-    _, examples = jax.eval_shape(first_step)  # adds no operations to the program
+    _, output_shapes = jax.eval_shape(example_step)  # adds no operations to the program
     # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
-    axes = (1, *(0 for _ in examples[1:]))
-    stored = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
+    axes = (1, *(0 for _ in output_shapes[1:]))
+    stored = tuple(_zeros(x, T, axis) for x, axis in zip(output_shapes, axes, strict=True))
     last, (hidden_BTH, *residuals) = _over_chunks(T, chunk, run_chunk, (first, stored))
     return (hidden_BTH, last), (original_weights, x_BTD, first, masks, hidden_BTH, tuple(residuals))
 
@@ -149,14 +149,14 @@ def _forward(
 def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     cell, chunk, reverse, remat = static
     weights, x_BTD, first, masks, hidden_BTH, residuals = saved
-    cells, gates = residuals[: len(first) - 1], residuals[len(first) - 1 :]
+    cell_states, gates = residuals[: len(first) - 1], residuals[len(first) - 1 :]
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
     split_weights = _split_hidden(cell, weights)
     # The hidden weights are copied and transposed once for all steps. For B = 1, there is no copy if the weights are
     # float32 and not sharded. Time per step on a CPU, without and with the transposed copy: B1 H650: 41 and 56 us; B4
-    # H512: 145 and 37 us; B32 H512: 260 and 166 us. A matmul for all rows of a chunk takes the same time with and
-    # without the copy.
+    # H512: 145 and 37 us; B32 H512: 260 and 166 us. The input weights are not copied: they are multiplied once per
+    # chunk, and this matmul takes the same time with and without the copy.
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
@@ -181,12 +181,12 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
             dstate, stored = carry
             i = i if reverse else steps - 1 - i
             step_gates = _gates_at(chunk_gates, i, 1) if remat else _gates_at(gates, start + i, 0)
-            before = (_read_at(hidden_BCH, i, 1).astype(jnp.float32), *(_read_at(x, start + i, 0) for x in cells))
+            before = (_read_at(hidden_BCH, i, 1).astype(jnp.float32), *(_read_at(x, start + i, 0) for x in cell_states))
             doutput = _read_at(doutput_BTH, start + i, 1).astype(jnp.float32)
             dstate, outputs = step((dstate[0] + doutput, *dstate[1:]), step_gates, before, _mask_at(masks, start + i))
             return dstate, tuple(_write_at(array, x, i, 1) for array, x in zip(stored, outputs, strict=True))
 
-        stored = tuple(_zeros(x, steps, 1) for x in examples)
+        stored = tuple(_zeros(x, steps, 1) for x in output_shapes)
         dstate, (dproduct_BCGH, *dprojected_args) = lax.fori_loop(0, steps, body, (dstate, stored))
         if not remat:
             chunk_gates = tuple(jnp.moveaxis(lax.dynamic_slice_in_dim(x, start, steps, 0), 0, 1) for x in gates)
@@ -200,7 +200,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         dweight_sums = chunk_dweights if dweight_sums is None else jax.tree.map(jnp.add, dweight_sums, chunk_dweights)
         return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1), dweight_sums
 
-    def last_step() -> Any:
+    def example_step() -> Any:
         if remat:
             projected = _projected(_project(split_weights, x_BTD[:, :1]))
             example_gates = _gates_at(cell.gates(split_weights, projected, hidden_BTH[:, :1]), 0, 1)
@@ -208,8 +208,8 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
             example_gates = _gates_at(gates, 0, 0)
         return step(dlast, example_gates, first, _mask_at(masks, 0))
 
-    _, examples = jax.eval_shape(last_step)
-    # The first chunk runs before the loop, because its weight gradients initialise the sums.
+    _, output_shapes = jax.eval_shape(example_step)
+    # The first chunk of the backward pass runs before the loop, because its weight gradients initialise the sums.
     carry = run_chunk(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
     dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
     dweights = {name: x.astype(weights[name].dtype) for name, x in dweight_sums.items()}
@@ -233,14 +233,14 @@ def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry:
 
 
 def _lstm_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Residuals:
-    total = _with_bias(weights, projected, 0, 4) + _product(hidden, weights["weight_hidden"][0])
-    return (_nonlinearities(total, _LSTM_SCALE),)
+    preactivation = _with_bias(weights, projected, 0, 4) + _product(hidden, weights["weight_hidden"][0])
+    return (_nonlinearities(preactivation, _LSTM_SCALE),)
 
 
 def _lstm_advance(gates: Residuals, before: State) -> State:
     i, f, g, o = (gates[0][..., gate, :] for gate in range(4))
-    cell = f * before[1] + i * g
-    return o * jnp.tanh(cell), cell
+    cell_state = f * before[1] + i * g
+    return o * jnp.tanh(cell_state), cell_state
 
 
 def _lstm_backward(
@@ -250,8 +250,8 @@ def _lstm_backward(
     tanh_cell = jnp.tanh(f * before[1] + i * g)
     dcell = dcell + dhidden * o * (1.0 - tanh_cell**2)
     di, df, dg, do = dcell * g, dcell * before[1], dcell * i, dhidden * tanh_cell
-    dtotal = _stack_gates(di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o))
-    return (transposes[0](dtotal), dcell * f), dtotal
+    dpreactivation = _stack_gates(di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o))
+    return (transposes[0](dpreactivation), dcell * f), dpreactivation
 
 
 _LSTM_SCALE = (0.5, 0.5, 1.0, 0.5)
@@ -391,17 +391,17 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
         weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before a contraction of two axes
 
-        def multiply(dtotal: jax.Array) -> jax.Array:
-            dtotal_NX = dtotal.reshape(-1, weight_DX.shape[1])
-            product_ND = lax.dot_general(dtotal_NX, weight_DX, (((1,), (1,)), ((), ())))
-            return product_ND.reshape(*dtotal.shape[:-2], product_ND.shape[1])
+        def multiply(x: jax.Array) -> jax.Array:
+            x_NX = x.reshape(-1, weight_DX.shape[1])
+            product_ND = lax.dot_general(x_NX, weight_DX, (((1,), (1,)), ((), ())))
+            return product_ND.reshape(*x.shape[:-2], product_ND.shape[1])
 
         return multiply
     weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # otherwise XLA would transpose in each step
 
-    def multiply_copy(dtotal: jax.Array) -> jax.Array:
-        dtotal = dtotal.astype(weight_GHD.dtype)
-        return jnp.einsum("...GH,GHD->...D", dtotal, weight_GHD, preferred_element_type=jnp.float32)
+    def multiply_copy(x: jax.Array) -> jax.Array:
+        x = x.astype(weight_GHD.dtype)
+        return jnp.einsum("...GH,GHD->...D", x, weight_GHD, preferred_element_type=jnp.float32)
 
     return multiply_copy
 
@@ -428,10 +428,10 @@ def _hidden_before(
     return jnp.where(lax.dynamic_slice_in_dim(masks[0], start, steps, 1), jnp.zeros_like(before_BCH), before_BCH)
 
 
-def _outer(x_BCH: jax.Array, dtotal_BCGK: jax.Array) -> jax.Array:
+def _outer(x_BCH: jax.Array, dproduct_BCGK: jax.Array) -> jax.Array:
     # Batch and time are merged into one axis, because XLA would transpose x before it contracts two axes.
-    x_NH, dtotal_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dtotal_BCGK))
-    return jnp.einsum("NH,NGK->HGK", x_NH, dtotal_NGK).astype(jnp.float32)
+    x_NH, dproduct_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dproduct_BCGK))
+    return jnp.einsum("NH,NGK->HGK", x_NH, dproduct_NGK).astype(jnp.float32)
 
 
 def _stack_gates(*gates: jax.Array) -> jax.Array:
@@ -443,10 +443,10 @@ def _stack_gates(*gates: jax.Array) -> jax.Array:
     return jnp.concatenate(gates, axis=1).reshape(B, len(gates), H)
 
 
-def _nonlinearities(total: jax.Array, scale: Sequence[float]) -> jax.Array:
+def _nonlinearities(preactivation: jax.Array, scale: Sequence[float]) -> jax.Array:
     """The nonlinearity of each gate, [..., G, H]: a sigmoid for the scale 1/2, a tanh for the scale 1."""
-    s = jnp.asarray(scale, jnp.float32).reshape((1,) * (total.ndim - 2) + (-1, 1))
-    return s * jnp.tanh(s * total) + (1.0 - s)
+    s = jnp.asarray(scale, jnp.float32).reshape((1,) * (preactivation.ndim - 2) + (-1, 1))
+    return s * jnp.tanh(s * preactivation) + (1.0 - s)
 
 
 def _read_at(x: jax.Array, index: Any, axis: int) -> jax.Array:

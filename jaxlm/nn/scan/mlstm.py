@@ -107,17 +107,19 @@ def mlstm(
     )
     masks = complete_masks(reset_BT, keep_BT, (B, T))
     if masks is not None:  # inputs at padding may be NaN
-        keep = masks[1]
+        reset_BT, keep = masks
         q, k, v = (jnp.where(keep[:, :, None, None], x, 0) for x in (q, k, v))
-        log_input_BTH, log_forget_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_input_BTH, log_forget_BTH))
+        # An open forget gate and a closed input gate keep the state.
+        log_input_BTH = jnp.where(keep[:, :, None], log_input_BTH, -jnp.inf)
+        log_forget_BTH = jnp.where(keep[:, :, None], log_forget_BTH, 0.0)
     if state is None:
         like = k[:, 0].astype(jnp.float32)  # an array with the sharding of the state
         cell = jnp.zeros_like(like[..., None] * v[:, 0, :, None, :])
         state = {"cell": cell, "normalizer": jnp.zeros_like(like), "stabilizer": jnp.zeros_like(like[..., 0])}
     state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
     if implementation == "reference":
-        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
-    return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, masks, epsilon, chunk, implementation)
+        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, reset_BT, epsilon)
+    return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, chunk, implementation)
 
 
 def _check(
@@ -134,22 +136,21 @@ def _check(
     check_masks(reset, keep, query.shape[:2], "query")
 
 
-def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: float) -> Any:
+def _reference(inputs: Any, state: dict[str, jax.Array], reset_BT: jax.Array | None, epsilon: float) -> Any:
     def step(state: dict[str, jax.Array], inputs: Any) -> Any:
-        (q, k, v, log_i, log_f), mask = inputs
+        (q, k, v, log_i, log_f), reset_B = inputs
         q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        if mask is not None:
-            state = select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
+        if reset_B is not None:
+            state = select_state(reset_B, jax.tree.map(jnp.zeros_like, state), state)
         C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
         new_m = jnp.maximum(log_f + m, log_i)
         f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
         new_n = f * n + i * k
         new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
         out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
-        new_state = {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}
-        return (new_state if mask is None else select_state(mask[1], new_state, state)), out.astype(v.dtype)
+        return {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}, out.astype(v.dtype)
 
-    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, reset_BT))
     last, out_TBHV = lax.scan(step, state, time_major)
     return jnp.swapaxes(out_TBHV, 0, 1), last
 
@@ -165,21 +166,18 @@ def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: 
 
 def _by_linear_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
-    masks: Any, epsilon: float, chunk: int | None, implementation: Implementation,
+    reset_BT: jax.Array | None, epsilon: float, chunk: int | None, implementation: Implementation,
 ) -> Any:  # fmt: skip
-    reset, keep = (None, None) if masks is None else masks
-    m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], masks)
+    m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], reset_BT)
     before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
     log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # linear_attention applies resets
-    if keep is not None:
-        log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
     # In float16, the numerator and the normalizer could overflow before the division.
     dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype
 
     def run(value_BTHV: jax.Array, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
         return linear_attention(
             q.astype(dtype), k.astype(dtype), value_BTHV.astype(dtype), log_decay_BTH, state_BHKV,
-            scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset, keep_BT=keep, chunk=chunk, implementation=implementation,
+            scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset_BT, chunk=chunk, implementation=implementation,
         )  # fmt: skip
 
     # A value that is always 1 makes n a column of the state.
@@ -200,7 +198,7 @@ def _pad_width(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, width - x.shape[-1])))
 
 
-def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, masks: Any) -> jax.Array:
+def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, reset_BT: Any) -> jax.Array:
     """The stabilizer m of each step, [B, T, H].
 
     A step maps m to ``max(a + m, b)``. The composition of two such maps has the same form, so a parallel scan can
@@ -208,11 +206,10 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, ma
     number of steps.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
-    if masks is not None:
-        reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
+    if reset_BT is not None:
+        reset_BT1 = reset_BT[:, :, None]
         b_BTH = jnp.where(reset_BT1, jnp.maximum(log_f_BTH, log_i_BTH), b_BTH)  # a reset sets m to 0 before the step
         a_BTH = jnp.where(reset_BT1, -jnp.inf, a_BTH)
-        a_BTH, b_BTH = jnp.where(keep_BT1, a_BTH, 0.0), jnp.where(keep_BT1, b_BTH, -jnp.inf)
 
     def combine(earlier: Any, later: Any) -> Any:
         return earlier[0] + later[0], jnp.maximum(later[0] + earlier[1], later[1])

@@ -85,6 +85,14 @@ def test_log_probabilities_equal_numpy_and_sum_to_one(case, ties):
     assert relative_error(np.exp(log_p).sum(-1), np.ones((2, 3))) < 1e-5
 
 
+def test_the_log_probabilities_of_a_few_rows_do_not_copy_parts_of_the_table():
+    """As in decoding. Without ``optimization_barrier``, XLA would split the table instead of the logits."""
+    clusters = Clusters(2000, (500, 1200), 256, 256)
+    hidden = jax.ShapeDtypeStruct((4, 1, 256), jnp.float32)
+    compiled = log_probabilities.lower(clusters, spec.abstract(specs(clusters)), hidden).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2000 * 256 / 4
+
+
 def test_the_bias_of_a_cluster_acts_on_its_own_words():
     """Tests the order of the cluster entries in the head, which differs between published implementations."""
     clusters = CLUSTERS["narrower tails"]
