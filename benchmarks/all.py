@@ -82,7 +82,7 @@ class All:
     """Run only the benchmarks whose name contains this text."""
     against: str | None = None
     """Baselines, separated by commas; empty: only jaxlm is measured. Each benchmark uses the baselines that it knows.
-    None: the baselines of each benchmark."""
+    None: the default baselines of each benchmark."""
     output: Path | None = None
     """Directory of the results. None: benchmarks/results/PROCESSOR, or benchmarks/results-quick with --quick. With
     --page, the directories next to it must also have results, because the page shows all of them."""

@@ -50,18 +50,18 @@ def run(options: Attention) -> None:
         for variant in variants:
             for length in lengths:
                 shape = shapes.Attention(variant, length, max(lengths), heads=2 if options.quick else 12)
-                for passes in PASSES[: 1 if variant == "decode" else 2]:
-                    rows += _measure(options, session, targets, shape, passes)
+                for pass_name in PASSES[: 1 if variant == "decode" else 2]:
+                    rows += _measure(options, session, targets, shape, pass_name)
         print("\n" + attention_table(rows))
         harness.write_json(options.json, "attention", options, session.description, [row.record() for row in rows])
 
 
 def _measure(
-    options: Attention, session: harness.Session, targets: dict[str, str], shape: shapes.Attention, passes: str
+    options: Attention, session: harness.Session, targets: dict[str, str], shape: shapes.Attention, pass_name: str
 ) -> list[harness.Row]:
     return session.compare(
-        targets, {"passes": passes, **dataclasses.asdict(shape)},
-        f"{shape.variant} {passes}", str(shape), shapes.attention_work(shape, passes),
+        targets, {"pass_name": pass_name, **dataclasses.asdict(shape)},
+        f"{shape.variant} {pass_name}", str(shape), shapes.attention_work(shape, pass_name),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def attention_table(rows: Sequence[harness.Row]) -> str:
         [
             f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
             harness.table(header, lines),
-            *(f"% of peak: {formula}" for formula in formulas),
+            *(f"% of peak: work / time / peak; work: {formula}" for formula in formulas),
             "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
         ]
     )

@@ -1,4 +1,4 @@
-"""jaxlm and its baseline for ``benchmarks.attention``. Shapes: T queries, S keys, H heads, K head width."""
+"""jaxlm and its baseline for ``benchmarks.attention``. Shapes: B batch, T queries, S keys, H heads, K head width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_DISTANCE = 128
 class Jaxlm(JaxSampled):
     """``jaxlm.nn.attention`` with its default arguments, compiled with jit."""
 
-    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+    def __init__(self, directory: str, pass_name: str, **sizes: Any) -> None:
         jax = jax_exact()
         import jax.numpy as jnp
 
@@ -53,26 +53,26 @@ class Jaxlm(JaxSampled):
             out, vjp = jax.vjp(lambda arrays: forward(arrays, mask), arrays)
             return out, vjp(dout)[0]
 
-        self.arguments = (arrays, mask) if passes == "forward" else (arrays, mask, dout)
-        self.jitted = jax.jit(forward if passes == "forward" else both)
-        self.passes = passes
+        self.arguments = (arrays, mask) if pass_name == "forward" else (arrays, mask, dout)
+        self.jitted = jax.jit(forward if pass_name == "forward" else both)
+        self.pass_name = pass_name
 
     def name_results(self, results: Any) -> dict[str, Any]:
-        return {"out": results} if self.passes == "forward" else {"out": results[0], **results[1]}
+        return {"out": results} if self.pass_name == "forward" else {"out": results[0], **results[1]}
 
 
 class Torch(Implementation):
     """``scaled_dot_product_attention``, with a dense bias array for the variants with a bias."""
 
-    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+    def __init__(self, directory: str, pass_name: str, **sizes: Any) -> None:
         import torch
 
-        self.shape, self.passes = shapes.Attention(**sizes), passes
+        self.shape, self.pass_name = shapes.Attention(**sizes), pass_name
         arrays = {
             name: torch.from_numpy(x).to(torch_device()) for name, x in shapes.attention_arrays(self.shape).items()
         }
         self.dout = arrays.pop("dout")
-        self.arrays = {name: x.requires_grad_(passes == "both") for name, x in arrays.items()}
+        self.arrays = {name: x.requires_grad_(pass_name == "both") for name, x in arrays.items()}
         T, S = self.shape.queries, self.shape.keys
         self.is_future = torch.ones(T, S, dtype=torch.bool, device=torch_device()).triu(1)
         if self.shape.variant == "bias":
@@ -98,7 +98,7 @@ class Torch(Implementation):
             bias = self.arrays["table"][self.bucket].permute(2, 0, 1)[None]
         else:
             scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5
-            B, H, T, R = scores.shape
+            B, H, T, R = scores.shape  # R: number of distances
             # The relative shift of Transformer-XL, as in the code of its authors.
             bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
         return sdpa(q, k, v, attn_mask=bias.masked_fill(self.is_future, float("-inf"))).transpose(1, 2)
@@ -106,9 +106,9 @@ class Torch(Implementation):
     def run(self) -> dict[str, list[float]]:
         import torch
 
-        with torch.set_grad_enabled(self.passes == "both"):
+        with torch.set_grad_enabled(self.pass_name == "both"):
             results = {"out": self._forward()}
-        if self.passes == "both":
+        if self.pass_name == "both":
             gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
             results |= dict(zip(self.arrays, gradients, strict=True))
         return {name: torch_samples(x) for name, x in results.items()}

@@ -18,7 +18,7 @@ SIZES = {
     "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256),
 }  # fmt: skip
 """Default training batch of each family: rows, and tokens per row. The sizes of the LSTM are from Zaremba et al. 2014.
-A VDCNN reads texts of 1024 characters. For T5, the source and the target have this number of tokens each."""
+A VDCNN (``resnet``) reads texts of 1024 characters. The source and the target of T5 each have 128 tokens."""
 TORCH_CLASSES = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
@@ -52,8 +52,8 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     """Rows, and tokens per row, of a training batch: ``batch`` and ``length``, or the defaults of the family.
 
     Raises:
-        ValueError: a size is less than 1, or ``length`` is not the text length of a VDCNN, or not possible for the two
-            equal parts of an XLNet row.
+        ValueError: a size is less than 1; or ``length`` is not the text length of a VDCNN, or is odd or below 10 for
+            XLNet.
     """
     for name, size in (("batch", batch), ("length", length)):
         if size is not None and size < 1:
@@ -69,7 +69,7 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
 
 
 def num_decoding_parameters(model: Any) -> int:
-    """Number of parameters in the matrix products of decoding one token."""
+    """Number of parameters in the matrix products that decode one token."""
     from jaxlm.plan import flops
 
     return flops.matmul_parameters(model, decoding=True)
@@ -90,8 +90,10 @@ def example(model: Any, batch: int, length: int) -> Any:
         return masked.batch(tokens, rng, config)
     if task == "permutation":
         half = length // 2
-        permuting = permutation.PermutationConfig(reuse_length=half, permutation_length=half, num_predict=length // 6)
-        return permutation.batch(tokens[:, : length - 3], rng, permuting)
+        permutation_config = permutation.PermutationConfig(
+            reuse_length=half, permutation_length=half, num_predict=length // 6
+        )
+        return permutation.batch(tokens[:, : length - 3], rng, permutation_config)
     if task == "classification":
         labels = rng.integers(0, cfg.num_labels, batch).astype(np.int32)
         return classification.batch(tokens, labels, num_labels=cfg.num_labels)
@@ -115,7 +117,7 @@ def save(batch: Any, directory: str) -> None:
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
-    """The arrays of a batch by name. ``labels``: ``Batch.targets``; ``targets``: the positions that XLNet predicts."""
+    """The arrays of a batch by name. ``labels``: from ``Batch.targets``; ``targets``: positions that XLNet predicts."""
     with np.load(Path(directory) / FILE) as file:
         return dict(file)
 

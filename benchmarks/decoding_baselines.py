@@ -77,7 +77,7 @@ class Torch(Implementation):
         import torch
 
         device = torch_device()
-        self.model, self.family, self.count = torch_model(directory, family).eval().to(device), family, tokens
+        self.model, self.family, self.num_tokens = torch_model(directory, family).eval().to(device), family, tokens
         vocab_size = self.model.embedding.num_embeddings if family == "lstm" else self.model.config.vocab_size
         self.prompts = torch.from_numpy(random_tokens(vocab_size, batch, prompt)).long().to(device)
         self.options: dict[str, Any] = {
@@ -96,7 +96,7 @@ class Torch(Implementation):
         with torch.inference_mode():
             generate = {"lstm": self._generate_lstm, "xlnet": self._generate_xlnet}.get(self.family, self._generate)
             tokens = generate()
-        return tokens[:, -self.count :].tolist()
+        return tokens[:, -self.num_tokens :].tolist()
 
     def _generate(self) -> Any:
         return self.model.generate(self.prompts, **self.options)
@@ -106,7 +106,7 @@ class Torch(Implementation):
 
         logits, state = self.model(self.prompts)
         tokens = [logits[:, -1].argmax(-1)]
-        while len(tokens) < self.count:
+        while len(tokens) < self.num_tokens:
             logits, state = self.model(tokens[-1][:, None], state)
             tokens.append(logits[:, -1].argmax(-1))
         return torch.stack(tokens, dim=1)
@@ -115,7 +115,7 @@ class Torch(Implementation):
         import torch
 
         text = self.prompts
-        for _ in range(self.count):
+        for _ in range(self.num_tokens):
             B, T = text.shape
             # Append one position for the next token. It attends to all earlier tokens; the other positions are causal.
             order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)

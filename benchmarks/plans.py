@@ -8,7 +8,7 @@ program). The measurement is the peak of the memory during the steps, without th
 created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``,
 whose peak includes the creation of the arrays.
 
-Time: the lower bound is the larger one of two times: the FLOPs of the step at the speed of a large matmul, and the
+Time: the lower bound is the larger of two times: the FLOPs of the step at the speed of a large matmul, and the
 bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding
 with experts or an untied token table, because such a step does not read all parameters.
 
@@ -63,9 +63,9 @@ class Plans:
     model: str | None = None
     """Family or variant; None: several models of published sizes."""
     batch: int | None = None
-    """Rows of the step of --model. Default: 8."""
+    """Rows of a step of --model. Default: 8."""
     sequence: int | None = None
-    """Tokens per row of --model (for decoding: tokens before the new one). Default: 256."""
+    """Tokens per row of --model (for decoding: tokens before the new token). Default: 256."""
     decode: bool = False
     """Measure a decoding step of --model instead of a training step."""
     steps: int = 8

@@ -74,7 +74,7 @@ def _measure(
     print(f"{op}, {shape}: ", end="")
     return session.compare(
         {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_BASELINE},
-        {"layer": layer, "passes": pass_name, **dataclasses.asdict(shape)},
+        {"layer": layer, "pass_name": pass_name, **dataclasses.asdict(shape)},
         op, str(shape), shapes.recurrence_work(shape, layer, pass_name),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
     )  # fmt: skip

@@ -17,7 +17,7 @@ class JaxlmRecurrence(JaxSampled):
 
     is_freed_memory_kept = True
 
-    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+    def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
         jax = jax_exact()
         from jaxlm.nn import recurrence
 
@@ -33,8 +33,8 @@ class JaxlmRecurrence(JaxSampled):
             dparams, dx = vjp(doutput)
             return output, state, {**dparams, "input": dx}
 
-        self.arguments = (arrays, x) if passes == "forward" else (arrays, x, doutput)
-        self.jitted = jax.jit(forward if passes == "forward" else both)
+        self.arguments = (arrays, x) if pass_name == "forward" else (arrays, x, doutput)
+        self.jitted = jax.jit(forward if pass_name == "forward" else both)
 
     def name_results(self, results: Any) -> dict[str, Any]:
         output, state, *gradients = results
@@ -44,15 +44,15 @@ class JaxlmRecurrence(JaxSampled):
 class TorchRecurrence(Implementation):
     """``torch.nn.LSTM`` or ``torch.nn.GRU``, which applies the reset gate after the matrix product."""
 
-    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+    def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
         import torch
 
         device, H = torch_device(), sizes["width"]
         arrays = shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer)
         self.x, self.doutput = (torch.from_numpy(arrays.pop(name)).to(device) for name in ("input", "doutput"))
-        self.gradients, self.layer = passes != "forward", layer
+        self.has_gradients, self.layer = pass_name != "forward", layer
         self.apply = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
-        self.apply.to(device).requires_grad_(self.gradients)
+        self.apply.to(device).requires_grad_(self.has_gradients)
         self.parameters = list(self.apply.parameters())  # weights of input and state, then biases of input and state
         weight_input, weight_hidden, bias, bias_hidden = self.parameters
         with torch.no_grad():
@@ -62,16 +62,16 @@ class TorchRecurrence(Implementation):
             bias_hidden.zero_()
             if layer == "gru":
                 bias_hidden[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
-        self.x.requires_grad_(self.gradients)
+        self.x.requires_grad_(self.has_gradients)
 
     def run(self) -> dict[str, list[float]]:
         import torch
 
-        with torch.set_grad_enabled(self.gradients):
+        with torch.set_grad_enabled(self.has_gradients):
             output, state = self.apply(self.x)
         hidden, *cell = state if self.layer == "lstm" else (state,)
         results = {"output": output, "hidden": hidden, **({"cell": cell[0]} if cell else {})}
-        if self.gradients:
+        if self.has_gradients:
             gradients = torch.autograd.grad(output, [*self.parameters, self.x], self.doutput)
             dinput, dhidden, dbias, dbias_hidden, dx = gradients
             results |= {"weight_input": dinput.T, "weight_hidden": dhidden.T, "bias": dbias, "input": dx}

@@ -225,7 +225,7 @@ Bars = dict[str, dict[str, float]]
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Charts of the same operations: how many times as fast jaxlm is, and its share of the limit if it was measured."""
+    """Bar charts: how many times as fast jaxlm is, and its speed in percent of the peak if a peak was measured."""
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))

@@ -63,17 +63,19 @@ class Case(Implementation):
 class JaxCase(Case):
     """jaxlm's default implementation, its reference implementation, or ``lax.associative_scan``."""
 
-    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+    def __init__(
+        self, directory: str, op: str, implementation_name: str, sizes: dict[str, int], backward: bool
+    ) -> None:
         jax = jax_exact()
         from jax import lax
 
         from jaxlm.nn.convolution import depthwise_convolution
         from jaxlm.nn.scan import linear_attention, linear_scan
 
-        implementation: Any = None if form == "jaxlm" else "reference"
+        implementation: Any = None if implementation_name == "jaxlm" else "reference"
 
         def forward(*inputs: Any) -> Any:
-            if form == "associative_scan":
+            if implementation_name == "associative_scan":
                 return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
             if op == "linear_scan":
                 return linear_scan(*inputs, implementation=implementation)[0]
@@ -116,7 +118,9 @@ class JaxCase(Case):
 class TorchCase(Case):
     """``torch.nn.functional.conv1d`` with one group per channel, in torch's layout [batch, channels, time]."""
 
-    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+    def __init__(
+        self, directory: str, op: str, implementation_name: str, sizes: dict[str, int], backward: bool
+    ) -> None:
         import torch
 
         (weight, x), dy = inputs_of(op, sizes)

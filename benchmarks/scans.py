@@ -28,7 +28,7 @@ BASELINES = {
 IMPLEMENTATIONS = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
 TOLERANCE = 2e-4
 """Maximum difference of sampled elements of a result, relative to the largest sampled element. The results are sums of
-thousands of terms."""
+thousands of terms, so rounding errors are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(options: Scans) -> None:
                     kind = "Torch" if name == "torch" else "Jax"
                     implementations[name] = session.start(
                         name, f"benchmarks.scan_baselines:{kind}Case",
-                        op=case.op, form=name, sizes=dict(case.sizes), backward=backward,
+                        op=case.op, implementation_name=name, sizes=dict(case.sizes), backward=backward,
                     )  # fmt: skip
                 rows = harness.measure(
                     f"{case.op}, forward{' and backward' if backward else ''}", case.shown,

@@ -63,7 +63,10 @@ class Fidelity:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A recurrence or convolution over time, float32. ``sizes`` has the name and the size of each axis."""
+    """A recurrence or convolution over time, float32.
+
+    ``sizes`` has the name and the size of each axis. ``decays`` is the number of decay factors per head, 1 or K.
+    """
 
     op: str
     sizes: tuple[tuple[str, int], ...]
@@ -172,10 +175,10 @@ class Work:
     formula: str
 
 
-def training_work(passes: str, model: dict[str, Any]) -> Work:
+def training_work(pass_name: str, model: dict[str, Any]) -> Work:
     """FLOPs of a loss or of an optimizer step. ``model`` is the result of ``baselines.Machine.facts``."""
     tokens = model["batch"] * model["length"]
-    if passes == "forward":
+    if pass_name == "forward":
         return Work(tokens, model["training_flops"] / 3, "FLOP", f"({model['formula']}) / 3")
     return Work(tokens, model["training_flops"], "FLOP", model["formula"])
 
@@ -199,21 +202,21 @@ def scan_work(shape: Scan, backward: bool) -> Work:
         formula = "4*B*T*H*K*V for the forward pass of the sequential recurrence (V = K), 3 times that with backward"
         return Work(tokens, amount * (3 if backward else 1), "FLOP", formula)
     if shape.op == "linear_scan":
-        elements, passes = tokens * sizes["D"], 8 if backward else 3
+        elements, num_arrays = tokens * sizes["D"], 8 if backward else 3
         formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
     else:
-        elements, passes = tokens * sizes["C"], 5 if backward else 2
+        elements, num_arrays = tokens * sizes["C"], 5 if backward else 2
         formula = "2*B*T*C*4 bytes forward (input, output), 3 more backward (input, gradients of output and input)"
-    return Work(tokens, 4 * elements * passes, "B", formula)
+    return Work(tokens, 4 * elements * num_arrays, "B", formula)
 
 
-def attention_work(shape: Attention, passes: str) -> Work:
+def attention_work(shape: Attention, pass_name: str) -> Work:
     """FLOPs of attention, not counting the bias; for decode, the bytes of the filled part of the cache."""
     H, K = shape.heads, shape.width
     if shape.variant == "decode":
         formula = "bytes of the cached keys and values; the peak is the bandwidth of a copy"
         return Work(1, 2 * 4 * H * K * shape.length, "B", formula)
-    amount = 2.0 * shape.length**2 * H * K * (1 if passes == "forward" else 3.5)
+    amount = 2.0 * shape.length**2 * H * K * (1 if pass_name == "forward" else 3.5)
     formula = "2*T*T*H*K forward, 3.5 times that with backward; the peak is the FLOP/s of a GEMM"
     return Work(shape.length, amount, "FLOP", formula)
 
@@ -224,7 +227,7 @@ def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
 
 
 def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """Random ids [batch, length], int32, with frequencies 1 / (rank + 2.7), as words have (Mandelbrot 1953).
+    """Random ids [batch, length], int32, with the frequencies of words: 1 / (rank + 2.7), normalized (Mandelbrot 1953).
 
     Use these ids for an adaptive softmax, whose FLOPs depend on the frequencies.
     """
@@ -233,10 +236,10 @@ def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
     return rng.choice(vocab_size, (batch, length), p=frequency / frequency.sum()).astype(np.int32)
 
 
-def recurrence_work(shape: Recurrence, layer: str, passes: str) -> Work:
+def recurrence_work(shape: Recurrence, layer: str, pass_name: str) -> Work:
     """FLOPs of the matrix products of one layer, forward or with all gradients."""
     tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2
-    if passes == "forward":
+    if pass_name == "forward":
         return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
     return Work(tokens, 3 * forward * tokens, "FLOP", "6*G*H*(D+H)*tokens, D = H: products of G gates, three times")
 

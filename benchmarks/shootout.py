@@ -6,7 +6,7 @@
 
 The depth of each family is fixed, and its width is chosen. At equal parameters, the number of parameters is as near as
 possible to ``--parameters``. At equal FLOPs, the training FLOPs per character are as near as possible to the FLOPs of
-the GPT with equal parameters. The FLOPs are those of dots and convolutions in the trace of the step without remat. All
+the GPT with equal parameters. The FLOPs are those of dots and convolutions in the jaxpr of the step without remat. All
 families read the same number of characters. Families that carry a state between batches read contiguous streams, and
 the others read random windows. The loss is measured on 16 batches from the last 10 % of the text. Decoding generates
 one character at a time in one row, after contexts of several lengths. Its state has capacity for the longest context.
@@ -141,7 +141,7 @@ def run(options: Shootout) -> None:
 
 
 class _Setup(NamedTuple):
-    """The model of a family with the size of the comparison, and its training."""
+    """The model of a family, whose width is chosen for the comparison, and its training."""
 
     model: Any
     recipe: Any
@@ -161,12 +161,12 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
     B, T = options.batch, options.length
 
     def make_recipe(name: str) -> Any:
-        carry_size = RECIPES[name].state_length
+        state_length = RECIPES[name].state_length
         return dataclasses.replace(
             RECIPES[name],
             batch_size=B,
             length=T,
-            state_length=T if carry_size is not None and carry_size > 1 else carry_size,
+            state_length=T if state_length is not None and state_length > 1 else state_length,
         )
 
     def make_builder(name: str) -> Callable[[int], Any]:

@@ -113,6 +113,7 @@ def _record(
 ) -> dict[str, Any]:
     """The measurements of one function.
 
+    A round is one call of the target model. ``accepted`` is the fraction of proposals that became part of the text.
     ``equal`` is the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1
     only if rounding errors change which logit is the largest. The call for the prompt generates the first token of a
     row, so ``tokens_per_round`` does not count this token.

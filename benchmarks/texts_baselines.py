@@ -67,12 +67,12 @@ class JaxlmClassifier(_Jaxlm):
 
 
 class _Torch(_Texts):
-    def __init__(self, directory: str, file: str, batch: int, kind: str) -> None:
+    def __init__(self, directory: str, file: str, batch: int, auto_class: str) -> None:
         super().__init__(file, batch)
         import transformers
 
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        self.model = getattr(transformers, kind).from_pretrained(directory).eval().to(torch_device())
+        self.model = getattr(transformers, auto_class).from_pretrained(directory).eval().to(torch_device())
 
     def facts(self) -> dict[str, Any]:
         return torch_facts()

@@ -9,8 +9,8 @@
 Each model is trained without dropout, and with the objective of its family, because a torch class computes no other
 objective. Transformer-XL reads tokens with Zipf frequencies, for which its adaptive softmax is designed. For masked
 models, all implementations predict the same 15 % of the tokens. The classes of transformers compute logits at all
-positions, jaxlm only at the predicted positions. The losses of all implementations must agree before the first update
-and after the third update, before steps are measured.
+positions, jaxlm only at the predicted positions. Steps are measured only if the losses of all implementations agree
+before the first update and after the third update.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
 """Pairs of a number of updates and the maximum relative difference of the losses after them."""
 FAMILY_TOLERANCES = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""Tolerances of training steps for single families. The gradients of many parameters before a batch normalization are
-only rounding errors, and the first updates of Adam do not depend on the size of a gradient."""
+"""Tolerances of training steps for single families. Many parameters before a batch normalization have gradients that
+are only rounding errors. The first updates of Adam do not depend on the size of a gradient, so the losses differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ def run(options: Training) -> None:
         with harness.session(name, options.device, **sizes) as session:
             model = session.model
             supported = harness.with_class(targets, model["family"], complete_models.CLASSES, complete_models.SIZES)
-            for which in passes:
-                tolerances = FAMILY_TOLERANCES.get(model["family"], TOLERANCES) if which == "step" else TOLERANCES
-                arguments = {"family": model["family"], "passes": which}
+            for pass_name in passes:
+                tolerances = FAMILY_TOLERANCES.get(model["family"], TOLERANCES) if pass_name == "step" else TOLERANCES
+                arguments = {"family": model["family"], "pass_name": pass_name}
                 measured = session.compare(
-                    supported, arguments, OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",
-                    shapes.training_work(which, model), warm_up=UPDATES + 1, rounds=options.rounds,
+                    supported, arguments, OPERATIONS[pass_name], f"{name} B{model['batch']} T{model['length']}",
+                    shapes.training_work(pass_name, model), warm_up=UPDATES + 1, rounds=options.rounds,
                     check=functools.partial(harness.check_losses, tolerances=tolerances),
                 )  # fmt: skip
                 rows += session.with_cached_compile(measured, targets[harness.OURS], **arguments)

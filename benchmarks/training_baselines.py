@@ -21,13 +21,13 @@ class JaxTraining(Implementation):
     state: Any
     batch: Any
     compiled: Any = None
-    updates = True
+    is_step = True
 
     def run(self) -> float:
         if self.compiled is None:
             self.compiled = self.function.lower(self.state, self.batch).compile()
         result = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
-        if not self.updates:
+        if not self.is_step:
             return float(result)
         self.state, metrics = result
         return float(metrics["loss"])
@@ -43,13 +43,13 @@ class JaxTraining(Implementation):
 class Jaxlm(JaxTraining):
     """``Trainer.jit_step``, or only the loss.
 
-    As in the experiments, the layers are unstacked, and the process keeps freed memory
+    As in the experiments, the layers are not stacked, and the process keeps freed memory
     (``jaxlm.host.keep_freed_memory``).
     """
 
     is_freed_memory_kept = True
 
-    def __init__(self, directory: str, family: str, passes: str) -> None:
+    def __init__(self, directory: str, family: str, pass_name: str) -> None:
         jax = jax_exact()
         import jaxlm
         from jaxlm.objectives import objective
@@ -57,10 +57,10 @@ class Jaxlm(JaxTraining):
         from jaxlm.training.trainer import Trainer
 
         model, params = jaxlm.load_pretrained(directory)
-        self.updates = passes == "step"
+        self.is_step = pass_name == "step"
         self.batch = jax.device_put(complete_models.batch_of(complete_models.load(directory)))
         loss = objective(model.task).loss
-        if not self.updates:
+        if not self.is_step:
 
             def mean_loss(params: Any, batch: Any) -> Any:
                 total, weight, _ = loss(model, params, batch)
@@ -78,19 +78,19 @@ class Jaxlm(JaxTraining):
 class Flax(JaxTraining):
     """The Flax class of transformers: the jitted loss, or a jitted step with donated state."""
 
-    def __init__(self, directory: str, family: str, passes: str) -> None:
+    def __init__(self, directory: str, family: str, pass_name: str) -> None:
         jax = jax_exact()
         import jax.numpy as jnp
         import optax
 
         model = flax_model(directory, family)
         arrays = complete_models.load(directory)
-        self.updates = passes == "step"
+        self.is_step = pass_name == "step"
         self.batch = jax.device_put((complete_models.inputs(family, arrays), complete_models.labels(arrays)))
 
         def mean_loss(params: Any, batch: Any) -> Any:
             inputs, labels = batch
-            logits = model(**inputs, params=params, train=self.updates).logits
+            logits = model(**inputs, params=params, train=self.is_step).logits
             mask = labels != complete_models.IGNORED
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, labels, 0))
             return jnp.sum(losses * mask) / jnp.sum(mask)
@@ -111,7 +111,7 @@ class Flax(JaxTraining):
 
         params = jax.device_put(model.params)
         self.state, self.function = params, jax.jit(mean_loss)
-        if self.updates:
+        if self.is_step:
             self.state = params, jax.device_put(optimizer.init(params))
             self.function = jax.jit(step, donate_argnums=0)
 
@@ -134,12 +134,12 @@ class Torch(Implementation):
 
     compile = False
 
-    def __init__(self, directory: str, family: str, passes: str) -> None:
+    def __init__(self, directory: str, family: str, pass_name: str) -> None:
         import torch
 
-        self.updates, self.device = passes == "step", torch_device()
+        self.is_step, self.device = pass_name == "step", torch_device()
         model, loss = torch_loss(directory, family)
-        model.to(self.device).train(self.updates)
+        model.to(self.device).train(self.is_step)
         self.parameters = list(model.parameters())
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": ADAMW["weight_decay"]},
@@ -152,7 +152,7 @@ class Torch(Implementation):
     def run(self) -> float:
         import torch
 
-        if not self.updates:
+        if not self.is_step:
             with torch.no_grad():
                 return self.loss().item()
         self.optimizer.zero_grad(set_to_none=True)

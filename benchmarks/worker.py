@@ -30,7 +30,8 @@ class Implementation(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> Any:
-        """Run one repetition, wait until it has ended, and return its result, to compare the implementations."""
+        """Run one repetition, wait until it has ended, and return its result. The results of all implementations are
+        compared."""
 
     def facts(self) -> dict[str, Any]:
         """Properties of the implementation, which are written to the results."""

@@ -91,7 +91,7 @@ def key(name: str, value: Any) -> tuple[str, int]:
 
 
 def shortest_paths(modules: dict[str, ModuleType], names: dict[str, dict[str, str]]) -> Paths:
-    """For each public object, the module with the shortest path from which it can be imported."""
+    """For each public object, the shortest path of a module from which the object can be imported."""
     found: Paths = {}
     for module in sorted(modules, key=lambda module: (module.count("."), module)):
         for name in names[module]:
@@ -135,7 +135,7 @@ def page(title: str, modules: dict[str, ModuleType], names: dict[str, str], path
     submodules = [name for name in modules if name.rpartition(".")[0] == title]
     parent, _, last = title.rpartition(".")
     lines = [title, "=" * len(title), "", f".. automodule:: {title}"]
-    # A function with the name of its module, such as ``jaxlm.nn.scan.mlstm``, has the entry of this name in the index.
+    # If a function and its module have the same path (``jaxlm.nn.scan.mlstm``), only the function is in the index.
     lines += ["   :no-index:", ""] if is_object(getattr(modules.get(parent), last, None)) else [""]
     elsewhere = {name: path for name in names if (path := paths[key(name, getattr(module, name))]) != title}
     here = [name for name in names if name not in elsewhere]
@@ -146,7 +146,7 @@ def page(title: str, modules: dict[str, ModuleType], names: dict[str, str], path
         lines += [".. rubric:: Modules", "", *table(rows)]
     if elsewhere:
         links = ", ".join(f":py:obj:`{path}.{name}`" for name, path in elsewhere.items())
-        lines += [f"Documented at the path from which users import it: {links}.", ""]
+        lines += [f"Documented at the paths from which users import them: {links}.", ""]
     if len(here) > 1:
         rows = [(f":py:obj:`~{title}.{name}`", summary(names[name])) for name in here]
         lines += [".. rubric:: Contents", "", *table(rows)]

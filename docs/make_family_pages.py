@@ -51,7 +51,7 @@ def docstrings(owner: type) -> dict[str, str]:
 
 
 def fields(config: type) -> Iterator[tuple[type, str, Any, str]]:
-    """The class that defines each field of a config (the most derived one), its name, its default and its docstring."""
+    """For each field of a config: the most derived class that defines the field, its name, default and docstring."""
     owners = [(owner, docstrings(owner)) for owner in config.__mro__ if dataclasses.is_dataclass(owner)]
     for field in dataclasses.fields(config):
         owner, texts = next((owner, texts) for owner, texts in owners if field.name in texts)
@@ -95,12 +95,12 @@ def files_part(name: str) -> str:
         return "The family has no published format. Its files have jaxlm's own names of tensors and config fields.\n"
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
     unpublished = " or ".join(f"`{field}`" for field in formats.unpublished_fields(name))
-    other = (
-        f"\nA config with another {unpublished} than the default is saved with jaxlm's own names.\n"
+    note = (
+        f"\nIf {unpublished} differs from the default, the model is saved with jaxlm's own names.\n"
         if unpublished
         else ""
     )
-    return table(("`model_type`", "classes"), rows) + other
+    return table(("`model_type`", "classes"), rows) + note
 
 
 def fidelity_part(name: str) -> str:

@@ -27,13 +27,16 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def docname(path: Path) -> str:
-    """The Sphinx document for a file or directory of the repository that is not in docs/."""
+    """The name of the Sphinx document for a file or directory of the repository that is not in docs/."""
     name = path.relative_to(ROOT).as_posix()
     return f"{GENERATED}/{name.removesuffix('.md').lower()}" if name in NAVIGATION else f"{GENERATED}/files/{name}.page"
 
 
 def page_of(target: Path) -> str | None:
-    """The Sphinx document for the target of a link; None if the target does not exist or is only copied (pictures)."""
+    """The name of the Sphinx document for the target of a link.
+
+    None if the target does not exist, is not in the repository, or is only copied (pictures).
+    """
     if not target.exists() or not target.is_relative_to(ROOT):
         return None
     if not target.is_relative_to(DOCS):
@@ -46,7 +49,7 @@ def page_of(target: Path) -> str | None:
 
 
 def sources() -> dict[str, Path]:
-    """The files from which documents are made, by document."""
+    """The files from which documents are made, by the name of the document."""
     paths = [path for path in (*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")) if GENERATED not in path.parts]
     documents = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in paths}
     todo = [*paths, *(ROOT / name for name in NAVIGATION)]

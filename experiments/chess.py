@@ -51,10 +51,10 @@ class TestSizes:
     engine: int = 40
     """Games against Stockfish at skill level 0, if it is installed."""
     opening_moves: int = 4
-    """Random moves at the start of a game against Stockfish; at most 200, and fewer than the maximum of a game."""
+    """Random moves at the start of a game against Stockfish; at most 200, and fewer than the moves of a whole game."""
     max_moves: int = 256
-    """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. The max_positions
-    of the model (gpt, llama: training.sequence_length) is a lower limit, if it is smaller."""
+    """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. If the model
+    has fewer positions (gpt, llama: training.sequence_length), their number is the maximum."""
     search_mate_in_one: bool = False
     """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
@@ -140,7 +140,7 @@ def read(experiment: Experiment) -> Games:
     lib.print_once(f"{games.report()}, read in {time.perf_counter() - start_time:.0f} s")
     count = len(games) if experiment.max_games is None else experiment.max_games
     if not 1 <= count <= len(games):
-        raise ValueError(f"max_games={count} must be from 1 to the {len(games):,} games of the file")
+        raise ValueError(f"max_games={count} must be from 1 to {len(games):,}, the number of games")
     return games.select(range(count))
 
 

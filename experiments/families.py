@@ -12,10 +12,10 @@ for validation. Objectives of the families:
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
-    classification     the play (of 13) of a passage           resnet
+    classification     from which of 13 plays a passage comes  resnet
 
 Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
-the targets. docs/families/index.md has the results of most families. Each family uses its published optimizer
+the targets. docs/tasks/text_generation.md has the results. Each family uses its published optimizer
 (``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
 optimizer needs many more updates, the family uses AdamW.
 

@@ -42,7 +42,7 @@ from jaxlm.training.report import write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Sizes of the windows of long contexts and of the answers."""
+    """Sizes of the windows into which long contexts are split, and of the answers."""
 
     max_length: int | None = None
     """Maximum number of tokens per window. None: 384, or the model's max_positions if that is less."""
@@ -85,7 +85,7 @@ class Experiment:
     vocab_size: int = 8000
     """Maximum vocabulary size, for models from scratch."""
     buckets: int = 4
-    """Number of batch shapes (length buckets)."""
+    """Maximum number of batch shapes (length buckets)."""
     output: Path | None = None
     """Run directory; None: runs/question_answering-<time>."""
 

@@ -79,7 +79,7 @@ class Experiment:
     max_summary: int = 40
     """Maximum number of tokens per generated summary."""
     buckets: int = 4
-    """Number of batch shapes (length buckets)."""
+    """Maximum number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
     """Fraction of the target probability that is spread uniformly over the vocabulary."""
     num_beams: int = 4
@@ -90,11 +90,11 @@ class Experiment:
     """Run directory; None: runs/summarization-<time>."""
 
 
-def preset(name: str, *changes: str, rate: float = 2e-3, warmup: int = 400, **options: Any) -> Experiment:
+def preset(name: str, *changes: str, learning_rate: float = 2e-3, warmup: int = 400, **options: Any) -> Experiment:
     """An experiment with a randomly initialized model."""
     training = TrainingConfig(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
     optimizer = OptimizerConfig(
-        learning_rate=rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
+        "adamw", learning_rate, "inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
     )
     return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, optimizer), **options)
 
@@ -105,8 +105,8 @@ SMALL = ("source_vocab_size=None", "embed_dim=128", "hidden_dim=128", "output_di
 LUONG = ("attention=luong", "score=general")
 PRESETS = {
     "docstrings": preset(
-        "attention_rnn", *SMALL, *LUONG, "copy=True", rate=4e-3, warmup=50, epochs=3, vocab_size=3000, max_source=64,
-        label_smoothing=0.0, num_beams=2, buckets=2,
+        "attention_rnn", *SMALL, *LUONG, "copy=True", learning_rate=4e-3, warmup=50, epochs=3, vocab_size=3000,
+        max_source=64, label_smoothing=0.0, num_beams=2, buckets=2,
     ),
     "copy": preset("attention_rnn", *RNN, *LUONG, "copy=True", label_smoothing=0.0),
     "rnn": preset("attention_rnn", *RNN, *LUONG),
@@ -143,15 +143,15 @@ def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]
     Groups with more than ``data.largest_group`` examples are in the training split.
 
     Raises:
-        ValueError: all groups have more examples, or there are too few groups for the fractions.
+        ValueError: every group has more than ``data.largest_group`` examples, or there are too few groups to split.
     """
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
     if all(is_large):
         raise ValueError(
             f"all groups have more than data.largest_group={data.largest_group} texts, so no text is left for the "
-            "validation and test splits: increase data.largest_group, or change the keys package of the file (texts "
-            "with equal keys are in one group)"
+            "validation and test splits: increase data.largest_group, or change the values of the key 'package' in the "
+            "file (texts with equal values are in one group)"
         )
     large, small = (examples.select(np.flatnonzero(np.equal(is_large, flag)).tolist()) for flag in (True, False))
     test, validation, training = small.split(data.test_fraction, data.validation_fraction, seed=0, by="group")
@@ -165,8 +165,8 @@ def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examp
     """
     rows, truncated = [], 0
     for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
-        if encoding.ids.size > limit:  # limit - 1, because encoding adds an end token
-            text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
+        if encoding.ids.size > limit:
+            text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)  # leaves room for an end token
             complete = text.rstrip("\ufffd")
             row, truncated = {**row, "source": complete if complete.strip() else text}, truncated + 1
         rows.append(row)
@@ -185,7 +185,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
     training, validation, test = (part for part, _ in shortened)
-    facts = {"rejected lines": len(examples.rejected), "truncated texts": [number for _, number in shortened]}
+    counts = {"rejected lines": len(examples.rejected), "truncated texts": [number for _, number in shortened]}
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
@@ -199,13 +199,13 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )  # fmt: skip
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
-        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {facts['truncated texts']}) · "
+        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {counts['truncated texts']}) · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, model, result, tokenizer):
-        summarize(directory, experiment, model, result, tokenizer, test, start_time, facts)
+        summarize(directory, experiment, model, result, tokenizer, test, start_time, counts)
     return result
 
 
@@ -217,7 +217,7 @@ def generation_config(experiment: Experiment) -> GenerationConfig:
 
 def summarize(
     directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
-    start_time: float, facts: dict[str, Any],
+    start_time: float, counts: dict[str, Any],
 ) -> None:  # fmt: skip
     """Summarize the test split and write the report."""
     sources, references = test.column("source"), test.column("target")
@@ -233,7 +233,7 @@ def summarize(
     lib.report(
         directory, task="summarization", model=model, start_time=start_time, scores=scores,
         data=str(experiment.data.file or "docstrings of the installed packages"), result=result,
-        beams=experiment.num_beams, test_examples_per_second=round(rate, 1), **facts,
+        beams=experiment.num_beams, test_examples_per_second=round(rate, 1), **counts,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
 
-    python -m experiments.text_generation                   a GPT on the included plays: 1.69 nats, 1 to 3 minutes
+    python -m experiments.text_generation                   a GPT on the included plays: 1.68 nats, 1 to 3 minutes
     python -m experiments.text_generation --preset lstm     an LSTM on the same text, about 2 minutes
     python -m experiments.text_generation --data FILE       a UTF-8 text file (also .gz)
 
@@ -20,7 +20,7 @@ takes 5 minutes per layer. The training, validation and test splits have 80 %, 1
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
 
 The scores are means over all tokens of the validation split (and of the test split, if there is one). For recurrent
-families and Transformer-XL, a split is divided into eight contiguous columns, and the state is carried along them.
+families and Transformer-XL, a split is divided into eight contiguous parts, and the state is carried through each part.
 Other families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
 """
 
@@ -80,24 +80,26 @@ class Experiment:
     """Sampling temperature, which divides the logits. 0: greedy decoding."""
 
 
-def preset(family: str, fields: str, steps: int, rows: int, length: int, peak: float, **options: Any) -> Experiment:
-    """An experiment with a randomly initialized model, whose learning rate is at most ``peak``.
+def preset(
+    family: str, fields: str, steps: int, rows: int, length: int, learning_rate: float, **options: Any
+) -> Experiment:  # fmt: skip
+    """An experiment with a randomly initialized model.
 
-    ``options`` are fields of training, optimizer or experiment.
+    ``options`` are fields of ``TrainingConfig``, ``OptimizerConfig`` or ``Experiment``.
     """
 
     def fields_of(kind: type) -> dict[str, Any]:
         return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
 
     training = TrainingConfig(steps, rows, length, **fields_of(TrainingConfig))
-    optimizer = OptimizerConfig(learning_rate=peak, **fields_of(OptimizerConfig))
+    optimizer = OptimizerConfig(learning_rate=learning_rate, **fields_of(OptimizerConfig))
     return Experiment(lib.ModelConfig(family, tuple(fields.split())), training, optimizer, **options)
 
 
 SMALL_TRANSFORMER = "num_layers=4 num_heads=4 embed_dim=128 "
 NO_DROPOUT = "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
-RNN = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout=0.0 input_dropout=0.0 output_dropout=0.0 "
-TRANSFORMER_XL = "cutoffs=() embedding_divisor=1 "
+NO_RNN_DROPOUT = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout=0.0 input_dropout=0.0 output_dropout=0.0 "
+NO_CLUSTERS = "cutoffs=() embedding_divisor=1 "
 LONG_RUN: dict[str, Any] = {
     "prompt": "ROMEO:", "ema_decay": 0.998, "restore_best": True, "evaluation_batches": 100, "final_fraction": 0.0,
 }  # fmt: skip
@@ -109,13 +111,13 @@ PRESETS = {
     "llama": preset("llama", SMALL_TRANSFORMER + "num_kv_heads=2 mlp_dim=352", 1000, 16, 96, 3e-3),
     **{
         name: preset(
-            name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + RNN, 1500, 16, 96, 1e-2
+            name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + NO_RNN_DROPOUT, 1500, 16, 96, 1e-2
         )
         for name in ("lstm", "gru")
     },
     "transformer_xl": preset(
         "transformer_xl",
-        SMALL_TRANSFORMER + TRANSFORMER_XL + "head_dim=32 token_dim=128 mlp_dim=512 memory_length=64 dropout=0.0",
+        SMALL_TRANSFORMER + NO_CLUSTERS + "head_dim=32 token_dim=128 mlp_dim=512 memory_length=64 dropout=0.0",
         1200, 16, 64, 3e-3,
     ),
     "gated_convolutions": preset(
@@ -129,7 +131,7 @@ PRESETS = {
     ),
     "transformer_xl_large": preset(
         "transformer_xl",
-        TRANSFORMER_XL + "num_layers=4 num_heads=4 head_dim=64 embed_dim=256 token_dim=256 mlp_dim=1024 "
+        NO_CLUSTERS + "num_layers=4 num_heads=4 head_dim=64 embed_dim=256 token_dim=256 mlp_dim=1024 "
         "memory_length=128 pre_norm=True dropout=0.1 remat=none",
         2500, 32, 128, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LONG_RUN,
     ),
@@ -140,7 +142,7 @@ PRESETS = {
     ),
     **{
         f"war_and_peace_{family}_{layers}": preset(
-            family, f"num_layers={layers} embed_dim=128 hidden_dim=128 init_bound=0.3 " + RNN,
+            family, f"num_layers={layers} embed_dim=128 hidden_dim=128 init_bound=0.3 " + NO_RNN_DROPOUT,
             5000, 50, 100, 5e-3, evaluate_every=500, evaluation_batches=100, restore_best=True, test_fraction=0.1,
             final_fraction=0.01, weight_decay=0.01,
         )
@@ -166,7 +168,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
 
 
 def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
-    """The prompt of the passage. Raises ``ValueError`` if it is empty, or longer than the model's positions."""
+    """The prompt of the passage. Raises ``ValueError`` if it has no tokens, or more than the model has positions."""
     prompt, limit = experiment.prompt, model.max_positions
     if prompt is None and experiment.data is not None:
         beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
@@ -174,12 +176,13 @@ def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer,
     prompt = "ROMEO:" if prompt is None else prompt
     size = tokenizer.encode(prompt).size
     if size < 1 or (limit is not None and size > limit):
-        raise ValueError(f"--prompt has {size} tokens: the model reads from 1 to {limit or 'any number of'} tokens")
+        sizes = "at least 1 token" if limit is None else f"from 1 to {limit} tokens"
+        raise ValueError(f"--prompt has {size} tokens: the model reads {sizes}")
     return prompt
 
 
 def generation_config(experiment: Experiment) -> GenerationConfig:
-    """The generation settings of the passage: its length and the sampling."""
+    """The generation settings of the passage: its length and the sampling temperature."""
     return GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
 
 
@@ -190,16 +193,16 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     corpus, tokenizer, model, params = build(experiment, resume)
     prompt = passage_prompt(experiment, corpus, tokenizer, model)
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
-    length, rows, state = config.sequence_length, config.batch_size, carry_size_of(model, config.batch_size)
+    length, rows, carry_size = config.sequence_length, config.batch_size, carry_size_of(model, config.batch_size)
 
     def batches(part: str, seed: int) -> Batches:
         source = corpus.batches(part, length=length, batch_size=rows, model=model, seed=seed)
         return Batches(source, None if sharding is None else sharding.local_rows(rows), to_batch=to_batch)
 
     held_out, data = first_epoch(batches("validation", 0), config.evaluation_batches), batches("training", config.seed)
-    evaluate = Evaluator(model, causal.evaluation_loss(model), held_out, sharding=sharding, carry_size=state)
+    evaluate = Evaluator(model, causal.evaluation_loss(model), held_out, sharding=sharding, carry_size=carry_size)
     loss = causal.training_loss(model)
-    trainer = config.trainer(model, experiment.optimizer, loss, carry_size=state, sharding=sharding)
+    trainer = config.trainer(model, experiment.optimizer, loss, carry_size=carry_size, sharding=sharding)
     directory = lib.prepare_run(
         "text_generation", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip

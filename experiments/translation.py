@@ -55,7 +55,7 @@ class Data:
     target: str = "de"
     """File name extension of the target language."""
     on_error: OnError = "raise"
-    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their numbers are printed."""
+    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their lines are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,26 +87,27 @@ class Experiment:
 
 
 def preset(
-    name: str, *changes: str, rate: float, warmup: int = 400, batch_size: int = 64, optimizer: OptimizerName = "adamw",
-    schedule: Schedule = "cosine", **options: Any,
+    name: str, *changes: str, learning_rate: float, warmup_steps: int = 400, batch_size: int = 64,
+    optimizer: OptimizerName = "adamw", schedule: Schedule = "cosine", **options: Any,
 ) -> Experiment:  # fmt: skip
     """An experiment with a randomly initialized model."""
     training = TrainingConfig(
         batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
     config = OptimizerConfig(
-        optimizer, rate, schedule=schedule, final_fraction=0.01, warmup_steps=warmup, beta2=0.98, weight_decay=0.0
-    )
+        optimizer, learning_rate, schedule=schedule, final_fraction=0.01, warmup_steps=warmup_steps, beta2=0.98,
+        weight_decay=0.0,
+    )  # fmt: skip
     return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, config), **options)
 
 
 T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.2", "remat=none")
 RNN = ("source_vocab_size=None", "embed_dim=256", "hidden_dim=384", "output_dim=256", "dropout=0.3")
 PRESETS = {
-    "t5": preset("t5", *T5, rate=3e-2, optimizer="adafactor", epochs=20),
+    "t5": preset("t5", *T5, learning_rate=3e-2, optimizer="adafactor", epochs=20),
     # The length penalty was selected on the validation split, where 0.5 has a higher BLEU than 0 and 1.
-    "bahdanau": preset("attention_rnn", *RNN, rate=1e-3, epochs=15, length_penalty=0.5),
-    "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", rate=1e-3, epochs=15),
+    "bahdanau": preset("attention_rnn", *RNN, learning_rate=1e-3, epochs=15, length_penalty=0.5),
+    "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", learning_rate=1e-3, epochs=15),
     "verses": preset(
         "t5",
         "num_layers=2",
@@ -116,8 +117,8 @@ PRESETS = {
         "mlp_dim=256",
         "dropout=0.1",
         "remat=none",
-        rate=2e-2,
-        warmup=100,
+        learning_rate=2e-2,
+        warmup_steps=100,
         batch_size=32,
         optimizer="adafactor",
         schedule="inverse_square_root",

@@ -190,7 +190,7 @@ def exit_with_error(program: str, message: str) -> NoReturn:
 def exit_status(command: Callable[[], int], program: str, *, debug: bool = False) -> int:
     """Run ``command()`` and return the exit status. An error is printed as one line that begins with ``program``.
 
-    After Ctrl-C the status is 130, and after a broken pipe 141, without such a line.
+    After Ctrl-C, the status is 130; after a broken pipe, it is 141. In both cases, no error is printed.
 
     Args:
         debug: whether to print the traceback too.
@@ -276,9 +276,7 @@ def _is_unknown_encoding(error: BaseException) -> bool:
 def check_output_file(option: str, path: Path | None) -> None:
     """Check that ``path`` is not a directory and that its parent directory exists. None is valid.
 
-    Permissions are not checked.
-
-    Call it before the content of the file is computed.
+    Permissions are not checked. Call this function before the content of the file is computed.
 
     Raises:
         ValueError: ``path`` is a directory, or its parent directory does not exist.

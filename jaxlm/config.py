@@ -27,7 +27,7 @@ C = TypeVar("C")
 
 
 def field_types(kind: Any) -> Mapping[str, Any]:
-    """The types of the fields of a config class by name. They are computed once per class.
+    """``{field name: type}`` of a config class, computed once per class.
 
     Raises:
         TypeError: an annotation has an unknown name.
@@ -66,8 +66,8 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
         where: name of the config in error messages.
 
     Raises:
-        ValueError: ``kind`` does not have a field, a field without default is missing, a value does not have the type
-            of its field, or ``kind`` itself rejects a value.
+        ValueError: a name in ``values`` is not a field of ``kind``, a field without default is missing, a value does
+            not have the type of its field, or ``kind`` itself rejects a value.
     """
     hints = field_types(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -109,7 +109,8 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
 
     Args:
         where: name of the value in the error message.
-        choices: whether a ``Literal`` accepts only its listed values. If False, it accepts every value of their types.
+        choices: whether a ``Literal`` accepts only its listed values. If False, it accepts every value of the same
+            types.
     """
     if not _has_type(hint, value, choices):
         raise ValueError(f"{where}={value!r} must be {_type_name(hint)}")
@@ -196,7 +197,9 @@ def _type_name(hint: Any) -> str:
         return " or ".join(map(repr, arguments))
     if typing.get_origin(hint) is tuple:
         entries = [_type_name(argument) for argument in arguments if argument is not ...]
-        return f"a tuple of {entries[0]} each" if ... in arguments else f"a tuple of ({', '.join(entries)})"
+        if ... in arguments:
+            return f"a tuple in which each entry is {entries[0]}"
+        return f"a tuple of ({', '.join(entries)})"
     return _TYPE_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -1,6 +1,6 @@
 """A table of the peak performance of accelerators, from the datasheets of their makers; the shapes of TPU slices.
 
-``plan``, the benchmarks and ``doctor`` use the table of peaks. Unknown values are None and are never guessed. A
+``jaxlm plan`` and ``jaxlm doctor`` use the table of peaks. Unknown values are None and are never guessed. A
 fraction of an unknown peak is shown as "n/a".
 """
 
@@ -50,8 +50,8 @@ DEVICES = (
     # JAX shows one chip as two devices. Each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
     Device("tpu7x", "TPU7x", 1153.5, 96e9, 3690e9, link=300e9),
 )
-"""For v4 to v6e, ``clock`` times the operations per cycle gives the peak: a v5e has 4 arrays of 128 x 128 units with 2
-operations each, which at 1.5 GHz are 196.6 TFLOP/s.
+"""For v4 to v6e, the peak is ``clock`` multiplied by the operations per cycle: a v5e has 4 arrays of 128 x 128 units
+with 2 operations each, which at 1.5 GHz are 196.6 TFLOP/s.
 ``link`` is half of the bidirectional interchip or NVLink bandwidth in the datasheet, so it is the bandwidth of one
 direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which are the same 200 GB/s.) For
 TPU7x, it is a quarter of the bandwidth of a chip (1200 GB/s), because a chip is two devices."""

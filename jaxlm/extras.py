@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, for messages. It is for a clone, because jaxlm is not on PyPI.
+    """The command that installs an extra, for messages. The command is for a clone, because jaxlm is not on PyPI.
 
     Example:
         >>> install("chess")

@@ -28,7 +28,7 @@ def write_checksums(directory: Path, names: Iterable[str]) -> None:
 
 
 def verify_checksums(directory: Path, names: Collection[str] | None = None) -> None:
-    """Check the files that ``checksums.json`` lists (only ``names``, if given). Without that file, nothing is checked.
+    """Check the files that ``checksums.json`` lists (only ``names``, if given). Without ``checksums.json``, do nothing.
 
     Raises:
         ValueError: a file is missing or has changed, or ``checksums.json`` is damaged.
@@ -59,7 +59,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_checksums(directory: Path, names: Collection[str]) -> None:
-    """Remove these files from ``checksums.json``, because they are about to change. Without that file, do nothing."""
+    """Remove the checksums of these files, which are about to change. Without ``checksums.json``, do nothing."""
     checksums = _read_checksums(directory)
     if any(name in checksums for name in names):
         _write_checksums(directory, {name: value for name, value in checksums.items() if name not in names})
@@ -69,12 +69,12 @@ def remove_checksums(directory: Path, names: Collection[str]) -> None:
 def staging_directory(directory: Path) -> Iterator[Path]:
     """A context manager with a temporary directory inside ``directory``, for new files before :func:`install_files`.
 
-    ``directory`` is created if it does not exist. The temporary directory is removed at the end, also after an error.
+    ``directory`` is created if it does not exist. The temporary directory is removed at the end, even after an error.
     Temporary directories of killed processes are removed at the start. Only one process at a time may write to
     ``directory``.
 
     Raises:
-        OSError: the disk is full, a file is larger than its limit, or the directory is not writable.
+        OSError: the disk is full, a file is larger than the limit of the system, or the directory is not writable.
     """
     with explain_disk_errors(directory, _UNCHANGED):
         directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
     Errors of missing permissions and of files above a size limit also get such a message. All other errors are raised
-    unchanged, also those that an inner context manager of this function has explained.
+    unchanged, including those that an inner context manager of this function has explained.
 
     Args:
         unchanged: the part of the message that says which files are valid, such as "the previous files are unchanged".

@@ -74,15 +74,15 @@ def script(
 ) -> str:
     """A bash script that runs ``command`` (``python -m MODULE ...``) on ``topology``.
 
-    At the end, also after an error of the command, the script copies the directory ``results`` from the first host to
-    this machine. The exit status of the script is that of the command.
+    At the end, even after an error of the command, the script copies the directory ``results`` from the first host to
+    this machine. If all other steps succeed, the exit status of the script is that of the command.
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine. The shapes of
             v5e and v6e are in ``jaxlm.devices.TPU_SHAPES``. Only the number of chips is passed to Google Cloud, which
             chooses the shape of the slice.
-        command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a GPT
-            of the size of GPT-2, because the benchmarks run only on one host.
+        command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a
+            model as large as GPT-2, because the benchmarks run only on one host.
         zone: Google Cloud zone of the TPU. Required for a TPU, and not allowed for ``gpu``.
         name: name of the new TPU.
         host: ``user@machine`` of a GPU node. Required for ``gpu``, and not allowed for a TPU.
@@ -113,7 +113,9 @@ def script(
     if zone is None or host is not None:
         raise ValueError(f"topology {topology!r} is a new TPU: it needs --zone, such as us-central1-a, and no host")
     if not _TPU_NAME.fullmatch(name):
-        raise ValueError(f"name={name!r} must have only a-z, 0-9 and hyphens, and start with a letter")
+        raise ValueError(
+            f"name={name!r} must have only a-z, 0-9 and hyphens, start with a letter, and not end with a hyphen"
+        )
     chips = math.prod(int(size) for size in shape.split("x"))
     multi_host = chips > _TPUS[kind].max_chips_per_host
     if multi_host and command[2].startswith("benchmarks."):
@@ -127,7 +129,7 @@ def script(
 
 
 def _gpt2_command(chips: int) -> list[str]:
-    """A command that trains a GPT of the size of GPT-2 with 8 x 1024 tokens per chip. No shared directory is needed."""
+    """A command that trains a model as large as GPT-2 with 8 x 1024 tokens per chip. No shared directory is needed."""
     return shlex.split(
         f"python -m experiments.text_generation --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
         "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
@@ -208,9 +210,9 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
     If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
     ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). If the run has not written its
-    ``config.json`` yet, its directory is renamed and the run starts from the beginning. Signals are forwarded to the
-    processes, SIGHUP as SIGTERM, and there is no restart after a signal. A single process is started without
-    ``jax.distributed``, so ``lost_after`` has no effect on it.
+    ``config.json`` yet, its directory is renamed and the run starts from the beginning. SIGINT and SIGTERM are
+    forwarded to the processes, SIGHUP is forwarded as SIGTERM, and there is no restart after a signal. A single process
+    is started without ``jax.distributed``, so ``lost_after`` has no effect on it.
 
     Args:
         restarts: maximum number of restarts.
@@ -239,7 +241,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
     def receive(number: int, frame: FrameType | None) -> None:
         if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP
-            # The shell and the kernel may both send it, and a second signal would end the run without saving.
+            # The shell and the kernel may both send SIGHUP, and a second signal would end the run without saving.
             signal.signal(number, signal.SIG_IGN)
             if received_signals:  # the run already ends
                 return
@@ -247,7 +249,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         received_signals.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored by nohup
         numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, receive) for number in numbers}
     try:
@@ -307,7 +309,7 @@ def _run_directory(arguments: Sequence[str]) -> Path:
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
     """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
     if not (directory / "config.json").exists():
-        if directory.exists():  # run_local checked that it was empty, so the failed attempt wrote its files
+        if directory.exists():  # run_local checked that it was empty, so all files are from the failed attempt
             directory.rename(f"{directory}.incomplete-{time.time_ns()}")
         return list(arguments)
     for name in ("preset", "recipe", "output", "resume"):  # config.json already contains the preset and the recipe

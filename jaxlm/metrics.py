@@ -302,8 +302,8 @@ def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed:
 def word_f1(prediction: str, answer: str) -> float:
     """The F1 in [0, 1] of the words of two texts after :func:`normalize_answer`.
 
-    A word that occurs n times counts n times. If both texts have no words, the F1 is 1. If only one of them has no
-    words, it is 0.
+    A word that occurs n times counts n times. If both texts have no words, the F1 is 1. If only one text has no
+    words, the F1 is 0.
     """
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if not predicted or not expected:
@@ -326,9 +326,9 @@ def predictions_and_answers(
             f"{len(predictions)} predictions for {len(answers)} questions: give one prediction for each question, and "
             "at least one question"
         )
-    strings = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
-    if strings:
-        raise TypeError(f"answers[{strings[0]}] is a string: give a list of accepted answers for each question")
+    string_indices = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
+    if string_indices:
+        raise TypeError(f"answers[{string_indices[0]}] is a string: give a list of accepted answers for each question")
     for index, accepted in enumerate(answers):
         _check_strings(f"answers[{index}]", accepted)
     return [

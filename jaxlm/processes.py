@@ -54,8 +54,8 @@ _DONE = "done"
 _USER_ERROR = 2  # exit status after a user error
 _POLL_SECONDS = 1.0  # seconds between two reads of the key-value store
 _GRACE_SECONDS = 1.0  # seconds after a signal in which the main thread may end by itself
-# Process 0 serves the key-value store. After a failure, it waits up to this number of seconds, so that the others can
-# read the store before it ends. The same limit applies to a write to the store.
+# Process 0 serves the key-value store. After a failure, process 0 waits up to this number of seconds before it ends, so
+# that the other processes can read the store. The same limit applies to a write to the store.
 _ACKNOWLEDGE_SECONDS = 5.0
 # Words in the error messages that JAX, Gloo and NCCL print after another process has ended.
 _CONSEQUENCE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (closed|reset|refused)|Broken pipe")
@@ -70,14 +70,15 @@ def _multihost_utils() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is the first process (index 0). It prints, and writes all files but the arrays of checkpoints."""
+    """Whether this is the first process (index 0), which prints and writes all files but the arrays of checkpoints."""
     return jax.process_index() == 0
 
 
 def call_in_first_process(make: Callable[[], str]) -> str:
     """Call ``make`` in the first process only, and return its result in every process.
 
-    Use it for actions that must happen once (create a directory) and values that must be equal (a name with the time).
+    Use it for actions that must happen once (to create a directory) and for values that must be equal in all processes
+    (a name with the time).
 
     Raises:
         Exception: in the first process, the error that ``make`` raised.
@@ -105,7 +106,8 @@ def call_in_first_process(make: Callable[[], str]) -> str:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has called this function. ``name`` must be equal in all processes; errors contain it."""
+    """Wait until every process has called this function. ``name`` must be equal in all processes; errors contain
+    ``name``."""
     if jax.process_count() > 1:
         _multihost_utils().sync_global_devices(name)
 
@@ -206,7 +208,7 @@ def run(
 
     Raises:
         SystemExit: ``coordinator`` is not an address or its port is in use, or the processes could not be joined
-            (status 2); or all of them ended after a signal (128 + its number).
+            (status 2); or all processes ended after a signal (128 + the signal number).
     """
     global _watch
     process_name = "this process" if index is None else f"process {index} of {count}"

@@ -1,5 +1,5 @@
-"""Sharding: maps logical axis names to mesh axes. Other files only create a mesh, read its size, or pass it to
-``shard_map``.
+"""Sharding: maps logical axis names to mesh axes. Other modules name only logical axes; they create a mesh, use its
+devices, or pass it to ``shard_map``.
 
 Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
 axes split each logical axis. Data, tensor, sequence and expert parallelism and fully sharded parameters are five such
@@ -38,7 +38,7 @@ LOGICAL_AXES = (
 )  # fmt: skip
 
 
-def _closest(name: str, names: Sequence[str]) -> str:
+def _suggestion(name: str, names: Sequence[str]) -> str:
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]!r}? " if match else ""
 
@@ -66,7 +66,7 @@ class Rules:
                 raise ValueError("expert_batch has no rule of its own: it follows from the rules of batch and expert")
             if logical not in LOGICAL_AXES:
                 known = [name for name in LOGICAL_AXES if name != "expert_batch"]
-                hint = _closest(logical, known)
+                hint = _suggestion(logical, known)
                 raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(known)}")
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
@@ -96,7 +96,7 @@ class Rules:
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
-                    f"no logical axis is called {name!r}: {_closest(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
+                    f"no logical axis is called {name!r}: {_suggestion(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
                 )
             mesh_axes = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
             for axis in mesh_axes:
@@ -149,7 +149,7 @@ def make_mesh(
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
         axis_type: ``Auto`` lets the compiler propagate shardings. ``Explicit`` is for ``jax.set_mesh`` without
             :class:`Sharding`. Models, losses and their gradients then run with a copy of the parameters on each device
-            and a batch whose rows are split over the mesh, but the Pallas kernels for TPUs do not.
+            and a batch whose rows are split over the mesh. The Pallas kernels for TPUs do not run on such a mesh.
 
     Raises:
         ValueError: the text cannot be read (:func:`parse_mesh`), or the product of the sizes is not the number of
@@ -202,7 +202,7 @@ class Sharding:
             if axis not in self.rules.mesh_axes:
                 raise ValueError(
                     f"mesh axis {axis!r} has no rule, so it splits no array: "
-                    f"{_closest(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
+                    f"{_suggestion(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
                 )
 
     def named_sharding(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:
@@ -221,12 +221,12 @@ class Sharding:
         if shape is not None:
             for name, size, entry in zip(axes, shape, partition, strict=True):
                 mesh_axes = _entry_axes(entry)
-                pieces = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
-                if size % pieces:
+                shards = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+                if size % shards:
                     raise ValueError(
                         f"{what}: axis {name!r} of size {size} is not divisible by mesh axes "
-                        f"{_format_sizes({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({pieces} shards): "
-                        f"make {name!r} a multiple of {pieces} or change the mesh {_format_sizes(self.mesh.shape)}"
+                        f"{_format_sizes({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({shards} shards): "
+                        f"make {name!r} a multiple of {shards} or change the mesh {_format_sizes(self.mesh.shape)}"
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
                     )
         return NamedSharding(self.mesh, partition)
@@ -263,39 +263,39 @@ class Sharding:
             ValueError: ``batch_size`` is not divisible by the number of shards of the batch axis.
         """
         self.named_sharding(("batch",), (batch_size,), "a batch")
-        pieces, local_blocks = self._blocks()
-        size = batch_size // pieces
-        return [block * size + row for block in local_blocks for row in range(size)]
+        num_blocks, local_blocks = self._blocks()
+        block_size = batch_size // num_blocks
+        return [block * block_size + row for block in local_blocks for row in range(block_size)]
 
     def from_rows(self, local: np.ndarray) -> jax.Array:
         """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`local_rows`).
 
         ``local`` is a host array with these rows.
         """
-        pieces, local_blocks = self._blocks()
-        shape = (local.shape[0] * pieces // len(local_blocks), *local.shape[1:])
+        num_blocks, local_blocks = self._blocks()
+        shape = (local.shape[0] * num_blocks // len(local_blocks), *local.shape[1:])
         sharding = self.named_sharding(("batch",), shape[:1], "a batch")
-        size = shape[0] // pieces
+        block_size = shape[0] // num_blocks
 
         def read_block(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # JAX calls this function only for devices of this process
-            start = local_blocks.index((index[0].start or 0) // size) * size
-            return local[start : start + size]
+            start = local_blocks.index((index[0].start or 0) // block_size) * block_size
+            return local[start : start + block_size]
 
         return jax.make_array_from_callback(shape, sharding, read_block)
 
     def _blocks(self) -> tuple[int, list[int]]:
         """The number of blocks into which a batch is split, and the indices of the blocks of this process."""
-        pieces = self.num_shards(("batch",))
-        indices = self.named_sharding(("batch",)).addressable_devices_indices_map((pieces,)).values()
-        return pieces, sorted({range(pieces)[index[0]].start for index in indices if index is not None})
+        num_blocks = self.num_shards(("batch",))
+        indices = self.named_sharding(("batch",)).addressable_devices_indices_map((num_blocks,)).values()
+        return num_blocks, sorted({range(num_blocks)[index[0]].start for index in indices if index is not None})
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """A context manager in which :func:`constrain` applies this sharding.
 
-        Enter it INSIDE the jitted function. Otherwise, ``jit`` would use one cached trace for two shardings of the
-        same model.
+        Enter the context INSIDE the jitted function. Otherwise, ``jit`` would use one cached trace for two shardings of
+        the same model.
         """
         token = _active.set(self)
         try:
@@ -403,7 +403,7 @@ def map_shards(
 
 
 def is_explicit() -> bool:
-    """Whether the computation runs on a mesh with Explicit axes, which JAX requires to be set by ``jax.set_mesh``."""
+    """Whether the computation runs on a mesh with Explicit axes, set by ``jax.set_mesh``."""
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
@@ -429,9 +429,10 @@ def gather_sharding(ids: jax.Array) -> NamedSharding | None:
 
 
 def row_sharding(x: jax.Array) -> NamedSharding | None:
-    """The ``out_sharding`` of a reshape of ``x`` that keeps its first axis: the sharding of this axis, and no other.
+    """The ``out_sharding`` of a reshape of ``x`` that keeps its first axis.
 
-    None unless the mesh has Explicit axes, as in :func:`gather_sharding`.
+    The first axis keeps its sharding, and all other axes are unsharded. None unless the mesh has Explicit axes, as in
+    :func:`gather_sharding`.
     """
     if not has_explicit_axes(x):
         return None

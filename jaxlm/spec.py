@@ -247,7 +247,8 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` in the per-layer layout: the value of each key ``layers`` becomes a tuple with one tree per layer.
 
-    Use it for files in the other layout (checkpoints, adapters) and in tools that inspect single layers.
+    Use it for files whose layout differs from the layout of the model (checkpoints, adapters) and in tools that inspect
+    single layers.
 
     Args:
         tree: parameters, or a tree that contains trees of the same structure (optimizer moments, ``TrainState``);
@@ -301,27 +302,27 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
 
     The key of a leaf is ``key``, folded with the path of the leaf and with the index of its layer. So the values of a
     leaf do not depend on other leaves, on the number of layers, or on their layout (stacked or per-layer). Under jit
-    with ``out_shardings``, they do not depend on the number of devices.
+    with ``out_shardings``, the values do not depend on the number of devices.
 
     Raises:
         ValueError: ``key`` is None and a leaf has an initializer other than ``Constant``.
     """
 
-    named, tree = jax.tree_util.tree_flatten_with_path(specs)
-    random = {path_name(path): spec for path, spec in named if not isinstance(spec.init, Constant)}
-    if random and key is None:
-        name, spec = next(iter(random.items()))
+    named_specs, treedef = jax.tree_util.tree_flatten_with_path(specs)
+    random_specs = {path_name(path): spec for path, spec in named_specs if not isinstance(spec.init, Constant)}
+    if random_specs and key is None:
+        name, spec = next(iter(random_specs.items()))
         raise ValueError(f"{name!r} has the initializer {spec.init}, which needs a key: pass e.g. jax.random.key(0)")
-    drawn = _draw(random, key) if random else {}
+    drawn = _draw(random_specs, key) if random_specs else {}
     leaves = [
         spec.init(None, spec.shape, spec.dtype) if isinstance(spec.init, Constant) else drawn[path_name(path)]
-        for path, spec in named
+        for path, spec in named_specs
     ]
-    return jax.tree.unflatten(tree, leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 MAX_GROUPED_ENTRIES = 2**20
-"""Maximum number of entries (per layer) of an array that :func:`init` draws together with others.
+"""Maximum number of entries (per layer) of an array that :func:`init` draws together with other arrays.
 
 Arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then several times
 smaller than with one operation per array. Each larger array is drawn in its own operation, which needs less memory.
@@ -348,17 +349,18 @@ def _draw(specs: dict[str, ArraySpec], key: jax.Array | None) -> dict[str, jax.A
 
 
 def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
-    """One array with the random keys of all leaves in order. A stacked leaf has one key per layer, others have one."""
+    """One array with the random keys of all leaves in order. A stacked leaf has one key per layer, any other leaf
+    one key."""
     hashes: list[int] = []
-    numbers: list[int | None] = []
+    layer_numbers: list[int | None] = []
     for path, spec in specs.items():
         name, number = split_layer(path)
         layers = range(spec.shape[0]) if spec.is_stacked else (number,)
-        numbers += layers
+        layer_numbers += layers
         hashes += [zlib.crc32(name.encode())] * len(layers)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(hashes, np.uint32))
-    layer_keys = jax.vmap(jax.random.fold_in)(keys, np.array([number or 0 for number in numbers], np.uint32))
-    return jnp.where(np.array([number is None for number in numbers]), keys, layer_keys)
+    layer_keys = jax.vmap(jax.random.fold_in)(keys, np.array([number or 0 for number in layer_numbers], np.uint32))
+    return jnp.where(np.array([number is None for number in layer_numbers]), keys, layer_keys)
 
 
 def abstract(specs: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """Copies the output of a process on file descriptor 2, and replaces JAX's report of a lost process with one line.
 
-When a process of a run is lost, JAX aborts the other processes from C++. It prints a message and a stack trace to file
+When a process of a run is lost, JAX aborts the other processes from C++: JAX prints a message and a stack trace to file
 descriptor 2, and no Python code runs. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2.
 A line that begins with a zero byte is not copied. Its remaining text is the line to print if JAX aborts the process.
 In the printed line, ``{lost}`` is replaced with the indices of the lost processes.

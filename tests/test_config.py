@@ -68,10 +68,10 @@ WRONG = [
     ({"rate": 10**400}, r"config.rate=10+ must be a finite number"),
     ({"rate": None}, r"config.rate=None must be a finite number"),
     ({"mode": "Min"}, r"config.mode='Min' must be 'min' or 'max'"),
-    ({"files": [3]}, r"config.files=\(3,\) must be a tuple of a path each"),
+    ({"files": [3]}, r"config.files=\(3,\) must be a tuple in which each entry is a path"),
     (
         {"pairs": [[1, "a"]]},
-        r"config.pairs=.* must be a tuple of a tuple of \(a whole number, a finite number or None\) each",
+        r"config.pairs=.* each entry is a tuple of \(a whole number, a finite number or None\)",
     ),
     ({"pairs": [[1]]}, r"config.pairs=\(\(1,\),\) must be a tuple"),
 ]

@@ -4,14 +4,16 @@
     python -m experiments.laboratory recall --model gpt mamba2    some models
     python -m experiments.laboratory formal_languages --case parity
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 10 minutes
-    python -m experiments.laboratory --page                       write docs/laboratory.md from the results in OUTPUT
+    python -m experiments.laboratory --page                       train nothing; write docs/laboratory.md
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 copying (copying, induction heads, a needle in a text), pronunciation (letters to phonemes; needs
 ``pip install -e '.[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
 scaling (loss of three sizes at equal FLOPs and at equal numbers of parameters).
-The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is skipped. So start an
-interrupted command again to continue it. With --quick, the results are in OUTPUT/quick.
+
+The results of an experiment are in OUTPUT/EXPERIMENT.jsonl, one line per run. --output sets OUTPUT (default:
+runs/laboratory); with --quick, the files are in OUTPUT/quick. A run that has a line is skipped. So start an interrupted
+command again to continue it. --page reads the results in OUTPUT.
 """
 
 from __future__ import annotations
@@ -62,10 +64,10 @@ def run(experiments: dict[str, Experiment], models: list[str], directory: Path) 
         for model in (model for model in experiment.models if model in models):
             for case_name, case in experiment.cases.items():
                 plan = experiment.plan
-                for width in experiment.plan.widths:
-                    best = run_model(name, case_name, case, plan, model, width, results, _report)
+                for width in plan.widths:
+                    learning_rate = run_model(name, case_name, case, plan, model, width, results, _report)
                     if plan.share_learning_rate:
-                        plan = dataclasses.replace(plan, learning_rates=(best,))
+                        plan = dataclasses.replace(plan, learning_rates=(learning_rate,))
 
 
 def _report(result: Result) -> None:
@@ -121,7 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
-    chosen = {name: each for name, each in chosen.items() if each.has_runs and not set(each.models).isdisjoint(models)}
+    chosen = {
+        name: experiment
+        for name, experiment in chosen.items()
+        if experiment.has_runs and not set(experiment.models).isdisjoint(models)
+    }
     if not chosen:
         parser.error(f"{', '.join(names)}: no experiment has the cases, widths and models that you chose")
     if parsed.quick and parsed.page == DOCS:

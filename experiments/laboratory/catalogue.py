@@ -35,7 +35,8 @@ class Claim:
         text: the statement.
         source: where it is published.
         models: the models of this experiment that the statement is about.
-        test: name of the test. For each case and width, its mean accuracy over the seeds is compared with the limits.
+        test: name of the test. For each model, case and width, the mean accuracy of this test over the seeds is
+            compared with the limits.
         minimum, maximum: the limits of accuracies that agree with the statement; None: no limit.
         cases, widths: the cases and model widths that the statement is about; None: all.
     """
@@ -95,7 +96,8 @@ def _recall_case(length: int, pairs: int) -> Case:
     def sample(rng: np.random.Generator) -> Batch:
         return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
 
-    # With the usual 0.02, a Transformer of width 64 only guesses one of the values of the row after 3,000 steps.
+    # With the usual init_stddev=0.02, a Transformer of width 64 still guesses one of the values of the row after 3,000
+    # steps.
     return Case(8192, length, sample, {VALIDATION: sample, "test": sample}, fields={"init_stddev": 0.1})
 
 
@@ -103,8 +105,8 @@ _RECALL = Experiment(
     title="Associative recall",
     description=(
         "Multi-query associative recall (MQAR): a row lists keys with their values, then asks for the value of each "
-        "key, with a vocabulary of 8,192. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 to "
-        "512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
+        "key. The vocabulary has 8,192 ids. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 "
+        "to 512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
         "and widths are measured. Initial weights have a standard deviation of 0.1 in models with the field "
         "`init_stddev`."
     ),
@@ -199,9 +201,9 @@ _STATE_TRACKING = Experiment(
     description=(
         "Word problems: the target at each position is the product of all group elements so far. Parity is the group "
         "of two elements. The rows for S5 (all permutations of five items) contain only transpositions, and the rows "
-        "for A5 (the even permutations) only 3-cycles: no model learns the products of all 120 permutations in so few "
-        "steps. Training on 16 elements, tests on 16, 32 and 64. The published experiments use longer rows and more "
-        "training; Merrill et al. train one model per length and count the layers that are needed."
+        "for A5 (the even permutations) only 3-cycles, because no model learns the products of all 120 permutations in "
+        "so few steps. Training on 16 elements, tests on 16, 32 and 64. The published experiments use longer rows and "
+        "more training; Merrill et al. train one model per length and count the layers that are needed."
     ),
     cases=_WORD_CASES,
     plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2)),
@@ -225,7 +227,7 @@ _STATE_TRACKING = Experiment(
     ),
     chance={
         "parity": 1 / 2, "Z60": 1 / 60,
-        # A product of n transpositions is one of 60 permutations: all are odd, or all are even.
+        # A product of n transpositions is one of the 60 odd permutations if n is odd, else one of the 60 even ones.
         "S5, transpositions": 1 / 60, "A5, 3-cycles": 1 / 60,
     },
 )  # fmt: skip
@@ -261,10 +263,10 @@ _COPYING = Experiment(
     title="Copying and induction",
     description=(
         "Copying: repeat a string of 16 letters after a separator. Induction: the last token of a row of 32 occurred "
-        "once before; the target is the token that followed it. Needle: recall a number of four digits that is at a "
-        "random position of a text of 64 characters. All are tested on strings and rows of two and four times the "
-        "length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 rows; those "
-        "of copying have strings of up to 300 letters and models of 160 million parameters."
+        "once before; the target is the token after that occurrence. Needle: recall a number of four digits that is at "
+        "a random position of a text of 64 characters. All three are also tested on strings and rows of two and four "
+        "times the training length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 "
+        "rows; those of copying have strings of up to 300 letters and models of 160 million parameters."
     ),
     cases={
         "copying": _length_case(synthetic.copying, 27, 16),
@@ -341,10 +343,11 @@ def _most_frequent_share() -> float:
 _LEARNING_RATE = Experiment(
     title="Learning rate and width",
     description=(
-        "The best learning rate of each width, with muP and without it (standard). The models predict the next "
+        "The best learning rate of each width, with muP and without muP (standard). The models predict the next "
         "character of the included plays of Shakespeare. The accuracy is measured on the last tenth of the text. With "
         "muP, the best rate should be the same for all widths. The published experiments train Transformers of width "
-        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). Guessing means the most frequent character."
+        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). Guessing always predicts the most frequent "
+        "character."
     ),
     cases={"standard": _text_case(None), "muP": _text_case(64)},
     plan=Plan(
@@ -361,11 +364,11 @@ _SCALING = Experiment(
     title="Loss at equal FLOPs and equal numbers of parameters",
     description=(
         "Three sizes of each model predict the next character of the included plays of Shakespeare, for equally many "
-        "characters. With muP, one learning rate serves all widths; validation selects it at width 64. A power law is "
-        "fitted to the losses of each model: a line through the logarithms of loss and FLOPs, or loss and number of "
-        "parameters. It gives the losses at equal FLOPs and at an equal number of parameters, with the 95 % interval "
-        "of the line. Three widths in a range of a factor of four are few; published power laws cover several powers "
-        "of ten (Kaplan et al. 2020)."
+        "characters. With muP, all widths use the same learning rate, which validation selects at width 64. A power "
+        "law is fitted to the losses of each model: a line through the logarithms of loss and FLOPs, or loss and "
+        "number of parameters. It gives the losses at equal FLOPs and at an equal number of parameters, with the 95 % "
+        "interval of the line. Three widths in a range of a factor of four are few; published power laws cover several "
+        "powers of ten (Kaplan et al. 2020)."
     ),
     cases={"Shakespeare": dataclasses.replace(_text_case(64), measures_loss=True)},
     plan=Plan(

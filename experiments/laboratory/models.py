@@ -27,7 +27,7 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
     xlstm = {"num_heads": heads, "mlp_dim": mlp, "key_dim": width, "value_dim": 2 * width}
     rwkv_ranks = {"decay_rank": 32, "rate_rank": 32, "value_rank": 16, "gate_rank": 64}
     recurrent = {"hidden_dim": width, "init_bound": 0.5}
-    # The default form, bahdanau, has only one layer.
+    # The default attention, bahdanau, allows only one layer.
     luong = {"attention": "luong", "score": "general", "hidden_dim": width, "output_dim": width}
     return {
         "gpt": ("gpt2", attention),

@@ -63,9 +63,9 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
     An accuracy is the mean over the runs of one case, model and width.
     """
     means = {}
-    for (case, model, width), group in runs.items():
+    for (case, model, width), group_runs in runs.items():
         if claim.covers(case, model, width):
-            means[model, case, width] = statistics.mean(run.accuracy[claim.test] for run in group)
+            means[model, case, width] = statistics.mean(run.accuracy[claim.test] for run in group_runs)
     if not means:
         return "", "not measured"
     low, high = min(means.values()), max(means.values())
@@ -79,9 +79,9 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
-    early = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} before)"
+    fewer = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} earlier)"
     lines += [
-        f"{plan.layers} layers; {plan.steps:,} steps{early}; learning rates {rates}, selected by validation for each "
+        f"{plan.layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, selected by validation for each "
         f"{'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means "
         "over the seeds with 95 % intervals (Student's t). A row with fewer seeds is not complete, and may have runs "
         "with only one learning rate. Minutes are the median duration of a run.",
@@ -99,8 +99,8 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         missing = sorted({key[1] for key in covered if claim.covers(*key) and key not in runs})
         if missing and ours:
             agrees += f" (some or all cases and widths of {', '.join(missing)} are not measured)"
-        limits = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
-        models = ", ".join(claim.models) + (f" ({', '.join(limits)})" if limits else "")
+        restrictions = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
+        models = ", ".join(claim.models) + (f" ({', '.join(restrictions)})" if restrictions else "")
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
     if picture is not None:
         lines += ["", f"![{experiment.title}]({picture})"]
@@ -115,19 +115,19 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
     for case in experiment.cases:
         for model in experiment.models:
             for width in plan.widths:
-                group = runs.get((case, model, width))
-                if group is None:
+                group_runs = runs.get((case, model, width))
+                if group_runs is None:
                     continue
-                accuracies = " | ".join(mean_and_interval([run.accuracy[test] for run in group]) for test in tests)
-                minutes = statistics.median(run.seconds for run in group) / 60  # a run may have been suspended
+                accuracies = " | ".join(mean_and_interval([run.accuracy[test] for run in group_runs]) for test in tests)
+                minutes = statistics.median(run.seconds for run in group_runs) / 60  # a run may have been suspended
                 lines.append(
-                    f"| {case} | {model} | {width} | {group[0].parameters:,} | {accuracies} | "
-                    f"{group[0].learning_rate:g} | {len(group)} | {minutes:.1f} |"
+                    f"| {case} | {model} | {width} | {group_runs[0].parameters:,} | {accuracies} | "
+                    f"{group_runs[0].learning_rate:g} | {len(group_runs)} | {minutes:.1f} |"
                 )
         if any(key[0] == case for key in runs):
             accuracies = " | ".join([f"{experiment.chance[case]:.3f}"] * len(tests))
             lines.append(f"| {case} | guessing | | | {accuracies} | | | |")
-    machines = sorted({run.machine for group in runs.values() for run in group})
+    machines = sorted({run.machine for group_runs in runs.values() for run in group_runs})
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."]) + "\n"
 
 
@@ -145,8 +145,8 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
 
     def accuracy(model: str, column: tuple[str, int, str]) -> float:
         case, width, test = column
-        group = runs.get((case, model, width), [])
-        return statistics.mean(run.accuracy[test] for run in group) if group else math.nan
+        group_runs = runs.get((case, model, width), [])
+        return statistics.mean(run.accuracy[test] for run in group_runs) if group_runs else math.nan
 
     values = [[accuracy(model, column) for column in columns] for model in models]
     figure = Figure(figsize=(2.2 + 0.75 * len(columns), 2.2 + 0.36 * len(models)), layout="constrained")
@@ -221,7 +221,7 @@ def write(
         "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
         '"ours" is the smallest and the largest measured accuracy. A claim of the form "at most"\n'
         'also agrees if a model has not learned the training lengths; see the column "validation".\n'
-        "All models have no dropout and are trained with AdamW,\n"
+        "The models have no dropout. They are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`griffin` alternates recurrent layers and local attention, `hawk` has only recurrent layers;\n"
         "`mlstm` and `slstm` are `xlstm` with one kind of layer;\n"

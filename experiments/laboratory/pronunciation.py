@@ -60,9 +60,11 @@ def _short(words: Pronunciations) -> Pronunciations:
 
 
 def batch_of(pairs: Sequence[tuple[str, tuple[str, ...]]]) -> Batch:
-    """The batch of pairs of a word and a pronunciation, padded on the right."""
+    """A batch for pairs (word, pronunciation): the words are the sources. Rows are padded on the right."""
     sources, source_segments = seq2seq.pad([[_IDS[letter] for letter in word] for word, _ in pairs], MAX_LENGTH)
-    targets, segments = seq2seq.pad([[*(_IDS[x] for x in phonemes), END] for _, phonemes in pairs], MAX_LENGTH + 1)
+    targets, segments = seq2seq.pad(
+        [[*(_IDS[phoneme] for phoneme in phonemes), END] for _, phonemes in pairs], MAX_LENGTH + 1
+    )
     return seq2seq.batch(
         sources, targets, start_id=START, source_segment_ids=source_segments, segment_ids=segments
     )  # fmt: skip

@@ -43,22 +43,23 @@ class PowerLaw:
         self._log_x = np.log(x)
         self._fit = scipy.stats.linregress(self._log_x, np.log(loss))
         residuals = np.log(loss) - self._fit.intercept - self._fit.slope * self._log_x
-        self._freedom = len(self._log_x) - 2
-        self._deviation = math.sqrt(float(residuals @ residuals) / self._freedom) if self._freedom else math.nan
-        self._quantile = float(scipy.stats.t.ppf(0.975, self._freedom)) if self._freedom else math.nan
+        freedom = len(self._log_x) - 2  # degrees of freedom of the residuals
+        self._residual_deviation = math.sqrt(float(residuals @ residuals) / freedom) if freedom else math.nan
+        self._t_quantile = float(scipy.stats.t.ppf(0.975, freedom)) if freedom else math.nan
 
     @property
     def exponent(self) -> tuple[float, float]:
         """The exponent, and the half width of its 95 % interval (NaN for two runs)."""
-        return float(self._fit.slope), self._quantile * float(self._fit.stderr)
+        return float(self._fit.slope), self._t_quantile * float(self._fit.stderr)
 
     def loss(self, x: float) -> tuple[float, float, float]:
         """The fitted loss at ``x``, and the ends of its 95 % interval (NaN for two runs)."""
         distance = math.log(x) - float(self._log_x.mean())
-        spread = float(((self._log_x - self._log_x.mean()) ** 2).sum())
-        half = self._quantile * self._deviation * math.sqrt(1 / len(self._log_x) + distance**2 / spread)
+        squares = float(((self._log_x - self._log_x.mean()) ** 2).sum())
+        deviation = self._residual_deviation * math.sqrt(1 / len(self._log_x) + distance**2 / squares)
+        half_width = self._t_quantile * deviation
         log_loss = float(self._fit.intercept) + float(self._fit.slope) * math.log(x)
-        return math.exp(log_loss), math.exp(log_loss - half), math.exp(log_loss + half)
+        return math.exp(log_loss), math.exp(log_loss - half_width), math.exp(log_loss + half_width)
 
 
 def runs_by_model(groups: Iterable[Sequence[Result]]) -> dict[str, list[Result]]:
@@ -68,7 +69,7 @@ def runs_by_model(groups: Iterable[Sequence[Result]]) -> dict[str, list[Result]]
         for run in group:
             if run.validation_loss is not None:
                 runs.setdefault(run.model, []).append(run)
-    return {model: each for model, each in runs.items() if len({run.width for run in each}) > 1}
+    return {model: own_runs for model, own_runs in runs.items() if len({run.width for run in own_runs}) > 1}
 
 
 def fit(runs: Sequence[Result], measure: Measure) -> PowerLaw:
@@ -81,7 +82,7 @@ def common_value(runs: Mapping[str, Sequence[Result]], measure: Measure) -> floa
 
     If the ranges of the models do not overlap, the result is the geometric mean of both ends of the gap.
     """
-    values = [[measure.value(run) for run in each] for each in runs.values()]
+    values = [[measure.value(run) for run in own_runs] for own_runs in runs.values()]
     return math.sqrt(max(map(min, values)) * min(map(max, values)))
 
 
@@ -90,15 +91,15 @@ def table(groups: Iterable[Sequence[Result]]) -> list[str]:
     runs = runs_by_model(groups)
     if not runs:
         return []
-    at = {measure: common_value(runs, measure) for measure in MEASURES}
-    header = [text for m in MEASURES for text in (f"exponent of {m.name}", f"loss at {at[m]:{m.format}} {m.name}")]
+    common = {measure: common_value(runs, measure) for measure in MEASURES}
+    header = [text for m in MEASURES for text in (f"exponent of {m.name}", f"loss at {common[m]:{m.format}} {m.name}")]
     lines = [f"| model | runs | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2)]
-    for model, each in runs.items():
-        cells = [model, str(len(each))]
+    for model, own_runs in runs.items():
+        cells = [model, str(len(own_runs))]
         for measure in MEASURES:
-            law = fit(each, measure)
-            (exponent, half), (loss, low, high) = law.exponent, law.loss(at[measure])
-            cells += [f"{exponent:.3f} ± {half:.3f}", f"{loss:.3f} [{low:.3f}, {high:.3f}]"]
+            law = fit(own_runs, measure)
+            (exponent, half_width), (loss, low, high) = law.exponent, law.loss(common[measure])
+            cells += [f"{exponent:.3f} ± {half_width:.3f}", f"{loss:.3f} [{low:.3f}, {high:.3f}]"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -114,10 +115,10 @@ def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
-        for number, (model, each) in enumerate(runs.items()):
-            color, law = colormaps["tab20"](number), fit(each, measure)
-            values = [measure.value(run) for run in each]
-            axes.scatter(values, [run.validation_loss for run in each], color=color, s=12)
+        for number, (model, own_runs) in enumerate(runs.items()):
+            color, law = colormaps["tab20"](number), fit(own_runs, measure)
+            values = [measure.value(run) for run in own_runs]
+            axes.scatter(values, [run.validation_loss for run in own_runs], color=color, s=12)
             ends = [min(values), max(values)]
             axes.plot(ends, [law.loss(end)[0] for end in ends], color=color, label=model)
         axes.set(xscale="log", yscale="log", xlabel=measure.name)

@@ -24,7 +24,7 @@ class Answer:
     question: tuple[str, ...] = ()
     """One or more questions about one text, for example --question "Who?" "Where?"."""
     context: Path | None = None
-    """File with the text for --question (also .gz). None: the text is read from standard input."""
+    """File with the text for --question; may be compressed (.gz). None: the text is read from standard input."""
     file: Path | None = None
     """Instead of --question: a file with one JSON object {"question": ..., "context": ...} per line."""
     no_answer_threshold: float | None = None

@@ -22,9 +22,9 @@ class Launch:
     topology: str
     """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
     command: str | None = None
-    """Command to run: python -m MODULE ... The script copies the files that the command writes to results/ to this
-    machine.
-    None: the training benchmark on one host, or the training of a GPT of the size of GPT-2 on several hosts. Required
+    """Command to run: python -m MODULE ... The command must write its results to results/. The script copies this
+    directory to this machine.
+    None: the training benchmark on one host, or the training of a model as large as GPT-2 on several hosts. Required
     for local:N."""
     zone: str | None = None
     """Google Cloud zone of the TPU, for example us-central1-a."""

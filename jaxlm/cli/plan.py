@@ -26,7 +26,7 @@ class Plan:
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row, for decoding including the new token. For an encoder-decoder: tokens per source; in training,
+    """Tokens per row; with --decode, including the new token. For an encoder-decoder: tokens per source; in training,
     span corruption determines the target length. None: max_positions of the model, at most 1024; 512 if the model has
     no max_positions."""
     decode: bool = False

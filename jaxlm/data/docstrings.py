@@ -26,7 +26,7 @@ _SECTION_NAMES = (
     "warnings?|see also|notes?|todo|references|examples?"
 )
 _SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
-_WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+_STATEMENT_NODES = (ast.stmt, ast.excepthandler, ast.match_case)
 """Types of nodes that are statements or contain statements."""
 
 
@@ -131,7 +131,7 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
             parts = split_docstring(ast.get_docstring(node) or "")
             if parts is not None:
                 yield prefix or "module", *parts
-        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _WITH_STATEMENTS)]
+        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENT_NODES)]
         for child in reversed(children):
             is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             name = getattr(child, "name", "") if is_named else ""  # the name in an except clause is a variable

@@ -1,9 +1,8 @@
 """Groups of similar texts. With these groups, a split of a data set can keep near-duplicates in one part.
 
 The similarity of two texts is the Jaccard similarity of their sets of word trigrams (Broder 1997), estimated with
-MinHash signatures. Two texts are compared only if their signatures agree in at least one band, which has
-``BAND_SIZE`` consecutive hash values (locality-sensitive hashing: Leskovec et al., Mining of Massive Datasets, chapter
-3).
+MinHash signatures. Two texts are compared only if their signatures agree in at least one band of ``BAND_SIZE``
+consecutive hash values (locality-sensitive hashing: Leskovec et al., Mining of Massive Datasets, chapter 3).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Encodings of texts and pairs of texts, and functions that truncate them or split them into windows.
 
-A tokenizer makes the full encoding. The functions of this module select tokens from it, and use only numpy.
+A tokenizer makes the full encoding. :func:`truncate` and :func:`split_windows` select tokens from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Encoding(NamedTuple):
         token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
             Without a template, they equal ``sequence_ids``.
         offsets: int32 [T, 2]. Token ``t`` covers the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of
-            its text. The offsets of special tokens are (0, 0).
+            its text. The offsets of special tokens of the template are (0, 0).
         sequence_ids: int32 [T], the number of the text of each token: 0 for the first text, 1 for the second, -1 for a
             special token of the template.
     """
@@ -90,19 +90,21 @@ def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Enco
     """
     if stride < 0:
         raise ValueError(f"stride={stride} must be at least 0: it is the number of tokens that two windows share")
-    context = int(np.sum(encoding.sequence_ids == 1))
-    budget = max_length - (len(encoding.ids) - context)
+    context_length = int(np.sum(encoding.sequence_ids == 1))
+    budget = max_length - (len(encoding.ids) - context_length)
     if len(encoding.ids) <= max_length:
         return [encoding]
     if budget <= stride:
         raise ValueError(
             f"max_length={max_length} leaves {max(budget, 0)} tokens for the context beside "
-            f"{len(encoding.ids) - context} tokens of the question and special tokens, but it must leave more than "
-            f"stride={stride}: use a larger max_length, a smaller stride or a shorter question"
+            f"{len(encoding.ids) - context_length} tokens of the question and special tokens, but it must leave more "
+            f"than stride={stride}: use a larger max_length, a smaller stride or a shorter question"
         )
-    question = int(np.sum(encoding.sequence_ids == 0))
-    starts = range(0, context - stride, budget - stride)
-    return [_select_tokens(encoding, {0: (0, question), 1: (start, min(start + budget, context))}) for start in starts]
+    question_length = int(np.sum(encoding.sequence_ids == 0))
+    return [
+        _select_tokens(encoding, {0: (0, question_length), 1: (start, min(start + budget, context_length))})
+        for start in range(0, context_length - stride, budget - stride)
+    ]
 
 
 def swap_texts(encoding: Encoding) -> Encoding:

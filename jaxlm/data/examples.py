@@ -43,7 +43,8 @@ class Rejected:
     """A line that is not a valid example, or a rejected record of several lines, such as a chess game.
 
     Attributes:
-        line: the number (from 1) of the line, or of the first line of the record.
+        line: the number (from 1) of the line, or of the first line of the record. For a SQuAD question: the number of
+            the question. For docstrings: the number of the source file.
         reason: why it is rejected.
     """
 
@@ -196,7 +197,7 @@ class Examples(Sequence[Example]):
             ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, or
                 an example does not have the field ``by``.
         """
-        # With sum instead of fsum, the rounding errors of 0.7 + 0.2 + 0.1 give a number below 1.
+        # math.fsum(fractions), because sum((0.7, 0.2, 0.1)) is 0.9999999999999999.
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or math.fsum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
         groups = list(range(len(self))) if by is None else self.column(by)
@@ -384,8 +385,9 @@ def _read_rows(
     The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split.
 
     Raises:
-        ValueError: the delimiter is neither a tab nor a comma, or is None and the suffix of the file is another one; or
-            a quote of a CSV file is not closed, so that the end of the file cannot be split into rows.
+        ValueError: the delimiter is neither a tab nor a comma; it is None, and the suffix of the file is neither
+            ``.tsv`` nor ``.csv``; or a quote of a CSV file is not closed, so that the end of the file cannot be split
+            into rows.
     """
     if delimiter is None:
         if suffix(path) not in (".tsv", ".csv"):
@@ -410,7 +412,7 @@ def _read_rows(
                     "of the file cannot be read. Close the quote. A quote inside a quoted text is written as two quotes"
                 ) from error
             reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
-            if reader.line_num > number:  # these lines are not read as rows
+            if reader.line_num > number:  # a malformed row of several lines: reading continues after its last line
                 reason += f" (lines {number} to {reader.line_num})"
             yield number, functools.partial(_raise_malformed, reason)
             continue
@@ -420,8 +422,11 @@ def _read_rows(
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next row of a CSV reader, or None at the end. A field may have up to ``_MAX_FIELD_SIZE`` characters."""
-    limit = csv.field_size_limit()  # of the whole process
+    """The next row of a CSV reader, or None at the end.
+
+    A field may have ``_MAX_FIELD_SIZE`` characters, or more if the limit of the process is larger.
+    """
+    limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, _MAX_FIELD_SIZE))
     try:
         return next(reader, None)
@@ -469,9 +474,9 @@ def read_table(
 
     Raises:
         ValueError: a column is missing or occurs twice, there is no valid row, ``on_error`` or ``delimiter`` is
-            unknown, ``delimiter`` is None and the suffix is another one, or a quote is not closed. Also for an invalid
-            row: a requested value is empty, the number of columns differs from the first line, or the quotes are
-            malformed.
+            unknown, ``delimiter`` is None and the suffix is neither ``.tsv`` nor ``.csv``, or a quote is not closed.
+            Also for an invalid row: a requested value is empty, the number of columns differs from the first line, or
+            the quotes are malformed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP

@@ -27,7 +27,7 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
     The fields are ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``. ``answers`` has the answers
     of all annotators, and ``starts`` the positions of their first characters. Both are empty for a question without an
-    answer. ``group`` is the title of the article, or the context if the file has no titles. Split the examples by
+    answer. ``group`` is the title of the article, or the context if there is no title. Split the examples by
     ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
 
     Args:
@@ -160,7 +160,7 @@ def _answers(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _find_answer(context: str, text: str, start: int) -> int | None:
-    """The position of ``text`` in the context that is nearest to ``start``. None: no position within ``MAX_SHIFT``."""
+    """The position nearest to ``start`` at which the context has ``text``. None: it is more than ``MAX_SHIFT`` away."""
     for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
         if start + shift >= 0 and context.startswith(text, start + shift):
             return start + shift

@@ -100,7 +100,7 @@ class _Gift:
 
 
 class _Story:
-    """A story: its text, the current state of people and things, and the mentions in the text that state it.
+    """A story: its text, and the current state of people and things, stored as mentions in the text.
 
     Attributes:
         people, rooms, things: the names that the story uses.
@@ -198,7 +198,7 @@ class _Story:
     def _drop(self) -> None:
         thing, person = self._random_carried_thing()
         self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
-        # The sentence does not name the room. The sentence of the person's last walk does.
+        # The sentence does not name the room, so store the mention in the sentence about the person's last walk.
         self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
     def _give(self) -> None:

@@ -123,7 +123,7 @@ def one_line(text: str) -> str:
 
 
 def one_field(text: str) -> str:
-    """The text as a field of a line of fields that are separated by tabs: :func:`one_line`, with tabs escaped too."""
+    """The text as one field of a tab-separated line: the result of :func:`one_line`, with tabs escaped too."""
     return one_line(text).replace("\t", "\\t")
 
 

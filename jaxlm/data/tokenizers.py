@@ -37,7 +37,7 @@ _KNOWN_TOKENS = {
     "mask": ("[MASK]", "<mask>"),
 }
 """The tokens that published vocabularies use for each role. If neither the caller nor a file names the token of a role,
-they are tried in order."""
+the first of these tokens that is in the vocabulary is used."""
 _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
@@ -121,7 +121,7 @@ class EncodeInputsMixin:
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
     _truncation_side: Literal["right", "left"] = "right"
-    """From which side of a text ``encode_inputs`` and ``encode_inputs_batch`` remove tokens."""
+    """The side of a text from which ``encode_inputs`` and ``encode_inputs_batch`` remove tokens."""
 
     @abstractmethod
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
@@ -171,13 +171,12 @@ class EncodeInputsMixin:
 
         In every window, ``sequence_ids`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens
         are positions in the whole context. If the template ends with the classifier token (XLNet), the context is
-        before the question. ``truncation_side`` in the files of the tokenizer has no effect.
+        before the question. ``truncation_side`` in the files of the tokenizer has no effect. If the question and the
+        whole context fit into ``max_length`` tokens, there is one window.
 
         Args:
             max_length: maximum number of tokens of a window, including special tokens.
             stride: number of context tokens that two consecutive windows share.
-
-        If the question and the whole context fit into ``max_length`` tokens, there is one window.
 
         Raises:
             TypeError: the question or the context is not a string.
@@ -203,8 +202,8 @@ def encode_truncated(
 ) -> list[Encoding]:
     """The encoding of each text (and its pair), truncated to ``max_length`` tokens. None: no truncation.
 
-    Long texts are encoded twice, because the tokenizer knows from which side to remove tokens. The logger "jaxlm" warns
-    with the number of truncated encodings.
+    Long texts are encoded twice (the second time with ``max_length``), because only the tokenizer knows from which side
+    to remove tokens. The logger "jaxlm" warns with the number of truncated encodings.
 
     Args:
         name: what the texts are, for the warning, for example ``texts of train.tsv``.
@@ -358,13 +357,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
             settings.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
-        files: name -> content of further files that ``save`` writes. ``truncation_side`` in ``tokenizer_config.json``
-            ("right" or "left"; if it is missing, the direction of the backend's truncation, or "right") is the side
-            from which tokens of long texts are removed.
+        files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
+            that ``truncation_side`` in ``tokenizer_config.json`` names ("right" or "left"). If this field is missing,
+            the side is the direction of the backend's truncation, or "right" if the backend has no truncation.
 
     Raises:
-        ValueError: the vocabulary is empty; an unknown role; a token that is not in the vocabulary; or an unknown
-            ``truncation_side``.
+        ValueError: the vocabulary is empty, a role or the ``truncation_side`` is unknown, or a token is not in the
+            vocabulary.
 
     Attributes:
         special_tokens: role -> special token, for the roles that the tokenizer has.
@@ -471,10 +470,10 @@ class PretrainedTokenizer(EncodeInputsMixin):
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-        # The directory may contain the config.json of another model, so it is not read.
+        # Do not read config.json: the directory may contain that of another model.
         declared = _declared_tokens(directory, self.backend, {})
-        read = {role: _special_token(self.backend, role, declared) for role in ROLES}
-        lost = {f"{r}_token": self.special_tokens.get(r) for r in ROLES if read[r] != self.special_tokens.get(r)}
+        found = {role: _special_token(self.backend, role, declared) for role in ROLES}
+        lost = {f"{r}_token": self.special_tokens.get(r) for r in ROLES if found[r] != self.special_tokens.get(r)}
         if lost:
             file = directory / "tokenizer_config.json"
             write_json(file, {**read_object(file), **lost})
@@ -492,7 +491,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
 def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, str]:
     """The token of each role: the given token, or else the first known token that is in the vocabulary.
 
-    A role without a token is left out, also if the given token is None.
+    A role that has no token, or whose given token is None, is left out.
     """
     unknown = [role for role in given if role not in ROLES]
     if unknown:
@@ -545,7 +544,7 @@ def _read_backend(directory: Path) -> Any:
 
 
 def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if ``vocab.json`` and ``merges.txt`` do not describe the whole tokenizer, as for GPT-2.
+    """Raise ``ValueError`` unless ``vocab.json`` and ``merges.txt`` describe the whole tokenizer, as they do for GPT-2.
 
     Tokenizers of other classes have a template, other special tokens, or another splitting into words.
     """

@@ -104,8 +104,8 @@ def train_tokenizer(
             ===========  ============================  ==================  ==============================
 
         lowercase: texts are lowercased first, in training and in ``encode``.
-        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge, at least 1. The
-            vocabulary does not include rarer entries. Values above 1 are invalid for unigram.
+        min_frequency: how often a word, a character or a BPE merge must occur in ``texts`` to be in the vocabulary; at
+            least 1. Values above 1 are invalid for unigram.
         extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow the ids of the
             template tokens.
 
@@ -130,7 +130,7 @@ def train_tokenizer(
         raise ImportError(
             f"training a tokenizer needs the package `tokenizers`: {extras.install('tokenizers')}"
         ) from error
-    build = _subword_backend if kind in _SUBWORDS else _symbol_backend
+    build = _subword_backend if kind in _SUBWORDS else _word_or_character_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
     backend.train_from_iterator(_training_texts(texts, specials, kind), trainer)
     if kind == "unigram":
@@ -238,7 +238,7 @@ def _subword_backend(
     return backend, trainer
 
 
-def _symbol_backend(
+def _word_or_character_backend(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
     """The untrained ``tokenizers.Tokenizer`` for words or characters, and its trainer."""

@@ -93,9 +93,9 @@ def beam_search(
 ) -> Beams:
     """The best continuations of each prompt that a beam search finds.
 
-    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis
-    counts if it is among the ``num_beams`` best candidates of its step, and the ``num_beams`` best of these are kept.
-    Hugging Face's ``generate`` has the same rules.
+    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis that
+    is not among the ``num_beams`` best candidates of its step is discarded. Of the others, the ``num_beams`` best are
+    kept. Hugging Face's ``generate`` has the same rules.
 
     Args:
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
@@ -145,7 +145,7 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
     """The number of cache slots in each stage of the search.
 
     Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, if
-    the given state may already hold tokens, or if its cache has another number of slots than ``slots``.
+    the given state may already hold tokens, or if the cache of this state does not have ``slots`` slots.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))
     current_slots = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
@@ -166,8 +166,8 @@ class _Rules:
         length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
         end_ids: ids that finish a hypothesis.
         num_ids: only ids below this number are generated.
-        sharding: the active sharding. Nothing reads this field. It is static, so that ``jit`` traces again if the
-            sharding changes, which ``constrain`` reads during tracing.
+        sharding: the active sharding, which ``constrain`` reads during tracing. Nothing reads this field. It is static,
+            so that ``jit`` traces again if the sharding changes.
     """
 
     limits_B: jax.Array
@@ -278,7 +278,7 @@ def _split_source(model: Model, state: State) -> tuple[Any, Any]:
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
-    """The score of hypotheses with these sums of log-probabilities."""
+    """The scores of hypotheses of this length with these sums of log-probabilities."""
     return totals / length.astype(jnp.float32) ** length_penalty
 
 

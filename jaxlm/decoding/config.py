@@ -41,13 +41,14 @@ class GenerationConfig:
         stop: the text ends before the first complete occurrence of one of these strings. Default: none.
         batch_size: number of texts that are generated together. None: all texts. Default: 32.
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
-            its start token. Set it instead of ``max_new_tokens``.
+            its start token. Set either ``max_length`` or ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
         end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none. If
-            ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, also the other ids
-            of the list (those of the vocabulary).
+            ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the default also
+            has the other ids of the list that are in the vocabulary.
         ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
-            ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error unless it is ignored.
+            ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error if its value changes the
+            text, unless it is ignored.
 
     Raises:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
@@ -121,7 +122,7 @@ class GenerationConfig:
         Args:
             default: defaults of the calling program.
             sampling: ``do_sample`` and fields of :class:`Sampling` that override the file. They are used only if
-                ``self.sampling`` is not set. ``do_sample`` has no effect if there is a ``temperature``.
+                ``self.sampling`` is not set. If this mapping has a ``temperature``, its ``do_sample`` has no effect.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text, or a value of the wrong
@@ -138,7 +139,7 @@ class GenerationConfig:
         def first_set(name: str) -> Any:
             return next((value for config in configs if (value := getattr(config, name)) is not None), None)
 
-        length = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
+        length_config = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
         num_beams, end_ids = first_set("num_beams"), first_set("end_ids")
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
@@ -149,13 +150,13 @@ class GenerationConfig:
             resolved_sampling = _sampling(file_fields, fallback, sampling or {}, num_beams, num_ids(model, tokenizer))
         try:
             return GenerationConfig(
-                max_new_tokens=length.max_new_tokens,
+                max_new_tokens=length_config.max_new_tokens,
                 sampling=resolved_sampling,
                 num_beams=num_beams,
                 length_penalty=first_set("length_penalty") if num_beams > 1 or self.length_penalty is not None else 1.0,
                 stop=first_set("stop"),
                 batch_size=self.batch_size,
-                max_length=length.max_length,
+                max_length=length_config.max_length,
                 early_stopping=first_set("early_stopping"),
                 end_ids=end_ids,
                 ignored_fields=self.ignored_fields,
@@ -223,7 +224,7 @@ _NEUTRAL_VALUES: dict[str, Any] = {
     "num_beam_groups": 1, "num_return_sequences": 1, "renormalize_logits": False, "remove_invalid_values": False,
     "token_healing": False, "guidance_scale": 1.0, "min_new_tokens": 0,
 }  # fmt: skip
-"""For each unsupported field, the value that does not change the text. For fields that are not listed: null."""
+"""For each unsupported field, the value that does not change the text. For fields that are not listed, it is null."""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -283,7 +284,11 @@ _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 def _sampling(
     file_fields: Mapping[str, Any], fallback: Sampling, overrides: Mapping[str, Any], num_beams: int, vocab_size: int
 ) -> Sampling:
-    """The sampling settings. A field comes from the first of ``overrides``, the file and ``fallback`` that sets it."""
+    """The sampling settings. A field comes from the first of ``overrides``, the file and ``fallback`` that sets it.
+
+    If the file sets ``do_sample=True``, the defaults of transformers replace ``fallback``. If tokens are not drawn at
+    random, only the repetition penalty is read from the file, and ``GREEDY`` replaces ``fallback``.
+    """
     fields = {name: file_fields[name] for name in _SAMPLING_FIELDS if name in file_fields}
     if "temperature" in overrides:
         is_random = overrides["temperature"] > 0.0

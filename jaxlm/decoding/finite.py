@@ -27,7 +27,7 @@ class NotFiniteError(ValueError):
     """The error for logits that are NaN or infinite. No prediction can be made from them.
 
     Attributes:
-        what: what the numbers count, for example "row" or "prompt".
+        what: the noun for the entries of ``rows``, for example "row" or "prompt".
         rows: the numbers of the rows, prompts, sources or windows with such logits.
         cause: the parameters that are not finite, or another possible cause.
     """
@@ -42,9 +42,9 @@ class NotFiniteError(ValueError):
         return type(self), (self.what, self.rows, self.cause)
 
 
-def rows_finite(logits_BV: jax.Array) -> jax.Array:
-    """Whether all logits of each row are finite; bool [B]."""
-    return jnp.all(jnp.isfinite(logits_BV), axis=-1)
+def rows_finite(logits: jax.Array) -> jax.Array:
+    """Whether all logits of each row are finite: bool [...], from logits [..., V]."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State | None = None) -> None:

@@ -1,6 +1,6 @@
 """Scoring: log-likelihoods and perplexities of texts under a model.
 
-Shapes: B batch, T time, D model width, V vocabulary.
+Shapes: B batch, T time, C time steps of a chunk, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
-from jaxlm.nn.embedding import widen_ids
+from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
+from jaxlm.nn.loss.chunked import split_time
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params
 
@@ -189,17 +190,18 @@ def _scores(
         is_predicted_BT: bool, the targets to score. The logits of other targets are ignored. Default: all targets.
     """
 
-    def score_step(inputs: tuple[jax.Array, jax.Array]) -> tuple[TokenScores, jax.Array]:
-        hidden_BD, targets_B = inputs
-        logits_B1V = model.logits(params, hidden_BD[:, None])
-        greedy_B = jnp.argmax(logits_B1V[:, 0], axis=-1) == targets_B
-        scores = TokenScores(-cross_entropy(logits_B1V, targets_B[:, None])[:, 0], greedy_B)
-        return scores, rows_finite(logits_B1V[:, 0])
+    def score_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden_BCD, targets_BC = inputs
+        logits_BCV = model.logits(params, hidden_BCD)
+        return -cross_entropy(logits_BCV, targets_BC), argmax(logits_BCV) == targets_BC, rows_finite(logits_BCV)
 
     V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
-    steps = max(1, CHUNK_LOGITS // (targets_BT.shape[0] * V))
-    scores, finite = jax.lax.map(score_step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
-    log_probs_BT, greedy_BT, finite_BT = scores.log_probs.T, scores.greedy.T, finite.T
+    B, T = targets_BT.shape
+    num_chunks = -(-T // max(1, CHUNK_LOGITS // (B * V)))
+    chunks = tuple(split_time(x, -(-T // num_chunks)) for x in (hidden_BTD, targets_BT))
+    log_probs_BT, greedy_BT, finite_BT = (
+        jnp.moveaxis(scores, 0, 1).reshape(B, -1)[:, :T] for scores in jax.lax.map(score_chunk, chunks)
+    )
     if is_predicted_BT is not None:
         log_probs_BT = jnp.where(is_predicted_BT, log_probs_BT, 0.0)
         greedy_BT, finite_BT = greedy_BT | ~is_predicted_BT, finite_BT | ~is_predicted_BT

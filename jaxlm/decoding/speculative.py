@@ -1,9 +1,9 @@
 """Speculative decoding: a small draft model proposes tokens, and the target model reads all of them in one call.
 
 The generated tokens have exactly the distribution of the target model (Leviathan et al. 2023, "Fast Inference from
-Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are, up to rounding, the
-tokens of :func:`jaxlm.decoding.generate`. Both models may be of any family with a model state. The target model must
-not have a ``capacity_factor``, because its logits then depend on the number of tokens that it reads in one call.
+Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding, they are the tokens of
+:func:`jaxlm.decoding.generate`, up to rounding. Both models may be of any family with a model state. The target model
+must not have a ``capacity_factor``, because its logits then depend on the number of tokens that it reads in one call.
 
 In each round, the draft model draws K tokens one by one. Then the target model reads the newest token and these K
 tokens in one call. This call gives the target distributions p of the K proposed tokens and of the token after them. A
@@ -29,6 +29,7 @@ from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_free_slots, check_memory_slots, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
 from jaxlm.models import Model
+from jaxlm.nn.embedding import argmax
 from jaxlm.spec import Array
 
 
@@ -169,6 +170,7 @@ class _Progress:
         newest: [B], the newest token of each row that has not ended.
         ended: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
         keys: [B], the random key of each row; None for greedy decoding.
+        result: the tokens and counts so far.
     """
 
     states: tuple[Any, Any]
@@ -297,7 +299,7 @@ def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
     filtered_BV = filter_logits(settings.sampling, logits_BV)
     if settings.sampling.temperature > 0.0:
         return jax.nn.log_softmax(filtered_BV)
-    is_top_BV = jnp.argmax(filtered_BV, axis=-1, keepdims=True) == jnp.arange(filtered_BV.shape[-1])[None, :]
+    is_top_BV = argmax(filtered_BV)[:, None] == jnp.arange(filtered_BV.shape[-1])[None, :]
     return jnp.where(is_top_BV, 0.0, -jnp.inf)
 
 
@@ -306,7 +308,7 @@ def _draw(
 ) -> jax.Array:
     """One token for each row. ``index_B`` is the index of the token in its row; it selects the random key."""
     if keys_B is None:
-        return jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
+        return argmax(log_probs_BV)
     drawn_B = jax.vmap(jax.random.categorical)(_token_keys(keys_B, index_B, purpose), log_probs_BV)
     return drawn_B.astype(jnp.int32)
 

@@ -1,8 +1,8 @@
 """Text generation for every generative family: continuations of prompts, or outputs for sources.
 
-Stop strings are searched in the decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Beam search and
-speculative decoding search them only in the complete text. Tokens after a stop string are discarded, so the text does
-not depend on ``CHUNK``.
+Between calls of the jitted loop, every ``CHUNK`` tokens, the decoded text is searched for stop strings. With beam
+search or speculative decoding, only the complete text is searched. Tokens after a stop string are discarded, so the
+text does not depend on ``CHUNK``.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def stream_text(
 ) -> Iterator[str]:
     """The text that :func:`generate_text` returns for one prompt or source, as an iterator of pieces.
 
-    After each ``chunk`` of tokens, the new part of the text that later tokens cannot change is yielded. An incomplete
-    character at the end, and a possible beginning of a stop string, are yielded later.
+    After each ``chunk`` of tokens, the iterator yields the new part of the text that later tokens cannot change. It
+    does not yet yield an incomplete character or a possible beginning of a stop string at the end.
 
     Args:
         chunk: number of tokens in each call of the jitted loop.
@@ -280,7 +280,7 @@ class _TextGenerator:
         """The text of the best hypothesis for each row."""
         request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
-        needed = max(ids.size for ids in prompts) + int(limits.max()) - 1  # the model does not read the last token
+        needed = max(ids.size for ids in prompts) + int(limits.max()) - 1  # the model does not read the last new token
         if request.max_positions is not None and needed > request.max_positions and len(batch) > 1:
             # A row alone may need fewer positions: it has no padding and its own limit.
             return [text for i, ids in enumerate(batch) for text in self.beam_texts([ids], numbers[i : i + 1])]
@@ -406,7 +406,7 @@ class _NewText:
     A part has one or more tokens. It ends at the first token after which its text does not end with U+FFFD, because
     U+FFFD at the end may be the beginning of a character. So the text does not depend on the numbers of tokens that
     :meth:`read` gets, and wrong bytes do not change the characters before them. (Tokenizers with byte fallback decode
-    all bytes between two other tokens as U+FFFD if one of them is wrong.)
+    all bytes between two other tokens as U+FFFD if one of these bytes is wrong.)
 
     A character that begins in the prompt and ends after it belongs to the new text.
 
@@ -423,13 +423,13 @@ class _NewText:
         # Ids before `start` are decoded, and ids before `end` have been read. The ids from `context` to `start` are
         # decoded again with the next part, because some tokenizers treat the beginning of a text differently.
         self._context, self._start, self._end = 0, start, start
-        self._text = self._of_prompt = ""
+        self._text = self._prompt_end_text = ""
         self.read(prompt, is_complete=False)
         # Bytes at the end of the prompt are new text only if new tokens complete their character.
-        self._text, self._of_prompt = "", self._part(prompt)
+        self._text, self._prompt_end_text = "", self._part(prompt)
 
     def read(self, ids: np.ndarray, *, is_complete: bool) -> str:
-        """The text of ``ids`` after the prompt that later tokens cannot change.
+        """The part of the new text that later tokens cannot change.
 
         Args:
             ids: the prompt and all new tokens.
@@ -444,7 +444,7 @@ class _NewText:
             self._context, self._start = self._start if part else self._context, end
         self._end = ids.size
         rest = self._part(ids) if is_complete and ids.size > self._prompt_length else ""
-        return (self._text + rest).removeprefix(self._of_prompt)
+        return (self._text + rest).removeprefix(self._prompt_end_text)
 
     def _part(self, ids: np.ndarray) -> str:
         """The text of the ids from ``start`` on."""

@@ -60,7 +60,7 @@ def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: in
         limit: the number of positions of the model. None: there is no limit.
     """
     longest = max(ids.size for ids in prompts)
-    max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last token
+    max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last new token
     length = bucket_length(longest, max_prompt) if max_prompt is None or longest <= max_prompt else longest
     return pad_rows(prompts, length, left=True)
 

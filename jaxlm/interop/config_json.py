@@ -53,8 +53,8 @@ def format_of(model: Model) -> Format:
     """The format in which a model is saved.
 
     This is the loaded format if it can represent the model, otherwise the first published format that can represent the
-    model. If the family has no published format, or no published format can represent the model and one of the fields
-    ``formats.unpublished_fields`` does not have its default value, this is jaxlm's own format.
+    model. It is jaxlm's own format if the family has no published format. It is also jaxlm's own format if no published
+    format can represent the model, and one of ``formats.unpublished_fields`` does not have its default value.
 
     Raises:
         ValueError: no format of the family can represent the model.
@@ -72,11 +72,11 @@ def format_of(model: Model) -> Format:
         return _native_format(model)
     reasons = []
     for table in choices:
-        other = [field for field, value in _fixed_fields(table).items() if getattr(model.config, field) != value]
-        if not other:
+        differing = [field for field, value in _fixed_fields(table).items() if getattr(model.config, field) != value]
+        if not differing:
             implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
-            other = [field for field, value in implied.items() if getattr(model.config, field) != value]
-        values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in other)
+            differing = [field for field, value in implied.items() if getattr(model.config, field) != value]
+        values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in differing)
         reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
     raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
 
@@ -197,7 +197,7 @@ def _find_format(
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    # Without a prefix, the files do not distinguish the tensors of the base model from those of the head.
+    # A base model can be loaded alone only if its tensor names have a prefix, which the names of the head lack.
     with_base_model = [(name, table) for name, table in candidates if table.prefix]
     if with_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
         return *with_base_model[-1], {"task": "none"}
@@ -294,7 +294,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
             published models if there is no loaded config. An id of the published models is null if it is outside the
             vocabulary. If the loaded config has another model type, only its padding, BOS and EOS ids are written,
-            because they describe the vocabulary, and its other fields that jaxlm does not set are dropped.
+            because they describe the vocabulary. Its other fields that jaxlm does not set are dropped.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
@@ -388,7 +388,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
 
 
 def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` describes the model of which ``_model_fields`` gives ``model_fields``."""
+    """Whether the model that ``config`` describes has these ``_model_fields``."""
     try:
         description = describe(dict(config), Path("config.json"), {})
         return _model_fields(description.model, description.format) == model_fields
@@ -397,9 +397,9 @@ def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
 
 
 def _new_token_fields(model: Model, table: Format) -> dict[str, Any]:
-    """The special token ids for a ``config.json`` of a model that was not loaded, or loaded as another model type.
+    """The special token ids for ``config.json`` of a model that was not loaded, or was loaded from another model type.
 
-    A loaded config that omits an id has the default of its own model type.
+    An id that the loaded config omits has the default of the loaded model type.
     """
     loaded: Mapping[str, Any] = {} if model.metadata is None else model.metadata.config
     fields: dict[str, Any] = dict.fromkeys(table.token_ids)

@@ -54,7 +54,7 @@ def roberta_from_fairseq(
 ) -> tuple[Model, spec.Tree]:
     """The model and the parameters of a fairseq RoBERTa checkpoint.
 
-    fairseq's RoBERTa has no token types, so the embedding of the only token type is zeros.
+    fairseq's RoBERTa has no token types, so the embedding of jaxlm's only token type is zero.
     ``model.metadata.unused_tensors`` lists the tensors of heads that the model does not have.
 
     Args:
@@ -88,14 +88,14 @@ def roberta_from_fairseq(
         unused += [name for name in tensors if name.startswith("lm_head.")]
     tensors = {name.replace(head_prefix, "classifier."): x for name, x in tensors.items() if name not in unused}
     layers = {int(found[1]) for name in tensors if (found := re.match(r"roberta\.encoder\.layer\.(\d+)\.", name))}
-    mlp = tensors.get("roberta.encoder.layer.0.intermediate.dense.bias")
+    mlp_bias = tensors.get("roberta.encoder.layer.0.intermediate.dense.bias")
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "max_positions": len(tensors["roberta.embeddings.position_embeddings.weight"]) - FIRST_POSITION,
         "num_layers": max(layers, default=0) + 1,
         "num_heads": num_heads,
         "embed_dim": width,
-        "mlp_dim": None if mlp is None else mlp.size,
+        "mlp_dim": None if mlp_bias is None else mlp_bias.size,
         "task": "masked" if head is None else "classification",
     }
     if head is not None:

@@ -225,7 +225,7 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     table = format_of(model)
     locations = locations_of(model, table)
     sizes = [
-        (name, math.prod(locations[paths[0]].file_shape) * jnp.result_type(*(flat[path] for path in paths)).itemsize)
+        (name, math.prod(locations[paths[0]].tensor_shape) * jnp.result_type(*(flat[path] for path in paths)).itemsize)
         for names, paths in tensor_groups(locations).items()
         for name in names
     ]
@@ -291,7 +291,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape.
     """
     specs, locations = spec.flatten(model.specs), locations_of(model, format_of(model))
-    shapes = {name: location.file_shape for location in locations.values() for name in location.names}
+    shapes = {name: location.tensor_shape for location in locations.values() for name in location.names}
     found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     if found != shapes:
         names = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
@@ -476,7 +476,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     initialized = _missing_paths(description, locations, stored, tensors) if stored else []
     locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {
-        name: _Tensor(None, name, location.file_shape, tensors[name].dtype if name in tensors else "tensor")
+        name: _Tensor(None, name, location.tensor_shape, tensors[name].dtype if name in tensors else "tensor")
         for location in locations.values()
         for name in location.names
     }
@@ -545,8 +545,8 @@ def _missing_paths(
         ]
         resized = any(
             path in stored
-            and locations[path].file_shape != stored[path].file_shape
-            and all(name in tensors and tensors[name].shape == stored[path].file_shape for name in stored[path].names)
+            and locations[path].tensor_shape != stored[path].tensor_shape
+            and all(name in tensors and tensors[name].shape == stored[path].tensor_shape for name in stored[path].names)
             for path in paths
         )
         other_task = group in HEADS.values() and config.task != stored_config.task

@@ -17,12 +17,13 @@ from jaxlm.models.model import Model
 class Location:
     """The tensor names and the layout of one parameter in files.
 
-    A parameter with a leading axis of layers is a stack of matrices, and files have one tensor for each matrix of the
-    stack. A leading axis of experts also belongs to the stack if files have one tensor for each expert.
+    A parameter with a leading axis of layers is a stack with one entry per layer, and files have one tensor per entry.
+    A leading axis of experts also belongs to the stack if files have one tensor for each expert. An entry is called a
+    matrix here, whatever its number of axes.
 
     Attributes:
         names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is not a stack.
-        stack: sizes of the leading axes of the stack; empty if the parameter is not a stack.
+        stack: sizes of the leading axes that form the stack; empty if the parameter is not a stack.
         model_shape: shape of one matrix in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
         first_row: index of the parameter's first row in the tensor.
@@ -42,7 +43,7 @@ class Location:
         return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
 
     @property
-    def file_shape(self) -> tuple[int, ...]:
+    def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each tensor in the files."""
         shape = self.shape_in_file
         return shape if self.num_rows is None else (self.num_rows, *shape[1:])
@@ -63,7 +64,7 @@ class Location:
         return array.reshape(len(self.names), *array.shape[len(self.stack) :])
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """A matrix of :attr:`matrices` in the layout of files, without vocabulary padding."""
+        """A matrix of :meth:`matrices` in the layout of files, without vocabulary padding."""
         array = array[tuple(slice(size) for size in self.model_shape)]
         return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
 
@@ -115,7 +116,7 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
 def copies_of(
     model: Model, table: Format, locations: Mapping[str, Location], prefix: str | None = None
 ) -> dict[str, str]:
-    """``{name: path}`` of the copies of parameters in each layer (``Format.layer_copies``).
+    """``{tensor name: path}`` of the tensors in each layer that are copies of one parameter (``Format.layer_copies``).
 
     Args:
         locations: the locations of the parameters of the model.

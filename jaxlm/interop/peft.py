@@ -69,7 +69,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     """The :class:`~jaxlm.adapt.LoRA` and its trained parameters, loaded from a PEFT directory.
 
     The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout. So the function warns if
-    ``lora_dropout`` is above 0. The difference matters only for further training.
+    ``lora_dropout`` is above 0. Dropout matters only for further training.
 
     Args:
         directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -77,11 +77,10 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: the directory or a file does not exist.
-        ValueError: a file is damaged or does not match ``checksums.json``; the weights are only a pickle file; the
+        ValueError: a file is damaged or does not match ``checksums.json``; the weights are only in a pickle file; the
             model has no published format; the adapter is not a LoRA adapter, has no LoRA factors or has an unsupported
-            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does not
-            belong to the model, is trained in full but used twice by the transformers class (the token embedding of a
-            model with a tied head, and of T5), or has a wrong shape.
+            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, has a
+            wrong shape, does not belong to the model, or belongs to a parameter that :func:`save_adapter` rejects.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -148,7 +147,7 @@ def save_adapter(
     Raises:
         OSError: the disk is full, or the directory is not writable.
         ValueError: the model has no published format; ``trained`` does not match the specs; a weight with LoRA factors
-            is not the weight of a linear module in the transformers class (token embeddings, the attention of XLNet); a
+            is not the weight of a linear module in the transformers class (for example a token embedding); the
             tensor of a weight that is trained in full also contains other parameters, or is used twice by the
             transformers class (the token embedding of a model with a tied head, and of T5); or only some parameters of
             a module are trained in full.
@@ -219,7 +218,7 @@ class _Weight:
         location: its names and its layout in the files of a transformers class.
         padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
         num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
-            ``jaxlm.adapt.num_row_axes``); None: the parameter is not a matrix.
+            ``jaxlm.adapt.num_row_axes``); None: the parameter is not a weight matrix, for example a bias.
         is_table: whether the parameter is an embedding table or an output head.
         second_name: the name of another tensor of the transformers class that is the same parameter, in another module;
             None: there is no such tensor.
@@ -297,7 +296,7 @@ class _Weight:
         return tensors
 
     def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """jaxlm's ``{path: factor}``, from the list of PEFT's A and the list of PEFT's B, one entry per matrix."""
+        """jaxlm's ``{path: factor}``, from PEFT's A and PEFT's B of each matrix."""
         num_row_axes = self.num_row_axes
         assert num_row_axes is not None
         rank = peft_a[0].shape[0]
@@ -317,7 +316,7 @@ class _Weight:
         return {name: self.location.to_file(matrix) for name, matrix in matrices}
 
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """A parameter that is trained in full, in the layout of the model, from the tensor of each layer."""
+        """A parameter that is trained in full, in the layout of the model, from the tensor of each matrix."""
         self._require_own_tensor()
         x = np.stack([self.location.to_model(tensor) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
@@ -483,11 +482,11 @@ class _Reader:
     rank: int
 
     def full_weight(self, weight: _Weight) -> list[np.ndarray]:
-        """The tensor of each layer of a weight that is trained in full."""
-        return [self._read(name, weight.location.file_shape) for name in weight.names]
+        """The tensor of each matrix of a weight that is trained in full."""
+        return [self._read(name, weight.location.tensor_shape) for name in weight.names]
 
     def factors(self, weight: _Weight) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """PEFT's factors A and B of a weight: a list of A and a list of B, one entry per layer."""
+        """PEFT's factors A and B of a weight: a list of A and a list of B, one entry per matrix."""
         modules = [name.removesuffix(".weight") for name in weight.names]
         a_shape, b_shape = weight.factor_shapes(self.rank)
         return (

@@ -10,8 +10,9 @@ characters outside the alphabet, with ids of at least ``embed_dim``, are zero. W
 is trained; its initial values are Gaussian.
 
 The convolutions of the language model are causal. For each pooling of the classifier with stride 3, the language model
-pools with stride 1 and dilates all later layers by 3 (the a trous algorithm, Holschneider et al. 1989), so that the
-receptive field stays the same. The hidden layers of the language model are applied to each position separately.
+pools with stride 1 and multiplies the dilation of all later layers by 3 (the a trous algorithm, Holschneider et al.
+1989), so that the receptive field stays the same. The hidden layers of the language model are applied to each position
+separately.
 
 Shapes: B batch, T time, S length of the classifier's features, C channels, V vocabulary.
 """
@@ -189,7 +190,7 @@ def pool(
 
 
 def max_positions(cfg: Config) -> int | None:
-    """The maximum number of tokens of a row. A language model has no limit."""
+    """The maximum number of tokens of a row; None for a language model, which has no limit."""
     return None if cfg.task == "causal" else cfg.max_positions
 
 

@@ -1,8 +1,8 @@
 """LSTMs with self-attention: a language model (Daniluk et al. 2017) and a classifier (Lin et al. 2017).
 
     causal          "Frustratingly Short Attention Spans", section 2. Each output h[t] attends to the previous
-                    ``window`` outputs of its document: a = softmax(w . tanh(Y k[s] + W k[t])), r = sum a v[s]. The head
-                    reads tanh(R r + X p[t]). With ``parts=1``, key k, value v and prediction p are all h. With
+                    ``window`` outputs of its document: a = softmax(w . tanh(W_Y k[s] + W_h k[t])), r = sum a v[s]. The
+                    head reads tanh(W_r r + W_x p[t]). With ``parts=1``, key k, value v and prediction p are all h. With
                     ``parts=2`` (key-value attention), k and v are halves of h, and p is v. With ``parts=3``
                     (key-value-predict attention), k, v and p are thirds of h.
     classification  "A Structured Self-attentive Sentence Embedding". Bidirectional LSTMs, pooled by ``hops`` parallel
@@ -11,8 +11,8 @@
 
 The first token of a document has no previous output, so its r is 0. The default sizes are not those of the papers.
 
-Shapes: B batch, T time, S key time, M slots of the memory, H hidden width, K width of a part, D width of hidden states
-(causal K, classification 2H), A attention width, R hops, V vocabulary.
+Shapes: B batch, T time, S key time, M slots of the memory, H hidden width, K width of a part, X = 2K (a key and a
+value), D width of hidden states (causal K, classification 2H), A attention width, R hops, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Config(common.ModelConfig):
     hidden_dim: int = 600
     """Width of each LSTM layer (of each direction if the task is classification)."""
     parts: Literal[1, 2, 3] = 1
-    """For task causal, number of parts of an output: 1 (used as key, value and prediction), 2 (key, value), or 3 (key,
-    value, prediction)."""
+    """For task causal, number of parts of an output: 1 (the whole output is key, value and prediction), 2 (key; value,
+    which is also the prediction), or 3 (key, value, prediction)."""
     window: int | None = 5
     """For task causal, number of previous outputs that a token attends to; None means all outputs of its document."""
     attention_dim: int = 350
@@ -72,7 +72,7 @@ class Config(common.ModelConfig):
     init_bound: float = 0.1
     """Initial weights of embeddings, attention and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """The corresponding bound for the LSTM layers; None means 1 / sqrt(hidden_dim)."""
+    """``init_bound`` of the weights of the LSTM layers; None means 1 / sqrt(hidden_dim)."""
     task: Task = "causal"
     """Type of the model: causal (unidirectional, predicts tokens) or classification (bidirectional)."""
     num_labels: int = 2
@@ -142,7 +142,7 @@ def _attend(
     old_memory: Any,
     segments_BT: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """The inputs of the head, tanh(R r + X p), [B, T, K], and the new memory.
+    """The inputs of the head, tanh(W_r r + W_x p), [B, T, K], and the new memory.
 
     The memory contains the projected keys and the values of previous outputs, concatenated.
     """
@@ -192,7 +192,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, R * 2H]: the concatenation of one weighted mean of a row's hidden states per hop.
+    """The pooled output, [B, 1, R * 2H]: the concatenated means of a row's hidden states, weighted by each hop.
 
     Raises:
         ValueError: the task is not classification.
@@ -231,12 +231,12 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     V, H, K = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.hidden_dim, cfg.hidden_dim // cfg.parts
     uniform = Uniform(cfg.init_bound)
-    recurrent = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
+    recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
     directions = 1 if cfg.task == "causal" else 2
     inputs = cfg.embed_dim
     for index in range(cfg.num_layers):
-        layer = lstm_specs(inputs, H, recurrent)
+        layer = lstm_specs(inputs, H, recurrent_init)
         tree[f"layer_{index}"] = layer if directions == 1 else {"forward": layer, "backward": layer}
         inputs = directions * H
     if cfg.task == "classification":

@@ -46,7 +46,8 @@ def encode(
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    The state is computed from the encoder's backward state at the first source token of the document."""
+    The state is computed from the encoder's backward state at the first source token of the document.
+    """
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
     backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
     backward_BTH = jnp.take_along_axis(backward_BSH, first_BT[:, :, None], axis=1)

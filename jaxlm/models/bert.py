@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018): a bidirectional transformer encoder with post-norm blocks and a tied masked-token head.
+"""BERT (Devlin et al. 2019): a bidirectional transformer encoder with post-norm blocks and a tied masked-token head.
 
 The code follows the published weights: erf-GELU, epsilon 1e-12, learned positions, a layer norm after the embeddings,
 and token type 0 by default. The layers are as in Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
@@ -113,8 +113,8 @@ def apply(
         positions: [B, T] int32. Default: the position within the document. A position below 0, or of
             ``max_positions`` or more, gives NaN.
         key: random key for dropout; None: no dropout.
-        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. An index of
-            ``num_token_types`` or more gives NaN. The sentences of a document attend to each other.
+        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. An index below 0,
+            or of ``num_token_types`` or more, gives NaN. The sentences of a document attend to each other.
 
     Raises:
         ValueError: ``state`` is not None; the inputs are not integers of the same shape; or there are more tokens than
@@ -214,8 +214,8 @@ def pool(
 ) -> jax.Array:
     """The pooled output [B, 1, D]: ``tanh(dense(h))``, where h is the hidden state of each row's first token, [CLS].
 
-    A row with several documents gives the pooled output of the first document. For task classification, a ``key``
-    applies dropout to the result.
+    A row with several documents gives the pooled output of the first document. For task classification with a ``key``,
+    dropout is applied to the result.
 
     Raises:
         ValueError: the model has no pooler.

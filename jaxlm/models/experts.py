@@ -39,7 +39,7 @@ class ExpertsConfig(common.TransformerConfig):
     dense_layers: tuple[int, ...] = ()
     """Indices, from 0, of additional layers that have an MLP instead of experts."""
     capacity_factor: float | None = None
-    """An expert accepts at most this multiple of the mean number of tokens per expert in a row. It adds 0 to the
+    """In each row, an expert accepts at most this multiple of the mean number of tokens per expert. It adds 0 to the
     outputs of all other tokens. None: experts accept all tokens. This option is for training, and Hugging Face files do
     not contain it. Cached decoding gives different results, because a call does not see the whole row."""
     experts_implementation: Implementation | None = None
@@ -52,8 +52,8 @@ class ExpertsConfig(common.TransformerConfig):
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")
         if self.capacity_factor is not None and self.experts_implementation is not None:
             raise ValueError(
-                f"experts_implementation={self.experts_implementation!r} has no capacity: set capacity_factor or "
-                "experts_implementation to None"
+                f"experts_implementation={self.experts_implementation!r} does not support capacity_factor="
+                f"{self.capacity_factor}: set one of them to None"
             )
         if self.num_experts is None:
             return

@@ -45,8 +45,8 @@ class Config(experts.ExpertsConfig):
     vocab_size: int = 151936
     """Number of token ids."""
     max_positions: int | None = 32768
-    """Maximum length of a sequence; None: no limit. No parameter depends on this field. With dynamic rotary
-    scaling, the frequencies depend on it."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field, but the frequencies of
+    dynamic rotary scaling do."""
     num_layers: int = 48
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("delta_rule", "delta_rule", "delta_rule", "attention")

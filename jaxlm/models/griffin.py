@@ -116,11 +116,11 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, stream = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    start, keep = None, None  # one document in each row
+    is_first, keep = None, None  # one document in each row
     if stream.segment_ids is not None:
         last_segment = None if state is None else state["segment_ids"][:, -1]
-        start, keep, _ = segment_boundaries(stream.segment_ids, last_segment, include_first=True)
-    context, new_state = window_cache.make_context(tokens, state, start, keep, cfg.window)
+        is_first, keep, _ = segment_boundaries(stream.segment_ids, last_segment, include_first=True)
+    context, new_state = window_cache.make_context(tokens, state, is_first, keep, cfg.window)
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -136,7 +136,7 @@ def apply(
                 cfg, weights["attention"], normed, layer_state, context, angles, fold_name(layer_key, "attention")
             )
         else:
-            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, stream, start, keep)
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, stream, is_first, keep)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + _mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
@@ -148,13 +148,13 @@ def apply(
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, stream: window.Stream, start: Any, keep: Any
+    weights: Params, x: jax.Array, state: State | None, stream: window.Stream, is_first: Any, keep: Any
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
     x, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
-    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=start, keep_BT=keep)
+    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=keep)
     x = linear(weights["output"], jax.nn.gelu(gate) * x)
     return x, None if state is None else {"tail": tail, "hidden": hidden}
 

@@ -23,7 +23,7 @@ from jaxlm.spec import Initializer, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(common.TransformerConfig):
-    """Base class for the ``Config`` of a family of recurrent layers in which some layers have attention."""
+    """Base class for the ``Config`` of a family of recurrent layers, in which some layers may have attention."""
 
     attention_heads: int = 32
     """Query heads of attention."""
@@ -40,8 +40,8 @@ class AttentionConfig(common.TransformerConfig):
     rotary_scaling: RotaryScaling | None = None
     """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
     max_positions: int | None = None
-    """Maximum length of a sequence; None: no limit. No parameter depends on this field. With dynamic rotary
-    scaling, the frequencies depend on it."""
+    """Maximum length of a sequence; None: no limit. No parameter depends on this field, but the frequencies of
+    dynamic rotary scaling do."""
     attention_implementation: Implementation | None = None
     """Name of the attention implementation; None selects one for the device and the shapes."""
 
@@ -53,20 +53,20 @@ class AttentionConfig(common.TransformerConfig):
         check_dynamic_scaling(self.rotary_scaling, self.max_positions)
 
 
-def attention_specs(cfg: Any, inputs: Initializer, output: Initializer) -> dict[str, Any]:
+def attention_specs(cfg: Any, input_init: Initializer, output_init: Initializer) -> dict[str, Any]:
     """The specs of a layer's attention.
 
     Args:
-        inputs: initializer of the weights of queries, keys and values.
-        output: initializer of the weight of the output layer.
+        input_init: initializer of the weights of queries, keys and values.
+        output_init: initializer of the weight of the output layer.
     """
     D, H, G, K = cfg.embed_dim, cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim
     bias = cfg.attention_bias
     return {
-        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), inputs, bias=bias),
-        "key": linear_specs((D, G, K), ("embed", "heads", "kv"), inputs, bias=bias),
-        "value": linear_specs((D, G, K), ("embed", "heads", "kv"), inputs, bias=bias),
-        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), output, num_input_axes=2, bias=bias),
+        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), input_init, bias=bias),
+        "key": linear_specs((D, G, K), ("embed", "heads", "kv"), input_init, bias=bias),
+        "value": linear_specs((D, G, K), ("embed", "heads", "kv"), input_init, bias=bias),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), output_init, num_input_axes=2, bias=bias),
     }
 
 
@@ -147,19 +147,20 @@ def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
     multiplier of the input scales the weight of this layer. A multiplier of the output scales the weight and the bias.
     """
 
-    def scale(layer: Params, output: Any, input: float = 1.0) -> dict[str, Any]:
-        factors = {"weight": jnp.asarray(output) * input, "bias": jnp.asarray(output)}
-        return {name: x * jnp.expand_dims(factors[name], range(x.ndim - jnp.ndim(output))) for name, x in layer.items()}
+    def scale(layer: Params, output_factor: Any, input_factor: float = 1.0) -> dict[str, Any]:
+        factors = {"weight": jnp.asarray(output_factor) * input_factor, "bias": jnp.asarray(output_factor)}
+        num_axes = jnp.ndim(output_factor)
+        return {name: x * jnp.expand_dims(factors[name], range(x.ndim - num_axes)) for name, x in layer.items()}
 
     def scale_block(block: Params) -> dict[str, Any]:
         block = dict(block)
         if "mixer" in block:
             mixer = block["mixer"]
-            BC = jnp.repeat(jnp.array([m.B, m.C]), mixer["BC"]["weight"].shape[-1] // 2)
+            BC_factors = jnp.repeat(jnp.array([m.B, m.C]), mixer["BC"]["weight"].shape[-1] // 2)
             block["mixer"] = {
                 **mixer,
                 "zx": scale(mixer["zx"], jnp.array([[m.z], [m.x]]), m.mixer_input),
-                "BC": scale(mixer["BC"], BC, m.mixer_input),
+                "BC": scale(mixer["BC"], BC_factors, m.mixer_input),
                 "dt": scale(mixer["dt"], m.dt, m.mixer_input),
                 "output": scale(mixer["output"], m.mixer_output),
             }

@@ -42,7 +42,8 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    The state contains the encoder's states at the last source token of the document, and zeros for ``feed``."""
+    The state contains the encoder's states at the last source token of the document, and zeros for ``feed``.
+    """
     last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
     states = jax.tree.map(
         lambda x_BSH: jnp.take_along_axis(x_BSH, last_BT[:, :, None], axis=1), source["states"]

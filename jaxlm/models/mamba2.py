@@ -240,36 +240,36 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the Mamba-2 authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), mixer_width(cfg)
-    inputs, taps, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
+    input_init, conv_init, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
 
-    def output(size: int) -> Uniform:
+    def output_init(size: int) -> Uniform:
         """The initializer of an output projection: its bound shrinks with the depth of the model."""
         return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
 
     mixer = {
         # B and C are not sharded like the heads, because several heads share them.
-        "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
-        "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
-        "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
-        "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), taps, bias=cfg.conv_bias),
-        "BC_convolution": depthwise_convolution_specs((K, BC), (None,), taps, bias=cfg.conv_bias),
+        "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), input_init, bias=cfg.linear_bias),
+        "BC": linear_specs((D, BC), ("embed", None), input_init, bias=cfg.linear_bias),
+        "dt": linear_specs((D, H), ("embed", "heads"), input_init, bias=cfg.linear_bias),
+        "x_convolution": depthwise_convolution_specs((K, width), ("mlp",), conv_init, bias=cfg.conv_bias),
+        "BC_convolution": depthwise_convolution_specs((K, BC), (None,), conv_init, bias=cfg.conv_bias),
         "dt_bias": ArraySpec((H,), ("heads",), InverseSoftplus(cfg.init_dt_min, cfg.init_dt_max, cfg.init_dt_floor)),
         "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
         "D": ArraySpec((H,), ("heads",), ONES),
         **({} if cfg.norm_groups is None else {"norm": rms_norm_specs(width)}),
-        "output": linear_specs((width, D), ("mlp", "embed"), output(width), bias=cfg.linear_bias),
+        "output": linear_specs((width, D), ("mlp", "embed"), output_init(width), bias=cfg.linear_bias),
     }
-    attention = hybrid.attention_specs(cfg, inputs, output(cfg.attention_heads * cfg.attention_head_dim))
+    attention = hybrid.attention_specs(cfg, input_init, output_init(cfg.attention_heads * cfg.attention_head_dim))
     shared: dict[str, Any] = {"norm": norm}
     if cfg.mlp_dim is not None:
-        shared |= {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, inputs, output(cfg.mlp_dim))}
+        shared |= {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, input_init, output_init(cfg.mlp_dim))}
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(cfg.init_stddev), decay=True),
         "layers": _layers(cfg, {**shared, "mixer": mixer}, {**shared, "attention": attention}),
         "final_norm": norm,
     }
     if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), inputs, decay=True)
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), input_init, decay=True)
     return tree
 
 

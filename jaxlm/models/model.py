@@ -1,4 +1,4 @@
-"""``Model``, a family and a config, and ``get_model``, which makes a model by name.
+"""``Model`` (a family with a config), and ``get_model``, which makes a model by name.
 
 The methods of a model call the functions of its family with the config.
 """
@@ -160,8 +160,9 @@ class Model:
     def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
         """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
-        ``xlnet`` with targets returns [B, P, D], for P targets. Classifiers of ``alexnet`` and ``resnet`` return
-        features of the text, [B, S, C]. In training, the new state of ``resnet`` has the new running statistics.
+        ``xlnet`` with targets returns [B, P, D], for P targets. Classifiers of ``alexnet`` and ``resnet`` return the
+        features of the text, [B, S, C]: C channels at S positions, where S does not depend on T. In training, the new
+        state of ``resnet`` contains the new running statistics.
 
         For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state or the running
         statistics in ``params`` are returned unchanged.
@@ -263,8 +264,8 @@ class Model:
         """The loss ``sum(weights * -log p(target))`` in nats, float32, for hidden states [B, T, D].
 
         Logits are computed in chunks, so that no array [B, T, V] is stored. A family that can compute its loss without
-        all logits has its own ``cross_entropy``. Without targets the loss is 0, as in torch with ``reduction="sum"``;
-        the mean over targets is then 0 / 0 = NaN.
+        all logits has its own ``cross_entropy``. Without targets, the loss is 0, as in torch with ``reduction="sum"``,
+        and a mean over the targets would be 0 / 0 = NaN.
 
         Args:
             label_smoothing: fraction of the target probability that is spread over the vocabulary.
@@ -299,7 +300,7 @@ class Model:
         return self.module.pool(self.config, params, hidden, **inputs)
 
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
-        """The attention weights of each layer with attention, [B, H, T, S] float32, for queries T and keys S.
+        """The attention weights of each layer with attention, [B, H, T, S] float32, for T queries and S keys.
 
         The result has one list per type of attention, by name: "self", or for an encoder-decoder "encoder", "decoder"
         and "cross". A type that the family does not have is missing. If a classifier pools by attention, there is also
@@ -398,7 +399,7 @@ class Model:
             sizes: ``source_length``, the number of source tokens; only for encoder-decoders.
 
         Raises:
-            TypeError: the family has no state, or only models with another task or direction have one.
+            TypeError: the family has no state, or its models have a state only with another task or direction.
             ValueError: ``length`` exceeds the model's ``max_positions``.
         """
         if not hasattr(self.module, "state_specs"):
@@ -465,7 +466,10 @@ class Model:
 
     @property
     def embedding_multiplier(self) -> float:
-        """The factor by which token embeddings are multiplied before the first layer; 1 for most families."""
+        """The factor by which token embeddings are multiplied before the first layer; 1 for most families.
+
+        The factor ``multipliers.embedding`` of Falcon-H1 is not included.
+        """
         function = getattr(self.module, "embedding_multiplier", None)
         return 1.0 if function is None else function(self.config)
 

@@ -162,8 +162,8 @@ def apply_with_outputs(
             x = _dropout(cfg, x, cfg.hidden_dropout, fold_name(layer_key, "input"))
         if cfg.direction == "both":
             weights = {
-                side: _drop_connect(cfg, side_weights, fold_name(layer_key, side))
-                for side, side_weights in params[name].items()
+                direction: _drop_connect(cfg, layer_weights, fold_name(layer_key, direction))
+                for direction, layer_weights in params[name].items()
             }
             forward, _ = layer(weights["forward"], x, **forward_masks)
             backward, _ = layer(weights["backward"], x, **backward_masks, reverse=True)
@@ -195,7 +195,7 @@ def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -
 def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
+    For the logits of labels, see ``heads.head_logits``. For classification, ``hidden`` comes from :func:`pool`.
 
     Raises:
         ValueError: the task is none, so there is no head.
@@ -214,7 +214,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output: the maximum of each feature over the real tokens, [B, 1, D]; zeros for a row without tokens.
+    """The pooled output: the maximum of each feature over the real tokens, [B, 1, D]; zeros for a row of padding.
 
     Conneau et al. 2017 ("InferSent") find max pooling better than mean pooling for bidirectional encoders.
     """
@@ -270,11 +270,11 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     """The specs of all parameters. Layers are separate (``layer_0``, ``layer_1``, ...), because their widths differ."""
     V, directions = round_up(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
     uniform = Uniform(cfg.init_bound)
-    recurrent = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
+    recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
     inputs = cfg.embed_dim
     for index, width in enumerate(widths(cfg)):
-        layer = cfg.cell.specs(inputs, width, recurrent)
+        layer = cfg.cell.specs(inputs, width, recurrent_init)
         tree[f"layer_{index}"] = {"forward": layer, "backward": layer} if cfg.direction == "both" else layer
         inputs = directions * width
     if cfg.task == "causal":

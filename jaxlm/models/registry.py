@@ -80,12 +80,12 @@ def family(name: str) -> Any:
                 f"no family is called {name!r}: choose from {', '.join(family_names())}, or register it with "
                 "jaxlm.register_family"
             )
-        point = _entry_points()[name]
+        entry_point = _entry_points()[name]
         try:
-            register_family(name, point.load())
+            register_family(name, entry_point.load())
         except Exception as error:  # any error in the code of another package
             raise ImportError(
-                f"family {name!r} ({point.value}) of an installed package cannot be loaded: {error}"
+                f"family {name!r} ({entry_point.value}) of an installed package cannot be loaded: {error}"
             ) from error
     return _registered[name]
 

@@ -53,7 +53,8 @@ class Config(common.ModelConfig):
     shortcut: bool = False
     """Add a block's input to its output, as in a ResNet; the input is projected if the number of channels changes."""
     downsample: Downsample = "max_pool"
-    """How to halve the length: max_pool (window 3, stride 2), k_max_pool (larger half) or convolution (stride 2)."""
+    """How to halve the length: max_pool (window 3, stride 2), k_max_pool (keep the larger half of the entries of each
+    channel) or convolution (stride 2)."""
     k_max: int = 8
     """Number of largest entries of each channel that the last pooling keeps."""
     fc_dim: int = 2048

@@ -46,8 +46,8 @@ class Config(common.ModelConfig):
     embed_dim: int = 280
     """Width of the token embeddings."""
     blocks: tuple[Block, ...] = _wikitext_103_blocks()
-    """Channels, kernel size and residual of each block (``Block``). For example, residual 3 in the last of the three
-    blocks of a bottleneck adds the input of the first block."""
+    """Channels, kernel size and residual of each block (``Block``). For example, a bottleneck has three blocks, and
+    residual 3 in its last block adds the input of its first block."""
     dropout: float = 0.1
     """Dropout rate on embeddings and block inputs; the scale of the initial weights depends on this rate."""
     task: Task = "causal"

@@ -2,7 +2,8 @@
 
 The encoder is the same as in :mod:`jaxlm.models.bert`, with these differences. By default, there is one token type, and
 epsilon is 1e-5. The first token of a document uses row 2 of the position table, and rows 0 and 1 are unused, because
-the authors counted positions from the padding id, 1. The classifier has its own dense layer instead of the pooler.
+the authors number positions from the padding id (1) plus 1. The classifier has its own dense layer instead of the
+pooler.
 
 Shapes: as in ``bert``.
 """

@@ -8,7 +8,7 @@ values of the first block (value residual). The size of the state does not depen
 Names in this module, with the symbols of the paper and of published files: receptance (r, the query), decay (w), rate
 (a, the in-context learning rate), removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
 
-Shapes: B batch, T time, D model width, H heads, K width of a head, V vocabulary.
+Shapes: B batch, T time, D model width, H heads, K width of a head, F hidden width of the channel mix, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Config(common.LayeredConfig):
     head_dim: int = 64
     """Width of a head of the time mix. There are embed_dim / head_dim heads."""
     decay_rank: int = 64
-    """Rank of the matrix that computes the decays."""
+    """Rank of the two matrices that compute the decays."""
     rate_rank: int = 64
-    """Rank of the matrix that computes the in-context learning rates."""
+    """Rank of the two matrices that compute the in-context learning rates."""
     value_rank: int = 32
-    """Rank of the matrix that computes the weights of the value residual."""
+    """Rank of the two matrices that compute the weights of the value residual."""
     gate_rank: int = 128
-    """Rank of the matrix that computes the output gates of the time mix."""
+    """Rank of the two matrices that compute the output gates of the time mix."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     group_norm_epsilon: float = 64e-5
@@ -220,7 +220,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
-    D, M, K, stddev = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, cfg.embed_dim**-0.5
+    D, F, K, stddev = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, cfg.embed_dim**-0.5
     shape, axes = (D // K, K), ("heads", "kv")
     ratio_0_to_1 = layer / max(cfg.num_layers - 1, 1)
     ratio_1_to_0 = 1.0 - layer / cfg.num_layers  # 1 / num_layers in the last layer, as in the authors' code
@@ -258,8 +258,8 @@ def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:
         time_mix["value_residual"] = low_rank(cfg.value_rank, Ramp(0.93, -0.4))
     channel_mix = {
         "shift": {"key": shift(ratio_1_to_0**4)},
-        "key": linear_specs((D, M), ("embed", "mlp"), Normal(max(D, M) ** -0.5), bias=False),
-        "value": linear_specs((M, D), ("mlp", "embed"), ZEROS, bias=False),
+        "key": linear_specs((D, F), ("embed", "mlp"), Normal(max(D, F) ** -0.5), bias=False),
+        "value": linear_specs((F, D), ("mlp", "embed"), ZEROS, bias=False),
     }
     norms = {"time_mix_norm": layer_norm_specs(D), "channel_mix_norm": layer_norm_specs(D)}
     return {**norms, "time_mix": time_mix, "channel_mix": channel_mix}

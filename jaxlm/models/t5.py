@@ -69,11 +69,11 @@ class Config(common.TransformerConfig):
     max_distance: int = 128
     """All distances of at least this length share a bucket (in the encoder, one bucket for each direction)."""
     bias_per_layer: bool = False
-    """Whether every layer has its own table of position biases (umT5). False: one table for each of the two stacks."""
+    """Whether each layer has its own table of position biases (umT5). False: encoder and decoder have a table each."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, outputs of sublayers and stacks."""
+    """Dropout rate on embeddings, attention probabilities, MLP hidden layers, outputs of sublayers and final norms."""
     decoder_start_id: int = 0
     """Id of the first input of the decoder, before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
@@ -140,7 +140,7 @@ def apply(
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Several rows may share a source.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position in the document; without a state, this counts padding inside.
+        positions: [B, T] int32. Default: the position in the document. Without a state, padding inside it is counted.
         key: random key for dropout; None: no dropout.
 
     Raises:

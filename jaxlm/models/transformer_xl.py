@@ -141,23 +141,23 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
-        context, new = x, None
+        context, new_inputs = x, None
         if layer_memory is not None:
             context = jnp.concatenate([jax.lax.stop_gradient(layer_memory["hidden"]), x], axis=1)
-            new = {"hidden": x}
+            new_inputs = {"hidden": x}
         biases = params if not cfg.untie_relative else weights["attention"]
         x = _attention(cfg, weights, biases, x, context, r_SD, memory_context.mask, layer_key)
         x = constrain(x, ("batch", "seq", "activation_embed"))
-        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
+        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new_inputs
 
     memories = None if state is None else state["layers"]
-    x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
+    x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
     x = dropout(x, cfg.dropout, fold_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
     return x, None if state is None else {
         **state,
-        "layers": memory.append_layers(memories, new, memory_context.kept_indices),
+        "layers": memory.append_layers(memories, new_inputs, memory_context.kept_indices),
     }
 
 
@@ -165,7 +165,7 @@ def _attention(
     cfg: Config, weights: Params, biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
     mask: Any, key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """The residual sum of ``x`` and its attention to ``context`` [B, S, D], whose last T entries are ``x``."""
+    """The output of the attention sublayer, [B, T, D]. Keys come from ``context`` [B, S, D], which ends with ``x``."""
     attention_weights, norm, T, S = weights["attention"], weights["attention_norm"], x.shape[1], context.shape[1]
     if cfg.pre_norm:
         context = layer_norm(norm, context, cfg.norm_epsilon)
@@ -195,7 +195,7 @@ def _attention(
 
 
 def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """The residual sum of ``x`` and the MLP."""
+    """The output of the MLP sublayer, [B, T, D]."""
     mlp, norm = weights["mlp"], weights["mlp_norm"]
     hidden = jax.nn.relu(linear(mlp["up"], layer_norm(norm, x, cfg.norm_epsilon) if cfg.pre_norm else x))
     hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp"))
@@ -206,8 +206,8 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The outputs of the task's head, float32: log-probabilities of the next token [B, T, V], or label logits.
 
-    The log-probabilities are normalised. Label logits are described in ``heads.head_logits``; for classification,
-    ``hidden`` comes from :func:`pool`.
+    The log-probabilities are normalised. For label logits, see ``heads.head_logits``; ``hidden`` then comes from
+    :func:`pool`.
 
     Raises:
         ValueError: the task is none, so there is no head.
@@ -278,7 +278,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The specs of the rolling memory of the last ``length`` tokens of ``batch`` rows; older tokens are dropped.
+    """The specs of a memory for the last ``length`` tokens of each of ``batch`` rows. The memory drops older tokens.
 
     To train on consecutive segments, use ``cfg.memory_length``. If the memory is long enough for all tokens, several
     calls give the same results as one call. With ``same_length``, ``cfg.memory_length`` slots are always enough, so the

@@ -3,8 +3,9 @@
 A causal model with pre-norm blocks: a recurrent layer, then a gated MLP. The recurrent layer is an mLSTM, whose state
 is a matrix per head, or an sLSTM, in which each head reads its own previous output. ``Config.pattern`` gives the order
 of the two kinds. The blocks of both kinds are as in xLSTM 7B. The mLSTM is also as in xLSTM 7B: it has no convolution
-and no projection to a larger width, and its gates are soft-capped. The sLSTM is as in the first paper: its input and
-forget gates read the output of a convolution, its matrices are block diagonal, and it has a norm per head.
+and no projection to a larger width, and its input and forget gates are soft-capped. The sLSTM is as in the first paper:
+its input and forget gates read the output of a convolution, its matrices are block diagonal, and it has a norm per
+head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
 P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix).

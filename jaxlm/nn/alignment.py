@@ -84,10 +84,10 @@ def align(
         query_BQ: the decoder's state, in the compute dtype.
         keys_BSA: from :func:`alignment_keys`.
         keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
-        window: D of local-p attention (Luong et al. 2015, eq. 9 and 10); None: no local attention. The parameters must
-            have the specs with ``local=True``. The query predicts a source position p, which counts only positions that
-            are not masked. Only positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian
-            around p with standard deviation D / 2, so the weights of a row no longer sum to 1.
+        window: D of local-p attention (Luong et al. 2015, eq. 9 and 10), which needs parameters with the specs of
+            ``local=True``. The query predicts a source position p, which counts only positions that are not masked.
+            Only positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian around p with
+            standard deviation D / 2, so the weights of a row no longer sum to 1. None: no local attention.
 
     Raises:
         ValueError: ``window`` is below 1.

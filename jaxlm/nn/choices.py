@@ -36,14 +36,15 @@ def _is_single_cpu() -> bool:
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
-"""Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn`` on several devices, on accelerators
-and with biases (``pallas`` with biases: ``MIN_BIASED_PALLAS_QUERIES``): with fewer, ``reference`` is faster. The value
-must be at most 1024, because jaxlm guarantees O(T) memory for T >= 1024."""
+"""Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn``. With fewer queries, ``reference``
+is faster. Two cases have another minimum: a single CPU device without biases (``MIN_BLOCKWISE_QUERIES_CPU``), and
+``pallas`` with biases (``MIN_BIASED_PALLAS_QUERIES``). The value must be at most 1024, because jaxlm guarantees O(T)
+memory for T >= 1024."""
 MIN_BLOCKWISE_QUERIES_CPU = 128
 """Minimum number of queries for ``blockwise`` on one CPU device, without biases.
 
 CPU time in ms, ``reference`` and ``blockwise`` (16,384 queries, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib
-0.10.2, median of 7). In the rows "both", it is the time of the forward and the backward pass:
+0.10.2, median of 7). The rows "both" are the forward and the backward pass together:
 
     queries per row          64            128           256
     forward, 1 core     13.0    8.5    26.4   11.2   55.2   17.2
@@ -58,7 +59,7 @@ MAX_WHOLE_ROW_KEYS = 1024
 """Maximum number of keys for which ``pallas``, which computes whole rows of scores, is faster than ``splash`` (TPU
 compiler's estimate). With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
 MAX_DECODE_QUERIES = 8
-"""Maximum number of queries for ``decode``."""
+"""Maximum number of queries for which ``decode`` is chosen."""
 MIN_DECODE_SLOTS = 128
 """``decode`` reads at least this number of cache slots (all slots if there are fewer). It compiles several branches,
 each of which reads about twice as many slots as the branch before it."""
@@ -83,8 +84,8 @@ def attention(
     platform = sharding.platform()
     if biases and queries >= MIN_BIASED_PALLAS_QUERIES and platform == "tpu" and reasons["pallas"] is None:
         return "pallas"
-    few_queries = MIN_BLOCKWISE_QUERIES_CPU if _is_single_cpu() and not biases else MIN_BLOCKWISE_QUERIES
-    if queries < few_queries or dense_bias:
+    min_queries = MIN_BLOCKWISE_QUERIES_CPU if _is_single_cpu() and not biases else MIN_BLOCKWISE_QUERIES
+    if queries < min_queries or dense_bias:
         return "reference"
     kernels: tuple[AttentionImplementation, ...] = ("splash", "pallas")
     for name in (*(kernels if keys > MAX_WHOLE_ROW_KEYS else kernels[::-1]), "cudnn"):
@@ -137,8 +138,8 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
     """Whether attending to the cached inputs directly is cheaper than projecting keys and values.
 
     Absorbed attention (``jaxlm.nn.attention.memory``) computes scores, the weighted mean and the bias of relative
-    positions, with ``B T S H D`` multiplications each. Without it, the layer projects keys, values and the embeddings
-    of relative positions, with about ``B S D H K`` multiplications each.
+    positions, with ``B T S H D`` multiplications each. Otherwise, the layer projects keys, values and the embeddings of
+    relative positions, with about ``B S D H K`` multiplications each.
 
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.
@@ -173,8 +174,13 @@ CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Ze
 
 
 def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "pallas"]:
-    """The implementation of an LSTM or GRU layer. ``unsupported``: why ``pallas`` does not support the arguments, or
-    None."""
+    """The implementation of an LSTM or GRU layer.
+
+    It is ``pallas`` on a TPU if ``pallas`` supports the arguments and ``remat`` is False; otherwise ``chunked``.
+
+    Args:
+        unsupported: why ``pallas`` does not support the arguments; None if it supports them.
+    """
     use_pallas = sharding.platform() == "tpu" and unsupported is None and not remat
     return "pallas" if use_pallas else "chunked"
 
@@ -263,8 +269,8 @@ def generalized_delta_rule_chunk() -> int:
 
 
 def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:
-    """The implementation of ``depthwise_convolution``: ``shifts`` on a CPU and with segments, which only ``shifts``
-    supports; otherwise ``reference``."""
+    """The implementation of ``depthwise_convolution``: ``shifts`` on a CPU or if there are segments, which only
+    ``shifts`` supports; otherwise ``reference``."""
     return "shifts" if sharding.platform() == "cpu" or segment_ids is not None else "reference"
 
 
@@ -360,7 +366,8 @@ ms of four products with tables of 10,000 x 650, two cores of an AMD EPYC (Zen 4
     (table @ hidden.T).T     6.4    8.0    9.7   12.9   20.8   39.4
 """
 MAX_FUSED_VECTOR_BYTES = 2**14
-"""Size of the vector from which XLA no longer fuses the transpose of a table into the product of both on a CPU."""
+"""On a CPU, XLA fuses the transpose of a table into the product of the table and a vector if the vector has fewer bytes
+than this number."""
 
 
 def table_first(rows: int, width: int) -> bool:
@@ -376,9 +383,9 @@ def table_first(rows: int, width: int) -> bool:
 def separate_logits(rows: int) -> bool:
     """Whether the logits of a few rows are computed separately from the operations that follow.
 
-    On a CPU, XLA merges these operations into the product. If a bias is added to the logits of one row, it then
+    On a CPU, XLA merges these operations into the product. If a bias is added to the logits of one row, XLA then
     transposes the whole table first: the four products of ``MAX_FEW_ROWS`` take 46 ms instead of 4.5. If the logits are
-    split, it copies the parts of the table.
+    split, XLA copies the parts of the table.
     """
     return _is_single_cpu() and rows <= MAX_FEW_ROWS
 

@@ -19,9 +19,9 @@ class custom_vjp:
     ``jax.custom_vjp``. Here, all arguments are first cast to vary over the same axes, outside of the rule. The gradient
     of this cast is the sum.
 
-    Under a mesh with Explicit axes, the backward rule runs with Auto axes, so the compiler chooses the shardings in it.
-    Then each gradient gets the sharding of its argument. Otherwise, JAX would need the sharding of the result of each
-    matmul that sums over a sharded axis.
+    With Explicit axes, JAX needs to be told the sharding of the result of each matmul that sums over a sharded axis. So
+    the backward rule runs with Auto axes, for which the compiler chooses the shardings. Then each gradient gets the
+    sharding of its argument.
 
     Args:
         nondiff_argnums: as in ``jax.custom_vjp``.
@@ -56,7 +56,7 @@ def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> C
         *nondiff, saved, cotangent = rule_arguments
 
         def gradients(saved: Any, cotangent: Any) -> Any:
-            # The tree of a gradient must be the tree of its shardings, also if the gradient is None.
+            # The tree of a gradient must be the tree of its shardings, even if the gradient is None.
             return tuple(
                 jax.tree.map(lambda _: None, tree) if gradient is None else gradient
                 for gradient, tree in zip(backward(*nondiff, saved, cotangent), shardings, strict=True)
@@ -68,7 +68,7 @@ def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> C
 
 
 def vary_equally(tree: Any) -> Any:
-    """The arrays of ``tree``, each cast to vary over all mesh axes over which one of them varies."""
+    """The arrays of ``tree``, each cast to vary over all mesh axes over which any of these arrays varies."""
     axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(tree)))
 
     def cast(x: Any) -> Any:

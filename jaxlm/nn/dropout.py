@@ -32,7 +32,7 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """A boolean array of ``shape`` that is True with probability ``1 - rate``, rounded to a multiple of 2^-16.
 
     For one-dimensional masks with the same key, a longer mask starts with the shorter mask. Attention over blocks of
-    keys relies on this. It does not hold with ``jax_threefry_partitionable=False``, which is not JAX's default.
+    keys relies on this property, which does not hold with ``jax_threefry_partitionable=False`` (not JAX's default).
     """
     *batch, length = shape
     words = jax.random.bits(key, (*batch, -(-length * _BITS // 32)), jnp.uint32)

@@ -27,9 +27,10 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centred = x32 - mean
     if jnp.finfo(x.dtype).bits < 32:
-        # Compute both sums in one pass, which a TPU fuses with the computation of x. The error by cancellation is
-        # smaller than that of rounding x to half precision, unless the mean is thousands of standard deviations. In
-        # that case, the rounding of x to half precision has already removed its deviations from the mean.
+        # Compute the sums of x and x**2 in one pass, which a TPU fuses with the computation of x. The error by
+        # cancellation is smaller than that of rounding x to half precision, unless the mean is thousands of standard
+        # deviations. In that case, the rounding of x to half precision has already removed its deviations from the
+        # mean.
         variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)

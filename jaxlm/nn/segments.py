@@ -50,10 +50,10 @@ def segment_boundaries(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
-    The last segment is that of the real token that is read last. In a row without real tokens, it is that of the
-    previous call, or 0. ``reset_BT`` is True at the first token of a document that follows another document.
-    ``keep_BT`` is True at real tokens. A document continues after padding. It also continues in the next call if that
-    call gets the last segment.
+    The last segment is the segment of the real token that is read last. In a row without real tokens, it is the last
+    segment of the previous call, or 0. ``reset_BT`` is True at the first token of a document that follows another
+    document. ``keep_BT`` is True at real tokens. A document continues after padding. It also continues in the next call
+    if that call gets the last segment.
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
@@ -85,7 +85,7 @@ def segment_boundaries(
 def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
     """The number of the document of each token, 1, 2, ... in each row, and 0 at padding; int32.
 
-    As in :func:`segment_boundaries`, a change of the segment id starts a document, also if the id occurred before.
+    As in :func:`segment_boundaries`, a change of the segment id starts a document, even if the id occurred before.
 
     Example:
         >>> document_numbers(jnp.array([[3, 3, 0, 3, 1, 3]])).tolist()

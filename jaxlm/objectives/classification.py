@@ -71,7 +71,7 @@ def problem_type(model: Model) -> str | None:
 
 
 def check_problem_type(model: Model) -> None:
-    """Raise ``ValueError`` if the files of the model say that a text may have several labels, or scores.
+    """Raise ``ValueError`` if the files of the model say that a text may have several labels, or scores as labels.
 
     ``save_pretrained`` keeps ``problem_type``, so programs that load the model would not apply softmax.
     """

@@ -146,7 +146,8 @@ def _word_indices(is_special: np.ndarray, segment_ids: np.ndarray | None, word_i
 
 
 def _select_words(is_special: np.ndarray, words: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask of words, drawn in random order, [B, T] bool. Words that would exceed ``limit`` tokens are skipped."""
+    """Which tokens are selected, [B, T] bool. Words are drawn in random order; a word that would exceed ``limit``
+    tokens in its row is skipped."""
     selected = np.zeros(is_special.shape, bool)
     for row, (row_special, row_words) in enumerate(zip(is_special, words, strict=True)):
         sizes, remaining = np.bincount(row_words, ~row_special).astype(int), limit

@@ -2,9 +2,9 @@
 
     fits or not · bytes per device · FLOPs · collectives · estimated step time and MFU · the most expensive operations
 
-The step does not run. The time is the sum of the compiler's cycle estimates for the operations of the schedule
-(``hlo``) and of the cycles of Pallas kernels (``kernels``), divided by the clock rate. It does not include the
-communication between devices, for which a plan gives a lower bound.
+The step does not run. The estimated time is a number of cycles, divided by the clock rate. The cycles are the
+compiler's estimates for the operations of the schedule (``hlo``), plus the cycles of Pallas kernels (``kernels``). The
+time does not include the communication between devices, for which a plan gives a lower bound.
 """
 
 from jaxlm.plan.planning import Plan, plan

@@ -60,7 +60,7 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     row_text, row_count = (" + 6*P*rows", f", P = {row_weights:,} after the pooling") if row_weights else ("", "")
     return Flops(
         6.0 * weights * tokens + attention + 6.0 * row_weights * batch,
-        f"6*N*tokens{row_text} + {attention_text}, N = {weights:,} {_what(model)}{row_count}; "
+        f"6*N*tokens{row_text} + {attention_text}, N = {weights:,} {_weights_text(model)}{row_count}; "
         "recomputation is not counted",
     )
 
@@ -78,11 +78,11 @@ def decoding_flops(model: Model, batch: int) -> Flops:
     weights = active_matmul_parameters(model, decoding=True)
     return Flops(
         2.0 * weights * batch,
-        f"2*N*rows, N = {weights:,} {_what(model, decoding=True)}; attention to the cache is not counted",
+        f"2*N*rows, N = {weights:,} {_weights_text(model, decoding=True)}; attention to the cache is not counted",
     )
 
 
-def _what(model: Model, *, decoding: bool = False) -> str:
+def _weights_text(model: Model, *, decoding: bool = False) -> str:
     """A text that describes N, the number of parameters that :func:`active_matmul_parameters` counts."""
     if active_fraction_of_experts(model) == 1.0:
         return "parameters in matmuls"
@@ -130,8 +130,9 @@ def active_fraction_of_experts(model: Model) -> float:
 def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = None) -> Flops:
     """FLOPs of a training step, three times the counted FLOPs of its loss.
 
-    The backward pass has two products for each product of the forward pass. It is not counted itself, because chunked
-    scans recompute their chunks there. For the same reason, the loss is counted with :func:`without_recomputation`.
+    The backward pass has two products for each product of the forward pass. The operations of the backward pass itself
+    are not counted, because they include recomputation, such as the chunks of a chunked scan. For the same reason, the
+    loss is counted with :func:`without_recomputation`.
 
     Args:
         batch: a batch of arrays or of ``jax.ShapeDtypeStruct``.

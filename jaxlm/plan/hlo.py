@@ -343,16 +343,16 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
     """Add the operations of a computation to ``total``. The computation runs ``times`` times."""
     computation = program.computations[name]
     channels: set[str] = set()
-    for i in computation:
-        if i.opcode == "while":
-            trips = trip_count(program, computation, i)
+    for instruction in computation:
+        if instruction.opcode == "while":
+            trips = trip_count(program, computation, instruction)
             if trips is None:
-                total.unknown_loops.append(i.op_name)
-            for called in i.called("body", "condition"):
+                total.unknown_loops.append(instruction.op_name)
+            for called in instruction.called("body", "condition"):
                 _add_computation(program, called, times * (1 if trips is None else trips), total)
-        elif i.opcode == "conditional":
+        elif instruction.opcode == "conditional":
             branches = []
-            for branch in i.called("branch_computations", "true_computation", "false_computation"):
+            for branch in instruction.called("branch_computations", "true_computation", "false_computation"):
                 branch_costs = Costs([], [], [])
                 _add_computation(program, branch, times, branch_costs)
                 branches.append(branch_costs)
@@ -360,16 +360,16 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
             total.operations.extend(most_expensive.operations)
             total.collectives.extend(most_expensive.collectives)
             total.unknown_loops.extend(most_expensive.unknown_loops)
-        elif i.opcode in ("call", "async-start"):
-            for called in i.called("to_apply", "calls"):
+        elif instruction.opcode in ("call", "async-start"):
+            for called in instruction.called("to_apply", "calls"):
                 _add_computation(program, called, times, total)
-        elif i.opcode == "fusion":
-            _add_fused_collectives(program, i, times, channels, total)
-        kind = i.opcode.removesuffix("-start")
+        elif instruction.opcode == "fusion":
+            _add_fused_collectives(program, instruction, times, channels, total)
+        kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            total.collectives.append(_collective(computation, i, kind, times))
-        if i.cycles is not None or i.is_kernel:
-            total.operations.append(Operation(i, name, times))
+            total.collectives.append(_collective(computation, instruction, kind, times))
+        if instruction.cycles is not None or instruction.is_kernel:
+            total.operations.append(Operation(instruction, name, times))
 
 
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
@@ -383,27 +383,27 @@ def _add_fused_collectives(program: Program, fusion: Instruction, times: int, ch
     """
     for name in fusion.called("calls"):
         computation = program.computations[name]
-        for i in computation:
-            kind = i.opcode.removesuffix("-start")
-            if i.opcode == "fusion":
-                _add_fused_collectives(program, i, times, channels, total)
+        for instruction in computation:
+            kind = instruction.opcode.removesuffix("-start")
+            if instruction.opcode == "fusion":
+                _add_fused_collectives(program, instruction, times, channels, total)
             if kind not in COLLECTIVES:
                 continue
-            channel = _CHANNEL.search(i.attribute_text)
+            channel = _CHANNEL.search(instruction.attribute_text)
             if channel is not None and channel[1] in channels:
                 continue
             if channel is not None:
                 channels.add(channel[1])
             kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in name else kind
-            total.collectives.append(_collective(computation, i, kind, times))
+            total.collectives.append(_collective(computation, instruction, kind, times))
 
 
-def _collective(computation: list[Instruction], i: Instruction, kind: str, times: int) -> Collective:
-    operands = sum(shape_bytes(other.shape) for other in computation if other.name in i.operands)
-    result = shape_bytes(i.shape)
-    if i.opcode.endswith("-start") and i.shape.startswith("("):
+def _collective(computation: list[Instruction], instruction: Instruction, kind: str, times: int) -> Collective:
+    operands = sum(shape_bytes(other.shape) for other in computation if other.name in instruction.operands)
+    result = shape_bytes(instruction.shape)
+    if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
         result = max(result - operands, 0)  # the result of a ``-start`` is a tuple of its operands and its result
-    return Collective(kind, max(operands, result), times, _group_size(i.attribute_text), i.op_name)
+    return Collective(kind, max(operands, result), times, _group_size(instruction.attribute_text), instruction.op_name)
 
 
 def _group_size(attribute_text: str) -> int | None:

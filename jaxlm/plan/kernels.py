@@ -2,8 +2,8 @@
 
 The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle, plus the time for which it waits. The
 body of the loop over the grid contains all bundles that one grid step may execute. The dump marks predicated bundles
-(``pl.when``) with ``PF`` but does not say how often they run. So for a kernel without inner loops, bundles times grid
-steps is an upper bound of the cycles, if the time that bundles wait for memory is not counted.
+(``pl.when``) with ``PF`` but does not say how often they run. So for a kernel without inner loops, the product of
+bundles and grid steps is an upper bound of the cycles, apart from the cycles in which bundles wait for memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Schedule:
 
 
 def dump_schedules() -> None:
-    """Set the libtpu flags that dump the schedules. Call it before libtpu is loaded.
+    """Set the libtpu flags that dump the schedules. Call this function before libtpu is loaded.
 
     The files are deleted when the process ends. If ``LIBTPU_INIT_ARGS`` already names a directory for dumps, nothing
     changes.

@@ -65,7 +65,7 @@ def bytes_read_by_a_token(model: Model, params: Params) -> float:
     selects.
 
     Args:
-        params: a tree of ``jax.ShapeDtypeStruct`` with shardings, for :attr:`Model.specs`.
+        params: a tree of ``jax.ShapeDtypeStruct`` with shardings, with the structure of :attr:`Model.specs`.
     """
     fraction, leaves = flops_lib.active_fraction_of_experts(model), spec.flatten(params)
     return sum(

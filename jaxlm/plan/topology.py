@@ -83,7 +83,7 @@ def get_topology(name: str) -> Topology:
     if not colon or not shape or kind not in (*TPUS, *GPUS):
         raise ValueError(f"no topology is called {name!r}: known are {known()}")
     if kind in GPUS:
-        return _gpu(name, kind, shape)
+        return _gpu_topology(name, kind, shape)
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(
             f"topology {name!r}: a {kind} has a shape such as {TPUS[kind].partition(',')[0]}, not {shape!r}"
@@ -91,20 +91,20 @@ def get_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install('tpu')}")
     prepare()
-    return Topology(name, _describe(name, "tpu", topology_name=name), by_name(kind))
+    return Topology(name, _devices_of(name, "tpu", topology_name=name), by_name(kind))
 
 
-def _gpu(name: str, kind: str, shape: str) -> Topology:
+def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
     if not shape.isdigit() or int(shape) < 1:
         raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
-    return Topology(name, _describe(name, "cuda", **config), by_name(kind))
+    return Topology(name, _devices_of(name, "cuda", **config), by_name(kind))
 
 
-def _describe(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:
+def _devices_of(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     try:

@@ -109,8 +109,8 @@ def attention_maps(
     if empty:
         raise ValueError(f"text {empty[0]} is {texts[empty[0]]!r}, which has no tokens: pass at least one character")
     tokens, segment_ids = _padded_tokens(encoded)
-    inputs_of = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
-    columns = [_token_texts(tokenizer, inputs, encoding) for inputs, encoding in zip(inputs_of, encoded, strict=True)]
+    inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
+    columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
     if outputs is None:
         types = {}
         if model.reads_token_types:
@@ -125,8 +125,8 @@ def attention_maps(
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
         decoder_ids, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
-        inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
-        weights, kind = model.attention_weights(params, decoder_ids, **inputs), "cross"
+        decoder_inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
+        weights, kind = model.attention_weights(params, decoder_ids, **decoder_inputs), "cross"
     layers = np.stack([np.asarray(layer) for layer in weights[kind]])  # [L, B, H, T, S]
     maps = []
     for n, column_names in enumerate(columns):

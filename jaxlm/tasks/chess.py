@@ -83,8 +83,8 @@ def next_move_accuracy(
 
     Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
     wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
-    The confidence intervals are percentile bootstrap intervals over games. If a score is 0 or 1, its
-    interval is instead the Wilson interval of a proportion with one trial per game.
+    The confidence intervals are percentile bootstrap intervals over games. If a score is 0 or 1, its interval is
+    instead the Wilson interval of a proportion with one trial per game.
 
     An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the
     number of moves per game.
@@ -184,7 +184,7 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """The positions before the moves of ``games`` in which the player to move can give checkmate, in order.
+    """The positions of ``games`` in which the player to move can give checkmate, in order.
 
     Each position is returned as the line of moves that leads to it. The position after the last move of a game is not
     searched. About one in a hundred master games has such a position. The search takes about 14 ms per game.

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 MAX_OPENING_MOVES = 200
-"""Maximum number of random moves at the beginning of a game. An opening that ends the game is drawn again. Of 400 games
-with random moves, 87 % had more than 200 moves, 35 % more than 400, and 3 % more than 600."""
+"""Maximum number of random moves at the beginning of a game. If an opening ends the game, another opening
+replaces it. Of 400 games with random moves, 87 % had more than 200 moves, 35 % more than 400, and 3 % more than 600."""
 
 
 class Player(Protocol):
     """The interface of a player. A player selects moves for several boards in one call.
 
     Attributes:
-        max_moves: maximum number of earlier moves on a board for which the player selects a move. None: no limit.
+        max_moves: the player selects a move only on boards with at most this number of earlier moves. None: no limit.
     """
 
     @property
@@ -111,9 +111,9 @@ class MaterialPlayer:
     The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
     the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and the gain of a promotion, minus the largest
     loss that the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected,
-    its value minus that of the least valuable attacker. Smaller terms of the score favour moves that leave the opponent
-    few replies, and advanced pawns. Moves that draw by stalemate or repeat a position have the lowest scores. The
-    player makes no random choices.
+    its value minus that of the least valuable attacker. Smaller terms of the score favour pawn moves that end near
+    promotion, and moves that leave the opponent few replies. Moves that draw by stalemate or repeat a position have the
+    lowest scores. The player makes no random choices.
     """
 
     max_moves = None
@@ -250,7 +250,7 @@ def opponents(
         engine: number of games against Stockfish at skill level 0; 0: no match. There is also no match if Stockfish is
             not installed or does not start.
         opening_moves: number of random moves at the beginning of each game against Stockfish.
-        report: a function, for example one that prints, that gets a message if there is no match against Stockfish.
+        report: a function, for example ``print``. It gets a message if Stockfish is not installed or does not start.
     """
     if random:
         yield "random moves", RandomPlayer(), random, 0
@@ -288,14 +288,14 @@ def play_match(
 ) -> MatchResult:
     """The result of a match of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
 
-    All games are played in parallel: a player gets all boards on which it is its turn in one call. A game ends with
-    checkmate, stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or pawn
-    move, or an illegal move. A game with ``max_moves`` moves ends as a draw.
+    All games are played in parallel: each call of ``choose`` gets all boards on which the player must move. A game ends
+    with checkmate, stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or
+    pawn move, or an illegal move. A game with ``max_moves`` moves ends as a draw.
 
     Args:
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
             Without random openings, deterministic players repeat the same game. At most :data:`MAX_OPENING_MOVES`.
-        seed: seed of all random choices, except those of an engine (an argument of ``np.random.default_rng``).
+        seed: an argument of ``np.random.default_rng``: the seed of all random choices except those of an engine.
 
     Raises:
         ValueError: ``games`` or ``max_moves`` is below 1; :func:`check_opening_moves` does not accept
@@ -428,7 +428,7 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 continue
             loss = _PIECE_VALUES[piece_type]
             if board.is_attacked_by(color, square):
-                # A king cannot capture a protected piece. So replace the king's value 0, such that the loss is 0.
+                # A king cannot capture a protected piece. So replace the king's value 0, so that the loss is 0.
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest

@@ -92,7 +92,7 @@ def next_move_probabilities(
     legal_only: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """The probability of each next token after each game, float32 [B, V].
+    """The probabilities of the next token after each game, float32 [B, V].
 
     Args:
         games_so_far: one line of moves per game, in the tokenizer's notation. An empty line is the initial position.
@@ -344,22 +344,22 @@ def _read_moves(
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "begin_id", "sharding"))
+@functools.partial(jax.jit, static_argnames=("model", "start_id", "sharding"))
 def _last_logits(
     model: Model,
     params: Params,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     *,
-    begin_id: int | None,
-    sharding: Sharding | None,  # only a jit cache key: `constrain` reads the active sharding
+    start_id: int | None,
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> jax.Array:
     """The logits [B, V] of the token that follows each row."""
     if model.reads_source:
         state = model.init_decode_state(params, tokens_BT, 1, segment_ids=segment_ids_BT)
-        assert begin_id is not None
-        begin_B1 = jnp.full((tokens_BT.shape[0], 1), begin_id, jnp.int32)
-        hidden_B1D, _ = model.apply(params, begin_B1, state=state)
+        assert start_id is not None
+        start_B1 = jnp.full((tokens_BT.shape[0], 1), start_id, jnp.int32)
+        hidden_B1D, _ = model.apply(params, start_B1, state=state)
         return model.logits(params, hidden_B1D)[:, 0]
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT)
     return model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
@@ -374,13 +374,13 @@ def next_logits(
         ValueError: a row has more tokens than the model has positions, or the logits are NaN.
     """
     check_lengths(model, rows)
-    begin_id = decoder_start_id(model, tokenizer) if model.reads_source else None
+    start_id = decoder_start_id(model, tokenizer) if model.reads_source else None
     for first in range(0, len(rows), batch_size):
         batch_rows = rows[first : first + batch_size]
         batch = min(batch_size, 1 << (len(batch_rows) - 1).bit_length())
         tokens, segment_ids = pad_games(batch_rows, batch, padded_length(model, batch_rows))
         logits = _last_logits(
-            model, params, tokens, segment_ids, begin_id=begin_id, sharding=active()
+            model, params, tokens, segment_ids, start_id=start_id, sharding=active()
         )  # fmt: skip
         yield _check_not_nan(np.asarray(logits)[: len(batch_rows), : tokenizer.vocab_size])
 

@@ -50,8 +50,8 @@ def game_batches(
         games: one line of moves per game, in the tokenizer's notation.
         length: number of tokens of a row. The rest of a longer game is dropped, because a model cannot know the board
             position at which the rest begins. For an encoder-decoder: maximum number of tokens of a source.
-        positions_per_game: for an encoder-decoder, number of positions of each game, drawn uniformly with
-            replacement.
+        positions_per_game: for an encoder-decoder, number of positions at which each game is cut. They are drawn
+            uniformly with replacement.
         target_length: maximum number of tokens of a target.
         seed: seed of the order of the data and of the positions.
 
@@ -136,7 +136,8 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
 def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
     """Yield boards of the first won, drawn and lost game of a match for the report.
 
-    Each game has the board after the first player's most valuable capture (if there is one), and the last board.
+    Each of these games gives the board after the first player's most valuable capture (if there is one), and the last
+    board.
 
     Args:
         name: name of the opponent, for the titles.
@@ -157,7 +158,9 @@ def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number (from 1) of a player's most valuable capture, the first of equal ones. None: there is no capture.
+    """The number (from 1) of the move that is a player's most valuable capture. None: there is no capture.
+
+    Of captures with equal value, the first is returned.
 
     Args:
         first: index of the player's first move, 0 for white and 1 for black.
@@ -190,7 +193,7 @@ def write_test(
     attention have no map.
 
     Raises:
-        ValueError: there are no games, or one of the first games has no moves.
+        ValueError: there are no games, or one of the first 20 games has no moves.
     """
     write_samples(run, move_samples(model, params, tokenizer, games))
     words, limit = games[0].split(), model.max_positions

@@ -92,7 +92,7 @@ def batches(
 def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
     """The label probabilities of N encoded examples, float32 [N, labels].
 
-    They are those of :func:`jaxlm.tasks.predict.classify`.
+    The probabilities are the same as from :func:`jaxlm.tasks.predict.classify`.
 
     Raises:
         ValueError: the outputs of the model are regression scores, as in ``classify``.
@@ -160,8 +160,8 @@ def convolution_fields(
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
     The inputs of these families have a fixed length: the length of the longest input, but at least 32 tokens. For
-    resnet, it is rounded up to a multiple of 8. ``pools`` is set only for an alexnet with one convolution: its max
-    pooling covers the whole text, as in the model of Kim (2014). There, the length is at least the kernel size.
+    resnet, the length is rounded up to a multiple of 8. ``pools`` is set only for an alexnet with one convolution: its
+    max pooling covers the whole text, as in the model of Kim (2014), and the inputs are at least as long as the kernel.
 
     Args:
         max_length: maximum number of tokens, to which the caller truncates longer inputs; None: no truncation.

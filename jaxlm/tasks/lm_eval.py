@@ -67,9 +67,9 @@ class HarnessModel(LM):
         """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`.
 
         Args:
-            additional_config: ``batch_size``, ``max_batch_size`` and ``device`` of the harness. ``batch_size`` is used
-                if ``arg_dict`` does not have it and it is not None. It can be a number or its text. The two others are
-                not used: JAX selects the device, and the batch size does not change during a run.
+            additional_config: ``batch_size``, ``max_batch_size`` and ``device`` of the harness. ``batch_size`` (a
+                number, or a number as text) is used unless it is None or ``arg_dict`` has a ``batch_size``. The two
+                others are not used: JAX selects the device, and the batch size does not change during a run.
 
         Raises:
             ValueError: ``pretrained`` is missing, or an argument is unknown or invalid.

@@ -254,7 +254,7 @@ def score_texts(
             model that is not an encoder-decoder, use :func:`jaxlm.decoding.perplexity`.
         NotFiniteError: as in :func:`classify`.
     """
-    _require_scores(model)
+    _require_next_token_task(model)
     _check_texts(texts)
     if not model.reads_source:
         if sources is not None:
@@ -268,7 +268,7 @@ def score_texts(
     return _score_targets(model, params, tokenizer, texts, sources, batch_size)
 
 
-def _require_scores(model: Model) -> None:
+def _require_next_token_task(model: Model) -> None:
     """Raise ``ValueError`` if the model does not predict next tokens."""
     require_task(
         model, ("causal", "permutation", "seq2seq"), "it does not score texts",
@@ -331,12 +331,15 @@ def score_ids(
         ValueError: the model does not predict next tokens; there are no continuations; the numbers of contexts and
             continuations differ; ``start_id`` is missing for an encoder-decoder, or given for another family; or a
             context or continuation has no ids, ids outside the vocabulary, or more ids than the model has positions. A
-            model that is not an encoder-decoder needs positions for all ids of both except the last.
+            model that is not an encoder-decoder needs a position for each id of the context and the continuation,
+            except the last id.
         NotFiniteError: as in :func:`classify`.
     """
-    _require_scores(model)
+    _require_next_token_task(model)
     if len(contexts) != len(continuations):
-        raise ValueError(f"there must be one context per continuation: got {len(contexts)} and {len(continuations)}")
+        raise ValueError(
+            f"each continuation needs one context: got {len(continuations)} continuations and {len(contexts)} contexts"
+        )
     if not len(continuations):
         raise ValueError("there are no continuations: pass at least one")
     if model.reads_source != (start_id is not None):

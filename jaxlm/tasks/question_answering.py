@@ -54,7 +54,8 @@ def training_windows(
 
     Each window has ``tokens`` [T], ``token_types`` [T] (if the model reads them), and the positions ``first`` and
     ``last`` of the answer's first and last token. If an example has several answers, the target is the most frequent
-    answer, and the first of equally frequent ones. If it has no answer, the target of all its windows is "no answer".
+    answer, and the first of equally frequent ones. If an example has no answer, all its windows have the target "no
+    answer".
 
     Args:
         examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as returned by
@@ -139,8 +140,8 @@ def _targets(
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
     # Most vocabularies have no tokens for white space, so leave out white space around the answer.
-    first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
-    overlaps = [_overlapping(window, first, last) for window in windows]
+    stripped_start, stripped_end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    overlaps = [_overlapping(window, stripped_start, stripped_end) for window in windows]
     if not any(positions.size for positions in overlaps):
         raise ValueError(
             f"{what}: the answer {text!r} has no tokens: remove this example, or use a tokenizer that has tokens for it"
@@ -156,10 +157,10 @@ def _targets(
     return targets
 
 
-def _overlapping(window: Encoding, first: int, last: int) -> np.ndarray:
-    """The positions of the context tokens that overlap ``context[first:last]``."""
+def _overlapping(window: Encoding, start: int, end: int) -> np.ndarray:
+    """The positions of the context tokens that overlap ``context[start:end]``."""
     starts, ends = window.offsets.T
-    return np.flatnonzero((window.sequence_ids == 1) & (ends > first) & (starts < last))
+    return np.flatnonzero((window.sequence_ids == 1) & (ends > start) & (starts < end))
 
 
 # -------------------------------------------------------------------------------------------------- answers

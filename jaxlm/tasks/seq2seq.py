@@ -59,7 +59,7 @@ def encode(
 def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     """Raise ``ValueError`` if a ``source`` has no tokens, because no text can be generated from it.
 
-    Call it for a test split before the training.
+    Call this function with the test split before the training.
     """
     sources = examples.column("source")
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):

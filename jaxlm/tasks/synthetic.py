@@ -7,8 +7,8 @@
     induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
     needle              recall a number that replaces a part of a text (not from a paper)
 
-Each function draws a batch with a numpy generator, so equal generators give equal batches. All batches suit causal
-models: the loss and the metrics count only ``target_positions``.
+Each function draws a batch with a numpy generator, so equal generators give equal batches. The batches are for causal
+models. The loss and the metrics count only ``target_positions``.
 
 Shapes: N rows, L length of an input, T tokens of a row, P targets of a row.
 """
@@ -34,14 +34,15 @@ def recall(
 
     A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query, and the
     target at this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, and values are ids of the upper
-    half of the vocabulary. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gap g = 1, 2, ... has a
-    probability proportional to g ** (power - 1), so early positions are more probable. All other tokens are random ids
-    (Arora et al. 2024, appendix E.1, and the code of these authors).
+    half of the vocabulary. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gaps g of a row are drawn
+    without replacement, in proportion to g ** (power - 1) for g = 1, 2, ... All other tokens are random ids (Arora et
+    al. 2024, appendix E.1, and the code of these authors).
 
     Args:
         length: number of tokens, even and at least 4 * pairs.
         vocab_size: number of token ids; more than ``length``.
-        power: the parameter of the distribution of the gaps; 1: all gaps are equally probable.
+        power: the parameter of the distribution of the gaps. 1: all gaps are equally probable. Below 1: small gaps, and
+            so early queries, are more probable.
 
     Raises:
         ValueError: the length is odd or too small for the pairs, or the vocabulary is too small.

@@ -105,9 +105,8 @@ class TextRequests:
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation in nats, and whether greedy decoding generates it.
 
-        The beginning of a context is removed if the model would read more than ``max_length`` tokens: for an
-        encoder-decoder, the tokens of the context; for a causal model, those of the context and of the continuation
-        except the last.
+        The beginning of a long context is removed. For an encoder-decoder, ``max_length`` limits the context. For a
+        causal model, it limits the context and the continuation together, without the last token.
 
         Args:
             pairs: (context, continuation) of each request. A context may be empty.
@@ -139,8 +138,8 @@ class TextRequests:
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each text in nats, given the prefix token. A text without tokens has log-likelihood 0.
 
-        The special tokens that the tokenizer adds before a text are also scored, and for an encoder-decoder those after
-        it. So with an encoder-decoder, an empty text has tokens if the tokenizer adds special tokens.
+        The special tokens that the tokenizer adds before a text are also scored. For an encoder-decoder, the special
+        tokens after the text are scored, too, so an empty text has tokens if the tokenizer adds special tokens.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
         once. The last window also reads previous tokens as context, up to ``max_length`` tokens. An encoder-decoder
@@ -173,9 +172,9 @@ class TextRequests:
         ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
         transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
         ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
-        is not set and ``temperature`` is 0 or not set. The default of ``until`` is
-        no stop string, and the default maximum is ``max_gen_toks`` of the constructor. Other options that are not set
-        are read from the model's ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        is not set and ``temperature`` is 0 or not set. The default of ``until`` is no stop string, and the default
+        maximum is ``max_gen_toks`` of the constructor. Other options that are not set are read from the model's
+        ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
         If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
         tokens, the beginning of the context is removed.
@@ -258,7 +257,7 @@ class TextRequests:
     # ------------------------------------------------------------------------------------------------ internals
 
     def _max_context(self, config: GenerationConfig) -> int:
-        """The maximum number of tokens of a context."""
+        """The maximum number of tokens of a context. Without a limit: 2**31."""
         if self.max_length is None:
             return 2**31
         assert config.max_new_tokens is not None

@@ -58,8 +58,9 @@ STEP_TOLERANCE = 1e-4  # after an Adam step, which amplifies rounding errors bec
 
 
 REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-tiny", "resnet-tiny")
-"""Variants of the package with all kinds of parameters, states and batches. Tests of code that all families share
-(``Trainer``, ``Checkpointer``, ``spec.init``) run on these variants, and on all variants of other packages."""
+"""Variants of the package that together have all kinds of parameters, states and batches. Tests of code that all
+families share (``Trainer``, ``Checkpointer``, ``spec.init``) run on these variants, and on all variants of other
+packages."""
 
 
 def for_variants(condition, *, of_package=None):
@@ -717,8 +718,8 @@ def test_pmap_step_equals_single_device_step(name):
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
 
-    Gradients are only traced. JAX checks then that they have the type of the parameters. The gradient under an Explicit
-    mesh is that of the loss, with dropout."""
+    Gradients are only traced, which checks that they have the types of the parameters. Under an Explicit mesh, the
+    gradient is that of the loss with dropout."""
     model, params, tokens = setup(name, batch=8)
     want, source = hidden_of(model, params, tokens), source_of(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()

@@ -99,18 +99,18 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
 
 def initial_params(model: Model, seed: int = 0) -> Any:
     """The initial parameters of the model, as new arrays. Models with equal specs share one compiled program."""
-    named_specs, tree = jax.tree_util.tree_flatten_with_path(model.specs)
-    return jax.tree.map(jnp.array, _host_params(tuple(named_specs), tree, seed))
+    named_specs, treedef = jax.tree_util.tree_flatten_with_path(model.specs)
+    return jax.tree.map(jnp.array, _host_params(tuple(named_specs), treedef, seed))
 
 
 @functools.lru_cache(maxsize=64)
-def _host_params(named_specs: tuple[Any, ...], tree: Any, seed: int) -> Any:
-    return jax.device_get(_init_of(named_specs, tree)(jax.random.key(seed)))
+def _host_params(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
+    return jax.device_get(_init_of(named_specs, treedef)(jax.random.key(seed)))
 
 
 @functools.lru_cache(maxsize=64)
-def _init_of(named_specs: tuple[Any, ...], tree: Any) -> Any:
-    specs = jax.tree.unflatten(tree, [array for _, array in named_specs])
+def _init_of(named_specs: tuple[Any, ...], treedef: Any) -> Any:
+    specs = jax.tree.unflatten(treedef, [array for _, array in named_specs])
     return jax.jit(functools.partial(spec.init, specs))
 
 

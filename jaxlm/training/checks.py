@@ -40,7 +40,8 @@ MINIMUMS = {
     "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
 """Minimum of experiment settings, by the last part of the dotted name. :func:`check_settings` also checks fractions,
-``similarity`` and ``epochs``. Other settings have no minimum."""
+``similarity`` and ``epochs``. The config classes check the settings of ``training`` and ``optimizer``. Other settings
+have no minimum."""
 
 FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1), by the last part of the dotted name."""
@@ -53,7 +54,7 @@ def check_settings(experiment: Any, initial: Any) -> None:
     """Check the settings of an experiment without reading its data.
 
     Args:
-        initial: the configuration before the command-line options changed it: a preset, or that of the resumed run.
+        initial: the preset, or the configuration of the resumed run, before the command-line options changed it.
 
     Raises:
         ValueError: a number is out of its range, or an option changed a setting that has no effect.
@@ -108,7 +109,7 @@ _Get = Callable[..., Any]
 
 
 def _reads_source(get: _Get) -> bool:
-    """Whether the model of the experiment is an encoder-decoder; True if the family is unknown."""
+    """Whether the model of the experiment is an encoder-decoder; True with pretrained weights or an unknown family."""
     with contextlib.suppress(ValueError):
         return get("model.pretrained") is not None or get_model(get("model.name")).reads_source
     return True
@@ -231,8 +232,8 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
 def check_task(trainer: Trainer) -> None:
     """Raise ``ValueError`` if the loss is that of next-token prediction and the model has no next-token head.
 
-    Losses with label smoothing are not checked. The losses of other objectives for tokens, such as ``masked.loss``, are
-    the same function as ``causal.loss``, so a model for these objectives also raises the error.
+    Losses with label smoothing are not checked. The losses of the objectives ``masked``, ``permutation`` and
+    ``token_classification`` are the same function as ``causal.loss``, so this check also rejects their models.
     """
     if trainer.loss in (causal.loss, causal.training_loss(trainer.model)):
         require_task(trainer.model, ("causal", "seq2seq"), "it predicts no next tokens", "choose a family that does")

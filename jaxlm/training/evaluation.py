@@ -28,14 +28,14 @@ class Evaluator:
 
     Args:
         model: the model.
-        batches: the batches of the objective; with several processes, the rows of this process.
         losses: the ``loss`` function of an objective, whose mean is reported as ``loss``; or a dict from metric names
             to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
             terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
+        batches: the batches of the objective; with several processes, the rows of this process.
         sharding: how batches are distributed over devices; None uses one device. Parameters on other devices are copied
             to the mesh.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
-            starts from an empty state, and so does each row in ``Batch.reset``. None carries no state.
+            starts from an empty state. In later batches, rows with ``Batch.reset`` also do. None carries no state.
         extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
             are not means over batches.
         extra_metric_names: the names of the additional metrics.

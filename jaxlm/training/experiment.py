@@ -43,7 +43,7 @@ EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
 
 RUNS = Path("runs")
-"""The parent of the directories of new runs without an output option."""
+"""The directory that contains a new run if its command has no output option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,10 @@ class ModelConfig:
         """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
 
         If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
-        are not used. If the preset has fields and the command line has no ``--model.set``, a message says that they are
-        not used.
+        are not used. A message says so if the preset has fields and the command line has no ``--model.set``.
 
         Args:
-            set_is_given: whether the command line has ``--model.set``. Otherwise, ``set`` is that of the preset.
+            set_is_given: whether the command line has ``--model.set``. Otherwise, ``self.set`` comes from the preset.
         """
         if (self.name, self.pretrained) != (preset.name, preset.pretrained):
             if self.set and not set_is_given:
@@ -290,8 +289,8 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX.
 
-    A resumed run writes ``config.json`` when it has restored its state, so that the next ``--resume`` uses the changed
-    options, also after a kill. A start that fails before this does not change the file.
+    A resumed run writes ``config.json`` as soon as it has restored its state. So the next ``--resume`` uses the changed
+    options even if this run is killed. A start that fails before this does not change the file.
 
     The tracker that ``training.tracker`` names is closed when the process ends.
     """
@@ -299,7 +298,7 @@ def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
     trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
     for tracker in trackers:
-        atexit.register(tracker.close)  # also after an error or Ctrl-C: services write buffered values only then
+        atexit.register(tracker.close)  # even after an error: services write buffered values when they are closed
 
     def write_config() -> None:
         config_lib.write(experiment, directory / "config.json")

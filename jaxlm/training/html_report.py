@@ -245,8 +245,8 @@ def _attention_table(item: report.AttentionMap) -> str:
         + "</tr>"
         for row, weights in zip(item.rows, np.asarray(item.weights, np.float64), strict=True)
     )
-    upright = ' class="upright"' if max(map(len, item.columns), default=0) > 1 else ""
-    header = "".join(f'<th scope="col"{upright}><span>{_token(column)}</span></th>' for column in item.columns)
+    css_class = ' class="upright"' if max(map(len, item.columns), default=0) > 1 else ""  # vertical text
+    header = "".join(f'<th scope="col"{css_class}><span>{_token(column)}</span></th>' for column in item.columns)
     small = " small" if len(item.columns) > MAX_COLUMNS_OF_LARGE_CELLS else ""
     return f'<table class="heat map{small}"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
 

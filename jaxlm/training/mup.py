@@ -5,7 +5,7 @@ learning rate of a narrow base model is close to the best learning rate of a wid
 number of steps are the same. :func:`mup` compares the specs of both models. An axis grows if its size differs between
 the two models. The leading axes of a matrix are its inputs, and the other axes are its outputs
 (``jaxlm.adapt.num_row_axes``). In an output head [vocab, embed], the leading axis is the output. The table shows the
-rules for AdamW. r is the number of inputs of a matrix in the model, divided by that in the base model.
+rules for AdamW. r is the number of inputs of a matrix in the model, divided by this number in the base model.
 
     matrix                                 standard deviation of the initial values    learning rate
     only outputs grow (token table)        base                                        base
@@ -89,7 +89,7 @@ def mup(model: Model, base: Model) -> MuP:
     Raises:
         ValueError: the models differ in more than their widths, or muP does not support the family: a language model
             has no output head or its token table is also the output head, token vectors are projected, or attention
-            scores are products of growing vectors.
+            scores are dot products of vectors whose size depends on the width (``score`` is not "concat").
 
     Example:
         >>> from jaxlm import get_model
@@ -141,7 +141,7 @@ def _check_family(model: Model, leaves: dict[str, ArraySpec]) -> None:
     if model.task in ("causal", "masked", "permutation", "seq2seq"):
         tied = getattr(model.config, "tie_embeddings", None)
         if tied or not any(_is_head(name, leaf) for name, leaf in leaves.items()):
-            fix = ": set tie_embeddings=False" if tied else ", which this family does not have"
+            fix = ": set tie_embeddings=False" if tied else ": this family has no such head"
             raise ValueError(f"muP needs an output head that is not the token table{fix} ({model.family})")
     projections = [name for name in leaves if name.endswith("projection")]
     if projections:
@@ -154,7 +154,7 @@ def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) ->
     """The factors of the initial values and of the learning rate of a parameter.
 
     Args:
-        table_ratio: the multiplier of the token vectors in the model, divided by that in the base model.
+        table_ratio: the multiplier of the token vectors in the model, divided by the multiplier in the base model.
     """
     for axis, size, base_size in zip(leaf.axes, leaf.shape, base.shape, strict=True):
         if axis in SAME_SIZES and size != base_size:

@@ -60,8 +60,9 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Maximum global norm of the gradient; None does not clip."""
     layer_decay: float | None = None
-    """Learning rate of each layer, as a fraction of that of the layer above. Heads have the factor 1, the top layer has
-    ``layer_decay``, and embeddings have the smallest factor. None: all parameters have the same learning rate."""
+    """Learning rate of each layer, divided by the learning rate of the layer above. Heads have the factor 1, the top
+    layer has ``layer_decay``, and embeddings have the smallest factor. None: all parameters have the same learning
+    rate."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -243,15 +244,15 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
 
 
 def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | None:
-    rows = num_row_axes(name, leaf)
+    row_axes = num_row_axes(name, leaf)
     weight = name.removesuffix(f"/{LORA_A}").removesuffix(f"/{LORA_B}")  # both factors are treated like their weight
     is_head = name.split("/")[0] in ("head", *HEADS.values(), "next_sentence")
-    if rows is None or is_head or is_table(weight, leaf):
+    if row_axes is None or is_head or is_table(weight, leaf):
         return None
-    first = num_stack_axes(leaf)
-    outputs = tuple(range(first + rows, len(leaf.axes)))
-    named_outputs = tuple(axis for axis in outputs if leaf.axes[axis] is not None)
-    return MuonDimensionNumbers(tuple(range(first, first + rows)), named_outputs or outputs)
+    first = num_stack_axes(leaf)  # the first axis of the matrix
+    output_axes = tuple(range(first + row_axes, len(leaf.axes)))
+    named_output_axes = tuple(axis for axis in output_axes if leaf.axes[axis] is not None)
+    return MuonDimensionNumbers(tuple(range(first, first + row_axes)), named_output_axes or output_axes)
 
 
 def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
@@ -287,10 +288,10 @@ def _for_each_matrix(
     transforms = {name: choose(name, leaf) for name, leaf in matrix_specs.items()}
 
     def reshape(name: str, x: Any) -> Any:
-        rows = num_row_axes(name, matrix_specs[name])
+        row_axes = num_row_axes(name, matrix_specs[name])
         if not flatten:
             return x
-        return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)
+        return x.reshape(-1) if row_axes is None else x.reshape(math.prod(x.shape[:row_axes]), -1)
 
     def map_matrices(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
         """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over layers and experts.
@@ -405,7 +406,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
         is_known = gradient_norm is not None and updates is gradient
         if is_known:
             norm = gradient_norm
-        else:  # the squares of float16 numbers could overflow
+        else:  # in float32, because the squares of float16 numbers could overflow
             norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates))
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state

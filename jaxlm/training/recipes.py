@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
         600_000, "0.5 M tokens",
         "Brown et al. 2020 (GPT-3), table 2.1 (125 M parameters) and appendix B",
         "GPT-2's paper names no optimizer, so this is GPT-3's recipe for a model of GPT-2's size. GPT-3's cosine decay "
-        "ends after 260 of 300 billion tokens; this one ends at the last step. GPT-1: learning rate 2.5e-4, 2,000 "
+        "ends after 260 of 300 billion tokens; here it ends at the last step. GPT-1: learning rate 2.5e-4, 2,000 "
         "steps of warm-up, cosine decay to 0.",
     ),
     "llama": Recipe(
@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
             epsilon=1e-6, weight_decay=0.01, clip_norm=1.0,
         ),
         1_000_000, "256 rows of 128, then 512 tokens",
-        "Devlin et al. 2018, appendix A.2; epsilon, clipping and no bias correction from the authors' optimization.py",
+        "Devlin et al. 2019, appendix A.2; epsilon, clipping and no bias correction from the authors' optimization.py",
         "jaxlm's Adam has bias correction. Fine-tuning (appendix A.3): learning rate 2e-5 to 5e-5, batch size 16 or "
         "32, 2 to 4 epochs, with 10 % of the steps as warm-up.",
     ),
@@ -133,9 +133,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         288_000, "80 sentence pairs of similar length",
         "Bahdanau et al. 2015, appendix B.2 and table 2 (RNNsearch-50)",
-        "Adadelta needs many updates before its steps are large, so trainings of some thousand steps learn faster with "
-        "AdamW. Luong et al. 2015: SGD with learning rate 1.0, halved after each epoch from the fifth, clipping at "
-        "norm 5, batch size 128.",
+        "Adadelta needs many updates before its steps are large, so trainings of a few thousand steps learn faster "
+        "with AdamW. Luong et al. 2015: SGD with learning rate 1.0, halved after each epoch from the fifth, clipping "
+        "at norm 5, batch size 128.",
     ),
     "attention_rnn_lm": Recipe(
         OptimizerConfig(
@@ -214,8 +214,8 @@ RECIPES: dict[str, Recipe] = {
         550_000, "512 rows of 8,192 tokens",
         "Beck et al. 2025 (xLSTM 7B), section on pre-training",
         "The paper decays the learning rate exponentially, by a factor of 10 in 500,000 steps, and then linearly to 0 "
-        "in 7,000 steps; here it is a cosine. These values have not been checked a second time against the paper. "
-        "Small models use a larger learning rate.",
+        "in 7,000 steps; this recipe has a cosine decay. These values have not been checked a second time against the "
+        "paper. Small models use a larger learning rate.",
     ),
     "rwkv7": Recipe(
         OptimizerConfig(
@@ -235,10 +235,10 @@ def recipe(family: str) -> OptimizerConfig:
     """The published optimizer settings of a family, for a training of any length.
 
     The warm-up is the same fraction of the training as in the recipe (``warmup_steps`` is below 1); all other values
-    are those of :data:`RECIPES`, including ``hold_steps``, a number of steps. Change values with
+    are those of :data:`RECIPES`, including ``hold_steps``, which is a number of steps. Change values with
     ``dataclasses.replace(recipe(...), learning_rate=...)``.
 
-    For a family without an entry in :data:`RECIPES`, such as one of another package, the result has the default
+    For a family without an entry in :data:`RECIPES`, such as a family of another package, the result has the default
     settings (AdamW), with 5 % of the training as warm-up.
 
     Raises:

@@ -78,24 +78,25 @@ def _remove_incomplete_line(path: Path) -> None:
         os.truncate(path, end)
 
 
-_METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
+_NON_METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
 """Types of the fields of ``metrics.jsonl`` that are not metrics."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics file. An incomplete last line of a killed run is ignored.
 
-    After a resume, a step that was run again has two records. The later record is valid.
+    A step that was run again, after a resume or a rollback, has several records. The last record is valid.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a complete line is not a JSON object, or a value has the wrong type. The message names the line.
+        ValueError: a complete line is not a JSON object, a value has the wrong type, or a rollback has no ``to_step``.
+            The message names the line.
     """
     rows = _read_lines(Path(path))
     for number, row in rows.items():
         for name, value in row.items():
             is_metric = name == "loss" or name.startswith("validation_")
-            hint = float | None if is_metric else _METRIC_FIELDS.get(name)
+            hint = float | None if is_metric else _NON_METRIC_FIELDS.get(name)
             if hint is not None:
                 config.check_value(hint, value, f"{path}, line {number}: {name}")
         if row.get("event") == "rollback" and "to_step" not in row:
@@ -120,7 +121,7 @@ def valid_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def metric_curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of one metric, from the last of the :func:`valid_records` of each step.
+    """The steps and values of one metric. If a step has several :func:`valid_records` with it, the last value is used.
 
     A value that was not finite is NaN.
     """
@@ -179,7 +180,7 @@ def write_results(
         task: name of the task, for example ``translation``.
         family: name of the family, for example ``t5``.
         parameters: number of trained and frozen parameters.
-        minutes: duration of training in minutes.
+        minutes: duration of the run in minutes.
         scores: metrics of the final model.
         details: additional JSON values, such as ``data`` (the examples that were scored). If ``processor`` or
             ``versions`` is given, it replaces the value of this machine.
@@ -467,7 +468,7 @@ def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _make_entries(entry_class: type[T], items: Any, where: str) -> list[T]:
-    """The dataclass objects in a list of JSON objects."""
+    """Objects of the dataclass ``entry_class``, made from a list of JSON objects."""
     if not isinstance(items, list):
         raise ValueError(f"{where} must be a list, got {type(items).__name__}")
     entries = []

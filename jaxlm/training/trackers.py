@@ -1,8 +1,8 @@
 """A protocol for experiment trackers, and adapters for TensorBoard, Weights & Biases and Trackio.
 
-A tracker receives the numbers in ``metrics.jsonl``, but no values that are not finite and no names of events. With
-several processes, only the first one should create a tracker. Any object with the methods ``log`` and ``close`` is a
-tracker; an adapter for another service needs no base class.
+A tracker receives the numbers in ``metrics.jsonl``. Names of events and values that are not finite are left out. With
+several processes, only the first process should create a tracker. Any object with the methods ``log`` and ``close`` is
+a tracker; an adapter for another service needs no base class.
 """
 
 from __future__ import annotations

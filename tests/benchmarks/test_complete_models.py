@@ -154,7 +154,7 @@ def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_pat
             return [implementation.run() for _ in range(times)]
 
     for passes in ("forward", "step") if family == "gpt" else ("step",):  # a step contains a forward pass
-        losses = {name.lower(): run(training_baselines, name, training.UPDATES + 1, passes=passes) for name in names}
+        losses = {name.lower(): run(training_baselines, name, training.UPDATES + 1, pass_name=passes) for name in names}
         tolerances = (
             training.FAMILY_TOLERANCES.get(family, training.TOLERANCES) if passes == "step" else training.TOLERANCES
         )

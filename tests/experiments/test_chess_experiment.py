@@ -167,7 +167,7 @@ def test_an_evaluation_reads_each_validation_game_once(
 
 def test_invalid_data_options_print_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--data", file, "--max-games", "100") == 2
-    assert "max_games=100 must be from 1 to the 36 games of the file" in capsys.readouterr().err
+    assert "max_games=100 must be from 1 to 36, the number of games" in capsys.readouterr().err
     assert main("--data", file.parent / "missing.txt") == 2
     assert "missing.txt" in capsys.readouterr().err
     assert main("--data", file, "--extra-data", file.parent / "no_extra.txt") == 2

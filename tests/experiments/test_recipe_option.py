@@ -39,7 +39,7 @@ def test_an_optimizer_option_changes_one_value_of_a_recipe(captured, capsys):
     assert main(["--optimizer.learning-rate", "0.003", "--recipe", "bert", "--optimizer.warmup-steps", "7"]) == 0
     assert experiments[0].optimizer == dataclasses.replace(recipe("bert"), learning_rate=0.003, warmup_steps=7)
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("optimizer: recipe of bert (Devlin et al. 2018, appendix A.2;")
+    assert line.startswith("optimizer: recipe of bert (Devlin et al. 2019, appendix A.2;")
     assert line.endswith("), changed: learning_rate=0.003 warmup_steps=7")
 
 

@@ -103,7 +103,7 @@ def test_large_groups_are_in_the_training_split() -> None:
     training, validation, test = parts(Data(largest_group=5, test_fraction=0.3), Examples(rows))
     assert len(training) + len(validation) + len(test) == 100
     assert 0 not in set(test.column("group")) | set(validation.column("group"))
-    with pytest.raises(ValueError, match="all groups have more than data.largest_group=5 texts, .*keys package"):
+    with pytest.raises(ValueError, match="all groups have more than data.largest_group=5 texts, .*key 'package'"):
         parts(Data(largest_group=5), Examples(rows[:20]))
 
 

@@ -230,8 +230,8 @@ def test_layouts_transpose_and_merge() -> None:
     weight = np.arange(24).reshape(2, 3, 4)  # [D, H, K]
     merged = Location(("a",), (), (2, 3, 4), ((0,), (1, 2)))
     transposed = Location(("a",), (), (2, 3, 4), ((1, 2), (0,)))
-    assert merged.file_shape == (2, 12)
-    assert transposed.file_shape == (12, 2)
+    assert merged.tensor_shape == (2, 12)
+    assert transposed.tensor_shape == (12, 2)
     np.testing.assert_array_equal(merged.to_file(weight), weight.reshape(2, 12))
     np.testing.assert_array_equal(transposed.to_file(weight), weight.reshape(2, 12).T)
     for location in (merged, transposed):

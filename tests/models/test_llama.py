@@ -241,7 +241,7 @@ def test_task_none_has_no_head():
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
         (
             {"capacity_factor": 1.0, "experts_implementation": "blocks"},
-            "experts_implementation='blocks' has no capacity",
+            "experts_implementation='blocks' does not support capacity_factor",
         ),
         ({"task": "masked"}, "task='masked' is unknown: choose from 'causal'"),
     ],

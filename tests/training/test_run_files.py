@@ -329,13 +329,13 @@ DAMAGED_VALUES = {
     ("metrics.jsonl", '{"step": 1}\n{"step": 2, "validation_loss": [1]}\n'): r"line 2: validation_loss=\[1\] must be",
     ("metrics.jsonl", "[" * 100_000 + "\n"): "metrics.jsonl, line 1: not JSON",
     ("samples.jsonl", '{"source": 3}\n'): "samples.jsonl, line 1: source=3 must be a string",
-    ("confusion.json", '{"labels": 3, "counts": []}'): "confusion.json: labels=3 must be a tuple of a string each",
+    ("confusion.json", '{"labels": 3, "counts": []}'): "labels=3 must be a tuple in which each entry is a string",
     ("confusion.json", '{"labels": ["a"], "counts": [[1], []]}'): "confusion.json: ",
     ("boards.json", '[{"title": 1, "fen": "x"}]'): "boards.json, entry 0.title=1 must be a string",
     (
         "attention.json",
         '[{"title": "t", "rows": [1], "columns": ["a"], "weights": [[1]]}]',
-    ): "rows=.* must be a tuple of a string each",
+    ): "rows=.* must be a tuple in which each entry is a string",
     ("attention.json", '[{"title": "t", "rows": ["a"], "columns": ["a"], "weights": {}}]'): "attention.json, entry 0",
 }
 

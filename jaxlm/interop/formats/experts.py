@@ -34,7 +34,7 @@ LAYOUTS: dict[str, Layout] = {f"layers/experts/{name}/weight": TRANSPOSED for na
 def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
     """The jaxlm config fields ``num_experts``, ``expert_interval`` and ``dense_layers``, from ``config.json``.
 
-    If all layers have MLPs, ``num_experts`` is None, and all fields about experts have their default values.
+    If no layer has experts, ``num_experts`` is None, and all fields about experts have their default values.
 
     Args:
         config: the contents of ``config.json``.
@@ -54,8 +54,8 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
         raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers below {num_layers}")
-    dense_of_interval = {layer for layer in dense if (layer + 1) % interval == 0}
-    if experts == 0 or num_layers // interval == len(dense_of_interval):
+    dense_instead_of_experts = {layer for layer in dense if (layer + 1) % interval == 0}
+    if experts == 0 or num_layers // interval == len(dense_instead_of_experts):
         names = ("num_experts", "expert_interval", "dense_layers", *HF_NAME_OF_FIELD)
         return {name: getattr(ExpertsConfig, name) for name in names}
     return {"num_experts": experts, "expert_interval": interval, "dense_layers": tuple(dense)}

@@ -52,17 +52,17 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # Qwen2's default
-    window, layers = None, integer(config, "num_hidden_layers", 32)
+    window, num_layers = None, integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
-        first = integer(config, "max_window_layers", 28)
-        kinds = _layer_list(config, "layer_types", layers)
+        first_windowed = integer(config, "max_window_layers", 28)
+        kinds = _layer_list(config, "layer_types", num_layers)
         if kinds is None:
-            kinds = ["sliding_attention" if layer >= first else "" for layer in range(layers)]
+            kinds = ["sliding_attention" if layer >= first_windowed else "" for layer in range(num_layers)]
         num_windowed = kinds.count("sliding_attention")
-        if 0 < num_windowed < layers:
+        if 0 < num_windowed < num_layers:
             raise ValueError(
-                f"a sliding window in {num_windowed} of {layers} layers is not supported: use it in all layers or none "
-                f"(max_window_layers={first}, layer_types={config.get('layer_types')!r})"
+                f"a sliding window in {num_windowed} of {num_layers} layers is not supported: use it in all layers or "
+                f"none (max_window_layers={first_windowed}, layer_types={config.get('layer_types')!r})"
             )
         window = integer(config, "sliding_window", 4096) if num_windowed else None
     return {**_read_fields(config), "window": window}
@@ -163,7 +163,9 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
         local = {**(rope.get("sliding_attention") or {})}
         base = local.pop("rope_theta", base)
         if local.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type={local['rope_type']!r} of sliding_attention is not supported: only default is")
+            raise ValueError(
+                f"rope_type={local['rope_type']!r} of sliding_attention is not supported: only 'default' is supported"
+            )
         config = {**config, "rope_parameters": rope.get("full_attention")}
     return {
         **_read_fields(config), "pattern": _pattern(kinds), "window": window,

@@ -27,7 +27,7 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
     object does not set are not in the result.
 
     Args:
-        fraction: the fraction of the entries of a head that the family rotates; None: the family has the config field
+        fraction: the fraction of the head width that the family rotates; None: the family has the config field
             ``rotary_fraction``, so any fraction is allowed.
 
     Raises:

@@ -53,7 +53,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 
 def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """The function ``read_fields`` of a format. ``default`` is the value of a missing ``feed_forward_proj``."""
+    """The function ``read_fields`` of a format. ``default`` replaces a missing ``feed_forward_proj``."""
 
     def read(config: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -65,15 +65,15 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         default_activation, default_is_gated = defaults[projection]
         activation = config.get("dense_act_fn", default_activation)
         is_gated = config.get("is_gated_act", default_is_gated)
-        same_activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
-        mlp = [name for name, (_, *values) in _MLPS.items() if values == [same_activation, is_gated]]
+        known_activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
+        mlp = [name for name, (_, *values) in _MLPS.items() if values == [known_activation, is_gated]]
         if not mlp:
             raise ValueError(
                 f"feed_forward_proj={projection!r} with dense_act_fn={activation!r} and is_gated_act={is_gated!r} is "
                 "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
-        # transformers 5 writes tie_word_embeddings=True for all models. If the head is separate,
+        # transformers 5 writes tie_word_embeddings=True for all models. If the head is not tied,
         # scale_decoder_outputs is False.
         scale_outputs = config.get("scale_decoder_outputs")
         if isinstance(scale_outputs, bool):
@@ -92,13 +92,13 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return read
 
 
-def _format(model_type: str, prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
+def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
     """The format of a ``model_type``. ``mlp`` is the config field ``mlp`` if ``feed_forward_proj`` is missing."""
     return Format(
         architectures={
-            f"{prefix}ForConditionalGeneration": {"task": "seq2seq"},
-            f"{prefix}EncoderModel": {"task": "none", "num_decoder_layers": 0},
-            f"{prefix}Model": {"task": "none"},
+            f"{class_prefix}ForConditionalGeneration": {"task": "seq2seq"},
+            f"{class_prefix}EncoderModel": {"task": "none", "num_decoder_layers": 0},
+            f"{class_prefix}Model": {"task": "none"},
         },
         model_type=model_type,
         prefix="",

@@ -1,12 +1,16 @@
 """Attention in blocks of queries: O(T) memory, scores are recomputed in the backward pass (after Dao et al. 2022).
 
-For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. For a
-causal mask by index (without ``query_order``), the range is known at trace time: it ends at the last query of the
-block's section (:data:`MAX_SECTIONS`) and, with a window, starts at the window of the section's first query. For a mask
-with ``query_order`` or segments, if there are many keys and one head is computed at a time, the range is instead
-computed at run time from the integers of the mask, and its length is rounded up to one of a few lengths. In all other
-cases, the range contains all keys. In addition to the inputs, the forward pass saves only the output and the
-log-sum-exp of each row.
+For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. There are
+three cases:
+
+- The mask has ``query_order`` or segments, there are many keys, and one head is computed at a time: the range is
+  computed at run time from the integers of the mask. Its length is rounded up to one of a few lengths.
+- Otherwise, the mask is causal by index (no ``query_order``): the range is known at trace time. It ends at the last
+  query of the block's section (:data:`MAX_SECTIONS`) and, with a window, starts at the window of the section's first
+  query.
+- Otherwise: the range contains all keys.
+
+In addition to the inputs, the forward pass saves only the output and the log-sum-exp of each row.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, R rows of a block, E keys of a block.
 """
@@ -35,7 +39,7 @@ from jaxlm.nn.attention.bias import (
     vmap_axes,
 )
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, products, scores
+from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, qkv_gradients, scores
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.dropout import keep_rows
 
@@ -166,14 +170,14 @@ def _backward_block(
         dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    dq_RK, dk_KE, dv_KE = products(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
+    dq_RK, dk_KE, dv_KE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
     return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, block.bias_arrays, integers[1], block.tile, dscores)
 
 
 def _all_bias_gradients(
     static: _Static, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
 ) -> tuple[Any, ...]:
-    """The contributions of a block to the gradients of each bias's slices."""
+    """For each bias, the gradients of the slices that the block uses."""
 
     def gradients_of_bias(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
         # The gradient is linear in dscores. So for a shared bias, dscores are summed over the batch first, and the

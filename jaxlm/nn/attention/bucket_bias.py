@@ -4,8 +4,8 @@
 
 In each direction, half of the buckets (rounded down) contain one distance each. The other buckets contain ranges of
 distances, whose size grows exponentially. The last bucket of a direction contains all distances from ``max_distance``
-on. In bidirectional attention, the first bucket for keys after the query, bucket N / 2, is empty, because their
-distance is at least 1 (as in the published code). Shapes: H heads, N buckets.
+on. In bidirectional attention, bucket N / 2, the first bucket for keys after the query, is empty, because the distance
+of such keys is at least 1 (as in the published code). Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ class Mask:
         causal: a query attends only to keys with ``order(k) <= order(q)``. The default order of a query or key is its
             index.
         window: a query attends only to keys with ``order(q) - order(k) < window``. Needs ``causal``.
-        query_order / key_order: [B, T] / [B, S] int32; give both or neither.
-        query_segments / key_segments: [B, T] / [B, S] int32; give both or neither. 0 is padding, which attends only to
-            padding.
+        query_order / key_order: [1 or B, T] / [1 or B, S] int32; give both or neither.
+        query_segments / key_segments: [1 or B, T] / [1 or B, S] int32; give both or neither. 0 is padding, which
+            attends only to padding.
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)
@@ -50,7 +50,7 @@ class Mask:
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """The dense boolean mask [B or 1, T, S], or None if nothing is masked. Use it only for few queries or keys."""
+    """The dense boolean mask [B or 1, T, S], or None if nothing is masked. Only for few queries or keys."""
     orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
@@ -80,8 +80,11 @@ def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
 
 
 def softmax(scores_BHTS: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`; None: all) is True; zeros for a query
-    without a visible key."""
+    """Softmax over the keys for which ``kept`` is True; zeros for a query without a visible key.
+
+    Args:
+        kept: [B or 1, T, S], from :func:`keep`; None: all keys.
+    """
     if kept is not None:
         scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
     top = jnp.max(scores_BHTS, axis=-1, keepdims=True)

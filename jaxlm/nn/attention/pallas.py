@@ -225,7 +225,7 @@ def _backward_kernel(
         total[index] += new.astype(total.dtype)
 
     q, k, v = qkv
-    dq_RK, *dkv = tile_scores.products(static, q, k, v, dout_RV, probabilities, dscores)
+    dq_RK, *dkv = tile_scores.qkv_gradients(static, q, k, v, dout_RV, probabilities, dscores)
     dqkv[0][...] = dq_RK.astype(dqkv[0].dtype)
     for total, new in zip(sums, dkv, strict=True):
         add(total, new, ..., (head == 0) & (block == 0))

@@ -3,7 +3,8 @@
 Relative biases move diagonals into columns, by rotations in the vector unit (``pltpu.roll``). The gradients are custom,
 because JAX has no gradient for these rotations.
 
-Shapes: R queries of a block, E keys, P = R + E entries of a strip, N rows of a table, K head width, Y any width.
+Shapes: R queries of a block, E keys, P = R + E entries of a strip (the slice of a table of
+distances that a tile needs), N rows of a table, K head width, Y any width.
 """
 
 from __future__ import annotations
@@ -71,16 +72,16 @@ def _bit(x: jax.Array, bit: int) -> jax.Array:
     return (x >> bit) & 1 > 0
 
 
-def _append_zero_columns(dout_RE: jax.Array, count: int) -> jax.Array:
-    """The array with ``count`` columns of zeros appended on the right."""
-    return jnp.concatenate([dout_RE, jnp.zeros((dout_RE.shape[0], count), dout_RE.dtype)], axis=1) if count else dout_RE
+def _append_zero_columns(x_RY: jax.Array, count: int) -> jax.Array:
+    """``x`` with ``count`` columns of zeros appended on the right."""
+    return jnp.concatenate([x_RY, jnp.zeros((x_RY.shape[0], count), x_RY.dtype)], axis=1) if count else x_RY
 
 
 def _reverse_rows(x_RY: jax.Array) -> jax.Array:
     """The rows of ``x`` in reverse order, float32.
 
-    It is a matmul with a permutation matrix, because the vector unit cannot reverse rows. Each sum has one nonzero
-    term, so the result is exact.
+    The function multiplies by a permutation matrix, because the vector unit cannot reverse rows. Each sum has one
+    nonzero term, so the result is exact.
     """
     row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     permutation = (row + column == LANES - 1).astype(x_RY.dtype)

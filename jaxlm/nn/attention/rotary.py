@@ -49,7 +49,7 @@ class RotaryScaling:
     """yarn: frequencies are interpolated from the index of the pair with ``beta_fast`` turns to the index of the pair
     with ``beta_slow`` turns. True rounds the first index down and the second index up to an integer."""
     attention_factor: float | None = None
-    """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
+    """yarn: queries and keys are multiplied by this factor; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -83,9 +83,9 @@ def rotary_frequencies(
         base: base of the geometric series of frequencies (``rope_theta``).
         max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
             compute the base in each call from the longest row, so cached keys and later queries may have different
-            bases. The frequencies equal those of other libraries for sequences of length ``max_positions``; if
-            ``max_positions`` is at most ``original_positions``, also for shorter sequences. Other kinds of scaling do
-            not use ``max_positions``.
+            bases. The frequencies equal those of other libraries for sequences of length ``max_positions``, and also
+            for shorter sequences if ``max_positions`` is at most ``original_positions``. Other kinds of scaling do not
+            use ``max_positions``.
 
     Raises:
         ValueError: an odd width; or, with dynamic scaling, a width below 4 or no ``max_positions``.

@@ -29,8 +29,8 @@ def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
 def project_once(project: SourceKV, layers: Any) -> Any:
     """The keys and values of the source for all layers. The decode state contains them.
 
-    Each is [N, S, H * K], in a tuple with one dict per layer. For stacked layers, one dict has arrays [L, N, S, H * K]
-    for all L layers.
+    The result is a tuple with one dict per layer, whose arrays ``key`` and ``value`` are [N, S, H * K]. For L stacked
+    layers, it is one dict, whose arrays are [L, N, S, H * K].
 
     Args:
         project: projects the encoded source with the weights of a layer.

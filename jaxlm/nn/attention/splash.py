@@ -71,11 +71,11 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
     """Attention for the rows and heads of one device, [B, T, H, width of v]; the queries are already scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    (q, k, v), (query, key) = qkv, segments
+    (q, k, v), (q_segments, k_segments) = qkv, segments
     (B, T, H), S = q.shape[:3], k.shape[1]
     padding = [-T % LANES, -S % LANES]
-    if padding[1] and query is None and not causal:  # without segments, only a causal mask hides padding keys
-        query, key = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    if padding[1] and q_segments is None and not causal:  # without segments, only a causal mask hides padding keys
+        q_segments, k_segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     q, k, v = (
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, size), (0, 0), (0, 0))), 1, 2)
         for x, size in ((q, padding[0]), (k, padding[1]), (v, padding[1]))
@@ -85,14 +85,15 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
     q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
     blocks = _block_size(T + padding[0]), _block_size(S + padding[1])
     kernel = _kernel(causal, window, T + padding[0], S + padding[1], blocks, H, interpret)
-    if query is None:
+    if q_segments is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
-        query, key = query.astype(jnp.int32), key.astype(jnp.int32)  # ids of padding are negative
-        query = jnp.pad(query, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
-        key = jnp.pad(key, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
-        query, key = (jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in (query, key))  # all rows may share one
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=query, kv=key))
+        q_segments, k_segments = (x.astype(jnp.int32) for x in (q_segments, k_segments))  # ids of padding are negative
+        q_segments = jnp.pad(q_segments, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
+        k_segments = jnp.pad(k_segments, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
+        # All rows of the batch may share one row of segments.
+        q_segments, k_segments = (jnp.broadcast_to(x, (B, x.shape[1])) for x in (q_segments, k_segments))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=q_segments, kv=k_segments))
     return jnp.swapaxes(out, 1, 2)[:, :T]
 
 

@@ -49,7 +49,7 @@ def scores(
     return scores_RE if visible is None else jnp.where(visible, scores_RE, -jnp.inf)
 
 
-def products(
+def qkv_gradients(
     config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
     dscores: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip

@@ -89,11 +89,11 @@ def make_context(
     slots_BT = jnp.where(is_stored_BT, order_BT % window, window)
     state = {**state, "num_tokens": after_B, "document_start": first_BT[:, -1]}
     if T == 1:  # the new token replaces the only cached token outside its window, so attention reads the updated cache
-        key_order, key_document = _slots(after_B, first_BT[:, -1], window)
+        key_order, key_document = _slot_contents(after_B, first_BT[:, -1], window)
     else:
         key_order, key_document = (
             jnp.concatenate([old, new], axis=1)
-            for old, new in zip(_slots(before_B, document_B, window), (order_BT, document_BT), strict=True)
+            for old, new in zip(_slot_contents(before_B, document_B, window), (order_BT, document_BT), strict=True)
         )
     mask = Mask(
         causal=True, window=window, query_order=order_BT, key_order=key_order, query_segments=document_BT,
@@ -102,8 +102,8 @@ def make_context(
     return Context(positions_BT, mask, slots_BT), state
 
 
-def _slots(num_tokens_B: jax.Array, document_start_B: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    """The index in the row of the token in each slot, and the id of its document, both [B, W].
+def _slot_contents(num_tokens_B: jax.Array, document_start_B: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """For each slot: the index of its token in the row, and the id of the token's document, both [B, W].
 
     The id is 0 for empty slots and for tokens of earlier documents, because no new token may attend to them.
     """

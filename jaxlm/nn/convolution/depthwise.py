@@ -1,4 +1,4 @@
-"""Depthwise convolution over time, for complete texts and for texts that are read in several calls (streams).
+"""Depthwise convolution over time, for complete texts and for texts that are read in several calls.
 
 Shapes: B batch, T time, K taps, C channels, L steps of a block.
 """
@@ -25,7 +25,7 @@ DepthwiseImplementation = Literal["reference", "shifts"]
 
 
 BLOCK = 32
-"""Steps in one block of the gradient of depthwise weights on a CPU."""
+"""Number of steps of a block, if the gradient of the weights is summed over blocks of time."""
 
 
 def depthwise_convolution_specs(
@@ -114,9 +114,9 @@ def _convolution(
 def causal_depthwise_convolution(
     params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The causal depthwise convolution over the real tokens of a stream, [B, T, C], and the tail for the next call.
+    """The causal depthwise convolution over the real tokens of each row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
     """
     implementation = choices.depthwise_convolution(stream.segment_ids)
     if tail_BWC is None:
@@ -216,14 +216,11 @@ def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
 
 
 def _same_document(taps: _Taps, documents_BT: jax.Array | None) -> list[Any]:
-    """For each tap, whether the tap's input is in the document of the output, [B, T'].
-
-    None: each row is one document.
-    """
+    """For each tap, whether its input is in the document of the output, [B, T']; None if each row is one document."""
     if documents_BT is None:
         return [None] * len(taps.offsets)
-    of_outputs_BT = _shifted(documents_BT, taps.document_offset, taps.count)
-    return [_shifted(documents_BT, offset, taps.count) == of_outputs_BT for offset in taps.offsets]
+    output_documents_BT = _shifted(documents_BT, taps.document_offset, taps.count)
+    return [_shifted(documents_BT, offset, taps.count) == output_documents_BT for offset in taps.offsets]
 
 
 def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:

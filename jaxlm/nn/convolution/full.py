@@ -1,4 +1,4 @@
-"""Convolution over time (not depthwise), for complete texts and for texts that are read in several calls (streams).
+"""Convolution over time (not depthwise), for complete texts and for texts that are read in several calls.
 
 Shapes: B batch, T time, K taps, C input channels, D output channels.
 """
@@ -60,9 +60,9 @@ def convolution(
 def causal_convolution(
     params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The causal convolution over the real tokens of a stream, [B, T, D...], and the tail for the next call.
+    """The causal convolution over the real tokens of each row, [B, T, D...], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
     """
 
     def convolve(params: Params, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:

@@ -27,9 +27,9 @@ def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1
 def causal_max_pool(
     stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, window: int, *, dilation: int = 1
 ) -> tuple[jax.Array, Any]:
-    """The maximum of each causal window over the real tokens of a stream, [B, T, C], and the tail for the next call.
+    """The maximum of each causal window over the real tokens of a row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
     """
     windows_BTKC, tail = causal_windows(stream, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
     return jnp.max(windows_BTKC, axis=2), tail

@@ -91,7 +91,8 @@ def mixture_of_experts(
         )
     if capacity_factor is not None and (implementation is not None or not capacity_factor > 0.0):
         raise ValueError(
-            f"capacity_factor={capacity_factor} must be positive, and implementation={implementation!r} must be None"
+            f"capacity_factor={capacity_factor} must be positive, and with a capacity, "
+            f"implementation={implementation!r} must be None"
         )
     routing = route(params["router"], x_BTD, num_selected, renormalize=renormalize)
     weights = {name: params[name]["weight"].astype(x_BTD.dtype) for name in ("gate", "up", "down")}

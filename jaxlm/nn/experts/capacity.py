@@ -24,12 +24,13 @@ from jaxlm.sharding import constrain
 def with_capacity(
     weights: dict[str, jax.Array], x_BTD: jax.Array, routing: Routing, keep_BT: jax.Array | None, factor: float
 ) -> jax.Array:
-    """The weighted sum of the outputs of the experts that accepted the token, [B, T, D].
+    """For each token, the weighted sum of the outputs of the experts that accepted it, [B, T, D].
 
     In each row, an expert accepts at most ``factor * (real tokens of the row) * N / E`` tokens, rounded up. Earlier
-    tokens have priority, so the result for a token depends on the number of later tokens, but not on their values. An
-    expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, its output is 0, and
-    only the residual connection passes it to the next layer. Padding tokens get no slot. Their output is not defined.
+    tokens have priority. So the result for a token does not depend on the values of later tokens, but it depends on
+    their number. An expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, its
+    output is 0, and only the residual connection passes it to the next layer. Padding tokens get no slot. Their output
+    is not defined.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
     limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
@@ -42,9 +43,9 @@ def with_capacity(
     limit_B = jnp.asarray(limit_by_num_tokens)[jnp.sum(keep_BT, axis=1)]
     is_expert_BAE = jax.nn.one_hot(routing.experts, E, dtype=jnp.int32).reshape(B, A, E)
     is_expert_BAE = is_expert_BAE * jnp.repeat(keep_BT, N, axis=1)[..., None]
-    position_BA = jnp.sum(jnp.cumsum(is_expert_BAE, axis=1) * is_expert_BAE, axis=2) - 1  # -1 at padding
-    is_accepted_BA = (position_BA >= 0) & (position_BA < limit_B[:, None])
-    slot_BA = jnp.where(is_accepted_BA, routing.experts.reshape(B, A) * C + position_BA, P)
+    rank_BA = jnp.sum(jnp.cumsum(is_expert_BAE, axis=1) * is_expert_BAE, axis=2) - 1  # -1 at padding
+    is_accepted_BA = (rank_BA >= 0) & (rank_BA < limit_B[:, None])
+    slot_BA = jnp.where(is_accepted_BA, routing.experts.reshape(B, A) * C + rank_BA, P)
 
     def assignment_of_each_slot(slot_A: jax.Array) -> jax.Array:
         return jnp.full(P, A, jnp.int32).at[slot_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
@@ -58,8 +59,8 @@ def with_capacity(
 
 
 def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
-    """The outputs of the experts: expert e processes its slots ``x[:, e]``. If one
-    mesh axis splits the batch and the experts, both resharding steps are all-to-alls."""
+    """The outputs of the experts: expert e processes its slots ``x[:, e]``. If one mesh axis splits the batch and the
+    experts, both resharding steps are all-to-alls."""
     x_BECD = constrain(x_BECD, ("batch", None, None, "activation_embed"))
     x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
 

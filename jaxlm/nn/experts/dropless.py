@@ -26,7 +26,7 @@ from jaxlm.sharding import map_shards
 
 GroupedMatmul = Literal["ragged_dot", "blocks"]
 CHECKPOINT_NAME = "experts"
-"""Checkpoint name of the outputs of grouped matmuls; a rematerialization policy can save them by this name."""
+"""Checkpoint name of the outputs of the experts' matmuls; a rematerialization policy can save them by this name."""
 
 
 def dropless(

@@ -97,6 +97,6 @@ def load_balance_loss(statistics: RouterStatistics) -> jax.Array:
 def router_z_loss(statistics: RouterStatistics) -> jax.Array:
     """The mean of ``logsumexp(logits) ** 2`` over tokens and layers (Zoph et al. 2022, eq. 5); 0 without tokens.
 
-    It keeps the logits of the router small.
+    This loss keeps the logits of the router small.
     """
     return jnp.sum(statistics.squared_logsumexp) / jnp.maximum(jnp.sum(statistics.tokens), 1.0)

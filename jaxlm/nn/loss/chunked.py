@@ -80,7 +80,7 @@ def chunked_argmax(
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
     C = _chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
-    argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), _split_time(hidden_BTD, C))
+    argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), split_time(hidden_BTD, C))
     return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T]
 
 
@@ -91,7 +91,7 @@ def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[in
     return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_indices]
 
 
-def _split_time(x: jax.Array, C: int) -> jax.Array:
+def split_time(x: jax.Array, C: int) -> jax.Array:
     """``x`` [B, T, ...] split into chunks of time, [chunks, B, C, ...]. The last chunk is padded with zeros."""
     B, T = x.shape[:2]
     chunks = -(-T // C)
@@ -122,7 +122,7 @@ def _chunked_loss(
         return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
 
     C = _chunk_length(head, max_chunk_logits, params, hidden)
-    chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
+    chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # `zeros_like`, so that the sum varies over the same mesh axes as the arrays (in `shard_map`).
     return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
 
@@ -142,7 +142,7 @@ def _forward(
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
     C = _chunk_length(head, max_chunk_logits, params, hidden)
-    chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
+    chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
     dhidden = dhidden[None]

@@ -45,12 +45,12 @@ def gru_specs(
     return specs | ({"bias_hidden": ArraySpec((width,), ("norm",), ZEROS)} if reset == "after" else {})
 
 
-def _specs(gates: int, inputs: int, width: int, init: Initializer | None) -> dict[str, ArraySpec]:
+def _specs(num_gates: int, inputs: int, width: int, init: Initializer | None) -> dict[str, ArraySpec]:
     init = Uniform(width**-0.5) if init is None else init
     return {
-        "weight_input": ArraySpec((inputs, gates, width), ("embed", None, "mlp"), init, decay=True),
-        "weight_hidden": ArraySpec((width, gates, width), ("embed", None, "mlp"), init, decay=True),
-        "bias": ArraySpec((gates, width), (None, "mlp"), ZEROS),
+        "weight_input": ArraySpec((inputs, num_gates, width), ("embed", None, "mlp"), init, decay=True),
+        "weight_hidden": ArraySpec((width, num_gates, width), ("embed", None, "mlp"), init, decay=True),
+        "bias": ArraySpec((num_gates, width), (None, "mlp"), ZEROS),
     }
 
 
@@ -103,9 +103,9 @@ def lstm_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[st
         state: the state before the token.
     """
     weight = params["weight_hidden"].astype(projected_BGH.dtype)
-    total_BGH = projected_BGH.astype(jnp.float32) + _hidden_product(state["hidden"], weight)
-    i, f, o = (jax.nn.sigmoid(total_BGH[:, gate]) for gate in (0, 1, 3))
-    cell_BH = f * state["cell"] + i * jnp.tanh(total_BGH[:, 2])
+    preactivation_BGH = projected_BGH.astype(jnp.float32) + _hidden_product(state["hidden"], weight)
+    i, f, o = (jax.nn.sigmoid(preactivation_BGH[:, gate]) for gate in (0, 1, 3))
+    cell_BH = f * state["cell"] + i * jnp.tanh(preactivation_BGH[:, 2])
     return {"hidden": o * jnp.tanh(cell_BH), "cell": cell_BH}
 
 

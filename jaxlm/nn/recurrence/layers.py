@@ -64,8 +64,8 @@ def lstm(
         remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
 
     Raises:
-        ValueError: the shapes do not match, there are no steps, or the implementation is unknown or does not support
-            the arguments.
+        ValueError: the shapes do not match, there are no steps, a mask is not boolean, or the implementation is unknown
+            or does not support the arguments.
     """
     _check(params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":

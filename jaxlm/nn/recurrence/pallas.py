@@ -1,14 +1,15 @@
 """Pallas kernels for LSTM and GRU layers on TPU: one kernel runs all steps, and the hidden weights stay in VMEM.
 
-Without the kernel, XLA runs several operations per step, and each of them reads its arguments and writes its results.
-The kernel keeps the state and the gates of a step in VMEM. The matmuls that do not depend on the state of the previous
-step are outside the kernel, each as one matmul over all steps: the contribution of the inputs to the gates, and the
-gradients of the weights and of the inputs.
+Without the kernel, XLA runs several operations per step, and each of them reads its arguments from HBM and writes its
+results to HBM. The kernel keeps the state and the gates of a step in VMEM. The matmuls that do not depend on the state
+of the previous step are outside the kernel, each as one matmul over all steps: the contribution of the inputs to the
+gates, and the gradients of the weights and of the inputs.
 
 In the kernels, the last two axes of arrays are the rows of the batch and the hidden width, because a TPU stores the
 last two axes in tiles of 8 x 128. A second derivative of the layer is not supported.
 
-Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of a weight).
+Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of a weight), R
+rows and C steps of a block.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_BLOCK_STEPS = 4
 """Maximum number of steps of a block."""
 MAX_BLOCK_WEIGHTS = 2**24
 """Maximum of the number of bfloat16 hidden weights times the number of steps of a block. The steps of a block are
-unrolled, so larger blocks mean a larger program, which takes minutes to compile. A product of float32 has about four
+unrolled, so larger blocks mean a larger program, which takes minutes to compile. A float32 matmul has about four
 times as many instructions, so a float32 weight counts as four."""
 MAX_BLOCK_ROWS = 256
 """Maximum number of rows of a block."""
@@ -89,13 +90,13 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
 
 
 Gates = Sequence[jax.Array]
-"""One array [B, H] float32 per gate."""
+"""Arrays [B, H] float32: one per gate, or the ``NUM_STORED`` arrays of a step."""
 
 
 class _Cell(NamedTuple):
     """The elementwise functions of a cell. All arrays are [B, H] float32."""
 
-    gates: int
+    num_gates: int
     forward: Callable[..., tuple[State, Gates]]
     """``forward(inputs, products, bias_hidden, before=state)``: the state after the step, and the values that the
     backward pass needs. ``inputs`` and ``products`` are the contributions of the input and of the hidden state to the
@@ -103,7 +104,7 @@ class _Cell(NamedTuple):
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
     """``backward(stored, before, dafter)``: the gradient of the state before the step, without the gradient through the
     hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM, or the hidden
-    state of a GRU. For a GRU, the fourth entry is the gradient of the input contribution to gate n. It differs from the
+    state of a GRU. For a GRU, a fourth gradient is that of the input contribution to gate n. It differs from the
     gradient of the product, because the reset gate r multiplies only the product."""
 
 
@@ -180,9 +181,9 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     run = functools.partial(_device_backward, static)
     dfirst, sums_GBH, dgates_GTBH = _over_devices(run, by_time, mask_TB1, (weight_GKH,), dlast)
     sums_GH = jnp.sum(sums_GBH, axis=1)
-    gates = _CELLS[static.kind].gates
-    dweights = {"weight_hidden": jnp.einsum("TBH,GTBK->HGK", before_TBH, dgates_GTBH[:gates]), "bias": sums_GH}
-    dinputs = [(slice(0, gates), dgates_GTBH)]
+    num_gates = _CELLS[static.kind].num_gates
+    dweights = {"weight_hidden": jnp.einsum("TBH,GTBK->HGK", before_TBH, dgates_GTBH[:num_gates]), "bias": sums_GH}
+    dinputs = [(slice(0, num_gates), dgates_GTBH)]
     if static.kind == "gru":
         dweights |= {"bias": sums_GH[jnp.array([0, 1, 3])], "bias_hidden": sums_GH[2]}
         dinputs = [(slice(0, 2), dgates_GTBH[:2]), (slice(2, 3), dgates_GTBH[3:])]

@@ -106,8 +106,8 @@ def rg_lru(
         implementation: see ``linear_scan``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, or an implementation that is unknown or does not
-            support the arguments.
+        ValueError: shapes that do not match, an input without steps, a mask that is not boolean, or an implementation
+            that is unknown or does not support the arguments.
     """
     W = params["lambda"].shape[0]
     if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:

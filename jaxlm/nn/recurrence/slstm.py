@@ -91,12 +91,13 @@ def slstm(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
-        chunk: steps of a chunk, used only by ``chunked``; None: a default for the shape.
+        chunk: steps of a chunk, used only by ``chunked``; None: a default for the batch size and the platform.
         implementation: ``reference`` is a ``lax.scan`` over :func:`slstm_cell`; ``chunked``, the default, is
             the same loop with a custom gradient (see the module docstring).
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, a chunk below 1, or an unknown implementation.
+        ValueError: shapes that do not match, an input without steps, a mask that is not boolean, a chunk below 1, or an
+            unknown implementation.
 
     Example:
         >>> params = {"weight_hidden": jnp.zeros((1, 1, 4, 1)), "bias": jnp.zeros((1, 4, 1))}
@@ -153,9 +154,9 @@ def _recurrent_product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Arr
     return jnp.einsum("BHP,HPGQ->BHGQ", hidden_BHP, weight_HPGQ, preferred_element_type=jnp.float32)
 
 
-def _advance(total_BHGP: jax.Array, state: State) -> State:
-    """The state after a step with these pre-activations."""
-    log_i, f, z, o = (total_BHGP[:, :, gate] for gate in range(4))
+def _advance(preactivation_BHGP: jax.Array, state: State) -> State:
+    """The state after a step, from the pre-activations of the gates."""
+    log_i, f, z, o = (preactivation_BHGP[:, :, gate] for gate in range(4))
     log_f_m = jax.nn.log_sigmoid(f) + jnp.where(state["normalizer"] == 0.0, -jnp.inf, state["stabilizer"])
     m = jnp.maximum(log_f_m, log_i)
     f, i = jnp.exp(log_f_m - m), jnp.exp(log_i - m)
@@ -234,16 +235,16 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
         (projected_BHGP, mask), before, dhidden_BHP = inputs
         dstate = {**dstate, "hidden": dstate["hidden"] + dhidden_BHP}
         state = _reset(mask, before)
-        total_BHGP = _preactivations(weight, bias, projected_BHGP, state["hidden"])
+        preactivation_BHGP = _preactivations(weight, bias, projected_BHGP, state["hidden"])
 
-        def advance(total_BHGP: jax.Array, state: State) -> State:
-            return _restore_at_padding(mask, _advance(total_BHGP, state), state)
+        def advance(preactivation_BHGP: jax.Array, state: State) -> State:
+            return _restore_at_padding(mask, _advance(preactivation_BHGP, state), state)
 
-        dtotal_BHGP, dbefore = jax.vjp(advance, total_BHGP, state)[1](dstate)
+        dpreactivation_BHGP, dbefore = jax.vjp(advance, preactivation_BHGP, state)[1](dstate)
         dhidden_through_R = jnp.einsum(
-            "BHGQ,HPGQ->BHP", dtotal_BHGP.astype(weight.dtype), weight, preferred_element_type=jnp.float32
+            "BHGQ,HPGQ->BHP", dpreactivation_BHGP.astype(weight.dtype), weight, preferred_element_type=jnp.float32
         )
-        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + dhidden_through_R}), dtotal_BHGP
+        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + dhidden_through_R}), dpreactivation_BHGP
 
     def backward_chunk(carry: Any, inputs: Any) -> Any:
         dstate, dweight, dbias = carry
@@ -251,17 +252,17 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
         _, before = lax.scan(
             lambda state, inputs: (_step(weight, bias, state, inputs), state), first, (projected_LBHGP, chunk_masks)
         )
-        dstate, dtotal_LBHGP = lax.scan(
+        dstate, dpreactivation_LBHGP = lax.scan(
             step, dstate, ((projected_LBHGP, chunk_masks), before, dhidden_LBHP), reverse=True
         )
         hidden_LBHP = before["hidden"]
         if chunk_masks is not None:
             hidden_LBHP = jnp.where(chunk_masks[0][:, :, None, None], 0.0, hidden_LBHP)
         dweight += jnp.einsum(
-            "LBHP,LBHGQ->HPGQ", hidden_LBHP.astype(dtype), dtotal_LBHGP.astype(dtype),
+            "LBHP,LBHGQ->HPGQ", hidden_LBHP.astype(dtype), dpreactivation_LBHGP.astype(dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return (dstate, dweight, dbias + jnp.sum(dtotal_LBHGP, axis=(0, 1))), dtotal_LBHGP.astype(dtype)
+        return (dstate, dweight, dbias + jnp.sum(dpreactivation_LBHGP, axis=(0, 1))), dpreactivation_LBHGP.astype(dtype)
 
     zeros = jnp.zeros_like(weight, jnp.float32), jnp.zeros_like(bias, jnp.float32)
     inputs = (_chunks(L, projected_TBHGP, masks), _split(L, dhidden_TBHP), states)

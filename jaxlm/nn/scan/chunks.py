@@ -1,4 +1,4 @@
-"""Loops of the scans with a matrix as state: over single steps, and over chunks of steps.
+"""Loops over steps, and over chunks of steps, for the scans whose state is a matrix.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk.
@@ -42,7 +42,7 @@ def prepare(
 
 
 def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
-    """The array of each head [B, H, ...], from one array for each group of consecutive heads [B, G, ...]."""
+    """``x`` with its group axis repeated for the heads, [B, H, ...]. The H / G heads of a group are consecutive."""
     return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
 
 
@@ -57,7 +57,7 @@ def scan_chunks(run_chunk: Callable[..., Any], inputs: Sequence[jax.Array], stat
     """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk.
 
     The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays. So only
-    the state before each chunk is saved.
+    the inputs and the state before each chunk are saved.
     """
     recomputed, chunks = jax.checkpoint(run_chunk, prevent_cse=False), split_into_chunks(inputs, chunk)
     last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
@@ -67,10 +67,10 @@ def scan_chunks(run_chunk: Callable[..., Any], inputs: Sequence[jax.Array], stat
 def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:
     """Each input [B, T, H, X] in chunks, [C, B, H, L, X].
 
-    The last chunk is padded with zeros, which must not change the state.
+    The last chunk is padded with zeros. So a step whose inputs are zeros must not change the state.
 
     Args:
-        chunk: L, a power of two. If fewer steps are enough for one chunk, L is the smallest power of two that is.
+        chunk: L, a power of two. If T is less, L is the smallest power of two that is at least T.
     """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())

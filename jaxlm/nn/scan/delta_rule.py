@@ -18,7 +18,8 @@ The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k`` an
 ``a = -c`` and ``b = rate * c`` with a vector c of length 1 and a rate in [0, 1] for each channel. The states in the
 papers are the transposed matrices.
 
-Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk.
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk (M: the
+same steps, on the axis of the keys), N kinds of scores.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def gated_delta_rule(
             (``jaxlm.nn.scan.delta_rule_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
-            ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -136,11 +137,11 @@ def generalized_delta_rule(
             reset the state, use ``reset_BT``.
         a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the key with which the step adds this value to the state.
-        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. There is no ``pallas``.
+        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, or an implementation that is unknown
-            or ``pallas``.
+        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, or an
+            implementation that is unknown or ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -206,9 +207,9 @@ def _gated_chunk(
     """
     product = chunks.product_in(v_BHLV.dtype)
     decay_BHLM, prefix_BHL1, suffix_BHL1 = decay_products(jnp.exp(log_BHL1))
-    overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
+    lower_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
     old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
-    new_BHLV = solve_unit_lower(overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
+    new_BHLV = solve_unit_lower(lower_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
     out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
     state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
@@ -267,8 +268,8 @@ def _generalized_chunk(
     )
     qk_BHLM, qb_BHLM = scores_BHNLM[:, :, 0], scores_BHNLM[:, :, 1]
     ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, index]) for index in (2, 3))
-    before_BHLK = _shift_steps(prefix_BHLK, 1.0)
-    right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * before_BHLK, state_BHKV)
+    prefix_before_BHLK = _shift_steps(prefix_BHLK, 1.0)
+    right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * prefix_before_BHLK, state_BHKV)
     old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
     out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)

@@ -6,6 +6,8 @@ s < t, the vectors u solve ``(I + A) @ u = r`` with ``r_t = beta_t * (v_t - D(0,
 linear attention with the values u. A kernel keeps the inverse of ``I + A``, the scores and the states in VMEM. The
 backward kernel computes the inverse again. ``head_blocks`` defines the blocks of heads and the products of decays.
 
+Variables whose names end with ``_in`` are inputs of matmuls, in the dtype of the values.
+
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, N blocks
 of heads, J heads of a block.
 """
@@ -165,8 +167,8 @@ def _forward_kernel(
     )
     for head in range(J):
         column = slice(head, head + 1)
-        of_key, of_value = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
-        q, k, v = query[:, of_key], key[:, of_key], value[:, of_value]
+        key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
         state, prefix = carry[head], decays.prefix[:, column]
         state_in = state.astype(dtype)
         old = prefix * dot(k, state_in, (1, 0))
@@ -199,10 +201,10 @@ def _backward_kernel(
     dq_heads, dk_heads, dv_heads, dbeta_heads, dlog_pairs, dlog_prefix, dlog_suffix = ([] for _ in range(7))
     for head in range(J):
         column = slice(head, head + 1)
-        of_key, of_value = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
-        q, k, v = query[:, of_key], key[:, of_key], value[:, of_value]
-        dy = dout[:, of_value]
-        pairs, state, dafter, b = decays.pairs(head), states[head], carry[head], betas[:, column]
+        key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
+        dy = dout[:, value_slice]
+        pairs, state, dafter, beta = decays.pairs(head), states[head], carry[head], betas[:, column]
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         key_product, inverse = key_products[head], inverses[head]
@@ -211,24 +213,24 @@ def _backward_kernel(
         from_state = prefix * dot(q, state_in, (1, 0))
         old = prefix * dot(k, state_in, (1, 0))
         error = v.astype(jnp.float32) - old
-        u = _accurate_dot(inverse, b * error, dtype)
+        u = _accurate_dot(inverse, beta * error, dtype)
         u_in = u.astype(dtype)
         weights = dot(q, k, (1, 1)) * pairs
         # Compute the gradients, starting at the outputs and at the state after the chunk.
         du_of_state = suffix * dot(k, dafter_in, (1, 0))
         du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
         dright = _accurate_dot(inverse, du, dtype, (0, 0))
-        dright_in = (b * dright).astype(dtype)
+        dright_in = (beta * dright).astype(dtype)
         dA = jnp.where(is_earlier, -_accurate_dot(dright, u, dtype, (1, 1)), 0.0)
         dweights = dot(dy, u_in, (1, 1))
         dscores = (dweights * pairs).astype(dtype)
-        dk_pairs = (b * dA * pairs).astype(dtype)
+        dk_pairs = (beta * dA * pairs).astype(dtype)
         dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
         dk_heads.append(
             dot(dscores, q, (0, 0)) + dot(dk_pairs, k, (1, 0)) + dot(dk_pairs, k, (0, 0))
             + suffix * dot(u_in, dafter_in, (1, 1)) - prefix * dot(dright_in, state_in, (1, 1))
         )  # fmt: skip
-        dv_heads.append(b * dright)
+        dv_heads.append(beta * dright)
         dbeta_heads.append(
             jnp.sum(dright * error, axis=1, keepdims=True) + jnp.sum(dA * key_product, axis=1, keepdims=True)
         )
@@ -238,11 +240,11 @@ def _backward_kernel(
             - dot((prefix * k32).astype(dtype), dright_in, (0, 0))
         )  # fmt: skip
         # A log decay of step i is a summand of the logarithm of D(s, t) for s < i <= t.
-        by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * b * key_product
-        later = _accurate_dot(at_or_after, by_pair, dtype)  # [i, s]: the sum over t >= i
+        dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
+        later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
         of_total = total * jnp.sum(state * dafter, keepdims=True)
         dlog_pairs.append(jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total)
-        dlog_prefix.append(jnp.sum(from_state * dy32 - old * (b * dright), axis=1, keepdims=True))
+        dlog_prefix.append(jnp.sum(from_state * dy32 - old * (beta * dright), axis=1, keepdims=True))
         dlog_suffix.append(jnp.sum(u * du_of_state, axis=1, keepdims=True))
     join = functools.partial(jnp.concatenate, axis=1)
     dquery[...], dkey[...], dvalue[...] = (join(heads).astype(dtype) for heads in (dq_heads, dk_heads, dv_heads))

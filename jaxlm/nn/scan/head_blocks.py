@@ -1,4 +1,4 @@
-"""Blocks of heads and products of decays, which the Pallas kernels of matrix-state recurrences on TPU share.
+"""Blocks of heads and products of decays, for the TPU kernels of recurrences whose state is a matrix.
 
 The kernels compute a recurrence in chunks of the time axis, for several heads at once. They keep the state of these
 heads in VMEM from the first chunk to the last one.
@@ -7,7 +7,8 @@ Let b_t be the sum of the log decays of a chunk up to step t. The product of the
 ``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
 steps of its segment. Only steps before the first reset of a chunk read the state before the chunk. Log decays below
 ``MIN_LOG_DECAY`` are set to this value, so that all sums are finite. The rounding error of a sum is about 6e-8 times
-its magnitude. A decay of almost 0 has a large negative logarithm, so products of later decays are less accurate.
+its magnitude. A decay of almost 0 has a large negative logarithm, so products of later decays of the chunk are less
+accurate.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -42,12 +43,12 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if H % num_shards or (G % num_shards and G > 1):
-        return f"needs numbers of heads and groups that {num_shards} divides, not {H} and {G}"
+        return f"needs numbers of heads and groups that are divisible by {num_shards}, not {H} and {G}"
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
-            "needs a number of heads J so that J * V and J * K (K, if several groups of heads share keys) are "
-            "multiples of 128, or J is the number of all heads, and the arrays of J heads fit into VMEM"
+            "needs a block of J heads that fits into VMEM and either has all heads, or has widths J * V and J * K (K, "
+            "if heads share keys) that are multiples of 128"
         )
     return None
 
@@ -59,7 +60,7 @@ def groups_are_sharded(G: int, H: int) -> bool:
 
 def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
     """The number of heads of a block on one device. None: no number of heads gives a block of whole registers whose
-    states fit into VMEM.
+    arrays fit into VMEM.
 
     All heads of a block share one query and key, or each has its own.
     """
@@ -176,7 +177,7 @@ def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
 
 
-def _per_step(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
+def _step_scalars(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
     """The scalars of each step, as columns [B, N, T, 2 * J + 1] and as rows [B, N, 2 * J + 1, T].
 
     They are the sum b of each head, the scale of each head, and the index of the step's segment in the chunk.
@@ -195,7 +196,7 @@ def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
-    """A function that gets the input arrays of a kernel and returns its outputs on the grid of ``blocks``.
+    """A function that runs the kernel on the grid of ``blocks``: it gets the input arrays and returns the outputs.
 
     The last argument of the kernel is the carry, [J, K, V] float32. Its value is kept from one chunk to the next one.
     """
@@ -217,7 +218,7 @@ def padded_inputs(
     L = blocks.L
     flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
     flat[:2] = (x.astype(value.dtype) for x in flat[:2])
-    return *flat, *_per_step(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
+    return *flat, *_step_scalars(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -233,8 +234,8 @@ class Decays(NamedTuple):
         is_read: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
         columns, rows: the sums b_t, [L, J] and [J, L].
         scale, scale_rows: the scales of the steps, [L, J] and [J, L].
-        prefix: [L, J], the product of the decays of all steps up to and including t; 0 after a reset.
-        suffix, suffix_rows: [L, J] and [J, L], the product of the decays of all steps after t; 0 before a reset.
+        prefix: [L, J], the product of the decays of all steps up to and including t; 0 from the first reset on.
+        suffix, suffix_rows: [L, J] and [J, L], the product of the decays of all steps after t; 0 before the last reset.
         total: [1, J], the product of the decays of all steps; 0 if the chunk has a reset.
     """
 
@@ -277,8 +278,8 @@ def run_forward(
     """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``).
 
     Args:
-        kernel: a function. Its arguments are the blocks, one array for each entry of ``in_specs`` and ``out_specs``,
-            and the carry.
+        kernel: a function. Its arguments are a :class:`Blocks`, one array for each entry of ``in_specs`` and
+            ``out_specs``, and the carry.
         name: the name of the kernel in the program.
         query, key, value, log_BTH, scale_BTH, reset_BT, state_BHKV, L, interpret: see
             ``matrix_state_pallas.linear_attention``. Log decays are finite.
@@ -305,14 +306,14 @@ def run_backward(
     scale_BTH: jax.Array, reset_BT: jax.Array,
     states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool, is_shared: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The gradients of one device.
+    """The gradients of queries, keys, values, decays, scales and the state before the first step, for one device.
 
-    In this order, they are the gradients of queries and of keys, [B, T, H, K], or [B, T, blocks of a group, G, K] if
-    ``is_shared``; of the values; of the sums b (``linear_attention``) or of the log decays (``gated_delta_rule``), with
-    the padded steps; of the scales; and of the state before the first step.
+    The gradients of queries and keys are [B, T, H, K]; if ``is_shared``, they are [B, T, blocks of a group, G, K]. The
+    gradient of the decays is that of the sums b (``linear_attention``) or of the log decays (``gated_delta_rule``); it
+    includes the padded steps.
 
     Args:
-        kernel, name: see :func:`run_forward`, also for the other arguments.
+        kernel, name: see :func:`run_forward`, also for the arguments that are not listed here.
         states_BCHKV: the state before each chunk.
         is_shared: whether several heads share queries and keys, on this device or on several devices.
     """

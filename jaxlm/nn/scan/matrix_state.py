@@ -1,13 +1,13 @@
 """Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
 
-Without decay, these are eq. 18 to 20 of Katharopoulos et al. 2020, without their normaliser. To get the normaliser, add
+Without decay, these are eq. 18 to 20 of Katharopoulos et al. 2020, without their normalizer. To get the normalizer, add
 a channel to the values that is always 1.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
 
 Shapes: B batch, T time, H heads, G groups of heads, R = H / G heads of a group, K width of queries and keys, V width of
-values, C chunks, L steps of a chunk, E = 1 or K decays per head.
+values, C chunks, L steps of a chunk (M: the same steps, on the axis of the keys), E = 1 or K decays per head.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def linear_attention(
         chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
             ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
-            of a chunk, and the result is exact for all decays. ``pallas`` is a TPU kernel that computes chunks, for one
-            decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
+            of a chunk, and the result is accurate for all decays. ``pallas`` is a TPU kernel that computes chunks, for
+            one decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
-            ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -150,7 +150,7 @@ def check_inputs(
         )
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
     if H % G:
-        raise ValueError(f"the {G} heads of query and key must divide the {H} heads of value")
+        raise ValueError(f"the number of heads of query and key, {G}, must divide the number of heads of value, {H}")
     if log_decay.shape not in ((B, T, H), (B, T, H, K)):
         raise ValueError(
             f"log_decay {list(log_decay.shape)} must be {[B, T, H]}, one for each head, or "
@@ -167,7 +167,7 @@ def check_inputs(
 
 
 def check_equal_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    """Check the shapes of queries and keys [B, T, H, K] and values [B, T, H, V]; T is at least 1.
+    """Check the shapes of queries and keys [B, T, H, K] and values [B, T, H, V]; T must be at least 1.
 
     Raises:
         ValueError: an array has another shape.
@@ -184,7 +184,7 @@ def linear_attention_step(
 ) -> tuple[jax.Array, jax.Array]:
     """The output of one step [B, H, V] in the dtype of the value, and the new state [B, H, K, V] float32.
 
-    It is for use in a decoding loop. ``log_decay`` is [B, H] or [B, H, K].
+    Use this function in a decoding loop. ``log_decay`` is [B, H] or [B, H, K].
     """
     log_BHE = log_decay.astype(jnp.float32)
     log_BHE = log_BHE[..., None] if log_decay.ndim == 2 else log_BHE
@@ -215,9 +215,9 @@ def _chunk(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps in the dtype of the values.
 
-    The gradient of a log decay is also a difference of two inner products (Yang et al. 2024, section 4.3). But the
-    rounding errors of this difference would not be small relative to the gradient of a strong decay, so autodiff also
-    differentiates the products of decays.
+    The gradient of a log decay equals a difference of two inner products (Yang et al. 2024, section 4.3). For a decay
+    near 0, the rounding errors of this difference would be large relative to the gradient. So autodiff computes the
+    gradient through the products of decays.
     """
     dtype = v_BHLV.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q_BGLK, k_BGLK, v_BHLV))  # their gradients are summed in float32
@@ -237,8 +237,8 @@ def decay_chunk(
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
-    is the expression in parentheses for t = L. Decays are multiplied and never divided, so no product has a magnitude
-    above 1. Decays may be negative.
+    is the expression in parentheses for t = L. Decays are in [-1, 1]. They are multiplied and never divided, so no
+    product has a magnitude above 1.
     """
     product = product_in(dtype)
     if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
@@ -289,7 +289,7 @@ def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
 def pair_scores_and_decays(
     decay_BHLE: jax.Array, diagonal_BHL: jax.Array, pair_scores: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The scores of all pairs of steps of a chunk, and the products of decays before and after each step.
+    """The scores of all pairs of steps of a chunk, and the products of the decays up to each step and after each step.
 
     Blocks of 1, 2, 4, ... steps are joined in pairs. The decay from step s of the earlier block to step t of the later
     block is ``later[t] * earlier[s]``. ``later[t]`` is the product of the decays of the later block up to and including

@@ -5,7 +5,8 @@ states to memory between its matmuls. A kernel keeps them in VMEM. It reads the 
 once, for several heads, and keeps the state of these heads until the last chunk. For the gradients, the forward kernel
 also writes the state before each chunk.
 
-``head_blocks`` defines the blocks of heads and the products of decays.
+``head_blocks`` defines the blocks of heads, the sums b_t of log decays and the products of decays. Variables whose
+names end with ``_in`` are inputs of matmuls, in the dtype of the values.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -67,9 +68,7 @@ def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bo
 def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The results of ``run_forward`` for all devices."""
     run = functools.partial(run_forward, _forward_kernel, "linear_attention", **options)
-    return _map_shards(run, _groups_axes(inputs), [STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(
-        *inputs, state_BHKV
-    )
+    return _map_shards(run, _key_axes(inputs), [STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(*inputs, state_BHKV)
 
 
 def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
@@ -78,15 +77,16 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
     dout_BTHV, dlast_BHKV = cotangents
     # Gradients of shared queries and keys are [B, T, blocks of a group, G, K]: each device has its own groups, or its
     # own blocks of heads. Gradients of queries and keys for each head are [B, T, H, K].
-    groups, is_shared = _groups_axes(inputs), query.shape[2] != log_BTH.shape[2]
+    key_axes, is_shared = _key_axes(inputs), query.shape[2] != log_BTH.shape[2]
     run = functools.partial(
         run_backward, _backward_kernel, "linear_attention_backward", L=L, interpret=interpret, is_shared=is_shared
     )
-    gradient: tuple[str | None, ...] = HEAD_AXES
+    dkey_axes: tuple[str | None, ...] = HEAD_AXES
     if is_shared:
-        gradient = ("batch", None, None, "heads", None) if groups == HEAD_AXES else ("batch", None, "heads", None, None)
-    out_axes = [gradient, gradient, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], STATE_AXES]
-    mapped = _map_shards(run, groups, [STATES_AXES, HEAD_AXES, STATE_AXES], out_axes)
+        is_split_by_group = key_axes == HEAD_AXES
+        dkey_axes = ("batch", None, None, "heads", None) if is_split_by_group else ("batch", None, "heads", None, None)
+    out_axes = [dkey_axes, dkey_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], STATE_AXES]
+    mapped = _map_shards(run, key_axes, [STATES_AXES, HEAD_AXES, STATE_AXES], out_axes)
     dquery, dkey, dvalue, db_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
     if is_shared:
         dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
@@ -100,16 +100,16 @@ def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) ->
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _groups_axes(inputs: Any) -> tuple[str | None, ...]:
+def _key_axes(inputs: Any) -> tuple[str | None, ...]:
     """The logical axes of queries and keys."""
     return HEAD_AXES if groups_are_sharded(inputs[0].shape[2], inputs[2].shape[2]) else ("batch", None, None, None)
 
 
 def _map_shards(
-    function: Callable[..., Any], groups: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
+    function: Callable[..., Any], key_axes: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
 ) -> Callable[..., Any]:
     """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
-    in_axes = [groups, groups, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2], *other_axes]
+    in_axes = [key_axes, key_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2], *other_axes]
     return sharding.map_shards(function, in_axes, out_axes)
 
 
@@ -178,11 +178,11 @@ def _backward_kernel(
         y = dot(weights, scaled_v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
         dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
         dk_heads.append(dot(dscores, q, (0, 0)) + scale * suffix * dot(v, dafter_in, (1, 1)))
-        of_state = suffix * dot(k, dafter_in, (1, 0))
-        dscaled = dot(weights, dy, (0, 0)) + of_state  # the gradient of scale * v
+        dscaled_of_state = suffix * dot(k, dafter_in, (1, 0))
+        dscaled = dot(weights, dy, (0, 0)) + dscaled_of_state  # the gradient of scale * v
         # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
         v32, dy32, scaled_v32 = v.astype(jnp.float32), dy.astype(jnp.float32), scaled_v.astype(jnp.float32)
-        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scaled_v32 * of_state, keepdims=True)
+        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scaled_v32 * dscaled_of_state, keepdims=True)
         db_head = jnp.sum(y * dy32 - scaled_v32 * dscaled, axis=1, keepdims=True)
         db_heads.append(jnp.where(is_last_row, db_head + last, db_head))
         dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))

@@ -69,7 +69,7 @@ def mlstm(
     is float32.
 
     Args:
-        log_input_BTH: the logarithm of the input gate, which is the pre-activation of an exponential gate.
+        log_input_BTH: the logarithm of the input gate. The gate is exponential, so this is its pre-activation.
         log_forget_BTH: the logarithm of the forget gate: ``log_sigmoid`` of the pre-activation, or the pre-activation
             itself if the gate is exponential.
         state: the state before the first step; None: zeros.
@@ -85,8 +85,8 @@ def mlstm(
             instead. None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a chunk that is not a power of two, an unknown implementation, or
-            ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones, gate = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1))
@@ -185,12 +185,13 @@ def _by_linear_attention(
     cell, normalizer = state["cell"], state["normalizer"][..., None]
     if implementation == "pallas":  # n has its own array of whole registers: appending a column to v would copy v
         out, cell = run(v, cell)
-        sums, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
+        q_times_n, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
     else:
         joined, state_BHKW = run(*(jnp.concatenate(pair, axis=-1) for pair in ((v, ones), (cell, normalizer))))
-        out, sums, cell, normalizer = joined[..., :V], joined[..., V:], state_BHKW[..., :V], state_BHKW[..., V:]
-    out_BTHV = _output(out.astype(jnp.float32), sums[..., 0].astype(jnp.float32), m_BTH, epsilon).astype(v.dtype)
-    return out_BTHV, {"cell": cell, "normalizer": normalizer[..., 0], "stabilizer": m_BTH[:, -1]}
+        out, q_times_n = joined[..., :V], joined[..., V:]
+        cell, normalizer = state_BHKW[..., :V], state_BHKW[..., V:]
+    out_BTHV = _output(out.astype(jnp.float32), q_times_n[..., 0].astype(jnp.float32), m_BTH, epsilon)
+    return out_BTHV.astype(v.dtype), {"cell": cell, "normalizer": normalizer[..., 0], "stabilizer": m_BTH[:, -1]}
 
 
 def _pad_width(x: jax.Array, width: int) -> jax.Array:

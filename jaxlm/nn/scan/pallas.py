@@ -171,8 +171,7 @@ def _backward(
     """The gradients of one device."""
     T = hidden_BTD.shape[1]
     blocks = _blocks((decay_BTD, hidden_BTD, dhidden_BTD), not reverse)
-    # In the order of the backward pass, the padding comes after the last step. This is before the first step of the
-    # scan.
+    # In the order of the backward pass, the padding comes after the last step: before the first step of the scan.
     num_padding = blocks.num_padding
     padding = ((0, 0), (0, num_padding) if reverse else (num_padding, 0), (0, 0))
     decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)
@@ -237,7 +236,7 @@ def _last_row(x: jax.Array, reverse: bool) -> jax.Array:
 def _forward_kernel(
     rows: int, reverse: bool, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any
 ) -> None:
-    """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous tile."""
+    """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous block."""
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(2) == 0)
@@ -257,7 +256,7 @@ def _backward_kernel(
     rows: int, reverse: bool, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
     dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Run the steps of a block. ``carry``: e of the previous tile. ``before``: the state before the block."""
+    """Run the steps of a block. ``carry``: the last e of the previous block. ``before``: the state before the block."""
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(2) == 0)

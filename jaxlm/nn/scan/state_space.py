@@ -49,11 +49,11 @@ def ssd(
     Args:
         dt_BTH: the step sizes, at least 0.
         A_H: the decay rate of each head, at most 0.
-        B_BTGN, C_BTGN: input and output weights of the state, computed from the input. H / G consecutive heads share
-            each group.
+        B_BTGN, C_BTGN: input and output weights of the state, computed from the input. Each group belongs to H / G
+            consecutive heads.
         state_BHNP: the state before the first step; None: zeros.
         negative_eigenvalues: the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of ``exp(A * dt_t)``
-            (Grazzi et al. 2025). There is no ``pallas`` for it.
+            (Grazzi et al. 2025). ``pallas`` does not support it.
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
     Raises:
@@ -82,12 +82,12 @@ def ssd(
             C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
             reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
         )  # fmt: skip
-    # ``linear_attention`` takes the logarithm of the decays. Its gradient is infinite at a decay of 0, so it would be
-    # inaccurate here.
+    # A negative decay has no logarithm, so ``linear_attention`` cannot be used.
     T = x_BTHP.shape[1]
-    implementation = choose_implementation("ssd", implementation, T, chunk, "has no negative eigenvalues")
+    implementation = choose_implementation("ssd", implementation, T, chunk, "does not support negative eigenvalues")
     check_inputs(C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, reset_BT, keep_BT)
-    decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]  # prepare() sets it to 0 at padding
+    # The decay minus 1, because ``prepare`` sets inputs to 0 at padding, where the decay must be 1.
+    decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
         decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
     value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)

@@ -18,9 +18,9 @@ from jaxlm.nn.custom_gradient import custom_vjp
 def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
     """The solution u of ``u + lower @ u = right``, [B, H, L, V] float32, for a strictly lower triangular matrix.
 
-    The inverse is computed by matmuls. ``lax.linalg.triangular_solve`` is slower for many small systems: on a CPU, it
-    calls BLAS, whose threads wait for each other (20 times as slow on two busy cores; L 32, V 64), and it cannot be
-    sharded.
+    Matmuls compute the inverse of ``I + lower``. ``lax.linalg.triangular_solve`` cannot be sharded. It is also slower
+    for many small systems: on a CPU, it calls BLAS, whose threads wait for each other (20 times as slow on two busy
+    cores; L 32, V 64).
 
     Example:
         >>> lower = jnp.array([[0.0, 0.0], [0.5, 0.0]])
@@ -56,7 +56,7 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
     for size in (1 << power for power in range(L.bit_length() - 1)):
         P, S2 = L // (2 * size), 2 * size
-        pairs = lower_BHLL.reshape(B, H, P, S2, L).reshape(B, H, P, S2, P, S2)  # one axis at a time, to keep shardings
+        pairs = lower_BHLL.reshape(B, H, P, S2, L).reshape(B, H, P, S2, P, S2)  # two reshapes, to keep the sharding
         below_BHPSS = jnp.moveaxis(jnp.diagonal(pairs[:, :, :, size:, :, :size], axis1=2, axis2=4), -1, 2)
         first, second = inverse_BHPSS[:, :, 0::2], inverse_BHPSS[:, :, 1::2]
         below_BHPSS = -_product(_product(second, below_BHPSS), first)

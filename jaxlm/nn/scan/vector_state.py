@@ -66,9 +66,9 @@ def linear_scan(
             second derivatives. Reverse-over-reverse derivatives need ``reference``.
 
     Raises:
-        ValueError: shapes that do not match, an input without steps or with an integer dtype, an unknown
-            implementation, or ``pallas`` on another platform than a TPU, for another dtype than float32 and bfloat16,
-            or without rows.
+        ValueError: shapes that do not match, an input without steps or with a dtype that is not floating-point, a mask
+            that is not boolean, an unknown implementation, or ``pallas`` on another platform than a TPU, for another
+            dtype than float32 and bfloat16, or without rows.
 
     Example:
         >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
@@ -223,7 +223,7 @@ def _sequential_backward(
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step (unsigned, because JAX wraps negative signed indices)."""
+    """A function from loop iteration i to its time step (unsigned, because JAX adds a sign check to signed indices)."""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
@@ -294,7 +294,8 @@ def _chunked_backward(
     reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
-    # The gradient of a step uses the decay of the next step and the state before the step.
+    # The gradient of the input uses the decay of the next step. The gradient of the decay uses the state before the
+    # step.
     next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
     gradient_BTD = _scan_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)

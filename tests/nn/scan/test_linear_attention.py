@@ -214,7 +214,7 @@ def test_bad_inputs_raise():
         linear_attention(q, k, v, log_decay, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
         linear_attention(q, k, v, log_decay, reset_BT=np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="the 2 heads of query and key must divide the 3 heads of value"):
+    with pytest.raises(ValueError, match="heads of query and key, 2, must divide the number of heads of value, 3"):
         linear_attention(q, k, np.concatenate([v, v[:, :, :1]], axis=2), log_decay)
     with pytest.raises(ValueError, match=r"one decay per channel, .*: repeat the 1 heads of query and key 2 times"):
         linear_attention(q[:, :, :1], k[:, :, :1], v, arrays("channel")[3])

@@ -196,7 +196,7 @@ def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch
 
 def test_mlstm_needs_whole_registers_for_the_normalizer(on_tpu):
     arguments = mlstm_arrays(1, 16, 32, 32, 100, 64)
-    with pytest.raises(ValueError, match="needs a number of heads J so that J"):
+    with pytest.raises(ValueError, match="needs a block of J heads that fits into VMEM"):
         mlstm(*arguments, implementation="pallas")
 
 
@@ -205,7 +205,7 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     x, dt = rng.normal(size=(2, 24, 4, 8)), rng.uniform(0.1, 2.0, (2, 24, 4))
     B, C = (rng.normal(size=(2, 24, 1, 16)) for _ in range(2))
     arguments = [np.asarray(y, np.float32) for y in (x, dt, -rng.uniform(0.1, 1.0, 4), B, C)]
-    with pytest.raises(ValueError, match="'pallas' has no negative eigenvalues: use implementation='chunked'"):
+    with pytest.raises(ValueError, match="does not support negative eigenvalues: use implementation='chunked'"):
         ssd(*arguments, negative_eigenvalues=True, implementation="pallas")
     got, want = (
         jax.jit(functools.partial(ssd, negative_eigenvalues=True, implementation=name, **masks(2, 24)))(*arguments)
@@ -250,7 +250,7 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     query, _, value, _, _ = arrays(1, 20, 2, 8, 128, 64)
     with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
         reason = head_blocks.unsupported_reason(query, value)
-    assert reason == "needs numbers of heads and groups that 4 divides, not 8 and 2"
+    assert reason == "needs numbers of heads and groups that are divisible by 4, not 8 and 2"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
     [
         ((1, 8, 2, 2, 8, 8), np.float16, False, "supports float32 and bfloat16, not float16"),
         ((1, 8, 2, 2, 8, 8), np.float32, True, "supports one decay per head, not one per channel"),
-        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs a number of heads J so that J"),
+        ((1, 8, 3, 6, 8, 8), np.float32, False, "needs a block of J heads that fits into VMEM"),
     ],
 )
 def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_tpu):
