@@ -5,9 +5,10 @@
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
 section for each processor. If several files contain the same operation and shape, the section shows the newest file.
 
-The bar charts show how many times as fast as a baseline jaxlm is. In each round, the time of the baseline is divided by
-the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
-of jaxlm in percent of the peak of the machine. The line charts show the time as a function of the length.
+The bar charts show the speed of jaxlm divided by the speed of a baseline. In each round, the time of the baseline is
+divided by the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also
+show the speed of jaxlm in percent of the peak of the machine. The line charts show the time as a function of the
+length.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
 END = "<!-- end of measured -->"
 PICTURES = "pictures/benchmarks"
 """Directory of the charts, relative to the page."""
-TITLES = "processors.json"
-"""JSON file in the directory of the results: name of the directory of a processor -> title of its section."""
+TITLES_FILE = "processors.json"
+"""JSON file in the results directory. It maps the directory name of a processor to the title of its section."""
 SECTIONS = {
     "training": "Training steps of whole models",
     "decoding": "Decoding of whole models",
@@ -64,7 +65,7 @@ class Measurement:
     ratio: float
     """Time of this implementation divided by the time of jaxlm: the median over rounds."""
     peak_percent: float | None
-    """Speed in percent of the peak of the machine, measured in the same rounds. None: the program has no peak."""
+    """Speed in percent of the peak of the machine, measured in the same rounds. None: no peak was measured."""
     gigabytes: float | None
     """Peak memory of the process. None: not measured."""
     file: str
@@ -77,7 +78,9 @@ class Measurement:
 
 
 def read(directory: Path) -> list[Measurement]:
-    """The newest measurements of a processor, in the order of the files.
+    """The newest measurements of each operation and shape of a processor.
+
+    Operations and shapes are in the order in which the files, sorted by name, first contain them.
 
     Raises:
         UserError: the directory has no results of the programs in :data:`SECTIONS`, or a file was not written by a
@@ -225,7 +228,7 @@ Bars = dict[str, dict[str, float]]
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Bar charts: how many times as fast jaxlm is, and its speed in percent of the peak if a peak was measured."""
+    """Bar charts: the speed of jaxlm relative to each baseline and, if a peak was measured, in percent of the peak."""
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
@@ -236,8 +239,8 @@ def draw(rows: Sequence[Measurement]) -> Any:
         if row.implementation == OURS and row.peak_percent is not None
     }
     groups = list(dict.fromkeys(labels.values()))
-    heights = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
-    figure, (left, *rest) = _new_figure(0.26 * sum(heights) + 0.16 * len(groups) + 1.3, 1, 2 if shares else 1)
+    bars_per_group = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
+    figure, (left, *rest) = _new_figure(0.26 * sum(bars_per_group) + 0.16 * len(groups) + 1.3, 1, 2 if shares else 1)
     positions = _draw_bars(left, groups, ratios, "%.2f")
     left.axvline(1.0, color="#444", linewidth=0.8)
     left.set_xlabel("times as fast as the baseline")
@@ -252,7 +255,7 @@ def draw(rows: Sequence[Measurement]) -> Any:
 
 
 def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
-    """A bar chart of how many times as fast jaxlm is: one group per shape and baseline, one bar per processor.
+    """A bar chart of the speed of jaxlm relative to baselines: one group per shape and baseline, one bar per processor.
 
     Args:
         rows: the measurements of baselines, by processor.
@@ -373,7 +376,7 @@ def run(options: Report) -> None:
     directories = sorted(path for path in options.results.iterdir() if path.is_dir())
     if not directories:
         raise UserError(f"{options.results} has no directories: write results to {options.results}/PROCESSOR/NAME.json")
-    titles_file = options.results / TITLES
+    titles_file = options.results / TITLES_FILE
     titles = json.loads(titles_file.read_text(encoding="utf-8")) if titles_file.exists() else {}
     measured = {directory.name: read(directory) for directory in directories}
     newest_first = sorted(

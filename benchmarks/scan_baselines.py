@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.worker import Implementation
 
-SAMPLED = 4096
+MIN_SAMPLES = 4096
 """Minimum number of evenly spaced elements of each result that are compared; all elements of a smaller result."""
 
 
@@ -36,11 +36,14 @@ def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndar
 def sample(result: np.ndarray) -> list[float]:
     """Evenly spaced elements of a result."""
     flat = result.ravel()
-    return flat[:: max(1, flat.size // SAMPLED)].astype(float).tolist()
+    return flat[:: max(1, flat.size // MIN_SAMPLES)].astype(float).tolist()
 
 
 class Case(Implementation):
-    """Base class: the first repetition returns samples of the results, and later repetitions return None."""
+    """Base class: the first repetition returns samples of the results, and later repetitions return None.
+
+    The harness passes a ``directory`` to every implementation. These classes do not use it.
+    """
 
     is_first_run = True
 
@@ -84,10 +87,11 @@ class JaxCase(Case):
             weight, x = inputs
             return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
 
-        def both(*arguments: Any) -> Any:
-            # JAX assigns donated buffers to results in order. The gradient of the input is the last gradient, so it
-            # reuses the buffer of ``dout``. XLA does the same inside a model. The output is a result, because XLA would
-            # otherwise not compute it for an operation whose gradients do not need it (the convolution).
+        def forward_and_backward(*arguments: Any) -> Any:
+            # JAX assigns donated buffers to results of the same shape in order. So a gradient reuses the buffer of
+            # ``dout``, as inside a model: that of x (linear_scan, convolution) or of q (linear_attention). The function
+            # also returns the output. Otherwise XLA would skip the forward pass of the convolution, whose gradients do
+            # not need it.
             output, vjp = jax.vjp(forward, *arguments[:-1])
             return [*vjp(arguments[-1]), output]
 
@@ -96,7 +100,7 @@ class JaxCase(Case):
         self.donated = [1] if op == "linear_scan" else []
         self.backward = backward
         if backward:
-            self.compiled = jax.jit(both, donate_argnums=[*self.donated, len(inputs)], keep_unused=True)
+            self.compiled = jax.jit(forward_and_backward, donate_argnums=[*self.donated, len(inputs)], keep_unused=True)
         else:
             self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.donated)
         self.copy = jax.jit(lambda x: x + 0.0)

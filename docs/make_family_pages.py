@@ -96,7 +96,7 @@ def files_part(name: str) -> str:
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
     unpublished = " or ".join(f"`{field}`" for field in formats.unpublished_fields(name))
     note = (
-        f"\nIf {unpublished} differs from the default, the model is saved with jaxlm's own names.\n"
+        f"\nIf {unpublished} differs from the default, the files have jaxlm's own names of tensors and config fields.\n"
         if unpublished
         else ""
     )

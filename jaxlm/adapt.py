@@ -134,7 +134,7 @@ class Freeze:
         Freeze(patterns=('embedding',), first_layers=4)
 
     The trained tree has the remaining leaves at their paths; its stacks do not contain the first layers. The frozen
-    tree is ``{"matched": other leaves that match a pattern, "first_layers": first layers of each stack}``, without
+    tree is ``{"first_layers": first layers of each stack, "matched": other leaves that match a pattern}``, without
     empty entries. A ``Trainer`` still updates frozen running statistics of batch normalisation, which no optimizer
     trains.
 
@@ -417,7 +417,10 @@ def _matching_paths(field: str, patterns: tuple[str, ...], paths: Iterable[str])
 
 
 def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
-    """``{path: leaf}``. Paths have no layer numbers. If several layers have a path, the last leaf is returned."""
+    """``{path: leaf}``. Paths have no layer numbers.
+
+    If several layers have a leaf at the same path, only the leaf of the last layer is returned.
+    """
     if isinstance(tree, tuple):
         return {name: leaf for layer in tree for name, leaf in _leaves(layer, prefix).items()}
     if isinstance(tree, dict):

@@ -74,11 +74,11 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
     Args:
         program: name of the command in messages.
         description: first text of ``--help``.
-        default: ``default=INSTANCE`` gives the config whose fields the options change.
+        default: ``default=INSTANCE`` sets the initial config. The options change its fields.
 
     Raises:
         SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown or missing
-            option, a value of another type, a number that :func:`jaxlm.config.check_numbers` rejects, or a value that
+            option, a value of the wrong type, a number that :func:`jaxlm.config.check_numbers` rejects, or a value that
             ``kind`` rejects with a ``ValueError``.
     """
     stderr = io.StringIO()
@@ -101,7 +101,7 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: ``initial``, changed by all options except ``--preset``, ``--resume`` and ``--recipe``.
+        config: ``initial`` after the changes by all options except ``--preset``, ``--resume`` and ``--recipe``.
         initial: the config that ``--preset`` or ``--resume`` selects, with the optimizer that ``--recipe`` selects.
         recipe: the name that ``--recipe`` selects, or None.
         resume: the run directory to resume, or None.
@@ -126,9 +126,9 @@ def parse_experiment(
 ) -> ExperimentOptions[T]:
     """The options of an experiment, from the command line.
 
-    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces its optimizer.
-    Options such as ``--optimizer.learning-rate 5e-4`` change its fields. ``--seed N`` is the same as
-    ``--training.seed N``. ``--help`` lists all options.
+    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces the optimizer of
+    this config. Options such as ``--optimizer.learning-rate 5e-4`` change single fields of this config. ``--seed N`` is
+    the same as ``--training.seed N``. ``--help`` lists all options.
 
     Args:
         default: the initial config without ``--preset`` and ``--resume``.
@@ -139,7 +139,7 @@ def parse_experiment(
         SystemExit: as in :func:`parse`; also status 2 for an unknown preset or recipe, for ``--resume`` together with
             ``--preset`` or ``--recipe``, and for ``--seed`` together with ``--training.seed``.
         FileNotFoundError: ``RUN_DIR`` has no ``config.json``.
-        ValueError: ``config.json`` is damaged, or has a field that is unknown or has another type.
+        ValueError: ``config.json`` is damaged, or has a field that is unknown or has the wrong type.
     """
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     preset_names = "{" + ",".join(presets) + "}"
@@ -229,7 +229,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error is a user error, which a retry would repeat. Other errors are failures of the run."""
+    """Whether the user must fix the cause of an error before a retry. Other errors are failures of the run."""
     if isinstance(error, BlockingIOError):
         return False
     if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):

@@ -53,11 +53,11 @@ DEVICES = (
 """For v4 to v6e, the peak is ``clock`` multiplied by the operations per cycle: a v5e has 4 arrays of 128 x 128 units
 with 2 operations each, which at 1.5 GHz are 196.6 TFLOP/s.
 ``link`` is half of the bidirectional interchip or NVLink bandwidth in the datasheet, so it is the bandwidth of one
-direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which are the same 200 GB/s.) For
+direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which is 200 GB/s.) For
 TPU7x, it is a quarter of the bandwidth of a chip (1200 GB/s), because a chip is two devices."""
 
 TPU_SHAPES = dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"))
-"""All shapes of TPU slices in Google Cloud, for the generations with two dimensions."""
+"""All shapes of TPU slices in Google Cloud, for the generations whose slices are two-dimensional."""
 
 
 def by_kind(kind: str) -> Device | None:

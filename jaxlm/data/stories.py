@@ -4,7 +4,8 @@ People walk between rooms, and pick up, put down and give away things. Each ques
 lists the kinds of questions, their answers, and the sentences that a reader needs:
 
     where_person   the room of a person                    the sentence about the person's last walk
-    where_thing    the room of a thing                     two sentences: who has or dropped it, and the person's room
+    where_thing    the room of a thing                     two sentences: who has or dropped it, and the last walk of
+                                                           this person (before the drop)
     who_has        who carries a thing                     the last sentence about the thing
     when           the time of day of a walk               one sentence
     gave_what      the thing that a person gave            one sentence
@@ -35,10 +36,10 @@ THINGS = (
 )  # fmt: skip
 ADJECTIVES = ("big", "black", "blue", "broken", "green", "heavy", "new", "old", "red", "small", "white", "yellow")
 TIMES = ("the morning", "the afternoon", "the evening", "the night")
-_WALKS = ("went to", "walked to", "moved to", "ran to")
-_TAKES = ("picked up", "took", "grabbed")
-_DROPS = ("put down", "dropped", "left")
-_GIFTS = ("gave", "handed")
+_WALK_VERBS = ("went to", "walked to", "moved to", "ran to")
+_TAKE_VERBS = ("picked up", "took", "grabbed")
+_DROP_VERBS = ("put down", "dropped", "left")
+_GIVE_VERBS = ("gave", "handed")
 KINDS = ("where_person", "where_thing", "who_has", "when", "gave_what", "gave_to", "who_gave", "where_before")
 """The kinds of questions."""
 
@@ -178,11 +179,11 @@ class _Story:
         if self.rng.random() < 0.5:
             time = self.rng.choice(TIMES)
             time_mention, room_mention = self._append_sentence(
-                "In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALKS
+                "In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALK_VERBS
             )
             self.times.setdefault((person, room), []).append(time_mention)
         else:
-            (room_mention,) = self._append_sentence("{person} {verb} the {}.", room, person=person, verb=_WALKS)
+            (room_mention,) = self._append_sentence("{person} {verb} the {}.", room, person=person, verb=_WALK_VERBS)
         self.walks[person].append(room_mention)
 
     def _take(self) -> None:
@@ -192,12 +193,12 @@ class _Story:
         if thing_room is not None and thing_room[0] != self._current_room(person):
             self._walk(person, thing_room[0])
             return
-        person_mention, _ = self._append_sentence("{} {verb} the {}.", person, thing, verb=_TAKES)
+        person_mention, _ = self._append_sentence("{} {verb} the {}.", person, thing, verb=_TAKE_VERBS)
         self.holder[thing], self.dropped_in[thing] = person_mention, None
 
     def _drop(self) -> None:
         thing, person = self._random_carried_thing()
-        self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
+        self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROP_VERBS)
         # The sentence does not name the room, so store the mention in the sentence about the person's last walk.
         self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
@@ -208,7 +209,7 @@ class _Story:
             self._walk(receiver, self._current_room(giver))
             return
         giver_mention, thing_mention, receiver_mention = self._append_sentence(
-            "{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIFTS
+            "{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIVE_VERBS
         )
         self.gifts.append(_Gift(giver_mention, thing_mention, receiver_mention))
         self.holder[thing] = receiver_mention

@@ -1,4 +1,4 @@
-"""``GenerationConfig``: the settings of text generation. ``generation_config.json`` of the model sets its defaults."""
+"""``GenerationConfig``: the settings of text generation. The model's ``generation_config.json`` sets their defaults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GenerationConfig:
         sampling: how the next token is drawn; beam search requires ``GREEDY``. Default: ``GREEDY``. If this field is
             set, the file's ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``
             have no effect.
-        num_beams: number of live hypotheses of beam search. 1: no beam search. Default: 1.
+        num_beams: number of hypotheses that beam search continues at each step. 1: no beam search. Default: 1.
         length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
             Default: 1.
         stop: the text ends before the first complete occurrence of one of these strings. Default: none.
@@ -115,9 +115,9 @@ class GenerationConfig:
 
         As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
         ``length_penalty`` and ``early_stopping`` have no effect. With greedy decoding, the file's ``temperature``,
-        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file turns sampling (``do_sample``) or beam search
-        (``num_beams``) on, fields of this method that the file does not set have the defaults of transformers:
-        ``top_k`` 50 and ``early_stopping`` False.
+        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file turns on sampling (``do_sample``), fields of
+        sampling that the file does not set have the defaults of transformers, such as ``top_k`` 50. If the file turns
+        on beam search (``num_beams``), a missing ``early_stopping`` is False.
 
         Args:
             default: defaults of the calling program.
@@ -205,7 +205,8 @@ _SUPPORTED: dict[str, tuple[type, ...]] = {
 """The supported fields and the types of their values."""
 
 _NO_EFFECT = {
-    # bos_token_id starts an empty prompt, which is an error here; pad_token_id fills rows after their end.
+    # transformers starts an empty prompt with bos_token_id; jaxlm rejects empty prompts. pad_token_id fills rows
+    # after their end.
     "bos_token_id", "pad_token_id",
     # Options for speed and for additional return values.
     "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size", "compile_config",

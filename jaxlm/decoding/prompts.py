@@ -150,7 +150,8 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
             raise ValueError(
                 f"the state of the target model ({model.family}) has {slots} memory slots, {used} of them used, but "
                 f"needs {needed}, so that it drops no token while it reads the prompts and the new and proposed tokens "
-                f"({num_new}): make a state with a length of at least {used + num_new}"
+                f"({num_new}): make a state with a length of at least {used + num_new}, and "
+                "read the text before the prompts again"
             )
 
 

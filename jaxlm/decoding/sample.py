@@ -1,7 +1,8 @@
 """Sampling: autoregressive generation, with the whole loop inside one ``jit``.
 
 :func:`prefill` reads the prompts and draws the first token. :func:`advance` generates more tokens. :func:`generate`
-runs both in one ``jit``. Streaming calls :func:`advance` several times and gets bitwise the same tokens.
+runs both in one ``jit``. To stream tokens, call :func:`advance` several times: the tokens are bitwise
+those of :func:`generate`.
 
 Shapes: B batch, T prompt length, N new tokens, V ids that may be generated.
 """
@@ -215,7 +216,8 @@ def generate(
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
             keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
-            on its index. From each key of another implementation (rbg), a threefry key is drawn first.
+            on its index. A key that is not a threefry key (such as rbg) is first replaced by a threefry
+            key that is drawn from it.
         end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary. None: all ids of the model's vocabulary.

@@ -253,7 +253,7 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
 def _with_copies(
     tensors: Iterator[tuple[str, np.ndarray]], sources: dict[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All pairs of ``tensors``, and then a pair for each copy. ``sources`` has the name of the tensor of each copy."""
+    """All pairs of ``tensors``, then a pair for each copy. ``sources`` maps names of copies to names of tensors."""
     kept = {}
     for name, tensor in tensors:
         if name in sources.values():
@@ -447,7 +447,7 @@ class _Match:
     Attributes:
         locations: the locations of the parameters that the files contain, by path.
         initialized: paths of the parameters that the files do not contain.
-        unused: names of the tensors that are not parameters of the model.
+        unused: names of the tensors that belong only to another head; empty unless the overrides select a head.
     """
 
     locations: dict[str, Location]

@@ -118,12 +118,12 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
-    initial = state
-    if initial is None:
+    decode_state = state
+    if decode_state is None:
         assert source is not None
-        initial = init_decode_state(cfg, params, source, tokens.shape[1], segment_ids=source_segment_ids, key=key)
-    source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
-    reset, keep, document = segment_boundaries(segments, initial["document"])
+        decode_state = init_decode_state(cfg, params, source, tokens.shape[1], segment_ids=source_segment_ids, key=key)
+    source_state, segments = decode_state["source"], common.segment_ids_or_ones(tokens, segment_ids)
+    reset, keep, document = segment_boundaries(segments, decode_state["document"])
     is_one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if is_one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
@@ -141,7 +141,7 @@ def apply(
 
     time_major = jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (segments, reset, keep, initial_states))
     projected_TBGH = project_time_major(params["decoder"]["layer_0"], x)
-    decoder, outputs = jax.lax.scan(step, initial["decoder"], (projected_TBGH, *time_major, step_keys))
+    decoder, outputs = jax.lax.scan(step, decode_state["decoder"], (projected_TBGH, *time_major, step_keys))
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
     record(outputs["weights"][:, None], "source")
     hidden = form.features(params["output"], x, outputs)

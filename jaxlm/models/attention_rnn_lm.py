@@ -11,8 +11,8 @@
 
 The first token of a document has no previous output, so its r is 0. The default sizes are not those of the papers.
 
-Shapes: B batch, T time, S key time, M slots of the memory, H hidden width, K width of a part, X = 2K (a key and a
-value), D width of hidden states (causal K, classification 2H), A attention width, R hops, V vocabulary.
+Shapes: B batch, T time, S key time, H hidden width, K width of a part, X = 2K (a key and a value), D width
+of hidden states (causal K, classification 2H), A attention width, R hops, V vocabulary.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for all tokens of the row (causal) or of its
             document (classification).
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
 
@@ -192,7 +192,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, R * 2H]: the concatenated means of a row's hidden states, weighted by each hop.
+    """The pooled output, [B, 1, R * 2H]: the weighted means of a row's hidden states, one mean per hop, concatenated.
 
     Raises:
         ValueError: the task is not classification.
@@ -219,9 +219,10 @@ def attention_weights(
 
 
 def redundancy(weights_BRT: jax.Array) -> jax.Array:
-    """The penalty ``|A A' - I|^2`` (Frobenius norm) of each row, [B] float32 (Lin et al. 2017, eq. 8).
+    """The penalty ``|W W' - I|^2`` (Frobenius norm) of each row, [B] float32 (Lin et al. 2017, eq. 8).
 
-    A is ``weights_BRT`` of a row. If this penalty is added to the loss, the hops learn to attend to different tokens.
+    W is ``weights_BRT`` of a row (A in the paper). If this penalty is added to the loss, the hops learn to attend to
+    different tokens.
     """
     product_BRR = jnp.einsum("BRT,BQT->BRQ", weights_BRT, weights_BRT)
     return jnp.sum(jnp.square(product_BRR - jnp.eye(weights_BRT.shape[1])[None]), axis=(1, 2))

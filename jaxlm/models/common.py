@@ -33,7 +33,8 @@ class ModelConfig:
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
     """Compute dtype of activations, key-value caches and memories of earlier tokens. Parameters have their own dtype.
-    Recurrent states are float32, and so are the residual streams of T5 with float16 and of Mamba-2 by default."""
+    Recurrent states are float32. The residual stream of T5 is float32 if dtype is float16, and that of Mamba-2 is
+    float32 by default."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

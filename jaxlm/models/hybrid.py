@@ -23,7 +23,7 @@ from jaxlm.spec import Initializer, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(common.TransformerConfig):
-    """Base class for the ``Config`` of a family of recurrent layers, in which some layers may have attention."""
+    """Base class for the ``Config`` of a recurrent family in which some layers may have attention."""
 
     attention_heads: int = 32
     """Query heads of attention."""
@@ -93,7 +93,8 @@ def attend(
     """The output of a layer's attention, [B, T, D], and the new state of the layer (None without a state).
 
     Args:
-        state: ``key`` and ``value`` of the cache, and other arrays, which are returned unchanged; None: no state.
+        state: the state of the layer, with ``key`` and ``value`` of the cache. Its other entries are returned
+            unchanged. None: no state.
     """
     names = ("query", "key", "value")
     q, k, v = (constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names)
@@ -107,7 +108,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class Multipliers:
-    """The constants by which a Falcon-H1 multiplies activations (Zuo et al. 2025), tuned on small models."""
+    """The constants by which a Falcon-H1 multiplies activations. Zuo et al. 2025 tuned them on small models."""
 
     embedding: float = 1.0
     """Multiplier of the token vectors."""

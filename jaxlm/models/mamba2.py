@@ -48,8 +48,8 @@ class Config(hybrid.AttentionConfig):
     num_layers: int = 24
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("mamba2",)
-    """The mixers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete.
-    parallel: a Mamba-2 mixer and attention, whose outputs are added."""
+    """Mixers of the first blocks: mamba2, attention or parallel (a Mamba-2 mixer and attention; outputs are added).
+    The other blocks repeat the pattern. The last repetition may be incomplete."""
     embed_dim: int = 768
     """Model width."""
     mlp_dim: int | None = None

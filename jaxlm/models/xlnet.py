@@ -102,7 +102,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias, which differs from equal types everywhere.
+            depends on whether their types are equal. Default: no such bias, not even the bias of equal types.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -299,7 +299,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "value": projection,
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
-            # Each bias is added to the queries before one product: with keys, distance encodings, type_embedding.
+            # These biases are added to the queries before their products with keys, distance encodings, type_embedding.
             "content_bias": score_bias,
             "position_bias": score_bias,
             "type_bias": score_bias,

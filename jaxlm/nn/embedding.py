@@ -73,12 +73,14 @@ def _product_with_table(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """The id with the largest logit, [...], from logits [..., V]. If several ids have this logit: the smallest of these
-    ids. If a logit is NaN: V.
-
-    On a CPU, ``jnp.argmax`` takes eight times as long (8 x 50,257 logits, one core of a Zen 4: 1.8 ms instead of 0.24).
+    """The id with the largest logit, [...] int32, from logits [..., V]. If several ids have this logit: the smallest of
+    these ids. If a logit is NaN, the result has no meaning and may be V.
     """
+    if not choices.argmax_by_maximum():
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     V = logits.shape[-1]
+    # Without the barrier, XLA could compute the logits twice with different rounding, and find no equal logit.
+    logits = lax.optimization_barrier(logits)
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.min(jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), ids, V), axis=-1)
 

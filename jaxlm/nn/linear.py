@@ -91,7 +91,7 @@ def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: in
     """The product, with a weight gradient that is fast on a CPU.
 
     The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``. XLA
-    would undo this choice, because it merges a transpose that follows into the matmul. So on a CPU, the matmul is
+    would undo this choice, because it merges the transpose into the matmul. So on a CPU, the matmul is
     computed separately from the operations that follow (``choices.separate_weight_gradient``).
     """
     return _product(x, weight, num_input_axes)

@@ -2,19 +2,20 @@
 
     row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
     targets    spans of 1 to 5 tokens in each of the two parts, by default one token in six, never <sep> or <cls>
-    order      an index in a permutation; context tokens (not in a span, not separators, not <cls>) have the lowest
-               order of their part
+    order      the rank of a token in the random order of its part; context tokens (not in a span, not separators, not
+               <cls>) have the lowest order of their part
 
 The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
-first part. B continues A or, with probability 0.5, is a text from another row, if another row is read in the same
-direction (``right_to_left``).
+first part. B continues A. If another row is read in the same direction (``right_to_left``), B is, with probability 0.5,
+a text from such a row instead.
 
 The code follows ``data_utils.py`` of Yang et al., because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
 than all tokens of the first part. So the first part does not depend on the second part, and the model can store the
 first part in its memory. The next window of a text begins ``reuse_length`` tokens later. The authors take a random B
-from anywhere in the text; here, a random B comes from another row of the batch. All functions except ``loss``
-run on the host, and their results depend only on the tokens and the random generator.
+from anywhere in the text; here, a random B comes from another row of the batch. All functions except ``loss`` run on
+the host, and draw random numbers only from the argument ``rng``.
+
 Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 """
 
@@ -51,8 +52,8 @@ class PermutationConfig:
     """Number of targets per row, half of them in each part (if the number is odd, one more in the first part).
     ``<sep>`` and ``<cls>`` in a span are not predicted; targets of weight 0 replace them."""
     alpha: int = 6
-    """A span of n predicted tokens has a context of ``n * alpha // beta`` other tokens. The number of predicted tokens
-    depends only on ``num_predict``: single tokens are added after the last span."""
+    """A span of n tokens has a context of ``n * alpha // beta`` other tokens. The number of tokens in spans depends
+    only on ``num_predict``: single tokens are added after the last span."""
     beta: int = 1
     """See ``alpha``."""
     max_span_length: int = 5
@@ -127,14 +128,16 @@ def batch(
         text, types = pair(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
         types = np.concatenate([np.full(reuse_length, FIRST_TYPE, np.int32), types])
-        row_starts = np.concatenate([starts[row, :reuse_length], starts[a], [True], starts[b], [True, True]])
+        row_word_starts = np.concatenate([starts[row, :reuse_length], starts[a], [True], starts[b], [True, True]])
         is_special = (text == sep_id) | (text == cls_id)
         parts = (
             (slice(0, reuse_length), num_predict - num_predict // 2),
             (slice(reuse_length, N + 3), num_predict // 2),
         )
         direction = -1 if is_reversed[row] else 1
-        predicted, order = _predicted_and_order(row_starts, is_special, parts, direction, make_mask, make_order, rng)
+        predicted, order = _predicted_and_order(
+            row_word_starts, is_special, parts, direction, make_mask, make_order, rng
+        )
 
         positions, weights = np.zeros(num_predict, np.int32), np.zeros(num_predict, np.float32)
         predicted_positions = np.flatnonzero(predicted)

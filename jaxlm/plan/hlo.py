@@ -185,14 +185,14 @@ def trip_count(program: Program, computation: Iterable[Instruction], loop: Instr
         return None
     initial_of = _initial_constants(computation, loop)
     counter, bound = (_instruction_named(condition, name) for name in test.operands)
-    inclusive = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
-    if counter is None or bound is None or inclusive is None:
+    limit_offset = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
+    if counter is None or bound is None or limit_offset is None:
         return None
-    index = _parameter_index(counter)
+    index = _state_index(counter)
     limit = _constant(bound)
     if limit is None:
         # The bound may be an element of the loop state that the body returns unchanged.
-        bound_index = _parameter_index(bound)
+        bound_index = _state_index(bound)
         is_invariant = bound_index is not None and _is_loop_invariant(body, bound_index)
         limit = initial_of(bound_index) if bound_index is not None and is_invariant else None
     if index is None or limit is None:
@@ -200,7 +200,7 @@ def trip_count(program: Program, computation: Iterable[Instruction], loop: Instr
     start, step = initial_of(index), _counter_step(body, index)
     if start is None or step is None or step <= 0:
         return None
-    return max(0, -(-(limit + inclusive - start) // step))
+    return max(0, -(-(limit + limit_offset - start) // step))
 
 
 def _instruction_named(computation: Iterable[Instruction], name: str) -> Instruction | None:
@@ -225,13 +225,16 @@ def _constant(instruction: Instruction) -> int | None:
     return int(instruction.text)
 
 
-def _parameter_index(instruction: Instruction) -> int | None:
+def _state_index(instruction: Instruction) -> int | None:
     index = _INDEX.search(instruction.attribute_text)
     return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
 def _initial_constants(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
-    """A function that maps the index of a loop state element to its initial value; None if this is not a constant."""
+    """A function that maps the index of a loop state element to its initial value.
+
+    The function returns None if the initial value is not a constant.
+    """
     computation = list(computation)
     start = _instruction_named(computation, loop.operands[0])
 
@@ -254,7 +257,7 @@ def _body_output(body: list[Instruction], index: int) -> Instruction | None:
 
 def _is_loop_invariant(body: list[Instruction], index: int) -> bool:
     value = _body_output(body, index)
-    return value is not None and _parameter_index(value) == index
+    return value is not None and _state_index(value) == index
 
 
 def _counter_step(body: list[Instruction], index: int) -> int | None:
@@ -264,7 +267,7 @@ def _counter_step(body: list[Instruction], index: int) -> int | None:
         return None
     summands = [_instruction_named(body, name) for name in value.operands]
     steps = [_constant(_through_copies(body, summand)) for summand in summands if summand is not None]
-    counters = [_parameter_index(_through_copies(body, summand)) for summand in summands if summand is not None]
+    counters = [_state_index(_through_copies(body, summand)) for summand in summands if summand is not None]
     return next((step for step in steps if step is not None), None) if index in counters else None
 
 
@@ -375,8 +378,8 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
     """Add the collectives inside a fusion to ``total``.
 
-    If a collective runs during several fusions, each of them contains a copy with the same channel id.
-    So each channel id counts once. A fusion of an all-reduce and a slice of its result is a reduce-scatter.
+    If a collective runs during several fusions, each of them contains a copy with the same channel id. So each channel
+    id counts once. A fusion of an all-reduce and a slice of its result counts as a reduce-scatter.
 
     Args:
         channels: channel ids that are already counted. The function adds the new ids.

@@ -347,11 +347,11 @@ def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[KernelStats]:
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
-        kind = re.sub(r"(\.\d+)*$", "", name)
+        base_name = re.sub(r"(\.\d+)*$", "", name)
         # libtpu compiles equal kernels once, under the name of the first kernel.
-        key = kind, operation.instruction.shape
+        key = base_name, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
-        grid = grids.get(kind)
+        grid = grids.get(base_name)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
         kernel_stats.append(
             KernelStats(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles)
@@ -368,7 +368,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps: they include code that a grid step skips, but not waits for "
-            "memory"
+            "kernel cycles are bundles times grid steps: they include code that a grid step skips, but do not include "
+            "the time that a kernel waits for memory"
         )
     return notes

@@ -1,4 +1,4 @@
-"""Metrics of language models that play chess. The module also exports the names in ``__all__`` from other modules.
+"""Metrics of language models that play chess. Also exports names of other chess modules (``__all__``).
 
     tokenizer = MoveTokenizer("uci")
     accuracy = next_move_accuracy(model, params, tokenizer, games)
@@ -204,8 +204,9 @@ def mate_in_one_accuracy(
 ) -> Score:
     """The fraction of ``positions`` in which the model's most probable legal move gives checkmate.
 
-    Every move that gives checkmate is correct, not only the move of the game. A position counts as wrong if a SAN
-    vocabulary has none of its legal moves. The confidence interval is a Wilson interval.
+    Every move that gives checkmate is correct, not only the move of the game. If the tokenizer uses SAN and its
+    vocabulary has none of the legal moves of a position, the position counts as wrong. The confidence interval is a
+    Wilson interval.
 
     Args:
         positions: lines of moves after which a mate in one is possible, for example from :func:`mates_in_one`.

@@ -35,7 +35,8 @@ class Evaluator:
         sharding: how batches are distributed over devices; None uses one device. Parameters on other devices are copied
             to the mesh.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
-            starts from an empty state. In later batches, rows with ``Batch.reset`` also do. None carries no state.
+            starts from an empty state. In later batches, a row whose ``Batch.reset`` is True starts from an empty
+            state, too. With None, no state is carried.
         extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
             are not means over batches.
         extra_metric_names: the names of the additional metrics.

@@ -97,9 +97,9 @@ class TrainingConfig:
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
-    goes back to its newest scheduled checkpoint (one that a signal did not cause, and that was not saved while steps
-    were skipped) and leaves out the batches since then, as in PaLM (Chowdhery et al. 2022, section 5.1). 0 stops with
-    an error instead."""
+    goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
+    2022, section 5.1). A checkpoint that was saved because of a signal or while steps were skipped is not a scheduled
+    one. 0 stops with an error instead."""
     seed: int = 0
     """Seed of the initial weights and dropout; in the experiments, also of the order of the data."""
 
@@ -268,9 +268,9 @@ def train(
             its checkpoints) is damaged, or the restored checkpoint is inconsistent.
         OSError: the disk is full, or the directory is not writable.
         ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or its model, arrays (for example, of
-            another optimizer), ``best_metric`` or ``best_mode`` differ; ``evaluate`` does not return
-            ``config.best_metric``; or there are several processes without ``sharding`` or without a shared directory
-            for checkpoints.
+            another optimizer), ``best_metric`` or ``best_mode`` differ from those of this call; ``evaluate`` does not
+            return ``config.best_metric``; or there are several processes without ``sharding`` or without a shared
+            directory for checkpoints.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -599,7 +599,7 @@ class _Loop:
 
     def _finish(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
         improved = False
-        if self._validation is None:  # the checkpoint of a resumed run without further steps was not evaluated
+        if self._validation is None:  # a resumed run has no steps left, and its checkpoint was not evaluated
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
         if not self._config.restore_best or improved or self._checkpoints.best in (None, self.step):

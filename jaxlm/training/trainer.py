@@ -57,7 +57,7 @@ class TrainState:
         skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
         model_state: model state at the end of the last batch whose step was not skipped (``model.state_specs``), or
-            None.
+            None. A later skipped step empties the rows with ``batch.reset``.
         frozen: parameters that are not trained (``Trainer.adaptation``), or None.
         recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, with NaN in unused
             entries; None without ``Trainer.spike_deviations``.

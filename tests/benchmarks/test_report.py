@@ -41,7 +41,7 @@ def test_the_page_has_a_section_per_processor_with_the_newest_first(tmp_path):
     results = tmp_path / "results"
     write_results(results / "old", ROWS, time="2025-01-02")
     write_results(results / "new", ROWS[:2])
-    (results / report.TITLES).write_text(json.dumps({"old": "Old processor"}))
+    (results / report.TITLES_FILE).write_text(json.dumps({"old": "Old processor"}))
     status, page = write_page(tmp_path)
     assert status == 0
     assert page.startswith("# Benchmarks")

@@ -57,7 +57,7 @@ def test_logits_are_computed_in_chunks(gpt: Pair, monkeypatch: pytest.MonkeyPatc
     tokens = jnp.asarray(RNG.integers(0, 128, (2, 20)))
     expected = log_likelihood(model, params, tokens[:, :14])
     score._token_scores.clear_cache()
-    monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # chunks of 5, 5 and 3 steps
+    monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # chunks of 5, 5 and 3 steps, and 2 steps of padding
     np.testing.assert_allclose(log_likelihood(model, params, tokens[:, :14]), expected, atol=1e-5)
     # In this narrow model, all other activations are smaller than the logits.
     narrow = jaxlm.get_model("gpt2-tiny", embed_dim=4, num_heads=1, mlp_dim=4, max_positions=20)

@@ -1,4 +1,4 @@
-"""Attention: one function with several implementations, masks, biases, caches and memories."""
+"""Attention: one function with several implementations. Also masks, biases, caches and memories."""
 
 from jaxlm.nn.attention.api import Implementation, attention
 

@@ -7,7 +7,7 @@ function declares which slices of the float arrays a tile needs (``required_slic
 gets integer arrays whole.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
-table, P = R + E columns of a strip (the slice of a table of distances that a tile needs).
+table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Tile(NamedTuple):
         """The array [R, E] float32 whose entry (i, j) is entry (i, R - i + j) of ``scale * q @ strip``, [R, R + E].
 
         So row i of the product is shifted to the left by R - i entries, and its first E entries remain. ``strip``
-        [K, R + E] is the slice of a table of distances that the tile needs. If ``q_RK`` is None, the strip has one row
-        [1, R + E], which replaces every row of the product, without ``scale``.
+        [K, R + E] has the columns that the tile needs from a table with one column per distance. If ``q_RK`` is None,
+        the strip has one row [1, R + E], which replaces every row of the product, without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))

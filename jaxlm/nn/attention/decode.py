@@ -1,4 +1,4 @@
-"""Attention of a few queries over a cache. The cost depends on the filled part of the cache instead of its size.
+"""Attention of a few queries over a cache. The cost grows with the filled part of the cache, not with its size.
 
 Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
 is a branch of a ``lax.switch``. On a CPU and a TPU, one matmul computes all heads of a device,
@@ -6,7 +6,8 @@ is a branch of a ``lax.switch``. On a CPU and a TPU, one matmul computes all hea
 (``jaxlm.nn.choices.merge_heads_for_decoding``). The matrix q is block diagonal, with zeros for the keys of other heads.
 This needs more arithmetic, but one matmul per head would first copy the cache into another layout.
 
-Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read.
+Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
+query heads of a device, Q query heads of a key head.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def attend(
     P = sharding.num_shards(("heads",))  # number of devices that split the heads; each computes one matmul
     use_one_matmul = choices.merge_heads_for_decoding(G, P)
     reads_key_head = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if use_one_matmul else np.zeros(())
-    if use_one_matmul:
+    if use_one_matmul:  # in the einsums of this branch, G is the number of key heads of a device
         q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
         block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, reads_key_head.astype(q_BTHK.dtype)).reshape(
             B, P, -1, T * H // P
@@ -94,7 +95,7 @@ def attend(
         scores = scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
     else:
         grouped = q_BTHK.reshape(B, T, G, H // G, K)
-        scores = jnp.einsum("BTGRK,BEGK->BGRTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BTGQK,BEGK->BGQTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
         scores = scores.reshape(B, H, T, E)
     scores_BHTE = scores * scale
     for bias in biases:
@@ -112,11 +113,11 @@ def attend(
         out = jnp.einsum("BPRTGV,GR->BTPRV", means, reads_key_head.astype(np.float32))
         return out.reshape(B, T, H, V).astype(v_BEGK.dtype)
     grouped = probabilities.reshape(B, G, H // G, T, E)
-    return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
+    return jnp.einsum("BGQTE,BEGV->BTGQV", grouped, v_BEGK).reshape(B, T, H, V)
 
 
 def _merge_heads(x_BEGK: jax.Array, shards: int) -> jax.Array:
-    """``x`` as [B, E, shards, heads of a shard * K]; on a TPU, the last axis is padded to a multiple of LANES."""
+    """``x`` as [B, E, shards, heads of a shard * width]; on a TPU, the last axis is padded to a multiple of LANES."""
     x = x_BEGK.reshape(*x_BEGK.shape[:2], shards, -1)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, choices.lane_padding(x.shape[3]))))
 

@@ -24,8 +24,12 @@ from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
-The window of output t begins at step ``t * stride`` (``valid``), ``(K - 1) * dilation`` steps earlier
-(``causal``: so it ends at step ``t * stride``), or ``(K - 1) * dilation // 2`` steps earlier (``same``)."""
+The position of the window of output t:
+
+    valid     begins at step ``t * stride``
+    causal    ends at step ``t * stride``
+    same      begins ``(K - 1) * dilation // 2`` steps before step ``t * stride``
+"""
 
 
 def windows(
@@ -64,7 +68,7 @@ def _windows(
     documents_BT: jax.Array | None,
     fill: float,
 ) -> jax.Array:
-    """As :func:`windows`, with the document of each step."""
+    """The result of :func:`windows`, from document numbers instead of segment ids."""
     before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
 
     def taps(x: jax.Array, fill: float) -> list[jax.Array]:
@@ -110,7 +114,7 @@ class Stream:
         segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
         order: [B, T], the original index of each token; None: the tokens were not reordered.
         past: [B, P], segment ids of the last real tokens of earlier calls; None without a state.
-        documents: [B, P + T], the document of each of these tokens and of each token of the call
+        documents: [B, P + T], the document of each token of ``past`` and of each token of the call
             (``jaxlm.nn.segments.document_numbers``); P is 0 without a state. None: ``segment_ids`` is None.
         count_B: number of real tokens of the call; None without segment ids and state.
     """

@@ -5,7 +5,8 @@ entry for each further cluster. A word of cluster i > 0 has the probability
 ``p(word) = p(cluster i) * p(word | cluster i)``. With a ``divisor`` d > 1, the vectors of cluster i have width
 ``width / d^i`` and a projection to the model's width. With d = 1 all vectors have the same width and are in one table.
 
-Parameters (E_i width of cluster i, n_i number of its words, C number of clusters after the first, D model width):
+Parameters (E_i width of cluster i, E = E_0, n_i number of words of cluster i, C number of clusters after the first, D
+model width):
 
     token_embedding [n_0, E_0] (d = 1: [V, E]), token_projection [E_0, D] (d = 1: only if E is not D)
     tails/cluster_i/embedding [n_i, E_i], tails/cluster_i/projection [E_i, D]                           (d > 1)
@@ -16,10 +17,11 @@ Parameters (E_i width of cluster i, n_i number of its words, C number of cluster
 The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
 The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
-Any other projection or table that is not tied is stored beside the bias of its cluster, with the name ``projection`` or
-``embedding``. The index of cluster i in the first softmax is ``cutoffs[0] + i - 1``, as in the TensorFlow code of
-Transformer-XL and in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the
-rows of its ``cluster_weight`` and ``cluster_bias`` are in reverse order.
+The other projections, if they are not tied, are ``head/tails/cluster_i/projection``. Tables that are not tied are
+``head/embedding`` and, with d > 1, ``head/tails/cluster_i/embedding``. The index of cluster i in the first softmax is
+``cutoffs[0] + i - 1``, as in the TensorFlow code of Transformer-XL and in Hugging Face's files. The PyTorch code of
+Transformer-XL numbers the clusters from the end, so the rows of its ``cluster_weight`` and ``cluster_bias`` are in
+reverse order.
 
 Shapes: B batch, T time, D model, V vocabulary.
 """
@@ -48,8 +50,8 @@ class Clusters:
         width: width of the vectors of the first cluster.
         model_width: width of the hidden states.
         divisor: factor by which each cluster is narrower than the cluster before it.
-        multiple: each table and its bias are padded to a multiple of this number of rows. The softmax does not read the
-            padding.
+        multiple: each table and its bias are padded to a multiple of this number of rows. The padding does not change
+            the probabilities.
 
     Raises:
         ValueError: the cutoffs do not ascend within the vocabulary, or a cluster has width 0.
@@ -197,8 +199,8 @@ def cross_entropy(
 def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> list[jax.Array]:
     """The result of :func:`_logits` for each cluster.
 
-    If all clusters share one table and have no projections, one matmul computes the logits of all words. Otherwise,
-    the rows of each cluster would be copied from the table before its matmul.
+    If all clusters share one table and have no projections, one matmul computes the logits of all words. Without
+    this special case, the rows of each cluster would be copied from the table before its matmul.
     """
     if clusters.divisor > 1 or clusters.projected:
         return [_logits(cluster_params, hidden_BTD) for cluster_params in _softmax_parameters(clusters, params)]

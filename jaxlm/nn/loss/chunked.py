@@ -123,7 +123,7 @@ def _chunked_loss(
 
     C = _chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # `zeros_like`, so that the sum varies over the same mesh axes as the arrays (in `shard_map`).
+    # `zeros_like` gives the sum the same varying mesh axes as the weights, which `shard_map` requires.
     return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
 
 

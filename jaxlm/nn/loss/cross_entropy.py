@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary: the definition, and the gradients at some of the positions.
+"""Cross entropy over a vocabulary: the definition, and the loss and gradients at given positions.
 
 Shapes: B batch, T time, D model width, V vocabulary, C time steps of a chunk.
 """
@@ -52,7 +52,7 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """The weighted loss of some of the positions, and its gradients with respect to ``params`` and ``hidden``."""
+    """The weighted sum of the losses at the given positions, and its gradients for ``params`` and ``hidden``."""
     # Set the hidden states at positions of weight 0 to zeros: a value there that is not finite would make the gradients
     # NaN.
     hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))

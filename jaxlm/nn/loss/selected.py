@@ -97,7 +97,8 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
     N, D = targets.size, hidden.shape[-1]
     # 2 N rows, because the last block may extend beyond row N.
     init = (
-        jnp.zeros_like(weights, shape=()),  # `zeros_like`: varies over the mesh axes of the weights (in `shard_map`)
+        # `zeros_like` gives the sum the same varying mesh axes as the weights, which `shard_map` requires.
+        jnp.zeros_like(weights, shape=()),
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
         jnp.zeros_like(hidden, shape=(2 * N, D)),
     )

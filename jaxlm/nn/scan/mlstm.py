@@ -75,7 +75,8 @@ def mlstm(
         state: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
-        keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
+        keep_BT: False where the step is padding; the state does not change (``chunked`` and ``pallas``: up to rounding)
+            and the output is zeros. None: no padding.
         epsilon: added to the divisor of the output.
         chunk: steps of a chunk, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is
             given, ``implementation=None`` does not select ``pallas``.

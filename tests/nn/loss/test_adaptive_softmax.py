@@ -86,7 +86,7 @@ def test_log_probabilities_equal_numpy_and_sum_to_one(case, ties):
 
 
 def test_the_log_probabilities_of_a_few_rows_do_not_copy_parts_of_the_table():
-    """As in decoding. Without ``optimization_barrier``, XLA would split the table instead of the logits."""
+    """As in decoding. One matmul computes the logits of all clusters."""
     clusters = Clusters(2000, (500, 1200), 256, 256)
     hidden = jax.ShapeDtypeStruct((4, 1, 256), jnp.float32)
     compiled = log_probabilities.lower(clusters, spec.abstract(specs(clusters)), hidden).compile()
