@@ -21,7 +21,7 @@ from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
-from jaxlm.nn.loss.chunked import split_time
+from jaxlm.nn.loss.chunked import chunk_length, join_time, split_time
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params
 
@@ -195,13 +195,9 @@ def _scores(
         logits_BCV = model.logits(params, hidden_BCD)
         return -cross_entropy(logits_BCV, targets_BC), argmax(logits_BCV) == targets_BC, rows_finite(logits_BCV)
 
-    V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
-    B, T = targets_BT.shape
-    num_chunks = -(-T // max(1, CHUNK_LOGITS // (B * V)))
-    chunks = tuple(split_time(x, -(-T // num_chunks)) for x in (hidden_BTD, targets_BT))
-    log_probs_BT, greedy_BT, finite_BT = (
-        jnp.moveaxis(scores, 0, 1).reshape(B, -1)[:, :T] for scores in jax.lax.map(score_chunk, chunks)
-    )
+    C = chunk_length(model.logits, CHUNK_LOGITS, params, hidden_BTD)
+    scores = jax.lax.map(score_chunk, (split_time(hidden_BTD, C), split_time(targets_BT, C)))
+    log_probs_BT, greedy_BT, finite_BT = (join_time(chunks, targets_BT.shape[1]) for chunks in scores)
     if is_predicted_BT is not None:
         log_probs_BT = jnp.where(is_predicted_BT, log_probs_BT, 0.0)
         greedy_BT, finite_BT = greedy_BT | ~is_predicted_BT, finite_BT | ~is_predicted_BT

@@ -79,9 +79,9 @@ def chunked_argmax(
     B, T, _ = hidden_BTD.shape
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
-    C = _chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
+    C = chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
     argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), split_time(hidden_BTD, C))
-    return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T]
+    return join_time(argmax_by_chunk, T)
 
 
 def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[int]:
@@ -99,7 +99,13 @@ def split_time(x: jax.Array, C: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
+def join_time(chunks: jax.Array, T: int) -> jax.Array:
+    """The first T time steps of ``chunks`` [chunks, B, C, ...], as [B, T, ...]: the inverse of :func:`split_time`."""
+    x = jnp.moveaxis(chunks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
     """C, the number of time steps of a chunk: at most as many as ``max_chunk_logits`` allows, but at least 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
@@ -121,7 +127,7 @@ def _chunked_loss(
         losses = cross_entropy(head(params, hidden), targets, label_smoothing)
         return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
 
-    C = _chunk_length(head, max_chunk_logits, params, hidden)
+    C = chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # `zeros_like` gives the sum the same varying mesh axes as the weights, which `shard_map` requires.
     return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
@@ -141,7 +147,7 @@ def _forward(
         sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
-    C = _chunk_length(head, max_chunk_logits, params, hidden)
+    C = chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
@@ -151,8 +157,7 @@ def _forward(
         dhidden = jnp.concatenate([dhidden, other_dhidden])
     total, dparams = carry
     dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
-    B, T, D = hidden.shape
-    return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
+    return total, (dparams, join_time(dhidden, hidden.shape[1]))
 
 
 def _backward(
