@@ -145,15 +145,19 @@ def apply(
 def apply_with_routing(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
+    added_embeddings: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:  # fmt: skip
-    """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
+    """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts).
+
+    ``added_embeddings`` [B, T, D] are added to the token embeddings.
+    """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
     attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in set(kinds)}
 
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = constrain(x * embedding_multiplier(cfg) if is_gemma else x, ("batch", "seq", "activation_embed"))
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size) * embedding_multiplier(cfg)
+    x = constrain(x if added_embeddings is None else x + added_embeddings, ("batch", "seq", "activation_embed"))
 
     def norm(weights: Params, x: jax.Array) -> jax.Array:
         return rms_norm(weights, x, cfg.norm_epsilon)

@@ -15,6 +15,9 @@ FAMILIES = (
 )  # fmt: skip
 """Names of the families of this package, each of which is a module of ``jaxlm.models``."""
 
+_MODULES = {**{name: f"jaxlm.models.{name}" for name in FAMILIES}, "chess_llama": "jaxlm.tasks.chess_llama"}
+"""The modules of all families of this package. ``chess_llama`` is not in FAMILIES because it reads only chess moves."""
+
 ENTRY_POINT_GROUP = "jaxlm.families"
 """Entry-point group in which an installed package lists its families, so that commands find these families."""
 
@@ -42,9 +45,9 @@ def register_family(name: str, module: Any) -> None:
     """
     if not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'my_family'")
-    if name in FAMILIES or _registered.get(name, module) is not module:
+    if name in _MODULES or _registered.get(name, module) is not module:
         raise ValueError(f"a family {name!r} is already registered: choose another name")
-    family_of = {variant: other for other in (*FAMILIES, *_registered) if other != name for variant in _variants(other)}
+    family_of = {variant: other for other in (*_MODULES, *_registered) if other != name for variant in _variants(other)}
     if name in family_of:
         raise ValueError(f"name={name!r} is a variant of family {family_of[name]!r}: choose another name")
     missing = [attribute for attribute in _REQUIRED if not hasattr(module, attribute)]
@@ -60,7 +63,7 @@ def register_family(name: str, module: Any) -> None:
     for variant in variants:
         if variant in family_of:
             raise ValueError(f"variant {variant!r} is already a variant of family {family_of[variant]!r}: rename it")
-        if variant != name and variant in (*FAMILIES, *_registered):
+        if variant != name and variant in (*_MODULES, *_registered):
             raise ValueError(f"variant {variant!r} has the name of a family: rename it")
     _registered[name] = module
 
@@ -72,8 +75,8 @@ def family(name: str) -> Any:
         ValueError: no family has this name.
         ImportError: the package of the family cannot be loaded.
     """
-    if name in FAMILIES:
-        return importlib.import_module(f"jaxlm.models.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _registered:
         if name not in _entry_points():
             raise ValueError(
@@ -92,7 +95,7 @@ def family(name: str) -> Any:
 
 def family_names() -> tuple[str, ...]:
     """The names of all families: those of this package, then the registered ones and those of installed packages."""
-    return tuple(dict.fromkeys((*FAMILIES, *_registered, *_entry_points())))
+    return tuple(dict.fromkeys((*_MODULES, *_registered, *_entry_points())))
 
 
 def variant_names() -> dict[str, str]:

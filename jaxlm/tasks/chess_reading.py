@@ -441,7 +441,8 @@ def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
-        ValueError: the model does not predict next tokens, or the tokenizer has more tokens than the model.
+        ValueError: the model does not predict next tokens; the tokenizer has more tokens than the model; or the
+            model is a ``chess_llama`` and the tokenizer is not ``MoveTokenizer("uci")``.
     """
     if not isinstance(tokenizer, MoveTokenizer):
         raise TypeError(
@@ -454,3 +455,8 @@ def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
     for size in (model.config.vocab_size, source_vocab_size(model)):
         if size < tokenizer.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has vocab_size={size}")
+    if model.family == "chess_llama" and tokenizer != MoveTokenizer("uci"):
+        raise ValueError(
+            f"chess_llama computes the board from the ids of MoveTokenizer('uci'), got {tokenizer}: use the notation "
+            "uci, or another family"
+        )

@@ -19,7 +19,7 @@ from jaxlm.spec import Params
 from jaxlm.tasks import seq2seq
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.chess_players import MatchResult, MaterialPlayer, RandomPlayer, play_match
-from jaxlm.tasks.chess_reading import board_after, next_move_probabilities
+from jaxlm.tasks.chess_reading import board_after, check_model, next_move_probabilities
 from jaxlm.training.report import Board, write_samples
 
 MAP_TOKENS = 40
@@ -56,8 +56,9 @@ def game_batches(
         seed: seed of the order of the data and of the positions.
 
     Raises:
+        TypeError: the tokenizer is not a ``MoveTokenizer``.
         ValueError: there are no games; ``batch_size``, ``length``, ``positions_per_game`` or ``target_length`` is below
-            1; or a game has a word that is not a move.
+            1; a game has a word that is not a move; or the model cannot use the tokenizer (``check_model``).
     """
     for name, value in (
         ("length", length),
@@ -66,6 +67,7 @@ def game_batches(
     ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    check_model(model, tokenizer)
     encoded = [tokenizer.encode_game(line) for line in games]
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()
