@@ -90,8 +90,8 @@ def run_torch(options: Options) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), settings.epsilon)
     schedule = learning_rate(settings, options.steps)
 
-    def loss_of(window: object) -> torch.Tensor:
-        tokens = torch.from_numpy(window.tokens.astype("int64"))  # type: ignore[attr-defined]
+    def loss_of(token_batch: object) -> torch.Tensor:
+        tokens = torch.from_numpy(token_batch.tokens.astype("int64"))  # type: ignore[attr-defined]
         logits = model(tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 

@@ -3,11 +3,10 @@
     python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
 
 --data reads a PGN file, or a file with one game per line (SAN or UCI moves). The preset full trains chess_llama, a
-Llama that computes the board from the moves, on 144,000 master games for 100 minutes on one CPU core:
+Llama that computes the board from the moves, on 144,000 master games for 100 minutes on one CPU core. All presets and
+results are in docs/tasks/chess.md.
 
     python -m experiments.chess --preset full --data games_san.txt.gz
-
-docs/tasks/chess.md has all presets and all results.
 """
 
 from __future__ import annotations

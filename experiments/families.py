@@ -39,7 +39,7 @@ import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import host
 from jaxlm.command_line import Parser, end_process, exit_status, split_debug
-from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, Window, shakespeare
+from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, TokenBatch, shakespeare
 from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
@@ -264,15 +264,15 @@ def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
     return RandomWindows(text, length, rows, seed=seed, stride=1 if part == "training" else length)
 
 
-def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
-    """A function that converts a window to a batch of the objective.
+def to_batch(recipe: Recipe) -> Callable[[TokenBatch], Batch]:
+    """A function that converts a batch of tokens to a batch of the objective.
 
-    Random choices are seeded with a checksum of the window, so that resumed runs and repeated evaluations have the same
+    Random choices are seeded with a checksum of the tokens, so that resumed runs and repeated evaluations have the same
     batches.
     """
 
-    def rng(window: Window) -> np.random.Generator:
-        return np.random.default_rng(zlib.crc32(np.ascontiguousarray(window.tokens).tobytes()))
+    def rng(token_batch: TokenBatch) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(np.ascontiguousarray(token_batch.tokens).tobytes()))
 
     masking = masked.MaskingConfig(mask_id=MASK, vocab_size=VOCABULARY)
     permuting = permutation.PermutationConfig(
@@ -280,27 +280,27 @@ def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
         cls_id=CLS, sep_id=SEP,
     )  # fmt: skip
 
-    def masked_batch(window: Window) -> Batch:
-        return masked.batch(window.tokens[:, :-1], rng(window), masking)
+    def masked_batch(token_batch: TokenBatch) -> Batch:
+        return masked.batch(token_batch.tokens[:, :-1], rng(token_batch), masking)
 
-    def permuted_batch(window: Window) -> Batch:
-        return permutation.batch(window.tokens[:, :-1], rng(window), permuting)
+    def permuted_batch(token_batch: TokenBatch) -> Batch:
+        return permutation.batch(token_batch.tokens[:, :-1], rng(token_batch), permuting)
 
-    def corrupted_batch(window: Window) -> Batch:
+    def corrupted_batch(token_batch: TokenBatch) -> Batch:
         return span_corruption.batch(
-            window.tokens,
-            rng(window),
+            token_batch.tokens,
+            rng(token_batch),
             first_sentinel=FIRST_SENTINEL,
             end_id=END,
             start_id=START,
             num_sentinels=SENTINELS,
         )
 
-    def labelled_batch(window: Window) -> Batch:
-        return classification.batch(window.tokens[:, :-1], window.tokens[:, -1], num_labels=len(PLAYS))
+    def labelled_batch(token_batch: TokenBatch) -> Batch:
+        return classification.batch(token_batch.tokens[:, :-1], token_batch.tokens[:, -1], num_labels=len(PLAYS))
 
     return {
-        "causal": lambda window: causal.batch(window.tokens, reset=window.reset),
+        "causal": lambda token_batch: causal.batch(token_batch.tokens, reset=token_batch.reset),
         "masked": masked_batch,
         "permutation": permuted_batch,
         "span_corruption": corrupted_batch,

@@ -68,7 +68,7 @@ class Adaptation(Protocol):
 # ------------------------------------------------------------------------------------------------- matrices
 
 
-def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
+def num_row_axes(path: str, leaf: ArraySpec) -> int | None:
     """Number of leading axes (after the stack axes) that form the rows of a matrix; None if the leaf is not a matrix.
 
     A leaf with two or more axes after the stack axes is a matrix if the last key of its path is ``weight``, begins with
@@ -84,12 +84,12 @@ def num_row_axes(name: str, leaf: ArraySpec) -> int | None:
         >>> num_row_axes("attention/query/bias", ArraySpec((4, 8), ("heads", "kv")))
     """
     axes = leaf.axes[num_stack_axes(leaf) :]
-    last_key = name.rsplit("/", 1)[-1]
+    last_key = path.rsplit("/", 1)[-1]
     if len(axes) < 2:
         return None
     if last_key == LORA_A:
         return len(axes) - 1
-    if last_key == LORA_B or is_table(name, leaf):
+    if last_key == LORA_B or is_table(path, leaf):
         return 1
     if last_key == "weight" or last_key.startswith("weight_") or last_key == "direction":
         is_kernel = axes[0] is None and len(axes) > 2 and axes[1] not in (None, "heads")
@@ -110,12 +110,12 @@ def num_stack_axes(leaf: ArraySpec) -> int:
     return first + 1 if is_block_diagonal else first
 
 
-def is_table(name: str, leaf: ArraySpec) -> bool:
+def is_table(path: str, leaf: ArraySpec) -> bool:
     """Whether a leaf is an embedding table or an output head (first axis: vocabulary, positions or token types).
 
     The result is also True for the bias [vocab] of an output head.
     """
-    last_key = name.rsplit("/", 1)[-1]
+    last_key = path.rsplit("/", 1)[-1]
     return last_key.endswith("embedding") or last_key in ("head", "cluster_weight") or leaf.axes[:1] == ("vocab",)
 
 

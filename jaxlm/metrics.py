@@ -55,7 +55,7 @@ class Score:
             raise ValueError(f"{self.name}: low={self.low} and high={self.high}: give both ends or neither")
 
     @property
-    def interval(self) -> str:
+    def interval_text(self) -> str:
         """The interval as text, for example ``[0.884, 0.923]``; empty if there is no interval."""
         if self.low is None or self.high is None:
             return ""
@@ -63,7 +63,7 @@ class Score:
         return f"[{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
     @property
-    def number(self) -> str:
+    def value_text(self) -> str:
         """The value as text, with the same number of decimals as the interval."""
         return f"{self.value:.{self._decimals}f}"
 
@@ -73,7 +73,7 @@ class Score:
         return 3 if largest < 10 else 2
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.name, self.number, self.interval) if part)
+        return " ".join(part for part in (self.name, self.value_text, self.interval_text) if part)
 
 
 def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES) -> tuple[float, float]:

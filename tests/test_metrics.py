@@ -64,8 +64,8 @@ def test_macro_f1_weights_classes_equally():
 
 def test_equal_values_have_no_bootstrap_interval():
     assert metrics.mean("a", [2.0, 2.0, 2.0]).low is None
-    assert metrics.mean("a", [2.0]).interval == ""
-    assert metrics.macro_f1([0, 1], [0, 1]).interval == ""
+    assert metrics.mean("a", [2.0]).interval_text == ""
+    assert metrics.macro_f1([0, 1], [0, 1]).interval_text == ""
 
 
 def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():

@@ -76,8 +76,8 @@ def program(
         **{"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 3, **options},
     )  # fmt: skip
 
-    def to_batch(window):
-        return causal.batch(window.tokens, reset=window.reset, segment_ids=window.segment_ids)
+    def to_batch(token_batch):
+        return causal.batch(token_batch.tokens, reset=token_batch.reset, segment_ids=token_batch.segment_ids)
 
     held_out = [to_batch(next(held_out)) for _ in range(2)]
     evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=stream)

@@ -1,6 +1,6 @@
 """Texts, games, tokenizers, token files and batches. This package computes with numpy on the host, without JAX."""
 
-from jaxlm.data.batching import Batches, ContiguousStreams, PackedDocuments, RandomWindows, Source, Window
+from jaxlm.data.batching import Batches, ContiguousStreams, PackedDocuments, RandomWindows, Source, TokenBatch
 from jaxlm.data.corpora import shakespeare
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.games import Games, chess_games, read_games, split_games
@@ -32,8 +32,8 @@ __all__ = [
     "RandomWindows",
     "Source",
     "SpecialIds",
+    "TokenBatch",
     "Tokenizer",
-    "Window",
     "check_tokens",
     "chess_games",
     "load_tokenizer",

@@ -23,8 +23,8 @@ from jaxlm.data.tokens import check_ids_1d, check_tokens
 from jaxlm.spec import State
 
 
-class Window(NamedTuple):
-    """The rows of a batch as a pytree of numpy arrays.
+class TokenBatch(NamedTuple):
+    """A batch of token rows, as a pytree of numpy arrays.
 
     Attributes:
         tokens: ``[B, T+1]`` int32.
@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def batch(self, index: int, rows: Sequence[int]) -> Any:
-        """The given rows of the global batch of step ``index``, as a ``Window`` or the source's own batch type."""
+        """The given rows of the global batch of step ``index``, as a ``TokenBatch`` or the source's own batch type."""
         ...
 
     def check(self, vocab_size: int) -> None:
@@ -165,9 +165,9 @@ class RandomWindows:
     def rows_per_epoch(self) -> int:
         return (len(self.tokens) - self.length - 1) // self.stride + 1
 
-    def batch(self, index: int, rows: Sequence[int]) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
         windows = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
-        return Window(_stack_windows(self.tokens, windows * self.stride, self.length))
+        return TokenBatch(_stack_windows(self.tokens, windows * self.stride, self.length))
 
     def check(self, vocab_size: int) -> None:
         check_tokens(self.tokens, vocab_size)
@@ -216,11 +216,11 @@ class ContiguousStreams:
         """Number of tokens that are never a target. The first token, which cannot be a target, does not count."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
-    def batch(self, index: int, rows: Sequence[int]) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
         step = index % self.steps_per_epoch
         width = (len(self.tokens) - 1) // self.batch_size
         starts = np.asarray(rows, np.int64) * width + step * self.length
-        return Window(_stack_windows(self.tokens, starts, self.length), reset=np.full(len(rows), step == 0))
+        return TokenBatch(_stack_windows(self.tokens, starts, self.length), reset=np.full(len(rows), step == 0))
 
     def check(self, vocab_size: int) -> None:
         check_tokens(self.tokens, vocab_size)
@@ -286,7 +286,7 @@ class PackedDocuments:
         """Fraction of positions that are not padding."""
         return float((self._pieces[:, 2] - self._pieces[:, 1]).sum() / (self.rows_per_epoch * (self.length + 1)))
 
-    def batch(self, index: int, rows: Sequence[int]) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
         tokens = np.full((len(rows), self.length + 1), self.pad_id, np.int32)
         segment_ids = np.zeros_like(tokens)
         packed = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
@@ -298,7 +298,7 @@ class PackedDocuments:
                 tokens[batch_row, position:end] = self.documents[number][start:stop]
                 segment_ids[batch_row, position:end] = segment
                 position = end
-        return Window(tokens, segment_ids)
+        return TokenBatch(tokens, segment_ids)
 
     def check(self, vocab_size: int) -> None:
         check_tokens(np.asarray([self.pad_id]), vocab_size, name="pad_id")
@@ -357,8 +357,8 @@ class Batches(Iterator[Any]):
         source: the data set.
         rows: the rows of this process. With several processes, pass ``sharding.local_rows(batch_size)``. None: all
             rows.
-        to_batch: a pure function from the source's batch (for example a ``Window``) to the batch of an objective. None:
-            the iterator yields the source's batch.
+        to_batch: a pure function from the source's batch (for example a ``TokenBatch``) to the batch of an objective.
+            None: the iterator yields the source's batch.
         prefetch: number of batches that are made in advance. 0: each batch is made when it is requested.
 
     Raises:

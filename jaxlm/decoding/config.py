@@ -11,7 +11,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sample import GREEDY, Sampling
 from jaxlm.models import Model
 
-FILE = "generation_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 EarlyStopping = bool | Literal["never"]
 
@@ -166,7 +166,7 @@ class GenerationConfig:
 
 
 _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
-_FROM_FILE = f" (fields that you do not set are read from {FILE})"
+_FROM_FILE = f" (fields that you do not set are read from {GENERATION_CONFIG_FILE})"
 
 
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -234,7 +234,7 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     content = {} if metadata is None else metadata.generation_config or {}
     unknown = sorted(set(ignored) - content.keys() - _SUPPORTED.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
     if unknown:
-        raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {FILE}")
+        raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {GENERATION_CONFIG_FILE}")
     no_effect = _NO_EFFECT.union(ignored)
     values = {name: value for name, value in content.items() if value is not None and name not in no_effect}
     unsupported = sorted(
@@ -243,20 +243,22 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     if unsupported:
         settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
         raise ValueError(
-            f"{FILE} sets {settings}, which jaxlm does not support: to generate without it, remove it from the file or "
-            f"pass GenerationConfig(ignored_fields={tuple(unsupported)!r})"
+            f"{GENERATION_CONFIG_FILE} sets {settings}, which jaxlm does not support: to generate without it, remove "
+            f"it from the file or pass GenerationConfig(ignored_fields={tuple(unsupported)!r})"
         )
     fields = {name: value for name, value in values.items() if name in _SUPPORTED}
     for name, value in fields.items():
         if not isinstance(value, _SUPPORTED[name]) or (isinstance(value, bool) and bool not in _SUPPORTED[name]):
             types = " or ".join(kind.__name__ for kind in _SUPPORTED[name])
-            raise ValueError(f"{FILE}: {name}={value!r} must be of type {types}")
+            raise ValueError(f"{GENERATION_CONFIG_FILE}: {name}={value!r} must be of type {types}")
     for name, kind in (("stop_strings", str), ("eos_token_id", int)):
         entries = fields.get(name)
         if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):
-            raise ValueError(f"{FILE}: {name}={entries!r} must be a list of {kind.__name__}")
+            raise ValueError(f"{GENERATION_CONFIG_FILE}: {name}={entries!r} must be a list of {kind.__name__}")
     if fields.get("top_k", 0) < 0:
-        raise ValueError(f"{FILE}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)")
+        raise ValueError(
+            f"{GENERATION_CONFIG_FILE}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)"
+        )
     return fields
 
 
@@ -276,7 +278,7 @@ def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
             end_ids=(end,) if isinstance(end, int) else end,
         )
     except ValueError as error:
-        raise ValueError(f"{FILE}: {error}") from error
+        raise ValueError(f"{GENERATION_CONFIG_FILE}: {error}") from error
 
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))

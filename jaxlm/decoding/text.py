@@ -20,7 +20,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_ids_1d
 from jaxlm.decoding.batches import length_batches, pad_rows
 from jaxlm.decoding.beam import BeamConfig, beam_search
-from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
+from jaxlm.decoding.config import GENERATION_CONFIG_FILE, GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
@@ -202,7 +202,9 @@ class _TextGenerator:
         self._length_penalty, self._early_stopping = resolved.length_penalty, resolved.early_stopping
         self._max_new_tokens, self._max_length = resolved.max_new_tokens, resolved.max_length
         if key is None and config.sampling is None and resolved.sampling.temperature > 0.0:
-            raise ValueError(f"{FILE} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY")
+            raise ValueError(
+                f"{GENERATION_CONFIG_FILE} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY"
+            )
         self._start: np.ndarray | None = None
         if model.reads_source:
             self._start = np.array([_generation_start_id(model, tokenizer)], np.int32)

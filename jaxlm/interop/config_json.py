@@ -225,7 +225,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type,
         if hf_name not in config:
             continue
         value = config[hf_name]
-        value_of_hf_value = table.values.get(hf_name)
+        value_of_hf_value = table.value_of_hf_value.get(hf_name)
         if value_of_hf_value is not None:
             if not isinstance(value, str) or value not in value_of_hf_value:
                 choices = ", ".join(value_of_hf_value)
@@ -332,8 +332,9 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
     for name, hf_name in table.hf_name_of_field.items():
         value = getattr(model.config, name)
-        if hf_name in table.values:
-            hf_values = [hf_value for hf_value, jaxlm_value in table.values[hf_name].items() if jaxlm_value == value]
+        if hf_name in table.value_of_hf_value:
+            value_of_hf_value = table.value_of_hf_value[hf_name]
+            hf_values = [hf_value for hf_value, jaxlm_value in value_of_hf_value.items() if jaxlm_value == value]
             if not hf_values:
                 raise ValueError(f"{name}={value!r} has no counterpart in {hf_name} of {table.model_type}")
             value = hf_values[0]

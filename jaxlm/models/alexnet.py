@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
-from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -148,15 +148,15 @@ def _causal_hidden_states(
 ) -> tuple[jax.Array, Any]:
     """The hidden states of the language model, [B, T, fc_dim], and its new state."""
     tails = {} if state is None else state
-    tokens, stream = move_padding_last(tokens, segment_ids, tails.get("segment_ids"))
+    tokens, layout = move_padding_last(tokens, segment_ids, tails.get("segment_ids"))
     x, new_tails = embed(table, tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size), {}
     for layer, dilation in enumerate(_dilations(cfg)):
         name, pool_name = f"layer_{layer}", f"pool_{layer}"
-        x, new_tails[name] = causal_convolution(params[name], stream, x, tails.get(name), dilation=dilation)
+        x, new_tails[name] = causal_convolution(params[name], layout, x, tails.get(name), dilation=dilation)
         x = jax.nn.relu(x)
-        x, new_tails[pool_name] = causal_max_pool(stream, x, tails.get(pool_name), cfg.pools[layer], dilation=dilation)
+        x, new_tails[pool_name] = causal_max_pool(layout, x, tails.get(pool_name), cfg.pools[layer], dilation=dilation)
         x = constrain(x, ("batch", "seq", "activation_embed"))
-    hidden, past_segment_ids = restore_order(stream, _hidden_layers(cfg, params, x, key))
+    hidden, past_segment_ids = restore_order(layout, _hidden_layers(cfg, params, x, key))
     if state is None:
         return hidden, None
     return hidden, {
@@ -262,7 +262,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
                 tails[name] = tail_specs(batch, (taps - 1) * dilation, width, dtype)
         inputs = cfg.channels
     longest_tail = max((tail.shape[1] for tail in tails.values()), default=0)
-    return {"segment_ids": past_specs(batch, longest_tail), **tails}
+    return {"segment_ids": past_segment_specs(batch, longest_tail), **tails}
 
 
 LIMITED_CONTEXT = True

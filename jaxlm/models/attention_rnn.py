@@ -229,7 +229,7 @@ def _encode(
     For luong, the dict also has ``states``, the LSTM state of each layer after each token. With ``copy``, it also has
     ``tokens``, the source ids.
     """
-    common.check_tokens(source, segment_ids, None, None, what="source")
+    common.check_tokens(source, segment_ids, None, None, name="source")
     key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     table, size = params["token_embedding"], cfg.vocab_size
     if cfg.source_vocab_size is not None:
@@ -306,9 +306,9 @@ def specs(cfg: Config) -> dict[str, Any]:
     C = form.encoder_width(cfg)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree |= form.specs(cfg, uniform, recurrent_init)
-    alignment = alignment_specs(cfg.score, H, C, cfg.attention_dim or H, uniform, local=cfg.window is not None)
-    if alignment:
-        tree["alignment"] = alignment
+    score_specs = alignment_specs(cfg.score, H, C, cfg.attention_dim or H, uniform, local=cfg.window is not None)
+    if score_specs:
+        tree["alignment"] = score_specs
     if cfg.copy:
         tree["copy"] = copy_gate_specs(H, E, C, uniform)
     if cfg.task == "seq2seq":

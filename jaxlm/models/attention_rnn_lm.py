@@ -170,8 +170,9 @@ def _attend(
         lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (query_BTK, memory_context.query_positions, segments_BT)
     )
     context_BTK = jnp.swapaxes(jax.lax.map(attend_step, steps), 0, 1)
-    output = params["output"]
-    return jnp.tanh(linear(output["found"], context_BTK) + linear(output["state"], prediction_BTK)), new_memory
+    output_weights = params["output"]  # "found" is W_r, and "state" is W_x
+    projected_context_BTK = linear(output_weights["found"], context_BTK)
+    return jnp.tanh(projected_context_BTK + linear(output_weights["state"], prediction_BTK)), new_memory
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:

@@ -265,7 +265,7 @@ def check_start_id(cfg: Any) -> None:
 
 
 def check_tokens(
-    tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, what: str = "tokens"
+    tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, name: str = "tokens"
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
@@ -274,16 +274,16 @@ def check_tokens(
     Args:
         segment_ids, positions: may be None.
         max_positions: the maximum length of a sequence; None: no limit.
-        what: the name of ``tokens`` in messages. For ``source``, messages call the segment ids ``source_segment_ids``.
+        name: the name of ``tokens`` in messages. For ``source``, messages call the segment ids ``source_segment_ids``.
     """
-    segment_ids_name = "segment_ids" if what == "tokens" else f"{what}_segment_ids"
-    for name, x in ((what, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
+    segment_ids_name = "segment_ids" if name == "tokens" else f"{name}_segment_ids"
+    for input_name, x in ((name, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
         if x is None:
             continue
         if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
+            raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
-            raise ValueError(f"{name} {list(x.shape)} must have the shape of {what} {list(tokens.shape)}")
+            raise ValueError(f"{input_name} {list(x.shape)} must have the shape of {name} {list(tokens.shape)}")
     # With segment ids or positions, a row may be longer than max_positions although every position is below it.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(

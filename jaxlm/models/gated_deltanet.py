@@ -23,7 +23,7 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
@@ -147,10 +147,10 @@ def apply_with_routing(
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
-    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
-    masks = stream.masks()
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
+    masks = layout.recurrence_masks()
     if "attention" in common.mixers(cfg):
-        context, state = cache.make_context(tokens, state, stream.segment_ids, None)
+        context, state = cache.make_context(tokens, state, layout.segment_ids, None)
         width = rotary_width(cfg.head_dim, cfg.rotary_fraction)
         angles = rotary_angles(context.positions, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
 
@@ -163,22 +163,22 @@ def apply_with_routing(
         if "attention" in weights:
             mixed, layer_state = _attention(cfg, weights["attention"], normed, layer_state, context, angles)
         else:
-            mixed, layer_state = _delta_rule(cfg, weights["delta_rule"], normed, layer_state, stream, masks)
+            mixed, layer_state = _delta_rule(cfg, weights["delta_rule"], normed, layer_state, layout, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-        y, statistics = experts.mlp(cfg, weights, normed, stream.segment_ids)
+        y, statistics = experts.mlp(cfg, weights, normed, layout.segment_ids)
         return constrain(x + y, ("batch", "seq", "activation_embed")), layer_state, statistics
 
     layers = None if state is None else state["layers"]
     x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     if "attention" in common.mixers(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}, statistics
 
 
 def _delta_rule(
-    cfg: Config, weights: Params, x: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, x: jax.Array, state: State | None, layout: TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a gated delta rule, [B, T, D], and its new state."""
     (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
@@ -187,7 +187,7 @@ def _delta_rule(
     *qkv, gate = jnp.split(projected, (K, 2 * K, 2 * K + R * V), axis=-1)
     qkv_BTC = jnp.concatenate([x.reshape(B, T, -1) for x in qkv], axis=-1)
     tail, memory = (None, None) if state is None else (state["tail"], state["memory"])
-    qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], stream, qkv_BTC, tail)
+    qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], layout, qkv_BTC, tail)
     q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
     q, k = (jnp.repeat(l2_norm(x.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for x in (q, k))
 
@@ -291,7 +291,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
         layer_specs["attention"] = caches["layers"][0]
     layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
-    return {**caches, "layers": layers, "past": past_specs(batch, reach)}
+    return {**caches, "layers": layers, "past": past_segment_specs(batch, reach)}
 
 
 def carried_state_length(cfg: Config) -> int | None:

@@ -115,11 +115,11 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     is_first, keep = None, None  # one document in each row
-    if stream.segment_ids is not None:
+    if layout.segment_ids is not None:
         last_segment = None if state is None else state["segment_ids"][:, -1]
-        is_first, keep, _ = segment_boundaries(stream.segment_ids, last_segment, include_first=True)
+        is_first, keep, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
     context, new_state = window_cache.make_context(tokens, state, is_first, keep, cfg.window)
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
@@ -136,24 +136,24 @@ def apply(
                 cfg, weights["attention"], normed, layer_state, context, angles, fold_name(layer_key, "attention")
             )
         else:
-            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, stream, is_first, keep)
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, keep)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + _mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    x, segments = window.restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    x, segments = window.restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return x, None if state is None else {**new_state, "layers": layers, "segment_ids": segments}
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, stream: window.Stream, is_first: Any, keep: Any
+    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, keep: Any
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
-    x, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
+    x, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
     x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=keep)
     x = linear(weights["output"], jax.nn.gelu(gate) * x)
     return x, None if state is None else {"tail": tail, "hidden": hidden}
@@ -259,7 +259,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
     return {
         "layers": spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers),
-        "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
+        "segment_ids": window.past_segment_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }
 

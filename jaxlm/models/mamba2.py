@@ -26,7 +26,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
@@ -144,10 +144,10 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
-    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
-    masks = stream.masks()
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
+    masks = layout.recurrence_masks()
     if has_attention(cfg):
-        context, state = cache.make_context(tokens, state, stream.segment_ids, None)
+        context, state = cache.make_context(tokens, state, layout.segment_ids, None)
         angles = hybrid.attention_angles(cfg, context.positions)
     if cfg.multipliers is not None:
         params = hybrid.fold_multipliers(cfg.multipliers, params)
@@ -160,7 +160,7 @@ def apply(
         normed = rms_norm(weights["norm"], x, cfg.norm_epsilon).astype(dtype)
         outputs = []
         if "mixer" in weights:
-            y, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, stream, masks)
+            y, layer_state = _mixer(cfg, weights["mixer"], normed, layer_state, layout, masks)
             outputs.append(y)
         if "attention" in weights:
             y, layer_state = hybrid.attend(cfg, weights["attention"], normed, layer_state, context, angles)
@@ -173,22 +173,22 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
+    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
     if has_attention(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}
 
 
 def _mixer(
-    cfg: Config, weights: Params, u_BTD: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, u_BTD: jax.Array, state: State | None, layout: TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a mixer, [B, T, D], and the new state of the layer (None without a state)."""
     B, T, _ = u_BTD.shape
     zx = constrain(linear(weights["zx"], u_BTD), ("batch", "seq", None, "mlp"))
     z, x, BC, dt = zx[:, :, 0], zx[:, :, 1], linear(weights["BC"], u_BTD), linear(weights["dt"], u_BTD)
     x_tail, BC_tail, hidden = (None if state is None else state[name] for name in ("x", "BC", "hidden"))
-    x, x_tail = causal_depthwise_convolution(weights["x_convolution"], stream, x, x_tail)
-    BC, BC_tail = causal_depthwise_convolution(weights["BC_convolution"], stream, BC, BC_tail)
+    x, x_tail = causal_depthwise_convolution(weights["x_convolution"], layout, x, x_tail)
+    BC, BC_tail = causal_depthwise_convolution(weights["BC_convolution"], layout, BC, BC_tail)
     x, BC = jax.nn.silu(x), jax.nn.silu(BC)
 
     x_BTHP = constrain(x.reshape(B, T, num_heads(cfg), cfg.head_dim), ("batch", "seq", "heads", "kv"))
@@ -286,7 +286,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),
         "hidden": ArraySpec((batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)),
     }
-    past = past_specs(batch, reach)
+    past = past_segment_specs(batch, reach)
     if not has_attention(cfg):
         return {"layers": _layers(cfg, mixer, {}), "past": past}
     caches = hybrid.cache_specs(cfg, batch, length)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -86,7 +86,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = linear(weight_norm(params["input"], num_input_axes=1), x)
@@ -95,7 +95,7 @@ def apply(
         name = f"layer_{number}"
         weights, tail = params[name], None if state is None else state.get(name)
         x = dropout(x, cfg.dropout, fold_name(key, name))
-        x, tail = causal_convolution(weight_norm(weights["convolution"], num_input_axes=2), stream, x, tail)
+        x, tail = causal_convolution(weight_norm(weights["convolution"], num_input_axes=2), layout, x, tail)
         x = x[:, :, 0] * jax.nn.sigmoid(x[:, :, 1])
         if residual:
             residual_input = block_inputs[-residual]
@@ -106,7 +106,7 @@ def apply(
         block_inputs.append(x)
         if tail is not None:
             new_state[name] = tail
-    hidden, past_segment_ids = restore_order(stream, x)
+    hidden, past_segment_ids = restore_order(layout, x)
     return hidden, None if state is None else {"segment_ids": past_segment_ids, **new_state}
 
 
@@ -164,7 +164,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
         for number, tail_length in enumerate(tail_lengths)
         if tail_length
     }
-    return {"segment_ids": past_specs(batch, max(tail_lengths)), **tails}
+    return {"segment_ids": past_segment_specs(batch, max(tail_lengths)), **tails}
 
 
 def _bottleneck(narrow: int, wide: int) -> tuple[Block, ...]:

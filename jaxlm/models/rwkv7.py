@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.models import common, heads
-from jaxlm.nn.convolution.window import Stream, causal_windows, move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import (
+    TokenLayout,
+    causal_windows,
+    move_padding_last,
+    past_segment_specs,
+    restore_order,
+    tail_specs,
+)
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
@@ -92,8 +99,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    masks = stream.masks()
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
+    masks = layout.recurrence_masks()
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(layer_norm(params["embedding_norm"], x, cfg.norm_epsilon), ("batch", "seq", "activation_embed"))
 
@@ -102,27 +109,27 @@ def apply(
         weights, layer_state, _ = layer
         normed = layer_norm(weights["time_mix_norm"], x, cfg.norm_epsilon)
         mixed, first_value, new_state = _time_mix(
-            cfg, weights["time_mix"], normed, first_value, layer_state, stream, masks
+            cfg, weights["time_mix"], normed, first_value, layer_state, layout, masks
         )
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         normed = layer_norm(weights["channel_mix_norm"], x, cfg.norm_epsilon)
         tail = None if layer_state is None else layer_state["channel_mix_tail"]
-        mixed, tail = _channel_mix(weights["channel_mix"], normed, tail, stream)
+        mixed, tail = _channel_mix(weights["channel_mix"], normed, tail, layout)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         return (x, first_value), None if layer_state is None else {**new_state, "channel_mix_tail": tail}
 
     layers = None if state is None else state["layers"]
     (x, _), layers = common.run_layers(block, (x, None), params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(stream, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(layout, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "segment_ids": past}
 
 
 def _time_mix(
-    cfg: Config, weights: Params, x: jax.Array, first_value: Any, state: State | None, stream: Stream, masks: Any
+    cfg: Config, weights: Params, x: jax.Array, first_value: Any, state: State | None, layout: TokenLayout, masks: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The output of a time mix [B, T, D], the values of the first block [B, T, H, K], and the new state."""
     tail, memory = (None, None) if state is None else (state["time_mix_tail"], state["memory"])
-    shifted, tail = _token_shift(weights["shift"], x, tail, stream)
+    shifted, tail = _token_shift(weights["shift"], x, tail, layout)
     r, k, v = (
         constrain(linear(weights[name], shifted[name]), ("batch", "seq", "heads", "kv"))
         for name in ("receptance", "key", "value")
@@ -149,18 +156,18 @@ def _time_mix(
     return linear(weights["output"], out * gate, num_input_axes=2), first_value, new_state
 
 
-def _channel_mix(weights: Params, x: jax.Array, tail: Any, stream: Stream) -> tuple[jax.Array, Any]:
+def _channel_mix(weights: Params, x: jax.Array, tail: Any, layout: TokenLayout) -> tuple[jax.Array, Any]:
     """The output of a channel mix [B, T, D], and the tail of its token shift."""
-    shifted, tail = _token_shift(weights["shift"], x, tail, stream)
+    shifted, tail = _token_shift(weights["shift"], x, tail, layout)
     hidden = constrain(linear(weights["key"], shifted["key"]), ("batch", "seq", "mlp"))
     return linear(weights["value"], jnp.square(jax.nn.relu(hidden))), tail
 
 
 def _token_shift(
-    weights: dict[str, jax.Array], x: jax.Array, tail: Any, stream: Stream
+    weights: dict[str, jax.Array], x: jax.Array, tail: Any, layout: TokenLayout
 ) -> tuple[dict[str, jax.Array], Any]:
     """A dict with ``(1 - mu) * x_t + mu * x_{t-1}`` [B, T, D] for each weight mu [D], and the new tail (the last x)."""
-    windows, tail = causal_windows(stream, x, tail, 2)
+    windows, tail = causal_windows(layout, x, tail, 2)
     difference = windows[:, :, 0] - x
     return {name: x + difference * mu.astype(x.dtype)[None, None] for name, mu in weights.items()}, tail
 
@@ -275,7 +282,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     shape = (batch, cfg.embed_dim // cfg.head_dim, cfg.head_dim, cfg.head_dim)
     memory = ArraySpec(shape, ("batch", "heads", None, None))
     layer = {"time_mix_tail": tail, "memory": memory, "channel_mix_tail": tail}
-    return {"layers": (layer,) * cfg.num_layers, "segment_ids": past_specs(batch, 1)}
+    return {"layers": (layer,) * cfg.num_layers, "segment_ids": past_segment_specs(batch, 1)}
 
 
 def carried_state_length(cfg: Config) -> int:

@@ -104,7 +104,7 @@ def encode(
             document counts in the distances of its tokens. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(source, segment_ids, None, None, what="source")
+    common.check_tokens(source, segment_ids, None, None, name="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)

@@ -24,7 +24,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import Stream, move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
@@ -107,8 +107,8 @@ def apply(
         key: not used, because the model has no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
-    masks = stream.masks()
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
+    masks = layout.recurrence_masks()
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -119,14 +119,14 @@ def apply(
         if "mlstm" in weights:
             mixed, layer_state = _mlstm(cfg, weights["mlstm"], normed, layer_state, masks)
         else:
-            mixed, layer_state = _slstm(cfg, weights["slstm"], normed, layer_state, stream, masks)
+            mixed, layer_state = _slstm(cfg, weights["slstm"], normed, layer_state, layout, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "past": past}
 
 
@@ -151,12 +151,12 @@ def _mlstm(
 
 
 def _slstm(
-    cfg: Config, weights: Params, x: jax.Array, state: State | None, stream: Stream, masks: dict[str, Any]
+    cfg: Config, weights: Params, x: jax.Array, state: State | None, layout: TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of an sLSTM layer, [B, T, D], and its new state."""
     B, T, D = x.shape
     tail = None if state is None else state["tail"]
-    convolved, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
+    convolved, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
     projected = [  # gates i and f read the output of the convolution; z and o read its input
         jnp.einsum("BTHP,HPGQ->BTHGQ", y.reshape(B, T, cfg.num_heads, -1), weights[name]["weight"].astype(y.dtype))
         for name, y in (("input_forget", jax.nn.silu(convolved)), ("cell_output", x))
@@ -267,7 +267,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         },
     }
     layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
-    return {"layers": layers, "past": past_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
+    return {"layers": layers, "past": past_segment_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
 
 
 def carried_state_length(cfg: Config) -> int:

@@ -51,7 +51,7 @@ def alignment_specs(
         specs["query"] = linear_specs((query, width), ("embed", "mlp"), init, bias=False)
         specs["key"] = linear_specs((source, width), ("embed", "mlp"), init, bias=False)
         specs["score"] = ArraySpec((width,), ("mlp",), init, decay=True)
-    if local:
+    if local:  # the parameters of the predicted position p
         specs["place"] = {
             "hidden": linear_specs((query, query), ("embed", "mlp"), init, bias=False),
             "score": ArraySpec((query,), ("mlp",), init, decay=True),

@@ -13,9 +13,9 @@ row also has up to ``num_predict`` selected tokens, so give rows of full length.
 
 For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
 4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
-epoch. If this function seeds the generator with the tokens (``zlib.crc32(window.tokens.tobytes())``), a resumed run has
-the same masks, and equal windows have equal masks. But a window has only the rows of its process, so a run with another
-number of processes has other masks.
+epoch. If this function seeds the generator with the tokens (``zlib.crc32(token_batch.tokens.tobytes())``), a resumed
+run has the same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so
+a run with another number of processes has other masks.
 
 Shapes: B batch, T time, P target positions.
 """

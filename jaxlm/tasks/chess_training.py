@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data import PackedDocuments, Source, Window
+from jaxlm.data import PackedDocuments, Source, TokenBatch
 from jaxlm.data.buckets import Bucketed, Encoded
 from jaxlm.data.games import Games, Notation, check_notation, import_chess, read_games, to_san
 from jaxlm.data.moves import MoveTokenizer
@@ -103,9 +103,9 @@ def extra_games(
     return kept
 
 
-def _packed_batch(window: Window) -> Batch:
+def _packed_batch(token_batch: TokenBatch) -> Batch:
     """A batch of the causal objective from packed games."""
-    return causal.batch(window.tokens, window.segment_ids)
+    return causal.batch(token_batch.tokens, token_batch.segment_ids)
 
 
 def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Games:

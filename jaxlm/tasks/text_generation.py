@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlm.data import ContiguousStreams, RandomWindows, Tokenizer, Window
+from jaxlm.data import ContiguousStreams, RandomWindows, TokenBatch, Tokenizer
 from jaxlm.data.tokens import split_tokens
 from jaxlm.decoding import GenerationConfig, stream_text
 from jaxlm.decoding.describe import describe, require_task
@@ -111,9 +111,9 @@ class Corpus:
         return source
 
 
-def to_batch(window: Window) -> Batch:
-    """The batch of the causal objective for a window of tokens [B, T + 1]."""
-    return causal.batch(window.tokens, window.segment_ids, window.reset)
+def to_batch(token_batch: TokenBatch) -> Batch:
+    """The batch of the causal objective for windows of tokens [B, T + 1]."""
+    return causal.batch(token_batch.tokens, token_batch.segment_ids, token_batch.reset)
 
 
 def check_family(model: Model) -> None:

@@ -44,7 +44,7 @@ from jaxlm.testing.helpers import (
     initial_params,
     random_tokens,
     relative_error,
-    source_of,
+    source_inputs,
     tiny_model,
     tiny_variants,
     variant_params,
@@ -63,15 +63,15 @@ families share (``Trainer``, ``Checkpointer``, ``spec.init``) run on these varia
 packages."""
 
 
-def for_variants(condition, *, of_package=None):
+def for_variants(condition, *, package_variants=None):
     """A decorator that runs a test for the tiny variants whose model satisfies ``condition(model)``.
 
     Args:
-        of_package: the names of the variants of this package on which the test runs. None: all of them.
+        package_variants: the variants of this package on which the test runs. None: all of them.
     """
 
     def set_condition(test):
-        test.condition, test.of_package = condition, of_package
+        test.condition, test.package_variants = condition, package_variants
         return test
 
     return set_condition
@@ -89,7 +89,7 @@ def can_stack_layers(model):
 
 
 every_variant = for_variants(lambda model: True)
-representatives = for_variants(lambda model: True, of_package=REPRESENTATIVES)
+representatives = for_variants(lambda model: True, package_variants=REPRESENTATIVES)
 every_decoder = for_variants(decodes)
 every_layered = for_variants(can_stack_layers)
 every_layered_decoder = for_variants(lambda model: can_stack_layers(model) and decodes(model))
@@ -102,7 +102,7 @@ def pytest_generate_tests(metafunc):
         tiny_model(family_name)  # raises if the family has no tiny variant
     condition = getattr(metafunc.function, "condition", None)
     if condition is not None:
-        chosen = getattr(metafunc.function, "of_package", None)
+        chosen = getattr(metafunc.function, "package_variants", None)
         names = [
             name
             for name in tiny_variants(families)
@@ -119,20 +119,20 @@ def setup(name, batch=2, length=24, **overrides):
 
 
 def hidden_of(model, params, tokens, **inputs):
-    """Hidden states of the tokens. For an encoder-decoder, the default source is ``source_of``."""
-    return apply(model, params, tokens, **{**source_of(model, len(tokens)), **inputs})[0]
+    """Hidden states of the tokens. For an encoder-decoder, the default source is ``source_inputs``."""
+    return apply(model, params, tokens, **{**source_inputs(model, len(tokens)), **inputs})[0]
 
 
 def initial_state(model, params, batch_size, length):
     """The initial decoding state. For an encoder-decoder, it contains the encoded source."""
     if not model.reads_source:
         return model.init_state(batch_size, length)
-    return decode_state(model, params, source_of(model, batch_size)["source"], length)
+    return decode_state(model, params, source_inputs(model, batch_size)["source"], length)
 
 
 def hidden_of_row(model, params, tokens, row, start=0, stop=None):
     """Hidden states [T, D] of ``tokens[row, start:stop]``, computed in a batch of one row."""
-    source = {name: x[row : row + 1] for name, x in source_of(model, len(tokens)).items()}
+    source = {name: x[row : row + 1] for name, x in source_inputs(model, len(tokens)).items()}
     return hidden_of(model, params, tokens[row : row + 1, start:stop], **source)[0]
 
 
@@ -209,7 +209,7 @@ def test_specs_match_the_initialized_parameters(name):
 @representatives
 def test_jit_and_eager_results_agree(name):
     model, params, tokens = setup(name, length=8)
-    eager_hidden, _ = model.apply(params, tokens, **source_of(model, 2))
+    eager_hidden, _ = model.apply(params, tokens, **source_inputs(model, 2))
     assert relative_error(hidden_of(model, params, tokens), eager_hidden) < TOLERANCE
     head_input = model.pool(params, eager_hidden) if model.task == "classification" else eager_hidden
     logits = model.logits(params, head_input)
@@ -353,7 +353,7 @@ def has_full_context(model):
 def downsamples(model):
     """Whether the model downsamples a text, so that hidden states have fewer positions than tokens."""
     tokens = np.zeros((1, 24), np.int32)
-    hidden, _ = jax.eval_shape(lambda p: model.apply(p, tokens, **source_of(model, 1)), spec.abstract(model.specs))
+    hidden, _ = jax.eval_shape(lambda p: model.apply(p, tokens, **source_inputs(model, 1)), spec.abstract(model.specs))
     return hidden.shape[1] != tokens.shape[1]
 
 
@@ -390,7 +390,7 @@ def test_packed_documents_equal_separate_documents(name):
         segments[:, start:stop] = number
     inputs = {"segment_ids": segments}
     if model.reads_source:  # document n of the target reads document n of the source
-        source = source_of(model, 1)["source"]
+        source = source_inputs(model, 1)["source"]
         inputs |= {"source": np.tile(source, 3), "source_segment_ids": np.repeat([[1, 2, 3]], source.shape[1], axis=1)}
     packed = hidden_of(model, params, tokens, **inputs)
     if downsamples(model):
@@ -414,7 +414,7 @@ def test_cached_equals_full_at_every_position(name, cuts):
         hidden, state = step_of(model, params, tokens[:, start:stop], state)
         chunks.append(hidden)
     assert relative_error(jnp.concatenate(chunks, axis=1), hidden_of(model, params, tokens)) < TOLERANCE
-    sizes = {"source_length": source_of(model, 2)["source"].shape[1]} if model.reads_source else {}
+    sizes = {"source_length": source_inputs(model, 2)["source"].shape[1]} if model.reads_source else {}
     assert spec.diff(model.state_specs(2, 20, **sizes), state) == []
 
 
@@ -446,7 +446,7 @@ def test_rows_of_unequal_length_decode_independently(name, side):
 def test_take_and_reset_act_on_single_rows_of_a_state(name):
     """After ``spec.take_rows`` or ``spec.reset``, each row continues as if it were decoded alone."""
     model, params, tokens = setup(name, batch=3, length=12)
-    sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
+    sizes = {"source_length": source_inputs(model, 3)["source"].shape[1]} if model.reads_source else {}
     specs = model.state_specs(3, 12, **sizes)
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
     _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
@@ -467,7 +467,7 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     """Read a prefix once and branch it into three rows, then undo a different number of tokens in each row."""
     model, params, tokens = setup(name, batch=3, length=11)
     tokens[:, :5] = tokens[0, :5]
-    source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_of(model, 1).items()}
+    source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_inputs(model, 1).items()}
     sizes = {"source_length": source["source"].shape[1]} if source else {}
     expected = hidden_of(model, params, tokens, **source)
     # The state has only 11 slots per row, so this works only if the slots of undone tokens are free again.
@@ -490,7 +490,7 @@ def test_stacked_and_per_layer_states_agree(name):
     stacked = with_stacked_layers(model)
     segments = np.ones((3, 8), np.int32)
     segments[1, :3] = 0
-    sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
+    sizes = {"source_length": source_inputs(model, 3)["source"].shape[1]} if model.reads_source else {}
     order, results = jnp.array([1, 0, 0]), []
     for variant, weights in ((model, params), (stacked, spec.restack(params))):
         specs = variant.state_specs(3, 12, **sizes)
@@ -540,7 +540,7 @@ def test_a_token_id_outside_the_vocabulary_gives_nan(name):
 @every_variant
 def test_errors_name_the_bad_input(name):
     model, params, tokens = setup(name)
-    source = source_of(model, 2)
+    source = source_inputs(model, 2)
     with pytest.raises(ValueError, match=r"tokens must be integers of shape \[batch, time\], got float32"):
         model.apply(params, tokens.astype(np.float32), **source)
     with pytest.raises(ValueError, match="tokens must be integers"):
@@ -574,13 +574,15 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
     for rows, length in ((0, 5), (2, 0)):
         tokens = np.zeros((rows, length), np.int32)
         segments = np.ones((rows, length), np.int32)
-        source = source_of(model, rows)
+        source = source_inputs(model, rows)
         if length == 0 and downsamples(model):
             with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but .* whole texts"):
                 model.apply(params, tokens)
             continue
         hidden, state = model.apply(params, tokens, **source, segment_ids=segments)
-        full, _ = jax.eval_shape(lambda p: model.apply(p, np.zeros((1, 5), np.int32), **source_of(model, 1)), params)
+        full, _ = jax.eval_shape(
+            lambda p: model.apply(p, np.zeros((1, 5), np.int32), **source_inputs(model, 1)), params
+        )
         output_length = 0 if length == 0 else full.shape[1]
         assert (hidden.shape, hidden.dtype, state) == ((rows, output_length, *full.shape[2:]), full.dtype, None)
         if model.task == "classification" and length == 0:
@@ -597,7 +599,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
             assert empty_hidden.shape == hidden.shape
             assert_trees_equal(after, before)
     with pytest.raises(ValueError, match="tokens must be integers"):
-        model.apply(params, np.zeros((0, 5), np.float32), **source_of(model, 0))
+        model.apply(params, np.zeros((0, 5), np.float32), **source_inputs(model, 0))
     if has_statistics(model):
         _, new_statistics = model.apply(params, np.zeros((0, 5), np.int32), key=jax.random.key(0))
         assert_trees_equal(new_statistics, {"statistics": params["statistics"]})
@@ -721,7 +723,7 @@ def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     Gradients are only traced, which checks that they have the types of the parameters. Under an Explicit mesh, the
     gradient is that of the loss with dropout."""
     model, params, tokens = setup(name, batch=8)
-    want, source = hidden_of(model, params, tokens), source_of(model, 8)
+    want, source = hidden_of(model, params, tokens), source_inputs(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(
         lambda p, t, s: model.apply(p, t, **s)[0], mesh=make_mesh("data=8"),

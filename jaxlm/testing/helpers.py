@@ -61,7 +61,7 @@ def decodes(model: Model) -> bool:
     return True
 
 
-def source_of(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
+def source_inputs(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
     """The input ``source`` of an encoder-decoder for a batch of ``rows`` rows; empty for other models."""
     return {"source": random_tokens(model, rows, 6, seed)} if model.reads_source else {}
 
@@ -74,7 +74,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     per text, all weights are 1.
     """
     inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
-    source = source_of(model, len(tokens))
+    source = source_inputs(model, len(tokens))
     input_segments: Any = None if segment_ids is None else segment_ids[:, :-1]
     weights: Any = np.ones(inputs.shape, np.float32)
     task = model.task

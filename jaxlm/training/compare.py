@@ -30,7 +30,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     header += [f"{plots.readable_name(metric)} (best)" for metric in metrics] + scores
     cells = [header]
     for name, run, result in zip(_run_names(paths), records, results, strict=True):
-        texts = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
+        texts = {score.name: f"{score.value_text} {score.interval_text}".strip() for score in result.get("scores", [])}
         score_cells = [texts.get(key, MISSING) for key in scores]
         cells.append([*_run_cells(name, run, result), *_metric_cells(run, metrics), *score_cells])
     widths = [max(len(line[index]) for line in cells) for index in range(len(header))]

@@ -131,8 +131,8 @@ def _score_section(scores: Sequence[Score]) -> _Section | None:
     if not scores:
         return None
     rows = "".join(
-        f'<tr><th scope="row">{escape(score.name)}</th><td class="value">{score.number}</td>'
-        f'<td class="number">{score.interval or "-"}</td>'
+        f'<tr><th scope="row">{escape(score.name)}</th><td class="value">{score.value_text}</td>'
+        f'<td class="number">{score.interval_text or "-"}</td>'
         f'<td class="number">{"-" if score.count is None else f"{score.count:,}"}</td>'
         f'<td class="detail">{escape(score.detail).replace("|", "|<wbr>")}</td></tr>'
         for score in scores

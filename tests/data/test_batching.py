@@ -85,10 +85,10 @@ def test_orders_of_epochs_and_seeds_are_uncorrelated():
 def test_shapes_and_types(make):
     """Tokens and segment ids are int32 [batch, length + 1]; resets are bool [batch]."""
     source = make()
-    window = global_batch(source, 5)
-    for array in (window.tokens, window.segment_ids):
+    token_batch = global_batch(source, 5)
+    for array in (token_batch.tokens, token_batch.segment_ids):
         assert array is None or (array.shape == (8, source.length + 1) and array.dtype == np.int32)
-    assert window.reset is None or (window.reset.shape == (8,) and window.reset.dtype == bool)
+    assert token_batch.reset is None or (token_batch.reset.shape == (8,) and token_batch.reset.dtype == bool)
 
 
 @each_source
@@ -245,11 +245,11 @@ def test_columns_continue_across_batches_and_reset_each_epoch(tokens, steps, lef
     np.testing.assert_array_equal(first.tokens[:, 0], 1 + width * np.arange(8))
     previous, targets = first.tokens, [first.tokens[:, 1:]]
     for step in range(1, steps):
-        window = global_batch(source, step)
-        assert not window.reset.any()
-        np.testing.assert_array_equal(window.tokens[:, 0], previous[:, -1])
-        previous = window.tokens
-        targets.append(window.tokens[:, 1:])
+        token_batch = global_batch(source, step)
+        assert not token_batch.reset.any()
+        np.testing.assert_array_equal(token_batch.tokens[:, 0], previous[:, -1])
+        previous = token_batch.tokens
+        targets.append(token_batch.tokens[:, 1:])
     target_tokens = np.unique(np.concatenate(targets))
     assert len(target_tokens) == sum(target.size for target in targets) == tokens - 1 - left_out
     assert_same(global_batch(source, steps), first)
@@ -263,10 +263,10 @@ def test_columns_need_enough_tokens_for_a_batch():
 # -------------------------------------------------------------------------------------------------- packed
 
 
-def segments(window):
+def segments(token_batch):
     """Return each segment of each row as a list. Assert that segment ids of a row are 1, 2, ... followed by padding."""
     result = []
-    for tokens, ids in zip(window.tokens, window.segment_ids, strict=True):
+    for tokens, ids in zip(token_batch.tokens, token_batch.segment_ids, strict=True):
         segment_ids = ids[ids > 0]
         assert (np.diff(segment_ids) >= 0).all()
         assert (ids[len(segment_ids) :] == 0).all()
@@ -294,8 +294,8 @@ def test_packed_rows_contain_every_document(max_length):
 def test_packing_has_little_padding_and_reports_its_efficiency():
     original = documents(count=2000)
     source = PackedDocuments(original, length=63, batch_size=4)
-    windows = [source.batch(0, range(row, row + 1)) for row in range(source.rows_per_epoch)]
-    num_tokens = sum((window.segment_ids > 0).sum() for window in windows)
+    token_batches = [source.batch(0, range(row, row + 1)) for row in range(source.rows_per_epoch)]
+    num_tokens = sum((token_batch.segment_ids > 0).sum() for token_batch in token_batches)
     assert num_tokens == sum(map(len, original))
     assert source.efficiency == pytest.approx(num_tokens / (64 * source.rows_per_epoch))
     assert source.efficiency > 0.97
@@ -306,10 +306,10 @@ def test_packing_has_little_padding_and_reports_its_efficiency():
 
 def test_padding_has_segment_id_0():
     source = PackedDocuments([np.asarray([5, 6]), np.asarray([7])], length=4, batch_size=1, pad_id=9)
-    window = global_batch(source, 0)
-    assert sorted(segments(window)) == [[5, 6], [7]]
-    assert window.tokens[0, 3:].tolist() == [9, 9]
-    assert window.segment_ids[0, 3:].tolist() == [0, 0]
+    token_batch = global_batch(source, 0)
+    assert sorted(segments(token_batch)) == [[5, 6], [7]]
+    assert token_batch.tokens[0, 3:].tolist() == [9, 9]
+    assert token_batch.segment_ids[0, 3:].tolist() == [0, 0]
     assert source.efficiency == 3 / 5
     with pytest.raises(ValueError, match="pad_id: id 9 at position 0 is outside the vocabulary of 8 ids"):
         source.check(8)

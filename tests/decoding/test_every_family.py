@@ -19,7 +19,7 @@ from jaxlm.testing.helpers import (
     initial_params,
     random_tokens,
     relative_error,
-    source_of,
+    source_inputs,
     tiny_model,
     variant_params,
 )
@@ -31,7 +31,7 @@ every_decoder = pytest.mark.parametrize("name", variant_params(name for name in 
 
 
 @functools.cache
-def pair(name: str) -> tuple[Any, Any]:
+def model_and_params(name: str) -> tuple[Any, Any]:
     model = tiny_model(name)
     return model, add_noise(initial_params(model))
 
@@ -57,7 +57,7 @@ def log_probs_after(model: Any, params: Any, row: int, continuations: np.ndarray
     texts = np.zeros((len(continuations), PROMPTS.shape[1] + NUM_NEW - 1), np.int32)
     texts[:, : len(prompt)] = prompt
     texts[:, len(prompt) : len(prompt) + NUM_NEW - 1] = continuations[:, :-1]
-    source = {key: np.repeat(x[row : row + 1], len(texts), axis=0) for key, x in source_of(model, 2).items()}
+    source = {key: np.repeat(x[row : row + 1], len(texts), axis=0) for key, x in source_inputs(model, 2).items()}
     return np.asarray(next_log_probs(model, params, texts, source))[:, len(prompt) - 1 :][:, :NUM_NEW]
 
 
@@ -65,13 +65,13 @@ def initial_state(model: Any, params: Any) -> Any:
     """The initial state with the encoded sources of both rows; None for a model without a source."""
     if not model.reads_source:
         return None
-    return decode_state(model, params, source_of(model, 2)["source"], PROMPTS.shape[1] + NUM_NEW)
+    return decode_state(model, params, source_inputs(model, 2)["source"], PROMPTS.shape[1] + NUM_NEW)
 
 
 @pytest.mark.plain_cases(1)
 @every_decoder
 def test_wide_beam_search_equals_brute_force(name: str) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     beams = IDS ** (NUM_NEW - 1)
     out = beam_search(
         model,
@@ -95,7 +95,7 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
 @pytest.mark.plain_cases(1)
 @every_decoder
 def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: str) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     out = generate(
         model, params, PROMPTS, SEGMENTS, max_new_tokens=NUM_NEW, allowed_ids=IDS, state=initial_state(model, params)
     )  # fmt: skip
@@ -107,7 +107,7 @@ def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: 
 
 
 def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
-    model, params = pair("t5-tiny")
+    model, params = model_and_params("t5-tiny")
     with pytest.raises(
         ValueError, match=r"t5 reads a source: .* state=model.init_decode_state\(params, source, length\)"
     ):
@@ -118,7 +118,7 @@ def test_errors_for_a_missing_source_and_a_wrong_state() -> None:
     flat_state = jax.tree.map(lambda leaf: leaf.reshape(-1), three_row_state)
     with pytest.raises(ValueError, match=r"layers/0/key of the state is \[1728\], but must have 3 axes"):
         generate(model, params, PROMPTS, max_new_tokens=NUM_NEW, state=flat_state)
-    gpt, gpt_params = pair("gpt2-tiny")
+    gpt, gpt_params = model_and_params("gpt2-tiny")
     with pytest.raises(ValueError, match="this is not a state of the model"):
         generate(gpt, gpt_params, PROMPTS, max_new_tokens=NUM_NEW, state=three_row_state)
     for length, slots in ((0, NUM_NEW), (2, 6)):  # a new state, and a state after two tokens of each row

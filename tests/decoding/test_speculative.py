@@ -18,7 +18,7 @@ from jaxlm.decoding import (
     generate,
     speculative_generate,
 )
-from jaxlm.testing.helpers import add_noise, decode_state, initial_params, relative_error, source_of, tiny_model
+from jaxlm.testing.helpers import add_noise, decode_state, initial_params, relative_error, source_inputs, tiny_model
 
 PROMPTS = np.array([[5, 6, 7, 9], [0, 8, 9, 3], [0, 0, 0, 2]], np.int32)
 SEGMENTS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], np.int32)
@@ -67,7 +67,7 @@ def test_a_model_accepts_its_own_proposals():
 
 def test_an_encoder_decoder_with_a_decoder_as_draft():
     models = models_of("t5", "lstm", num_layers=1)
-    source = source_of(models.target, 3)["source"]
+    source = source_inputs(models.target, 3)["source"]
     prompts = np.zeros((3, 1), np.int32)
     state = decode_state(models.target, models.target_params, source, 20)
     want = generate(models.target, models.target_params, prompts, max_new_tokens=8, allowed_ids=64, state=state)

@@ -40,7 +40,7 @@ every_family = pytest.mark.parametrize("name", [*CAUSAL, *SOURCE])
 
 
 @functools.cache
-def pair(name: str) -> tuple[Any, Any]:
+def model_and_params(name: str) -> tuple[Any, Any]:
     start = {"decoder_start_id": BYTES.end_id} if name == "attention-rnn-tiny" else {}
     model = tiny_model(name, vocab_size=264, **start)
     return model, add_noise(initial_params(model))
@@ -52,7 +52,7 @@ def config_of(**fields: Any) -> GenerationConfig:
 
 def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
     """Generate the text of one prompt or source with the functions on arrays, without padding."""
-    model, params = pair(name)
+    model, params = model_and_params(name)
     ids, state = BYTES.encode(source)[None], None
     if model.reads_source:
         state = decode_state(model, params, ids, NUM_NEW)
@@ -72,7 +72,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_beams: int) -> None:
     texts = ["a man", "snow on a hill", "o sea"]
-    out = generate_text(*pair(name), BYTES, texts, config_of(num_beams=num_beams, batch_size=2))
+    out = generate_text(*model_and_params(name), BYTES, texts, config_of(num_beams=num_beams, batch_size=2))
     assert out == [generate_on_arrays(name, source, num_beams) for source in texts]
     assert len(set(out)) > 1, "this model ignores its inputs"
 
@@ -80,7 +80,7 @@ def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_b
 @pytest.mark.plain_cases(1)
 @every_family
 def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     expected = generate_text(model, params, BYTES, TEXTS, config_of(batch_size=None))
     assert generate_text(model, params, BYTES, TEXTS, config_of(batch_size=2)) == expected
     assert generate_text(model, params, BYTES, TEXTS[::-1], config_of()) == expected[::-1]
@@ -93,21 +93,24 @@ def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch
     ("name", "draft"), [("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "lstm-tiny"), ("attention-rnn-tiny", "t5-tiny")]
 )
 def test_proposals_of_a_draft_model_do_not_change_texts(name: str, draft: str) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     config = config_of(batch_size=4, stop=("e",))
     expected = generate_text(model, params, BYTES, SHORT_TEXTS, config)
-    assert generate_text(model, params, BYTES, SHORT_TEXTS, config, draft=pair(draft), num_proposed=2) == expected
+    assert (
+        generate_text(model, params, BYTES, SHORT_TEXTS, config, draft=model_and_params(draft), num_proposed=2)
+        == expected
+    )
 
 
 def test_a_draft_model_that_cannot_propose_raises() -> None:
-    model, params = pair("gpt2-tiny")
+    model, params = model_and_params("gpt2-tiny")
     run = functools.partial(generate_text, model, params, BYTES, TEXTS)
     with pytest.raises(ValueError, match="num_beams=2: beam search does not use a draft model; set num_beams=1"):
-        run(config_of(num_beams=2), draft=pair("lstm-tiny"))
+        run(config_of(num_beams=2), draft=model_and_params("lstm-tiny"))
     with pytest.raises(
         ValueError, match=r"the draft model \(t5\) reads a source, but gpt does not: use a model without"
     ):
-        run(config_of(), draft=pair("t5-tiny"))
+        run(config_of(), draft=model_and_params("t5-tiny"))
     classifier = tiny_model("bert-tiny")
     with pytest.raises(ValueError, match="it cannot propose tokens; use a generative language model"):
         run(config_of(), draft=(classifier, {}))
@@ -115,7 +118,7 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
     with pytest.raises(ValueError, match="the draft model has 100 token ids, but 257 ids may be generated or read"):
         run(config_of(), draft=(small, {}))
     with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
-        run(config_of(), draft=pair("lstm-tiny"), num_proposed=0)
+        run(config_of(), draft=model_and_params("lstm-tiny"), num_proposed=0)
     with pytest.raises(ValueError, match="num_proposed=2 needs a draft model"):
         run(config_of(), num_proposed=2)
     with pytest.raises(TypeError, match=r"draft is a pair \(model, params\), got Model"):
@@ -132,7 +135,7 @@ def test_beams_of_prompts_with_different_lengths_that_fit_only_without_padding()
 
 def test_positions_that_a_draft_model_needs() -> None:
     """A draft model needs ``max_positions`` for each prompt with its new tokens and proposals."""
-    (model, params), draft = pair("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
+    (model, params), draft = model_and_params("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
     draft_pair = (draft, initial_params(draft))
     texts, config = ["a" * 34, "b"], GenerationConfig(max_length=40)
     expected = generate_text(model, params, BYTES, texts, config)
@@ -145,7 +148,7 @@ def test_positions_that_a_draft_model_needs() -> None:
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     sampling, key = Sampling(top_k=50), jax.random.key(3)
     expected = generate_text(model, params, BYTES, SHORT_TEXTS, config_of(sampling=sampling, batch_size=None), key=key)
     config = config_of(sampling=sampling, batch_size=3)
@@ -156,7 +159,7 @@ def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["t5-tiny", "gpt2-tiny"])
 def test_compilations_are_bounded_by_the_buckets(name: str) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     texts = ["x" * n for n in range(1, 40)]
     before = sample._prefill._cache_size(), windows._read_sources._cache_size()
     generate_text(model, params, BYTES, texts, config_of(batch_size=4, max_new_tokens=1))
@@ -174,7 +177,7 @@ def test_compilations_are_bounded_by_the_buckets(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCE)
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> None:
-    model, params = pair(name)
+    model, params = model_and_params(name)
     sampling, key = Sampling(top_k=50), jax.random.key(1)
     config = config_of(sampling=sampling, max_new_tokens=12)
     (expected,) = generate_text(model, params, BYTES, ["a man"], config, key=key)
@@ -186,7 +189,7 @@ def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> Non
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_stop_strings_end_outputs(num_beams: int) -> None:
-    model, params = pair("t5-tiny")
+    model, params = model_and_params("t5-tiny")
     (text_without_stop,) = generate_text(model, params, BYTES, ["a man"], config_of(num_beams=num_beams))
     stop = text_without_stop[3]
     config = config_of(num_beams=num_beams, stop=(stop,))
@@ -242,7 +245,7 @@ def test_the_start_token_comes_from_the_model_or_else_the_tokenizer() -> None:
 
 
 def test_errors_name_the_bad_source() -> None:
-    model, params = pair("t5-tiny")
+    model, params = model_and_params("t5-tiny")
     with pytest.raises(ValueError, match=r"source 1 is '', which has no tokens"):
         generate_text(model, params, BYTES, ["a", ""])
     with pytest.raises(ValueError, match=r"source 0 is '', which has no tokens"):
@@ -256,7 +259,7 @@ def test_errors_name_the_bad_source() -> None:
 
 
 def test_error_for_a_source_longer_than_max_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = pair("t5-tiny")
+    model, params = model_and_params("t5-tiny")
     monkeypatch.setattr(text.TokenRequest, "max_positions", 6)
     with pytest.raises(ValueError, match=r"source 1 has 7 tokens, but max_positions=6: shorten it"):
         generate_text(model, params, BYTES, ["a", "0123456"])
@@ -276,7 +279,7 @@ def test_error_for_a_model_without_a_text_head(name: str, fields: dict[str, Any]
 
 
 def test_error_of_generate_shows_the_call_for_an_encoder_decoder() -> None:
-    model, params = pair("t5-tiny")
+    model, params = model_and_params("t5-tiny")
     start = np.zeros((1, 1), np.int32)
     with pytest.raises(
         ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.init_decode_state\("
@@ -293,7 +296,7 @@ def test_error_of_generate_shows_the_call_for_an_encoder_decoder() -> None:
 
 
 def test_one_key_per_row_is_accepted() -> None:
-    model, params = pair("gpt2-tiny")
+    model, params = model_and_params("gpt2-tiny")
     prompts, key = np.array([[5, 6], [5, 6]], np.int32), jax.random.key(0)
     options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "sampling": Sampling()}
     folded = generate(model, params, prompts, key=key, **options).tokens

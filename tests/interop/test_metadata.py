@@ -78,7 +78,7 @@ def test_every_field_survives_load_and_save(name: str, table: Format, architectu
         extra_fields |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"good": 2}}
     synonyms = {"gelu_new": "gelu_pytorch_tanh"}  # another name of the same function
     for field in ("activation_function", "hidden_act"):
-        if field in config and synonyms.get(config[field]) in table.values.get(field, {}):
+        if field in config and synonyms.get(config[field]) in table.value_of_hf_value.get(field, {}):
             extra_fields[field] = synonyms[config[field]]
     before = edit(tmp_path / "a", **extra_fields)
     generation = {

@@ -52,7 +52,7 @@ def random_tokens(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(5).integers(0, VOCAB, (batch, length)).astype(np.int32)
 
 
-def compare(loss, reference, params) -> float:
+def check_loss_and_gradient(loss, reference, params) -> float:
     """Assert that ``loss`` (total, weight, state) and its gradient equal those of ``reference`` (total).
 
     Returns the weight.

@@ -10,7 +10,7 @@ from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import Batch, count, smoothed_token_loss, token_accuracy
 from jaxlm.testing.helpers import apply, initial_params, tiny_model
-from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
+from tests.objectives.stub import VOCAB, MeanModel, check_loss_and_gradient, random_tokens
 
 MODEL = MeanModel(VOCAB)
 TOKENS = random_tokens(3, 8)
@@ -36,7 +36,7 @@ def test_a_smoothed_loss_is_the_cross_entropy_to_the_smoothed_distribution():
         return -jnp.sum(batch.weights * jnp.sum(smoothed_targets * log_probs, axis=-1))
 
     loss = smoothed_token_loss(smoothing)
-    assert compare(lambda p: loss(MODEL, p, batch), reference, MODEL.init()) == 7 + 4
+    assert check_loss_and_gradient(lambda p: loss(MODEL, p, batch), reference, MODEL.init()) == 7 + 4
     with pytest.raises(ValueError, match="label_smoothing=-0.1 must be in"):
         smoothed_token_loss(-0.1)
 

@@ -8,7 +8,7 @@ import pytest
 from jaxlm.models.model import Metadata
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import classification
-from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
+from tests.objectives.stub import VOCAB, MeanModel, check_loss_and_gradient, random_tokens
 
 MODEL = MeanModel(5)
 TOKENS = random_tokens(4, 7)
@@ -25,7 +25,7 @@ def test_loss_is_the_cross_entropy_of_the_pooled_output():
         last = jnp.stack([hidden[row, position] for row, position in ((0, 6), (1, 3), (3, 6))])
         return jnp.sum(cross_entropy(MODEL.logits(params, last), jnp.array([4, 0, 2])))
 
-    assert compare(lambda p: classification.loss(MODEL, p, batch), reference, MODEL.init()) == 3
+    assert check_loss_and_gradient(lambda p: classification.loss(MODEL, p, batch), reference, MODEL.init()) == 3
 
 
 def test_a_row_with_weight_0_does_not_change_the_loss():
@@ -84,7 +84,7 @@ def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
         weights = np.where(labels >= 0, np.asarray(class_weights)[np.maximum(labels, 0)], 0.0).astype(np.float32)
         return -jnp.sum(weights * jnp.sum(smoothed_labels * log_probs, axis=-1))
 
-    compare(lambda p: (*loss(MODEL, p, batch)[:1], 3.0, None), reference, MODEL.init())
+    check_loss_and_gradient(lambda p: (*loss(MODEL, p, batch)[:1], 3.0, None), reference, MODEL.init())
     assert float(loss(MODEL, MODEL.init(), batch)[1]) == 0.5 + 1.0 + 3.0
     with pytest.raises(ValueError, match="2 class_weights for num_labels=5"):
         classification.make_loss(class_weights=(1.0, 2.0))(MODEL, MODEL.init(), batch)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import masked
-from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
+from tests.objectives.stub import VOCAB, MeanModel, check_loss_and_gradient, random_tokens
 
 V, CLS, SEP, MASK = 50, 1, 2, 3
 
@@ -159,7 +159,9 @@ def test_loss_is_the_cross_entropy_of_selected_tokens():
         logits = model.logits(params, model.apply(params, batch.tokens, **types)[0])
         return jnp.sum(cross_entropy(logits, tokens) * batch.weights)
 
-    assert compare(lambda p: masked.loss(model, p, batch), reference, model.init()) == batch.weights.sum()
+    assert (
+        check_loss_and_gradient(lambda p: masked.loss(model, p, batch), reference, model.init()) == batch.weights.sum()
+    )
 
 
 def test_num_predict_selects_a_fixed_number_of_distinct_positions():
@@ -207,7 +209,7 @@ def test_loss_at_target_positions_equals_the_loss_with_weights_at_all_positions(
     weights = np.zeros(tokens.shape, np.float32)
     np.put_along_axis(weights, batch.target_positions, batch.weights, axis=1)
     all_positions = batch.replace(targets=tokens, weights=weights, target_positions=None)
-    total = compare(
+    total = check_loss_and_gradient(
         lambda p: masked.loss(model, p, batch), lambda p: masked.loss(model, p, all_positions)[0], model.init()
     )
     assert total == batch.weights.sum()

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.objectives import span_qa
 from jaxlm.testing.helpers import assert_trees_close, relative_error
-from tests.objectives.stub import MeanModel, compare, random_tokens
+from tests.objectives.stub import MeanModel, check_loss_and_gradient, random_tokens
 
 MODEL = MeanModel(2)
 TOKENS = random_tokens(4, 8)
@@ -34,7 +34,7 @@ def test_loss_is_the_mean_of_two_cross_entropies_over_tokens_without_padding():
                 total -= jax.nn.log_softmax(scores)[SPANS[row, start_or_end] - row_slice.start] / 2
         return total
 
-    assert compare(lambda p: span_qa.loss(MODEL, p, batch), reference, MODEL.init()) == 3
+    assert check_loss_and_gradient(lambda p: span_qa.loss(MODEL, p, batch), reference, MODEL.init()) == 3
 
 
 def test_the_loss_of_a_row_does_not_depend_on_its_padding():

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import token_classification
-from tests.objectives.stub import MeanModel, compare, random_tokens
+from tests.objectives.stub import MeanModel, check_loss_and_gradient, random_tokens
 
 
 def test_ignored_labels_and_padding_have_weight_0():
@@ -31,7 +31,10 @@ def test_loss_is_the_cross_entropy_of_the_labels():
         losses = cross_entropy(model.logits(params, model.apply(params, tokens)[0]), jnp.maximum(labels, 0))
         return jnp.sum(jnp.where(labels >= 0, losses, 0.0))
 
-    assert compare(lambda p: token_classification.loss(model, p, batch), reference, model.init()) == batch.weights.sum()
+    assert (
+        check_loss_and_gradient(lambda p: token_classification.loss(model, p, batch), reference, model.init())
+        == batch.weights.sum()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The family ``chess_llama``: the family contract, the board against the rules of the package ``chess``, and errors."""
+"""The family ``chess_llama``: the board against the package ``chess``, documents, padding and states, and errors.
+
+All tests of the family contract are in ``test_chess_llama_contract.py``.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,13 @@ from jaxlm.tasks.chess_llama import INITIAL_BOARD, SIDE, boards_after, embed_boa
 from jaxlm.tasks.chess_players import ModelPlayer, RandomPlayer, play_match
 from jaxlm.tasks.chess_reading import next_move_probabilities, pad_games
 from jaxlm.tasks.chess_training import game_batches
-from jaxlm.testing.contract import *  # noqa: F403
+from jaxlm.testing.contract import (  # noqa: F401
+    pytest_generate_tests,
+    test_a_prefix_branches_and_each_branch_rolls_back,
+    test_cached_equals_full_at_every_position,
+    test_packed_documents_equal_separate_documents,
+    test_padding_does_not_change_the_other_positions,
+)
 from jaxlm.testing.helpers import add_noise, initial_params
 
 FAMILIES = ("chess_llama",)
@@ -43,7 +52,7 @@ SPECIAL_MOVES = (
 
 
 def test_boards_equal_the_boards_of_the_chess_package():
-    lines = [*SPECIAL_MOVES, *chess_games("uci").moves[:100]]
+    lines = [*SPECIAL_MOVES, *chess_games("uci").moves[:40]]
     rows = [TOKENIZER.encode(line) for line in lines]
     tokens, segment_ids = pad_games(rows, len(rows), max(map(len, rows)))
     boards = np.asarray(jax.jit(boards_after)(tokens, keep_BT=jnp.asarray(segment_ids) > 0))

@@ -15,7 +15,7 @@ import pytest
 from jaxlm import checkpoint
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
-from jaxlm.data.batching import Window
+from jaxlm.data.batching import TokenBatch
 from jaxlm.objectives import causal
 from jaxlm.testing.helpers import assert_trees_equal, tiny_model
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
@@ -38,7 +38,7 @@ class NumberedBatches:
 
     def batch(self, index, rows):
         number = index if index < self.at else index + self.gap
-        return Window(np.full((len(rows), 5), number, np.int32))
+        return TokenBatch(np.full((len(rows), 5), number, np.int32))
 
     def check(self, vocab_size):
         pass
@@ -62,8 +62,8 @@ class StoppingBatches(Batches):
         return super().__next__()
 
 
-def to_batch(window):
-    return causal.batch(window.tokens)
+def to_batch(token_batch):
+    return causal.batch(token_batch.tokens)
 
 
 @functools.cache

@@ -51,8 +51,8 @@ def training_setup():
     return model, optimizer, tokens, evaluate
 
 
-def to_batch(window):
-    return causal.batch(window.tokens)
+def to_batch(token_batch):
+    return causal.batch(token_batch.tokens)
 
 
 def run(directory, loss=causal.loss, data=None, **options):

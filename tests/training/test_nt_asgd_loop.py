@@ -38,7 +38,7 @@ def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, l
     """Train; return the result and the parameters that each evaluation received."""
     config = TrainingConfig(steps=steps, batch_size=2, sequence_length=8, evaluate_every=1, checkpoint_every=5)
     tokens = np.random.default_rng(0).integers(0, MODEL.config.vocab_size, 400)
-    data = Batches(RandomWindows(tokens, 8, 2), to_batch=lambda window: causal.batch(window.tokens))
+    data = Batches(RandomWindows(tokens, 8, 2), to_batch=lambda token_batch: causal.batch(token_batch.tokens))
     evaluated_params: list[Any] = []
     earlier_evaluations = 5 if resume else 0
 

@@ -78,7 +78,7 @@ def model_optimizer_batches(name: str) -> tuple[Any, Any, Any]:
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
     columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
     batches = [columns.batch(i, range(ROWS)) for i in range(4)]
-    return model, optimizer, [causal.batch(window.tokens, reset=window.reset) for window in batches]
+    return model, optimizer, [causal.batch(token_batch.tokens, reset=token_batch.reset) for token_batch in batches]
 
 
 def trainer_of(model: Any, optimizer: Any, **options: Any) -> CachedTrainer:
@@ -113,7 +113,7 @@ def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> N
 def test_a_run_that_carries_state_cannot_change_its_dtype(tmp_path: Path) -> None:
     model, optimizer, _ = model_optimizer_batches("lstm-tiny")
     columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
-    data = Batches(columns, to_batch=lambda window: causal.batch(window.tokens, reset=window.reset))
+    data = Batches(columns, to_batch=lambda token_batch: causal.batch(token_batch.tokens, reset=token_batch.reset))
 
     def run(model: Model, **options: Any) -> Any:
         config, trainer = TrainingConfig(steps=1), trainer_of(model, optimizer)

@@ -39,7 +39,7 @@ class Format:
         model_type: ``model_type`` in ``config.json``.
         prefix: the name prefix of all tensors of the base model, in files of classes with a head.
         hf_name_of_field: jaxlm config field -> HF config field. The two fields have the same value, except for the
-            fields in ``values``.
+            fields in ``value_of_hf_value``.
         default_fields: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set
             it (through ``hf_name_of_field``). The entries that are not in ``hf_name_of_field`` also select the format
             for saving: the first format of the family for which these entries equal the fields of the model.
@@ -50,8 +50,8 @@ class Format:
             ``{expert}`` the index of the expert, if files have one tensor for each expert. If a model has no parameter
             with this path, its files do not contain the tensor. If several parameters of a model have the same tensor,
             the tensor is their concatenation along the first axis, in the order of this mapping.
-        values: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values have
-            different names in HF and jaxlm.
+        value_of_hf_value: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values
+            have different names in HF and jaxlm.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
@@ -79,7 +79,7 @@ class Format:
     default_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     write_fields: Callable[[Any], dict[str, Any]] | None = None
-    values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    value_of_hf_value: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_null: tuple[str, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -55,7 +55,7 @@ FORMATS = (
         default_fields={"pool_dropout": 0.1},
         read_fields=_read_fields,
         write_fields=_write_fields,
-        values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
+        value_of_hf_value={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
         # The family supports only these values. Any other value is an error. Instead of bi_data, pass
         # ``right_to_left`` to ``xlnet.apply``.
         required={

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.convolution.window import Padding, Stream, padding_and_count, prepend_tail
+from jaxlm.nn.convolution.window import Padding, TokenLayout, padding_and_count, prepend_tail
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
@@ -112,16 +112,16 @@ def _convolution(
 
 
 def causal_depthwise_convolution(
-    params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
+    params: Params, layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal depthwise convolution over the real tokens of each row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
+    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
-    implementation = choices.depthwise_convolution(stream.segment_ids)
+    implementation = choices.depthwise_convolution(layout.segment_ids)
     if tail_BWC is None:
-        return _convolution(params, x_BTC, "causal", dilation, stream.documents, implementation), None
-    x_BSC, documents_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
+        return _convolution(params, x_BTC, "causal", dilation, layout.documents, implementation), None
+    x_BSC, documents_BS, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
     return _convolution(params, x_BSC, "valid", dilation, documents_BS, implementation), tail_BWC
 
 

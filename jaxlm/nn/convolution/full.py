@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.nn.convolution.window import Padding, Stream, causal_windows, windows
+from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.spec import ArraySpec, Initializer, Params
 
@@ -58,15 +58,15 @@ def convolution(
 
 
 def causal_convolution(
-    params: Params, stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
+    params: Params, layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal convolution over the real tokens of each row, [B, T, D...], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
+    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
 
-    def convolve(params: Params, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
-        windows_BTKC, tail = causal_windows(stream, x, tail, params["weight"].shape[0], dilation=dilation)
+    def convolve(params: Params, layout: TokenLayout, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
+        windows_BTKC, tail = causal_windows(layout, x, tail, params["weight"].shape[0], dilation=dilation)
         return linear(params, windows_BTKC, num_input_axes=2), tail
 
-    return jax.checkpoint(convolve, prevent_cse=False)(params, stream, x_BTC, tail_BWC)
+    return jax.checkpoint(convolve, prevent_cse=False)(params, layout, x_BTC, tail_BWC)

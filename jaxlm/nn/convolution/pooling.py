@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.nn.convolution.window import Padding, Stream, causal_windows, windows
+from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
 
 
 def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -25,13 +25,13 @@ def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1
 
 
 def causal_max_pool(
-    stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, window: int, *, dilation: int = 1
+    layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array | None, window: int, *, dilation: int = 1
 ) -> tuple[jax.Array, Any]:
     """The maximum of each causal window over the real tokens of a row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``stream`` and the tails.
+    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
-    windows_BTKC, tail = causal_windows(stream, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
+    windows_BTKC, tail = causal_windows(layout, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
     return jnp.max(windows_BTKC, axis=2), tail
 
 

@@ -103,41 +103,41 @@ def padding_and_count(
     return before, after, count
 
 
-# --------------------------------------------------------------------------------------------- streams
+# ---------------------------------------------------------------------------------------- several calls
 
 
 @struct.dataclass
-class Stream:
+class TokenLayout:
     """The segments and the order of the tokens of a call, after the padding of each row was moved to the row's end.
 
     Attributes:
         segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
-        order: [B, T], the original index of each token; None: the tokens were not reordered.
-        past: [B, P], segment ids of the last real tokens of earlier calls; None without a state.
-        documents: [B, P + T], the document of each token of ``past`` and of each token of the call
+        original_indices: [B, T], the index of each token before reordering; None: the tokens were not reordered.
+        past_segment_ids: [B, P], segment ids of the last real tokens of earlier calls; None without a state.
+        documents: [B, P + T], the document of each of these tokens and of each token of the call
             (``jaxlm.nn.segments.document_numbers``); P is 0 without a state. None: ``segment_ids`` is None.
-        count_B: number of real tokens of the call; None without segment ids and state.
+        num_real_B: number of real tokens of the call; None without segment ids and state.
     """
 
     segment_ids: Any
-    order: Any
-    past: Any
+    original_indices: Any
+    past_segment_ids: Any
     documents: Any
-    count_B: Any
+    num_real_B: Any
 
-    def masks(self) -> dict[str, jax.Array]:
+    def recurrence_masks(self) -> dict[str, jax.Array]:
         """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
 
         The dict is empty without segment ids and state, because each row is then one document without padding.
         """
         if self.segment_ids is None:
             return {}
-        last_segment_B = None if self.past is None else self.past[:, -1]
+        last_segment_B = None if self.past_segment_ids is None else self.past_segment_ids[:, -1]
         reset_BT, keep_BT, _ = segment_boundaries(self.segment_ids, last_segment_B)
         return {"reset_BT": reset_BT, "keep_BT": keep_BT}
 
 
-def past_specs(batch: int, tail_length: int) -> ArraySpec:
+def past_segment_specs(batch: int, tail_length: int) -> ArraySpec:
     """Spec of the segment ids of the last ``max(tail_length, 1)`` real tokens.
 
     Like the tails, these ids are part of the state of a model. An id of 0 means that no token was read yet.
@@ -152,14 +152,14 @@ def tail_specs(batch: int, tail_length: int, channels: int, dtype: DTypeLike) ->
 
 def move_padding_last(
     tokens_BT: jax.Array, segment_ids: jax.Array | None, past_BP: jax.Array | None
-) -> tuple[jax.Array, Stream]:
-    """The tokens with each row's padding moved to the end of the row, and the :class:`Stream` that describes them.
+) -> tuple[jax.Array, TokenLayout]:
+    """The tokens with each row's padding moved to the end of the row, and their :class:`TokenLayout`.
 
     Args:
-        past_BP: segment ids of the tokens of earlier calls (:func:`past_specs`); None without a state.
+        past_BP: segment ids of the tokens of earlier calls (:func:`past_segment_specs`); None without a state.
     """
     if segment_ids is None and past_BP is None:
-        return tokens_BT, Stream(None, None, None, None, None)
+        return tokens_BT, TokenLayout(None, None, None, None, None)
     if segment_ids is None:
         order_BT, segment_ids = None, jnp.ones(tokens_BT.shape, jnp.int32)
         count_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
@@ -168,7 +168,7 @@ def move_padding_last(
         tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
         count_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
     ids_BS = segment_ids if past_BP is None else jnp.concatenate([past_BP, segment_ids], axis=1)
-    return tokens_BT, Stream(segment_ids, order_BT, past_BP, document_numbers(ids_BS), count_B)
+    return tokens_BT, TokenLayout(segment_ids, order_BT, past_BP, document_numbers(ids_BS), count_B)
 
 
 def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
@@ -176,37 +176,43 @@ def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
     return jnp.argsort(segment_ids_BT == 0, axis=1, stable=True)
 
 
-def restore_order(stream: Stream, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The hidden states in the original order of the tokens, and the ``past`` for the next call (None without a
-    state)."""
-    past = stream.past
+def restore_order(layout: TokenLayout, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The hidden states in the original order of the tokens, and the past segment ids for the next call (None
+    without a state)."""
+    past = layout.past_segment_ids
     if past is not None:
-        past = _last_real(jnp.concatenate([past, stream.segment_ids], axis=1), stream.count_B, past.shape[1])
-    if stream.order is not None:
-        inverse_BT = jnp.argsort(stream.order, axis=1)
+        past = _last_real(jnp.concatenate([past, layout.segment_ids], axis=1), layout.num_real_B, past.shape[1])
+    if layout.original_indices is not None:
+        inverse_BT = jnp.argsort(layout.original_indices, axis=1)
         hidden_BTC = jnp.take_along_axis(hidden_BTC, inverse_BT[:, :, None], axis=1)
     return hidden_BTC, past
 
 
 def causal_windows(
-    stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, kernel: int, *, dilation: int = 1, fill: float = 0.0
+    layout: TokenLayout,
+    x_BTC: jax.Array,
+    tail_BWC: jax.Array | None,
+    kernel: int,
+    *,
+    dilation: int = 1,
+    fill: float = 0.0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The inputs in each causal window, [B, T, K, C], and the tail for the next call.
 
     Without a tail (``tail_BWC`` None), the tail for the next call is None.
     """
     if tail_BWC is None:
-        return _windows(x_BTC, kernel, "causal", 1, dilation, stream.documents, fill), None
-    x_BSC, documents_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
+        return _windows(x_BTC, kernel, "causal", 1, dilation, layout.documents, fill), None
+    x_BSC, documents_BS, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
     return _windows(x_BSC, kernel, "valid", 1, dilation, documents_BS, fill), tail_BWC
 
 
-def prepend_tail(stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The tail followed by the new inputs [B, W + T, C], their documents, and the tail for the next call."""
     reach = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
-    documents_BS = stream.documents[:, stream.past.shape[1] - reach :]
-    return x_BSC, documents_BS, _last_real(x_BSC, stream.count_B, reach)
+    documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - reach :]
+    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real_B, reach)
 
 
 def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:

@@ -11,7 +11,7 @@ from jaxlm.nn.convolution.window import (
     causal_windows,
     move_padding_last,
     pad_to_length,
-    past_specs,
+    past_segment_specs,
     restore_order,
     tail_specs,
     windows,
@@ -111,17 +111,17 @@ def numpy_causal_convolution(params, x, dilation=1):
 
 @jax.jit
 def run_call(params, x, indices, ids, past, tail):
-    reordered, stream = move_padding_last(indices, ids, past)
+    reordered, layout = move_padding_last(indices, ids, past)
     x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
-    y, tail = causal_convolution(params, stream, x, tail, dilation=tail.shape[1] // (params["weight"].shape[0] - 1))
-    return *restore_order(stream, y), tail
+    y, tail = causal_convolution(params, layout, x, tail, dilation=tail.shape[1] // (params["weight"].shape[0] - 1))
+    return *restore_order(layout, y), tail
 
 
-def run_stream(params, x, ids, cuts, dilation=1):
+def run_in_calls(params, x, ids, cuts, dilation=1):
     """The outputs of a layer that reads ``x`` in several calls, split at ``cuts``."""
     B, T, C = x.shape
     reach = (params["weight"].shape[0] - 1) * dilation
-    past, tail = spec.init((past_specs(B, reach), tail_specs(B, reach, C, jnp.float32)))
+    past, tail = spec.init((past_segment_specs(B, reach), tail_specs(B, reach, C, jnp.float32)))
     indices = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     outputs = []
     for start, stop in zip((0, *cuts), (*cuts, T), strict=True):
@@ -133,9 +133,9 @@ def run_stream(params, x, ids, cuts, dilation=1):
 
 @pytest.mark.parametrize("cuts", [(), (3, 4, 5), tuple(range(1, 11))])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_a_stream_equals_one_call(cuts, dilation):
+def test_several_calls_equal_one_call(cuts, dilation):
     params, x = arrays(kernel=4)
-    got = run_stream(params, x, None, cuts, dilation)
+    got = run_in_calls(params, x, None, cuts, dilation)
     for row in range(2):
         assert relative_error(got[row], numpy_causal_convolution(params, np.asarray(x[row]), dilation)) < 1e-6
 
@@ -151,7 +151,7 @@ def test_each_padded_document_equals_a_separate_document(cuts):
             [0, 1, 0, 2, 0, 2, 0, 2, 0, 2, 0],
         ]
     )
-    got, x, ids = (np.asarray(a) for a in (run_stream(params, x, ids, cuts), x, ids))
+    got, x, ids = (np.asarray(a) for a in (run_in_calls(params, x, ids, cuts), x, ids))
     assert np.isfinite(got).all()
     for row in range(4):
         for document in range(1, int(ids[row].max()) + 1):
@@ -166,12 +166,12 @@ def test_a_segment_id_that_occurs_again_is_another_document():
     assert got.tolist() == want
     # A call ends with document 2, and the ids of the next call begin with 1. The padding moves to the end.
     past, tail = np.zeros((1, 2), np.int32), np.zeros((1, 2, 1), np.float32)
-    _, stream = move_padding_last(ids, np.array([[1, 1, 1, 2, 2]]), past)
-    got, tail = causal_windows(stream, x, tail, 3)
+    _, layout = move_padding_last(ids, np.array([[1, 1, 1, 2, 2]]), past)
+    got, tail = causal_windows(layout, x, tail, 3)
     assert got[0, :, :, 0].tolist() == [[0, 0, 10], [0, 10, 20], [10, 20, 30], [0, 0, 40], [0, 40, 50]]
-    _, past = restore_order(stream, x)
-    _, stream = move_padding_last(ids, np.array([[2, 1, 2, 0, 2]]), past)
-    got, _ = causal_windows(stream, x, tail, 3)
+    _, past = restore_order(layout, x)
+    _, layout = move_padding_last(ids, np.array([[2, 1, 2, 0, 2]]), past)
+    got, _ = causal_windows(layout, x, tail, 3)
     assert got[0, :4, :, 0].tolist() == [[40, 50, 10], [0, 0, 20], [0, 0, 30], [0, 30, 40]]
 
 

@@ -16,7 +16,7 @@ from jaxlm.nn.convolution import (
     depthwise_convolution,
     depthwise_convolution_specs,
 )
-from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
 
@@ -144,20 +144,20 @@ def test_errors_name_bad_input():
         depthwise_convolution(params, x, padding="same", implementation="fast")
 
 
-# ------------------------------------------------------------------------------------------------ streams
+# ------------------------------------------------------------------------------------------ several calls
 
 
 @functools.partial(jax.jit, static_argnames="dilation")
 def run_call(params, x, indices, ids, past, tail, dilation):
-    reordered, stream = move_padding_last(indices, ids, past)
+    reordered, layout = move_padding_last(indices, ids, past)
     x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
-    y, tail = causal_depthwise_convolution(params, stream, x, tail, dilation=dilation)
-    return *restore_order(stream, y), tail
+    y, tail = causal_depthwise_convolution(params, layout, x, tail, dilation=dilation)
+    return *restore_order(layout, y), tail
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilation):
+def test_each_padded_document_in_several_calls_equals_a_separate_document(cuts, dilation):
     """The layer reads each row in several calls, split at ``cuts``."""
     params, x = arrays(3, 11)
     ids = jnp.array(
@@ -167,7 +167,7 @@ def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilat
             [1, 1, 1, 1, 2, 2, 0, 0, 2, 3, 3],  # several documents
         ]
     )
-    past, tail = spec.init((past_specs(B, 2 * dilation), tail_specs(B, 2 * dilation, C, jnp.float32)))
+    past, tail = spec.init((past_segment_specs(B, 2 * dilation), tail_specs(B, 2 * dilation, C, jnp.float32)))
     indices = jnp.broadcast_to(jnp.arange(11)[None], (B, 11))
     outputs = []
     for start, stop in zip((0, *cuts), (*cuts, 11), strict=True):
@@ -179,9 +179,9 @@ def test_each_padded_document_of_a_stream_equals_a_separate_document(cuts, dilat
             index = np.nonzero(ids[row] == document)[0]
             want = numpy_convolution(params, x[row, index], np.ones(len(index)), "causal", dilation)
             assert relative_error(got[row, index], want) < 1e-6
-    # Without a state, a stream gives the same as a plain call.
-    _, stream = move_padding_last(indices, None, None)
-    y, no_state = causal_depthwise_convolution(params, stream, x, None, dilation=dilation)
+    # Without a state, the result is that of a plain call.
+    _, layout = move_padding_last(indices, None, None)
+    y, no_state = causal_depthwise_convolution(params, layout, x, None, dilation=dilation)
     assert no_state is None
     assert relative_error(y, depthwise_convolution(params, x, padding="causal", dilation=dilation)) < 1e-6
 
@@ -191,7 +191,7 @@ def test_a_segment_id_that_occurs_again_is_another_document():
     ids, documents = np.array([[1, 1, 2, 1, 1, 1, 2, 1]] * B), [1, 1, 2, 3, 3, 3, 4, 5]
     want = np.stack([numpy_convolution(params, row, documents, "causal", 1) for row in np.asarray(x)])
     assert relative_error(depthwise_convolution(params, x, padding="causal", segment_ids=ids), want) < 1e-6
-    past, tail = spec.init((past_specs(B, 2), tail_specs(B, 2, C, jnp.float32)))
+    past, tail = spec.init((past_segment_specs(B, 2), tail_specs(B, 2, C, jnp.float32)))
     indices, outputs = np.broadcast_to(np.arange(8), (B, 8)), []
     for call in (slice(0, 4), slice(4, 8)):  # document 3 continues in the second call
         y, past, tail = run_call(params, x, indices[:, call], ids[:, call], past, tail, 1)

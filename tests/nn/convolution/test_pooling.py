@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution.pooling import causal_max_pool, k_max_pool, max_pool
-from jaxlm.nn.convolution.window import move_padding_last, past_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.float32)  # all below 0
 
@@ -27,18 +27,17 @@ def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
 
 @jax.jit
 def run_call(indices, ids, past, tail):
-    reordered, stream = move_padding_last(indices, ids, past)
-    y, tail = causal_max_pool(stream, jnp.take_along_axis(X, reordered[:, :, None], axis=1), tail, 3, dilation=2)
-    return *restore_order(stream, y), tail
+    reordered, layout = move_padding_last(indices, ids, past)
+    y, tail = causal_max_pool(layout, jnp.take_along_axis(X, reordered[:, :, None], axis=1), tail, 3, dilation=2)
+    return *restore_order(layout, y), tail
 
 
 def test_causal_max_pool_in_several_calls_with_padding_and_documents():
     ids = jnp.array([[0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
     indices = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
     for cuts in ((), (5,), tuple(range(1, 13))):
-        past, tail = spec.init(
-            (past_specs(2, 9), tail_specs(2, 4, 5, jnp.float32))
-        )  # P = 9: another layer has a longer tail
+        # P = 9: another layer has a longer tail.
+        past, tail = spec.init((past_segment_specs(2, 9), tail_specs(2, 4, 5, jnp.float32)))
         outputs = []
         for start, stop in itertools.pairwise((0, *cuts, 13)):
             y, past, tail = run_call(indices[:, start:stop], ids[:, start:stop], past, tail)
