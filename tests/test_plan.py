@@ -514,6 +514,8 @@ def test_a_plan_accepts_a_schedule_of_any_length(schedule, steps):
 def test_error_for_a_family_that_cannot_decode(cpu_topology):
     with pytest.raises(TypeError, match="family 'bert' carries no state"):
         plan(tiny_model("bert"), "here", "data=8", batch=8, decode=True)
+    with pytest.raises(ValueError, match="decoding reads one token per call, so 'seq' cannot be split"):
+        plan(tiny_model("gpt"), "here", "data=2,sequence=4", batch=8, decode=True)
 
 
 # ------------------------------------------------------------------------------------------------------- errors

@@ -17,6 +17,7 @@ from jaxlm import spec
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
+from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
@@ -39,6 +40,19 @@ def is_end(tokens: jax.Array, end_ids: tuple[int, ...]) -> jax.Array:
     return jnp.any(tokens[..., None] == ids, axis=-1)
 
 
+def check_sharding(sharding: Sharding | None) -> None:
+    """Raise ``ValueError`` if ``sharding`` splits the axis ``seq``, which has the size 1 in a decoding step."""
+    if sharding is None or sharding.num_shards(("seq",)) == 1:
+        return
+    sizes, rule = sharding.mesh.shape, dict(sharding.rules.table)["seq"]
+    raise ValueError(
+        f"decoding reads one token per call, so 'seq' cannot be split, but the rule seq={rule} splits it over "
+        f"{','.join(f'{name}={sizes[name]}' for name in rule if name in sizes)} of the mesh "
+        f"{','.join(f'{name}={size}' for name, size in sizes.items())}: use a mesh without this axis, or rules without "
+        "'seq'"
+    )
+
+
 def check_prompts(
     model: Model,
     prompts_BT: Array,
@@ -57,9 +71,10 @@ def check_prompts(
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
         ValueError: a head that does not predict the next token, an encoder-decoder without ``state``, a ``state`` of
             another model, with another number of rows or with too few free cache slots, wrong shapes, dtypes, ids or
-            counts, an end id that cannot be generated, an empty prompt or padding inside a prompt, or more tokens than
-            the model has positions.
+            counts, an end id that cannot be generated, an empty prompt or padding inside a prompt, more tokens than the
+            model has positions, or an active sharding that splits the axis ``seq``.
     """
+    check_sharding(active())
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, check_prompts, check_sharding, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.sharding import Sharding, active
@@ -232,7 +232,8 @@ def generate(
             does not fit the model or the number of rows, or has too few free cache slots; a prompt is empty or has
             padding inside; an id is outside the vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k``
             or ``max_new_tokens`` is outside its range; a key is missing or there is a wrong number of keys; shapes are
-            wrong; or there are more tokens than the model has positions (padding included).
+            wrong; there are more tokens than the model has positions (padding included); or the function is called in a
+            ``Sharding.scope`` whose mesh splits the axis ``seq``.
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
@@ -292,8 +293,10 @@ def advance(model: Model, params: Params, progress: Progress, steps: int | jax.A
     The buffers of ``progress`` are donated, so ``progress`` must not be used afterwards.
 
     Raises:
+        ValueError: the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
         NotFiniteError: as in :func:`generate`.
     """
+    check_sharding(active())
     progress = _advance(model, params, progress, steps, sharding=active())
     check_finite(model, params, progress.finite)
     return progress

@@ -269,7 +269,8 @@ def perplexity(
     Raises:
         ValueError: a model that does not predict each token from the tokens before it, ``ids`` that are not integers
             [tokens] with at least 2 entries, ids outside the vocabulary, windows for which the model has too few
-            positions, or a number outside its range.
+            positions, a number outside its range, or several windows for a model that needs the whole text
+            (``Model.needs_whole_text``).
         NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
     """
     _check_predicts_next_token(model)
@@ -283,6 +284,12 @@ def perplexity(
         raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if model.needs_whole_text and ids.size > window:
+        raise ValueError(
+            f"{ids.size} tokens need several windows of window={window} tokens, but {model.family} must read a text "
+            f"from its first token: set window={ids.size}, which needs max_positions of at least {ids.size - 1}, or "
+            "score shorter texts"
+        )
     window = min(window, ids.size)
     starts = np.append(np.arange(0, ids.size - window, stride), ids.size - window)
     ends = starts + window

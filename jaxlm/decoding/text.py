@@ -26,7 +26,7 @@ from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
 from jaxlm.decoding.sample import row_keys
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
-from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, pad_prompts, read_sources
+from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, next_window_error, pad_prompts, read_sources
 from jaxlm.models import Model
 from jaxlm.spec import Params
 
@@ -65,6 +65,10 @@ def generate_text(
     continuation may be longer than the model's context: when the longest row of a batch fills the context, generation
     continues with the last ``max_positions // 2`` tokens of each row as its new prompt.
 
+    A model that needs the whole text (``Model.needs_whole_text``) raises an error instead: before any generation if no
+    end token and no stop string can end the text earlier, otherwise when a text has filled the context and has not
+    ended. The second error discards all texts of the call; :func:`stream_text` yields the text before this error.
+
     Args:
         config: fields that are not set are read from ``generation_config.json`` in the directory of the model, see
             :meth:`GenerationConfig.resolve`.
@@ -81,9 +85,10 @@ def generate_text(
             ``draft`` is not a pair (model, parameters).
         ValueError: the model has no head for text generation; there are no texts; a text is empty, is not a 1-D array
             of integers, has an id outside the vocabulary, is longer than the model's positions, or leaves no room for a
-            new token in ``max_length``; ``num_proposed`` is given without ``draft``; the draft model has no head for
-            text generation, too few ids or too few positions; or an argument is invalid for
-            :meth:`GenerationConfig.resolve`, :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
+            new token in ``max_length``; the model needs the whole text, and a text exceeds its positions;
+            ``num_proposed`` is given without ``draft``; the draft model has no head for text generation, too few ids or
+            too few positions; or an argument is invalid for :meth:`GenerationConfig.resolve`,
+            :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
             :func:`jaxlm.decoding.speculative_generate`.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
@@ -105,7 +110,7 @@ def generate_text(
         elif draft is not None:
             outputs = generator.speculative_texts(batch, numbers, draft, num_proposed)
         else:
-            *_, outputs = generator.partial_texts(batch, numbers, CHUNK if generator.stop else None)
+            outputs = generator.sampled_texts(batch, numbers)
         for number, output in zip(numbers, outputs, strict=True):
             results[number] = output
     return results
@@ -132,7 +137,8 @@ def stream_text(
     Raises:
         The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. The call
         raises all errors in its arguments, and a ``NotFiniteError`` of the first new token. The iterator raises a
-        ``NotFiniteError`` of later tokens.
+        ``NotFiniteError`` of later tokens, and the error of a model that needs the whole text when a text fills its
+        context.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -265,6 +271,9 @@ class _TextGenerator:
                     f"{reason}, and max_length={self._max_length} leaves no room for new tokens: set max_new_tokens "
                     "instead"
                 )
+            if self._needs_second_window([ids]) and not (self.stop or self._request.end_ids):
+                needed = ids.size + int(self._limits([ids])[0]) - 1  # the model does not read the last new token
+                raise next_window_error(self._model, f"{what} {row}", needed)
         return rows
 
     def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
@@ -273,10 +282,25 @@ class _TextGenerator:
             return np.full(len(prompts), self._max_new_tokens)
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
+    def _needs_second_window(self, prompts: Sequence[np.ndarray]) -> bool:
+        """Whether rows that do not end early fill the context of a model that needs the whole text."""
+        limit = self._request.max_positions
+        if not self._model.needs_whole_text or self._model.reads_source or limit is None:
+            return False
+        return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1 > limit
+
     @property
     def _input_name(self) -> str:
         """The word for an input text in error messages."""
         return "source" if self._model.reads_source else "prompt"
+
+    def sampled_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
+        """The text of each row, generated token by token."""
+        if len(batch) > 1 and self._needs_second_window(batch):
+            # A row alone may need fewer positions: it has no padding and its own limit.
+            return [text for i, ids in enumerate(batch) for text in self.sampled_texts([ids], numbers[i : i + 1])]
+        *_, texts = self.partial_texts(batch, numbers, CHUNK if self.stop else None)
+        return texts
 
     def beam_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
         """The text of the best hypothesis for each row."""

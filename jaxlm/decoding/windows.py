@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.decoding.batches import bucket_length, pad_rows
+from jaxlm.decoding.prompts import check_sharding
 from jaxlm.decoding.sample import Progress, Sampling, advance, prefill, row_keys
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
@@ -65,8 +66,24 @@ def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: in
     return pad_rows(prompts, length, left=True)
 
 
+def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
+    """The error for a text whose generation needs a second window, although the model needs the whole text.
+
+    Args:
+        what: the prompt.
+        num_tokens: number of tokens of the text that the model must read.
+    """
+    return ValueError(
+        f"{what}: the model must read {num_tokens} tokens of the prompt and its continuation, but "
+        f"max_positions={model.max_positions}, and {model.family} must read a text from its first token, so it cannot "
+        "continue in a new window: reduce the number of new tokens, or, if no parameter depends on max_positions, use "
+        "model.with_fields(max_positions=...)"
+    )
+
+
 def read_sources(request: TokenRequest, sources: Sequence[np.ndarray], length: int) -> Any:
     """The state of an encoder-decoder with encoded ``sources`` and cache slots for ``length`` tokens."""
+    check_sharding(active())
     longest = max(ids.size for ids in sources)
     source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, request.max_positions))
     return _read_sources(request.model, request.params, source_BS, segment_ids_BS, length=length, sharding=active())
@@ -88,8 +105,9 @@ def _read_sources(
 class WindowedGeneration:
     """Generation of a batch in one or more windows.
 
-    When a window is full, the last ``max_positions // 2`` tokens of each row are the prompt of the next window. Models
-    without ``max_positions`` and encoder-decoders have one window.
+    When a window is full, the last ``max_positions // 2`` tokens of each row are the prompt of the next window.
+    Encoder-decoders, models without ``max_positions`` and models that need the whole text (``Model.needs_whole_text``)
+    have one window.
 
     Args:
         request: the model and the settings that all batches share.
@@ -158,6 +176,9 @@ class WindowedGeneration:
 
         Args:
             ended: bool [B], rows that need no more tokens.
+
+        Raises:
+            ValueError: the next window is needed, but the model needs the whole text.
         """
         if not self.is_full:
             progress = dataclasses.replace(self.progress, ended=jnp.asarray(ended))
@@ -165,10 +186,13 @@ class WindowedGeneration:
             return
         new = [np.asarray(self.progress.tokens)[row, :n] for row, n in enumerate(np.asarray(self.progress.lengths))]
         self.rows = [np.concatenate(pair) for pair in zip(self.rows, new, strict=True)]
-        self._remaining -= self.progress.tokens.shape[1]
-        self._window += 1
         limit = self._request.max_positions
         assert limit is not None
+        if self._request.model.needs_whole_text:
+            row = int(np.argmin(ended))
+            raise next_window_error(self._request.model, f"prompt {self._numbers[row]}", self.rows[row].size)
+        self._remaining -= self.progress.tokens.shape[1]
+        self._window += 1
         prompts = [ids[-max(limit // 2, 1) :] for ids in self.rows]
         progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty needs the ids of all windows
         # Prefill draws a token for every row. Discard the tokens of rows that have ended.

@@ -360,6 +360,11 @@ class Model:
         return getattr(self.config, "max_positions", None)
 
     @property
+    def needs_whole_text(self) -> bool:
+        """Whether the model must read a text from its first token. A later window of the text gives wrong results."""
+        return getattr(self.module, "NEEDS_WHOLE_TEXT", False)
+
+    @property
     def reads_token_types(self) -> bool:
         """Whether the family's ``apply`` takes ``token_types``."""
         return "token_types" in inspect.signature(self.module.apply).parameters

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.decoding.prompts import read_tokens
+from jaxlm.decoding.prompts import check_sharding, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.objectives import objective, span_corruption
@@ -167,8 +167,10 @@ def decoding_step(
 
     Raises:
         TypeError: the family has no state, so it cannot decode.
-        ValueError: a size is not divisible by its mesh axes, or the state is longer than the model allows.
+        ValueError: a size is not divisible by its mesh axes, the mesh splits the axis ``seq``, or the state is longer
+            than the model allows.
     """
+    check_sharding(sharding)
     sizes = {"source_length": sequence} if model.reads_source else {}
     specs = model.state_specs(batch, sequence, **sizes)
     dtype = jnp.dtype(param_dtype)

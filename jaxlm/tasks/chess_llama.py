@@ -198,6 +198,9 @@ def _read_boards(tokens_BT: jax.Array, segment_ids: jax.Array | None, state: Sta
     return boards_after(tokens_BT, board_BE, reset_BT=reset_BT, keep_BT=keep_BT)
 
 
+NEEDS_WHOLE_TEXT = True
+"""A later window of a game would begin with the initial board."""
+
 logits = llama.logits
 rollback = llama.rollback
 

@@ -121,6 +121,11 @@ def check_family(model: Model) -> None:
     require_task(model, ("causal",), "it does not continue texts", "choose a causal family, such as gpt or lstm")
     if model.reads_source or not hasattr(model.module, "state_specs"):
         raise ValueError(f"this is {describe(model)}: it cannot decode; choose a causal family, such as gpt or lstm")
+    if model.needs_whole_text:
+        raise ValueError(
+            f"{model.family} must read a text from its first token, but training reads windows of a long text; choose "
+            "another family, such as gpt or lstm"
+        )
 
 
 def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:

@@ -57,6 +57,9 @@ class TextRequests:
         truncated: a count for each of the three methods. ``log_likelihoods`` and ``generate``: number of requests with
             a truncated context. ``rolling_log_likelihoods``: number of texts that were scored in several windows.
 
+    For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
+    truncating a context or scoring a text in several windows. The message names the request.
+
     Raises:
         ValueError: the model does not predict next tokens; ``batch_size``, ``max_length`` or ``max_gen_toks`` is not an
             integer of at least 1; ``max_length`` exceeds the model's positions; or ``prefix_token_id`` is not in the
@@ -128,7 +131,9 @@ class TextRequests:
             max_context = self.max_length
             if max_context is not None and not self.model.reads_source:
                 max_context += 1 - ids.size  # 1, because the model does not read the last token
-            num_truncated += max_context is not None and context.size > max_context
+            if max_context is not None and context.size > max_context:
+                self._check_may_omit_tokens(f"the context of request {number}", context.size, max_context)
+                num_truncated += 1
             contexts.append(context if max_context is None else context[-max_context:])
             continuations.append(ids)
         self._report("log_likelihoods", num_truncated, len(pairs), "have a truncated context")
@@ -152,7 +157,10 @@ class TextRequests:
         text_numbers: list[int] = []  # the text of each window
         for number, ids in enumerate(self._encode(texts)):
             if ids.size:
-                text_windows = rolling_windows(ids, self._require_prefix_id(), self.max_length or ids.size)
+                length = self.max_length or ids.size
+                if ids.size > length:
+                    self._check_may_omit_tokens(f"text {number}", ids.size, length)
+                text_windows = rolling_windows(ids, self._require_prefix_id(), length)
                 windows += text_windows
                 text_numbers += [number] * len(text_windows)
         num_split = int(np.sum(np.bincount(text_numbers, minlength=len(texts)) > 1)) if text_numbers else 0
@@ -194,16 +202,21 @@ class TextRequests:
                     f"max_length={self.max_length} tokens: set a smaller max_gen_toks in the generation_kwargs of the "
                     "task (or in gen_kwargs)"
                 )
+        rows = self._encode([context for context, _ in requests])
+        rows = [ids if ids.size else np.array([self._require_prefix_id()], np.int32) for ids in rows]
         results, num_truncated = [""] * len(requests), 0
+        for config, numbers in groups.items():
+            max_context = self._max_context(config)
+            for number in numbers:
+                if rows[number].size > max_context:
+                    self._check_may_omit_tokens(f"the context of request {number}", rows[number].size, max_context)
+                    num_truncated += 1
         key = jax.random.key(self.seed)
         for group, (config, numbers) in enumerate(groups.items()):
             max_context = self._max_context(config)
-            rows = self._encode([requests[number][0] for number in numbers])
-            rows = [ids if ids.size else np.array([self._require_prefix_id()], np.int32) for ids in rows]
-            num_truncated += sum(ids.size > max_context for ids in rows)
             assert config.sampling is not None
             is_random = config.sampling.temperature > 0.0
-            prompts = [ids[-min(max_context, ids.size) :] for ids in rows]
+            prompts = [rows[number][-min(max_context, rows[number].size) :] for number in numbers]
             texts = generate_text(
                 self.model, self.params, self.tokenizer, prompts, config,
                 key=jax.random.fold_in(key, group) if is_random else None,
@@ -262,6 +275,20 @@ class TextRequests:
             return 2**31
         assert config.max_new_tokens is not None
         return self.max_length - (0 if self.model.reads_source else config.max_new_tokens)
+
+    def _check_may_omit_tokens(self, what: str, num_tokens: int, limit: int) -> None:
+        """Raise ``ValueError`` if the model needs the whole text.
+
+        Args:
+            what: the text that is too long.
+            limit: number of tokens for which there is space.
+        """
+        if self.model.needs_whole_text:
+            raise ValueError(
+                f"{what} has {num_tokens} tokens, but max_length={self.max_length} has space for {limit}, and "
+                f"{self.model.family} must read a text from its first token: shorten it, or set a larger max_length "
+                "(if no parameter depends on max_positions, use model.with_fields(max_positions=...))"
+            )
 
     def _score(self, contexts: Sequence[np.ndarray], continuations: Sequence[np.ndarray]) -> TextScores:
         start_id = decoder_start_id(self.model, self.tokenizer) if self.model.reads_source else None

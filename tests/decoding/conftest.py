@@ -34,6 +34,7 @@ class Recurrent:
     task = "causal"
     reads_source = False
     max_positions = None
+    needs_whole_text = False
 
     @property
     def specs(self) -> spec.Tree:

@@ -13,8 +13,24 @@ import pytest
 
 import jaxlm
 from jaxlm import sharding
-from jaxlm.decoding import GREEDY, Sampling, advance, filter_logits, generate, log_likelihood, prefill, sample
-from jaxlm.testing.helpers import initial_params
+from jaxlm.data import ByteTokenizer
+from jaxlm.decoding import (
+    GREEDY,
+    BeamConfig,
+    Sampling,
+    SpeculativeModels,
+    advance,
+    beam_search,
+    filter_logits,
+    generate,
+    generate_text,
+    log_likelihood,
+    prefill,
+    sample,
+    speculative_generate,
+)
+from jaxlm.decoding.prompts import check_sharding
+from jaxlm.testing.helpers import initial_params, tiny_model
 
 Pair = tuple[Any, Any]
 Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
@@ -377,6 +393,30 @@ def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any
         with pytest.raises(ValueError, match=message):
             function(model, params, **{**VALID_ARGUMENTS, **arguments})
     assert sample._generate._cache_size() == before
+
+
+def test_a_mesh_that_splits_the_sequence_raises_before_compilation(gpt: Pair) -> None:
+    def beams(model: Any, params: Any, **arguments: Any) -> Any:
+        return beam_search(model, params, **arguments, beams=BeamConfig(2))
+
+    def speculative(model: Any, params: Any, **arguments: Any) -> Any:
+        return speculative_generate(SpeculativeModels(model, params, model, params), **arguments)
+
+    mesh = sharding.make_mesh("data=2,sequence=4")
+    message = (
+        r"decoding reads one token per call, .* the rule seq=\('sequence',\) splits it over sequence=4 of the mesh "
+        "data=2,sequence=4: use a mesh without this axis, or rules without 'seq'"
+    )
+    progress = prefill(*gpt, **VALID_ARGUMENTS)
+    with sharding.Sharding(mesh).scope():
+        for function in (generate, prefill, beams, speculative):
+            with pytest.raises(ValueError, match=message):
+                function(*gpt, **VALID_ARGUMENTS)
+        with pytest.raises(ValueError, match=message):
+            advance(*gpt, progress, 1)
+        with pytest.raises(ValueError, match=message):  # before the model reads the source
+            generate_text(tiny_model("t5", vocab_size=264, decoder_start_id=0), {}, ByteTokenizer(), ["a"])
+    check_sharding(sharding.Sharding(mesh, sharding.Rules.of(batch=("data", "sequence"))))
 
 
 def test_errors_name_bad_seen_ids(gpt: Pair) -> None:

@@ -34,6 +34,7 @@ class Reciter:
     config: ReciterConfig = ReciterConfig()
     reads_source = False
     max_positions = None
+    needs_whole_text = False
     task = "causal"
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:

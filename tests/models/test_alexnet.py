@@ -11,6 +11,7 @@ from jaxlm import spec
 from jaxlm.models import alexnet, get_model
 from jaxlm.nn.convolution import convolution
 from jaxlm.nn.convolution.pooling import max_pool
+from jaxlm.testing.contract import check_sharded_step
 from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
 
 
@@ -118,6 +119,11 @@ def test_the_context_of_the_published_stack_is_122_tokens():
     )  # fmt: skip
     assert hidden.shape == (2, 7, 1024)
     assert spec.diff(specs, state) == []
+
+
+def test_the_classifier_runs_on_a_mesh_that_splits_the_sequence():
+    """The lengths between the layers (20 and 9) are not divisible by the mesh axis."""
+    check_sharded_step("alexnet-tiny", "data=2,sequence=4")
 
 
 def test_errors_name_bad_input():

@@ -11,10 +11,13 @@ import pytest
 import jaxlm
 from jaxlm.data import MoveTokenizer
 from jaxlm.data.games import chess_games, import_chess
+from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, perplexity, stream_text
 from jaxlm.tasks.chess_llama import INITIAL_BOARD, SIDE, boards_after, embed_boards
 from jaxlm.tasks.chess_players import ModelPlayer, RandomPlayer, play_match
 from jaxlm.tasks.chess_reading import next_move_probabilities, pad_games
 from jaxlm.tasks.chess_training import game_batches
+from jaxlm.tasks.text_generation import check_family
+from jaxlm.tasks.text_requests import TextRequests
 from jaxlm.testing.contract import (  # noqa: F401
     pytest_generate_tests,
     test_a_prefix_branches_and_each_branch_rolls_back,
@@ -109,6 +112,78 @@ def test_the_player_gives_the_same_moves_as_whole_games():
         prefixes = [" ".join(words[:index]) for index in range(number % 2, len(words), 2)]
         best = next_move_probabilities(model, params, TOKENIZER, prefixes, legal_only=True).argmax(axis=1)
         assert [TOKENIZER.move_text(id) for id in best.tolist()] == words[number % 2 :: 2]
+
+
+def one_window():
+    """A model with 12 positions, and its parameters. No parameter depends on the number of positions."""
+    model = jaxlm.get_model("chess-llama-tiny", vocab_size=TOKENIZER.vocab_size)
+    return model.with_fields(max_positions=12), add_noise(initial_params(model))
+
+
+LINE = SPECIAL_MOVES[1].split()[:9]
+
+
+def test_texts_that_fit_alone_are_generated_alone():
+    """The prompts have 7 and 9 tokens. The model reads 12 tokens of each text, but a batch would need a new window."""
+    config = GenerationConfig(max_length=13, sampling=GREEDY, end_ids=())
+    prompts = [TOKENIZER.encode(" ".join(LINE[:n])) for n in (7, 9)]
+    model, params = one_window()
+    texts = generate_text(model, params, TOKENIZER, prompts, config)
+    rows = np.stack([np.append(ids, TOKENIZER.encode(text)) for ids, text in zip(prompts, texts, strict=True)])
+    logits = jax.jit(lambda tokens: model.logits(params, model.apply(params, tokens)[0]))(rows[:, :-1])
+    best = np.asarray(logits)[..., : TOKENIZER.vocab_size].argmax(axis=-1)
+    for ids, row, row_best in zip(prompts, rows, best, strict=True):
+        assert row_best[ids.size - 1 :].tolist() == row[ids.size :].tolist()
+
+
+def test_generation_stops_with_an_error_when_the_window_is_full():
+    model, params = one_window()
+    stream = stream_text(
+        model, params, TOKENIZER, " ".join(LINE[:2]), GenerationConfig(20, GREEDY, end_ids=(TOKENIZER.eos_id,))
+    )
+    pieces = []
+    with pytest.raises(ValueError, match="prompt 0: the model must read 13 tokens .* max_positions=12, and chess_"):
+        pieces += iter(stream)
+    assert TOKENIZER.encode("".join(pieces)).size == 11
+
+
+def requests_of(max_length):
+    return TextRequests(*one_window(), TOKENIZER, max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: generate_text(
+                *one_window(), TOKENIZER, [LINE[0], " ".join(LINE[:2])], GenerationConfig(12, GREEDY, end_ids=())
+            ),
+            "prompt 1: the model must read 13 tokens .* max_positions=12, and chess_llama must read a text from its "
+            "first token, .* reduce the number of new tokens, or, .*with_fields",
+        ),
+        (
+            lambda: perplexity(*one_window(), TOKENIZER.encode(" ".join(LINE)), window=8, stride=4),
+            "9 tokens need several windows of window=8 tokens, but chess_llama must read a text from its first token: "
+            "set window=9, which needs max_positions of at least 8",
+        ),
+        (
+            lambda: requests_of(4).rolling_log_likelihoods(["", " ".join(LINE)]),
+            "text 1 has .* tokens, but max_length=4 has space for 4, and chess_llama must .* set a larger max_length",
+        ),
+        (
+            lambda: requests_of(4).log_likelihoods([(LINE[0], f" {LINE[1]}"), (" ".join(LINE[:5]), f" {LINE[5]}")]),
+            "the context of request 1 has .* tokens, but max_length=4 has space for 4, and chess_llama must",
+        ),
+        (
+            lambda: requests_of(12).generate([(" ".join(LINE[:5]), {"max_gen_toks": 8})]),
+            "the context of request 0 has .* tokens, but max_length=12 has space for 4, and chess_llama must",
+        ),
+        (lambda: check_family(one_window()[0]), "chess_llama must read a text from its first token, but training"),
+    ],
+)
+def test_a_later_window_of_a_text_raises_before_compilation(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_another_tokenizer_raises():

@@ -29,6 +29,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
+from jaxlm.nn import choices
 from jaxlm.nn.attention.bias import (
     AttentionBias,
     BiasFn,
@@ -39,7 +40,15 @@ from jaxlm.nn.attention.bias import (
     vmap_axes,
 )
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, qkv_gradients, scores
+from jaxlm.nn.attention.tile_scores import (
+    SAVED,
+    ScoreConfig,
+    bias_gradients,
+    dot,
+    qkv_gradients,
+    scores,
+    visible_keys,
+)
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.dropout import keep_rows
 
@@ -117,10 +126,12 @@ class _Block(NamedTuple):
     """The inputs of a block: its tile, and the slices of the arrays of a head that the tile needs.
 
     Attributes:
+        visible_RE: the mask; None: nothing is masked.
         keep: [R, E], the dropout mask of the probabilities; None: no dropout.
     """
 
     tile: Tile
+    visible_RE: jax.Array | None
     q_RK: jax.Array
     k_EK: jax.Array
     v_EK: jax.Array
@@ -128,21 +139,23 @@ class _Block(NamedTuple):
     keep: jax.Array | None
 
     @classmethod
-    def slice(cls, static: _Static, tile: Tile, key: jax.Array | None, head: Any, floats: Any) -> _Block:
-        """The block of a tile, from the arrays of a head."""
+    def slice(
+        cls, static: _Static, tile: Tile, visible_RE: jax.Array | None, key: jax.Array | None, head: Any, floats: Any
+    ) -> _Block:
+        """The block of a tile, from the arrays of a head. ``head`` is the index among all B * H heads."""
         q, k, v, bias_floats = floats
         bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
         keep = _dropout_mask(static, key, head, q.shape[0], k.shape[0], tile)
-        return cls(tile, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, keep)
+        return cls(tile, visible_RE, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, keep)
 
-    def scores(self, static: _Static, integers: Any) -> jax.Array:
+    def scores(self, static: _Static, bias_integers: Any) -> jax.Array:
         """The masked scores, [R, E] float32."""
-        return scores(static, self.q_RK, self.k_EK, self.bias_arrays, integers, self.tile)
+        return scores(static, self.q_RK, self.k_EK, self.bias_arrays, bias_integers, self.tile, self.visible_RE)
 
 
-def _forward_block(static: _Static, block: _Block, integers: Any) -> tuple[jax.Array, jax.Array]:
+def _forward_block(static: _Static, block: _Block, bias_integers: Any) -> tuple[jax.Array, jax.Array]:
     """The output [R, V] of the queries of a block, and the log-sum-exp of their scores, [R]."""
-    scores_RE, keep, v_EK = block.scores(static, integers), block.keep, block.v_EK
+    scores_RE, keep, v_EK = block.scores(static, bias_integers), block.keep, block.v_EK
     top_R = jnp.max(scores_RE, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # -inf for a query that may not attend to any key
     weights = jnp.exp(scores_RE - top_R[:, None])
@@ -158,11 +171,11 @@ def _forward_block(static: _Static, block: _Block, integers: Any) -> tuple[jax.A
 
 
 def _backward_block(
-    static: _Static, block: _Block, integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
+    static: _Static, block: _Block, bias_integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
     gradients."""
-    weights, keep = jnp.exp(block.scores(static, integers) - lse_R[:, None]), block.keep
+    weights, keep = jnp.exp(block.scores(static, bias_integers) - lse_R[:, None]), block.keep
     dweights = dot(dout_RK, block.v_EK, 1, 1)
     kept_weights = weights
     if keep is not None:
@@ -171,7 +184,7 @@ def _backward_block(
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
     dq_RK, dk_KE, dv_KE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
-    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, block.bias_arrays, integers[1], block.tile, dscores)
+    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, block.bias_arrays, bias_integers, block.tile, dscores)
 
 
 def _all_bias_gradients(
@@ -264,52 +277,98 @@ def _visible_range(static: _Static, row: Any, rows: int, queries: int, keys: int
     return first, jnp.where(jnp.any(visible_S), keys - jnp.argmax(visible_S[::-1]).astype(jnp.int32), first)
 
 
-def _write_rows(x: jax.Array, value: jax.Array, row: Any) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), row, 0)
-
-
-def _add_columns(x_KS: jax.Array, value_KE: jax.Array, tile: Tile) -> jax.Array:
-    sums_KE = lax.dynamic_slice_in_dim(x_KS, tile.column, tile.columns, 1) + value_KE
-    return lax.dynamic_update_slice_in_dim(x_KS, sums_KE, tile.column, 1)
-
-
-def _head_forward(
-    static: _Static, key: jax.Array | None, head: Any, floats: Any, integers: Any
+def _heads_forward(
+    static: _Static, key: jax.Array | None, first_head: Any, floats: Any, integers: Any
 ) -> tuple[jax.Array, jax.Array]:
+    """The output [T, H, V] of the heads of one row of the batch, and the log-sum-exp of their scores, [H, T].
+
+    H may be one head or all heads.
+
+    Args:
+        first_head: index of the first head among the heads of all rows.
+        floats: q [T, H, K], k [S, G, K], v [S, G, V], and for each bias its arrays [1 or H, ...].
+    """
     q, k, v, _ = floats
-    T, S = q.shape[0], k.shape[0]
+    (T, H, _), S = q.shape, k.shape[0]
 
     def visit(carry: Any, tile: Tile) -> Any:
-        out, lse = _forward_block(static, _Block.slice(static, tile, key, head, floats), integers)
-        return _write_rows(carry[0], out, tile.row), _write_rows(carry[1], lse, tile.row)
+        visible = visible_keys(static, integers[0], tile)
 
-    init = jnp.zeros_like(v, shape=(T, v.shape[1])), jnp.zeros_like(v, jnp.float32, (T,))
+        def add_head(head: Any, carry: Any) -> Any:
+            out_THV, lse_HT = carry
+            block = _Block.slice(static, tile, visible, key, first_head + head, _read_head(floats, head, H))
+            out_RV, lse_R = _forward_block(static, block, integers[1])
+            out_THV = lax.dynamic_update_slice(out_THV, out_RV[:, None], (tile.row, head, 0))
+            return out_THV, lax.dynamic_update_slice(lse_HT, lse_R[None], (head, tile.row))
+
+        return _loop_over_heads(H, add_head, carry)
+
+    init = jnp.zeros_like(v, shape=(T, H, v.shape[2])), jnp.zeros_like(v, jnp.float32, (H, T))
     return _loop_over_blocks(static, T, S, integers, init, visit)
 
 
-def _head_backward(
-    static: _Static, key: jax.Array | None, head: Any, floats: Any, integers: Any, out: Any, lse: Any, dout: Any
-) -> Any:
+def _heads_backward(
+    static: _Static, key: jax.Array | None, first_head: Any, floats: Any, integers: Any, out_THV: jax.Array,
+    lse_HT: jax.Array, dout_THV: jax.Array,
+) -> Any:  # fmt: skip
+    """The gradients of ``floats``, float32; the arguments are those of :func:`_heads_forward`, and its results."""
     q, k, v, bias_floats = floats
-    T, S = q.shape[0], k.shape[0]
+    (T, H, _), (S, G, _) = q.shape, k.shape
 
     def visit(carry: Any, tile: Tile) -> Any:
-        dq, dk, dv, dbias = carry
-        block = _Block.slice(static, tile, key, head, floats)
-        rows = (tile.slice_queries(x) for x in (out, lse, dout))
-        block_dq, block_dk, block_dv, block_dbias = _backward_block(static, block, integers, *rows)
-        dbias = tuple(
-            add_tile_gradients(bias_fn, old, new, tile)
-            for bias_fn, old, new in zip(static.bias_fns, dbias, block_dbias)
-        )
-        return (
-            _write_rows(dq, block_dq, tile.row), _add_columns(dk, block_dk, tile), _add_columns(dv, block_dv, tile),
-            dbias,
-        )  # fmt: skip
+        visible = visible_keys(static, integers[0], tile)
 
-    init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (q, k.T, v.T, bias_floats))
-    dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, init, visit)
-    return dq, dk.T, dv.T, dbias
+        def add_head(head: Any, carry: Any) -> Any:
+            dq_THK, dk_GKS, dv_GVS, dbias = carry
+            block = _Block.slice(static, tile, visible, key, first_head + head, _read_head(floats, head, H))
+            rows = (tile.slice_queries(_index(x, head, axis)) for x, axis in ((out_THV, 1), (lse_HT, 0), (dout_THV, 1)))
+            dq_RK, dk_KE, dv_VE, block_dbias = _backward_block(static, block, integers[1], *rows)
+            dq_THK = lax.dynamic_update_slice(dq_THK, dq_RK[:, None], (tile.row, head, 0))
+            group = head // (H // G)
+            dk_GKS, dv_GVS = _add_columns(dk_GKS, dk_KE, group, tile), _add_columns(dv_GVS, dv_VE, group, tile)
+            dbias = tuple(
+                _add_bias_gradients(bias_fn, total, added, head, tile)
+                for bias_fn, total, added in zip(static.bias_fns, dbias, block_dbias, strict=True)
+            )
+            return dq_THK, dk_GKS, dv_GVS, dbias
+
+        return _loop_over_heads(H, add_head, carry)
+
+    # The keys are the last axis of the sums, as in ``tile_scores.qkv_gradients``.
+    keys_last = q, jnp.moveaxis(k, 0, 2), jnp.moveaxis(v, 0, 2), bias_floats
+    init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), keys_last)
+    dq_THK, dk_GKS, dv_GVS, dbias = _loop_over_blocks(static, T, S, integers, init, visit)
+    return dq_THK, jnp.moveaxis(dk_GKS, 2, 0), jnp.moveaxis(dv_GVS, 2, 0), dbias
+
+
+def _loop_over_heads(heads: int, add_head: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """The final carry of ``carry = add_head(head, carry)`` for all heads."""
+    return add_head(0, carry) if heads == 1 else lax.fori_loop(0, heads, add_head, carry)
+
+
+def _index(x: jax.Array, index: Any, axis: int) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+
+
+def _read_head(floats: Any, head: Any, heads: int) -> Any:
+    """The arrays of one head, without the axis of heads. Several heads may share keys, values and biases."""
+    q, k, v, bias_floats = floats
+    group = head // (heads // k.shape[1])
+    biases = jax.tree.map(lambda x: _index(x, head if x.shape[0] > 1 else 0, 0), bias_floats)
+    return _index(q, head, 1), _index(k, group, 1), _index(v, group, 1), biases
+
+
+def _add_columns(x_GKS: jax.Array, value_KE: jax.Array, group: Any, tile: Tile) -> jax.Array:
+    start, sizes = (group, 0, tile.column), (1, *value_KE.shape)
+    sums_1KE = lax.dynamic_slice(x_GKS, start, sizes) + value_KE[None]
+    return lax.dynamic_update_slice(x_GKS, sums_1KE, start)
+
+
+def _add_bias_gradients(bias_fn: BiasFn, total: Any, added: Any, head: Any, tile: Tile) -> Any:
+    """The gradients ``total`` of the arrays [1 or H, ...] of a bias, plus the gradients of one head's tile."""
+    heads = {name: head if x.shape[0] > 1 else 0 for name, x in total.items()}
+    sums = add_tile_gradients(bias_fn, {name: _index(x, heads[name], 0) for name, x in total.items()}, added, tile)
+    return {name: lax.dynamic_update_index_in_dim(x, sums[name], heads[name], 0) for name, x in total.items()}
 
 
 # ------------------------------------------------------------------------------------------------ all heads
@@ -326,18 +385,24 @@ def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | Non
 
 
 def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-    head_fn = functools.partial(_head_forward, static, key)
     (B, T, H, _), v = floats[0].shape, floats[2]
     if static.sequential:
+        n = _heads_per_loop(T, H, integers)
 
-        def add_head(index: Any, carry: Any) -> Any:
-            out, lse = head_fn(index, *_select_head(index, H, floats, _HEAD_AXES, integers))
-            return _write_head(carry[0], out, index, H, 2), _write_head(carry[1], lse, index, H, 1)
+        def add_heads(index: Any, carry: Any) -> Any:
+            row, head = index * n // H, index * n % H
+            new = _heads_forward(static, key, index * n, *_select_heads(row, head, n, H, floats, _HEAD_AXES, integers))
+            return tuple(_write_heads(x, y, row, head, H, axis) for x, y, axis in zip(carry, new, (2, 1), strict=True))
 
         init = jnp.zeros_like(v, shape=(B, T, H, v.shape[3])), jnp.zeros_like(v, jnp.float32, (B, H, T))
-        out_BTHK, lse_BHT = lax.fori_loop(0, B * H, add_head, init)
+        out_BTHK, lse_BHT = lax.fori_loop(0, B * H // n, add_heads, init)
     else:
-        out_BHTK, lse_BHT = _map_all_heads(head_fn, _swap_heads_and_time(floats), integers)
+
+        def head_forward(head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
+            out_T1V, lse_1T = _heads_forward(static, key, head, _add_head_axis(floats), integers)
+            return out_T1V[:, 0], lse_1T[0]
+
+        out_BHTK, lse_BHT = _map_all_heads(head_forward, _swap_heads_and_time(floats), integers)
         out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
     # The names let a remat policy save these arrays. Recomputing them would need a second forward pass.
     out_BTHK, lse_BHT = checkpoint_name(out_BTHK, SAVED), checkpoint_name(lse_BHT, SAVED)
@@ -346,26 +411,32 @@ def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None)
 
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers, key, out, lse = saved
-
-    def head_fn(index: Any, arrays: Any, integers: Any) -> Any:
-        head_floats, (out, lse, dout) = arrays
-        return _head_backward(static, key, index, head_floats, integers, out, lse, dout)
-
     if static.sequential:
-        B, _, H, _ = floats[0].shape
+        B, T, H, _ = floats[0].shape
+        n = _heads_per_loop(T, H, integers)
 
-        def add_head(index: Any, gradients: Any) -> Any:
-            arrays = (floats, (out, lse, dout))
-            new = head_fn(index, *_select_head(index, H, arrays, (_HEAD_AXES, (2, 1, 2)), integers))
+        def add_heads(index: Any, gradients: Any) -> Any:
+            row, head = index * n // H, index * n % H
+            arrays, axes = (floats, (out, lse, dout)), (_HEAD_AXES, (2, 1, 2))
+            (heads_floats, results), row_integers = _select_heads(row, head, n, H, arrays, axes, integers)
+            new = _heads_backward(static, key, index * n, heads_floats, row_integers, *results)
 
             def add(total: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-                return _write_head(total, _read_head(total, index, H, axis) + x, index, H, axis)
+                sums = _read_heads(total, row, head, n, H, axis) + x
+                return _write_heads(total, sums, row, head, H, axis)
 
             return _map_with_axes(add, gradients, new, axes=_HEAD_AXES)
 
         init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), floats)
-        gradients = lax.fori_loop(0, B * H, add_head, init)
+        gradients = lax.fori_loop(0, B * H // n, add_heads, init)
         return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
+
+    def head_backward(head: Any, arrays: Any, integers: Any) -> Any:
+        floats, (out, lse, dout) = arrays
+        dq, dk, dv, dbias = _heads_backward(
+            static, key, head, _add_head_axis(floats), integers, out[:, None], lse[None], dout[:, None]
+        )  # fmt: skip
+        return dq[:, 0], dk[:, 0], dv[:, 0], jax.tree.map(lambda x: x[0], dbias)
 
     heads_first = _swap_heads_and_time(floats)
     arrays = heads_first, (jnp.swapaxes(out, 1, 2), lse, jnp.swapaxes(dout, 1, 2))
@@ -380,7 +451,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     active = sharding.active()
     B = lse.shape[0]
     devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.num_shards(("batch",)))
-    *dqkv, bias_floats = _map_all_heads(head_fn, arrays, integers, devices)
+    *dqkv, bias_floats = _map_all_heads(head_backward, arrays, integers, devices)
     # All rows of a device have the same sum, so only the first row is used.
     first_row = lambda x: x.reshape(devices, B // devices, *x.shape[1:])[:, 0]  # noqa: E731
     bias_floats = tuple(
@@ -391,6 +462,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
 
 
 _attention.defvjp(_forward, _backward)
+
 
 _HEAD_AXES = (2, 2, 2, 1)
 """The axis of heads in q, k, v and in all arrays of biases."""
@@ -403,29 +475,41 @@ def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
     return tuple(_map_with_axes(function, *subtrees, axes=axis) for *subtrees, axis in zip(*trees, axes, strict=True))
 
 
-def _select_head(index: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
-    """The arrays and the integers of one head: ``index`` counts the B * H heads of all rows. Only these slices are
-    copied."""
-    row = index // heads
-    head_floats = _map_with_axes(lambda x, axis: _read_head(x, index, heads, axis), floats, axes=axes)
-    return head_floats, jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
+def _heads_per_loop(queries: int, heads: int, integers: Any) -> int:
+    """The number of heads that :func:`_heads_forward` computes at a time if ``sequential``."""
+    has_integers = any(x is not None for x in integers[0])
+    return heads if choices.share_mask_between_heads(queries, has_integers=has_integers) else 1
 
 
-def _head_start(x: jax.Array, index: Any, heads: int, axis: int) -> list[Any]:
-    """The start indices of the slice of one head in an array [1 or B, ...] with 1, G or H heads; ``index`` as in
-    :func:`_select_head`."""
-    starts = [index // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
-    starts[axis] = index % heads // (heads // x.shape[axis])
+def _select_heads(
+    row: Any, head: Any, count: int, heads: int, floats: Any, axes: Any, integers: Any
+) -> tuple[Any, Any]:
+    """The arrays of ``count`` heads (1, or all ``heads``) of one row of the batch, and the integers of the row."""
+    selected = _map_with_axes(lambda x, axis: _read_heads(x, row, head, count, heads, axis), floats, axes=axes)
+    return selected, jax.tree.map(lambda x: _index(x, row if x.shape[0] > 1 else 0, 0), integers)
+
+
+def _starts(x: jax.Array, row: Any, head: Any, heads: int, axis: int) -> list[Any]:
+    """The start indices, in an array [1 or B, ...] with 1, G or H heads, of a slice that begins at ``head``."""
+    starts = [row if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
+    starts[axis] = head // (heads // x.shape[axis])
     return starts
 
 
-def _read_head(x: jax.Array, index: Any, heads: int, axis: int) -> jax.Array:
-    sizes = [1 if dim in (0, axis) else size for dim, size in enumerate(x.shape)]
-    return lax.squeeze(lax.dynamic_slice(x, _head_start(x, index, heads, axis), sizes), (0, axis))
+def _read_heads(x: jax.Array, row: Any, head: Any, count: int, heads: int, axis: int) -> jax.Array:
+    sizes = [1, *x.shape[1:]]
+    sizes[axis] = max(1, count * x.shape[axis] // heads)
+    return lax.dynamic_slice(x, _starts(x, row, head, heads, axis), sizes)[0]
 
 
-def _write_head(x: jax.Array, value: jax.Array, index: Any, heads: int, axis: int) -> jax.Array:
-    return lax.dynamic_update_slice(x, jnp.expand_dims(value, (0, axis)), _head_start(x, index, heads, axis))
+def _write_heads(x: jax.Array, value: jax.Array, row: Any, head: Any, heads: int, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice(x, value[None], _starts(x, row, head, heads, axis))
+
+
+def _add_head_axis(floats: Any) -> Any:
+    """The arrays of one head in the layout of :func:`_heads_forward`, with an axis of one head."""
+    q, k, v, bias_floats = floats
+    return q[:, None], k[:, None], v[:, None], jax.tree.map(lambda x: x[None], bias_floats)
 
 
 def _swap_heads_and_time(floats: Any) -> Any:

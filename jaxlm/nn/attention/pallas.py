@@ -180,7 +180,8 @@ def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
 
 def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """Exponentials of a block's scores [R, S], and the inverse of their row sums [R, 1] (0 if no key is visible)."""
-    scores = tile_scores.scores(static, qkv[0], qkv[1], bias_arrays, integers, tile)
+    visible = tile_scores.visible_keys(static, integers[0], tile)
+    scores = tile_scores.scores(static, qkv[0], qkv[1], bias_arrays, integers[1], tile, visible)
     if static.keys < tile.columns:
         scores = jnp.where(tile.indices()[1] < static.keys, scores, -jnp.inf)
     top_R1 = jnp.max(scores, axis=1, keepdims=True)

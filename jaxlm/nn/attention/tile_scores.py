@@ -30,23 +30,32 @@ class ScoreConfig:
 
 
 def scores(
-    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile
-) -> jax.Array:
+    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, bias_arrays: Any, bias_integers: Any, tile: Tile,
+    visible_RE: jax.Array | None,
+) -> jax.Array:  # fmt: skip
     """The masked scores of a tile, [R, E] float32, with biases.
 
     Args:
         bias_arrays: for each bias, the slices of its arrays that the tile needs.
-        integers: a pair: the integers of the mask (``Mask.arrays``), and a tuple with the integers of each bias.
+        bias_integers: for each bias, its integers.
+        visible_RE: the mask of the tile (:func:`visible_keys`).
     """
     scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale
-    mask_integers, bias_integers = integers
-    for bias_fn, arrays, fn_integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
-        scores_RE = scores_RE + bias_fn(arrays, fn_integers, tile)
+    for bias_fn, arrays, integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
+        scores_RE = scores_RE + bias_fn(arrays, integers, tile)
+    return scores_RE if visible_RE is None else jnp.where(visible_RE, scores_RE, -jnp.inf)
+
+
+def visible_keys(config: ScoreConfig, mask_integers: Any, tile: Tile) -> jax.Array | None:
+    """The mask of a tile, bool [R, E]: True where a query may attend to a key. None: nothing is masked.
+
+    Args:
+        mask_integers: the integers of the mask (``Mask.arrays``), without the axis of the batch.
+    """
     query_order, key_order, query_segments, key_segments = mask_integers
     orders = tile.indices() if query_order is None else (tile.query_column(query_order), tile.key_row(key_order))
     segments = None if query_segments is None else (tile.query_column(query_segments), tile.key_row(key_segments))
-    visible = keep_pairs(Mask(config.causal, config.window), orders, segments)
-    return scores_RE if visible is None else jnp.where(visible, scores_RE, -jnp.inf)
+    return keep_pairs(Mask(config.causal, config.window), orders, segments)
 
 
 def qkv_gradients(
