@@ -53,7 +53,7 @@ class TestSizes:
     """Random moves at the start of a game against Stockfish; at most 200, and fewer than the moves of a whole game."""
     max_moves: int = 256
     """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. If the model
-    has fewer positions (gpt, llama: training.sequence_length), their number is the maximum."""
+    has fewer positions (gpt, llama, chess_llama: training.sequence_length), their number is the maximum."""
     search_mate_in_one: bool = False
     """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
@@ -150,7 +150,7 @@ def build(experiment: Experiment, games: Sequence[str], resume: Path | None) -> 
         resume, lambda: MoveTokenizer.from_games(games, experiment.notation, min_count=experiment.min_count)
     )
     fields = {"vocab_size": tokenizer.vocab_size}
-    if experiment.model.name.startswith(("gpt", "llama", "chess_llama")):
+    if experiment.model.name.startswith(("gpt", "llama", "chess")):
         fields["max_positions"] = experiment.training.sequence_length
     return *experiment.model.build(experiment.training.seed, fields), cast(MoveTokenizer, tokenizer)
 

@@ -203,14 +203,14 @@ def recipe_of(name: str) -> Recipe:
     A causal family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
 
     Raises:
-        ValueError: the family is not in ``RECIPES`` and not causal.
+        ValueError: the family is not in ``RECIPES``, and it is not causal or must read whole texts.
     """
     if name in RECIPES:
         return RECIPES[name]
     variants = [variant for variant, family in variant_names().items() if family == name]
     variant = min(variants, key=lambda variant: not variant.endswith("-tiny"), default=name)
     model = get_model(variant)
-    if model.task != "causal" or model.reads_source:
+    if model.task != "causal" or model.reads_source or model.needs_whole_text:
         raise ValueError(f"family {name!r} has no recipe in experiments.families: add it to RECIPES")
     return Recipe(
         variant, {}, "causal", 1000, length=min(Recipe.length, model.max_positions or Recipe.length),

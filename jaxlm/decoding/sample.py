@@ -453,7 +453,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
         progress,
         tokens=progress.tokens.at[:, step].set(tokens_B),
         log_probs=progress.log_probs.at[:, step].set(jnp.where(active_B, log_probs_B, 0.0)),
-        lengths=progress.lengths + active_B,
+        lengths=progress.lengths + active_B.astype(jnp.int32),
         ended=progress.ended | is_end(drawn_B, progress.end_ids),
         step=step + 1,
         finite=progress.finite & (rows_finite(logits_BV) | progress.ended),

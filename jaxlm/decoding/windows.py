@@ -70,7 +70,7 @@ def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
     """The error for a text whose generation needs a second window, although the model needs the whole text.
 
     Args:
-        what: the prompt.
+        what: name of the prompt in the message.
         num_tokens: number of tokens of the text that the model must read.
     """
     return ValueError(

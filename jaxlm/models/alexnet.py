@@ -133,7 +133,7 @@ def _text_features(
         x = jax.nn.relu(convolution(params[f"layer_{layer}"], x, padding="valid"))
         if window > 1:
             x = max_pool(x, window, padding="valid", stride=window)
-        x = constrain(x, ("batch", None, "activation_embed"))  # the mesh need not divide these lengths, so no "seq"
+        x = constrain(x, ("batch", None, "activation_embed"))  # not over "seq": the mesh may not divide these lengths
     return x
 
 

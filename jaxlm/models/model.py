@@ -426,7 +426,7 @@ class Model:
         """The state as if the last call had read only the first ``count`` tokens of each row.
 
         Later calls give the same results as after a call with only these tokens. If the family has a function
-        ``rollback(state, dropped)`` (``gpt``, ``llama``, ``t5``), that function frees the cache slots of the other
+        ``rollback(state, dropped)`` (as in ``gpt`` and ``t5``), that function frees the cache slots of the other
         tokens in ``after``. Otherwise the model starts from ``before`` and reads the tokens again, with all but the
         first ``count`` tokens as padding. If the state has a key-value cache, the slots of this padding are freed.
 

@@ -13,7 +13,7 @@ FAMILIES = (
     "attention_rnn_lm", "resnet", "resnet_lm", "alexnet", "mamba2", "griffin", "gated_deltanet", "xlstm",
     "rwkv7",
 )  # fmt: skip
-"""Names of the families of this package, each of which is a module of ``jaxlm.models``."""
+"""Names of the families for any kind of text, each of which is a module of ``jaxlm.models``."""
 
 _MODULES = {**{name: f"jaxlm.models.{name}" for name in FAMILIES}, "chess_llama": "jaxlm.tasks.chess_llama"}
 """The modules of all families of this package. ``chess_llama`` is not in FAMILIES because it reads only chess moves."""

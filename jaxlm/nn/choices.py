@@ -104,25 +104,26 @@ def loop_over_heads() -> bool:
 
 
 MAX_SHARED_MASK_QUERIES = 256
-"""Maximum number of queries for which the heads share the mask of a block in ``blockwise`` attention, if one head is
-computed after the other.
+"""Maximum number of queries for which the heads share the mask of a block in ``blockwise`` attention that loops over
+heads.
 
 CPU time in ms of the forward and the backward pass, with a mask for each head and with a shared mask (causal, heads of
-width 64; AMD EPYC (Zen 4), one core, jaxlib 0.10.2, fastest of 6). "documents": three documents per row.
+width 64; AMD EPYC (Zen 4), one core, jaxlib 0.10.2, fastest of 6). "documents": three documents per row, with segment
+ids. "no segments": without segment ids.
 
-    rows, queries, heads             8, 256, 12    4, 512, 8    2, 1024, 12
-    documents, a mask for each head         117          108            150
-    documents, a shared mask                 86           79            185
-    one document, for each head              79           79            211
-    one document, a shared mask              92           78            217
+    rows, queries, heads               8, 256, 12    4, 512, 8    2, 1024, 12
+    documents, a mask for each head           117          108            150
+    documents, a shared mask                   86           79            185
+    no segments, a mask for each head          79           79            211
+    no segments, a shared mask                 92           78            217
 
-With jaxlib 0.12 and 512 queries, a shared mask takes 98 ms instead of 116 (documents), but 94 instead of 80 (one
-document) and 120 instead of 102 (documents, not causal).
+With jaxlib 0.12 and 512 queries, a shared mask takes 98 ms instead of 116 (documents), but 94 instead of 80 (no
+segments) and 120 instead of 102 (documents, not causal).
 """
 
 
 def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
-    """Whether a loop over heads is inside the loop over blocks, so that all heads use the same mask of a block.
+    """Whether all heads use one stored mask per block; the loop over heads is then inside the loop over blocks.
 
     XLA computes the mask in each operation that reads the scores, and without vector instructions if it depends on
     arrays of integers. The loop over heads computes it once. But a block then reads and updates arrays of all heads,

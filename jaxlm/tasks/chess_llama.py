@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlm.data.moves import MoveTokenizer, uci_moves
+from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import common, llama
 from jaxlm.nn.attention import cache
 from jaxlm.nn.experts import RouterStatistics
@@ -45,11 +45,11 @@ def _square(name: str) -> int:
     return "abcdefgh".index(name[0]) + 8 * (int(name[1]) - 1)
 
 
-_FIRST_ID = MoveTokenizer("uci").first_move_id
+_TOKENIZER = MoveTokenizer("uci")
 # For each move of the vocabulary: the square it leaves, the square it reaches, and the kind of a promoted piece (0 = no
 # promotion, because a pawn cannot become a pawn).
 _MOVES = np.array(
-    [(_square(move), _square(move[2:]), KINDS.index(move[4:] or "p")) for move in uci_moves()], np.int32
+    [(_square(move), _square(move[2:]), KINDS.index(move[4:] or "p")) for move in _TOKENIZER.moves], np.int32
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ _MOVES = np.array(
 class Config(llama.Config):
     """Shape and behaviour of a Llama that reads the chess board. The fields are those of a Llama."""
 
-    vocab_size: int = MoveTokenizer("uci").vocab_size
+    vocab_size: int = _TOKENIZER.vocab_size
     """Number of token ids. The ids are those of ``MoveTokenizer("uci")``."""
     max_positions: int = 256
     """Maximum length of a sequence. No parameter depends on this field."""
@@ -73,12 +73,17 @@ class Config(llama.Config):
     """Output head: next move (causal), or none."""
 
 
-def apply(cfg: Config, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+def apply(
+    cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
+    segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
-    The inputs and errors are those of ``jaxlm.models.llama.apply``.
+    The arguments and errors are those of ``jaxlm.models.llama.apply``.
     """
-    hidden, state, _ = apply_with_routing(cfg, params, tokens, **inputs)
+    hidden, state, _ = apply_with_routing(
+        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key
+    )
     return hidden, state
 
 
@@ -87,7 +92,7 @@ def apply_with_routing(
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStatistics | None]:  # fmt: skip
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
-    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)  # before the boards are computed
     boards_BTE = _read_boards(tokens, segment_ids, state)
     hidden, new_state, statistics = llama.apply_with_routing(
         cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key,
@@ -121,8 +126,8 @@ def boards_after(
 ) -> jax.Array:
     """The board after each token, int8 [B, T, E].
 
-    A token that is not a move does not change the board. A move is made whether it is legal or not. If a move leaves an
-    empty square, it moves nothing, but the other side has the next move.
+    A token that is not a move does not change the board. A move is made whether it is legal or not. If its origin
+    square is empty, its target square becomes empty.
 
     Args:
         tokens_BT: ids of ``MoveTokenizer("uci")``.
@@ -138,13 +143,12 @@ def boards_after(
         (1, 7, 0)
     """
     B, T = tokens_BT.shape
-    initial_BE = (
-        jnp.zeros_like(tokens_BT[:, :1], jnp.int8) + jnp.asarray(INITIAL_BOARD)[None]
-    )  # sharded like the tokens
+    # ``zeros_like`` keeps the sharding of the tokens.
+    initial_BE = jnp.zeros_like(tokens_BT[:, :1], jnp.int8) + jnp.asarray(INITIAL_BOARD)[None]
     board_BE = initial_BE if board_BE is None else board_BE
     reset_BT = jnp.zeros((B, T), bool) if reset_BT is None else reset_BT
     keep_BT = jnp.ones((B, T), bool) if keep_BT is None else keep_BT
-    index_BT = tokens_BT.astype(jnp.int32) - _FIRST_ID
+    index_BT = tokens_BT.astype(jnp.int32) - _TOKENIZER.first_move_id
     is_move_BT = keep_BT & (index_BT >= 0) & (index_BT < len(_MOVES))
     moves_BT3 = jnp.asarray(_MOVES).at[jnp.where(is_move_BT, index_BT, 0)].get(out_sharding=gather_sharding(index_BT))
 
@@ -160,7 +164,8 @@ def boards_after(
 
 
 def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
-    """The boards after one move each. A king's move of two squares is castling, so it also moves a rook."""
+    """The boards after one move each. A king's move of two files, from file e along a rank, is castling: a rook moves,
+    too."""
     origin_B1, target_B1, promoted_B1 = (move_B3[:, index, None] for index in range(3))
     index_1E = jnp.arange(SIDE + 1)[None]
     piece_B1 = jnp.take_along_axis(board_BE, origin_B1, axis=1)
@@ -176,7 +181,7 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
     is_en_passant_B1 = (kind_B1 == PAWN) & (step_B1 != 0) & (captured_B1 == 0)
     board_BE = jnp.where(is_en_passant_B1 & (index_1E == first_of_rank_B1 + target_B1 % 8), 0, board_BE)
 
-    is_castling_B1 = (kind_B1 == KING) & (jnp.abs(step_B1) == 2)
+    is_castling_B1 = (kind_B1 == KING) & (origin_B1 % 8 == 4) & (jnp.abs(target_B1 - origin_B1) == 2)
     rook_origin_B1 = first_of_rank_B1 + jnp.where(step_B1 > 0, 7, 0)
     rook_target_B1 = (origin_B1 + target_B1) // 2
     rook_B1 = jnp.take_along_axis(board_BE, rook_origin_B1, axis=1)
@@ -186,23 +191,21 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
 
 
 def _read_boards(tokens_BT: jax.Array, segment_ids: jax.Array | None, state: State | None) -> jax.Array:
-    """The board after each new token, [B, T, E]. The first new token continues the boards of ``state``."""
+    """The board after each new token, [B, T, E]. A document of the last call continues from its last board."""
     segments_BT = common.segment_ids_or_ones(tokens_BT, segment_ids)
     last_segment_B = board_BE = None
     if state is not None:
-        slot_1S = jnp.arange(state["segment_ids"].shape[1])[None]
-        last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_1S, -1), axis=1, keepdims=True)
-        last_segment_B = jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]
+        last_B1, last_segment_B = cache.last_real_slot(state)
         board_BE = jnp.take_along_axis(state["boards"], last_B1[..., None], axis=1)[:, 0]
     reset_BT, keep_BT, _ = segment_boundaries(segments_BT, last_segment_B, include_first=True)
     return boards_after(tokens_BT, board_BE, reset_BT=reset_BT, keep_BT=keep_BT)
 
 
-NEEDS_WHOLE_TEXT = True
-"""A later window of a game would begin with the initial board."""
-
 logits = llama.logits
 rollback = llama.rollback
+embedding_multiplier = llama.embedding_multiplier
+NEEDS_WHOLE_TEXT = True
+"""In a later window of a game, the model would start from the initial board."""
 
 
 def specs(cfg: Config) -> dict[str, Any]:

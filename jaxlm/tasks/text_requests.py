@@ -132,7 +132,7 @@ class TextRequests:
             if max_context is not None and not self.model.reads_source:
                 max_context += 1 - ids.size  # 1, because the model does not read the last token
             if max_context is not None and context.size > max_context:
-                self._check_may_omit_tokens(f"the context of request {number}", context.size, max_context)
+                self._check_truncation(f"the context of request {number}", context.size, max_context)
                 num_truncated += 1
             contexts.append(context if max_context is None else context[-max_context:])
             continuations.append(ids)
@@ -159,7 +159,7 @@ class TextRequests:
             if ids.size:
                 length = self.max_length or ids.size
                 if ids.size > length:
-                    self._check_may_omit_tokens(f"text {number}", ids.size, length)
+                    self._check_truncation(f"text {number}", ids.size, length)
                 text_windows = rolling_windows(ids, self._require_prefix_id(), length)
                 windows += text_windows
                 text_numbers += [number] * len(text_windows)
@@ -209,7 +209,7 @@ class TextRequests:
             max_context = self._max_context(config)
             for number in numbers:
                 if rows[number].size > max_context:
-                    self._check_may_omit_tokens(f"the context of request {number}", rows[number].size, max_context)
+                    self._check_truncation(f"the context of request {number}", rows[number].size, max_context)
                     num_truncated += 1
         key = jax.random.key(self.seed)
         for group, (config, numbers) in enumerate(groups.items()):
@@ -276,8 +276,8 @@ class TextRequests:
         assert config.max_new_tokens is not None
         return self.max_length - (0 if self.model.reads_source else config.max_new_tokens)
 
-    def _check_may_omit_tokens(self, what: str, num_tokens: int, limit: int) -> None:
-        """Raise ``ValueError`` if the model needs the whole text.
+    def _check_truncation(self, what: str, num_tokens: int, limit: int) -> None:
+        """Raise ``ValueError`` if the model needs the whole text, because this text must be truncated or split.
 
         Args:
             what: the text that is too long.

@@ -123,7 +123,7 @@ def test_an_encoder_decoder_on_san_with_a_mate_search(file: Path, tmp_path: Path
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("preset", ["gpt", "lstm", "transformer_xl", "attention_rnn_lm", "t5"])
+@pytest.mark.parametrize("preset", ["gpt", "chess_llama", "lstm", "transformer_xl", "attention_rnn_lm", "t5"])
 def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) -> None:
     sizes = ("--tests.games", "1", "--tests.mates", "0", "--training.steps", "2")
     assert main("--preset", preset, *SMALL, *sizes, "--data", file, "--output", tmp_path / "run") == 0

@@ -3,12 +3,14 @@
 For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. There are
 three cases:
 
-- The mask has ``query_order`` or segments, there are many keys, and one head is computed at a time: the range is
-  computed at run time from the integers of the mask. Its length is rounded up to one of a few lengths.
+- The mask has ``query_order`` or segments, there are many keys, and heads are computed in a loop: the range is computed
+  at run time from the integers of the mask. Its length is rounded up to one of a few lengths.
 - Otherwise, the mask is causal by index (no ``query_order``): the range is known at trace time. It ends at the last
   query of the block's section (:data:`MAX_SECTIONS`) and, with a window, starts at the window of the section's first
   query.
 - Otherwise: the range contains all keys.
+
+In a loop over heads, all heads of a row may share the mask of a block (``choices.share_mask_between_heads``).
 
 In addition to the inputs, the forward pass saves only the output and the log-sum-exp of each row.
 
@@ -202,7 +204,7 @@ def _all_bias_gradients(
     return tuple(map(gradients_of_bias, static.bias_fns, static.shared, bias_arrays, integers))
 
 
-# ------------------------------------------------------------------------------------------- blocks of a head
+# ----------------------------------------------------------------------------------- blocks of some heads of a row
 
 
 def _loop_over_blocks(
@@ -213,7 +215,7 @@ def _loop_over_blocks(
     order, _, segments, _ = integers[0]
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
     is_causal_by_index = static.causal and order is None
-    # The range is computed only if one head is computed at a time. Several heads may need different keys, and vmap
+    # The range is computed only in a loop over heads. Otherwise, rows of the batch may need different keys, and vmap
     # would run all branches.
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
@@ -311,7 +313,10 @@ def _heads_backward(
     static: _Static, key: jax.Array | None, first_head: Any, floats: Any, integers: Any, out_THV: jax.Array,
     lse_HT: jax.Array, dout_THV: jax.Array,
 ) -> Any:  # fmt: skip
-    """The gradients of ``floats``, float32; the arguments are those of :func:`_heads_forward`, and its results."""
+    """The gradients of ``floats``, float32.
+
+    The arguments are those of :func:`_heads_forward`, its results, and the gradient of its output.
+    """
     q, k, v, bias_floats = floats
     (T, H, _), (S, G, _) = q.shape, k.shape
 
@@ -359,13 +364,14 @@ def _read_head(floats: Any, head: Any, heads: int) -> Any:
 
 
 def _add_columns(x_GKS: jax.Array, value_KE: jax.Array, group: Any, tile: Tile) -> jax.Array:
-    start, sizes = (group, 0, tile.column), (1, *value_KE.shape)
+    start = tuple(jnp.asarray(index, jnp.int32) for index in (group, 0, tile.column))
+    sizes = (1, *value_KE.shape)
     sums_1KE = lax.dynamic_slice(x_GKS, start, sizes) + value_KE[None]
     return lax.dynamic_update_slice(x_GKS, sums_1KE, start)
 
 
 def _add_bias_gradients(bias_fn: BiasFn, total: Any, added: Any, head: Any, tile: Tile) -> Any:
-    """The gradients ``total`` of the arrays [1 or H, ...] of a bias, plus the gradients of one head's tile."""
+    """``total`` plus the gradients of one head's tile. The arrays of ``total`` have the shape [1 or H, ...]."""
     heads = {name: head if x.shape[0] > 1 else 0 for name, x in total.items()}
     sums = add_tile_gradients(bias_fn, {name: _index(x, heads[name], 0) for name, x in total.items()}, added, tile)
     return {name: lax.dynamic_update_index_in_dim(x, sums[name], heads[name], 0) for name, x in total.items()}
@@ -387,15 +393,13 @@ def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | Non
 def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
     (B, T, H, _), v = floats[0].shape, floats[2]
     if static.sequential:
-        n = _heads_per_loop(T, H, integers)
 
-        def add_heads(index: Any, carry: Any) -> Any:
-            row, head = index * n // H, index * n % H
-            new = _heads_forward(static, key, index * n, *_select_heads(row, head, n, H, floats, _HEAD_AXES, integers))
-            return tuple(_write_heads(x, y, row, head, H, axis) for x, y, axis in zip(carry, new, (2, 1), strict=True))
+        def add_heads(heads: _Heads, carry: Any) -> Any:
+            selected = heads.read(floats, _HEAD_AXES), heads.read_row(integers)
+            return heads.write(carry, _heads_forward(static, key, heads.first, *selected), (2, 1))
 
         init = jnp.zeros_like(v, shape=(B, T, H, v.shape[3])), jnp.zeros_like(v, jnp.float32, (B, H, T))
-        out_BTHK, lse_BHT = lax.fori_loop(0, B * H // n, add_heads, init)
+        out_BTHK, lse_BHT = _loop_over_rows_and_heads(floats, integers, add_heads, init)
     else:
 
         def head_forward(head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
@@ -412,23 +416,16 @@ def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None)
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers, key, out, lse = saved
     if static.sequential:
-        B, T, H, _ = floats[0].shape
-        n = _heads_per_loop(T, H, integers)
 
-        def add_heads(index: Any, gradients: Any) -> Any:
-            row, head = index * n // H, index * n % H
-            arrays, axes = (floats, (out, lse, dout)), (_HEAD_AXES, (2, 1, 2))
-            (heads_floats, results), row_integers = _select_heads(row, head, n, H, arrays, axes, integers)
-            new = _heads_backward(static, key, index * n, heads_floats, row_integers, *results)
-
-            def add(total: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-                sums = _read_heads(total, row, head, n, H, axis) + x
-                return _write_heads(total, sums, row, head, H, axis)
-
-            return _map_with_axes(add, gradients, new, axes=_HEAD_AXES)
+        def add_heads(heads: _Heads, gradients: Any) -> Any:
+            selected = heads.read(floats, _HEAD_AXES), heads.read_row(integers)
+            results = heads.read((out, lse, dout), (2, 1, 2))
+            new = _heads_backward(static, key, heads.first, *selected, *results)
+            sums = jax.tree.map(jnp.add, heads.read(gradients, _HEAD_AXES), new)
+            return heads.write(gradients, sums, _HEAD_AXES)
 
         init = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), floats)
-        gradients = lax.fori_loop(0, B * H // n, add_heads, init)
+        gradients = _loop_over_rows_and_heads(floats, integers, add_heads, init)
         return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
 
     def head_backward(head: Any, arrays: Any, integers: Any) -> Any:
@@ -468,6 +465,52 @@ _HEAD_AXES = (2, 2, 2, 1)
 """The axis of heads in q, k, v and in all arrays of biases."""
 
 
+class _Heads(NamedTuple):
+    """One head or all heads of one row of the batch.
+
+    Attributes:
+        first: index of the first head among the heads of all rows.
+        size: number of these heads.
+        per_row: H, the number of heads of a row.
+    """
+
+    first: Any
+    size: int
+    per_row: int
+
+    def read(self, arrays: Any, axes: Any) -> Any:
+        """The slices of arrays [1 or B, ...] for these heads, without the axis of the batch.
+
+        ``axes`` are the axes of heads. One entry may apply to a whole subtree.
+        """
+
+        def read(x: jax.Array, axis: int) -> jax.Array:
+            sizes = [1, *x.shape[1:]]
+            sizes[axis] = max(1, self.size * x.shape[axis] // self.per_row)
+            return lax.dynamic_slice(x, self._starts(x, axis), sizes)[0]
+
+        return _map_with_axes(read, arrays, axes=axes)
+
+    def write(self, arrays: Any, values: Any, axes: Any) -> Any:
+        """The arrays with ``values`` in the slices that :meth:`read` returns."""
+
+        def write(x: jax.Array, value: jax.Array, axis: int) -> jax.Array:
+            return lax.dynamic_update_slice(x, value[None], self._starts(x, axis))
+
+        return _map_with_axes(write, arrays, values, axes=axes)
+
+    def read_row(self, integers: Any) -> Any:
+        """The arrays [1 or B, ...] of the row, without the axis of the batch."""
+        row = self.first // self.per_row
+        return jax.tree.map(lambda x: _index(x, row if x.shape[0] > 1 else 0, 0), integers)
+
+    def _starts(self, x: jax.Array, axis: int) -> list[Any]:
+        """The start indices of the slice in an array with 1, G or H heads."""
+        starts = [self.first // self.per_row if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
+        starts[axis] = self.first % self.per_row // (self.per_row // x.shape[axis])
+        return starts
+
+
 def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
     """A tree of ``function(leaf of each tree, axis of heads)``. One entry of ``axes`` may apply to a whole subtree."""
     if isinstance(axes, int):
@@ -475,35 +518,12 @@ def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
     return tuple(_map_with_axes(function, *subtrees, axes=axis) for *subtrees, axis in zip(*trees, axes, strict=True))
 
 
-def _heads_per_loop(queries: int, heads: int, integers: Any) -> int:
-    """The number of heads that :func:`_heads_forward` computes at a time if ``sequential``."""
+def _loop_over_rows_and_heads(floats: Any, integers: Any, add_heads: Callable[[_Heads, Any], Any], carry: Any) -> Any:
+    """The final carry of ``carry = add_heads(heads, carry)`` for the heads of all rows."""
+    B, T, H, _ = floats[0].shape
     has_integers = any(x is not None for x in integers[0])
-    return heads if choices.share_mask_between_heads(queries, has_integers=has_integers) else 1
-
-
-def _select_heads(
-    row: Any, head: Any, count: int, heads: int, floats: Any, axes: Any, integers: Any
-) -> tuple[Any, Any]:
-    """The arrays of ``count`` heads (1, or all ``heads``) of one row of the batch, and the integers of the row."""
-    selected = _map_with_axes(lambda x, axis: _read_heads(x, row, head, count, heads, axis), floats, axes=axes)
-    return selected, jax.tree.map(lambda x: _index(x, row if x.shape[0] > 1 else 0, 0), integers)
-
-
-def _starts(x: jax.Array, row: Any, head: Any, heads: int, axis: int) -> list[Any]:
-    """The start indices, in an array [1 or B, ...] with 1, G or H heads, of a slice that begins at ``head``."""
-    starts = [row if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
-    starts[axis] = head // (heads // x.shape[axis])
-    return starts
-
-
-def _read_heads(x: jax.Array, row: Any, head: Any, count: int, heads: int, axis: int) -> jax.Array:
-    sizes = [1, *x.shape[1:]]
-    sizes[axis] = max(1, count * x.shape[axis] // heads)
-    return lax.dynamic_slice(x, _starts(x, row, head, heads, axis), sizes)[0]
-
-
-def _write_heads(x: jax.Array, value: jax.Array, row: Any, head: Any, heads: int, axis: int) -> jax.Array:
-    return lax.dynamic_update_slice(x, value[None], _starts(x, row, head, heads, axis))
+    count = H if choices.share_mask_between_heads(T, has_integers=has_integers) else 1
+    return lax.fori_loop(0, B * H // count, lambda i, carry: add_heads(_Heads(i * count, count, H), carry), carry)
 
 
 def _add_head_axis(floats: Any) -> Any:

@@ -163,6 +163,13 @@ def rollback(state: State, dropped_B: jax.Array) -> State:
     return {**state, "length": length_B, "segment_ids": jnp.where(is_kept_BS, state["segment_ids"], 0)}
 
 
+def last_real_slot(state: State) -> tuple[jax.Array, jax.Array]:
+    """The index [B, 1] and the segment [B] of the last real token of each row. Both are 0 for a row without one."""
+    slot_S = jnp.arange(state["segment_ids"].shape[1], dtype=jnp.int32)
+    last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_S[None, :], -1), axis=1, keepdims=True)
+    return last_B1, jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]
+
+
 @struct.dataclass
 class Context:
     """The positions, the mask and the slots of the new tokens of a call.
@@ -228,9 +235,7 @@ def make_context(
     segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     length_B = state["length"]
     if positions is None:
-        slot_S = jnp.arange(S, dtype=jnp.int32)
-        last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_S[None, :], -1), axis=1, keepdims=True)
-        last_segment_B = jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]
+        last_B1, last_segment_B = last_real_slot(state)
         next_position_B = jnp.take_along_axis(state["positions"], last_B1, axis=1)[:, 0] + 1
         positions = positions_in_segments(segments, jnp.where(last_segment_B > 0, last_segment_B, -1), next_position_B)
     state = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding
+from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
 from jaxlm.nn.attention.cache import CacheView, Context, append, append_and_read
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
@@ -146,9 +147,10 @@ def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("sections", [1, 4])
-def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections):
+@pytest.mark.parametrize(("sections", "is_mask_shared"), [(1, False), (4, False), (4, True)])
+def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections, is_mask_shared):
     """The code for thousands of queries, tested on a short sequence whose last block is not full."""
+    monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (24, 24))
     monkeypatch.setattr(blockwise, "MAX_SECTIONS", sections)
     monkeypatch.setattr(blockwise, "ALIGN", 8)
@@ -252,6 +254,27 @@ def test_errors_name_bad_input():
         Mask(causal=True, query_order=np.zeros((1, 4)))
     with pytest.raises(ValueError, match="window=3 needs causal=True"):
         Mask(window=3)
+
+
+@pytest.mark.parametrize("is_mask_shared", [True, False])
+def test_documents_and_grouped_queries_in_a_loop_over_heads(monkeypatch, is_mask_shared):
+    """With ranges of keys and 64-bit indices, for one stored mask of all heads and for one mask per head."""
+    monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
+    monkeypatch.setattr(blockwise, "BLOCK_ROWS", (16, 16))
+    monkeypatch.setattr(blockwise, "ALIGN", 8)
+    monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 16)
+    q, k, v, cotangent = inputs(2, 40, 40, 4, 8)
+    segment_ids = np.repeat([[1, 2, 2, 0, 3], [1, 1, 1, 1, 1]], 8, axis=1).astype(np.int32)
+    mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation):
+        attend = functools.partial(attention, mask=mask, implementation=implementation)
+        out, vjp_fn = jax.vjp(attend, q, k[:, :, :2], v[:, :, :2])
+        return out, vjp_fn(jnp.asarray(cotangent))
+
+    with jax.enable_x64(True):
+        assert_trees_close(run("blockwise"), run("reference"), 3e-6)
 
 
 @pytest.mark.plain_cases(1)
