@@ -28,6 +28,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer
+from jaxlm.decoding import Sampling, generate
 from jaxlm.models import get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives import objective
@@ -554,6 +555,28 @@ def test_errors_name_the_bad_input(name):
             model.apply(params, tokens, **source, source_segment_ids=np.ones((2, 3), np.int32))
     with pytest.raises(ValueError, match="did you mean 'vocab_size'"):
         get_model(name, vocab_sice=3)
+
+
+@pytest.mark.thorough
+@every_variant
+def test_loss_and_decoding_need_no_implicit_dtype_promotion(name):
+    """The gradient of the loss and sampled tokens can be traced with ``jax_numpy_dtype_promotion="strict"``."""
+    model, params, tokens = setup(name, length=9)
+    batch, key = batch_of(model, tokens), jax.random.key(0)
+    sampling = Sampling(temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.1)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(jax.grad(lambda params: loss_function(model)(model, params, batch, key=key)[0]), params)
+        if decodes(model):
+            prompts, inputs = tokens, {}
+            if model.reads_source:
+                state = decode_state(model, params, source_inputs(model, len(tokens))["source"], 8)
+                prompts, inputs = tokens[:, :1], {"state": state}
+            jax.eval_shape(
+                lambda params: generate(
+                    model, params, prompts, max_new_tokens=3, key=key, sampling=sampling, **inputs
+                ).tokens,
+                params,
+            )  # fmt: skip
 
 
 @every_variant
