@@ -37,7 +37,8 @@ from jaxlm.training.report import Board, write_boards
 
 @dataclasses.dataclass(frozen=True)
 class TestSizes:
-    """Sizes of the tests after training. 0 skips a test. In matches, the model plays its most probable legal move."""
+    """Sizes of the tests after training. 0 skips a test. In matches, the model plays its most probable legal move.
+    Each match is played without and with a search of one move (``jaxlm.tasks.chess.ModelPlayer``)."""
 
     games: int = 500
     """Test games whose moves are predicted."""
@@ -54,8 +55,6 @@ class TestSizes:
     max_moves: int = 256
     """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. If the model
     has fewer positions (gpt, llama, chess_llama: training.sequence_length), their number is the maximum."""
-    search_mate_in_one: bool = False
-    """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,15 +223,15 @@ def _report(
     if tests.sampled:
         sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=longest)
         scores += [sampled.moves, sampled.games]
-    model_player = chess.ModelPlayer(*trained_model)
-    player: chess.Player = chess.MatingPlayer(model_player) if tests.search_mate_in_one else model_player
     counts = {"random": tests.random, "engine": tests.engine, "opening_moves": tests.opening_moves}
     for name, opponent, games, opening in opponents(**counts, report=lib.print_once):
-        match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
-        name += " with search for mates" * tests.search_mate_in_one
-        lib.print_once(f"against {name}: {match}")
-        scores += match.scores(name)
-        boards += match_boards(name, match)
+        for search in (False, True):
+            player = chess.ModelPlayer(*trained_model, search=search)
+            match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
+            match_name = name + ", with search" * search
+            lib.print_once(f"against {match_name}: {match}")
+            scores += match.scores(match_name)
+            boards += match_boards(match_name, match)
     write_boards(directory, boards)
     lib.report(
         directory, task="chess", model=model, start_time=start_time, scores=scores, result=result,

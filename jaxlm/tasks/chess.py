@@ -30,7 +30,6 @@ from jaxlm.tasks.chess_players import (
     EnginePlayer,
     MatchResult,
     MaterialPlayer,
-    MatingPlayer,
     ModelPlayer,
     Player,
     RandomPlayer,
@@ -54,7 +53,7 @@ from jaxlm.tasks.chess_reading import (
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
 
 __all__ = [
-    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MaterialPlayer", "MatingPlayer", "ModelPlayer",
+    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MaterialPlayer", "ModelPlayer",
     "MoveReader", "NextMoveScores", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate",
     "mate_in_one_accuracy", "mates_in_one", "next_move_accuracy", "next_move_probabilities", "play_match",
     "play_on_terminal",

@@ -70,18 +70,23 @@ class ModelPlayer:
         temperature: the move is drawn from ``softmax(logits / temperature)``. 0 selects the most probable move.
         masked: select only legal moves. If the SAN vocabulary has no legal move of a position, the player selects a
             random legal move. False: the player can select any token, and an illegal move loses the game.
+        search: search one move ahead with the rules: give checkmate if a legal move does so, and do not select moves
+            that end in stalemate or repeat a position, unless all moves do.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
-        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, or the
-            temperature is outside its range.
+        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, the
+            temperature is outside its range, or ``search`` is set without ``masked``.
     """
 
     def __init__(
-        self, model: Model, params: Params, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True
-    ) -> None:
+        self, model: Model, params: Params, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True,
+        search: bool = False,
+    ) -> None:  # fmt: skip
         check_temperature(temperature)
-        self.temperature, self.masked = temperature, masked
+        if search and not masked:
+            raise ValueError("search=True selects only legal moves: set masked=True")
+        self.temperature, self.masked, self.search = temperature, masked, search
         self._reader = MoveReader(model, params, tokenizer)
         self._legal = LegalMoves(tokenizer)
 
@@ -94,15 +99,23 @@ class ModelPlayer:
         if not self.masked:
             ids = choose_ids(logits, self.temperature, rng)
             return [self._legal.move(board, id) for board, id in zip(boards, ids.tolist(), strict=True)]
-        legal_moves = [self._legal.ids(board) for board in boards]
+        legal_moves = [self._candidates(board) for board in boards]
         legal_mask = np.zeros(logits.shape, bool)
         for row, moves_by_id in zip(legal_mask, legal_moves, strict=True):
             row[list(moves_by_id)] = True
         ids = choose_ids(np.where(legal_mask, logits, -np.inf), self.temperature, rng)
+        mates = [_find_mate(board) if self.search else None for board in boards]
         return [
-            moves_by_id[id] if moves_by_id else _random_move(board, rng)
-            for board, moves_by_id, id in zip(boards, legal_moves, ids.tolist(), strict=True)
+            mate or (moves_by_id[id] if moves_by_id else _random_move(board, rng))
+            for board, mate, moves_by_id, id in zip(boards, mates, legal_moves, ids.tolist(), strict=True)
         ]
+
+    def _candidates(self, board: chess.Board) -> dict[int, chess.Move]:
+        """The legal moves by id. With ``search``, without moves that end in stalemate or repeat a position."""
+        moves = self._legal.ids(board)
+        if not self.search:
+            return moves
+        return {id: move for id, move in moves.items() if not _draws_or_repeats(board, move)} or moves
 
 
 class MaterialPlayer:
@@ -180,20 +193,6 @@ class EnginePlayer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class MatingPlayer:
-    """A player that gives checkmate if a legal move does so, and otherwise plays the move of ``player``."""
-
-    player: Player
-
-    @property
-    def max_moves(self) -> int | None:
-        return self.player.max_moves
-
-    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        return [_find_mate(board) or move for board, move in zip(boards, self.player.choose(boards, rng), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,6 +431,14 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest
+
+
+def _draws_or_repeats(board: chess.Board, move: chess.Move) -> bool:
+    """Whether a legal move ends in stalemate or repeats a position of the game. The board is unchanged on return."""
+    board.push(move)
+    is_draw = board.is_stalemate() or board.is_repetition(2)
+    board.pop()
+    return is_draw
 
 
 def _find_mate(board: chess.Board) -> chess.Move | None:

@@ -55,6 +55,7 @@ def test_files_of_a_run(finished_run: Path) -> None:
     assert names == [
         "next move", "next move in top 5", "legal best move", "mate in one", "legal sampled move",
         "game without illegal move", "wins against random moves", "score against random moves",
+        "wins against random moves, with search", "score against random moves, with search",
     ]  # fmt: skip
     assert (results["task"], results["notation"], results["steps"]) == ("chess", "uci", 4)
     assert load_tokenizer(finished_run / "model") == MoveTokenizer("uci")
@@ -102,12 +103,11 @@ def test_a_resumed_run_rejects_another_notation(finished_run: Path, capsys: pyte
 
 
 @pytest.mark.thorough
-def test_an_encoder_decoder_on_san_with_a_mate_search(file: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_on_san(file: Path, tmp_path: Path) -> None:
     sizes = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16", "head_dim=8", "mlp_dim=32")
     options = (
         "--notation",
         "san",
-        "--tests.search-mate-in-one",
         "--training.steps",
         "2",
         "--positions-per-game",
@@ -118,7 +118,7 @@ def test_an_encoder_decoder_on_san_with_a_mate_search(file: Path, tmp_path: Path
     command = ("--preset", "t5", *SMALL, *sizes, *options, "--data", file, "--max-games", "34")
     assert main(*command, "--tests.mates", "0", "--tests.games", "1", "--output", tmp_path / "run") == 0
     names = [score.name for score in read_results(tmp_path / "run")["scores"]]
-    assert names[-1] == "score against random moves with search for mates"
+    assert names[-1] == "score against random moves, with search"
     assert "mate in one" not in names
 
 

@@ -106,6 +106,29 @@ def test_model_players_play_legal_moves_if_masked() -> None:
     assert ending_player.choose([chess.Board()], np.random.default_rng(0)) == [None]
 
 
+def test_a_search_gives_mate_and_avoids_stalemate_and_repeated_positions() -> None:
+    *moves, stalemate = STALEMATE.split()
+    before_stalemate, repeated = " ".join(moves), "g1f3 g8f6 f3g1"
+    before_mates = [SCHOLAR.rsplit(" ", 1)[0], FOOL.rsplit(" ", 1)[0]]
+    lines = [STALEMATE, f"{repeated} f6g8", *(f"{line} a2a3" for line in before_mates[:1]), f"{before_mates[1]} a7a6"]
+    boards = [board_after(line) for line in (before_stalemate, repeated, *before_mates)]
+    rng = np.random.default_rng(0)
+    plain, searching = (ModelPlayer(*oracle(UCI, lines), UCI, search=search) for search in (False, True))
+    assert [str(move) for move in plain.choose(boards, rng)] == [stalemate, "f6g8", "a2a3", "a7a6"]
+    played = searching.choose(boards, rng)
+    assert [str(move) for move in played[2:]] == ["h5f7", "d8h4"]
+    for board, move in zip(boards, played, strict=True):
+        assert move is not None
+        board.push(move)
+    assert not boards[0].is_stalemate()
+    assert not boards[1].is_repetition(2)
+
+
+def test_a_search_needs_masked_moves() -> None:
+    with pytest.raises(ValueError, match="search=True selects only legal moves: set masked=True"):
+        ModelPlayer(*oracle(UCI, ["e2e4"]), UCI, masked=False, search=True)
+
+
 def test_a_model_player_with_a_temperature_samples_legal_moves() -> None:
     player = ModelPlayer(*oracle(UCI, ["e2e4", "d2d4", "e2e5"]), UCI, temperature=1.0)
     moves = player.choose([chess.Board()] * 60, np.random.default_rng(0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import chess
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from jaxlm.data.games import Games, chess_games, to_san, to_uci
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks import chess_training
-from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
+from jaxlm.tasks.chess import MatchResult, board_after
 from jaxlm.tasks.chess_training import extra_games, game_batches, generated_games, match_boards, write_test
 from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import read_attention, read_samples
@@ -132,15 +131,6 @@ def test_match_boards_show_captures_and_last_positions() -> None:
     en_passant = Games(("e2e4 a7a6 e4e5 d7d5 e5d6 c7d6",), ("*",), "uci")
     captured = next(match_boards("nobody", MatchResult(1, 0, 0, 1, 0, en_passant)))
     assert captured.text == "The model is white. Its most valuable capture is move 5."
-
-
-def test_a_mating_player_plays_a_mate_in_one() -> None:
-    boards = [board_after(SCHOLAR.rsplit(" ", 1)[0]), board_after(FOOL.rsplit(" ", 1)[0]), chess.Board()]
-    moves = MatingPlayer(RandomPlayer()).choose(boards, np.random.default_rng(0))
-    assert [str(move) for move in moves[:2]] == ["h5f7", "d8h4"]
-    assert moves[2] is not None
-    assert boards[2].is_legal(moves[2])
-    assert [len(board.move_stack) for board in boards] == [6, 3, 0]
 
 
 def test_generated_games_are_legal_games_with_mates_that_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
