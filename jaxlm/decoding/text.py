@@ -272,8 +272,7 @@ class _TextGenerator:
                     "instead"
                 )
             if self._needs_second_window([ids]) and not (self.stop or self._request.end_ids):
-                needed = ids.size + int(self._limits([ids])[0]) - 1  # the model does not read the last new token
-                raise next_window_error(self._model, f"{what} {row}", needed)
+                raise next_window_error(self._model, f"{what} {row}", self._positions_needed([ids]))
         return rows
 
     def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
@@ -282,12 +281,16 @@ class _TextGenerator:
             return np.full(len(prompts), self._max_new_tokens)
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
+    def _positions_needed(self, prompts: Sequence[np.ndarray]) -> int:
+        """The number of positions of a batch without early ends. The model does not read the last new tokens."""
+        return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1
+
     def _needs_second_window(self, prompts: Sequence[np.ndarray]) -> bool:
         """Whether rows that do not end early fill the context of a model that needs the whole text."""
         limit = self._request.max_positions
         if not self._model.needs_whole_text or self._model.reads_source or limit is None:
             return False
-        return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1 > limit
+        return self._positions_needed(prompts) > limit
 
     @property
     def _input_name(self) -> str:
@@ -306,8 +309,8 @@ class _TextGenerator:
         """The text of the best hypothesis for each row."""
         request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
-        needed = max(ids.size for ids in prompts) + int(limits.max()) - 1  # the model does not read the last new token
-        if request.max_positions is not None and needed > request.max_positions and len(batch) > 1:
+        limit = request.max_positions
+        if limit is not None and self._positions_needed(prompts) > limit and len(batch) > 1:
             # A row alone may need fewer positions: it has no padding and its own limit.
             return [text for i, ids in enumerate(batch) for text in self.beam_texts([ids], numbers[i : i + 1])]
         if self._start is None:
