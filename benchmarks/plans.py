@@ -6,7 +6,9 @@
 Memory: the plan adds the arrays of the step and its temporaries (``Plan.memory``, without the size of the compiled
 program). The measurement is the peak of the memory during the steps, without the memory that the process used before it
 created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``,
-whose peak includes the creation of the arrays.
+whose peak includes the creation of the arrays and, for decoding, the reading of the text.
+
+Decoding: the model first reads a text, so that the measured steps decode the last tokens for which the cache has space.
 
 Time: the lower bound is the larger of two times: the FLOPs of the step at the speed of a large matmul, and the
 bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding
@@ -27,10 +29,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.harness import UserError
+
+if TYPE_CHECKING:
+    from jaxlm.models import Model
+
+
+WARM_UP = 2
+"""Number of steps before the measured steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Case:
     @property
     def name(self) -> str:
         """The name of the case in the table."""
-        kind = "decode, after" if self.decode else "train,"
+        kind = "decode, cache" if self.decode else "train,"
         return f"{self.model}, {kind} {self.batch} x {self.sequence}"
 
 
@@ -65,11 +74,11 @@ class Plans:
     batch: int | None = None
     """Rows of a step of --model. Default: 8."""
     sequence: int | None = None
-    """Tokens per row of --model (for decoding: tokens before the new token). Default: 256."""
+    """Tokens per row of --model (for decoding: slots of the cache). Default: 256."""
     decode: bool = False
     """Measure a decoding step of --model instead of a training step."""
     steps: int = 8
-    """Measured steps, after two steps of warm-up. The median is reported."""
+    """Measured steps, after two steps of warm-up (WARM_UP). The median is reported."""
     quick: bool = False
     """Measure only tiny models. The numbers have no meaning."""
     json: Path | None = None
@@ -87,6 +96,12 @@ def run(options: Plans) -> None:
         raise UserError("--batch, --sequence and --decode are for one model: give --model, too")
     if sys.platform != "linux":
         raise UserError("the peak of resident memory is measured only on Linux")
+    for case in cases:
+        if case.decode and case.sequence <= options.steps + WARM_UP:
+            raise UserError(
+                f"{case.name}: {options.steps} measured steps and {WARM_UP} of warm-up need more than "
+                f"{options.steps + WARM_UP} slots: choose a larger --sequence or fewer --steps"
+            )
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -172,8 +187,13 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
     arguments, times = jax.tree.map(array, step.arguments), []
+    if case.decode:
+        params, _, tokens = arguments
+        state = state_after(model, params, case.batch, case.sequence, case.sequence - steps - WARM_UP)
+        state = jax.tree.map(lambda x, argument: jax.device_put(x, argument.sharding), state, step.arguments[1])
+        arguments = params, state, tokens
     _memory(reset=True)  # creating the arrays temporarily uses more memory
-    for _ in range(steps + 2):
+    for _ in range(steps + WARM_UP):
         start = time.perf_counter()
         state, result = compiled(*arguments)  # the state is donated
         jax.block_until_ready(result)
@@ -181,8 +201,28 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         arguments = (arguments[0], state, result) if case.decode else (state, arguments[1])
     return {
         "planned_bytes": planned.memory.total - planned.memory.code, "measured_bytes": _memory() - before,
-        "argument_bytes": planned.memory.arguments, "flops": planned.flops, "seconds": statistics.median(times[2:]),
+        "argument_bytes": planned.memory.arguments, "flops": planned.flops,
+        "seconds": statistics.median(times[WARM_UP:]),
     }  # fmt: skip
+
+
+def state_after(model: Model, params: Any, batch: int, length: int, count: int) -> Any:
+    """The state of a model that has read ``count`` tokens per row, with a cache of ``length`` slots.
+
+    An encoder-decoder has also read a source of ``length`` tokens.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def read(params: Any) -> Any:
+        if model.reads_source:
+            state = model.init_decode_state(params, jnp.zeros((batch, length), jnp.int32), length)
+        else:
+            state = model.init_state(batch, length)
+        return model.apply(params, jnp.zeros((batch, count), jnp.int32), state=state)[1]
+
+    return jax.block_until_ready(read(params))
 
 
 def _memory(*, reset: bool = False) -> int:

@@ -6,8 +6,9 @@
 
 Values and gradients of all implementations must agree before the measurement. A repetition may overwrite some buffers
 (the input of a scan, the output gradients). These buffers are created before each repetition. Their creation is not
-part of the measured time, because in a model they are temporary results of the previous layer. The peak is the
-bandwidth of an in-place copy for memory-bound operations, and the FLOP/s of a matrix product for linear attention.
+part of the measured time, because in a model they are temporary results of the previous layer. The column "% of peak"
+is relative to the bandwidth of an in-place copy for memory-bound operations, and to the FLOP/s of a matrix product for
+linear attention.
 """
 
 from __future__ import annotations

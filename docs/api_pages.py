@@ -40,9 +40,11 @@ PRIVATE = {
 """Modules (with their submodules) of the commands, whose functions are not meant to be called from Python."""
 HISTORY = {f"{GENERATED}/changelog", "labbook"}
 """Pages that may name objects that no longer exist."""
-NAME = re.compile(r"(?!.*NAME)jaxlm(\.\w+)+")
+DOTTED_NAME = re.compile(r"(?!.*NAME)jaxlm(\.\w+)+")
+"""A dotted name of jaxlm. A text with the placeholder ``NAME`` does not match."""
 MODULE_FILE = re.compile(r"(jaxlm/)?\w+(/\w+)*\.py")
-Paths = dict[tuple[str, int], str]
+PathOfObject = dict[tuple[str, int], str]
+"""The module path of each public object, by its :func:`key`."""
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Raises|Returns|Yields|Note|Notes|Warning|References):?$")
 
 
@@ -90,9 +92,9 @@ def key(name: str, value: Any) -> tuple[str, int]:
     return ("" if is_object(value) else name, id(value))
 
 
-def shortest_paths(modules: dict[str, ModuleType], names: dict[str, dict[str, str]]) -> Paths:
+def shortest_paths(modules: dict[str, ModuleType], names: dict[str, dict[str, str]]) -> PathOfObject:
     """For each public object, the shortest path of a module from which the object can be imported."""
-    found: Paths = {}
+    found: PathOfObject = {}
     for module in sorted(modules, key=lambda module: (module.count("."), module)):
         for name in names[module]:
             found.setdefault(key(name, getattr(modules[module], name)), module)
@@ -129,7 +131,7 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
     return [*lines, ""]
 
 
-def page(title: str, modules: dict[str, ModuleType], names: dict[str, str], paths: Paths) -> str:
+def page(title: str, modules: dict[str, ModuleType], names: dict[str, str], paths: PathOfObject) -> str:
     """The page of the module with the name ``title``."""
     module = modules[title]
     submodules = [name for name in modules if name.rpartition(".")[0] == title]
@@ -225,7 +227,7 @@ class NameLinks(SphinxPostTransform):
             if MODULE_FILE.fullmatch(text):
                 module = text.removeprefix("jaxlm/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                 entry, must_exist = self.entry(f"jaxlm.{module}"), False
-            elif NAME.fullmatch(text):
+            elif DOTTED_NAME.fullmatch(text):
                 entry, must_exist = self.entry(text), self.env.docname not in HISTORY
             else:
                 continue

@@ -15,7 +15,7 @@ for validation. Objectives of the families:
     classification     from which of 13 plays a passage comes  resnet
 
 Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
-the targets. docs/tasks/text_generation.md has the results. Each family uses its published optimizer
+the targets. docs/families/index.md has the results. Each family uses its published optimizer
 (``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
 optimizer needs many more updates, the family uses AdamW.
 

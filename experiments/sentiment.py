@@ -56,8 +56,7 @@ class Data:
     on_error: OnError = "raise"
     """raise: an invalid line is an error. report: invalid lines are skipped, and their numbers are printed."""
     validation_fraction: float = 0.02
-    """Fraction of the training split (the training file without the test split) for validation. With
-    training.restore_best, validation selects the weights."""
+    """Fraction of the training split for validation. With training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
@@ -83,8 +82,7 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum number of times that a word, or a BPE merge (vocabulary bpe), occurs in the training split. With the
-    vocabulary word, rarer words become unknown tokens."""
+    """Minimum count of a word, or of a BPE merge, in the training split. Rarer words become unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -154,18 +152,16 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer.
-
-    Of ``test``, only the lengths of the texts are used, and only for alexnet and resnet from scratch.
-    """
+    """The model, its initial parameters (None: random), and the tokenizer. ``test`` only determines a fixed length."""
     config, texts, size = experiment.model, training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     if config.pretrained is None and config.name in ("alexnet", "resnet"):  # they have a fixed length
-        kernels = config_lib.assignments("model.set", config.set).get("kernels")
-        limits = {"max_length": experiment.data.max_length, "kernels": kernels}
-        fields |= classification.convolution_fields(config.name, tokenizer, texts + test.column("text"), **limits)
+        fields |= classification.convolution_fields(
+            config.name, tokenizer, texts + test.column("text"), max_length=experiment.data.max_length,
+            changes=config_lib.assignments("model.set", config.set),
+        )  # fmt: skip
     model, params = config.build(experiment.training.seed, fields, task="classification", num_labels=len(labels))
     objective.check_problem_type(model)
     return model.with_labels(labels), params, tokenizer
@@ -186,9 +182,8 @@ def train_and_test(
     source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
     validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
-    trainer = config.trainer(
-        model, experiment.optimizer, objective.make_loss(label_smoothing=experiment.label_smoothing)
-    )
+    loss = objective.make_loss(label_smoothing=experiment.label_smoothing)
+    trainer = config.trainer(model, experiment.optimizer, loss)
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     if experiment.folds is not None:  # the parent directory is the run directory of all folds
@@ -202,12 +197,12 @@ def train_and_test(
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, model, result, tokenizer):
         return result, None
-    started = time.perf_counter()
+    test_start = time.perf_counter()
     predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
-    rate = len(test) / (time.perf_counter() - started)
+    rate = len(test) / (time.perf_counter() - test_start)
     score = classification.write_test(directory, test, labels, predicted)
-    texts = test.column("text")[:4]
-    attention_maps.write_attention_maps(directory, model, result.params, tokenizer, texts, max_tokens=40)
+    sample = test.column("text")[:4]
+    attention_maps.write_attention_maps(directory, model, result.params, tokenizer, sample, max_tokens=40)
     lib.report(
         directory, task="sentiment", model=model, start_time=start_time, scores=[score], result=result,
         data=str(experiment.data.train or "passages of the included plays"), test_examples_per_second=round(rate, 1),

@@ -291,6 +291,6 @@ def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
     for name, value in parse_assignments_as_text(option, texts).items():
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):  # TypeError: a literal with an unhashable key
             values[name] = {"true": True, "false": False}.get(value, value)  # otherwise a string, as in remat=full
     return values

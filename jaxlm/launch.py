@@ -166,7 +166,7 @@ if gcloud compute tpus tpu-vm describe {name} --zone={quoted_zone} >/dev/null 2>
     echo "the TPU {name} already exists: delete it, or choose another --name" >&2
     exit 1
 fi
-trap 'gcloud compute tpus tpu-vm delete {name} --zone={quoted_zone} --quiet' EXIT
+trap 'rm -f jaxlm.tar; gcloud compute tpus tpu-vm delete {name} --zone={quoted_zone} --quiet' EXIT
 gcloud compute tpus tpu-vm create {name} --zone={quoted_zone} --accelerator-type={accelerator_type} \\
     --version={tpu.runtime_version}{spot_option}
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
@@ -192,6 +192,7 @@ def _gpu_script(host: str, run: str) -> str:
 # replaces ~/jaxlm-run/jaxlm on the node.
 set -euo pipefail
 cd "$(git rev-parse --show-toplevel)"
+trap 'rm -f jaxlm.tar' EXIT
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 scp jaxlm.tar {quoted_host}:jaxlm-run.tar
 ssh {quoted_host} {shlex.quote(install_command)}

@@ -129,7 +129,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if not equals or not name or not size.isdigit() or int(size) < 1 or name in sizes:
+        if not equals or not name or not size.isdecimal() or int(size) < 1 or name in sizes:
             raise ValueError(
                 f"cannot read {part!r} in mesh {text!r}: write distinct axes as name=size, e.g. data=4,tensor=2"
             )

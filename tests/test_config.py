@@ -135,9 +135,18 @@ def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
 
 def test_values_of_settings():
     """``name=value`` texts become typed values. A text without a name is an error."""
-    texts = ["scan_layers=true", "tie_embeddings=False", "remat=full", "pools=(3, 4)", "num_layers=2", "window=None"]
+    texts = [
+        "scan_layers=true",
+        "tie_embeddings=False",
+        "remat=full",
+        "pools=(3, 4)",
+        "num_layers=2",
+        "window=None",
+        "x={[]:1}",
+    ]
     assert config_lib.assignments("set", texts) == {
-        "scan_layers": True, "tie_embeddings": False, "remat": "full", "pools": (3, 4), "num_layers": 2, "window": None
+        "scan_layers": True, "tie_embeddings": False, "remat": "full", "pools": (3, 4), "num_layers": 2, "window": None,
+        "x": "{[]:1}",
     }  # fmt: skip
     with pytest.raises(ValueError, match="cannot read --xla 'a': write name=value, for example b=1"):
         config_lib.parse_assignments_as_text("xla", ["a"], "b=1")

@@ -15,6 +15,13 @@ def test_a_wrong_leaf_fails_also_if_the_expected_values_are_zero(wrong, floor):
         assert_trees_close({**expected, "b": np.array([0.0, wrong])}, expected, 1e-3, floor=floor)
 
 
+@pytest.mark.parametrize("unknown", [np.nan, np.inf])
+def test_an_expected_value_that_is_not_finite_fails(unknown):
+    tree = {"a": np.ones(2), "b": np.array([0.0, unknown])}
+    with pytest.raises(AssertionError, match=r"\['b'\]: an expected value is not finite"):
+        assert_trees_close(tree, tree, 1e-3)
+
+
 def test_a_rounding_error_below_the_floor_does_not_fail():
     expected = {"a": np.ones(2), "b": np.zeros(2)}
     assert_trees_close({**expected, "b": np.full(2, 1e-7)}, expected, 1e-3, floor=1e-3)

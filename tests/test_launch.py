@@ -31,6 +31,7 @@ def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[s
             f"#!{sys.executable}\nimport sys\n"
             f"open({str(log)!r}, 'a').write(repr([{program!r}, *sys.argv[1:]]) + '\\n')\n"
             "if 'rev-parse' in sys.argv: print('..')\n"
+            "if 'archive' in sys.argv: open('jaxlm.tar', 'w').close()\n"
             f"sys.exit(not set({failing!r}).isdisjoint(sys.argv))\n"
         )
         (directory / program).chmod(0o755)
@@ -39,6 +40,7 @@ def execute(text: str, directory: Path, *failing: str) -> tuple[int, list[list[s
     status = subprocess.run(
         ["bash", "-c", text], env=environment, cwd=directory / "subdirectory", check=False
     ).returncode
+    assert not list(directory.rglob("*.tar")), "the script leaves no archive in the checkout"
     return status, [eval(line) for line in log.read_text().splitlines()]
 
 

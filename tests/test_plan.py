@@ -255,12 +255,14 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
         call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,"),
     )
     text = PROGRAM.replace(call, f"{call} \n}}}}\n{equal_call}\n}}}}\n{different_call}")
-    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": 10})
+    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10}})
     assert [(kernel.name, kernel.cycles) for kernel in estimates] == [
         ("kernel.1", 63),
         ("kernel.2", 63),
         ("kernel.3", None),
     ]
+    # The grid is unknown if kernels of the same name have different grids.
+    assert {k.cycles for k in planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10, 20}})} == {None}
 
 
 # -------------------------------------------------------------------------------------------------------- FLOPs

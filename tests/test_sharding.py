@@ -104,7 +104,9 @@ def test_error_for_an_indivisible_axis_suggests_a_fix():
         sharding.named_sharding(("batch", "seq"), (3, 8), "a batch")
 
 
-@pytest.mark.parametrize("text", ["data", "data=", "data=0", "data=-1", "=2", "data=2,data=4", "data=2,,tensor=4", ""])
+@pytest.mark.parametrize(
+    "text", ["data", "data=", "data=0", "data=-1", "=2", "data=2,data=4", "data=2,,tensor=4", "", "data=²"]
+)
 def test_error_for_an_invalid_mesh_string(text):
     with pytest.raises(ValueError, match="cannot read"):
         parse_mesh(text)

@@ -320,7 +320,8 @@ PICTURES = {
         t y 1 9 x of the next block
         x > halve > conv1 > norm1 > relu1 > conv2 > norm2 > add > relu2 > y
         halve ~ add @ 0
-        # The length is halved only in the first block of a group.
+        # The length is halved only in the first block of a group,
+        # but not in the first group.
         # The sum exists only with shortcut=True.
     """,
     "resnet_lm": """
@@ -680,5 +681,7 @@ def _text(line: str, x: float, y: float, color: str = INK) -> str:
 
 
 if __name__ == "__main__":
+    if unknown := sorted(set(sys.argv[1:]) - set(PICTURES)):
+        sys.exit(f"no picture {', '.join(unknown)}: choose from {', '.join(PICTURES)}")
     for picture in sys.argv[1:] or PICTURES:
         (FOLDER / f"{picture}.svg").write_text(draw(picture), encoding="utf-8")

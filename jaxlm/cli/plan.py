@@ -61,6 +61,8 @@ class Plan:
         console = Console(soft_wrap=False)
         if self.decode and self.grad_accum_steps != 1:
             raise ValueError(f"--grad-accum-steps {self.grad_accum_steps} has no effect with --decode: remove it")
+        if self.decode and not self.dropout:
+            raise ValueError("--no-dropout has no effect with --decode: remove it")
         if not self.decode and self.param_dtype != "float32":
             raise ValueError(f"--param-dtype {self.param_dtype} needs --decode: training uses float32 parameters")
         model = self._model()

@@ -109,12 +109,13 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
         ValueError: the file is not a complete ``.npy`` file, has no ids, is not a 1-D array of integers, or has an id
             outside the vocabulary.
     """
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":  # np.load would read an .npz file
+            raise ValueError(f"{path} is an archive of arrays (.npz), not a token file (.npy)")
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a complete token file (.npy): {error}") from error
-    if not isinstance(ids, np.ndarray):  # .npz
-        raise ValueError(f"{path} is an archive of arrays, not a token file (.npy)")
     check_tokens(ids, vocab_size, name=str(path))
     return ids
 

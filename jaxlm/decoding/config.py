@@ -54,7 +54,7 @@ class GenerationConfig:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
         ValueError: a value is outside its range, a stop string is empty, both ``max_length`` and ``max_new_tokens`` are
             set, ``num_beams`` above 1 is combined with a ``sampling`` other than ``GREEDY``, or ``num_beams=1`` with a
-            ``length_penalty`` other than 1.
+            ``length_penalty`` other than 1 or an ``early_stopping`` other than "never".
     """
 
     max_new_tokens: int | None = None
@@ -91,6 +91,8 @@ class GenerationConfig:
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         if self.num_beams == 1 and self.length_penalty not in (None, 1.0):
             raise ValueError(f"length_penalty={self.length_penalty} needs beam search: set num_beams above 1")
+        if self.num_beams == 1 and self.early_stopping not in (None, "never"):
+            raise ValueError(f"early_stopping={self.early_stopping!r} needs beam search: set num_beams above 1")
         if self.num_beams is not None and self.num_beams > 1 and self.sampling not in (None, GREEDY):
             if self.sampling.temperature > 0.0:
                 raise ValueError(
@@ -157,7 +159,9 @@ class GenerationConfig:
                 stop=first_set("stop"),
                 batch_size=self.batch_size,
                 max_length=length_config.max_length,
-                early_stopping=first_set("early_stopping"),
+                early_stopping=(
+                    first_set("early_stopping") if num_beams > 1 or self.early_stopping is not None else "never"
+                ),
                 end_ids=end_ids,
                 ignored_fields=self.ignored_fields,
             )

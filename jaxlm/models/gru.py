@@ -47,7 +47,8 @@ class Config(recurrent.RecurrentConfig):
     embed_dim: int = 650
     """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
     hidden_dim: int = 650
-    """Width of each direction of the other layers."""
+    """Width of each direction of a layer. The last layer has the width embed_dim instead if tie_embeddings is True and
+    the direction is forward."""
     reset: GRUReset = "after"
     """Where the reset gate acts: after the product with the hidden weights (torch, cuDNN) or before it (Cho et al.)."""
 

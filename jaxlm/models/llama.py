@@ -45,7 +45,8 @@ class Config(experts.ExpertsConfig):
     """Number of token ids."""
     max_positions: int = 2048
     """Maximum length of a sequence. No parameter depends on this field, so you may raise it, but published models were
-    not trained on longer sequences."""
+    not trained on longer sequences. With dynamic rotary scaling, the rotary frequencies depend on this field, so
+    another value may change the outputs for all lengths."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32

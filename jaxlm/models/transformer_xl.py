@@ -3,7 +3,8 @@
 The memory of a layer contains the inputs of this layer at earlier tokens (``jaxlm.nn.attention.memory``). The layer
 also attends to the memory, but no gradient flows into the memory. So training on the next segment of a text continues
 from the previous segment. The code follows the PyTorch code of Dai et al. and of Hugging Face, which have one dropout
-rate for everything but attention. The memory in their code starts with zeros; the memory of this module starts empty.
+rate for everything but attention. The memory starts empty, as in the code of Dai et al.; in Hugging Face's code, it
+starts with zeros.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.

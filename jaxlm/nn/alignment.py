@@ -85,7 +85,7 @@ def align(
         keys_BSA: from :func:`alignment_keys`.
         keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
         window: D of local-p attention (Luong et al. 2015, eq. 9 and 10), which needs parameters with the specs of
-            ``local=True``. The query predicts a source position p, which counts only positions that are not masked.
+            ``local=True``. The query predicts a source position p. Masked positions are not counted in p.
             Only positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian around p with
             standard deviation D / 2, so the weights of a row no longer sum to 1. None: no local attention.
 

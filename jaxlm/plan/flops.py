@@ -213,14 +213,16 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return jaxprs
 
 
-def kernel_grids(jaxpr: Any) -> dict[str, int]:
-    """``{kernel name: number of grid steps}`` for each Pallas kernel in a jaxpr."""
-    grids: dict[str, int] = {}
+def kernel_grids(jaxpr: Any) -> dict[str, set[int]]:
+    """``{kernel name: numbers of grid steps}`` for the Pallas kernels in a jaxpr. Kernels can have the same name."""
+    grids: dict[str, set[int]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            grids[_kernel_name(equation.params)] = math.prod(equation.params["grid_mapping"].grid)
+            steps = math.prod(equation.params["grid_mapping"].grid)
+            grids.setdefault(_kernel_name(equation.params), set()).add(steps)
         for inner in _inner_jaxprs(equation.params):
-            grids |= kernel_grids(inner)
+            for name, steps_of_inner in kernel_grids(inner).items():
+                grids.setdefault(name, set()).update(steps_of_inner)
     return grids
 
 

@@ -342,7 +342,7 @@ def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[O
     return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
-def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[KernelStats]:
+def _kernels(costs: hlo.Costs, grids: dict[str, set[int]]) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
@@ -351,7 +351,8 @@ def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[KernelStats]:
         # libtpu compiles equal kernels once, under the name of the first kernel.
         key = base_name, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
-        grid = grids.get(base_name)
+        steps = grids.get(base_name, set())
+        grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if kernels of this name have different grids
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
         kernel_stats.append(
             KernelStats(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles)

@@ -95,7 +95,7 @@ def get_topology(name: str) -> Topology:
 
 
 def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
-    if not shape.isdigit() or int(shape) < 1:
+    if not shape.isdecimal() or int(shape) < 1:
         raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")

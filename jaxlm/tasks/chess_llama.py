@@ -205,7 +205,7 @@ logits = llama.logits
 rollback = llama.rollback
 embedding_multiplier = llama.embedding_multiplier
 NEEDS_WHOLE_TEXT = True
-"""In a later window of a game, the model would start from the initial board."""
+"""The model must read a game from its first move: in a later window, it would start from the initial board."""
 
 
 def specs(cfg: Config) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def game_batches(
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
         ValueError: there are no games; ``batch_size``, ``length``, ``positions_per_game`` or ``target_length`` is below
-            1; a game has a word that is not a move; or the model cannot use the tokenizer (``check_model``).
+            1; ``length`` is larger than ``max_positions`` of the model; a game has a word that is not a move; or the
+            model cannot use the tokenizer (``check_model``).
     """
     for name, value in (
         ("length", length),
@@ -68,6 +69,11 @@ def game_batches(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     check_model(model, tokenizer)
+    if model.max_positions is not None and length > model.max_positions:
+        raise ValueError(
+            f"rows of {length} tokens exceed max_positions={model.max_positions} of the model: use a smaller length "
+            "(in the experiment: --training.sequence-length)"
+        )
     encoded = [tokenizer.encode_game(line) for line in games]
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()

@@ -5,7 +5,7 @@ Shapes: B batch, T time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.metrics import Score, accuracy, confusion, proportion
-from jaxlm.models import Model
+from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
@@ -155,23 +155,35 @@ def write_folds(directory: Path, scores: Sequence[Score]) -> Score:
 
 
 def convolution_fields(
-    family: str, tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int | None = None, kernels: Any = None
+    family: str,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> dict[str, int | tuple[int, ...]]:
     """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
 
     The inputs of these families have a fixed length: the length of the longest input, but at least 32 tokens. For
-    resnet, the length is rounded up to a multiple of 8. ``pools`` is set only for an alexnet with one convolution: its
-    max pooling covers the whole text, as in the model of Kim (2014), and the inputs are at least as long as the kernel.
+    resnet, the length is at least the minimum for its blocks, and it is rounded up to a multiple of 8, or of a larger
+    power of 2 if the model halves the length more than three times. ``pools`` is set only for an alexnet with one
+    convolution: its max pooling covers the whole text, as in the model of Kim (2014), and the inputs are at least as
+    long as the kernel.
 
     Args:
         max_length: maximum number of tokens, to which the caller truncates longer inputs; None: no truncation.
-        kernels: the kernel sizes of alexnet, one per layer; None: its default.
+        changes: config fields that the caller sets. Only ``kernels`` (alexnet), ``blocks`` and ``k_max`` (resnet) are
+            used.
     """
+    changes = changes or {}
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
     length = max(32, longest if max_length is None else min(longest, max_length))
-    if family == "resnet":
-        length += -length % 8  # pooling halves the length between the groups of blocks
-    elif isinstance(kernels, tuple) and len(kernels) == 1:
+    kernels, blocks = changes.get("kernels"), changes.get("blocks", resnet.Config.blocks)
+    if family == "resnet" and isinstance(blocks, tuple):
+        divisor = 2 ** max(0, len(blocks) - 1)  # the length is halved between the groups of blocks
+        length = max(length, divisor * changes.get("k_max", resnet.Config.k_max))
+        length += -length % max(8, divisor)
+    elif family == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
         length = max(length, kernels[0])
         return {"max_positions": length, "pools": (length - kernels[0] + 1,)}
     return {"max_positions": length}

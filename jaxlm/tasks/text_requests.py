@@ -35,6 +35,8 @@ _LOG = logging.getLogger(__name__)
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _FILTERS = ("top_k", "top_p", "min_p")
 _BEAMS = ("num_beams", "length_penalty", "early_stopping")
+_TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
+"""What transformers uses if neither the request nor the file sets a field."""
 _OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)
 
 
@@ -258,7 +260,7 @@ class TextRequests:
             stop=tuple(text for text in until if text),
             batch_size=self.batch_size,
             **{name: set_options[name] for name in _BEAMS if name in set_options},
-        ).resolve(self.model, self.tokenizer, default=GenerationConfig(sampling=Sampling()), sampling=sampling)
+        ).resolve(self.model, self.tokenizer, default=_TRANSFORMERS_DEFAULTS, sampling=sampling)
         assert config.sampling is not None
         if is_random and config.sampling.temperature == 0.0:
             raise ValueError(

@@ -151,18 +151,23 @@ def relative_error(actual: Any, expected: Any) -> float:
 def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: float = 0.0) -> None:
     """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
 
+    All expected values must be finite.
+
     Args:
         floor: the maximum difference of a leaf is divided by the largest value of the leaf, but at least by ``floor``
             times the largest value of the tree. So leaves that are only rounding errors do not fail. Example: the true
             gradient of the key bias of attention is 0.
     """
     expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(actual)[0]]
+    for name, want in zip(names, expected_leaves, strict=True):
+        assert np.all(np.isfinite(want)), f"{name}: an expected value is not finite"
     min_scale = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
     errors = {}
-    for (path, leaf), want in zip(jax.tree_util.tree_flatten_with_path(actual)[0], expected_leaves, strict=True):
+    for name, leaf, want in zip(names, jax.tree.leaves(actual), expected_leaves, strict=True):
         error = relative_error(leaf, want)
         scale = max(np.max(np.abs(want), initial=0.0), 1e-30)
-        errors[jax.tree_util.keystr(path)] = error * scale / max(scale, min_scale)
+        errors[name] = error * scale / max(scale, min_scale)
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"
 

@@ -141,11 +141,7 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "the directory of model.pretrained contains the tokenizer",
     ),
     (
-        "template vocabulary min_frequency", lambda get: get("model.pretrained") is not None,
-        "the directory of model.pretrained contains the tokenizer",
-    ),
-    (
-        "vocab_size", lambda get: get("model.pretrained") is not None and get("template") is not None,
+        "template vocabulary vocab_size min_frequency min_count", lambda get: get("model.pretrained") is not None,
         "the directory of model.pretrained contains the tokenizer",
     ),
     (

@@ -43,7 +43,7 @@ EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
 
 RUNS = Path("runs")
-"""The directory that contains a new run if its command has no output option."""
+"""The directory that contains a new run if ``--output`` is not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ModelConfig:
     set: tuple[str, ...] = ()
     """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields of the
     preset. If the preset sets the same field, the value given here is used. Without any field, the option removes all
-    fields of the preset."""
+    fields of the preset. If name or pretrained differs from the preset, the fields of the preset are not used."""
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
@@ -243,7 +243,7 @@ def prepare_run(
 
 
 def new_directory(name: str) -> Path:
-    """Create the directory of a new run without an output option, and return its path (the same in all processes).
+    """Create the directory of a new run without ``--output``, and return its path (the same in all processes).
 
     It is ``runs/<name>-<time>``. If it exists, because another run started in the same second, -2, -3, ... is added.
 

@@ -433,16 +433,20 @@ class _Loop:
             except DivergedError as error:
                 self._roll_back(error, reader, bar)
         reader.flush()
-        if stop == "signal" and self.step < config.steps:
-            message = "nothing is saved, because checkpoint_every=None"
-            if config.checkpoint_every is not None:
-                directory = self._run.directory
-                message = (
-                    f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
-                )
-            bar.say(f"{signals.caught}: {message}")
-            return self._result(reader, self._checkpoint_state(self._state), None, signals.caught)
+        # Without checkpoints, a run that is interrupted after its last step would lose the result.
+        if stop == "signal" and (self.step < config.steps or config.checkpoint_every is not None):
+            return self._interrupt(reader, bar, signals)
         return self._finish(reader, bar, signals)
+
+    def _interrupt(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
+        """Print what is saved, and return the result of the interrupted run."""
+        message, directory = "nothing is saved, because checkpoint_every=None", self._run.directory
+        if self._config.checkpoint_every is not None:
+            message = (
+                f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
+            )
+        bar.say(f"{signals.caught}: {message}")
+        return self._result(reader, self._checkpoint_state(self._state), None, signals.caught)
 
     def _advance(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
         """Run one step, and the evaluation and the checkpoint that are due after it.
@@ -602,6 +606,8 @@ class _Loop:
         if self._validation is None:  # a resumed run has no steps left, and its checkpoint was not evaluated
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
+            if signals.stop_now():
+                return self._interrupt(reader, bar, signals)
         if not self._config.restore_best or improved or self._checkpoints.best in (None, self.step):
             return self._result(reader, self._checkpoint_state(self._state), self._validation, None)
         del self._state  # two states may not fit in memory

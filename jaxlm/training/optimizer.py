@@ -331,7 +331,8 @@ def _for_each_matrix(
 def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     """The learning-rate factor of each leaf: a float, or an array [layers, 1, ...] for a stacked leaf.
 
-    The rule is the same as in BEiT's code (Bao et al. 2021). With L layers, layer i (from 0) has ``decay ** (L - i)``,
+    The rule is that of BEiT's code (Bao et al. 2021), except for a relative bias that all layers share: in BEiT's code,
+    it has the factor 1. With L layers, layer i (from 0) has ``decay ** (L - i)``,
     embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
     an encoder and of a decoder are counted separately; for embeddings, L is the larger of the two numbers. Layers are
     stacked (``layers``) or numbered (``layers/0``, ``layer_0``). A parameter outside of the layers is an embedding if

@@ -82,9 +82,9 @@ RECIPES: dict[str, Recipe] = {
             weight_decay=0.0, clip_norm=None,
         ),
         524_288, "128 rows of 512 tokens",
-        "Raffel et al. 2020, sections 3.1.2 and 3.1.3: 1 / sqrt(max(n, 10^4)), relative to the RMS of each parameter",
+        "Raffel et al. 2020, section 3.1.2: 1 / sqrt(max(n, 10^4)), relative to the RMS of each parameter",
         "The learning rate is relative to the RMS of each parameter, so it transfers between model sizes. It is "
-        "constant at 0.01 for the first 10,000 steps. Fine-tuning (section 3.1.3): constant 0.001.",
+        "constant at 0.01 for the first 10,000 steps. Fine-tuning (section 3.1.2): constant 0.001.",
     ),
     "xlnet": Recipe(
         OptimizerConfig(
@@ -103,7 +103,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         200_000, "60 rows of 150 tokens",
         "Dai et al. 2019, the authors' pytorch/run_wt103_base.sh and the defaults of train.py",
-        "This model has no warm-up; the larger models have 16,000 steps of warm-up.",
+        "This model has no warm-up; the large model on WikiText-103 has 16,000 steps of warm-up (run_wt103_large.sh).",
     ),
     "lstm": Recipe(
         OptimizerConfig(
@@ -228,7 +228,7 @@ RECIPES: dict[str, Recipe] = {
         "learning rate of the decay biases, which this recipe does not.",
     ),
 }  # fmt: skip
-"""The recipe of each family of this package."""
+"""The recipe of each family in ``jaxlm.models.registry.FAMILIES``. ``chess_llama`` has no recipe."""
 
 
 def recipe(family: str) -> OptimizerConfig:

@@ -66,6 +66,9 @@ def test_invalid_token_files_are_rejected(tmp_path):
     path.write_bytes(b"To be, or not to be")
     with pytest.raises(ValueError, match=r"a\.npy is not a complete token file"):
         open_tokens(path, 100)
+    path.write_bytes(b"PK\x03\x04")  # the beginning of an .npz file
+    with pytest.raises(ValueError, match=r"a\.npy is an archive of arrays"):
+        open_tokens(path, 100)
     np.save(path, np.zeros((2, 3), np.int32))
     with pytest.raises(ValueError, match=r"1-D array of integer ids, got int32\[2, 3\]"):
         open_tokens(path, 100)

@@ -275,6 +275,7 @@ def test_errors_name_bad_texts(texts: Any, error: type[Exception], message: str)
             r"num_beams=2 searches for likely texts, but temperature=1.0 draws at random: set num_beams=1",
         ),
         ({"length_penalty": 2.0, "num_beams": 1}, ValueError, r"length_penalty=2.0 needs beam search: set num_beams"),
+        ({"early_stopping": True, "num_beams": 1}, ValueError, "early_stopping=True needs beam search: set num_beams"),
         ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be finite"),
     ],
 )

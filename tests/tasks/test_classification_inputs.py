@@ -12,6 +12,7 @@ from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.metrics import proportion
+from jaxlm.models import resnet
 from jaxlm.objectives import classification as objective
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.tasks import classification
@@ -147,12 +148,15 @@ def test_errors_name_bad_examples(caplog):
 def test_convolutions_get_the_length_of_the_longest_input():
     texts = ["red", "blue " * 70]
     fields = functools.partial(classification.convolution_fields, tokenizer=tokenizer(), texts=texts)
-    assert fields("alexnet", kernels=(5,)) == {"max_positions": 70, "pools": (66,)}
-    assert fields("alexnet", kernels=(5,), max_length=64) == {"max_positions": 64, "pools": (60,)}
-    assert fields("alexnet", kernels=(80,)) == {"max_positions": 80, "pools": (1,)}
-    assert fields("alexnet", kernels=(7, 3)) == {"max_positions": 70}
+    assert fields("alexnet", changes={"kernels": (5,)}) == {"max_positions": 70, "pools": (66,)}
+    assert fields("alexnet", changes={"kernels": (5,)}, max_length=64) == {"max_positions": 64, "pools": (60,)}
+    assert fields("alexnet", changes={"kernels": (80,)}) == {"max_positions": 80, "pools": (1,)}
+    assert fields("alexnet", changes={"kernels": (7, 3)}) == {"max_positions": 70}
     assert fields("resnet") == {"max_positions": 72}
-    assert fields("resnet", max_length=10) == {"max_positions": 32}
+    assert fields("resnet", max_length=10) == {"max_positions": 64}
+    for changes in ({"blocks": (1, 1)}, {"blocks": (1,) * 5}, {"k_max": 30}, {"blocks": (1,), "k_max": 90}):
+        resnet.Config(**changes, **fields("resnet", changes=changes))  # the length is valid
+    assert fields("resnet", changes={"blocks": (1, 1)}, max_length=10) == {"max_positions": 32}
 
 
 def test_folds_are_pooled_over_their_examples(tmp_path):

@@ -204,6 +204,9 @@ def test_generation_options() -> None:
     greedy = text_requests.generation_config({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "num_beams": 3})
     assert greedy.sampling is not None
     assert (greedy.sampling.temperature, greedy.sampling.top_p, greedy.num_beams) == (0.0, None, 3)
+    # Options that are not set have the defaults of transformers.
+    assert greedy.early_stopping is False
+    assert text_requests.generation_config({"do_sample": True}).sampling == Sampling(1.0, 50)
 
 
 def test_sampling_options_that_are_not_set_are_read_from_the_file() -> None:

@@ -140,6 +140,17 @@ def test_a_signal_before_or_during_an_evaluation_is_reported_at_once(tmp_path, c
     assert "SIGINT: the run ends after the evaluation of step 3; a second signal ends it now" in message
 
 
+@pytest.mark.parametrize("checkpoint_every", [4, None])
+def test_a_signal_during_the_last_step_ends_the_run_if_its_result_is_saved(tmp_path, complete_run, checkpoint_every):
+    data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), STEPS, signal.SIGINT)
+    result = run(tmp_path, data=data, checkpoint_every=checkpoint_every)
+    assert result.step == STEPS
+    if checkpoint_every is not None:
+        assert result.interrupted == "SIGINT"
+        result = run(tmp_path, resume=True)
+    assert (result.interrupted, result.validation) == (None, complete_run.validation)
+
+
 KILLED = """
 import sys
 from pathlib import Path
