@@ -52,8 +52,14 @@ _PEFT_TASKS = {
     "classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "span_qa": "QUESTION_ANS",
-    "none": "FEATURE_EXTRACTION",
 }
+"""PEFT's task type of a model with a head, by jaxlm's task. A model without a head has the type FEATURE_EXTRACTION."""
+_PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The modules that PEFT adds to ``modules_to_save``, by task type."""
 _READ_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
 # These options only describe how the adapter was trained, or follow from the names of its tensors.
 _IGNORED_OPTIONS = (
@@ -149,14 +155,18 @@ def save_adapter(
         ValueError: the model has no published format; ``trained`` does not match the specs; a weight with LoRA factors
             is not the weight of a linear module in the transformers class (for example a token embedding); the
             tensor of a weight that is trained in full also contains other parameters, or is used twice by the
-            transformers class (the token embedding of a model with a tied head, and of T5); or only some parameters of
-            a module are trained in full.
+            transformers class (the token embedding of a model with a tied head, and of T5); only some parameters of a
+            module are trained in full; or PEFT would confuse a module that is trained in full with another module,
+            because it compares only the ends of their names.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     if _has_equal_layers(model):  # so that one _Weight describes a parameter in all layers
         model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
-    weights = _weights(model, with_prefix=model.task != "none")
+    # A model with a next-sentence head has task="none".
+    head_paths = format_of(model).unprefixed_tensors.keys() & spec.flatten(model.specs).keys()
+    has_head = model.task != "none" or bool(head_paths)
+    weights = _weights(model, with_prefix=has_head)
     flat = {
         name: np.asarray(processes.gather_to_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()
     }
@@ -169,14 +179,14 @@ def save_adapter(
     fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
     for path in fully_trained:
         tensors |= weights[path].full_weight_to_peft(flat[path])
-    modules_to_save = _modules_to_save(weights, fully_trained)
-    task = _PEFT_TASKS.get(model.task)
-    # For the three tasks below, PEFT adds the head to `modules_to_save`, and fails if the file has no tensors of the
-    # head. So the task is saved only if the head is trained.
-    head = HEADS.get(model.task)
-    trains_head = head is not None and any(path.startswith(f"{head}/") for path in fully_trained)
-    if not trains_head and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        task = None
+    task = _PEFT_TASKS.get(model.task) if has_head else "FEATURE_EXTRACTION"
+    # PEFT fails if the file lacks a tensor of a module that PEFT adds to `modules_to_save`. So the task is saved only
+    # if these modules are trained completely.
+    heads = _PEFT_HEADS.get(task or "", ())
+    in_heads = {path for path, weight in weights.items() if weight.names[0].split(".")[0] in heads}
+    if not in_heads.issubset(fully_trained):
+        task, heads = None, ()
+    modules_to_save = _modules_to_save(weights, fully_trained, heads)
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -220,8 +230,7 @@ class _Weight:
         num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
             ``jaxlm.adapt.num_row_axes``); None: the parameter is not a weight matrix, for example a bias.
         is_table: whether the parameter is an embedding table or an output head.
-        second_name: the name of another tensor of the transformers class that is the same parameter, in another module;
-            None: there is no such tensor.
+        tied_names: the names of the other tensors of the transformers class that are the same parameter.
     """
 
     path: str
@@ -229,7 +238,7 @@ class _Weight:
     padded_shape: tuple[int, ...]
     num_row_axes: int | None
     is_table: bool
-    second_name: str | None
+    tied_names: tuple[str, ...]
 
     @property
     def path_without_layer(self) -> str:
@@ -330,10 +339,13 @@ class _Weight:
                 f"{self.path} is a part of {self.names[0]} in the transformers class, so it cannot be saved or loaded "
                 "in PEFT's format"
             )
-        if self.second_name is not None:
+        module = self.names[0].rpartition(".")[0]
+        # PEFT copies a module with all its tensors. So only a tensor of another module is a second copy.
+        second_name = next((name for name in self.tied_names if not name.startswith(f"{module}.")), None)
+        if second_name is not None:
             raise ValueError(
                 f"{self.path} is trained in full, but the transformers class uses this table twice ({self.names[0]} "
-                f"and {self.second_name}), and PEFT trains only one copy. To save: use save_pretrained with the merged "
+                f"and {second_name}), and PEFT trains only one copy. To save: use save_pretrained with the merged "
                 "parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), and load the result"
             )
 
@@ -364,7 +376,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             f"family {model.family!r}{with_config} has no class in transformers, so PEFT has no adapters for it"
         )
     locations = locations_of(model, table, table.prefix if with_prefix else "")
-    second_names = _second_names(model, table, locations)
+    tied_names = _tied_names(model, table, locations)
     return {
         path: _Weight(
             path=path,
@@ -372,28 +384,26 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
             padded_shape=leaf.shape[len(locations[path].stack) :],
             num_row_axes=num_row_axes(path, leaf),
             is_table=is_table(path, leaf),
-            second_name=second_names.get(path),
+            tied_names=tuple(name for name, tied_path in tied_names.items() if tied_path == path),
         )
         for path, leaf in spec.flatten(model.specs).items()
     }
 
 
-def _second_names(model: Model, table: Format, locations: dict[str, Location]) -> dict[str, str]:
-    """``{path: name}`` of the parameters that are also a tensor of another module in the transformers class.
+def _tied_names(model: Model, table: Format, locations: dict[str, Location]) -> dict[str, str]:
+    """``{name: path}`` of the tensors of the transformers class that are the same tensor as a parameter's own tensor.
 
-    For example, a tied head is a second name of the token embedding. A class with a head for labels, or without a head,
+    For example, a tied head is a tied name of the token embedding. A class with a head for labels, or without a head,
     has no tied head.
     """
     own_names = {name for location in locations.values() for name in location.names}
     base_modules = {(table.prefix + name).split(".")[0] for name in table.tensors.values()}
     has_head = model.task != "none" and model.task not in HEADS
-    second_names: dict[str, str] = {}
-    for name, path in table.tied_tensors.items():
-        if path in locations and name not in own_names and (has_head or name.split(".")[0] in base_modules):
-            module = locations[path].names[0].rpartition(".")[0]
-            if not name.startswith(f"{module}."):  # PEFT copies a module with all its tensors
-                second_names.setdefault(path, name)
-    return second_names
+    return {
+        name: path
+        for name, path in table.tied_tensors.items()
+        if path in locations and name not in own_names and (has_head or name.split(".")[0] in base_modules)
+    }
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -423,6 +433,8 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     check_value(bool, config.get("use_rslora", False), f"{path}: use_rslora")
     if rank < 1:
         raise ValueError(f"{path}: r={rank} must be at least 1")
+    if alpha <= 0:
+        raise ValueError(f"{path}: lora_alpha={alpha} must be positive")
     if config.get("lora_dropout"):
         warnings.warn(
             f"{path}: lora_dropout={config['lora_dropout']} is not applied in further training: jaxlm's LoRA has "
@@ -509,19 +521,47 @@ class _Reader:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str]) -> list[str]:
-    """The names of the modules that are trained in full (PEFT's ``modules_to_save``).
+def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], heads: tuple[str, ...]) -> list[str]:
+    """The names of the modules that are trained in full (PEFT's ``modules_to_save``), without modules inside of them.
+
+    Args:
+        heads: modules that PEFT adds itself. Modules inside of them are not listed.
 
     Raises:
-        ValueError: only some parameters of a module are trained. PEFT saves only complete modules.
+        ValueError: only some parameters of a module are trained (PEFT saves only complete modules), or the name of
+            another module ends with the name of a trained module (PEFT would also copy the other module).
     """
-    trained_names = {name for path in fully_trained for name in weights[path].names}
-    modules = sorted({name.rpartition(".")[0] for name in trained_names})
+    trained_names = {name: path for path in fully_trained for name in weights[path].names}
+    candidates = {*heads, *(name.rpartition(".")[0] for name in trained_names)}
+    modules: dict[str, str] = {}  # with the path of one of its parameters
+    for name, path in trained_names.items():
+        modules.setdefault(next(module for module in _modules_of(name) if module in candidates), path)
+    other_modules: dict[str, str] = {}
+    trained_paths = set(fully_trained)
     for weight in weights.values():
-        for name in weight.names:
-            if name.rpartition(".")[0] in modules and name not in trained_names:
+        for name in (*weight.names, *weight.tied_names):
+            module = next((module for module in _modules_of(name) if module in modules), None)
+            if module is not None and weight.path not in trained_paths:
                 raise ValueError(
-                    f"{weight.path} ({name}) is not trained, but another parameter of its module is: PEFT saves only "
-                    "complete modules, so LoRA.full_training_patterns must select both"
+                    f"{weight.path} ({name}) is not trained in full, but {modules[module]} is, which belongs to the "
+                    f"same module ({module or 'the whole model'}): PEFT saves only complete modules, so "
+                    "LoRA.full_training_patterns must select all parameters of the module, or none"
                 )
-    return modules
+            for module in _modules_of(name):
+                if module not in modules:
+                    other_modules.setdefault(module, weight.path)
+    for other, path in other_modules.items():
+        module = next((end for end in (other[i:] for i in range(1, len(other))) if end in modules), None)
+        if module is not None:
+            raise ValueError(
+                f"{modules[module]} ({module}) is trained in full, so PEFT would also copy {path} ({other}), because "
+                "PEFT compares only the ends of module names: LoRA.full_training_patterns must select both, or not "
+                f"select {modules[module]}"
+            )
+    return sorted(modules)
+
+
+def _modules_of(name: str) -> list[str]:
+    """The names of the modules that contain a tensor, from the whole model (``""``) to the module of the tensor."""
+    parts = name.split(".")
+    return [".".join(parts[:number]) for number in range(len(parts))]

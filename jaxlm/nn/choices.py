@@ -263,6 +263,41 @@ def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "ch
     return "pallas" if sharding.platform() == "tpu" and unsupported is None else "chunked"
 
 
+MAX_LOOP_STATE = 2**16
+"""Maximum number of entries B * H * K * V of the state of a ``linear_attention`` that runs as a loop over steps.
+
+Time in ms without a gradient, loop / chunks (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 4; one decay per head, or one
+per channel of the keys):
+
+    B  T     H   K    V      entries    per head         per channel      generalized_delta_rule
+    1  64    4   64   64     2**14      0.14 / 0.25      0.18 / 0.31      0.29 / 0.73
+    8  256   4   32   32     2**15      3.6 / 2.9        4.4 / 5.7        3.4 / 9.8
+    1  1024  8   64   64     2**15      3.6 / 5.1        4.4 / 9.2        6.9 / 20.3
+    2  1024  8   64   64     2**16      8.9 / 10.7       10.7 / 15.9      15.4 / 29.8
+    8  256   8   64   64     2**18      14.2 / 11.5      15.0 / 16.3      18.0 / 27.8
+    1  1024  16  128  128    2**18      47.5 / 38.5      56.6 / 48.6      76.0 / 102.1
+    8  512   16  64   128    2**20      103 / 119        111 / 137        159 / 214
+"""
+
+
+def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool) -> bool:
+    """Whether ``linear_attention`` runs as a loop over steps if it is not differentiated.
+
+    Args:
+        key_width: K.
+        state_size: B * H * K * V.
+        per_channel: whether there is one decay per channel, not one per head.
+    """
+    if sharding.platform() != "cpu":
+        return False
+    return per_channel or (key_width >= 64 and state_size <= MAX_LOOP_STATE)
+
+
+def generalized_loops_without_gradient() -> bool:
+    """Whether ``generalized_delta_rule`` runs as a loop over steps if it is not differentiated."""
+    return sharding.platform() == "cpu"
+
+
 def kernel_chunk(steps: int) -> int:
     """The number of steps of a chunk of the TPU kernels of ``linear_attention`` and ``gated_delta_rule``."""
     return min(LINEAR_ATTENTION_CHUNK_ACCELERATOR, steps + -steps % 16)

@@ -123,10 +123,65 @@ def test_fully_trained_modules_are_saved(tmp_path):
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     assert tensors["base_model.model.classifier.weight"].shape == (2, 32)
-    partial_lora = LoRA(2, full_training_patterns=("classifier/weight",))
-    trained = random_adapter(model, partial_lora)
-    with pytest.raises(ValueError, match=r"classifier/bias \(classifier.bias\) is not trained, but another parameter"):
-        save_adapter(tmp_path, model, partial_lora, trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "pattern", "message"),
+    [
+        (
+            "bert",
+            {"task": "classification"},
+            "classifier/weight",
+            r"classifier/bias \(classifier.bias\) is not trained in full, but classifier/weight is, which",
+        ),
+        (  # a module with a submodule
+            "xlnet",
+            {},
+            "attention/",
+            r"attention_norm/bias \(.*\) is not trained in full, but .*same module \(transformer.layer.0.rel_attn\)",
+        ),
+        ("xlnet", {}, "^mask_embedding$", r"but mask_embedding is, which belongs to the same module \(transformer\)"),
+        ("xlnet", {"task": "none"}, "^mask_embedding$", r"but mask_embedding is, .* same module \(the whole model\)"),
+        (
+            "bert",
+            {},
+            "^masked/",
+            r"token_embedding \(cls.predictions.decoder.weight\) is not trained in full, but masked",
+        ),
+        (  # PEFT compares the ends of names
+            "llama-tiny",
+            {"task": "none"},
+            "^final_norm",
+            r"final_norm/scale \(norm\) is trained in full, so PEFT would also copy layers/attention_norm/scale",
+        ),
+    ],
+)
+def test_only_complete_modules_can_be_trained_in_full(name, overrides, pattern, message, tmp_path):
+    model, lora = tiny_model(name, **overrides), LoRA(2, targets=("mlp/",), full_training_patterns=(pattern,))
+    trained = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), lora.specs(model.specs))
+    with pytest.raises(ValueError, match=message):
+        save_adapter(tmp_path, model, lora, trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "patterns", "modules", "task_type"),
+    [
+        ("roberta", {"task": "classification"}, ("^classifier",), ["classifier"], "SEQ_CLS"),
+        ("roberta", {"task": "classification"}, ("^classifier/",), ["classifier.out_proj"], None),
+        ("xlnet", {"task": "classification"}, ("^classifier/",), ["logits_proj"], "SEQ_CLS"),
+        ("xlnet", {}, ("attention",), ["transformer.layer.0.rel_attn", "transformer.layer.1.rel_attn"], None),
+        ("bert", {"task": "none", "next_sentence": True}, (), None, None),
+    ],
+)
+def test_modules_and_task_type_of_heads_and_nested_modules(name, overrides, patterns, modules, task_type, tmp_path):
+    """PEFT adds some heads to ``modules_to_save`` itself, and saves a module with its submodules."""
+    model, lora = tiny_model(name, **overrides), LoRA(2, targets=("mlp/",), full_training_patterns=patterns)
+    trained = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), lora.specs(model.specs))
+    save_adapter(tmp_path, model, lora, trained)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["task_type"]) == (modules, task_type)
+    base_names = {name.split(".")[2] for name in load_file(tmp_path / "adapter_model.safetensors") if "lora_" in name}
+    assert base_names == {"transformer" if name == "xlnet" else name}  # the prefix of classes with a head
 
 
 @pytest.mark.parametrize(
@@ -183,6 +238,7 @@ def test_factors_in_half_precision_become_float32(tmp_path):
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported: it changes the base"),
         ({"r": 0}, "r=0 must be at least 1"),
+        ({"lora_alpha": 0}, "adapter_config.json: lora_alpha=0 must be positive"),
         ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* require \[8, 32\]"),
     ],
 )

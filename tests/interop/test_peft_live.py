@@ -14,7 +14,7 @@ from jaxlm.adapt import LoRA
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.interop.peft import load_adapter, save_adapter
 from jaxlm.models import Model
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import relative_error, tiny_model
 
 pytestmark = pytest.mark.live
 
@@ -150,6 +150,46 @@ def test_peft_loads_an_adapter_without_a_trained_head(tmp_path: Path) -> None:
     expected = torch_outputs(base, tokens)
     reloaded_model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter2").eval()
     assert relative_error(torch_outputs(reloaded_model, tokens), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "lora"),
+    [
+        ("bert", {"task": "none", "next_sentence": True}, LoRA(2)),
+        ("xlnet", {}, LoRA(2, targets=("mlp/",), full_training_patterns=("attention",))),
+        ("xlnet", {"task": "classification"}, LoRA(2, targets=("mlp/",))),
+        ("llama-tiny", {"task": "none"}, LoRA(2, full_training_patterns=("norm",))),
+        ("roberta", {"task": "classification"}, LoRA(2, full_training_patterns=("^classifier",))),
+        (
+            "roberta",
+            {"task": "classification"},
+            LoRA(2, targets=("^classifier_dense/weight",), full_training_patterns=("^classifier/",)),
+        ),
+    ],
+)
+def test_adapters_of_jaxlm_have_the_same_effect_in_peft(
+    name: str, overrides: dict[str, Any], lora: LoRA, tmp_path: Path
+) -> None:
+    """PEFT ignores tensors with unknown names. So the test compares outputs with those of the merged model."""
+    import peft
+    import transformers
+
+    model = tiny_model(name, **overrides)
+    random = np.random.default_rng(0)
+    params, trained = jax.tree.map(
+        lambda leaf: 0.3 * random.standard_normal(leaf.shape, np.float32), (model.specs, lora.specs(model.specs))
+    )
+    save_adapter(tmp_path / "adapter", model, lora, trained)
+    save_pretrained(tmp_path / "base", model, params)
+    save_pretrained(tmp_path / "merged", model, lora.merge(trained, lora.frozen(model.specs, params)))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    architecture = getattr(transformers, config["architectures"][0])
+    tokens = random.integers(1, 50, (2, 7)).astype(np.int32)
+    base = architecture.from_pretrained(tmp_path / "base").eval()
+    expected = torch_outputs(architecture.from_pretrained(tmp_path / "merged").eval(), tokens)
+    assert relative_error(torch_outputs(base, tokens), expected) > 1e-2  # the adapter changes the outputs
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert relative_error(torch_outputs(adapted, tokens), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

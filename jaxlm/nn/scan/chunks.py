@@ -53,15 +53,32 @@ def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV
     return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
 
 
-def scan_chunks(run_chunk: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array, chunk: int) -> Any:
+def scan_chunks(
+    run_chunk: Callable[..., Any],
+    inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array,
+    chunk: int,
+    step: Callable[..., Any] | None = None,
+) -> Any:
     """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk.
 
     The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays. So only
     the inputs and the state before each chunk are saved.
+
+    Args:
+        step: if not None, a call that is not differentiated is ``scan_steps(step, ...)`` instead.
     """
-    recomputed, chunks = jax.checkpoint(run_chunk, prevent_cse=False), split_into_chunks(inputs, chunk)
-    last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
-    return join_chunks(out_CBHLV, inputs[0].shape[1]), last_BHKV
+
+    def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
+        recomputed, chunks = jax.checkpoint(run_chunk, prevent_cse=False), split_into_chunks(inputs, chunk)
+        last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
+        return join_chunks(out_CBHLV, inputs[0].shape[1]), last_BHKV
+
+    if step is None:
+        return run(inputs, state_BHKV)
+    forward = jax.custom_jvp(lambda inputs, state_BHKV: scan_steps(step, inputs, state_BHKV))
+    forward.defjvp(lambda primals, tangents: jax.jvp(run, primals, tangents))
+    return forward(tuple(inputs), state_BHKV)
 
 
 def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:

@@ -138,6 +138,7 @@ def generalized_delta_rule(
         a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the key with which the step adds this value to the state.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
+            On a CPU, ``implementation=None`` is ``reference`` without a gradient and ``chunked`` with one.
 
     Raises:
         ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, or an
@@ -153,6 +154,7 @@ def generalized_delta_rule(
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
+    loops = implementation is None and chunk is None and choices.generalized_loops_without_gradient()
     implementation = choose_implementation(
         "generalized_delta_rule", implementation, query_BTHK.shape[1], chunk, "does not support the generalized rule"
     )
@@ -165,7 +167,8 @@ def generalized_delta_rule(
     )
     if implementation == "reference":
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV)
-    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk or choices.generalized_delta_rule_chunk())
+    chunk = chunk or choices.generalized_delta_rule_chunk()
+    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk, _generalized_step if loops else None)
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:

@@ -63,6 +63,7 @@ def linear_attention(
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
             of a chunk, and the result is accurate for all decays. ``pallas`` is a TPU kernel that computes chunks, for
             one decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
+            On a CPU, this can be ``reference`` without a gradient and ``chunked`` with one.
 
     Raises:
         ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
@@ -80,6 +81,7 @@ def linear_attention(
     T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
     per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
     unsupported = per_channel or unsupported_reason(query_BTGK, value_BTHV)
+    is_default = implementation is None and chunk is None
     implementation = choose_implementation("linear_attention", implementation, T, chunk, unsupported)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE
@@ -103,7 +105,11 @@ def linear_attention(
     inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
         return scan_steps(_log_step, inputs, state_BHKV)
-    return scan_chunks(_chunk, inputs, state_BHKV, chunk or choices.linear_attention_chunk())
+    loops = is_default and choices.loops_without_gradient(
+        query_BTGK.shape[3], state_BHKV.size, per_channel=log_decay.ndim == 4
+    )
+    chunk = chunk or choices.linear_attention_chunk()
+    return scan_chunks(_chunk, inputs, state_BHKV, chunk, _log_step if loops else None)
 
 
 def choose_implementation(

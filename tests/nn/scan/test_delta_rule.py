@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.testing.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
 IMPLEMENTATIONS = ("reference", "chunked")
@@ -239,6 +239,14 @@ def test_a_long_text_with_the_decays_and_rates_of_rwkv7_keeps_its_precision():
     )
     assert np.abs(reference).max() < 200
     assert relative_error(chunked, reference) < 1e-5
+
+
+def test_the_default_is_a_loop_without_a_gradient_and_chunks_with_one():
+    arguments = arrays("generalized")
+    rule = RULES["generalized"]
+    run = {name: jax.jit(functools.partial(rule, implementation=name)) for name in (None, "reference", "chunked")}
+    assert_trees_equal(run[None](*arguments), run["reference"](*arguments))
+    assert_trees_equal(results(rule, arguments), results(rule, arguments, implementation="chunked"))
 
 
 @every_rule

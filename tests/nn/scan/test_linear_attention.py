@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.scan import linear_attention, linear_attention_step
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.testing.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
 DECAYS = ("head", "channel", "grouped")
@@ -189,6 +189,17 @@ def test_the_gradient_of_a_strong_decay_is_accurate(log_decay, decay):
             )
         )
         assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
+
+
+def test_the_default_is_a_loop_without_a_gradient_and_chunks_with_one():
+    arguments = arrays("channel")
+    rule = linear_attention
+    run = {name: jax.jit(functools.partial(rule, implementation=name)) for name in (None, "reference", "chunked")}
+    assert_trees_equal(run[None](*arguments), run["reference"](*arguments))
+    assert_trees_equal(results(rule, arguments), results(rule, arguments, implementation="chunked"))
+    tangents = jax.tree.map(np.ones_like, tuple(arguments))
+    forward_mode = jax.jit(lambda name: jax.jvp(run[name], tuple(arguments), tangents), static_argnums=0)
+    assert_trees_equal(forward_mode(None), forward_mode("chunked"))
 
 
 def test_only_inputs_and_one_state_per_chunk_are_saved():
