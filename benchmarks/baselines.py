@@ -1,4 +1,4 @@
-"""Functions that all compared implementations share, and ``Machine``, which measures the peak performance.
+"""Functions that the JAX or the torch implementations share, and ``Machine``, which measures the peak performance.
 
 An implementation (``worker.Implementation``) is set up as the documentation of its framework recommends, in float32. It
 imports only its own framework. ``training_baselines`` and ``decoding_baselines`` read the checkpoint that
@@ -90,7 +90,7 @@ class Machine(Implementation):
             "family": model.family,
             "parameters": model.num_parameters,
             "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
-            "decoded_bytes": 4 * complete_models.num_decoding_parameters(model),
+            "weight_bytes_per_step": 4 * complete_models.num_decoding_parameters(model),
             "vocab_size": model.config.vocab_size,
         }
         if model.family in complete_models.SIZES:
@@ -104,6 +104,7 @@ class Machine(Implementation):
         return properties
 
     def run(self) -> dict[str, float]:
+        """The peaks per second, by the unit of ``shapes.Work``."""
         return {
             "FLOP": 2 * GEMM_SIZE**3 / self._fastest(lambda: self.matmul(self.x, self.x)),
             "B": 2 * COPY_BYTES / self._fastest(self._copy),

@@ -198,6 +198,7 @@ def _conditions(measurements: Sequence[Measurement]) -> str:
     machines = {row.file: row.machine for row in measurements}
     for file, machine in sorted(machines.items(), key=lambda item: str(item[1]["time"]), reverse=True):
         limits = machine.get("peaks", machine.get("roofs", ""))  # the key of older files is "roofs"
+        limits = limits.replace("beside each row", "measured for each row, see the file")  # text of older files
         commit = str(machine.get("commit") or "").replace("+changes", " with changes")
         short_commit = re.sub(r"^(\w{10})\w+", r"\1", commit)
         lines.append([file, machine["time"], machine["load"], limits, machine["versions"], short_commit])

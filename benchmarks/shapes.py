@@ -167,7 +167,11 @@ QUICK_DECODING = Decoding(batch="2", prompt="8", tokens=16)
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one repetition: ``amount`` in ``unit``, computed by ``formula``, for ``tokens`` tokens."""
+    """The work of one repetition: ``amount`` in ``unit``, computed by ``formula``, for ``tokens`` tokens.
+
+    The units are "FLOP"; "B", bytes that are read and written (the peak is that of a copy); and "B read", bytes that
+    are only read (the peak is that of a read). Result files contain these names.
+    """
 
     tokens: int
     amount: float
@@ -186,7 +190,7 @@ def training_work(pass_name: str, model: dict[str, Any]) -> Work:
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
     """Bytes that decoding must read: the parameters of all matmuls, once per step. All rows share one read."""
     formula = "bytes of the parameters of matmuls (without encoder) * new tokens per row; the time includes the prompt"
-    return Work(batch * tokens, model["decoded_bytes"] * tokens, "B read", formula)
+    return Work(batch * tokens, model["weight_bytes_per_step"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:

@@ -30,7 +30,7 @@ PAGES = Path(__file__).parent / "families"
 COMMAND = "python docs/make_family_pages.py"
 PART = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 MAX_DEFAULT = 60
-"""Maximum number of characters of a default value in a table. A longer tuple is shortened."""
+"""A tuple with more characters than this is shortened in a table. Other default values are never shortened."""
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -67,7 +67,11 @@ def default_text(value: Any) -> str:
 
 
 def field_rows(config: type, *, shared: bool) -> list[tuple[str, ...]]:
-    """Rows with the fields of a config: those of the classes in ``jaxlm.models.common``, or the others."""
+    """Rows with fields of a config.
+
+    Args:
+        shared: True: the fields that the classes in ``jaxlm.models.common`` define. False: all other fields.
+    """
     return [
         (f"`{name}`", default_text(default), text.replace("``", "`"))
         for owner, name, default, text in fields(config)

@@ -1,6 +1,6 @@
 """Train a summarizer from scratch: an RNN with a copy mechanism, or a Transformer with the architecture of T5.
 
-    python -m experiments.summarization        docstrings of installed packages to their first paragraphs, 6 minutes
+    python -m experiments.summarization        summarizes docstrings of installed packages; 6 minutes
 
 The next commands summarize descriptions of Debian packages (docs/tasks/summarization.md describes how to get the file):
 
@@ -43,11 +43,11 @@ from jaxlm.training.recipes import RECIPES
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The file of texts with summaries, and its splits. A group is a set of similar texts."""
+    """The file of texts with summaries, and its splits. A group has the texts of one project, and similar texts."""
 
     file: Path | None = None
     """Output of apt-cache show, or .jsonl with the keys text, summary and, optionally, package (also .gz); None:
-    docstrings of the installed packages."""
+    docstrings of the installed packages; the summary is the first paragraph."""
     validation_fraction: float = 0.03
     """Fraction of the groups for validation, which selects the best weights."""
     test_fraction: float = 0.04
@@ -65,7 +65,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
     """The model: attention_rnn or t5."""
     training: TrainingConfig = TrainingConfig()
-    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets have more pairs."""
+    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets may have more."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
@@ -186,10 +186,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
     training, validation, test = (part for part, _ in shortened)
     counts = {"rejected lines": len(examples.rejected), "truncated texts": [number for _, number in shortened]}
-    source = Bucketed(
+    training_batches = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
-    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    config = lib.with_epochs(config, experiment.epochs, training_batches.steps_per_epoch)
     seq2seq.check_sources(test, tokenizer)
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))
@@ -197,12 +197,13 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     directory = lib.prepare_run(
         "summarization", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip
+    truncated = ", ".join(f"{n} {part}" for (_, n), part in zip(shortened, ("training", "validation", "test")))
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
-        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {counts['truncated texts']}) · "
-        f"{source.describe()} · {config.steps:,} steps · {directory}"
+        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {truncated}) · "
+        f"{training_batches.describe()} · {config.steps:,} steps · {directory}"
     )
-    data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
+    data = Batches(training_batches, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, model, result, tokenizer):
         summarize(directory, experiment, model, result, tokenizer, test, start_time, counts)

@@ -82,7 +82,8 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
         if name not in values and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{where} lacks the {'field' if len(missing) == 1 else 'fields'} {names}")
     return kind(**{name: _parse_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

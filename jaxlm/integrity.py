@@ -67,8 +67,9 @@ def remove_checksums(directory: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
-    """A context manager with a temporary directory inside ``directory``, for new files before :func:`install_files`.
+    """A context manager that creates a temporary directory inside ``directory``.
 
+    Write new files to the temporary directory. Then call :func:`install_files` inside the context.
     ``directory`` is created if it does not exist. The temporary directory is removed at the end, even after an error.
     Temporary directories of killed processes are removed at the start. Only one process at a time may write to
     ``directory``.
@@ -120,14 +121,15 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
 
 
 @contextlib.contextmanager
-def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
+def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
     Errors of missing permissions and of files above a size limit also get such a message. All other errors are raised
     unchanged, including those that an inner context manager of this function has explained.
 
     Args:
-        unchanged: the part of the message that says which files are valid, such as "the previous files are unchanged".
+        state_of_files: the part of the message that says which files changed and which did not, such as "the previous
+            files are unchanged".
 
     Raises:
         OSError: an error with the same ``errno`` (a ``PermissionError`` if a permission is missing). Its message is one
@@ -145,13 +147,13 @@ def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
         if error_number in _DISK_FULL:
             free = _format_bytes(shutil.disk_usage(_nearest_existing(directory)).free)
             reason = f"{os.strerror(error_number)}, {free} free"
-            message = f"the disk of {directory} is full ({reason}): {unchanged}. Free some space and try again"
+            message = f"the disk of {directory} is full ({reason}): {state_of_files}. Free some space and try again"
         elif error_number in _NOT_WRITABLE:
-            message = f"{directory} is not writable ({error}): {unchanged}. Change its permissions and try again"
+            message = f"{directory} is not writable ({error}): {state_of_files}. Change its permissions and try again"
         elif error_number == errno.EFBIG:
             message = (
-                f"a file in {directory} would be larger than the limit ({os.strerror(error_number)}): {unchanged}. "
-                "Raise the limit (ulimit -f, or the limit of the file system) and try again"
+                f"a file in {directory} would be larger than the limit ({os.strerror(error_number)}): {state_of_files}"
+                ". Raise the limit (ulimit -f, or the limit of the file system) and try again"
             )
         else:
             raise

@@ -207,6 +207,28 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+THREEFRY = "threefry2x32"
+
+
+def typed_key(key: jax.Array) -> jax.Array:
+    """A key of ``jax.random.PRNGKey`` as a key of ``jax.random.key``. A key of ``jax.random.key`` is unchanged."""
+    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def threefry_keys(keys: jax.Array) -> jax.Array:
+    """Threefry keys, each drawn from one of ``keys`` (one key, or [B]). Threefry keys are returned unchanged.
+
+    Under ``vmap``, the other implementations (rbg) draw all rows from one key, so a draw depends on the other rows.
+    """
+    if jax.random.key_impl(keys) == THREEFRY:
+        return keys
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=THREEFRY)
+
+    return draw(keys) if keys.ndim == 0 else jax.lax.map(draw, keys)
+
+
 # ------------------------------------------------------------------------------- layers, arrays, shapes, masks
 
 
@@ -304,6 +326,9 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     leaf do not depend on other leaves, on the number of layers, or on their layout (stacked or per-layer). Under jit
     with ``out_shardings``, the values do not depend on the number of devices.
 
+    Args:
+        key: a key of any implementation. Keys that are not threefry are replaced by threefry keys drawn from them.
+
     Raises:
         ValueError: ``key`` is None and a leaf has an initializer other than ``Constant``.
     """
@@ -313,7 +338,7 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     if random_specs and key is None:
         name, spec = next(iter(random_specs.items()))
         raise ValueError(f"{name!r} has the initializer {spec.init}, which needs a key: pass e.g. jax.random.key(0)")
-    drawn = _draw(random_specs, key) if random_specs else {}
+    drawn = {} if not random_specs or key is None else _draw(random_specs, threefry_keys(typed_key(key)))
     leaves = [
         spec.init(None, spec.shape, spec.dtype) if isinstance(spec.init, Constant) else drawn[path_name(path)]
         for path, spec in named_specs
@@ -329,7 +354,7 @@ smaller than with one operation per array. Each larger array is drawn in its own
 """
 
 
-def _draw(specs: dict[str, ArraySpec], key: jax.Array | None) -> dict[str, jax.Array]:
+def _draw(specs: dict[str, ArraySpec], key: jax.Array) -> dict[str, jax.Array]:
     """The initial values ``{path name: array}`` of ``{path name: spec}``; no initializer is a ``Constant``."""
     groups: dict[Any, list[str]] = {}
     for name, spec in specs.items():
@@ -348,7 +373,7 @@ def _draw(specs: dict[str, ArraySpec], key: jax.Array | None) -> dict[str, jax.A
     return drawn
 
 
-def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
+def _leaf_keys(specs: dict[str, ArraySpec], key: jax.Array) -> jax.Array:
     """One array with the random keys of all leaves in order. A stacked leaf has one key per layer, any other leaf
     one key."""
     hashes: list[int] = []

@@ -51,7 +51,7 @@ def test_errors_name_unknown_and_missing_fields(tmp_path):
     class Strict:
         needed: int
 
-    with pytest.raises(ValueError, match="config lacks needed"):
+    with pytest.raises(ValueError, match="config lacks the field 'needed'"):
         config_lib.from_json(Strict, {})
 
 
@@ -105,7 +105,7 @@ def test_get_model_rejects_values_of_the_wrong_type():
 def test_numpy_scalars_are_saved_as_numbers():
     config = get_model("gpt2-tiny", vocab_size=np.int64(200), norm_epsilon=np.float32(0.5)).config
     assert (type(config.vocab_size), type(config.norm_epsilon)) == (int, float), (
-        "Hugging Face formats contain the values"
+        "NumPy scalars must become int and float, because config.json of Hugging Face formats contains them"
     )
     written = config_lib.to_json(Outer(config, rate=np.float32(0.25), pairs=((np.int32(1), None),)))
     assert (written["model"]["vocab_size"], written["rate"], written["pairs"]) == (200, 0.25, [[1, None]])
@@ -211,7 +211,7 @@ def test_help_explains_every_option(capsys):
     assert "--resume" in text
 
 
-@pytest.mark.plain_cases(6)
+@pytest.mark.plain_cases(6)  # a run of the default tests has only 6 of the cases
 @pytest.mark.parametrize("name", TINY)
 def test_a_family_refuses_unknown_values_of_choices(name):
     config = get_model(name).config

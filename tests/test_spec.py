@@ -66,7 +66,8 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_the_number_of_layers():
     assert len({np.asarray(row).tobytes() for row in seven}) == 7
 
 
-def test_layers_have_the_same_values_in_both_layouts():
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_layers_have_the_same_values_in_both_layouts(implementation):
     layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0)), "b": ArraySpec((6,), ("mlp",), ONES)}
     stacked, per_layer = (
         {"encoder": {"layers": spec.layers([layer] * 3, stacked=is_stacked)}, "table": layer["w"]}
@@ -74,9 +75,15 @@ def test_layers_have_the_same_values_in_both_layouts():
     )
     assert spec.unstack(stacked) == per_layer
     assert spec.restack(per_layer) == stacked
-    values = [spec.init(specs, jax.random.key(4)) for specs in (stacked, per_layer)]
+    key = jax.random.key(4, impl=implementation)
+    values = [spec.init(specs, key) for specs in (stacked, per_layer)]
     assert_trees_equal(spec.unstack(values[0]), values[1])
     assert spec.count(stacked) == spec.count(per_layer)
+
+
+def test_raw_keys_give_the_same_values_as_typed_keys():
+    specs = {"a": ArraySpec((2,), (None,), Normal(1.0)), "b": ArraySpec((3,), (None,), Normal(1.0))}
+    assert_trees_equal(spec.init(specs, jax.random.PRNGKey(3)), spec.init(specs, jax.random.key(3)))
 
 
 def test_stacked_layers_must_be_equal():

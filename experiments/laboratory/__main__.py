@@ -1,4 +1,4 @@
-"""Train models of many families on published experiments, and compare the results with the published claims.
+"""Repeat published experiments with models of many families, and compare the results with the published claims.
 
     python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
     python -m experiments.laboratory recall --model gpt mamba2    some models

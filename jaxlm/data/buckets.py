@@ -229,11 +229,11 @@ class Bucketed:
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0
         for example in self.examples:
-            for value in map(np.asarray, example.values()):
+            for name, value in ((name, np.asarray(value)) for name, value in example.items()):
                 # Integers are converted to int64, so that equal integers of different dtypes have equal checksums.
                 # Floats are converted to float64, because integers would truncate their fractions.
                 value = value.astype("<f8" if value.dtype.kind == "f" else "<i8")
-                checksum = zlib.crc32(value.tobytes(), checksum)
+                checksum = zlib.crc32(f"{name} {value.shape}".encode() + value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:

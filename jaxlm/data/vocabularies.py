@@ -169,6 +169,8 @@ def _check(
         raise TypeError("texts must be an iterable of strings, got one string: pass [text] or text.splitlines()")
     if isinstance(extra_tokens, str):
         raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
+    if "" in extra_tokens:
+        raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: leave it out")
     if min_frequency < 1:
         raise ValueError(f"min_frequency={min_frequency} must be at least 1")
     if min_frequency > 1 and kind == "unigram":

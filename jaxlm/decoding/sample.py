@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxlm import spec
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_prompts, check_sharding, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
@@ -78,7 +79,6 @@ class Sampling:
             )
 
 
-THREEFRY = "threefry2x32"
 """JAX's default implementation of random keys."""
 
 GREEDY = Sampling(temperature=0.0)
@@ -348,9 +348,7 @@ def settings_of(
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
     """Random keys [B]: ``key`` folded with the number of each row."""
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a raw key, from jax.random.PRNGKey
-    key = _threefry_keys(key)
+    key = spec.threefry_keys(spec.typed_key(key))
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 
@@ -359,21 +357,7 @@ def keys_of_rows(settings: Settings, key: jax.Array | None, batch: int) -> jax.A
     if settings.sampling.temperature == 0.0:
         return None
     assert key is not None
-    return _threefry_keys(key) if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
-
-
-def _threefry_keys(keys: jax.Array) -> jax.Array:
-    """Threefry keys, each drawn from one of ``keys`` (one key, or [B]). Threefry keys are returned unchanged.
-
-    Under ``vmap``, the other implementations (rbg) draw all rows from one key, so a draw depends on the other rows.
-    """
-    if jax.random.key_impl(keys) == THREEFRY:
-        return keys
-
-    def draw(key: jax.Array) -> jax.Array:
-        return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=THREEFRY)
-
-    return draw(keys) if keys.ndim == 0 else jax.lax.map(draw, keys)
+    return spec.threefry_keys(key) if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
 
 
 def _has_row_keys(key: jax.Array) -> bool:

@@ -169,7 +169,7 @@ def _token_scores(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     *,
-    sharding: Sharding | None,  # only a jit cache key: `constrain` reads the active sharding
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[TokenScores, jax.Array]:
     """The scores [B, T - 1], and whether the logits of each row are finite, bool [B]."""
     input_segments_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]

@@ -97,7 +97,7 @@ def _read_sources(
     segment_ids_BS: jax.Array,
     *,
     length: int,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> Any:
     return model.init_decode_state(params, source_BS, length, segment_ids=segment_ids_BS)
 

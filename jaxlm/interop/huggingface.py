@@ -78,8 +78,9 @@ def load_pretrained(
     parameters that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not
     loaded. ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the
     tensors that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain
-    exactly the tensors of the model. They may also contain copies of tied tensors, which must be equal, and tensors
-    that are not parameters, such as masks in old files.
+    exactly the tensors of the model. They may also contain copies of tied tensors, which must be equal, tensors
+    that are not parameters, such as masks in old files, and a pooler or a next-sentence head that the model does not
+    have (many published files of BERT and RoBERTa), which are not loaded.
 
     Apart from the result, host memory holds only one loaded parameter at a time (all layers of a stacked parameter),
     and the initialised parameters.
@@ -447,7 +448,8 @@ class _Match:
     Attributes:
         locations: the locations of the parameters that the files contain, by path.
         initialized: paths of the parameters that the files do not contain.
-        unused: names of the tensors that belong only to another head; empty unless the overrides select a head.
+        unused: names of the tensors of a pooler or a next-sentence head that the model does not have, and, if the
+            overrides select a head, of the tensors that belong only to another head.
     """
 
     locations: dict[str, Location]
@@ -498,7 +500,10 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
         removed = name in stored_path_of and stored_path_of[name] not in locations
         return outside_base_model or name in table.tied_tensors or removed
 
-    unused = [name for name in extra if stored and belongs_to_another_head(name)]
+    # Published files of BERT and RoBERTa contain these parts also for classes that do not use them.
+    optional = {prefix + name for path, name in table.tensors.items() if path.startswith("pooler/")}
+    optional |= {name for path, name in table.unprefixed_tensors.items() if path.startswith("next_sentence/")}
+    unused = [name for name in extra if name in optional or (stored and belongs_to_another_head(name))]
     actual = {name: tensor for name, tensor in tensors.items() if name in expected}
     actual |= {name: tensor for name, tensor in extra.items() if name not in unused}
     spec.require_same(expected, actual, f"the tensors in {directory} and its {CONFIG}", dtypes=False)

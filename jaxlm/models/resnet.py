@@ -77,11 +77,12 @@ class Config(common.ModelConfig):
             raise ValueError(f"blocks={self.blocks} must give at least one block for each group")
         if not 0.0 < self.norm_momentum <= 1.0:
             raise ValueError(f"norm_momentum={self.norm_momentum} must be in (0, 1]")
-        halvings = 2 ** (len(self.blocks) - 1)
-        if self.max_positions % halvings or self.max_positions // halvings < self.k_max:
+        length_divisor = 2 ** (len(self.blocks) - 1)
+        if self.max_positions % length_divisor or self.max_positions // length_divisor < self.k_max:
             raise ValueError(
-                f"max_positions={self.max_positions} must be a multiple of {halvings} (it is halved between the "
-                f"{len(self.blocks)} groups of blocks) and at least {halvings} * k_max = {halvings * self.k_max}"
+                f"max_positions={self.max_positions} must be a multiple of {length_divisor} (it is halved between the "
+                f"{len(self.blocks)} groups of blocks) and at least {length_divisor} * k_max = "
+                f"{length_divisor * self.k_max}"
             )
 
 
@@ -99,10 +100,11 @@ def apply(
     S is ``max_positions / 2 ** (len(blocks) - 1)``, for every T.
 
     Args:
-        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN. In
-            training, it gives NaN for the whole batch and the running statistics.
+        tokens: [B, T] integer ids, T at most ``max_positions``. A row with an id outside the vocabulary gives NaN. In
+            training, such a row gives NaN for the whole batch and for the running statistics.
         state: None; the model has no state.
-        segment_ids: [B, T] int32, 0 for padding. A row with several documents gives NaN. Default: no padding.
+        segment_ids: [B, T] int32, 0 for padding. A row with several documents gives NaN. In training, such a row gives
+            NaN for the whole batch and for the running statistics. Default: no padding.
         key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the
             statistics of the batch. The second output ``{"statistics": ...}`` then contains the updated running
             statistics, which the caller writes into ``params``.
@@ -227,7 +229,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 LIMITED_CONTEXT = True
-"""An output position need not depend on all tokens of the text."""
+"""Convolutions read only nearby tokens, so the contract tests do not expect that every output position depends on every
+token."""
 
 VARIANTS = {
     "vdcnn-9": Config(blocks=(1, 1, 1, 1)),

@@ -293,7 +293,7 @@ def _best_id_and_rank(
     segment_ids_BT: jax.Array,
     *,
     vocab_size: int,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[jax.Array, jax.Array]:
     """The model's most probable id for each token after the first, and the token's rank; both int32 [B, T - 1].
 

@@ -352,7 +352,7 @@ def _last_logits(
     segment_ids_BT: jax.Array,
     *,
     start_id: int | None,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> jax.Array:
     """The logits [B, V] of the token that follows each row."""
     if model.reads_source:

@@ -515,7 +515,7 @@ def _label_probabilities(
     *,
     pool: bool,
     independent: bool,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[jax.Array, jax.Array]:
     """The label probabilities, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)

@@ -4,7 +4,7 @@ A long context is split into overlapping windows. Each window also has the whole
 4.2). If a window does not contain the whole answer, its target is "no answer": the span of only the classifier token
 (``[CLS]`` for BERT, ``<cls>`` for XLNet), or of only the first token if the tokenizer has no classifier token.
 
-Shapes: N questions, W windows, B batch rows, T time.
+Shapes: W windows, B batch rows, T time, D model width.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def answer(
             contexts differ; a question or context has no tokens, or ids or token types that the model does not have;
             ``max_length`` is below 1, exceeds the model's positions or is too small for a question; ``stride`` is
             negative or not below ``max_length``; or ``max_answer_tokens`` is below 1.
-        NotFiniteError: logits are not finite. The message names the questions and the parameters that are not finite.
+        NotFiniteError: logits are not finite. The message names the questions with such logits, and the parameters
+            that are not finite.
 
     Example:
         >>> answer(model, params, tokenizer, ["Who has it?"], ["Mary took the ball."])[0].text   # doctest: +SKIP
@@ -234,15 +235,15 @@ def answer(
         windows += new_windows
         question_numbers += [number] * len(new_windows)
     with rename_rows_in_errors("question", question_numbers):
-        spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
+        spans, span_logits, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
     best_windows = np.full(len(questions), -1)
     no_answer_logits = np.full(len(questions), np.inf)
     for index, number in enumerate(question_numbers):
         no_answer_logits[number] = min(no_answer_logits[number], no_answer[index])
-        if best_windows[number] < 0 or scores[index] > scores[best_windows[number]]:
+        if best_windows[number] < 0 or span_logits[index] > span_logits[best_windows[number]]:
             best_windows[number] = index
     return [
-        _answer(windows[index], spans[index], float(scores[index] - no_answer_logit), context, no_answer_threshold)
+        _answer(windows[index], spans[index], float(span_logits[index] - no_answer_logit), context, no_answer_threshold)
         for index, no_answer_logit, context in zip(
             best_windows.tolist(), no_answer_logits.tolist(), contexts, strict=True
         )
@@ -316,7 +317,7 @@ def _score(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """The best span of each window [W, 2], its logit [W], and the logit of "no answer" [W]."""
     spans = np.zeros((len(windows), 2), np.int32)
-    scores, no_answer = np.zeros((2, len(windows)), np.float32)
+    span_logits, no_answer = np.zeros((2, len(windows)), np.float32)
     for batch in input_batches(model, windows, batch_size):
         chosen = [windows[number] for number in batch.numbers]
         in_context, _ = pad_rows(
@@ -329,8 +330,9 @@ def _score(
         )  # fmt: skip
         with rename_rows_in_errors("window", batch.numbers):
             check_finite(model, params, finite_B)
-        spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in results)
-    return spans, scores, no_answer
+        for array, result in zip((spans, span_logits, no_answer), results, strict=True):
+            array[batch.numbers] = np.asarray(result)
+    return spans, span_logits, no_answer
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_answer_tokens", "sharding"))
@@ -344,7 +346,7 @@ def _best_spans(
     inputs: dict[str, jax.Array],
     *,
     max_answer_tokens: int,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
+    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and a flag [B] for finite logits.
 
@@ -352,10 +354,10 @@ def _best_spans(
     """
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
-    spans_B2, scores_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
+    spans_B2, span_logits_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
     no_answer_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
     finite_B = jnp.all(rows_finite(logits_BT2) | (segment_ids_BT == 0), axis=1)
-    return spans_B2, scores_B, no_answer_B2.sum(axis=1), finite_B
+    return spans_B2, span_logits_B, no_answer_B2.sum(axis=1), finite_B
 
 
 # -------------------------------------------------------------------------------------------------- windows

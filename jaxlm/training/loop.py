@@ -795,7 +795,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.caught: str | None = None
-        self._single_process = jax.process_count() == 1
+        self._single_process, self._agreed = jax.process_count() == 1, False
         self._previous_handlers: dict[int, Any] = {}
         self._announce: Callable[[str], None] | None = None
 
@@ -819,10 +819,11 @@ class _Signals:
         """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        stop = processes.end_now()
-        if stop and self.caught is None:
+        # JAX reports the agreed step only once. If this step ends with a rollback, the run ends after the next step.
+        self._agreed = self._agreed or processes.end_now()
+        if self._agreed and self.caught is None:
             self.caught = signal.SIGTERM.name
-        return stop
+        return self._agreed
 
     def __enter__(self) -> _Signals:
         handles_sigterm = self._single_process or processes.is_joined()

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.adapt import overwrite
 from jaxlm.spec import Params
 
 
@@ -108,6 +109,21 @@ def mean_params(state: Any) -> Any:
         ValueError: the state has no :func:`averaging`, or more than one.
     """
     return _averaging_state(state).mean
+
+
+def overwrite_mean(state: Any, values: Any) -> Any:
+    """An optimizer state whose mean has new values of some parameters, such as the running statistics of the last step.
+
+    A state without :func:`averaging` is unchanged.
+
+    Args:
+        values: a part of the tree of parameters.
+    """
+    return jax.tree.map(
+        lambda node: node._replace(mean=overwrite(node.mean, values)) if _is_averaging(node) else node,
+        state,
+        is_leaf=_is_averaging,
+    )
 
 
 def _is_averaging(node: Any) -> bool:

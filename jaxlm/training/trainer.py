@@ -167,6 +167,7 @@ class Trainer:
         return jax.jit(self._init, out_shardings=shardings)(key, params)
 
     def _init(self, key: jax.Array, params: Params) -> TrainState:
+        key = spec.typed_key(key)
         init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
         # The step donates the buffers of the state. Without the copy, it would donate the caller's buffers.
         params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
@@ -382,6 +383,7 @@ class Trainer:
         elif new_model_state is not None:
             if self.adaptation is None:
                 params = overwrite(params, new_model_state)
+                optimizer_state = nt_asgd.overwrite_mean(optimizer_state, new_model_state)
             else:
                 params, frozen = self.adaptation.overwrite(params, frozen, new_model_state)
         if self.ema_decay is not None:

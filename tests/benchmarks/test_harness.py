@@ -347,7 +347,7 @@ def test_training_work_of_gpt2_124m() -> None:
 
 
 def test_decoding_work_does_not_grow_with_rows() -> None:
-    one_row, eight_rows = (shapes.decoding_work(B, 64, {"decoded_bytes": 400}) for B in (1, 8))
+    one_row, eight_rows = (shapes.decoding_work(B, 64, {"weight_bytes_per_step": 400}) for B in (1, 8))
     assert (one_row.amount, eight_rows.amount) == (400 * 64, 400 * 64)
     assert (one_row.tokens, eight_rows.tokens) == (64, 512)
 

@@ -43,6 +43,15 @@ def test_every_example_occurs_once_per_epoch(equal_tokens, shuffle):
     assert (orders[0] == orders[1]) != shuffle
 
 
+def test_the_fingerprint_depends_on_names_and_lengths():
+    examples = [{"source": [1, 2], "target": [3]}, {"source": [1], "target": [2, 3]}, {"source": [1, 2], "other": [3]}]
+    assert len({str(Bucketed([example], 1).fingerprint()) for example in examples}) == 3
+    assert (
+        Bucketed(examples[:1], 1).fingerprint()
+        == Bucketed([{"source": np.array([1, 2]), "target": [3]}], 1).fingerprint()
+    )
+
+
 def test_each_bucket_has_one_shape_and_a_similar_number_of_tokens():
     source = Bucketed(examples(600), 8, num_buckets=4, equal_tokens=True)
     shapes = {source.batch(step, range(8)).fields["source"].shape for step in range(source.steps_per_epoch)}

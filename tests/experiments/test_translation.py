@@ -28,7 +28,7 @@ def main(*arguments):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def data_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pairs")
     for name, count in (("train", 4), ("val", 1), ("test_2016_flickr", 1)):
         for language, words in (("en", NUMBERS), ("de", NUMBERS.values())):
@@ -38,9 +38,9 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished_run(files, tmp_path_factory):
+def finished_run(data_directory, tmp_path_factory):
     run = tmp_path_factory.mktemp("translation") / "run"
-    assert main(*TINY, "--data.directory", files, "--output", run) == 0
+    assert main(*TINY, "--data.directory", data_directory, "--output", run) == 0
     return run
 
 
@@ -60,15 +60,15 @@ def test_files_of_a_run_and_the_command(finished_run, capsys):
     assert capsys.readouterr().out.split() == ["drei", "eins"]
 
 
-def test_a_missing_file_prints_its_name(files, tmp_path, capsys):
-    assert main(*TINY, "--data.directory", files, "--data.target", "fr", "--output", tmp_path / "run") == 2
+def test_the_error_for_a_missing_file_has_its_name(data_directory, tmp_path, capsys):
+    assert main(*TINY, "--data.directory", data_directory, "--data.target", "fr", "--output", tmp_path / "run") == 2
     assert "train.fr.gz is not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_lines_are_an_error_or_are_left_out(files, tmp_path, capsys):
+def test_empty_lines_are_an_error_or_are_left_out(data_directory, tmp_path, capsys):
     directory = tmp_path / "pairs"
-    shutil.copytree(files, directory)
+    shutil.copytree(data_directory, directory)
     for language in ("en", "de"):
         path = directory / f"train.{language}"
         path.write_text(gzip.decompress(path.with_suffix(f".{language}.gz").read_bytes()).decode() + "\n")
@@ -81,20 +81,20 @@ def test_empty_lines_are_an_error_or_are_left_out(files, tmp_path, capsys):
 
 
 @pytest.mark.thorough
-def test_training_continues_from_pretrained_weights_with_their_tokenizer(finished_run, files, tmp_path):
+def test_training_continues_from_pretrained_weights_with_their_tokenizer(finished_run, data_directory, tmp_path):
     arguments = ("--model.pretrained", finished_run / "model", "--model.set", "--epochs", 8)
-    assert main(*TINY, *arguments, "--data.directory", files, "--output", tmp_path / "run") == 0
+    assert main(*TINY, *arguments, "--data.directory", data_directory, "--output", tmp_path / "run") == 0
     assert (tmp_path / "run" / "translations.txt").read_text().split() == list(NUMBERS.values())
     names = ("tokenizer.json", "tokenizer_config.json")
     for name in names:
         assert (tmp_path / "run/model" / name).read_bytes() == (finished_run / "model" / name).read_bytes()
 
 
-def test_a_test_source_without_tokens_is_found_before_the_training(files, tmp_path, monkeypatch, capsys):
-    training, validation, _ = translation.parts(translation.Data(files))
+def test_a_test_source_without_tokens_is_found_before_the_training(data_directory, tmp_path, monkeypatch, capsys):
+    training, validation, _ = translation.parts(translation.Data(data_directory))
     test = Examples([{"source": "", "target": "eins"}], "test.en")
     monkeypatch.setattr(translation, "parts", lambda data: (training, validation, test))
-    assert main(*TINY, "--data.directory", files, "--output", tmp_path / "run") == 2
+    assert main(*TINY, "--data.directory", data_directory, "--output", tmp_path / "run") == 2
     assert "example 0 of test.en has the source '', which has no tokens" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -79,7 +79,7 @@ def reference(weights: dict[str, np.ndarray], head: str | None) -> np.ndarray:
 
 
 def old_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights as in checkpoints before fairseq 0.9.
+    """The same weights with the names and layout of checkpoints from before fairseq 0.9.
 
     One matrix has the weights of queries, keys and values. Names begin with ``decoder`` instead of ``encoder``, and
     have ``emb_layer_norm`` instead of ``layernorm_embedding``.

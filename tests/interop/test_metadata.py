@@ -483,6 +483,29 @@ def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog
     assert not np.array_equal(other_params["classifier"]["weight"], params["classifier"]["weight"])
 
 
+@pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny"])
+def test_a_pooler_and_a_next_sentence_head_that_the_model_does_not_have_are_not_loaded(
+    variant: str, tmp_path: Path
+) -> None:
+    """``bert-base-uncased`` has both, with the class ``BertForMaskedLM``; files of RoBERTa often have a pooler."""
+    model = tiny_model(variant, task="masked")
+    save_model(tmp_path, model)
+    prefix, width = variant.partition("-")[0], model.config.embed_dim
+    extra = {f"{prefix}.pooler.dense.weight": np.ones((width, width), np.float32)}
+    if prefix == "bert":
+        extra["cls.seq_relationship.bias"] = np.ones(2, np.float32)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | extra, path)
+    (tmp_path / "checksums.json").unlink()
+    loaded, params = load_pretrained(tmp_path)
+    assert loaded.metadata is not None
+    assert set(loaded.metadata.unused_tensors) == set(extra)
+    assert_trees_equal(params, params_with_distinct_entries(model))
+    save_file(load_file(path) | {"bert.unknown": np.ones(2, np.float32)}, path)
+    with pytest.raises(ValueError, match=r"extra: bert.unknown"):
+        load_pretrained(tmp_path)
+
+
 def test_families_without_published_formats_get_new_heads(tmp_path: Path) -> None:
     save_model(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
     model, _ = load_pretrained(tmp_path, num_labels=3)

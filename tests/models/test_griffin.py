@@ -161,7 +161,10 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"hidden_activation": "relu"}, "hidden_activation='relu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25 is not supported"),
-        ({"block_types": ["mamba"]}, r"block_types=\['mamba'\] must be a list of recurrent and attention"),
+        (
+            {"block_types": ["mamba"]},
+            r"block_types=\['mamba'\] must be a non-empty list whose entries are 'recurrent' or 'attention'",
+        ),
         ({"num_key_value_heads": "1"}, "num_key_value_heads='1' is not a positive integer"),
         ({"intermediate_size": 0}, "intermediate_size=0 is not a positive integer"),
         ({"head_dim": 16}, "head_dim=16 must be hidden_size / num_attention_heads = 32 / 4"),

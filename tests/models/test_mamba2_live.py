@@ -17,7 +17,7 @@ pytestmark = pytest.mark.live
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """A random model of transformers, the same model loaded by jaxlm, and its parameters."""
     import torch
     import transformers
@@ -37,10 +37,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("prompt", [2, 9])
-def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -> None:
+def test_cached_decoding_equals_torch(models: tuple[Any, Any, Any], prompt: int) -> None:
     import torch
 
-    torch_model, model, params = pair
+    torch_model, model, params = models
     tokens = np.random.default_rng(0).integers(0, 31, (2, 16)).astype(np.int32)
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     cache, state = None, model.init_state(2, 16)
@@ -61,7 +61,11 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
 
 @pytest.mark.parametrize("name", ["Bamba", "FalconH1"])
 def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> None:
-    """Each chunk of a text, and generation after prompts of different lengths, equal complete calls of transformers."""
+    """The logits of each chunk equal those of one transformers call on the whole text.
+
+    After prompts of different lengths, each generated token has the largest logit of one transformers call on the
+    prompt and the generated tokens.
+    """
     import torch
     import transformers
 
@@ -103,10 +107,10 @@ def test_cached_decoding_of_a_hybrid_equals_torch(name: str, tmp_path: Path) -> 
     assert generated.tolist() == output[:, 11:-1].argmax(-1).tolist()
 
 
-def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]) -> None:
+def test_generation_after_padded_prompts_equals_torch(models: tuple[Any, Any, Any]) -> None:
     import torch
 
-    torch_model, model, params = pair
+    torch_model, model, params = models
     prompts = np.random.default_rng(1).integers(1, 31, (3, 7)).astype(np.int32)
     segments = (np.arange(7)[None] >= np.array([[0], [3], [6]])).astype(np.int32)  # padding on the left
     expected = torch_model.generate(
@@ -117,11 +121,11 @@ def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]
     assert generated.tokens.tolist() == expected[:, 7:].tolist()
 
 
-def test_transformers_ignores_the_mask_of_a_single_row(pair: tuple[Any, Any, Any]) -> None:
-    """With one row, transformers reads padding as text. jaxlm does not, as transformers with several rows."""
+def test_transformers_ignores_the_mask_of_a_single_row(models: tuple[Any, Any, Any]) -> None:
+    """With one row, transformers reads padding as text. jaxlm ignores padding, as does transformers with more rows."""
     import torch
 
-    torch_model, model, params = pair
+    torch_model, model, params = models
     tokens = np.random.default_rng(3).integers(1, 31, (1, 9)).astype(np.int32)
     mask = np.array([[0] * 3 + [1] * 6], np.int32)
     ids, torch_mask = torch.from_numpy(tokens).long(), torch.from_numpy(mask).long()
@@ -135,12 +139,12 @@ def test_transformers_ignores_the_mask_of_a_single_row(pair: tuple[Any, Any, Any
     assert relative_error(logits, masked[:, 3:]) > 1e-2
 
 
-def test_bfloat16_is_as_near_to_float32_as_torch(pair: tuple[Any, Any, Any]) -> None:
+def test_bfloat16_is_as_near_to_float32_as_torch(models: tuple[Any, Any, Any]) -> None:
     import copy
 
     import torch
 
-    torch_model, model, params = pair
+    torch_model, model, params = models
     tokens = np.random.default_rng(2).integers(0, 31, (2, 24)).astype(np.int32)
     ids = torch.from_numpy(tokens).long()
     with torch.no_grad():

@@ -40,7 +40,10 @@ def test_noise_mask_equals_the_published_algorithm(length, density, mean_span):
 
 
 def test_the_number_of_spans_is_limited_by_the_tokens_without_noise():
-    """9 of 10 tokens are noise in spans of length 1. The published algorithm fails in this case."""
+    """9 of 10 tokens are noise. Spans of length 1 would need 9 other tokens, one before each span, but there is only 1.
+
+    So there is one span. The published algorithm fails in this case.
+    """
     mask = noise_mask(10, np.random.default_rng(0), density=0.9, mean_span=1.0)
     assert mask.tolist() == [False] + [True] * 9
 

@@ -5,6 +5,7 @@ After that, the loop evaluates and exports the mean of the parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 
 from jaxlm import spec
 from jaxlm.data import Batches, RandomWindows
-from jaxlm.objectives import causal
-from jaxlm.testing.helpers import tiny_model
+from jaxlm.objectives import causal, classification
+from jaxlm.testing.helpers import assert_trees_equal, tiny_model
 from jaxlm.training import nt_asgd
 from jaxlm.training.loop import Result, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import read_metrics
+from jaxlm.training.trainer import Trainer
 from tests.training.cached_trainer import CachedTrainer
 
 LOSSES = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5]
@@ -67,3 +69,19 @@ def test_a_resumed_run_starts_averaging_at_the_same_evaluation(tmp_path: Path) -
     for expected, actual in zip(jax.tree.leaves(uninterrupted.params), jax.tree.leaves(resumed.params), strict=True):
         assert np.array_equal(expected, actual)
     assert uninterrupted.step == resumed.step
+
+
+def test_the_mean_has_the_running_statistics_of_the_last_step() -> None:
+    """The means of batch normalization are not averaged: before the start, and after it."""
+    model = tiny_model("resnet")
+    config = OptimizerConfig("nt_asgd", learning_rate=0.1, schedule="constant", warmup_steps=0, beta1=0.0)
+    trainer = Trainer(model, make_optimizer(config, model.specs, 10), classification.loss)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 16))
+    batch = classification.batch(tokens, np.array([0, 1, 1, 0]), num_labels=model.config.num_labels)
+    step, state = jax.jit(trainer.step), trainer.init(jax.random.key(0))
+    for start in (False, True):
+        if start:
+            state = dataclasses.replace(state, optimizer=nt_asgd.start_averaging(state.optimizer))
+        state, _ = step(state, batch)
+        statistics = spec.flatten(state.params["statistics"])
+        assert_trees_equal(spec.flatten(trainer.model_params(state)["statistics"]), statistics)

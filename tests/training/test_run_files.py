@@ -311,7 +311,7 @@ def test_errors_name_the_damaged_file(tmp_path):
     with pytest.raises(ValueError, match=r"boards.json is not JSON or is damaged"):
         report.read_boards(tmp_path)
     (tmp_path / "attention.json").write_text('[{"title": "x", "rows": []}]')
-    with pytest.raises(ValueError, match=r"attention.json, entry 0 lacks columns, weights"):
+    with pytest.raises(ValueError, match=r"attention.json, entry 0 lacks the fields 'columns', 'weights'"):
         report.read_attention(tmp_path)
     (tmp_path / "confusion.json").write_text('{"labels": []}')
     with pytest.raises(ValueError, match=r"confusion.json: its keys must be labels and counts, got labels"):

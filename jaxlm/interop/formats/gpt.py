@@ -80,7 +80,7 @@ _GPT2 = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
     # GPT-2's Conv1D stores weights as [in, out]. So the weights in layers are not transposed; only axes are merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),

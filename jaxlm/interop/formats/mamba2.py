@@ -268,7 +268,7 @@ _FALCON_H1 = Format(
     token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     tensors=_HYBRID_TENSORS,
     unprefixed_tensors={"head": "lm_head.weight"},
-    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
     layouts=_HYBRID_LAYOUTS,
 )
 _BAMBA = dataclasses.replace(
@@ -337,7 +337,7 @@ FORMATS = (
             "final_norm/scale": "norm_f.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+        tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
         layouts=_MIXER_LAYOUTS,
         renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
     ),

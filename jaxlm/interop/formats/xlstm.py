@@ -104,7 +104,7 @@ FORMATS = (
             "final_norm/scale": "out_norm.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+        tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
         layouts={
             **{f"layers/mlstm/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value", "output_gate")},
             **{f"layers/mlstm/{name}/weight": TRANSPOSED for name in ("input_gate", "forget_gate")},

@@ -1,8 +1,8 @@
 """Mixture of experts with a capacity (Lepikhin et al. 2021, Fedus et al. 2022): experts have a fixed number of slots.
 
-All arrays have static shapes, so that tokens and experts can be on different devices. If a mesh axis splits both the
-batch and the experts, one all-to-all moves tokens to the devices of their experts, and another one moves the outputs
-back.
+Because the number of slots is fixed, the arrays that devices exchange have static shapes. If a mesh axis splits both
+the batch and the experts, one all-to-all moves tokens to the devices of their experts, and another one moves the
+outputs back.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert, C slots
 of an expert in a row, A = T * N assignments of a row, P = E * C slots of a row.
@@ -31,6 +31,10 @@ def with_capacity(
     their number. An expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, its
     output is 0, and only the residual connection passes it to the next layer. Padding tokens get no slot. Their output
     is not defined.
+
+    Args:
+        keep_BT: False at padding. None: no padding.
+        factor: the capacity factor of the formula above.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
     limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
