@@ -142,7 +142,8 @@ class GenerationConfig:
             return next((value for config in configs if (value := getattr(config, name)) is not None), None)
 
         length_config = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
-        num_beams, end_ids = first_set("num_beams"), first_set("end_ids")
+        num_beams = self.num_beams or file_fields.get("num_beams") or first_set("num_beams")
+        end_ids = first_set("end_ids")
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         resolved_sampling = self.sampling
@@ -273,8 +274,9 @@ def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
     try:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            length_penalty=None if num_beams == 1 else file_fields.get("length_penalty"),
+            # With num_beams=1, fields of beam search would be errors. They have no effect, and `resolve` reads the 1.
+            num_beams=None if num_beams == 1 else num_beams,
+            length_penalty=file_fields.get("length_penalty"),
             stop=(stop,) if isinstance(stop, str) else stop,
             # As in transformers, max_new_tokens overrides max_length.
             max_length=file_fields.get("max_length") if max_new_tokens is None else None,

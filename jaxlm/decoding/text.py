@@ -61,9 +61,11 @@ def generate_text(
 
     Texts are sorted by length, batched, and padded to one of a few lengths. Each new combination of batch size, padded
     length, number of new tokens and sampling settings compiles the loop again. The random draws for a text depend on
-    ``key`` and the index of the text, not on its batch. Without beam search and without a draft model, a prompt and its
-    continuation may be longer than the model's context: when the longest row of a batch fills the context, generation
-    continues with the last ``max_positions // 2`` tokens of each row as its new prompt.
+    ``key`` and the index of the text, and not on its batch if the batch fits into the model's context. Without beam
+    search and without a draft model, a prompt and its continuation may be longer than the context. A batch needs the
+    length of its longest prompt plus its largest number of new tokens. When it fills the context, generation continues
+    with the last ``max_positions // 2`` tokens of each row as its new prompt, and the draws begin again with other
+    keys. To make a short text independent of longer texts in its batch, use ``batch_size=1``.
 
     A model that needs the whole text (``Model.needs_whole_text``) raises an error instead: before any generation if no
     end token and no stop string can end the text earlier, otherwise when a text has filled the context and has not

@@ -158,16 +158,17 @@ def _attend(
     keys_BSK, values_BSK = jnp.split(kv_BSX, 2, axis=-1)
 
     def attend_step(step: Any) -> jax.Array:
-        query_BK, position_B, segment_B = step
+        query_BK, position_B, document_B = step
         distance_BS = position_B[:, None] - memory_context.key_positions
-        visible_BS = (memory_context.mask.key_segments == segment_B[:, None]) & (distance_BS > 0)
+        visible_BS = (memory_context.mask.key_segments == document_B[:, None]) & (distance_BS > 0)
         if cfg.window is not None:
             visible_BS &= distance_BS <= cfg.window
         scores_BS = additive_scores(query_BK, keys_BSK, weights["score"])
         return context(masked_softmax(scores_BS, visible_BS), values_BSK)
 
     steps = jax.tree.map(
-        lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (query_BTK, memory_context.query_positions, segments_BT)
+        lambda x_BT: jnp.swapaxes(x_BT, 0, 1),
+        (query_BTK, memory_context.query_positions, memory_context.mask.query_segments),
     )
     context_BTK = jnp.swapaxes(jax.lax.map(attend_step, steps), 0, 1)
     output_weights = params["output"]  # "found" is W_r, and "state" is W_x

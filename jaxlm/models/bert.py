@@ -19,7 +19,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
-from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -128,7 +128,7 @@ def apply(
     if token_types is not None and token_types.shape != tokens.shape:
         raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
     x = _embed(cfg, params, tokens, segment_ids, positions, token_types, key)
-    mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
+    mask = document_mask(segment_ids)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         weights, _, layer_key = layer

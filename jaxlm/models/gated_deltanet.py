@@ -194,7 +194,7 @@ def _delta_rule(
     beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
     beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
     beta = jax.nn.sigmoid(beta) * (2.0 if cfg.negative_eigenvalues else 1.0)
-    A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
+    A_log, dt_bias = (weights[name].astype(jnp.float32)[None, None] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
     gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # two reshapes keep the sharding of G

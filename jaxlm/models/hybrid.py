@@ -141,17 +141,22 @@ class Multipliers:
 
 
 def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
-    """The parameters with all multipliers folded into the weights, except the multiplier of the logits.
+    """The parameters with all multipliers folded into the weights, except those of the embeddings and of the logits.
 
-    The multiplier of the logits (``head``) is not folded, because the head may be the token table. The embedding
-    multiplier scales the token table. Each other multiplier applies to the input or to the output of a linear layer. A
-    multiplier of the input scales the weight of this layer. A multiplier of the output scales the weight and the bias.
+    These two are not folded, because scaling the token table would copy it, and the head may be the token table. Each
+    other multiplier applies to the input or to the output of a linear layer. A multiplier of the input scales the
+    weight of this layer. A multiplier of the output scales the weight and the bias.
     """
 
     def scale(layer: Params, output_factor: Any, input_factor: float = 1.0) -> dict[str, Any]:
         factors = {"weight": jnp.asarray(output_factor) * input_factor, "bias": jnp.asarray(output_factor)}
         num_axes = jnp.ndim(output_factor)
-        return {name: x * jnp.expand_dims(factors[name], range(x.ndim - num_axes)) for name, x in layer.items()}
+        # The products of half-precision weights are float32, so that they are not rounded twice.
+        return {
+            name: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            * jnp.expand_dims(factors[name], range(x.ndim - num_axes))
+            for name, x in layer.items()
+        }
 
     def scale_block(block: Params) -> dict[str, Any]:
         block = dict(block)
@@ -181,6 +186,5 @@ def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
     layers = params["layers"]
     return {
         **params,
-        "token_embedding": params["token_embedding"] * m.embedding,
         "layers": tuple(map(scale_block, layers)) if isinstance(layers, tuple) else scale_block(layers),
     }

@@ -153,6 +153,8 @@ def apply(
         params = hybrid.fold_multipliers(cfg.multipliers, params)
     dtype, x_dtype = jnp.dtype(cfg.dtype), jnp.dtype("float32" if cfg.residual_in_float32 else cfg.dtype)
     x = embed(params["token_embedding"], tokens, x_dtype, size=cfg.vocab_size)
+    if cfg.multipliers is not None:
+        x = x * cfg.multipliers.embedding
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -196,7 +198,7 @@ def _mixer(
     dt = jax.nn.softplus(dt.astype(jnp.float32) + weights["dt_bias"][None, None])
     dt = jnp.clip(dt, cfg.dt_limit_min, cfg.dt_limit_max)
     y, hidden = ssd(
-        x_BTHP, dt, -jnp.exp(weights["A_log"]), BC[:, :, 0], BC[:, :, 1], hidden,
+        x_BTHP, dt, -jnp.exp(weights["A_log"].astype(jnp.float32)), BC[:, :, 0], BC[:, :, 1], hidden,
         negative_eigenvalues=cfg.negative_eigenvalues, **masks,
     )  # fmt: skip
     # A TPU pads an axis of head_dim entries to 128. So elementwise operations use arrays without this axis.

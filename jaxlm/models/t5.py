@@ -29,7 +29,7 @@ from jaxlm.nn.attention import attention, cache
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
-from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_once, read_projected
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
@@ -106,7 +106,7 @@ def encode(
     """
     common.check_tokens(source, segment_ids, None, None, name="source")
     key = fold_name(key, "encoder")
-    mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
+    mask = document_mask(segment_ids)
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 

@@ -50,11 +50,12 @@ def batch_norm(
     x32 = x.astype(jnp.float32)
     reduced_axes = tuple(range(x.ndim - 1))
     statistics = lax.stop_gradient(statistics)
+    params, old = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, statistics))
 
     def broadcast(leaf: jax.Array) -> jax.Array:
         return lax.broadcast_in_dim(leaf, x.shape, (x.ndim - 1,))
 
-    mean, variance = statistics["mean"], statistics["variance"]
+    mean, variance = old["mean"], old["variance"]
     if training:
         count = x.size // x.shape[-1]
         if count < 2:

@@ -73,7 +73,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"]
+    scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"].astype(jnp.float32)
     axes = tuple(range(x.ndim - scale.ndim, x.ndim))
     return (normalised * lax.broadcast_in_dim(scale, x.shape, axes)).astype(x.dtype)
 

@@ -321,6 +321,14 @@ def test_bfloat16_is_finite_and_near_float32(name):
 
 
 @every_variant
+def test_bfloat16_parameters_give_the_same_results_as_the_same_values_in_float32(name):
+    model, params, tokens = setup(name)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    assert relative_error(hidden_of(model, half, tokens), hidden_of(model, exact, tokens)) < 1e-5
+
+
+@every_variant
 def test_each_position_depends_on_exactly_the_visible_positions(name):
     """In a causal model, d hidden[t] / d embedding[s] is exactly 0 for s > t and nonzero otherwise.
 
@@ -403,6 +411,24 @@ def test_packed_documents_equal_separate_documents(name):
         return
     weights = batch_of(model, tokens, segments).weights[0]
     assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # last tokens of documents, padding
+
+
+@every_variant
+def test_a_segment_id_that_occurs_again_starts_a_document(name):
+    """Also in later calls with a state."""
+    model, params, tokens = setup(name, batch=1, length=12)
+    again, unique = (np.repeat([ids], 3, axis=1).astype(np.int32) for ids in ([1, 2, 1, 2], [1, 2, 3, 4]))
+    if downsamples(model) or model.reads_source:
+        return  # these models do not support packing, or the ids of targets select a document of the source
+    expected = hidden_of(model, params, tokens, segment_ids=unique)
+    assert relative_error(hidden_of(model, params, tokens, segment_ids=again), expected) < TOLERANCE
+    if not decodes(model):
+        return
+    state, parts = initial_state(model, params, 1, 14), []
+    for start, stop in ((0, 5), (5, 10), (10, 11), (11, 12)):
+        hidden, state = step_of(model, params, tokens[:, start:stop], state, again[:, start:stop])
+        parts.append(hidden)
+    assert relative_error(jnp.concatenate(parts, axis=1), expected) < TOLERANCE
 
 
 @every_decoder

@@ -58,6 +58,10 @@ def test_given_fields_override_the_file_and_the_file_overrides_the_library() -> 
     assert (config.max_new_tokens, config.max_length) == (3, None)
     assert resolve(GenerationConfig(num_beams=1), **fields).length_penalty == 1.0, "has no effect without beams"
     assert resolve(num_beams=4, early_stopping=True).early_stopping is True
+    greedy = {"num_beams": 1, "early_stopping": False, "length_penalty": 2.0}  # as in a file with all fields
+    assert resolve(**greedy) == resolve(num_beams=1)
+    config = resolve(GenerationConfig(num_beams=4), **greedy)
+    assert (config.num_beams, config.length_penalty, config.early_stopping) == (4, 2.0, False)
     assert resolve(eos_token_id=7).end_ids == (7,)
 
 

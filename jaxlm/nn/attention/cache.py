@@ -20,8 +20,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.segments import positions_in_segments
+from jaxlm.nn.attention.mask import Mask, document_mask
+from jaxlm.nn.segments import document_numbers, positions_in_segments
 from jaxlm.spec import ArraySpec, State
 
 
@@ -221,7 +221,7 @@ def make_context(
     """
     B, T = tokens_BT.shape
     if state is None:
-        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids)
+        mask = document_mask(segment_ids, causal=True)
         if positions is None:
             ones = jnp.ones((B, T), jnp.int32)
             positions = positions_in_segments(ones if segment_ids is None else segment_ids)
@@ -244,11 +244,32 @@ def make_context(
         "positions": append(state["positions"], positions, length_B),
         "length": length_B + T,
     }
+    slots_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    query_documents, key_documents = _documents(state["segment_ids"], segments, slots_BT)
     mask = Mask(
         causal=True,
-        query_order=length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :],
+        query_order=slots_BT,
         key_order=jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (B, S)),
-        query_segments=segments,
-        key_segments=state["segment_ids"],
+        query_segments=query_documents,
+        key_segments=key_documents,
     )
     return Context(segments, positions, mask, length_B, length_B + T <= S), state
+
+
+def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers of the documents of the new tokens [B, T] and of all slots [B, S], for the mask; 0 is padding.
+
+    A segment id that occurs again is a new document (``jaxlm.nn.segments.document_numbers``).
+
+    Args:
+        ids_BS: the segment ids of all slots, with those of the new tokens.
+        new_ids_BT, slots_BT: the segment ids and the slots of the new tokens.
+    """
+    if new_ids_BT.shape[1] > 1:
+        key_documents = document_numbers(ids_BS)
+        return jnp.take_along_axis(key_documents, slots_BT, axis=1, mode="clip"), key_documents
+    # A single token attends only to the last document. A maximum over the slots is cheaper than their document numbers.
+    slot_1S = jnp.arange(ids_BS.shape[1], dtype=jnp.int32)[None]
+    is_other_BS = (ids_BS > 0) & (ids_BS != new_ids_BT)
+    last_other_B1 = jnp.max(jnp.where(is_other_BS, slot_1S, -1), axis=1, keepdims=True)
+    return new_ids_BT, jnp.where(slot_1S > last_other_B1, ids_BS, 0)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxlm.nn.segments import document_numbers
+
 
 @struct.dataclass
 class Mask:
@@ -47,6 +49,15 @@ class Mask:
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """The four integer arrays, each of which may be None."""
         return self.query_order, self.key_order, self.query_segments, self.key_segments
+
+
+def document_mask(segment_ids: jax.Array | None, *, causal: bool = False) -> Mask:
+    """The mask of self-attention within each document of a row; without segment ids, each row is one document.
+
+    A segment id that occurs again starts a new document (``jaxlm.nn.segments.document_numbers``).
+    """
+    documents = None if segment_ids is None else document_numbers(segment_ids)
+    return Mask(causal=causal, query_segments=documents, key_segments=documents)
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:

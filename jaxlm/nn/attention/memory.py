@@ -21,6 +21,7 @@ from jaxlm import spec
 from jaxlm.nn.attention import decode
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ArraySpec, State
 
 
@@ -94,15 +95,15 @@ def make_context(
     segments_BS = segments_BT
     if state is not None:
         segments_BS = jnp.concatenate([state["segment_ids"], segments_BT], axis=1)
-    positions_BS = jnp.cumsum(segments_BS > 0, axis=1, dtype=jnp.int32)
+    positions_BS, documents_BS = jnp.cumsum(segments_BS > 0, axis=1, dtype=jnp.int32), document_numbers(segments_BS)
     positions_BT = positions_BS[:, -T:]
     mask = Mask(
         causal=causal,
         window=window,
         query_order=positions_BT,
         key_order=positions_BS,
-        query_segments=segments_BT,
-        key_segments=segments_BS,
+        query_segments=documents_BS[:, -T:],
+        key_segments=documents_BS,
     )
     kept_BM = None
     if state is not None:

@@ -135,7 +135,7 @@ def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: An
 def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
-    softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
+    softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"].astype(jnp.float32)), range(x.ndim - 1))
     log_decay = -LOG_DECAY_SCALE * softplus * recurrence_gate
     # With m = a - 1, 1 - a^2 = -m (2 + m). This form is accurate for decays near 1.
     decay_minus_one = jnp.expm1(log_decay)
