@@ -24,6 +24,7 @@ from jaxlm import processes
 from jaxlm.adapt import LoRA
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, ContiguousStreams, PackedDocuments, RandomWindows
+from jaxlm.decoding import generate
 from jaxlm.interop import peft
 from jaxlm.interop.directory import write_json
 from jaxlm.objectives import causal
@@ -123,13 +124,22 @@ def work_together(directory):
     assert not embedding.is_fully_addressable
     jaxlm.save_pretrained(directory / "model", model, result.state.params)
     assert (directory / "model" / "model.safetensors").exists()  # also in the process that did not write the file
-    lora = LoRA(2, full_training_patterns=("^token_embedding$",))
+    lora = LoRA(2, full_training_patterns=("^position_embedding$",))
     trained, _ = lora.split(model.specs, result.state.params, jax.random.key(0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peft, "write_json", write_slowly)
         peft.save_adapter(directory / "adapter", model, lora, trained)
     assert (directory / "adapter" / "adapter_config.json").exists()
     assert processes.gather_to_host(embedding).shape == embedding.shape
+    sharding = Sharding(make_mesh(MESHES["fsdp"]))
+    prompts = np.arange(4 * 3, dtype=np.int32).reshape(4, 3)
+    with sharding.scope():  # each process has half of the prompts
+        rows = jax.tree.map(sharding.from_rows, (prompts[2 * index : 2 * index + 2], np.ones((2, 3), np.int32)))
+        assert not rows[0].is_fully_addressable
+        generation = generate(model, result.state.params, *rows, max_new_tokens=2)
+    params = jax.tree.map(processes.gather_to_host, result.state.params)
+    alone = generate(model, params, prompts, max_new_tokens=2)
+    np.testing.assert_array_equal(processes.gather_to_host(generation.tokens), alone.tokens)
     local = jax.numpy.arange(3) + index
     assert processes.gather_to_host(local).tolist() == [
         index,

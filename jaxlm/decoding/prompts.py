@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import spec
+from jaxlm import processes, spec
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
@@ -100,7 +100,7 @@ def check_prompts(
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
-        _check_no_gaps(np.asarray(segment_ids_BT))
+        _check_no_gaps(processes.gather_to_host(segment_ids_BT))
     return num_ids, slots
 
 
@@ -200,7 +200,7 @@ def check_ids(
         raise ValueError(f"segment_ids {list(segment_ids_BT.shape)} must have the shape of {what} {list(ids_BT.shape)}")
     if _traced(ids_BT):
         return
-    host = np.asarray(ids_BT)
+    host = processes.gather_to_host(ids_BT)
     bad = np.argwhere((host < 0) | (host >= vocab_size))
     if bad.size:
         row, position = bad[0]

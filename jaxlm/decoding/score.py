@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import processes
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
@@ -80,7 +81,7 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
         raise ValueError("tokens have only 1 column: the first token is not predicted, so at least 2 are needed")
     limit, is_traced = model.max_positions, isinstance(segment_ids, jax.core.Tracer)
     if segment_ids is not None and not is_traced and limit is not None and segment_ids.shape[1] - 1 > limit:
-        _check_document_lengths(np.asarray(segment_ids)[:, :-1], limit)
+        _check_document_lengths(processes.gather_to_host(segment_ids)[:, :-1], limit)
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
