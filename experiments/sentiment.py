@@ -107,17 +107,17 @@ def scratch(name: str, *changes: str, **options: Any) -> Experiment:
 
 RNN = ("embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
        "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0")  # fmt: skip
+ATTENTION = ("embed_dim=256", "hidden_dim=128", "attention_dim=128", "hops=4")
 ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
 PRESETS = {
     "plays": scratch(
-        "lstm", *RNN[3:], "embed_dim=128", "hidden_dim=128", "num_layers=1", "init_bound=1.0", "direction=both",
-        vocabulary="bpe", vocab_size=4000, epochs=10, data=Data(validation_fraction=0.1),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20, weight_decay=0.01),
+        "attention_rnn_lm", *ATTENTION, min_frequency=2, epochs=5, data=Data(validation_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=1.2e-2, warmup_steps=20, weight_decay=0.01),
     ),
     "lstm": scratch("lstm", *RNN),
     "bilstm": scratch("lstm", *RNN, "direction=both"),
     "gru": scratch("gru", *RNN),
-    "attention_rnn": scratch("attention_rnn_lm", "embed_dim=256", "hidden_dim=128", "attention_dim=128", "hops=4"),
+    "attention_rnn": scratch("attention_rnn_lm", *ATTENTION),
     "cnn": scratch("alexnet", "embedding=learned", "embed_dim=300", "channels=300", "kernels=(5,)", "fc_dim=300"),
     "resnet": scratch("resnet", "embed_dim=128", "channels=64", "blocks=(1, 1)", "shortcut=True", "fc_dim=256"),
     "roberta": scratch("roberta", *ENCODER, template="bos_eos"),

@@ -42,9 +42,11 @@ _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
-"""Files of a published tokenizer that ``save`` writes back unchanged."""
+"""Files of a published tokenizer that ``save`` writes back. Only ``tokenizer_config.json`` may get further fields."""
 TOKENIZER_FILES = (JAXLM_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes those of an earlier tokenizer."""
+NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
+"""The entry of ``tokenizer_config.json`` for models without token types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,21 @@ def encode_truncated(
         for number, encoding in zip(long, shorter, strict=True):
             encoded[number] = encoding
     return encoded
+
+
+def num_required_ids(tokenizer: Tokenizer) -> int:
+    """The number of ids that a model needs for this tokenizer: all ids up to the last id that is not an unused token.
+
+    An unused token here is a special token without a role, such as ``<image_soft_token>`` of Gemma 3. It is added to
+    the vocabulary, but the text models have no id for it. Without its name in a text, it never occurs.
+    """
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        return tokenizer.vocab_size
+    added = tokenizer.backend.get_added_tokens_decoder()
+    roles = tokenizer.special_tokens.values()
+    unused = {number for number, token in added.items() if token.special and token.content not in roles}
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return max((number for number in vocabulary.values() if number not in unused), default=-1) + 1
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
@@ -410,7 +427,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         The special token of a role comes from the first of these sources that has the role: ``tokenizer_config.json``,
         ``special_tokens_map.json``, the ids of special tokens in ``config.json``, a BERT or RoBERTa template in
         ``tokenizer.json`` (only cls and sep), and the tokens that published vocabularies use. In the first two, null
-        means that the role has no token. ``save`` copies the other files of the tokenizer unchanged.
+        means that the role has no token. ``save`` copies the other files of the tokenizer.
 
         Without ``tokenizer.json``, the tokens that ``special_tokens_map.json``, ``tokenizer_config.json`` and
         ``added_tokens.json`` declare are not split, as in transformers.
@@ -458,15 +475,20 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         transformers and ``load_tokenizer`` read them. Files of an earlier tokenizer are removed. A special token that
         cannot be read from the copied files, such as the token of an id in ``config.json``, is added to
-        ``tokenizer_config.json``.
+        ``tokenizer_config.json``. If this file has no ``tokenizer_class``, the class and further missing fields are
+        also added. Otherwise, transformers would choose a class by the ``model_type`` in ``config.json``, and the class
+        may add other special tokens. All other copied files are unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         remove_tokenizer_files(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
-        if "tokenizer_config.json" not in self._files:
-            write_json(directory / "tokenizer_config.json", self._default_config())
+        config = _read_if_exists(directory / "tokenizer_config.json")
+        if not config.get("tokenizer_class"):
+            default = self._default_config()
+            config = {**default, **config, "tokenizer_class": default["tokenizer_class"]}
+            write_json(directory / "tokenizer_config.json", config)
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
@@ -479,10 +501,16 @@ class PretrainedTokenizer(EncodeInputsMixin):
             write_json(file, {**read_object(file), **lost})
 
     def _default_config(self) -> dict[str, Any]:
-        """The content of ``tokenizer_config.json`` for a tokenizer that has no such file."""
+        """The fields of ``tokenizer_config.json`` for a tokenizer that has no such file, or a file without a class."""
+        template = self.backend.encode("", "")
+        # BERT and XLNet end the second text with a special token of type 1 or 2. The template of Llama has BOS with
+        # type 1 before the second text, but its models have no token types.
+        has_token_types = bool(template.ids) and template.type_ids[-1] > 0 and template.ids[-1] != self.special_ids.bos
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            **({} if has_token_types else NO_TOKEN_TYPES),
+            **({"padding_side": "left"} if self._context_first else {}),  # XLNet reads the last token
             # Null says that a role has no token. For a missing role, usual tokens would be looked up in the vocabulary.
             **{f"{role}_token": self.special_tokens.get(role) for role in ROLES},
         }

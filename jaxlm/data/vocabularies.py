@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from jaxlm import extras
-from jaxlm.data.tokenizers import PretrainedTokenizer
+from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer
 
 Kind = Literal["bpe", "unigram", "word", "character"]
 TemplateName = Literal["none", "eos", "bos_eos", "cls_sep", "sep_cls"]
@@ -41,18 +41,17 @@ class _Template:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
 # The tokens have the order of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad id 1.
 _TEMPLATES: dict[str, _Template] = {
-    "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", _NO_TOKEN_TYPES),
-    "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", _NO_TOKEN_TYPES),
+    "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", NO_TOKEN_TYPES),
+    "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", NO_TOKEN_TYPES),
     "bos_eos": _Template(
         {
             "bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>",
         },
         "<s> $A </s>",
         "<s> $A </s> </s> $B </s>",
-        _NO_TOKEN_TYPES,
+        NO_TOKEN_TYPES,
     ),
     "cls_sep": _Template(
         {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from jaxlm import config as config_lib
 from jaxlm import spec
-from jaxlm.data.tokenizers import ROLES, Tokenizer
+from jaxlm.data.tokenizers import ROLES, Tokenizer, num_required_ids
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.formats.format import NATIVE_PREFIX
@@ -298,7 +298,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
-            tokenizer has more ids than the model.
+            tokenizer needs more ids than the model has.
     """
     table = format_of(model)
     model_fields = _model_fields(model, table)
@@ -421,7 +421,7 @@ def _tokenizer_fields(
     the id of the tokenizer is kept, too.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model, or another id than the format requires.
+        ValueError: the tokenizer needs more ids than the model has, or has another id than the format requires.
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
@@ -454,8 +454,8 @@ def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
-    """Raise ``ValueError`` if the tokenizer has more ids than the model."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    """Raise ``ValueError`` if the tokenizer needs more ids than the model has (:func:`num_required_ids`)."""
+    if num_required_ids(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size={model.config.vocab_size}: "
             "it is not the tokenizer of this model"

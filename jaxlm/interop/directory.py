@@ -11,6 +11,7 @@ from typing import Any
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def path_inside(directory: Path, name: str) -> Path:

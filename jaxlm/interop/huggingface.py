@@ -44,7 +44,7 @@ from jaxlm.interop.config_json import (
     model_config_json,
     token_fields,
 )
-from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, path_inside, write_json
+from jaxlm.interop.directory import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, path_inside, write_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.locations import Location, copies_of, locations_of, tensor_groups
 from jaxlm.json_files import read_object
@@ -175,11 +175,18 @@ def save_pretrained(
     Raises:
         OSError: the disk is full, or the directory or a file is not writable. The message says whether files have
             changed, and names them.
-        ValueError: the format of the family cannot represent the config; the parameters do not match the model or have
-            another dtype; the tokenizer does not match the model; or ``max_shard_bytes`` is below 1.
+        ValueError: the directory contains an adapter; the format of the family cannot represent the config; the
+            parameters do not match the model or have another dtype; the tokenizer does not match the model; or
+            ``max_shard_bytes`` is below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    directory = Path(directory)
+    if (directory / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{directory} contains an adapter ({ADAPTER_CONFIG}), so transformers would load the base model of the "
+            "adapter instead of the saved model: save the model in another directory"
+        )
     spec.require_same(model.specs, params, f"parameters of {model.family}", dtypes=False)
     flat = spec.flatten(params)
     for path, leaf in flat.items():
@@ -198,7 +205,6 @@ def save_pretrained(
         collections.deque(named_tensors(model, params), maxlen=0)  # all processes must take part in each all-gather
         processes.barrier("saved")
         return
-    directory = Path(directory)
     with integrity.staging_directory(directory) as temporary:
         for name, content in configs.items():
             write_json(temporary / name, content)

@@ -33,14 +33,17 @@ from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, num_row_axes
 from jaxlm.config import check_value
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
-from jaxlm.interop.directory import path_inside, write_json
+from jaxlm.interop.directory import ADAPTER_CONFIG, path_inside, write_json
+from jaxlm.interop.directory import CONFIG as MODEL_CONFIG
 from jaxlm.interop.formats import Format, Layout
+from jaxlm.interop.huggingface import INDEX as MODEL_INDEX
+from jaxlm.interop.huggingface import WEIGHTS as MODEL_WEIGHTS
 from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
@@ -69,6 +72,8 @@ _IGNORED_OPTIONS = (
 )  # fmt: skip
 _INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that do not change the base weights."""
+_TYPES_WITHOUT_OUT_PROJ = ("mamba2", "falcon_h1")
+"""The model types for which PEFT rejects LoRA factors of modules with the name ``out_proj``."""
 
 
 def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA, spec.Tree]:
@@ -152,19 +157,22 @@ def save_adapter(
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the model has no published format; ``trained`` does not match the specs; a weight with LoRA factors
-            is not the weight of a linear module in the transformers class (for example a token embedding); the
-            tensor of a weight that is trained in full also contains other parameters, or is used twice by the
-            transformers class (the token embedding of a model with a tied head, and of T5); only some parameters of a
-            module are trained in full; or PEFT would confuse a module that is trained in full with another module,
-            because it compares only the ends of their names.
+        ValueError: the directory contains a model; the model has no published format; ``trained`` does not match the
+            specs; a weight with LoRA factors is not the weight of a linear module in the transformers class (for
+            example a token embedding), or PEFT rejects its module (``out_proj`` of Mamba-2 and Falcon-H1); the tensor
+            of a weight that is trained in full also contains other parameters, or is used twice by the transformers
+            class (the token embedding of a model with a tied head, and of T5); only some parameters of a module are
+            trained in full; or PEFT would confuse a module that is trained in full with another module, because it
+            compares only the ends of their names.
     """
+    _require_no_model(Path(directory))
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     if _has_equal_layers(model):  # so that one _Weight describes a parameter in all layers
         model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
+    table = format_of(model)
     # A model with a next-sentence head has task="none".
-    head_paths = format_of(model).unprefixed_tensors.keys() & spec.flatten(model.specs).keys()
+    head_paths = table.unprefixed_tensors.keys() & spec.flatten(model.specs).keys()
     has_head = model.task != "none" or bool(head_paths)
     weights = _weights(model, with_prefix=has_head)
     flat = {
@@ -174,6 +182,12 @@ def save_adapter(
     lora_paths = lora.target_paths(model.specs)
     lora_weights = [weight for weight in weights.values() if weight.path_without_layer in lora_paths]
     for weight in lora_weights:
+        if table.model_type in _TYPES_WITHOUT_OUT_PROJ and weight.names[0].endswith(".out_proj.weight"):
+            raise ValueError(
+                f"{weight.path} ({weight.names[0]}) has LoRA factors, but PEFT rejects LoRA factors of out_proj in "
+                f"models of type {table.model_type!r}: use other LoRA.targets, or save the merged parameters "
+                "(lora.merge) with save_pretrained"
+            )
         tensors |= weight.factors_to_peft(flat[f"{weight.path}/{LORA_A}"], flat[f"{weight.path}/{LORA_B}"])
     targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
     fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
@@ -204,6 +218,16 @@ def save_adapter(
         _write(Path(directory), tensors, config)
     if is_distributed:
         processes.barrier("adapter saved")
+
+
+def _require_no_model(directory: Path) -> None:
+    """Raise ``ValueError`` if the directory contains a model that transformers can load."""
+    weights = [name for name in (MODEL_WEIGHTS, MODEL_INDEX, "pytorch_model.bin") if (directory / name).exists()]
+    if weights and (directory / MODEL_CONFIG).exists():
+        raise ValueError(
+            f"{directory} contains a model ({MODEL_CONFIG}, {weights[0]}). With {CONFIG} in the same directory, "
+            "transformers would load the base model of the adapter instead: save the adapter in another directory"
+        )
 
 
 def _write(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
@@ -356,8 +380,13 @@ class _Weight:
 
 def _has_equal_layers(model: Model) -> bool:
     """Whether the layers of the model can be stacked. Otherwise, each layer has its own :class:`_Weight`."""
-    paths = spec.flatten(spec.restack(model.specs))
-    return hasattr(model.config, "scan_layers") and all(spec.split_layer(path)[1] is None for path in paths)
+    if not hasattr(model.config, "scan_layers"):
+        return False
+    try:
+        model.with_fields(scan_layers=True)
+    except ValueError:  # layers of several kinds, which may have equal parameters (Gemma 3, SmolLM3)
+        return False
+    return True
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:

@@ -20,7 +20,7 @@ import jax
 
 from jaxlm import spec
 from jaxlm.config import numbers_of
-from jaxlm.data.tokenizers import TOKENIZER_FILES
+from jaxlm.data.tokenizers import TOKENIZER_FILES, num_required_ids
 from jaxlm.decoding.config import GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
@@ -215,10 +215,11 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
     """Check that a tokenizer belongs to a model. The model may have some unused ids, because vocabularies are padded.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model, or less than 90 % of the model's ids.
+        ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or has less than 90 % of the
+            model's ids.
     """
     tokenizer_ids, model_ids = tokenizer.vocab_size, min(model.config.vocab_size, source_vocab_size(model))
-    if tokenizer_ids > model_ids or tokenizer_ids < 0.9 * model_ids:
+    if num_required_ids(tokenizer) > model_ids or tokenizer_ids < 0.9 * model_ids:
         raise ValueError(
             f"the tokenizer has {tokenizer_ids:,} ids, and the model has {model_ids:,}: this is the tokenizer of "
             "another model; replace it with the tokenizer of the model"

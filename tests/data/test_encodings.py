@@ -230,7 +230,9 @@ def test_special_ids_are_read_from_template_config_and_tokenizer_files(tmp_path)
 
 
 def test_all_files_of_a_tokenizer_are_copied_unchanged(tmp_path):
-    save_tokenizer(tmp_path, tokenizer_config={"bos_token": {"content": "<s>", "lstrip": True}, "model_max_length": 5})
+    token = {"content": "<s>", "lstrip": True}
+    config = {"tokenizer_class": "RobertaTokenizer", "bos_token": token, "model_max_length": 5}
+    save_tokenizer(tmp_path, tokenizer_config=config)
     (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens":   ["<x>"]}')
     (tmp_path / "merges.txt").write_text("x")
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -200,6 +200,80 @@ def test_special_tokens_of_config_json_are_saved(tmp_path, config, eos, bos):
     assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
 
 
+NO_TYPES = ["input_ids", "attention_mask"]
+TEMPLATES = {  # name -> processor, model_input_names and padding_side of transformers
+    "gpt2": (tokenizers.processors.ByteLevel(trim_offsets=False), NO_TYPES, None),
+    "roberta": (tokenizers.processors.RobertaProcessing(("</s>", 1), ("<s>", 0)), NO_TYPES, None),
+    "bert": (tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)), None, None),
+    "llama": (
+        tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 0)]
+        ),
+        NO_TYPES,
+        None,
+    ),
+    "xlnet": (
+        tokenizers.processors.TemplateProcessing(
+            single="$A </s> [CLS]:2",
+            pair="$A </s> $B:1 </s>:1 [CLS]:2",
+            special_tokens=[("</s>", 1), ("[CLS]", 2)],
+        ),
+        None,
+        "left",
+    ),
+}
+
+
+def template_files(directory, name, config=None):
+    """Write ``tokenizer.json`` with a template, and ``tokenizer_config.json`` with the content ``config``."""
+    ids = {"<s>": 0, "</s>": 1, "[CLS]": 2, "[SEP]": 3, "to": 4, "be": 5, "?": 6}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = TEMPLATES[name][0]
+    backend.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("config", [None, {"model_max_length": 512}, {"tokenizer_class": None}])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_missing_fields_of_tokenizer_config_are_saved(tmp_path, name, config):
+    """Without a class, transformers chooses one by the type of the model, and may add other special tokens."""
+    template_files(tmp_path, name, config)
+    load_tokenizer(tmp_path).save(tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (saved.get("model_input_names"), saved.get("padding_side")) == TEMPLATES[name][1:]
+    assert saved.get("model_max_length") == (config or {}).get("model_max_length")
+    assert saved["bos_token"] == "<s>"
+
+
+def test_a_tokenizer_config_with_a_class_is_copied(tmp_path):
+    config = {"tokenizer_class": "LlamaTokenizer", "model_input_names": ["input_ids"]}
+    template_files(tmp_path, "llama", config)
+    load_tokenizer(tmp_path).save(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text()) == config
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("config", [None, {"model_max_length": 512}])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_transformers_adds_the_same_tokens_for_every_type_of_model(tmp_path, name, model_type, config):
+    from transformers import AutoTokenizer
+
+    template_files(tmp_path, name, config)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "new")
+    (tmp_path / "new" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    encoding, reference = tokenizer.encode_inputs("to be", "be"), hf_tokenizer("to be", "be")
+    assert reference["input_ids"] == encoding.ids.tolist()
+    assert reference.get("token_type_ids") == (None if TEMPLATES[name][1] else encoding.token_types.tolist())
+    assert len(hf_tokenizer) == tokenizer.vocab_size
+    assert hf_tokenizer.padding_side == (TEMPLATES[name][2] or "right")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
-from jaxlm.data import ByteTokenizer, load_tokenizer, train_tokenizer
+from jaxlm.data import ByteTokenizer, PretrainedTokenizer, load_tokenizer, train_tokenizer
 from jaxlm.interop import config_json, formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
@@ -23,6 +23,7 @@ from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
 from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
+from jaxlm.training.checks import check_tokenizer
 from tests.interop.classes import CLASSES, model_of_class
 
 PARAMETERS = pytest.mark.parametrize(
@@ -429,6 +430,25 @@ def test_tokenizers_that_do_not_fit_the_model_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"roberta needs pad_token_id=1, but the tokenizer has 0: .*'bos_eos'"):
         save_model(tmp_path / "a", get_model("roberta-tiny"), tokenizer=train_tokenizer(WORDS, "word", 30))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_special_token_without_a_role_may_be_outside_the_vocabulary(tmp_path: Path) -> None:
+    """The vocabulary of Gemma 3 1B ends before the token of images."""
+    tokenizer = train_tokenizer(WORDS, "word", 30)
+    size = tokenizer.vocab_size
+    model = get_model("gpt2-tiny", vocab_size=size)
+    tokenizer.backend.add_special_tokens(["<image>"])
+    larger = PretrainedTokenizer(tokenizer.backend, tokenizer.special_tokens)
+    assert larger.vocab_size == size + 1
+    save_model(tmp_path, model, tokenizer=larger)
+    assert load_tokenizer(tmp_path).encode("to <image>")[1] == size
+    check_tokenizer(load_pretrained(tmp_path)[0], load_tokenizer(tmp_path))
+    with_role = PretrainedTokenizer(tokenizer.backend, {**tokenizer.special_tokens, "mask": "<image>"})
+    with pytest.raises(ValueError, match=f"the tokenizer has {size + 1} ids but the model has vocab_size={size}"):
+        save_model(tmp_path, model, tokenizer=with_role)
+    tokenizer.backend.add_tokens(["question2"])  # not a special token
+    with pytest.raises(ValueError, match=f"the tokenizer has {size + 2} ids but the model has vocab_size={size}"):
+        save_model(tmp_path, model, tokenizer=PretrainedTokenizer(tokenizer.backend, tokenizer.special_tokens))
 
 
 # ------------------------------------------------------------------------------------- newly initialized heads

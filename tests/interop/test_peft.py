@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm.adapt import LoRA
+from jaxlm.interop.huggingface import save_pretrained
 from jaxlm.interop.peft import load_adapter, save_adapter
-from jaxlm.testing.helpers import assert_trees_equal, tiny_model
+from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 
 GPT = tiny_model("gpt2-tiny", scan_layers=True)
 LLAMA = tiny_model("llama-tiny")
@@ -50,7 +51,9 @@ def rewrite(directory, config, tensors):
             LoRA(3, targets=("weight",), full_training_patterns=("^layers/mlp_norm/", "^embedding")),
         ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
-        ("mamba2", {}, LoRA(2, targets=("mixer/output/weight",), full_training_patterns=("mixer/norm",))),
+        ("mamba2", {"tie_embeddings": False}, LoRA(2, targets=("^head$",), full_training_patterns=("mixer/norm",))),
+        ("gemma-3-tiny", {}, LoRA(2, targets=("attention/", "mlp/"))),  # equal trees, but layers of several kinds
+        ("llama-tiny", {"pattern": ("full", "no_positions")}, LoRA(2, full_training_patterns=("mlp_norm",))),  # SmolLM3
         ("mixtral-tiny", {}, LoRA(2, targets=("experts/", "query"), full_training_patterns=("mlp_norm",))),
         ("mixtral-tiny", {"scan_layers": True}, LoRA(2, full_training_patterns=("experts/up",))),
         ("mixtral-tiny", {"qk_norm": True, "dense_layers": (0,)}, LoRA(2, targets=("experts/(down|router)", "mlp/"))),
@@ -86,14 +89,14 @@ def test_adapters_round_trip(name, overrides, lora, tmp_path):
             r"mixer/zx/weight \(.*layers.0.mixer.in_proj.weight\) is not the weight of a",
         ),
         (
-            LoRA(2, targets=("output/weight",), full_training_patterns=("convolution/",)),
+            LoRA(2, targets=("^head$",), full_training_patterns=("convolution/",)),
             "BC_convolution/bias is a part of backbone.layers.0.mixer.conv1d.bias in the transformers class",
         ),
     ],
 )
 def test_parts_of_tensors_have_no_adapters(lora, message, tmp_path):
     """A tensor of transformers' Mamba-2 contains several parameters of jaxlm."""
-    model = tiny_model("mamba2")
+    model = tiny_model("mamba2", tie_embeddings=False)
     with pytest.raises(ValueError, match=message):
         save_adapter(tmp_path, model, lora, random_adapter(model, lora))
 
@@ -302,5 +305,26 @@ def test_errors_for_models_and_weights_that_peft_does_not_support(tmp_path):
     xlnet, lora = tiny_model("xlnet"), LoRA(2)
     with pytest.raises(ValueError, match="attention/query/weight .* is not the weight of a linear module"):
         save_adapter(tmp_path, xlnet, lora, random_adapter(xlnet, lora))
+    for name, model_type in (("mamba2", "mamba2"), ("falcon-h1-tiny", "falcon_h1")):
+        model, lora = tiny_model(name), LoRA(2, targets=("output/weight",))
+        with pytest.raises(
+            ValueError, match=f"output/weight .* PEFT rejects .* out_proj in models of type '{model_type}'"
+        ):
+            save_adapter(tmp_path, model, lora, random_adapter(model, lora))
     with pytest.raises(ValueError, match="trained tree of LoRA.* do not match"):
         save_adapter(tmp_path, LLAMA, LoRA(2), random_adapter(LLAMA, LoRA(3)))
+
+
+def test_a_directory_cannot_have_a_model_and_an_adapter(tmp_path):
+    """transformers would load the base model of the adapter instead of the model."""
+    params = initial_params(GPT)
+    save_pretrained(tmp_path / "model", GPT, params)
+    with pytest.raises(
+        ValueError, match=r"model contains a model \(config.json, model.safetensors\).*another directory"
+    ):
+        save_random_adapter(tmp_path / "model")
+    assert not (tmp_path / "model" / "adapter_config.json").exists()
+    save_random_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter contains an adapter \(adapter_config.json\).*another directory"):
+        save_pretrained(tmp_path / "adapter", GPT, params)
+    assert not (tmp_path / "adapter" / "config.json").exists()

@@ -159,6 +159,8 @@ def test_peft_loads_an_adapter_without_a_trained_head(tmp_path: Path) -> None:
         ("xlnet", {}, LoRA(2, targets=("mlp/",), full_training_patterns=("attention",))),
         ("xlnet", {"task": "classification"}, LoRA(2, targets=("mlp/",))),
         ("llama-tiny", {"task": "none"}, LoRA(2, full_training_patterns=("norm",))),
+        ("gemma-3-tiny", {}, LoRA(2, targets=("attention/", "mlp/"))),
+        ("llama-tiny", {"pattern": ("full", "no_positions")}, LoRA(2)),  # SmolLM3
         ("roberta", {"task": "classification"}, LoRA(2, full_training_patterns=("^classifier",))),
         (
             "roberta",

@@ -176,6 +176,14 @@ def test_unsupported_settings_raise(tmp_path, fields, message):
         load_pretrained(save_with_fields(tmp_path, **fields))
 
 
+def test_a_changed_width_changes_the_head_width_in_files(tmp_path):
+    model, _ = load_pretrained(save_with_fields(tmp_path, head_dim=8))
+    changed = model.with_fields(embed_dim=64)
+    save_pretrained(tmp_path, changed, initial_params(changed))
+    assert json.loads((tmp_path / "config.json").read_text())["head_dim"] == 16
+    assert load_pretrained(tmp_path)[0].config == changed.config
+
+
 def test_an_odd_width_of_the_mlp_is_rounded_down_as_in_transformers(tmp_path):
     model, _ = load_pretrained(save_with_fields(tmp_path, intermediate_size=97))
     assert model.config.mlp_dim == 48

@@ -393,6 +393,14 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 of yarn rope_scaling"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling has rope_type='dynamic' and type='linear', two names of the same field",
+        ),
+        (
+            {"max_position_embeddings": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling of type dynamic needs .*: add max_position_embeddings",
+        ),
         ({**MIXTRAL_FILE, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
         ({**MIXTRAL_FILE, "num_local_experts": 0}, "num_experts=0 must be at least 1"),
         ({**MIXTRAL_FILE, "num_experts_per_tok": 9}, "experts_per_token=9 must be at most num_experts=8"),

@@ -25,7 +25,8 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if head_dim is not None and type(num_heads) is type(embed_dim) is int and head_dim * num_heads != embed_dim:
         raise ValueError(f"head_dim={head_dim!r} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
     if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
-        raise ValueError(f"block_types={pattern!r} must be a list of {' and '.join(get_args(Mixer))}")
+        mixers = " or ".join(map(repr, get_args(Mixer)))
+        raise ValueError(f"block_types={pattern!r} must be a non-empty list whose entries are {mixers}")
     rotary = read_rotary(config, 0.5)
     if "rotary_scaling" in rotary:
         raise ValueError(f"scaled rotary positions are not supported: {rotary['rotary_scaling']}")
@@ -35,13 +36,13 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_fields(cfg: Config) -> dict[str, Any]:
     return {
         "num_key_value_heads": cfg.num_kv_heads, "intermediate_size": 2 * cfg.mlp_dim,
-        "block_types": list(cfg.pattern), "lru_width": lru_width(cfg),
+        "block_types": list(cfg.pattern), "lru_width": lru_width(cfg), "head_dim": cfg.embed_dim // cfg.num_heads,
     }  # fmt: skip
 
 
 _LAYER = "layers.{layer}"
 _RECURRENT = f"{_LAYER}.temporal_block"
-_LINEAR = {  # path of a weight and its bias in a layer -> module name in transformers
+_WEIGHTS_WITH_BIAS = {  # path of a weight and its bias in a layer -> module name in transformers
     "recurrent/gate": "temporal_block.linear_y",
     "recurrent/input": "temporal_block.linear_x",
     "recurrent/output": "temporal_block.linear_out",
@@ -89,7 +90,7 @@ FORMATS = (
             "layers/mlp_norm/scale_minus_one": f"{_LAYER}.channel_pre_norm.weight",
             **{
                 f"layers/{path}/{kind}": f"{_LAYER}.{name}.{kind}"
-                for path, name in _LINEAR.items()
+                for path, name in _WEIGHTS_WITH_BIAS.items()
                 for kind in ("weight", "bias")
             },
             **{
@@ -103,7 +104,7 @@ FORMATS = (
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},
         layouts={
-            **{f"layers/{path}/weight": TRANSPOSED for path in _LINEAR},
+            **{f"layers/{path}/weight": TRANSPOSED for path in _WEIGHTS_WITH_BIAS},
             "layers/recurrent/convolution/weight": ((1,), (), (0,)),
             **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
             "layers/attention/output/weight": ((2,), (0, 1)),

@@ -49,8 +49,12 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             raise ValueError(
                 f"partial_rotary_factor={factor!r} in {name} must be {fraction}: this family has no other fraction"
             )
-    old_kind = hf_scaling.pop("type", "default")
-    kind = hf_scaling.pop("rope_type", old_kind)
+    kinds = [hf_scaling.pop(field) for field in ("rope_type", "type") if field in hf_scaling]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{name} has rope_type={kinds[0]!r} and type={kinds[1]!r}, two names of the same field: remove one of them"
+        )
+    kind: Any = kinds[0] if kinds else "default"
     if kind == "default":
         unused = [field for field, value in hf_scaling.items() if value is not None]
         if unused:
@@ -74,6 +78,10 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
     if "factor" not in scaling:
         raise ValueError(f"rope_scaling of type {kind} has no field factor: add it")
     if kind in ("dynamic", "yarn"):
+        if "original_positions" not in scaling and config.get("max_position_embeddings") is None:
+            raise ValueError(
+                f"rope_scaling of type {kind} needs the length of the training sequences: add max_position_embeddings"
+            )
         scaling.setdefault("original_positions", config.get("max_position_embeddings"))
     return {**fields, "rotary_scaling": RotaryScaling(kind, **scaling)}
 
