@@ -122,8 +122,8 @@ PRESETS = {
     ),
     "full": preset(
         "chess_llama", "num_layers=8", "num_heads=4", "embed_dim=128", "mlp_dim=352", "remat=none",
-        training=TrainingConfig(8300, 8, 256, evaluate_every=500, checkpoint_every=500), tests=TestSizes(),
-        optimizer=dataclasses.replace(MUON, warmup_steps=200), validation_fraction=0.005, test_fraction=0.02,
+        training=TrainingConfig(5900, 16, 256, evaluate_every=300, checkpoint_every=300), tests=TestSizes(),
+        optimizer=dataclasses.replace(MUON, warmup_steps=100), validation_fraction=0.005, test_fraction=0.02,
         notation="uci",
     ),
 }  # fmt: skip
