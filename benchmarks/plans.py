@@ -8,7 +8,7 @@ program). The measurement is the peak of the memory during the steps, without th
 created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``,
 whose peak includes the creation of the arrays and, for decoding, the reading of the text.
 
-Decoding: the model first reads a text, so that the measured steps decode the last tokens for which the cache has space.
+Decoding: the model first reads a text, so that the measured steps fill the last slots of the cache.
 
 Time: the lower bound is the larger of two times: the FLOPs of the step at the speed of a large matmul, and the
 bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding
@@ -186,12 +186,15 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
             return jax.device_put(np.abs(0.02 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), leaf.sharding)
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
-    arguments, times = jax.tree.map(array, step.arguments), []
-    if case.decode:
-        params, _, tokens = arguments
+    times: list[float] = []
+    arguments: tuple[Any, ...]
+    if case.decode:  # without a first, empty state, which would count as memory
+        params, tokens = jax.tree.map(array, (step.arguments[0], step.arguments[2]))
         state = state_after(model, params, case.batch, case.sequence, case.sequence - steps - WARM_UP)
         state = jax.tree.map(lambda x, argument: jax.device_put(x, argument.sharding), state, step.arguments[1])
         arguments = params, state, tokens
+    else:
+        arguments = jax.tree.map(array, step.arguments)
     _memory(reset=True)  # creating the arrays temporarily uses more memory
     for _ in range(steps + WARM_UP):
         start = time.perf_counter()

@@ -82,7 +82,7 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum count of a word, or of a BPE merge, in the training split. Rarer words become unknown tokens."""
+    """Minimum count of a word or BPE merge in the training split. With the vocabulary word, rarer words are unknown."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -152,7 +152,7 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. ``test`` only determines a fixed length."""
+    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only lengths are used."""
     config, texts, size = experiment.model, training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))

@@ -65,7 +65,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
     """The model: attention_rnn or t5."""
     training: TrainingConfig = TrainingConfig()
-    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets may have more."""
+    """The training. A batch of the longest bucket has batch_size pairs. Shorter buckets may have more pairs."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()

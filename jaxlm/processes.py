@@ -174,7 +174,7 @@ def require_shared_directory(directory: Path) -> None:
 
 def gather_to_host(array: Any) -> np.ndarray:
     """The complete array as a NumPy array in every process, even if it is sharded over devices of several processes."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(_multihost_utils().process_allgather(array, tiled=True))
     return np.asarray(array)
 

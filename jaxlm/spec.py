@@ -208,6 +208,7 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
 
 
 THREEFRY = "threefry2x32"
+"""JAX's default implementation of random keys."""
 
 
 def typed_key(key: jax.Array) -> jax.Array:

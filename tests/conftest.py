@@ -1,6 +1,7 @@
 """Pytest settings: eight virtual CPU devices; rank promotion is an error (pyproject.toml makes warnings errors)."""
 
 import collections
+import contextlib
 import gc
 import os
 import shutil
@@ -51,9 +52,11 @@ _finished = 0
 
 def pytest_configure(config: pytest.Config) -> None:
     """Delete the compiled programs of earlier runs if they are too large: each change of the code adds programs."""
-    is_worker = hasattr(config, "workerinput")
-    if not is_worker and sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MAX_PROGRAMS_SIZE:
-        shutil.rmtree(PROGRAMS)
+    if hasattr(config, "workerinput"):
+        return
+    with contextlib.suppress(FileNotFoundError):  # another run deletes the directory at the same time
+        if sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MAX_PROGRAMS_SIZE:
+            shutil.rmtree(PROGRAMS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by marks

@@ -224,10 +224,10 @@ def encode_truncated(
 
 
 def num_required_ids(tokenizer: Tokenizer) -> int:
-    """The number of ids that a model needs for this tokenizer: all ids up to the last id that is not an unused token.
+    """The number of ids that a model needs for this tokenizer. Special tokens without a role do not count.
 
-    An unused token here is a special token without a role, such as ``<image_soft_token>`` of Gemma 3. It is added to
-    the vocabulary, but the text models have no id for it. Without its name in a text, it never occurs.
+    Such a token is added to the vocabulary, for example ``<image_soft_token>`` of Gemma 3, but the text models have no
+    id for it. It occurs only in texts that contain its name.
     """
     if not isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer.vocab_size
@@ -503,9 +503,10 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def _default_config(self) -> dict[str, Any]:
         """The fields of ``tokenizer_config.json`` for a tokenizer that has no such file, or a file without a class."""
         template = self.backend.encode("", "")
-        # BERT and XLNet end the second text with a special token of type 1 or 2. The template of Llama has BOS with
-        # type 1 before the second text, but its models have no token types.
-        has_token_types = bool(template.ids) and template.type_ids[-1] > 0 and template.ids[-1] != self.special_ids.bos
+        # BERT and XLNet end the second text with a special token of type 1 or 2. In the template of Llama, the first
+        # special token of type 1 is the BOS token of the second text, but its models have no token types.
+        later = (number for number, kind in zip(template.ids, template.type_ids, strict=True) if kind > 0)
+        has_token_types = next(later, self.special_ids.bos) != self.special_ids.bos
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

@@ -54,7 +54,7 @@ class GenerationConfig:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
         ValueError: a value is outside its range, a stop string is empty, both ``max_length`` and ``max_new_tokens`` are
             set, ``num_beams`` above 1 is combined with a ``sampling`` other than ``GREEDY``, or ``num_beams=1`` with a
-            ``length_penalty`` other than 1 or an ``early_stopping`` other than "never".
+            ``length_penalty`` other than 1 or ``early_stopping=True``.
     """
 
     max_new_tokens: int | None = None
@@ -91,7 +91,7 @@ class GenerationConfig:
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         if self.num_beams == 1 and self.length_penalty not in (None, 1.0):
             raise ValueError(f"length_penalty={self.length_penalty} needs beam search: set num_beams above 1")
-        if self.num_beams == 1 and self.early_stopping not in (None, "never"):
+        if self.num_beams == 1 and self.early_stopping not in (None, False, "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r} needs beam search: set num_beams above 1")
         if self.num_beams is not None and self.num_beams > 1 and self.sampling not in (None, GREEDY):
             if self.sampling.temperature > 0.0:
@@ -160,9 +160,7 @@ class GenerationConfig:
                 stop=first_set("stop"),
                 batch_size=self.batch_size,
                 max_length=length_config.max_length,
-                early_stopping=(
-                    first_set("early_stopping") if num_beams > 1 or self.early_stopping is not None else "never"
-                ),
+                early_stopping=first_set("early_stopping") if num_beams > 1 or self.early_stopping is True else "never",
                 end_ids=end_ids,
                 ignored_fields=self.ignored_fields,
             )
@@ -274,7 +272,8 @@ def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
     try:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            # With num_beams=1, fields of beam search would be errors. They have no effect, and `resolve` reads the 1.
+            # With num_beams=1, GenerationConfig would reject the file's fields of beam search, which have no effect. So
+            # the 1 is left out here, and `resolve` reads it from the file.
             num_beams=None if num_beams == 1 else num_beams,
             length_penalty=file_fields.get("length_penalty"),
             stop=(stop,) if isinstance(stop, str) else stop,

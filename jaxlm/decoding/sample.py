@@ -79,8 +79,6 @@ class Sampling:
             )
 
 
-"""JAX's default implementation of random keys."""
-
 GREEDY = Sampling(temperature=0.0)
 """Always selects the most likely token. Of several equally likely tokens, the lowest id is selected."""
 

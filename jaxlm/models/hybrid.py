@@ -149,6 +149,8 @@ def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
     """
 
     def scale(layer: Params, output_factor: Any, input_factor: float = 1.0) -> dict[str, Any]:
+        if jnp.ndim(output_factor) == 0 and (output_factor, input_factor) == (1.0, 1.0):
+            return dict(layer)
         factors = {"weight": jnp.asarray(output_factor) * input_factor, "bias": jnp.asarray(output_factor)}
         num_axes = jnp.ndim(output_factor)
         # The products of half-precision weights are float32, so that they are not rounded twice.

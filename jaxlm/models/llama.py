@@ -44,9 +44,8 @@ class Config(experts.ExpertsConfig):
     vocab_size: int = 32000
     """Number of token ids."""
     max_positions: int = 2048
-    """Maximum length of a sequence. No parameter depends on this field, so you may raise it, but published models were
-    not trained on longer sequences. With dynamic rotary scaling, the rotary frequencies depend on this field, so
-    another value may change the outputs for all lengths."""
+    """Maximum length of a sequence. You may raise it, but published models were trained on shorter sequences. Dynamic
+    rotary scaling depends on this field, so with this scaling, another value may change the outputs for all lengths."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32

@@ -65,6 +65,6 @@ def batch_norm(
         mean = jnp.mean(x32, axis=reduced_axes)
         variance = jnp.mean(jnp.square(x32 - broadcast(mean)), axis=reduced_axes)
         new = lax.stop_gradient({"mean": mean, "variance": variance * (count / (count - 1))})
-        statistics = jax.tree.map(lambda old, new: (1.0 - momentum) * old + momentum * new, statistics, new)
+        statistics = jax.tree.map(lambda before, now: (1.0 - momentum) * before + momentum * now, old, new)
     scale = params["scale"] * lax.rsqrt(variance + epsilon)
     return ((x32 - broadcast(mean)) * broadcast(scale) + broadcast(params["bias"])).astype(x.dtype), statistics

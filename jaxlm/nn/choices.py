@@ -252,7 +252,8 @@ def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "ch
     """The implementation of ``linear_attention``, ``ssd``, ``mlstm`` and the delta rules.
 
     The result is ``reference`` for fewer than ``MIN_CHUNKED_STEPS`` steps. For more steps, it is ``pallas`` on a TPU if
-    ``pallas`` supports the arguments, otherwise ``chunked``.
+    ``pallas`` supports the arguments, otherwise ``chunked``. Without a gradient, a CPU may run a loop instead of
+    ``chunked`` (:func:`loops_without_gradient`).
 
     Args:
         steps: T, the number of steps.
@@ -264,8 +265,9 @@ def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "ch
 
 
 MAX_LOOP_STATE = 2**16
-"""Maximum number of entries B * H * K * V of the state of a ``linear_attention`` that runs as a loop over steps.
+"""Maximum number of entries B * H * K * V of the state for which ``linear_attention`` with one decay per head loops.
 
+With one decay per channel, and for ``generalized_delta_rule``, every size loops. This holds only without a gradient.
 Time in ms without a gradient, loop / chunks (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 4; one decay per head, or one
 per channel of the keys):
 

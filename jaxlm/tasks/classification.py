@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
+from jaxlm.decoding.text import check_vocabulary
 from jaxlm.metrics import Score, accuracy, confusion, proportion
 from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
@@ -35,7 +36,7 @@ def encode(
 
     Raises:
         ValueError: there are fewer than two labels or no examples; or an example lacks a field, or has an unknown
-            label, no tokens, or more tokens than the model has positions.
+            label, no tokens, more tokens than the model has positions, or an id that the model does not have.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
@@ -54,6 +55,7 @@ def encode(
                 f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. "
                 "Truncate long texts with max_length, or use a model with more positions"
             )
+        check_vocabulary(encoding.ids, model.config.vocab_size, f"the text {text[:60]!r} of {examples.name}")
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
         encoded.append({"tokens": encoding.ids, **types, "label": label})
     return encoded
@@ -181,7 +183,8 @@ def convolution_fields(
     kernels, blocks = changes.get("kernels"), changes.get("blocks", resnet.Config.blocks)
     if family == "resnet" and isinstance(blocks, tuple):
         divisor = 2 ** max(0, len(blocks) - 1)  # the length is halved between the groups of blocks
-        length = max(length, divisor * changes.get("k_max", resnet.Config.k_max))
+        k_max = changes.get("k_max", resnet.Config.k_max)
+        length = max(length, divisor * k_max if type(k_max) is int else 0)  # the config reports a wrong type
         length += -length % max(8, divisor)
     elif family == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
         length = max(length, kernels[0])

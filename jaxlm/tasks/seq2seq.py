@@ -17,6 +17,8 @@ from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.decoding import decoder_start_id
+from jaxlm.decoding.prompts import source_vocab_size
+from jaxlm.decoding.text import check_vocabulary
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
@@ -71,10 +73,16 @@ def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:
-    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.seq2seq``."""
+    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.seq2seq``.
+
+    The function raises ``ValueError`` if a row has an id that the model does not have.
+    """
     start_id = decoder_start_id(model, tokenizer)
+    vocab_sizes = {"source": source_vocab_size(model), "target": model.config.vocab_size}
 
     def make(rows: BucketBatch) -> Batch:
+        for name, size in vocab_sizes.items():
+            check_vocabulary(rows.fields[name], size, f"the {name} of an example")
         segments = {name: rows.segment_ids(name) for name in ("source", "target")}
         for segment_ids in segments.values():
             # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.

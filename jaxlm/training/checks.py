@@ -137,11 +137,8 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "the optimizer does not use it",
     ),
     (
-        "tokenizer", lambda get: get("model.pretrained") is not None,
-        "the directory of model.pretrained contains the tokenizer",
-    ),
-    (
-        "template vocabulary vocab_size min_frequency min_count", lambda get: get("model.pretrained") is not None,
+        "tokenizer template vocabulary vocab_size min_frequency min_count",
+        lambda get: get("model.pretrained") is not None,
         "the directory of model.pretrained contains the tokenizer",
     ),
     (

@@ -16,14 +16,13 @@ parameters that are not averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.adapt import overwrite
 from jaxlm.spec import Params
 
 
@@ -111,16 +110,10 @@ def mean_params(state: Any) -> Any:
     return _averaging_state(state).mean
 
 
-def overwrite_mean(state: Any, values: Any) -> Any:
-    """An optimizer state whose mean has new values of some parameters, such as the running statistics of the last step.
-
-    A state without :func:`averaging` is unchanged.
-
-    Args:
-        values: a part of the tree of parameters.
-    """
+def map_mean(state: Any, change: Callable[[Any], Any]) -> Any:
+    """An optimizer state whose mean is ``change(mean)``. A state without :func:`averaging` is unchanged."""
     return jax.tree.map(
-        lambda node: node._replace(mean=overwrite(node.mean, values)) if _is_averaging(node) else node,
+        lambda node: node._replace(mean=change(node.mean)) if _is_averaging(node) else node,
         state,
         is_leaf=_is_averaging,
     )

@@ -381,11 +381,16 @@ class Trainer:
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
-            if self.adaptation is None:
-                params = overwrite(params, new_model_state)
-                optimizer_state = nt_asgd.overwrite_mean(optimizer_state, new_model_state)
-            else:
-                params, frozen = self.adaptation.overwrite(params, frozen, new_model_state)
+            old_frozen = frozen
+
+            def with_statistics(trained: Any) -> Any:
+                if self.adaptation is None:
+                    return overwrite(trained, new_model_state), old_frozen
+                return self.adaptation.overwrite(trained, old_frozen, new_model_state)
+
+            params, frozen = with_statistics(params)
+            # Statistics are not averaged: evaluation and export use those of the last step.
+            optimizer_state = nt_asgd.map_mean(optimizer_state, lambda mean: with_statistics(mean)[0])
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

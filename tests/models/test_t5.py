@@ -275,3 +275,12 @@ def test_errors_name_bad_input():
 def test_errors_name_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         t5.Config(**fields)
+
+
+def test_a_segment_id_of_a_source_that_occurs_again_starts_a_document():
+    model = tiny_model("t5-tiny")
+    params, source = initial_params(model), np.arange(9, dtype=np.int32)[None]
+    encode = jax.jit(lambda ids: t5.encode(model.config, params, source, segment_ids=ids))
+    again, unique = (np.repeat([ids], 3, axis=1).astype(np.int32) for ids in ([1, 2, 1], [1, 2, 3]))
+    np.testing.assert_array_equal(encode(again), encode(unique))
+    assert relative_error(encode(unique), encode(np.ones_like(unique))) > 1e-2

@@ -128,6 +128,9 @@ def test_errors_name_bad_examples(caplog):
         ValueError, match="example 0 of the examples has the label 'x': known labels are colour, number"
     ):
         classification.encode(Examples([{"text": "red", "label": "x"}]), tokenizer(), LABELS, model)
+    small = tiny_model("bert-tiny", task="classification", num_labels=2, vocab_size=2)
+    with pytest.raises(ValueError, match=r"the text '.*' of the examples has id \d+, outside the model's 2 ids"):
+        classification.encode(examples(3), tokenizer(), LABELS, small)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
     with pytest.raises(
         ValueError, match="the text 'red .*' of long.tsv has 100 tokens: it must have from 1 to .* max_length"
@@ -154,6 +157,7 @@ def test_convolutions_get_the_length_of_the_longest_input():
     assert fields("alexnet", changes={"kernels": (7, 3)}) == {"max_positions": 70}
     assert fields("resnet") == {"max_positions": 72}
     assert fields("resnet", max_length=10) == {"max_positions": 64}
+    assert fields("resnet", changes={"k_max": "a"}) == fields("resnet")  # the config reports the wrong type
     for changes in ({"blocks": (1, 1)}, {"blocks": (1,) * 5}, {"k_max": 30}, {"blocks": (1,), "k_max": 90}):
         resnet.Config(**changes, **fields("resnet", changes=changes))  # the length is valid
     assert fields("resnet", changes={"blocks": (1, 1)}, max_length=10) == {"max_positions": 32}

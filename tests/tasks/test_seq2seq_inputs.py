@@ -53,12 +53,19 @@ def test_empty_rows_do_not_change_loss_and_gradient(name):
         np.testing.assert_allclose(actual, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
+def test_an_id_outside_the_vocabulary_raises_an_error():
+    tokens = tokenizer()
+    small = SimpleNamespace(max_positions=None, config=SimpleNamespace(decoder_start_id=0, vocab_size=3))
+    with pytest.raises(ValueError, match=r"the source of an example has id \d, outside the model's 3 ids"):
+        seq2seq.batches(seq2seq.encode(PAIRS, tokens), small, tokens, 2)
+
+
 def test_batches_are_not_longer_than_max_positions():
     tokens, model = tokenizer(), tiny_model("t5-tiny")
     encoded = seq2seq.encode(PAIRS, tokens)
     (batch,) = seq2seq.batches(encoded, model, tokens, 2, num_buckets=1)
     assert batch.tokens.shape == (2, 8), "T5 has no max_positions, so the length is a multiple of 8"
-    limited = SimpleNamespace(max_positions=5, config=SimpleNamespace(decoder_start_id=0))
+    limited = SimpleNamespace(max_positions=5, config=SimpleNamespace(decoder_start_id=0, vocab_size=99))
     (batch,) = seq2seq.batches(encoded, limited, tokens, 2, num_buckets=1)
     assert batch.tokens.shape == (2, 5)
     limited.max_positions = 4

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxlm import spec
+from jaxlm.adapt import Freeze
 from jaxlm.data import Batches, RandomWindows
 from jaxlm.objectives import causal, classification
 from jaxlm.testing.helpers import assert_trees_equal, tiny_model
@@ -71,11 +73,13 @@ def test_a_resumed_run_starts_averaging_at_the_same_evaluation(tmp_path: Path) -
     assert uninterrupted.step == resumed.step
 
 
-def test_the_mean_has_the_running_statistics_of_the_last_step() -> None:
+@pytest.mark.parametrize("adaptation", [None, Freeze(("token_embedding",))])
+def test_the_mean_has_the_running_statistics_of_the_last_step(adaptation: Freeze | None) -> None:
     """The means of batch normalization are not averaged: before the start, and after it."""
     model = tiny_model("resnet")
     config = OptimizerConfig("nt_asgd", learning_rate=0.1, schedule="constant", warmup_steps=0, beta1=0.0)
-    trainer = Trainer(model, make_optimizer(config, model.specs, 10), classification.loss)
+    specs = model.specs if adaptation is None else adaptation.specs(model.specs)
+    trainer = Trainer(model, make_optimizer(config, specs, 10), classification.loss, adaptation=adaptation)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 16))
     batch = classification.batch(tokens, np.array([0, 1, 1, 0]), num_labels=model.config.num_labels)
     step, state = jax.jit(trainer.step), trainer.init(jax.random.key(0))

@@ -257,9 +257,10 @@ def make_context(
 
 
 def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Numbers of the documents of the new tokens [B, T] and of all slots [B, S], for the mask; 0 is padding.
+    """Ids for the mask, of the new tokens [B, T] and of all slots [B, S]. Two equal ids belong to the same document.
 
-    A segment id that occurs again is a new document (``jaxlm.nn.segments.document_numbers``).
+    0 is padding, or, for a single new token, an earlier document. A segment id that occurs again is a new document
+    (``jaxlm.nn.segments.document_numbers``).
 
     Args:
         ids_BS: the segment ids of all slots, with those of the new tokens.
