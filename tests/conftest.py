@@ -1,10 +1,8 @@
 """Pytest settings: eight virtual CPU devices; rank promotion is an error (pyproject.toml makes warnings errors)."""
 
 import collections
-import contextlib
 import gc
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,6 @@ pytest.register_assert_rewrite("jaxlm.testing")  # shows the values of failed as
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-"""Compiled programs of earlier runs. With them, the tests take less than two thirds of the time."""
-MAX_PROGRAMS_SIZE = 2 * 2**30
-if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell without job control starts background processes with SIGINT ignored. Some tests send SIGINT to processes
     # that they start.
@@ -48,15 +38,6 @@ MAPS = Path("/proc/self/maps")
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 CHECK_INTERVAL = 10
 _finished = 0
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Delete the compiled programs of earlier runs if they are too large: each change of the code adds programs."""
-    if hasattr(config, "workerinput"):
-        return
-    with contextlib.suppress(FileNotFoundError):  # another run deletes the directory at the same time
-        if sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MAX_PROGRAMS_SIZE:
-            shutil.rmtree(PROGRAMS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by marks
