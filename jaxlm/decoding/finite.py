@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxlm import spec
+from jaxlm import processes, spec
 from jaxlm.models import Model
 from jaxlm.spec import Params, State
 
@@ -55,9 +54,7 @@ def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State
     """
     if isinstance(finite_B, jax.core.Tracer):
         return
-    if not (finite_B.is_fully_addressable or finite_B.is_fully_replicated):
-        finite_B = multihost_utils.process_allgather(finite_B, tiled=True)
-    rows = np.flatnonzero(~np.asarray(finite_B)).tolist()
+    rows = np.flatnonzero(~processes.gather_to_host(finite_B)).tolist()
     if rows:
         raise NotFiniteError("row", rows, _cause(model, params, state))
 

@@ -283,7 +283,7 @@ per channel of the keys):
 
 
 def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool) -> bool:
-    """Whether ``linear_attention`` runs as a loop over steps if it is not differentiated.
+    """Whether ``linear_attention`` or ``generalized_delta_rule`` runs as a loop over steps if it is not differentiated.
 
     Args:
         key_width: K.
@@ -293,11 +293,6 @@ def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool
     if sharding.platform() != "cpu":
         return False
     return per_channel or (key_width >= 64 and state_size <= MAX_LOOP_STATE)
-
-
-def generalized_loops_without_gradient() -> bool:
-    """Whether ``generalized_delta_rule`` runs as a loop over steps if it is not differentiated."""
-    return sharding.platform() == "cpu"
 
 
 def kernel_chunk(steps: int) -> int:

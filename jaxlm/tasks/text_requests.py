@@ -36,7 +36,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 _FILTERS = ("top_k", "top_p", "min_p")
 _BEAMS = ("num_beams", "length_penalty", "early_stopping")
 _TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
-"""What transformers uses if neither the request nor the file sets a field."""
+"""The values that transformers uses for fields that neither the request nor the file sets."""
 _OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)
 
 

@@ -247,6 +247,12 @@ class Trainer:
     def _merge(self, params: Params, frozen: Any) -> Any:
         return params if self.adaptation is None else self.adaptation.merge(params, frozen)
 
+    def _overwrite(self, trained: Any, frozen: Any, values: Any) -> tuple[Any, Any]:
+        """Both trees with new values of some parameters, such as the running statistics of batch normalization."""
+        if self.adaptation is None:
+            return overwrite(trained, values), frozen
+        return self.adaptation.overwrite(trained, frozen, values)
+
     # -------------------------------------------------------------------------------------------------- step
 
     def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
@@ -381,16 +387,11 @@ class Trainer:
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
-            old_frozen = frozen
-
-            def with_statistics(trained: Any) -> Any:
-                if self.adaptation is None:
-                    return overwrite(trained, new_model_state), old_frozen
-                return self.adaptation.overwrite(trained, old_frozen, new_model_state)
-
-            params, frozen = with_statistics(params)
+            params, frozen = self._overwrite(params, frozen, new_model_state)
             # Statistics are not averaged: evaluation and export use those of the last step.
-            optimizer_state = nt_asgd.map_mean(optimizer_state, lambda mean: with_statistics(mean)[0])
+            optimizer_state = nt_asgd.map_mean(
+                optimizer_state, lambda mean: self._overwrite(mean, frozen, new_model_state)[0]
+            )
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -154,7 +154,7 @@ def generalized_delta_rule(
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
-    loops = implementation is None and chunk is None and choices.generalized_loops_without_gradient()
+    is_default = implementation is None and chunk is None
     implementation = choose_implementation(
         "generalized_delta_rule", implementation, query_BTHK.shape[1], chunk, "does not support the generalized rule"
     )
@@ -167,6 +167,7 @@ def generalized_delta_rule(
     )
     if implementation == "reference":
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV)
+    loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
     chunk = chunk or choices.generalized_delta_rule_chunk()
     return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk, _generalized_step if loops else None)
 
