@@ -1,10 +1,13 @@
 """Attention of a few queries over a cache. The cost grows with the filled part of the cache, not with its size.
 
 Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
-is a branch of a ``lax.switch``. On a CPU and a TPU, one matmul computes all heads of a device,
-``k [E, G*K] @ q [G*K, T*H]``, if the devices can split the key heads evenly
-(``jaxlm.nn.choices.merge_heads_for_decoding``). The matrix q is block diagonal, with zeros for the keys of other heads.
-This needs more arithmetic, but one matmul per head would first copy the cache into another layout.
+is a branch of a ``lax.switch``. One matmul per head would first copy the cache into another layout. So the products of
+queries, keys and values are computed in another way (``jaxlm.nn.choices.decode_products``):
+
+- ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
+  with zeros for the keys of other heads. This needs more arithmetic.
+- ``sums``: elementwise products and sums, for one query per key head.
+- ``per head``: one matmul per head, where neither is possible.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
 query heads of a device, Q query heads of a key head.
@@ -13,6 +16,8 @@ query heads of a device, Q query heads of a key head.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,24 +85,9 @@ def attend(
     q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
     """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
-    B, T, H, K = q_BTHK.shape
-    E, G, V = k_BEGK.shape[1], k_BEGK.shape[2], v_BEGK.shape[3]
-    P = sharding.num_shards(("heads",))  # number of devices that split the heads; each computes one matmul
-    use_one_matmul = choices.merge_heads_for_decoding(G, P)
-    reads_key_head = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if use_one_matmul else np.zeros(())
-    if use_one_matmul:  # in the einsums of this branch, G is the number of key heads of a device
-        q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
-        block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, reads_key_head.astype(q_BTHK.dtype)).reshape(
-            B, P, -1, T * H // P
-        )
-        block_q = jnp.pad(block_q, ((0, 0), (0, 0), (0, choices.lane_padding(block_q.shape[2])), (0, 0)))
-        scores = _dot(_merge_heads(k_BEGK, P), block_q, (((3,), (2,)), ((0, 2), (0, 1))))
-        scores = scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
-    else:
-        grouped = q_BTHK.reshape(B, T, G, H // G, K)
-        scores = jnp.einsum("BTGQK,BEGK->BGQTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
-        scores = scores.reshape(B, H, T, E)
-    scores_BHTE = scores * scale
+    T, E = q_BTHK.shape[1], k_BEGK.shape[1]
+    products = choices.decode_products(q_BTHK.shape, k_BEGK.shape, k_BEGK.dtype, sharding.num_shards(("heads",)))
+    scores_BHTE = _scores(q_BTHK, k_BEGK, products) * scale
     for bias in biases:
         scores_BHTE = scores_BHTE + dense(bias, T, E)
     mask_E = dataclasses.replace(
@@ -106,14 +96,52 @@ def attend(
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
     probabilities = softmax(scores_BHTE, keep(mask_E, T, E)).astype(v_BEGK.dtype)
-    if use_one_matmul:
-        probabilities = probabilities.reshape(B, P, T * H // P, E)
-        means = _dot(probabilities, _merge_heads(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
-        means = means.reshape(B, P, H // P, T, G // P, V)
-        out = jnp.einsum("BPRTGV,GR->BTPRV", means, reads_key_head.astype(np.float32))
-        return out.reshape(B, T, H, V).astype(v_BEGK.dtype)
-    grouped = probabilities.reshape(B, G, H // G, T, E)
-    return jnp.einsum("BGQTE,BEGV->BTGQV", grouped, v_BEGK).reshape(B, T, H, V)
+    return _weighted_values(probabilities, v_BEGK, products)
+
+
+def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProducts) -> jax.Array:
+    """The products of queries and keys, [B, H, T, E] float32."""
+    B, T, H, K = q_BTHK.shape
+    E, G = k_BEGK.shape[1:3]
+    if products == "sums":
+        lanes = math.gcd(K, choices.DECODE_LANES)
+        q_BHK, k_BEHK = q_BTHK.reshape(B, H, K).astype(jnp.float32), k_BEGK.astype(jnp.float32)
+        parts = [slice(start, start + lanes) for start in range(0, K, lanes)]
+        sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))
+        sum_lanes = np.repeat(np.eye(H, dtype=np.float32), lanes, axis=0)
+        return (sums_BEHL.reshape(B, E, H * lanes) @ sum_lanes).swapaxes(1, 2)[:, :, None]
+    if products == "per head":
+        q_BTGQK = q_BTHK.reshape(B, T, G, H // G, K)
+        scores = jnp.einsum("BTGQK,BEGK->BGQTE", q_BTGQK, k_BEGK, preferred_element_type=jnp.float32)
+        return scores.reshape(B, H, T, E)
+    P = sharding.num_shards(("heads",))  # in this branch, G is the number of key heads of a device
+    q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
+    block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, _reads_key_head(H, G, P).astype(q_BTHK.dtype))
+    block_q = block_q.reshape(B, P, -1, T * H // P)
+    block_q = jnp.pad(block_q, ((0, 0), (0, 0), (0, choices.lane_padding(block_q.shape[2])), (0, 0)))
+    scores = _dot(_merge_heads(k_BEGK, P), block_q, (((3,), (2,)), ((0, 2), (0, 1))))
+    return scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
+
+
+def _weighted_values(p_BHTE: jax.Array, v_BEGV: jax.Array, products: choices.DecodeProducts) -> jax.Array:
+    """The sums of the values, weighted by the probabilities, [B, T, H, V] in the dtype of the values."""
+    B, H, T, E = p_BHTE.shape
+    G, V = v_BEGV.shape[2:]
+    if products == "sums":
+        weighted = p_BHTE[:, :, 0].swapaxes(1, 2)[..., None].astype(jnp.float32) * v_BEGV.astype(jnp.float32)
+        return weighted.sum(axis=1)[:, None].astype(v_BEGV.dtype)
+    if products == "per head":
+        return jnp.einsum("BGQTE,BEGV->BTGQV", p_BHTE.reshape(B, G, H // G, T, E), v_BEGV).reshape(B, T, H, V)
+    P = sharding.num_shards(("heads",))
+    means = _dot(p_BHTE.reshape(B, P, T * H // P, E), _merge_heads(v_BEGV, P), (((3,), (1,)), ((0, 1), (0, 2))))
+    means = means[..., : G // P * V].reshape(B, P, H // P, T, G // P, V)
+    out = jnp.einsum("BPRTGV,GR->BTPRV", means, _reads_key_head(H, G, P).astype(np.float32))
+    return out.reshape(B, T, H, V).astype(v_BEGV.dtype)
+
+
+def _reads_key_head(H: int, G: int, P: int) -> np.ndarray:
+    """Whether a query head (second axis) reads a key head (first axis), for the heads of one device."""
+    return np.arange(G // P)[:, None] == np.arange(H // P) // (H // G)
 
 
 def _merge_heads(x_BEGK: jax.Array, shards: int) -> jax.Array:

@@ -365,6 +365,33 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
 
 
+@pytest.mark.parametrize("products", ["sums", "merged", "per head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_computes_the_products_in_three_ways(monkeypatch, products, dtype):
+    """One query per key head; keys of a width that is not a multiple of 8; wider values."""
+    random = np.random.default_rng(2)
+    q = random.normal(size=(2, 1, 4, 12)).astype(dtype)
+    k, v = (random.normal(size=(2, 300, 4, width)).astype(dtype) for width in (12, 20))
+    mask = Mask(query_segments=np.ones((2, 1), np.int32), key_segments=np.arange(300)[None] < np.array([[7], [290]]))
+    monkeypatch.setattr(choices, "decode_products", lambda *arguments: products)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation):
+        out, vjp_fn = jax.vjp(lambda *inputs: attention(*inputs, mask, implementation=implementation), q, k, v)
+        return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)).astype(dtype))
+
+    assert_trees_close(run("decode"), run("reference"), 3e-6 if dtype == "float32" else 0.02)
+
+
+def test_sums_are_chosen_for_one_float32_query_of_each_of_eight_heads():
+    def choose(B=2, T=1, H=8, G=8, dtype=np.float32, shards=1):
+        return choices.decode_products((B, T, H, 16), (B, 100, G, 16), dtype, shards)
+
+    assert choose() == "sums"
+    assert {choose(B=1), choose(T=2), choose(H=16), choose(H=4, G=4), choose(dtype=jnp.bfloat16)} == {"merged"}
+    assert choose(B=1, shards=3) == "per head"
+
+
 def test_decode_ignores_the_orders_of_a_mask_that_is_not_causal():
     q, k, v, mask = cached_inputs((3, 90))
     mask = Mask(query_order=mask.query_order, key_order=mask.key_order)
