@@ -68,31 +68,13 @@ def _measure(
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
     """The measurements as a table, with the time of jaxlm relative to each baseline and to its own plain variant."""
-    header = (
-        "variant, pass", "shape", "implementation", "ms", "p10", "p90", "% of peak", "jaxlm/baseline", "p10", "p90",
-        "/plain",
-    )  # fmt: skip
     ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
-    lines = []
-    for row in rows:
-        r = row.record()
-        cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
-        cells.append(f"{r['roof_percent']:.1f}")
-        if row.implementation == harness.OURS:
-            plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
-            cells += ["", "", "", "" if plain is None else f"{row.median / plain.median:.2f}"]
-        else:
-            cells += [*harness.over_baseline(ours[row.op, row.shape], row), ""]
-        lines.append(cells)
-    formulas = sorted({row.work.formula for row in rows})
-    return "\n".join(
-        [
-            f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
-            harness.table(header, lines),
-            *(f"% of peak: work / time / peak; work: {formula}" for formula in formulas),
-            "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
-        ]
-    )
+
+    def over_plain(row: harness.Row) -> str:
+        plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
+        return "" if plain is None or row.implementation != harness.OURS else f"{row.median / plain.median:.2f}"
+
+    return harness.comparison_table(rows, "variant, pass", "/plain", over_plain)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.baselines import JaxSampled, jax_exact, torch_device, torch_facts, torch_samples
-from benchmarks.worker import Implementation
+from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, torch_device, torch_samples
 
 MAX_DISTANCE = 128
 """Maximum distance of T5's relative position buckets."""
@@ -61,7 +60,7 @@ class Jaxlm(JaxSampled):
         return {"out": results} if self.pass_name == "forward" else {"out": results[0], **results[1]}
 
 
-class Torch(Implementation):
+class Torch(TorchImplementation):
     """``scaled_dot_product_attention``, with a dense bias array for the variants with a bias."""
 
     def __init__(self, directory: str, pass_name: str, **sizes: Any) -> None:
@@ -112,6 +111,3 @@ class Torch(Implementation):
             gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
             results |= dict(zip(self.arrays, gradients, strict=True))
         return {name: torch_samples(x) for name, x in results.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()

@@ -31,8 +31,11 @@ def jax_exact() -> Any:
     return jax
 
 
-def jax_facts() -> dict[str, Any]:
-    return {"platform": jax_exact().default_backend()}
+class JaxImplementation(Implementation):
+    """Base class of implementations in JAX."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"platform": jax_exact().default_backend()}
 
 
 class Machine(Implementation):
@@ -128,7 +131,7 @@ class Machine(Implementation):
         return self.properties
 
 
-class JaxSampled(Implementation):
+class JaxSampled(JaxImplementation):
     """Base class of implementations that run one jitted function.
 
     The first repetition compiles the function. A repetition returns samples of the results.
@@ -150,10 +153,6 @@ class JaxSampled(Implementation):
         results = self.name_results(jax_exact().block_until_ready(self.compiled(*self.arguments)))
         return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
 
-    def facts(self) -> dict[str, Any]:
-        memory = None if self.compiled is None else self.compiled.memory_analysis()
-        return {**jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
-
 
 def torch_samples(x: Any) -> list[float]:
     import numpy as np
@@ -168,7 +167,10 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def torch_facts() -> dict[str, Any]:
-    import torch
+class TorchImplementation(Implementation):
+    """Base class of implementations in torch."""
 
-    return {"platform": {"cuda": "gpu"}.get(torch_device(), "cpu"), "threads": torch.get_num_threads()}
+    def facts(self) -> dict[str, Any]:
+        import torch
+
+        return {"platform": {"cuda": "gpu"}.get(torch_device(), "cpu"), "threads": torch.get_num_threads()}

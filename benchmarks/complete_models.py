@@ -52,12 +52,8 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     """Rows, and tokens per row, of a training batch: ``batch`` and ``length``, or the defaults of the family.
 
     Raises:
-        ValueError: a size is less than 1; or ``length`` is not the text length of a VDCNN, or is odd or below 10 for
-            XLNet.
+        ValueError: ``length`` is not the text length of a VDCNN, or is odd or below 10 for XLNet.
     """
-    for name, size in (("batch", batch), ("length", length)):
-        if size is not None and size < 1:
-            raise ValueError(f"--{name} {size} must be at least 1")
     default_batch, default_length = (2, 32) if quick else SIZES[model.family]
     if model.family == "resnet":
         default_length = model.config.max_positions

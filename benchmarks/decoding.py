@@ -25,15 +25,23 @@ IMPLEMENTATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding(shapes.Decoding, harness.Options):
+class Decoding(harness.Options):
     """Measure greedy generation."""
+
+    model: str = "gpt2"
+    """Models of the families gpt, llama, t5, xlnet, lstm and mamba2, separated by commas."""
+    batch: str = "1"
+    """Rows; one or more numbers, separated by commas."""
+    prompt: str = "32"
+    """Tokens per prompt (for T5, per source); one or more numbers, separated by commas."""
+    tokens: int = 64
+    """Generated tokens per row."""
 
 
 def run(options: Decoding) -> None:
     """Measure and print the results."""
     if options.quick:
-        quick = shapes.QUICK_DECODING
-        options = dataclasses.replace(options, batch=quick.batch, prompt=quick.prompt, tokens=quick.tokens)
+        options = dataclasses.replace(options, batch="2", prompt="8", tokens=16)
     batches, prompts = harness.numbers("batch", options.batch), harness.numbers("prompt", options.prompt)
     targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import complete_models
-from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
 from benchmarks.shapes import random_tokens
 from benchmarks.training_baselines import flax_model, torch_model
-from benchmarks.worker import Implementation
 
 
-class Jaxlm(Implementation):
+class Jaxlm(JaxImplementation):
     """``jaxlm.decoding.generate``, which compiles one function for the prompt and the new tokens.
 
     For an encoder-decoder, another compiled function reads the source.
@@ -38,11 +37,8 @@ class Jaxlm(Implementation):
         generated = generate(self.model, self.params, self.prompts, max_new_tokens=self.tokens, state=state)
         return jax_exact().device_get(generated.tokens).tolist()
 
-    def facts(self) -> dict[str, Any]:
-        return jax_facts()
 
-
-class Flax(Implementation):
+class Flax(JaxImplementation):
     """``generate`` of the Flax class of transformers, in one compiled function."""
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
@@ -61,11 +57,8 @@ class Flax(Implementation):
         sequences = self.generate(self.params, self.prompts)
         return jax_exact().device_get(sequences)[:, -self.tokens :].tolist()
 
-    def facts(self) -> dict[str, Any]:
-        return jax_facts()
 
-
-class Torch(Implementation):
+class Torch(TorchImplementation):
     """``generate`` of transformers with its key-value cache; a loop over tokens for LSTM and XLNet.
 
     For XLNet, ``generate`` of transformers lets all tokens attend to all other tokens. This differs from jaxlm and
@@ -125,6 +118,3 @@ class Torch(Implementation):
             logits = self.model(padded, perm_mask=perm_mask, target_mapping=target_mapping, use_mems=False).logits
             text = torch.cat([text, logits[:, 0].argmax(-1)[:, None]], dim=1)
         return text
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,9 +24,15 @@ Results = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fidelity(shapes.Fidelity):
+class Fidelity:
     """Compare results."""
 
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"] = "gpt2"
+    """The size of the GPT-2."""
+    batch: int = 2
+    """Rows; at least 2, so that one row is padded on the left and one on the right."""
+    length: int = 128
+    """Tokens per row."""
     json: Path | None = None
     """Write all results to this JSON file too."""
 

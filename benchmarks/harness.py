@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import statistics
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from benchmarks.shapes import Work
 
@@ -68,10 +66,6 @@ class Failure(Exception):
 
 class UserError(Failure, ValueError):
     """A user error: a wrong option, or a package that is not installed."""
-
-
-DEBUG = "--debug"
-"""The option that prints the traceback of an error."""
 
 
 # -------------------------------------------------------------------------------------------------- workers
@@ -317,23 +311,17 @@ class Row:
         return self.work.amount / self.median
 
     def record(self) -> dict[str, Any]:
-        """All values and their statistics, for JSON.
-
-        The keys are those of older result files, which ``report`` also reads: ``peer`` is the implementation, and
-        ``roof`` is the peak.
-        """
-        fields = dataclasses.asdict(self)
-        fields["peer"], fields["roof"] = fields.pop("implementation"), fields.pop("peak")
+        """All values and their statistics, for JSON."""
         p10, p90 = np.percentile(self.seconds, (10, 90)).tolist()
         return {
-            **fields,
+            **dataclasses.asdict(self),
             "n": len(self.seconds),
             "median": self.median,
             "p10": p10,
             "p90": p90,
             "tokens_per_second": self.work.tokens / self.median,
             "rate": self.rate,
-            "roof_percent": 100 * self.rate / self.peak,
+            "peak_percent": 100 * self.rate / self.peak,
             "compile_seconds": max(0.0, self.warm_up[0] - statistics.median(self.warm_up[1:])),
         }
 
@@ -355,13 +343,12 @@ def measure(
 
     Args:
         warm_up: number of repetitions of each implementation before the rounds, at least 2. The first one compiles.
+        rounds: number of rounds, at least 1.
         check: a function of the warm-up results of each implementation. It raises ``Failure`` if they disagree.
 
     Raises:
-        Failure: ``rounds`` is below 1, the implementations run on different devices or disagree, or one of them fails.
+        Failure: the implementations run on different devices or disagree, or one of them fails.
     """
-    if rounds < 1:
-        raise Failure(f"--rounds {rounds} must be at least 1")
     platforms = {name: worker.facts()["platform"] for name, worker in implementations.items()}
     if len(set(platforms.values())) > 1:
         raise Failure(
@@ -408,12 +395,6 @@ def rotated(names: list[str], by: int) -> list[str]:
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """Median over rounds of ``theirs`` / ``ours`` (seconds). If load slows a complete round, its ratio is the same."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-
-
-def over_baseline(ours: Row, theirs: Row) -> list[str]:
-    """Median, p10 and p90 over rounds of the time of jaxlm / the time of a baseline."""
-    ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
-    return [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
 
 
 def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int, float]]) -> None:
@@ -540,7 +521,7 @@ def speed_table(rows: Sequence[Row]) -> str:
             [
                 row.implementation, f"{r['median']:.4g}", f"{r['p10']:.4g}", f"{r['p90']:.4g}",
                 f"{r['tokens_per_second']:,.1f}",
-                f"{r['rate'] / scale:.3g}", f"{r['roof_percent']:.1f}",
+                f"{r['rate'] / scale:.3g}", f"{r['peak_percent']:.1f}",
                 *("n/a" if seconds is None else f"{seconds:.1f}" for seconds in compiled),
                 *("n/a" if size is None else f"{size / 1e9:.2f}" for size in memory),
             ]
@@ -558,6 +539,34 @@ def speed_table(rows: Sequence[Row]) -> str:
                 for row in rows
                 if row.implementation != OURS
             ),
+        ]
+    )
+
+
+def comparison_table(rows: Sequence[Row], first: str, last: str, last_cell: Callable[[Row], str]) -> str:
+    """The measurements as a table, with the relative time of jaxlm and each baseline (median, p10, p90 over rounds).
+
+    Args:
+        first: header of the first column, which has the operation and the pass.
+        last: header of the last column.
+        last_cell: the cell of a row in the last column.
+    """
+    header = (first, "shape", "implementation", "ms", "p10", "p90", "% of peak", "jaxlm/baseline", "p10", "p90", last)
+    ours = {(row.op, row.shape): row for row in rows if row.implementation == OURS}
+    lines = []
+    for row in rows:
+        r = row.record()
+        cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
+        ratios = [a / b for a, b in zip(ours[row.op, row.shape].seconds, row.seconds, strict=True)]
+        shown = [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
+        cells += [f"{r['peak_percent']:.1f}", *(["", "", ""] if row.implementation == OURS else shown), last_cell(row)]
+        lines.append(cells)
+    return "\n".join(
+        [
+            f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
+            table(header, lines),
+            *(f"% of peak: work / time / peak; work: {text}" for text in sorted({row.work.formula for row in rows})),
+            "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
         ]
     )
 
@@ -585,51 +594,34 @@ def main(
 ) -> int:
     """Run ``python -m benchmarks.NAME`` and return its exit status, as ``jaxlm.command_line`` defines it.
 
-    This function imports jaxlm only to print an error, because jaxlm imports JAX.
-
     Args:
         kind: the dataclass of the options.
         run: a function that measures and prints.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug, program = DEBUG in words, f"python -m benchmarks.{name}"
-    words = [word for word in words if word != DEBUG]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            options = tyro.cli(kind, args=words, prog=program, description=description)
-    except SystemExit as exit_error:
-        if exit_error.code:
-            from jaxlm.command_line import parse
+    from jaxlm.command_line import exit_status, parse, split_debug  # imported here, because jaxlm imports jax
 
-            parse(kind, words, program=program)  # prints the same error as one line
-        raise
-    try:
+    words, debug = split_debug(arguments)
+    options = parse(kind, words, program=f"python -m benchmarks.{name}", description=description)
+
+    def command() -> int:
         check_options(options)
         run(options)
-    except (Exception, KeyboardInterrupt) as raised:
-        from jaxlm.command_line import exit_status
+        return 0
 
-        error = raised
-
-        def fail() -> int:
-            raise error
-
-        return exit_status(fail, f"benchmarks.{name}", debug=debug)
-    return 0
+    return exit_status(command, f"benchmarks.{name}", debug=debug)
 
 
 def check_options(options: Any) -> None:
     """Check whole numbers and the path of the JSON file before the measurement.
 
     Raises:
-        UserError: a whole number is below 1 or above 2**31 - 1, or the path is a directory or in no existing directory.
+        UserError: a whole number is below 1 or above 2**31 - 1.
+        ValueError: the path is a directory or in no existing directory.
     """
+    from jaxlm.command_line import check_output_file  # imported here, because jaxlm imports jax
+
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**31:
             raise UserError(f"{option} {value} must be from 1 to {2**31 - 1}")
-        if field.name == "json" and value is not None:
-            if value.is_dir():
-                raise UserError(f"{option} {value} is a directory: give the path of a file")
-            if not value.absolute().parent.is_dir():
-                raise UserError(f"{option} {value}: there is no directory {value.parent}")
+    check_output_file("json", getattr(options, "json", None))

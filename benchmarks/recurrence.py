@@ -81,30 +81,8 @@ def _measure(
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table, with the relative time of jaxlm and each baseline (median, p10, p90 over rounds)."""
-    header = (
-        "layer, pass", "shape", "implementation", "ms", "p10", "p90", "us/step", "% of peak", "jaxlm/baseline", "p10",
-        "p90",
-    )  # fmt: skip
-    lines = []
-    ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
-    for row in rows:
-        r = row.record()
-        cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
-        cells += [f"{_us_per_step(row):.4g}", f"{r['roof_percent']:.1f}"]
-        if row.implementation != harness.OURS:
-            cells += harness.over_baseline(ours[row.op, row.shape], row)
-        lines.append([*cells, *[""] * (len(header) - len(cells))])
-    formulas = sorted({row.work.formula for row in rows})
-    return "\n".join(
-        [
-            f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
-            harness.table(header, lines),
-            "% of peak: FLOP/s divided by the FLOP/s of a matmul, measured in the same rounds",
-            *(f"FLOPs: {formula}" for formula in formulas),
-            "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
-        ]
-    )
+    """The measurements as a table, with the microseconds per time step in the last column."""
+    return harness.comparison_table(rows, "layer, pass", "us/step", lambda row: f"{_us_per_step(row):.4g}")
 
 
 def _us_per_step(row: harness.Row) -> float:

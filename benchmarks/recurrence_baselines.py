@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.baselines import JaxSampled, jax_exact, torch_device, torch_facts, torch_samples
-from benchmarks.worker import Implementation
+from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, torch_device, torch_samples
 
 
 class JaxlmRecurrence(JaxSampled):
@@ -41,7 +40,7 @@ class JaxlmRecurrence(JaxSampled):
         return {"output": output, **state, **(gradients[0] if gradients else {})}
 
 
-class TorchRecurrence(Implementation):
+class TorchRecurrence(TorchImplementation):
     """``torch.nn.LSTM`` or ``torch.nn.GRU``, which applies the reset gate after the matrix product."""
 
     def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
@@ -78,6 +77,3 @@ class TorchRecurrence(Implementation):
             if self.layer == "gru":
                 results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
         return {name: torch_samples(leaf) for name, leaf in results.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()

@@ -130,8 +130,8 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
         return
     memory = row.get("facts", {}).get("peak_process_bytes")
     yield Measurement(
-        operation=row["op"], shape=row["shape"], implementation=row["peer"], seconds=row["median"],
-        ratio=row["ratio"], peak_percent=row["roof_percent"], gigabytes=memory and memory / 1e9, **common,
+        operation=row["op"], shape=row["shape"], implementation=row["implementation"], seconds=row["median"],
+        ratio=row["ratio"], peak_percent=row["peak_percent"], gigabytes=memory and memory / 1e9, **common,
     )  # fmt: skip
 
 
@@ -197,11 +197,10 @@ def _conditions(measurements: Sequence[Measurement]) -> str:
     lines = [header]
     machines = {row.file: row.machine for row in measurements}
     for file, machine in sorted(machines.items(), key=lambda item: str(item[1]["time"]), reverse=True):
-        limits = machine.get("peaks", machine.get("roofs", ""))  # the key of older files is "roofs"
-        limits = limits.replace("beside each row", "measured for each row, see the file")  # text of older files
         commit = str(machine.get("commit") or "").replace("+changes", " with changes")
         short_commit = re.sub(r"^(\w{10})\w+", r"\1", commit)
-        lines.append([file, machine["time"], machine["load"], limits, machine["versions"], short_commit])
+        values = (str(machine.get(name, "")) for name in ("time", "load", "peaks", "versions"))
+        lines.append([file, *values, short_commit])
     return _markdown_table(lines, num_text_columns=len(header))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
 from benchmarks.worker import Implementation
 
 MIN_SAMPLES = 4096
@@ -63,29 +63,14 @@ class Case(Implementation):
         return {f"result {number}": sample(self.read(result)) for number, result in enumerate(results)}
 
 
-class JaxCase(Case):
-    """jaxlm's default implementation, its reference implementation, or ``lax.associative_scan``."""
+class Jaxlm(Case, JaxImplementation):
+    """jaxlm's default implementation."""
 
-    def __init__(
-        self, directory: str, op: str, implementation_name: str, sizes: dict[str, int], backward: bool
-    ) -> None:
+    implementation: Any = None
+
+    def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
         jax = jax_exact()
-        from jax import lax
-
-        from jaxlm.nn.convolution import depthwise_convolution
-        from jaxlm.nn.scan import linear_attention, linear_scan
-
-        implementation: Any = None if implementation_name == "jaxlm" else "reference"
-
-        def forward(*inputs: Any) -> Any:
-            if implementation_name == "associative_scan":
-                return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
-            if op == "linear_scan":
-                return linear_scan(*inputs, implementation=implementation)[0]
-            if op == "linear_attention":
-                return linear_attention(*inputs, implementation=implementation)[0]
-            weight, x = inputs
-            return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
+        self.op, forward = op, self.forward
 
         def forward_and_backward(*arguments: Any) -> Any:
             # JAX assigns donated buffers to results of the same shape in order. So a gradient reuses the buffer of
@@ -106,6 +91,18 @@ class JaxCase(Case):
         self.copy = jax.jit(lambda x: x + 0.0)
         self.arguments: list[Any] = []
 
+    def forward(self, *inputs: Any) -> Any:
+        """The output of the operation."""
+        from jaxlm.nn.convolution import depthwise_convolution
+        from jaxlm.nn.scan import linear_attention, linear_scan
+
+        if self.op == "linear_scan":
+            return linear_scan(*inputs, implementation=self.implementation)[0]
+        if self.op == "linear_attention":
+            return linear_attention(*inputs, implementation=self.implementation)[0]
+        weight, x = inputs
+        return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=self.implementation)
+
     def prepare(self) -> None:
         inputs = [self.copy(x) if index in self.donated else x for index, x in enumerate(self.inputs)]
         self.arguments = [*inputs, self.copy(self.dout)] if self.backward else inputs
@@ -115,16 +112,26 @@ class JaxCase(Case):
         arguments, self.arguments = self.arguments, []
         return jax_exact().block_until_ready(self.compiled(*arguments))
 
-    def facts(self) -> dict[str, Any]:
-        return jax_facts()
+
+class Reference(Jaxlm):
+    """jaxlm's reference implementation."""
+
+    implementation = "reference"
 
 
-class TorchCase(Case):
+class AssociativeScan(Jaxlm):
+    """``lax.associative_scan``."""
+
+    def forward(self, *inputs: Any) -> Any:
+        from jax import lax
+
+        return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
+
+
+class Torch(Case, TorchImplementation):
     """``torch.nn.functional.conv1d`` with one group per channel, in torch's layout [batch, channels, time]."""
 
-    def __init__(
-        self, directory: str, op: str, implementation_name: str, sizes: dict[str, int], backward: bool
-    ) -> None:
+    def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
         import torch
 
         (weight, x), dy = inputs_of(op, sizes)
@@ -153,6 +160,3 @@ class TorchCase(Case):
         if result.shape == self.weight.shape:
             return array[:, 0].T
         return np.swapaxes(array, 1, 2)
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()

@@ -26,7 +26,13 @@ BASELINES = {
     "depthwise_convolution": ("lax.conv", "torch"),
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's ``reference`` implementations."""
-IMPLEMENTATIONS = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
+IMPLEMENTATIONS = {
+    OURS: "benchmarks.scan_baselines:Jaxlm",
+    "lax.scan": "benchmarks.scan_baselines:Reference",
+    "associative_scan": "benchmarks.scan_baselines:AssociativeScan",
+    "lax.conv": "benchmarks.scan_baselines:Reference",
+    "torch": "benchmarks.scan_baselines:Torch",
+}
 TOLERANCE = 2e-4
 """Maximum difference of sampled elements of a result, relative to the largest sampled element. The results are sums of
 thousands of terms, so rounding errors are large."""
@@ -54,22 +60,15 @@ def run(options: Scans) -> None:
     with harness.session(None, options.device) as session:
         for case in cases:
             for backward in (False, True):
-                implementations = {}
-                for name in (OURS, *(baseline for baseline in BASELINES[case.op] if baseline in chosen)):
-                    kind = "Torch" if name == "torch" else "Jax"
-                    implementations[name] = session.start(
-                        name, f"benchmarks.scan_baselines:{kind}Case",
-                        op=case.op, implementation_name=name, sizes=dict(case.sizes), backward=backward,
-                    )  # fmt: skip
-                rows = harness.measure(
+                rows = session.compare(
+                    {name: chosen[name] for name in (OURS, *BASELINES[case.op]) if name in chosen},
+                    {"op": case.op, "sizes": dict(case.sizes), "backward": backward},
                     f"{case.op}, forward{' and backward' if backward else ''}", case.shown,
-                    shapes.scan_work(case, backward), session.machine, implementations, warm_up=2,
-                    rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
+                    shapes.scan_work(case, backward), warm_up=2, rounds=options.rounds,
+                    check=lambda values: harness.check_samples(values, TOLERANCE),
                 )  # fmt: skip
                 print("\n" + harness.speed_table(rows) + "\n", flush=True)
                 records += [row.record() for row in rows]
-                for worker in implementations.values():
-                    worker.close()
     harness.write_json(options.json, "scans", options, session.description, records)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,47 +18,6 @@ ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
 """AdamW settings of all implementations. Weight decay applies only to matrices."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The loss or the optimizer step of a model."""
-
-    model: str = "gpt2"
-    """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN) and mamba2, separated by
-    commas."""
-    passes: str = "step"
-    """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
-    batch: int | None = None
-    """Rows; None: the default of the family."""
-    length: int | None = None
-    """Tokens per row; None: the default of the family."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Greedy generation."""
-
-    model: str = "gpt2"
-    """Models of the families gpt, llama, t5, xlnet, lstm and mamba2, separated by commas."""
-    batch: str = "1"
-    """Rows; one or more numbers, separated by commas."""
-    prompt: str = "32"
-    """Tokens per prompt (for T5, per source); one or more numbers, separated by commas."""
-    tokens: int = 64
-    """Generated tokens per row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fidelity:
-    """Sizes of a GPT-2, whose hidden states, logits, loss and gradients are compared with torch."""
-
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"] = "gpt2"
-    """The size of the GPT-2."""
-    batch: int = 2
-    """Rows; at least 2, so that one row is padded on the left and one on the right."""
-    length: int = 128
-    """Tokens per row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +119,6 @@ def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
     arrays |= {name: draw(1, shape.keys, H, K) for name in ("key", "value")}
     tables = {"bias": (32, H), "relative": (shape.keys, H, K)}
     return arrays | ({"table": draw(*tables[shape.variant])} if shape.variant in tables else {})
-
-
-QUICK_DECODING = Decoding(batch="2", prompt="8", tokens=16)
 
 
 @dataclasses.dataclass(frozen=True)

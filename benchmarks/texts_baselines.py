@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
 from benchmarks.worker import Implementation
 
 
@@ -22,7 +22,7 @@ class _Texts(Implementation):
         return [order[first : first + self.batch] for first in range(0, len(order), self.batch)]
 
 
-class _Jaxlm(_Texts):
+class _Jaxlm(_Texts, JaxImplementation):
     def __init__(self, directory: str, file: str, batch: int) -> None:
         super().__init__(file, batch)
         jax = jax_exact()
@@ -31,9 +31,6 @@ class _Jaxlm(_Texts):
 
         self.model, params = jaxlm.load_pretrained(directory)
         self.params, self.tokenizer = jax.device_put(params), load_tokenizer(directory)
-
-    def facts(self) -> dict[str, Any]:
-        return jax_facts()
 
 
 class JaxlmTranslator(_Jaxlm):
@@ -66,16 +63,13 @@ class JaxlmClassifier(_Jaxlm):
         return classify(self.model, self.params, self.tokenizer, self.texts, batch_size=self.batch).labels
 
 
-class _Torch(_Texts):
+class _Torch(_Texts, TorchImplementation):
     def __init__(self, directory: str, file: str, batch: int, auto_class: str) -> None:
         super().__init__(file, batch)
         import transformers
 
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         self.model = getattr(transformers, auto_class).from_pretrained(directory).eval().to(torch_device())
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()
 
     def encode(self, numbers: list[int]) -> Any:
         """The texts with these indices as a padded batch."""

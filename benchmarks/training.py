@@ -42,8 +42,18 @@ the size of the gradient. Which parameters cause most of the difference is not k
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(shapes.Training, harness.Options):
+class Training(harness.Options):
     """Measure losses and optimizer steps."""
+
+    model: str = "gpt2"
+    """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN) and mamba2, separated by
+    commas."""
+    passes: str = "step"
+    """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
+    batch: int | None = None
+    """Rows; None: the default of the family."""
+    length: int | None = None
+    """Tokens per row; None: the default of the family."""
 
 
 def run(options: Training) -> None:

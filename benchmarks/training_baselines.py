@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import complete_models
-from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
 from benchmarks.shapes import ADAMW
-from benchmarks.worker import Implementation
 
 
-class JaxTraining(Implementation):
+class JaxTraining(JaxImplementation):
     """A jitted function of a state and a batch, compiled in the first repetition.
 
     The function is a step ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``.
@@ -35,9 +34,9 @@ class JaxTraining(Implementation):
     def facts(self) -> dict[str, Any]:
         memory = None if self.compiled is None else self.compiled.memory_analysis()
         if memory is None:
-            return jax_facts()
+            return super().facts()
         arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return {**jax_facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
+        return {**super().facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
 
 
 class Jaxlm(JaxTraining):
@@ -129,7 +128,7 @@ def flax_model(directory: str, family: str) -> Any:
     return getattr(transformers, complete_models.FLAX[family]).from_pretrained(directory)
 
 
-class Torch(Implementation):
+class Torch(TorchImplementation):
     """The class of transformers (or of ``torch_models``) with default attention and fused AdamW, in eager mode."""
 
     compile = False
@@ -161,9 +160,6 @@ class Torch(Implementation):
         torch.nn.utils.clip_grad_norm_(self.parameters, ADAMW["clip_norm"])
         self.optimizer.step()
         return loss.item()  # waits until the computation has ended
-
-    def facts(self) -> dict[str, Any]:
-        return torch_facts()
 
 
 class TorchCompiled(Torch):

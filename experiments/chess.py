@@ -159,7 +159,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     start_time, config = time.perf_counter(), experiment.training
     import_chess()
     fields = ["data", "notation", "max_games", "extra_data", "min_count", "validation_fraction", "test_fraction"]
-    lib.check_unchanged(experiment, resume, ["output", *fields])
+    lib.check_unchanged(experiment, resume, ["output", "training.evaluation_batches", *fields])
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
     held_out = {*validation.moves, *test.moves}

@@ -42,8 +42,9 @@ from jaxlm.command_line import Parser, end_process, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, TokenBatch, shakespeare
 from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
-from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
+from jaxlm.objectives import classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
+from jaxlm.tasks import text_generation
 from jaxlm.training.checks import check_output
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.experiment import EXIT_STATUS
@@ -300,7 +301,7 @@ def to_batch(recipe: Recipe) -> Callable[[TokenBatch], Batch]:
         return classification.batch(token_batch.tokens[:, :-1], token_batch.tokens[:, -1], num_labels=len(PLAYS))
 
     return {
-        "causal": lambda token_batch: causal.batch(token_batch.tokens, reset=token_batch.reset),
+        "causal": text_generation.to_batch,
         "masked": masked_batch,
         "permutation": permuted_batch,
         "span_corruption": corrupted_batch,
@@ -337,8 +338,10 @@ class Row:
     entropy: float
 
 
-def train_family(name: str, data: Data, directory: Path, steps: int | None = None) -> Row:
+def train_family(name: str, data: Data, directory: Path, steps: int | None = None) -> tuple[Row, str | None]:
     """Train one family, write its files to ``directory``, and return its result.
+
+    Also returns the name of a signal that arrived after the last step (``jaxlm.training.loop.Result.signal``), or None.
 
     Args:
         steps: number of updates. None: the ``steps`` of the recipe.
@@ -367,13 +370,19 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
         Evaluator(model, loss, held_out, carry_size=carry), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
-        raise KeyboardInterrupt if result.interrupted == "SIGINT" else SystemExit(EXIT_STATUS[result.interrupted])
+        raise _end_of_run(result.interrupted)
     jaxlm.save_pretrained(directory / "model", model, result.params)
-    return Row(
+    row = Row(
         name, recipe.variant, recipe.objective + (", streamed" if carry else ""), config.name, model.num_parameters,
         training.steps, time.perf_counter() - start_time, result.tokens_per_second, result.validation_loss,
         entropy(held_out),
     )  # fmt: skip
+    return row, result.signal
+
+
+def _end_of_run(signal: str | None) -> BaseException:
+    """The exception that ends the program after a signal."""
+    return KeyboardInterrupt() if signal == "SIGINT" else SystemExit(EXIT_STATUS[signal])
 
 
 def table(rows: list[Row]) -> str:
@@ -393,11 +402,9 @@ def table(rows: list[Row]) -> str:
 def draw(rows: list[Row], directory: Path) -> None:
     """Plot the training loss of each family, divided by the entropy of its targets, to ``losses.png``."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
         steps, losses = metric_curve(read_metrics(directory / row.family / "metrics.jsonl"), "loss")
@@ -418,23 +425,32 @@ def draw(rows: list[Row], directory: Path) -> None:
 def run(families: list[str], directory: Path, steps: int | None = None) -> list[Row]:
     """Train the families one after the other and return their results. The table is written again after each family.
 
+    If a signal arrives after the last step of a family, its result is saved, and the next family does not start.
+
     Raises:
         FileExistsError: ``directory`` is not empty.
+        KeyboardInterrupt: SIGINT ended the training.
+        SystemExit: another signal ended the training.
         ValueError: a family has no recipe.
     """
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
     check_output(directory, resume=False)
     recipes = {name: recipe_of(name) for name in families}
-    data, rows = Data.load(), []
+    data, rows, signal = Data.load(), [], None
     for name, chosen in recipes.items():
         print(f"\n{name}: {chosen.objective}, {chosen.build().num_parameters:,} parameters", flush=True)
-        rows.append(train_family(name, data, directory / name, steps))
+        row, signal = train_family(name, data, directory / name, steps)
+        rows.append(row)
         (directory / "table.md").write_text(table(rows), encoding="utf-8")
         results = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
         (directory / "results.json").write_text(results + "\n", encoding="utf-8")
+        if signal is not None:
+            break
     draw(rows, directory)
     print(f"\n{table(rows)}\n{directory / 'table.md'} · {directory / 'losses.png'}")
+    if signal is not None:
+        raise _end_of_run(signal)
     return rows
 
 

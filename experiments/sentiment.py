@@ -168,9 +168,12 @@ def build(
 
 
 def train_and_test(
-    experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
-) -> tuple[Result, metrics.Score | None]:
-    """The result of training on one split, and the accuracy on the other (None: the training was interrupted)."""
+    experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None,
+    parent: Experiment | None = None,
+) -> tuple[Result, metrics.Score | None]:  # fmt: skip
+    """The result of training on one split, and the accuracy on the other (None: the training was interrupted).
+
+    ``parent`` is the experiment of all folds."""
     start_time, config = time.perf_counter(), experiment.training
     model, params, tokenizer = build(experiment, training, test, labels, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
@@ -185,16 +188,14 @@ def train_and_test(
     loss = objective.make_loss(label_smoothing=experiment.label_smoothing)
     trainer = config.trainer(model, experiment.optimizer, loss)
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
-    directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
-    if experiment.folds is not None:  # the parent directory is the run directory of all folds
-        config_lib.write(dataclasses.replace(experiment, output=directory.parent), directory.parent / "config.json")
+    directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate, parent=parent)
     lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training_part):,} examples, "
         f"{len(validation_part):,} for validation, {len(test):,} for the test · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
-    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume, parent), params)
     if not lib.export(directory, model, result, tokenizer):
         return result, None
     test_start = time.perf_counter()
@@ -225,12 +226,13 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     examples = read(experiment.data.train, experiment.data)
     folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may have no example of a label
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
+    parent = dataclasses.replace(experiment, output=output)
     for fold, (training, test) in enumerate(folds):
         directory = output / f"fold-{fold}"
-        is_started = (directory / "config.json").exists()  # only in a resumed run
         fold_experiment = dataclasses.replace(experiment, output=directory)
-        result, score = train_and_test(fold_experiment, training, test, labels, directory if is_started else None)
-        if score is None:
+        fold_resume = directory if (directory / "config.json").exists() else None  # only in a resumed run
+        result, score = train_and_test(fold_experiment, training, test, labels, fold_resume, parent)
+        if score is None or (result.signal is not None and fold + 1 < len(folds)):
             return result
         scores.append(score)
     lib.print_once(str(classification.write_folds(output, scores)))

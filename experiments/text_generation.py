@@ -189,7 +189,8 @@ def generation_config(experiment: Experiment) -> GenerationConfig:
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and export a model, and write a passage and the report. Returns the result of training."""
     start_time, config = time.perf_counter(), experiment.training
-    lib.check_unchanged(experiment, resume, ["output", "tokenizer", "validation_fraction", "test_fraction"])
+    fields = ["tokenizer", "validation_fraction", "test_fraction", "training.evaluation_batches"]
+    lib.check_unchanged(experiment, resume, ["output", *fields])
     corpus, tokenizer, model, params = build(experiment, resume)
     prompt = passage_prompt(experiment, corpus, tokenizer, model)
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
+from jaxlm.config import check_min
 from jaxlm.spec import EXPERT, LAYERS, ZEROS, ArraySpec, Initializer, Params, Uniform
 
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -254,8 +255,7 @@ class LoRA:
     """Regular expressions for parameters that are trained in full, such as ``"^classifier/"`` for a new head."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
+        check_min(1, rank=self.rank)
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0.0):
             raise ValueError(f"alpha={self.alpha} must be a positive number, or None")
         _check_patterns("targets", self.targets)
@@ -330,7 +330,12 @@ class LoRA:
 
     def _factor_specs(self, model_specs: spec.Tree) -> spec.Tree:
         targets = self.target_paths(model_specs)
-        return _map_leaves(self._weight_factor_specs, _filter(model_specs, lambda path: path in targets))
+
+        def factor_specs(keys: Any, leaf: ArraySpec) -> dict[str, ArraySpec]:
+            return self._weight_factor_specs(spec.split_layer(spec.path_name(keys))[0], leaf)
+
+        weights = _filter(model_specs, lambda path: path in targets)
+        return jax.tree_util.tree_map_with_path(factor_specs, weights)
 
     def _weight_factor_specs(self, path: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
         rows = num_row_axes(path, leaf)
@@ -416,28 +421,12 @@ def _matching_paths(field: str, patterns: tuple[str, ...], paths: Iterable[str])
     return frozenset(matched)
 
 
-def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
+def _leaves(tree: spec.Tree) -> dict[str, Any]:
     """``{path: leaf}``. Paths have no layer numbers.
 
     If several layers have a leaf at the same path, only the leaf of the last layer is returned.
     """
-    if isinstance(tree, tuple):
-        return {name: leaf for layer in tree for name, leaf in _leaves(layer, prefix).items()}
-    if isinstance(tree, dict):
-        children = [_leaves(child, f"{prefix}/{name}" if prefix else name) for name, child in tree.items()]
-        return {name: leaf for child in children for name, leaf in child.items()}
-    return {prefix: tree}
-
-
-def _map_leaves(function: Callable[[str, Any], Any], tree: spec.Tree, prefix: str = "") -> spec.Tree:
-    """The tree of the results of ``function(path, leaf)``. The paths have no layer numbers."""
-    if isinstance(tree, tuple):
-        return tuple(_map_leaves(function, layer, prefix) for layer in tree)
-    if isinstance(tree, dict):
-        return {
-            name: _map_leaves(function, child, f"{prefix}/{name}" if prefix else name) for name, child in tree.items()
-        }
-    return function(prefix, tree)
+    return {spec.split_layer(name)[0]: leaf for name, leaf in spec.flatten(tree).items()}
 
 
 def _in_stack(path: str) -> bool:

@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import jax
@@ -38,7 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm import integrity, processes, spec
+from jaxlm import integrity, json_files, processes, spec
+from jaxlm.config import check_min
 
 FORMAT = 1
 """Version of the record format. Reading a record of another version raises an error."""
@@ -167,39 +167,20 @@ def _wrap_key(raw: jax.Array, leaf: Any) -> jax.Array:
     return jax.random.wrap_key_data(raw, impl=impl[0])
 
 
-def _require_json(value: Any, name: str) -> None:
-    """Check that ``value`` has only JSON types. ``json`` would silently convert a key 3 to "3".
-
-    Args:
-        name: name of the value in error messages, such as ``meta['rows'][0]``.
-    """
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} has the key {key!r}: JSON has only strings as keys, use {str(key)!r}")
-            _require_json(item, f"{name}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _require_json(item, f"{name}[{index}]")
-    elif not (value is None or isinstance(value, str | bool | int | float)):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: JSON has no such type")
-
-
 # ------------------------------------------------------------------------------------------ the checkpointer
 
 
 class Checkpointer:
     """Saves and restores the checkpoints of steps in one directory. A checkpoint has a tree of arrays and a JSON dict.
 
-    The last ``keep_last`` steps are kept and, if ``keep_best``, also the step with the lowest metric. All other steps
-    are deleted after a newer step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``:
-    after a newer step is complete, it is deleted unless it is the best step. Only one object at a time may save to a
-    directory, and only this object deletes steps. Other objects may read at the same time. With several processes, all
-    processes make the same calls on a shared directory; ``meta`` is saved from process 0.
+    The last ``keep_last`` steps and the step with the lowest metric are kept. All other steps are deleted after a newer
+    step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``: after a newer step is
+    complete, it is deleted unless it is the best step. Only one object at a time may save to a directory, and only this
+    object deletes steps. Other objects may read at the same time. With several processes, all processes make the same
+    calls on a shared directory; ``meta`` is saved from process 0.
 
-    If ``asynchronous``, a save runs in the background. The next ``save``, ``wait``, ``restore``, ``roll_back`` or
-    ``close`` waits for the save, raises its errors and deletes old steps, so a program must make one of these calls
-    before it ends.
+    A save runs in the background. The next ``save``, ``wait``, ``restore``, ``roll_back`` or ``close`` waits for the
+    save, raises its errors and deletes old steps, so a program must make one of these calls before it ends.
 
     Example:
         >>> with Checkpointer("runs/small") as checkpointer:
@@ -208,23 +189,20 @@ class Checkpointer:
         ...     checkpointer.save(100, state, {"data": iterator_state}, metric=validation_loss)
     """
 
-    def __init__(
-        self, directory: str | Path, *, keep_last: int = 3, keep_best: bool = True, asynchronous: bool = True
-    ) -> None:
+    def __init__(self, directory: str | Path, *, keep_last: int = 3) -> None:
         """Create the object without writing to the disk. The first save creates the directory.
 
         Raises:
             ValueError: ``keep_last`` is less than 1, or ``directory`` is a URL.
             NotADirectoryError: ``directory`` is a file.
         """
-        if keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        check_min(1, keep_last=keep_last)
         if "://" in str(directory):
             raise ValueError(f"directory={str(directory)!r} is a URL: checkpoints need a path on a mounted file system")
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(f"{self.directory} is a file: checkpoints need a directory")
-        self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
+        self.keep_last = keep_last
         self._last_saved: int | None = None
         self._needs_sync = False
         for name in ("absl", "asyncio"):
@@ -264,7 +242,7 @@ class Checkpointer:
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be an int >= 0, got {step!r}")
-        _require_json(meta, "meta")
+        json_files.require_json(meta, "meta")
         flat = _flatten(tree)
         for name, leaf in flat.items():
             if not isinstance(leaf, jax.Array):
@@ -299,7 +277,7 @@ class Checkpointer:
             self._orbax.save(
                 path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
             )
-        if wait or not self.asynchronous:
+        if wait:
             self.wait()
 
     def wait(self) -> None:
@@ -323,16 +301,14 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _prune(self, last_saved: int) -> None:
         """Delete the steps that are not kept, and the leftovers of killed processes. No save may be running."""
         records = self._scan()[0]
         scheduled = [step for step in records if not _is_extra(records[step])]
-        steps_to_keep = {*scheduled[-self.keep_last :], last_saved, self.best if self.keep_best else None}
+        steps_to_keep = {*scheduled[-self.keep_last :], last_saved, self.best}
         self._delete(step for step in records if step not in steps_to_keep)
         self.remove_leftovers()
 
@@ -461,13 +437,12 @@ class Checkpointer:
             fix += ', or use on_corrupt="previous" (--training.on-corrupt previous)'
         return f"{fix}; the intact steps are {intact}"
 
-    def _rename_damaged(self, step: int, reason: str) -> str:
-        """Rename a damaged step, so that the step can be saved again. Returns the new path."""
+    def _rename_damaged(self, step: int, reason: str) -> None:
+        """Rename a damaged step, so that the step can be saved again."""
         path = self._path(step)
         new_path = path.with_name(f"{step}.corrupt-{time.time_ns()}")
         logging.getLogger(__name__).warning("%s; it is kept as %s", reason, new_path)
         path.rename(new_path)
-        return str(new_path)
 
     # ---------------------------------------------------------------------------------------------- restoring
 

@@ -14,7 +14,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,9 +73,9 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"{where} has an unknown field {name!r}: {hint}the fields are {', '.join(fields)}")
+            raise ValueError(
+                f"{where} has an unknown field {name!r}: {suggestion(name, fields)}the fields are {', '.join(fields)}"
+            )
     missing = [
         name
         for name, field in fields.items()
@@ -85,6 +85,17 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
         names = ", ".join(map(repr, missing))
         raise ValueError(f"{where} lacks the {'field' if len(missing) == 1 else 'fields'} {names}")
     return kind(**{name: _parse_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """The start of an error message about an unknown ``name``: the most similar of ``names``; empty if none is similar.
+
+    Example:
+        >>> suggestion("num_layer", ["num_layers", "num_heads"])
+        "did you mean 'num_layers'? "
+    """
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def _parse_value(hint: Any, value: Any, where: str) -> Any:
@@ -126,13 +137,9 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}={value!r} is unknown: choose from {choices}")
 
 
-def check_finite(config: Any, where: str = "") -> None:
-    """Raise ``ValueError`` if a number of a config or a nested config is not finite. Tuples are checked too.
-
-    Args:
-        where: prefix of the field names in the error message.
-    """
-    for name, value in numbers_of(config, where):
+def check_finite(config: Any) -> None:
+    """Raise ``ValueError`` if a number of a config or a nested config is not finite. Tuples are checked too."""
+    for name, value in numbers_of(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
 
@@ -150,6 +157,13 @@ def check_numbers(config: Any) -> None:
         if isinstance(value, int) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
             limit = f"large: the largest number is {2**31 - 1}" if value > 0 else f"small: the smallest is {-(2**31)}"
             raise ValueError(f"{name}={value} is too {limit}")
+
+
+def check_min(minimum: float, **numbers: float | None) -> None:
+    """Raise ``ValueError`` if a number is below ``minimum``. None is accepted."""
+    for name, value in numbers.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:

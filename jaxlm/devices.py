@@ -11,6 +11,8 @@ from typing import Any
 
 LANES = 128
 """Entries in a row of a TPU vector register. An axis whose size is a multiple of ``LANES`` needs no padding."""
+SUBLANES = 8
+"""Rows of a TPU vector register, in float32."""
 
 
 @dataclasses.dataclass(frozen=True)

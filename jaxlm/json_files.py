@@ -1,8 +1,9 @@
-"""Reading of JSON from files."""
+"""Reading of JSON from files, and a check of values that are written as JSON."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,11 @@ def read_value(path: Path) -> Any:
             would silently use the last value). The message names the file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)
+        return parse(path.read_text(encoding="utf-8-sig"))
     except DuplicateKeyError as error:
         raise ValueError(f"{path}: {error}") from error
-    except ValueError as error:  # not JSON, not UTF-8
+    except ValueError as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path} is not JSON or is damaged: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from error
 
 
 def parse(text: str) -> Any:
@@ -48,6 +47,31 @@ def parse(text: str) -> Any:
         return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def require_json(value: Any, name: str, *, allow_nan: bool = True) -> None:
+    """Check that ``value`` has only JSON types. ``json`` would silently convert a key 3 to "3".
+
+    Args:
+        name: name of the value in error messages, such as ``meta['rows'][0]``.
+        allow_nan: whether NaN and infinity are valid. Python reads and writes them, but they are not in the standard.
+
+    Raises:
+        TypeError: a value or a key has another type.
+        ValueError: without ``allow_nan``, a number is not finite.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has the key {key!r}: JSON has only strings as keys, use {str(key)!r}")
+            require_json(item, f"{name}[{key!r}]", allow_nan=allow_nan)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            require_json(item, f"{name}[{index}]", allow_nan=allow_nan)
+    elif isinstance(value, float) and not allow_nan and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: JSON has no such number")
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: JSON has no such type")
 
 
 class DuplicateKeyError(ValueError):

@@ -34,6 +34,7 @@ from types import FrameType
 
 from jaxlm import processes
 from jaxlm.command_line import Parser
+from jaxlm.config import check_min
 from jaxlm.devices import TPU_SHAPES
 
 
@@ -211,7 +212,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
     If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
     ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). If the run has not written its
-    ``config.json`` yet, its directory is renamed and the run starts from the beginning. SIGINT and SIGTERM are
+    ``config.json`` yet, the same command is started again, without ``--resume``. SIGINT and SIGTERM are
     forwarded to the processes, SIGHUP is forwarded as SIGTERM, and there is no restart after a signal. A single process
     is started without ``jax.distributed``, so ``lost_after`` has no effect on it.
 
@@ -226,15 +227,17 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
     """
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
-    for name, value, minimum in (("processes", count, 1), ("restarts", restarts, 0), ("lost_after", lost_after, 1)):
-        if value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
+    check_min(1, processes=count, lost_after=lost_after)
+    check_min(0, restarts=restarts)
     module, arguments = command[2], list(command[3:])
     directory = None
     if restarts:
-        directory = _run_directory(arguments)
-        if _option(arguments, "resume") is not None:
-            if not (directory / "config.json").exists():  # a restart would rename the directory
+        options, _ = _run_options(arguments)
+        if (name := options.resume or options.output) is None:
+            raise ValueError("--restarts needs a run directory: add --output DIRECTORY to the command")
+        directory = Path(name)
+        if options.resume is not None:
+            if not (directory / "config.json").exists():
                 raise ValueError(f"--resume {directory}: there is no config.json, so this is not a run: choose a run")
         elif directory.exists() and any(directory.iterdir()):
             raise ValueError(f"{directory} is not empty: choose another --output, or use --resume {directory}")
@@ -278,44 +281,20 @@ _USER_ERROR = 2  # exit status of a command after a user error
 _GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
 
 
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, or None."""
-    for number, argument in enumerate(arguments):
-        if argument == f"--{name}" and number + 1 < len(arguments):
-            return arguments[number + 1]
-        if argument.startswith(f"--{name}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _remove_option(arguments: Sequence[str], name: str) -> list[str]:
-    """``arguments`` without ``--name VALUE`` and ``--name=VALUE``."""
-    remaining: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == f"--{name}":
-            next(words, None)
-        elif not word.startswith(f"--{name}="):
-            remaining.append(word)
-    return remaining
-
-
-def _run_directory(arguments: Sequence[str]) -> Path:
-    directory = _option(arguments, "resume") or _option(arguments, "output")
-    if directory is None:
-        raise ValueError("--restarts needs a run directory: add --output DIRECTORY to the command")
-    return Path(directory)
+def _run_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that name the run or its initial configuration (None: without a value), and all other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "recipe", "output", "resume"):
+        parser.add_argument(f"--{name}", nargs="?")  # otherwise a missing value would end the process
+    return parser.parse_known_args(arguments)
 
 
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
     """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
-    if not (directory / "config.json").exists():
-        if directory.exists():  # run_local checked that it was empty, so all files are from the failed attempt
-            directory.rename(f"{directory}.incomplete-{time.time_ns()}")
+    if not (directory / "config.json").exists():  # killed at its start, or a command that continues by itself
         return list(arguments)
-    for name in ("preset", "recipe", "output", "resume"):  # config.json already contains the preset and the recipe
-        arguments = _remove_option(arguments, name)
-    return [*arguments, "--resume", str(directory)]
+    _, others = _run_options(arguments)  # config.json already contains the preset and the recipe
+    return [*others, "--resume", str(directory)]
 
 
 def _run_once(

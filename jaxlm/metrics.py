@@ -3,7 +3,7 @@
 The first argument of these metrics contains the model's outputs, and the second contains the references. They return a
 :class:`Score` (:func:`rouge` returns three). :func:`mean` and :func:`proportion` make a score from other values, and
 :func:`confusion` counts labels and predictions. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE
-(extra ``metrics``). scipy computes Wilson intervals.
+(extra ``metrics``).
 
 Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
 mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles, cut to the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -76,14 +77,17 @@ class Score:
         return " ".join(part for part in (self.name, self.value_text, self.interval_text) if part)
 
 
-def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval (low, high) of the mean of ``values`` [N].
+def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval (low, high) of a statistic of ``count`` examples.
 
-    Raises:
-        ValueError: there are no values, a value is not finite, or ``samples`` is below 100.
+    Args:
+        statistic: its value for a resampled test set, a function of the indices [count] of the examples.
     """
-    numbers = _check_numbers(values)
-    return _bootstrap(lambda indices: float(numbers[indices].mean()), len(numbers), seed, samples)
+    rng = np.random.default_rng(seed)
+    # Resamples are drawn one at a time, because the indices of all resamples need samples * count * 8 bytes.
+    results = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_SAMPLES)]
+    low, high = np.percentile(results, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
@@ -95,22 +99,26 @@ def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
     numbers = _check_numbers(values)
     if np.ptp(numbers) == 0:
         return Score(name, float(numbers[0]), count=len(numbers))
-    low, high = bootstrap(numbers, seed)
+    low, high = bootstrap(lambda indices: float(numbers[indices].mean()), len(numbers), seed)
     return Score(name, float(numbers.mean()), low, high, len(numbers), _bootstrap_detail(seed))
 
 
-def proportion(name: str, successes: int, count: int) -> Score:
+def proportion(name: str, successes: float, count: int) -> Score:
     """``successes / count`` with its Wilson interval.
+
+    Args:
+        successes: may be a fraction, for example if a drawn game counts 0.5.
 
     Raises:
         ValueError: ``count`` is less than 1, or ``successes`` is not in [0, count].
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"{name}: {successes} successes of {count} examples: need 0 <= successes <= count, count >= 1")
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(successes), int(count)).proportion_ci(method="wilson")
-    return Score(name, successes / count, float(interval.low), float(interval.high), int(count), "Wilson interval")
+    p, z2 = float(successes / count), 1.959963984540054**2 / count  # the 97.5th percentile of a normal distribution
+    center, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
+    low = 0.0 if successes == 0 else (center - half) / (1 + z2)
+    high = 1.0 if successes == count else (center + half) / (1 + z2)
+    return Score(name, p, low, high, int(count), "Wilson interval")
 
 
 # --------------------------------------------------------------------------------------------- classification
@@ -169,7 +177,7 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
 
     if np.array_equal(predicted, expected):
         return Score("macro F1", 1.0, count=len(expected))
-    low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
+    low, high = bootstrap(score, len(expected), seed)
     return Score("macro F1", score(slice(None)), low, high, len(expected), _bootstrap_detail(seed))
 
 
@@ -348,19 +356,6 @@ def _check_numbers(values: npt.ArrayLike) -> np.ndarray:
     if not np.all(np.isfinite(numbers)):
         raise ValueError(f"values[{int(np.argmin(np.isfinite(numbers)))}] is not finite")
     return numbers
-
-
-def _bootstrap(
-    statistic: Callable[[np.ndarray], float], count: int, seed: int, samples: int = BOOTSTRAP_SAMPLES
-) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentiles of ``statistic(indices)`` over ``samples`` resamples of ``count`` examples."""
-    if samples < 100:
-        raise ValueError(f"samples={samples} are too few for the 2.5th percentile: use at least 100")
-    rng = np.random.default_rng(seed)
-    # Resamples are drawn one at a time, because the indices of all resamples need samples * count * 8 bytes.
-    results = [statistic(rng.integers(0, count, count)) for _ in range(samples)]
-    low, high = np.percentile(results, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _bootstrap_detail(seed: int) -> str:

@@ -74,8 +74,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def call_in_first_process(make: Callable[[], str]) -> str:
-    """Call ``make`` in the first process only, and return its result in every process.
+def call_in_first_process(make: Callable[[], str | None]) -> str:
+    """Call ``make`` in the first process only, and return its result in every process ("" for None).
 
     Use it for actions that must happen once (to create a directory) and for values that must be equal in all processes
     (a name with the time).
@@ -85,12 +85,12 @@ def call_in_first_process(make: Callable[[], str]) -> str:
         RuntimeError: in the other processes, with the message of that error.
     """
     if jax.process_count() == 1:
-        return make()
+        return make() or ""
     multihost_utils = _multihost_utils()
     message, error = "", None
     if is_first():
         try:
-            message = make()
+            message = make() or ""
         except Exception as raised:  # the other processes are waiting, so they must get the message first
             message, error = str(raised), raised
     encoded = np.frombuffer(message.encode(), np.uint8)

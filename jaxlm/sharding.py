@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import spec as spec_lib
+from jaxlm.config import suggestion
 
 Axes = Sequence[str | None]
 
@@ -36,11 +36,6 @@ LOGICAL_AXES = (
     "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", "slots",
     spec_lib.EXPERT, "expert_batch", spec_lib.LAYERS,
 )  # fmt: skip
-
-
-def _suggestion(name: str, names: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {match[0]!r}? " if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Rules:
                 raise ValueError("expert_batch has no rule of its own: it follows from the rules of batch and expert")
             if logical not in LOGICAL_AXES:
                 known = [name for name in LOGICAL_AXES if name != "expert_batch"]
-                hint = _suggestion(logical, known)
+                hint = suggestion(logical, known)
                 raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(known)}")
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
@@ -96,7 +91,7 @@ class Rules:
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
-                    f"no logical axis is called {name!r}: {_suggestion(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
+                    f"no logical axis is called {name!r}: {suggestion(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
                 )
             mesh_axes = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
             for axis in mesh_axes:
@@ -202,7 +197,7 @@ class Sharding:
             if axis not in self.rules.mesh_axes:
                 raise ValueError(
                     f"mesh axis {axis!r} has no rule, so it splits no array: "
-                    f"{_suggestion(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
+                    f"{suggestion(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
                 )
 
     def named_sharding(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:

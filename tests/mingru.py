@@ -41,11 +41,6 @@ class Config(common.TransformerConfig):
     residual_dropout: float = 0.1
     """Dropout rate on the output of each layer."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.check_positive(self, "vocab_size", "num_layers", "embed_dim")
-        common.check_rates(self, "residual_dropout")
-
 
 def apply(
     cfg: Config,

@@ -388,7 +388,7 @@ def test_errors_name_the_problem(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is a file"):
         Checkpointer(tmp_path / "file")
-    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="keep_last=0 must be at least 1"):
         Checkpointer(tmp_path, keep_last=0)
     with pytest.raises(ValueError, match="directory='gs://bucket/run' is a URL"):
         Checkpointer("gs://bucket/run")
@@ -606,10 +606,10 @@ def test_keeps_the_last_steps_and_the_best_step(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"20", "50", "60"}
 
 
-def test_keeps_only_the_last_step_without_keep_best(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path, keep_last=1, keep_best=False, asynchronous=False) as checkpointer:
+def test_keeps_only_the_last_step_without_a_metric(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, {"x": jnp.float32(step)}, {}, metric=float(step))
+            checkpointer.save(step, {"x": jnp.float32(step)}, {}, wait=True)
             assert checkpointer.steps() == [step]
 
 
@@ -736,9 +736,9 @@ def test_close_after_a_failed_save_deletes_no_step(tmp_path: Path, monkeypatch: 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    checkpointer = Checkpointer(tmp_path, asynchronous=False)
-    checkpointer.save(1, tree, {})
-    checkpointer.save(2, tree, {}, extra=True)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, tree, {}, wait=True)
+    checkpointer.save(2, tree, {}, extra=True, wait=True)
     monkeypatch.setattr(checkpointer._orbax, "save", fail)
     with pytest.raises(OSError, match="the disk of .* is full"):
         checkpointer.save(3, tree, {})

@@ -14,9 +14,8 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.cli import doctor
-from jaxlm.cli.common import sampling_options
 from jaxlm.data import ByteTokenizer, CharTokenizer, text_files
-from jaxlm.decoding import GenerationConfig, Sampling, generate_text
+from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.tasks.predict import classify, score_texts
 from jaxlm.testing.helpers import initial_params, tiny_model
 from jaxlm.training.report import MetricsFile
@@ -101,11 +100,6 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
         ("--dtype", "bfloat61", "dtype='bfloat61' is unknown: choose from"),
     ):
         assert message in error_line(capsys, "generate", run_directory, *prompt, option, value)
-
-
-def test_values_that_turn_a_filter_off_do_not_change_greedy_decoding():
-    options = sampling_options(top_k=0, top_p=1.0, min_p=0.0)
-    assert Sampling(temperature=0.0, **options) == Sampling(temperature=0.0)
 
 
 def test_error_for_a_model_without_a_tokenizer(model, params, tmp_path, capsys):

@@ -226,6 +226,35 @@ def test_a_family_refuses_unknown_values_of_choices(name):
             dataclasses.replace(config, **{field: "zzz"})
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ranges(ModelConfig):
+    size: int = 1
+    window: int | None = None
+    start_id: int = dataclasses.field(default=0, metadata={"minimum": 0})
+    scale: float = -1.0
+    input_dropout: float = 0.0
+    output_dropout: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("size", 0, "size=0 must be at least 1"),
+        ("size", np.int64(-3), "size=-3 must be at least 1"),
+        ("window", 0, "window=0 must be at least 1"),
+        ("start_id", -1, "start_id=-1 must be at least 0"),
+        ("vocab_multiple", 0, "vocab_multiple=0 must be at least 1"),
+        ("input_dropout", 1.0, r"input_dropout=1.0 must be in \[0, 1\)"),
+        ("output_dropout", -0.1, r"output_dropout=-0.1 must be in \[0, 1\)"),
+    ],
+)
+def test_the_base_class_checks_integers_and_rates(field, value, message):
+    valid = {"size": 2, "window": 1, "start_id": 3, "input_dropout": 0.5, "output_dropout": 0.0}
+    assert _Ranges(**valid).start_id == 3
+    with pytest.raises(ValueError, match=message):
+        _Ranges(**{**valid, field: value})
+
+
 def test_an_annotation_with_an_unknown_name_is_named():
     @dataclasses.dataclass(frozen=True)
     class Broken(ModelConfig):

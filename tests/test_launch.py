@@ -304,6 +304,12 @@ def test_no_restart_after_the_last_one_or_after_a_usage_error(program, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("arguments", [["--output"], ["--output", "--steps=3"], ["--resume", "--", "run"], []])
+def test_restarts_need_the_name_of_a_run_directory(arguments):
+    with pytest.raises(ValueError, match="--restarts needs a run directory: add --output DIRECTORY to the command"):
+        run_local(["python", "-m", "prog", *arguments], 1, restarts=1)
+
+
 def test_a_usage_error_of_one_process_decides_even_if_other_processes_fail(monkeypatch):
     class Child:
         def __init__(self, command, **options):
@@ -339,13 +345,13 @@ def test_a_hang_up_ends_the_processes_unless_it_is_ignored(is_ignored, tmp_path,
         signal.signal(signal.SIGHUP, previous)
 
 
-def test_an_incomplete_run_directory_is_renamed(program):
+def test_a_run_without_a_configuration_is_started_again_in_its_directory(program):
     assert program("early", restarts=2) == 0
     calls = Path("calls").read_text().splitlines()
     assert calls[1] == calls[0] == "early --preset p --recipe=r --steps=3 --output run"
     assert calls[2] == "early --steps=3 --resume run"
-    (renamed,) = Path().glob("run.incomplete-*")
-    assert [path.name for path in renamed.iterdir()] == ["half"]
+    assert sorted(path.name for path in Path("run").iterdir()) == ["config.json", "half"]
+    assert [path.name for path in Path().glob("run*")] == ["run"]
 
 
 def test_a_directory_that_is_not_a_run_is_not_resumed_or_renamed(tmp_path):

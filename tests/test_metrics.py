@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxlm import metrics
 from jaxlm.metrics import Score
@@ -26,6 +27,13 @@ def test_accuracy_has_a_wilson_interval():
     assert metrics.accuracy(np.array(["neg", "pos"]), ["neg", "neg"]).value == 0.5
     assert metrics.accuracy(np.array(["neg", "pos"], object), ["neg", "neg"]).value == 0.5
     assert metrics.proportion("legal moves", 20, 20).high == 1.0
+    assert metrics.proportion("legal moves", 0, 20).low == 0.0
+    for successes in range(8):  # an independent implementation
+        expected = scipy.stats.binomtest(successes, 7).proportion_ci(method="wilson")
+        score = metrics.proportion("legal moves", successes, 7)
+        assert (score.low, score.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    half = metrics.proportion("score", 3.5, 7)  # three wins, three losses and a draw
+    assert half.low + half.high == pytest.approx(1.0)
     with pytest.raises(ValueError, match="legal moves: 3 successes of 2 examples"):
         metrics.proportion("legal moves", 3, 2)
 
@@ -70,17 +78,17 @@ def test_equal_values_have_no_bootstrap_interval():
 
 def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
     values = np.random.default_rng(0).normal(5.0, 2.0, 2000)
-    low, high = metrics.bootstrap(values, seed=1)
+    score = metrics.mean("score", values, seed=1)
+    low, high = metrics.bootstrap(lambda indices: values[indices].mean(), len(values), seed=1)
+    assert (score.low, score.high) == (low, high)
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert (low, high) == metrics.bootstrap(values, seed=1) != metrics.bootstrap(values, seed=2)
+    assert score == metrics.mean("score", values, seed=1) != metrics.mean("score", values, seed=2)
     with pytest.raises(ValueError, match=r"values\[1\] is not finite"):
-        metrics.bootstrap([1.0, np.nan])
+        metrics.mean("score", [1.0, np.nan])
     with pytest.raises(ValueError, match="at least one"):
         metrics.mean("score", [])
-    with pytest.raises(ValueError, match="samples=10 are too few"):
-        metrics.bootstrap(values, samples=10)
 
 
 HYPOTHESES = ["the cat sat on the mat", "a dog barks at the red car", "it is raining"] * 4

@@ -432,9 +432,7 @@ def test_error_for_an_indivisible_batch():
 @pytest.fixture
 def cpu_topology(monkeypatch):
     """Make plans use the eight virtual CPU devices. These plans have no compiler estimates."""
-    monkeypatch.setattr(
-        planning.topology, "get_topology", lambda name: topology.Topology(name, tuple(jax.devices()), None)
-    )
+    monkeypatch.setattr(planning.topology, "get_topology", lambda name: topology.Topology(tuple(jax.devices()), None))
 
 
 def test_a_plan_compiles_the_step_that_training_runs(cpu_topology):

@@ -133,7 +133,6 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
 
 def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: Path) -> None:
     """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     plan = experiment.plan
@@ -150,7 +149,6 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
 
     values = [[accuracy(model, column) for column in columns] for model in models]
     figure = Figure(figsize=(2.2 + 0.75 * len(columns), 2.2 + 0.36 * len(models)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(values, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
     for row, accuracies in enumerate(values):
@@ -170,7 +168,6 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
 
 def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
     """Draw validation accuracy (seed 0) against learning rate: a panel per model and case, a curve per width."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     curves: dict[Group, dict[float, float]] = defaultdict(dict)
@@ -180,7 +177,6 @@ def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path:
     models = [model for model in experiment.models if any(group[1] == model for group in curves)]
     cases = [case for case in experiment.cases if any(group[0] == case for group in curves)]
     figure = Figure(figsize=(3.6 * len(cases), 2.7 * len(models)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(models), len(cases), squeeze=False, sharex=True, sharey="row")
     for axes, (model, case) in zip(panels.flat, itertools.product(models, cases), strict=True):
         for width in experiment.plan.widths:

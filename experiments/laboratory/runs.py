@@ -24,7 +24,7 @@ from jaxlm.plan.flops import counted_training_flops
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.mup import mup
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.report import machine_info
+from jaxlm.training.report import MetricsFile, machine_info
 from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
@@ -222,13 +222,16 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 class Results:
     """The results in a file with one JSON object per line. A missing file has no results.
 
+    A last line without a line break is incomplete, because the disk was full or the process was killed. It is ignored,
+    and the next result replaces it.
+
     Raises:
         ValueError: a line is not a result.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._path, self._file = path, MetricsFile(path)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         self._results = {}
         for number, line in enumerate(lines, 1):
             try:
@@ -248,8 +251,7 @@ class Results:
         """Append a result to the file."""
         self._results[result.key] = result
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        self._file.write(**dataclasses.asdict(result))
 
 
 def run_model(

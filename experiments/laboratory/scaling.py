@@ -107,13 +107,11 @@ def table(groups: Iterable[Sequence[Result]]) -> list[str]:
 def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
     """Draw the losses of all runs with the fitted lines: one panel against FLOPs, one against parameters."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     runs = runs_by_model(groups)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
         for number, (model, own_runs) in enumerate(runs.items()):
             color, law = colormaps["tab20"](number), fit(own_runs, measure)

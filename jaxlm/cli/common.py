@@ -53,13 +53,8 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:
-    """The options that are not None, as fields of ``Sampling``.
-
-    0 turns ``top_k`` and ``min_p`` off, and 1 turns ``top_p`` off: the field is then None.
-    """
-    off = {"top_k": 0, "min_p": 0, "top_p": 1}
-    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return {name: None if name in off and value == off[name] else value for name, value in fields.items()}
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 STANDARD_INPUT = "standard input"

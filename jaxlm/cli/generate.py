@@ -12,7 +12,6 @@ from jaxlm.cli.common import Directory, Texts, load, load_draft, read_texts, sam
 from jaxlm.data.text_files import one_line
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
-from jaxlm.training.checks import check_beams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +21,9 @@ class Generate:
     is printed on one line, with a line break as \\n and a backslash as \\\\.
 
     If max-new-tokens, the sampling options, num-beams or stop are not given, generation_config.json of the model sets
-    them. If this file turns sampling on, the sampling options that it does not set have the defaults of transformers
-    (temperature 1, top-k 50). Other options that it does not set, and all options without the file, have the defaults
-    below.
+    them, or config.json if there is no such file. If the file turns sampling on, the sampling options that it does not
+    set have the defaults of transformers (temperature 1, top-k 50). Other options that it does not set have the
+    defaults below.
     """
 
     directory: Directory
@@ -85,7 +84,6 @@ class Generate:
                 repetition_penalty=self.repetition_penalty,
             ),
         )  # fmt: skip
-        check_beams(model, tokenizer, config)
         key = jax.random.key(self.seed)
         prompts = read_texts(arguments, self.file)
         draft = None if self.draft is None else load_draft(self.draft, self.dtype, tokenizer, prompts)

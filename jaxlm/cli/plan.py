@@ -92,9 +92,5 @@ class Plan:
     def _model(self) -> jaxlm.Model:
         changes = assignments("set", self.set)
         model = jaxlm.get_model(self.model, **changes)
-        fields = [field.name for field in dataclasses.fields(model.config)]
-        if "dtype" in fields and "dtype" not in changes:
-            changes["dtype"] = self.dtype
-        if not self.dropout:
-            changes = {**model.zero_dropout, **changes}
-        return jaxlm.get_model(self.model, **changes)
+        dropout = {} if self.dropout else model.zero_dropout
+        return model.with_known_fields(**{"dtype": self.dtype, **dropout, **changes})

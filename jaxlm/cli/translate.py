@@ -12,7 +12,6 @@ from jaxlm.cli.common import Directory, Texts, load, read_texts, sampling_option
 from jaxlm.data.text_files import one_line
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
-from jaxlm.training.checks import check_beams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,6 @@ class _SourceCommand:
             model, tokenizer, default=GenerationConfig(num_beams=5),
             sampling=sampling_options(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p),
         )  # fmt: skip
-        check_beams(model, tokenizer, config)
         sources = [self.prefix + text for text in read_texts(self.texts, self.file)]
         for text in generate_text(model, params, tokenizer, sources, config, key=jax.random.key(self.seed)):
             print(one_line(text))
@@ -72,7 +70,8 @@ class _SourceCommand:
 class Translate(_SourceCommand):
     """Translate texts. Prints one line per text.
 
-    An option that is not given gets its value from generation_config.json in DIR, or else its default.
+    An option that is not given gets its value from generation_config.json in DIR (without this file: config.json), or
+    else its default.
     """
 
     verb = "translate"
@@ -82,7 +81,8 @@ class Translate(_SourceCommand):
 class Summarize(_SourceCommand):
     """Summarize texts. Prints one line per text.
 
-    An option that is not given gets its value from generation_config.json in DIR, or else its default.
+    An option that is not given gets its value from generation_config.json in DIR (without this file: config.json), or
+    else its default.
     """
 
     verb = "summarize"

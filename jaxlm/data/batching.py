@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.tokens import check_ids_1d, check_tokens
 from jaxlm.spec import State
 
@@ -102,13 +103,6 @@ def shuffled_items(index: int, rows: Sequence[int], batch_size: int, count: int,
         in_epoch = position // count == epoch
         items[in_epoch] = permute(position[in_epoch] % count, count, seed, int(epoch))
     return items
-
-
-def check_min(minimum: int, **numbers: int) -> None:
-    """Raise ``ValueError`` if a number is below ``minimum``."""
-    for name, value in numbers.items():
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def _stack_windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.batching import check_min, source_fingerprint
+from jaxlm.config import check_min
+from jaxlm.data.batching import source_fingerprint
 from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
 Encoded = Mapping[str, Any]
@@ -38,9 +39,12 @@ class BucketBatch(NamedTuple):
     indices: np.ndarray
 
     def segment_ids(self, field: str) -> np.ndarray:
-        """``[B, T]`` int32: 1 for the entries of the example, 0 for padding."""
+        """``[B, T]`` int32: 1 for the entries of the example, 0 for padding.
+
+        The first entry of a row without an example is 1 too, so that its loss is finite. Give this row weight 0.
+        """
         T = self.fields[field].shape[1]
-        return (np.arange(T)[None] < self.lengths[field][:, None]).astype(np.int32)
+        return (np.arange(T)[None] < np.maximum(self.lengths[field], 1)[:, None]).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +106,7 @@ class Bucketed:
     def __post_init__(self) -> None:
         check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, length_multiple=self.length_multiple)
         check_min(0, seed=self.seed, pad_id=self.pad_id)
-        if self.max_length is not None:
-            check_min(1, max_length=self.max_length)
+        check_min(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
         first, array_fields = self.examples[0], self._array_fields

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from jaxlm.config import check_min
 from jaxlm.data.examples import Example, Examples, Rejected
 
 T = TypeVar("T")
@@ -64,12 +65,8 @@ def docstrings(
         TypeError: ``directories`` is a single directory.
         ValueError: a limit is below 1, or no docstring satisfies the limits.
     """
-    for option, value in (
-        ("max_files", max_files), ("max_per_package", max_per_package), ("min_words", min_words),
-        ("max_words", max_words), ("max_summary_words", max_summary_words),
-    ):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{option}={value} must be at least 1")
+    check_min(1, max_files=max_files, max_per_package=max_per_package)
+    check_min(1, min_words=min_words, max_words=max_words, max_summary_words=max_summary_words)
     if isinstance(directories, str | Path):
         raise TypeError(f"directories must be a sequence of directories: pass [{str(directories)!r}]")
     rejected: list[Rejected] = []

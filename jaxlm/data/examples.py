@@ -17,12 +17,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 
@@ -34,6 +33,7 @@ TEXT_COLUMNS = ("sentence", "text", "content")
 _MAX_FIELD_SIZE = 1 << 24
 """Maximum number of characters of a field in a CSV file, to limit the memory if a quote is not closed."""
 
+T = TypeVar("T")
 Example = dict[str, Any]
 OnError = Literal["raise", "report"]
 
@@ -53,7 +53,7 @@ class Rejected:
 
 
 class InvalidLineError(ValueError):
-    """A line is not a valid example. With ``on_error="report"``, ``Examples.rejected`` lists the line instead."""
+    """A line, or a SQuAD question, is not a valid example. ``on_error="report"`` lists it in ``Examples.rejected``."""
 
 
 _PART = "a part of "
@@ -325,33 +325,42 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the exam
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def check_on_error(on_error: str) -> None:
-    """Raise ``ValueError`` if ``on_error`` is not a value of :data:`OnError`."""
+def collect(
+    path: str | Path,
+    items: Iterable[tuple[int, T | ValueError]],
+    make_example: Callable[[T], Example],
+    on_error: OnError,
+    kind: str = "line",
+) -> Examples:
+    """The examples that ``make_example`` returns for the items of a file.
+
+    Args:
+        items: the number and the content of each item. An error as content means that the item is invalid.
+        make_example: raises ``ValueError`` for an invalid item.
+        on_error: "report" lists invalid items in ``rejected`` instead of raising an error.
+        kind: what an item is, for messages.
+
+    Raises:
+        InvalidLineError: an item is invalid. The message names the file and the number of the item.
+        ValueError: there is no valid item, or ``on_error`` is unknown.
+    """
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error={on_error!r} is unknown: choose from {', '.join(map(repr, get_args(OnError)))}")
-
-
-def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
-    """Call the function of each pair (line number, function) in ``readers``, and collect the returned examples.
-
-    If a function raises ``ValueError``, the error names the file and the line. With ``on_error="report"``, the line is
-    listed in ``rejected`` instead. Raises ``ValueError`` if no function returns an example, or ``on_error`` is unknown.
-    """
-    check_on_error(on_error)
     rows, rejected = [], []
-    for number, read_example in readers:
+    for number, item in items:
         try:
-            rows.append(read_example())
+            if isinstance(item, ValueError):
+                raise item
+            rows.append(make_example(item))
         except ValueError as error:
             if on_error == "raise":
-                raise InvalidLineError(f"{path}, line {number}: {error}") from error
+                raise InvalidLineError(f"{path}, {kind} {number}: {error}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
         message = f"{path} has no examples"
         if rejected:
-            message += (
-                f": all {len(rejected)} lines are invalid, for example line {rejected[0].line}: {rejected[0].reason}"
-            )
+            first = rejected[0]
+            message += f": all {len(rejected)} {kind}s are invalid, for example {kind} {first.line}: {first.reason}"
         raise ValueError(message)
     return Examples(rows, str(path), tuple(rejected))
 
@@ -379,10 +388,10 @@ def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Exampl
 
 def _read_rows(
     path: str | Path, delimiter: Literal["\t", ","] | None, encoding: str
-) -> Iterator[tuple[int, Callable[[], list[str]]]]:
-    """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
+) -> Iterator[tuple[int, list[str] | ValueError]]:
+    """For each row of a TSV or CSV file: the number of its first line, and the row.
 
-    The function raises ``ValueError`` if the row of a CSV file is malformed. Rows of a TSV file are only split.
+    A malformed row of a CSV file is a ``ValueError``. Rows of a TSV file are only split.
 
     Raises:
         ValueError: the delimiter is neither a tab nor a comma; it is None, and the suffix of the file is neither
@@ -397,7 +406,7 @@ def _read_rows(
         raise ValueError(f"delimiter={delimiter!r} is not supported: convert {path} to TSV (tab) or CSV (comma)")
     if delimiter == "\t":
         for number, line in read_lines(path, encoding):
-            yield number, functools.partial(line.split, "\t")
+            yield number, line.split("\t")
         return
     # With strict=True, an unclosed quote is an error. Otherwise the rest of the file would be one field.
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path, encoding)), strict=True)
@@ -414,11 +423,11 @@ def _read_rows(
             reason = f"{error} (or a quote is not closed)" if "field limit" in str(error) else str(error)
             if reader.line_num > number:  # a malformed row of several lines: reading continues after its last line
                 reason += f" (lines {number} to {reader.line_num})"
-            yield number, functools.partial(_raise_malformed, reason)
+            yield number, ValueError(f"not CSV: {reason}")
             continue
         if row is None:
             return
-        yield number, functools.partial(list, row)
+        yield number, row
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
@@ -434,18 +443,11 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _raise_malformed(reason: str) -> list[str]:
-    """Raise ``ValueError`` with the reason."""
-    raise ValueError(f"not CSV: {reason}")
-
-
-def _read_header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
+def _read_header(path: str | Path, rows: Iterator[tuple[int, list[str] | ValueError]]) -> list[str]:
     """The column names in the first row. Raises ``ValueError`` if the first row is empty or malformed."""
-    _, read_row = next(rows, (1, list[str]))
-    try:
-        names = read_row()
-    except ValueError as error:
-        raise ValueError(f"{path}, line 1: {error}") from error
+    _, names = next(rows, (1, []))
+    if isinstance(names, ValueError):
+        raise ValueError(f"{path}, line 1: {names}") from names
     if not names:
         raise ValueError(f"{path} is empty: the first line must name the columns")
     return names
@@ -488,13 +490,12 @@ def read_table(
             count = "no column" if column not in header else f"{header.count(column)} columns"
             raise ValueError(f"{path} has {count} {column!r}: its columns are {', '.join(map(repr, header))}")
 
-    def make_example(read_row: Callable[[], list[str]]) -> Example:
-        row = read_row()
+    def make_example(row: list[str]) -> Example:
         if len(row) != len(header):
             raise ValueError(f"the row has {len(row)} columns, but the first line has {len(header)}: {row}")
         return _extract_fields(dict(zip(header, row, strict=True)), fields)
 
-    return _collect(path, ((number, functools.partial(make_example, read_row)) for number, read_row in rows), on_error)
+    return collect(path, rows, make_example, on_error)
 
 
 def read_jsonl(
@@ -536,8 +537,8 @@ def read_jsonl(
                 raise ValueError(f"{name}={example[name]!r} must be a string or a whole number")
         return example
 
-    lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding) if line)
-    return _collect(path, lines, on_error)
+    lines = ((number, line) for number, line in read_lines(path, encoding) if line)
+    return collect(path, lines, make_example, on_error)
 
 
 def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
@@ -569,8 +570,7 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
             raise ValueError(f"the line must have a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
-    lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding))
-    return _collect(path, lines, on_error)
+    return collect(path, read_lines(path, encoding), make_example, on_error)
 
 
 def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
@@ -635,5 +635,4 @@ def read_pairs(
                 raise ValueError(f"the line of {path} is empty")
         return {"source": pair[0].strip(), "target": pair[1].strip()}
 
-    pairs = enumerate(zip(sources, targets, strict=True), start=1)
-    return _collect(source, ((number, functools.partial(make_example, pair)) for number, pair in pairs), on_error)
+    return collect(source, enumerate(zip(sources, targets, strict=True), start=1), make_example, on_error)

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm import extras
+from jaxlm.config import check_min
 from jaxlm.data.examples import Rejected
 from jaxlm.data.text_files import read_lines, read_text, suffix
 
@@ -162,8 +163,7 @@ def read_games(
         raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
         raise ValueError(f"check='syntax' cannot read the PGN file {path}: use check='rules'")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+    check_min(1, workers=workers)
     if is_pgn:
         items = list(_pgn_games(read_text(path)))
     else:
@@ -325,31 +325,29 @@ def _split_result(line: str) -> tuple[list[str], str]:
     return words, result
 
 
-def _read_with_rules(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
+def _read_with_rules(line: int, text: str, notation: Notation) -> _ParsedGame:
     words, result = _split_result(text)
     if not words:
-        yield _ParsedGame(line, reason="no moves")
-        return
+        return _ParsedGame(line, reason="no moves")
     try:
-        yield _ParsedGame(line, _replay(words, notation), result)
+        return _ParsedGame(line, _replay(words, notation), result)
     except ValueError as error:
         hint = "; a file with move numbers or tags needs the suffix .pgn" if re.match(r"\d+\.|\[", words[0]) else ""
-        yield _ParsedGame(line, reason=f"{error}{hint}")
+        return _ParsedGame(line, reason=f"{error}{hint}")
 
 
-def _read_with_syntax(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
+def _read_with_syntax(line: int, text: str, notation: Notation) -> _ParsedGame:
     words, result = _split_result(text)
     pattern = UCI_MOVE if notation == "uci" else SAN_MOVE
     bad = next(((i, word) for i, word in enumerate(words) if not pattern.fullmatch(word)), None)
     if not words:
-        yield _ParsedGame(line, reason="no moves")
-    elif bad is not None:
-        yield _ParsedGame(line, reason=f"{_move_name(*bad)} is not a {notation} move")
-    else:
-        yield _ParsedGame(line, " ".join(word.rstrip("+#") for word in words), result)
+        return _ParsedGame(line, reason="no moves")
+    if bad is not None:
+        return _ParsedGame(line, reason=f"{_move_name(*bad)} is not a {notation} move")
+    return _ParsedGame(line, " ".join(word.rstrip("+#") for word in words), result)
 
 
-def _read_pgn(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
+def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
     import_chess()
     import chess.pgn
 
@@ -366,27 +364,24 @@ def _read_pgn(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]
     unknown_word = _unknown_word(text)
     if unknown_word is not None:  # the parser ignores unknown words
         problem = "is not closed" if unknown_word in ("{", "(") else "is not a move"
-        yield _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game {problem}")
-        return
+        return _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game {problem}")
     game = chess.pgn.read_game(io.StringIO(text), Visitor=MainLine)
     assert game is not None
     if game.errors:  # board() raises an error if a tag is invalid
-        yield _ParsedGame(line, reason=str(game.errors[0]))
-        return
+        return _ParsedGame(line, reason=str(game.errors[0]))
     result, board = game.headers.get("Result", "*"), game.board()
     first_number = re.match(r"(\d+)(?:\.|\s)", _pgn_moves(text))
     if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
-        yield _ParsedGame(line, reason="the game is not standard chess from the initial position")
-    elif game.next() is None:
-        yield _ParsedGame(line, reason="no moves")
-    elif first_number is not None and first_number[1] != "1":
-        yield _ParsedGame(line, reason=f"the game begins with move {first_number[1]}, not with move 1")
-    else:
-        try:
-            moves = _replay([move.uci() for move in game.mainline_moves()], notation)
-            yield _ParsedGame(line, moves, result if result in RESULTS else "*")
-        except ValueError as error:  # a null move
-            yield _ParsedGame(line, reason=str(error))
+        return _ParsedGame(line, reason="the game is not standard chess from the initial position")
+    if game.next() is None:
+        return _ParsedGame(line, reason="no moves")
+    if first_number is not None and first_number[1] != "1":
+        return _ParsedGame(line, reason=f"the game begins with move {first_number[1]}, not with move 1")
+    try:
+        moves = _replay([move.uci() for move in game.mainline_moves()], notation)
+    except ValueError as error:  # a null move
+        return _ParsedGame(line, reason=str(error))
+    return _ParsedGame(line, moves, result if result in RESULTS else "*")
 
 
 def _pgn_moves(text: str) -> str:
@@ -487,7 +482,7 @@ def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
             yield start, kind, match[0]
 
 
-_READERS: dict[str, Callable[[int, str, Notation], Iterator[_ParsedGame]]] = {
+_READERS: dict[str, Callable[[int, str, Notation], _ParsedGame]] = {
     "rules": _read_with_rules, "syntax": _read_with_syntax, "pgn": _read_pgn,
 }  # fmt: skip
 
@@ -497,7 +492,7 @@ _READERS: dict[str, Callable[[int, str, Notation], Iterator[_ParsedGame]]] = {
 
 def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, workers: int) -> list[_ParsedGame]:
     if workers == 1:
-        return [game for line, text in items for game in _READERS[reader](line, text, notation)]
+        return [_READERS[reader](line, text, notation) for line, text in items]
     bounds = np.linspace(0, len(items), workers + 1).astype(int)
     with ThreadPoolExecutor(workers) as pool:
         parts = pool.map(
@@ -518,11 +513,10 @@ def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notati
     )
     if run.returncode:
         raise RuntimeError(f"a process that checks chess games failed:\n{run.stderr.decode(errors='replace')}")
-    return [_ParsedGame(*game) for game in pickle.loads(run.stdout)]
+    return pickle.loads(run.stdout)
 
 
 def _read_from_stdin() -> None:
     """Read the arguments of :func:`_read_in_process` from standard input, and write the games to standard output."""
     reader, items, notation = pickle.loads(sys.stdin.buffer.read())
-    games = [tuple(game) for game in _read_all(reader, items, notation, workers=1)]
-    sys.stdout.buffer.write(pickle.dumps(games))
+    sys.stdout.buffer.write(pickle.dumps(_read_all(reader, items, notation, workers=1)))

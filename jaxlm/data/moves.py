@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
-from jaxlm.data.tokenizers import (
-    EncodeInputsMixin,
-    SpecialIds,
-    check_ids,
-    encode_without_template,
-    save_jaxlm_file,
-)
+from jaxlm.data.tokenizers import EncodeInputsMixin, SpecialIds, check_ids, save_jaxlm_file
 
 _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>", "<unk>")}
 
@@ -108,8 +103,7 @@ class MoveTokenizer(EncodeInputsMixin):
                 notation, or no move occurs ``min_count`` times.
         """
         check_notation(notation)
-        if min_count < 1:
-            raise ValueError(f"min_count={min_count} must be at least 1")
+        check_min(1, min_count=min_count)
         if notation == "uci":
             return cls("uci")
         counts = Counter(word.rstrip("+#") for line in lines for word in line.split())
@@ -203,13 +197,12 @@ class MoveTokenizer(EncodeInputsMixin):
             )
         return id
 
-    def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
-            spans = [match.span() for match in re.finditer(r"\S+", text)]
-            return self.encode(text), np.array(spans, np.int32).reshape(-1, 2)
+    def _offsets(self, text: str) -> np.ndarray:
+        return np.array([match.span() for match in re.finditer(r"\S+", text)], np.int32).reshape(-1, 2)
 
+    def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         bos = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
         return [
             Encoding(*(np.concatenate(fields) for fields in zip(bos, encoding, strict=True)))
-            for encoding in encode_without_template(ids_and_offsets, texts, pairs)
+            for encoding in super()._encodings(texts, pairs)
         ]

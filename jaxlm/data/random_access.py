@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.batching import check_min, shuffled_items, source_fingerprint
+from jaxlm.config import check_min
+from jaxlm.data.batching import shuffled_items, source_fingerprint
 from jaxlm.data.examples import check_random_access
 from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 

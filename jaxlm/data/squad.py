@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.examples import Example, Examples, OnError, Rejected, check_on_error
+from jaxlm.data.examples import Example, Examples, OnError, collect
 from jaxlm.data.text_files import check_no_surrogate, text_chunks
 from jaxlm.json_files import DuplicateKeyError, parse
 
@@ -45,26 +45,17 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
         ['Denver Broncos', 'Denver Broncos', 'Denver Broncos']
     """
-    check_on_error(on_error)
-    rows: list[Example] = []
-    rejected: list[Rejected] = []
-    for number, record in enumerate(_read_records(Path(path)), start=1):
+
+    def read_question(record: Any) -> Example:
         question_id = None
         try:
             question = _parse_record(record)
             question_id = question.get("id")
-            rows.append(_make_example(question))
+            return _make_example(question)
         except ValueError as error:
-            reason = f"question {number} (id {question_id!r}): {error}"
-            if on_error == "raise":
-                raise ValueError(f"{path}, {reason}") from error
-            rejected.append(Rejected(number, reason))
-    if not rows:
-        message = f"{path} has no questions"
-        if rejected:
-            message += f": all {len(rejected)} questions are invalid, for example {rejected[0].reason}"
-        raise ValueError(message)
-    return Examples(rows, str(path), tuple(rejected))
+            raise ValueError(f"id {question_id!r}: {error}") from error
+
+    return collect(path, enumerate(_read_records(Path(path)), start=1), read_question, on_error, "question")
 
 
 def read_squad_files(paths: Sequence[Path]) -> dict[str, Examples]:

@@ -20,6 +20,7 @@ import dataclasses
 import random
 from collections.abc import Callable
 
+from jaxlm.config import check_min
 from jaxlm.data.examples import Example, Examples
 
 PEOPLE = (
@@ -66,9 +67,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
         >>> example["question"], example["answers"], example["starts"]
         ('When did Rose go to the cellar?', ['the evening'], [63])
     """
-    for name, value in (("count", count), ("sentences", sentences), ("questions", questions)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_min(1, count=count, sentences=sentences, questions=questions)
     rows: list[Example] = []
     rng = random.Random(f"{seed} {sentences} {questions}")
     number = 0

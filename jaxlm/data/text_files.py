@@ -153,14 +153,9 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
     """The decompressed content of a file in pieces. The last piece is empty, to mark the end."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"{path} is not a file")
-    if path.suffix.lower() != ".gz":
-        with path.open("rb") as file:
-            while data := file.read(_CHUNK):
-                yield data
-        yield b""
-        return
+    is_compressed = path.suffix.lower() == ".gz"
     limit, size = max(MIN_UNPACKED_LIMIT, MAX_UNPACKED_RATIO * path.stat().st_size), 0
-    with gzip.open(path, "rb") as file:
+    with gzip.open(path, "rb") if is_compressed else path.open("rb") as file:
         while True:
             try:
                 data = file.read(_CHUNK)
@@ -169,7 +164,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
                     f"{path}: the gzip file is truncated or damaged after {size} bytes: {error}"
                 ) from error
             size += len(data)
-            if size > limit:
+            if is_compressed and size > limit:
                 raise ValueError(
                     f"{path} unpacks to more than {limit} bytes ({MAX_UNPACKED_RATIO} times its size, but at least "
                     f"{MIN_UNPACKED_LIMIT}), so it may be a decompression bomb. If you trust the file, run "

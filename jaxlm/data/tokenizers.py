@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -118,7 +118,10 @@ class Tokenizer(Protocol):
 
 
 class EncodeInputsMixin:
-    """Mixin that implements ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows`` with ``_encodings``."""
+    """Mixin that implements ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows``.
+
+    A subclass defines ``encode`` and ``_offsets``, or overrides ``_encodings``.
+    """
 
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
@@ -126,8 +129,17 @@ class EncodeInputsMixin:
     """The side of a text from which ``encode_inputs`` and ``encode_inputs_batch`` remove tokens."""
 
     @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 ``[tokens]``. No special tokens are added."""
+
+    def _offsets(self, text: str) -> np.ndarray:
+        """The first and the last character (exclusive) of each token of ``encode(text)``, ``[tokens, 2]``."""
+        raise NotImplementedError
+
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        """The encoding of each text (and its pair) with the template, without truncation."""
+        """The encoding of each text (and its pair) with the template, without truncation. Default: no template."""
+        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
+        return [encodings.concatenate([(self.encode(text), self._offsets(text)) for text in row]) for row in rows]
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The text, or the pair, with the special tokens of the tokenizer's template.
@@ -274,14 +286,9 @@ class ByteTokenizer(EncodeInputsMixin):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8_bytes(text, "the text"), np.uint8).astype(np.int32)
 
-    def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
-            ids = self.encode(text)
-            sizes = [len(character.encode("utf-8")) for character in text]
-            first = np.repeat(np.arange(len(text)), sizes)
-            return ids, np.stack([first, first + 1], axis=-1)
-
-        return encode_without_template(ids_and_offsets, texts, pairs)
+    def _offsets(self, text: str) -> np.ndarray:
+        first = np.repeat(np.arange(len(text)), [len(character.encode("utf-8")) for character in text])
+        return np.stack([first, first + 1], axis=-1)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text. Id 256 has no text, so ``skip_special_tokens`` changes nothing."""
@@ -342,12 +349,9 @@ class CharTokenizer(EncodeInputsMixin):
             )
         return ids.astype(np.int32)
 
-    def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
-            first = np.arange(len(text))
-            return self.encode(text), np.stack([first, first + 1], axis=-1)
-
-        return encode_without_template(ids_and_offsets, texts, pairs)
+    def _offsets(self, text: str) -> np.ndarray:
+        first = np.arange(len(text))
+        return np.stack([first, first + 1], axis=-1)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text. There are no special tokens, so ``skip_special_tokens`` changes nothing."""
@@ -687,18 +691,6 @@ def _as_encoding(encoding: Any) -> Encoding:
         offsets=np.asarray(encoding.offsets, np.int32).reshape(-1, 2),
         sequence_ids=np.asarray(sequence_ids, np.int32),
     )
-
-
-def encode_without_template(
-    ids_and_offsets: Callable[[str], tuple[np.ndarray, np.ndarray]], texts: Sequence[str], pairs: Sequence[str] | None
-) -> list[Encoding]:
-    """The encodings of texts or pairs without special tokens.
-
-    Args:
-        ids_and_offsets: a function that returns the ids [tokens] and the offsets [tokens, 2] of a text.
-    """
-    rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
-    return [encodings.concatenate([ids_and_offsets(text) for text in row]) for row in rows]
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from jaxlm import extras
+from jaxlm.config import check_min
 from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer
 
 Kind = Literal["bpe", "unigram", "word", "character"]
@@ -170,8 +171,7 @@ def _check(
         raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
     if "" in extra_tokens:
         raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: leave it out")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency={min_frequency} must be at least 1")
+    check_min(1, min_frequency=min_frequency)
     if min_frequency > 1 and kind == "unigram":
         raise ValueError(f"min_frequency={min_frequency} has no effect for kind='unigram': do not set it")
     specials = list(dict.fromkeys([*_TEMPLATES[template].tokens.values(), *extra_tokens]))

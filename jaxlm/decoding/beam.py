@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm import spec
+from jaxlm.config import check_min
 from jaxlm.decoding.config import EarlyStopping, check_early_stopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
@@ -72,8 +73,7 @@ class BeamConfig:
     live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams={self.num_beams} must be at least 1")
+        check_min(1, num_beams=self.num_beams)
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         check_early_stopping(self.early_stopping)

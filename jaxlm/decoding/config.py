@@ -1,4 +1,4 @@
-"""``GenerationConfig``: the settings of text generation. The model's ``generation_config.json`` sets their defaults."""
+"""``GenerationConfig``: the settings of text generation. The files of the model set their defaults."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxlm.config import check_min
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sample import GREEDY, Sampling
+from jaxlm.interop.config_json import GENERATION_DEFAULTS, generation_settings
 from jaxlm.models import Model
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+CONFIG_FILE = "config.json"
 
 EarlyStopping = bool | Literal["never"]
 
@@ -27,8 +30,9 @@ class GenerationConfig:
     """Settings of text generation. Hashable.
 
     None means that a field is not set (except for ``batch_size``). For such a field, :meth:`resolve` uses the value in
-    ``generation_config.json`` of the directory from which the model was loaded. If there is no such value, ``resolve``
-    uses the default below. ``batch_size`` and ``ignored_fields`` are never read from the file.
+    ``generation_config.json`` of the directory from which the model was loaded. If the directory has no such file,
+    ``resolve`` uses the value in ``config.json``, unless it is the default of transformers. If there is no such value,
+    ``resolve`` uses the default below. ``batch_size`` and ``ignored_fields`` are never read from a file.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
@@ -46,9 +50,8 @@ class GenerationConfig:
         end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none. If
             ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the default also
             has the other ids of the list that are in the vocabulary.
-        ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
-            ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error if its value changes the
-            text, unless it is ignored.
+        ignored_fields: names of fields of the file to ignore, for example ``("no_repeat_ngram_size",)``. A field that
+            jaxlm does not support is an error if its value changes the text, unless it is ignored.
 
     Raises:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
@@ -79,10 +82,8 @@ class GenerationConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # so that the config is hashable
         if self.stop is not None and "" in self.stop:
             raise ValueError(f"stop strings must not be empty, got {list(self.stop)}")
-        for name in ("max_new_tokens", "max_length", "num_beams", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_min(1, max_new_tokens=self.max_new_tokens, max_length=self.max_length)
+        check_min(1, num_beams=self.num_beams, batch_size=self.batch_size)
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(f"give max_new_tokens={self.max_new_tokens} or max_length={self.max_length}, not both")
         if self.early_stopping is not None:
@@ -111,9 +112,13 @@ class GenerationConfig:
     ) -> GenerationConfig:
         """The config with every field set, except that only one of ``max_new_tokens`` and ``max_length`` is set.
 
-        The value of a field comes from the first of these sources that sets the field: this config,
-        ``generation_config.json`` (``model.metadata.generation_config``), ``default``, the defaults of the class.
-        ``batch_size`` and ``ignored_fields`` are those of this config.
+        The value of a field comes from the first of these sources that sets the field: this config, the file,
+        ``default``, the defaults of the class. ``batch_size`` and ``ignored_fields`` are those of this config.
+
+        The file is ``generation_config.json`` (``model.metadata.generation_config``). If there is no such file, it is
+        ``config.json`` (``model.metadata.config``). In old files, ``config.json`` has all fields, most of them with the
+        defaults of transformers, such as ``max_length`` 20. So a field of ``config.json`` is set only if it differs
+        from this default.
 
         As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
         ``length_penalty`` and ``early_stopping`` have no effect. With greedy decoding, the file's ``temperature``,
@@ -124,25 +129,30 @@ class GenerationConfig:
         Args:
             default: defaults of the calling program.
             sampling: ``do_sample`` and fields of :class:`Sampling` that override the file. They are used only if
-                ``self.sampling`` is not set. If this mapping has a ``temperature``, its ``do_sample`` has no effect.
+                ``self.sampling`` is not set. If this mapping has a ``temperature``, its ``do_sample`` has no effect. As
+                in transformers, 0 turns ``top_k`` and ``min_p`` off, and 1 turns ``top_p`` off.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text, or a value of the wrong
-                type or outside its range (the message names the field); the resolved values exclude each other, for
-                example beams and random sampling; or a name in ``ignored_fields`` is not a field.
+                type or outside its range (the message names the field); ``num_beams`` is above the number of ids that
+                may be generated; the resolved values exclude each other, for example beams and random sampling; or a
+                name in ``ignored_fields`` is not a field.
 
         Example:
             >>> GenerationConfig(num_beams=4).resolve(model, tokenizer).max_new_tokens   # doctest: +SKIP
             128
         """
-        file_fields = _read_file_fields(model, self.ignored_fields)
-        configs = (self, _file_config(file_fields), default or GenerationConfig(), _DEFAULT)
+        file, file_fields = settings_file(model), _read_file_fields(model, self.ignored_fields)
+        configs = (self, _file_config(file_fields, file), default or GenerationConfig(), _DEFAULT)
 
         def first_set(name: str) -> Any:
             return next((value for config in configs if (value := getattr(config, name)) is not None), None)
 
         length_config = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
         num_beams = self.num_beams or file_fields.get("num_beams") or first_set("num_beams")
+        ids = num_ids(model, tokenizer)
+        if num_beams > ids:
+            raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
         end_ids = first_set("end_ids")
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
@@ -150,7 +160,7 @@ class GenerationConfig:
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            resolved_sampling = _sampling(file_fields, fallback, sampling or {}, num_beams, num_ids(model, tokenizer))
+            resolved_sampling = _sampling(file_fields, file, fallback, sampling or {}, num_beams, ids)
         try:
             return GenerationConfig(
                 max_new_tokens=length_config.max_new_tokens,
@@ -165,11 +175,10 @@ class GenerationConfig:
                 ignored_fields=self.ignored_fields,
             )
         except ValueError as error:
-            raise ValueError(f"{error}{_FROM_FILE}" if file_fields else error) from error
+            raise ValueError(f"{error}{_from_file(file)}" if file_fields else error) from error
 
 
 _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
-_FROM_FILE = f" (fields that you do not set are read from {GENERATION_CONFIG_FILE})"
 
 
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -188,6 +197,18 @@ def num_ids(model: Model, tokenizer: Tokenizer) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------ the file
+
+
+def settings_file(model: Model) -> str:
+    """The file with the generation settings: ``generation_config.json``, or ``config.json`` if it does not exist."""
+    metadata = getattr(model, "metadata", None)
+    in_config = metadata is not None and metadata.generation_config is None and metadata.config
+    return CONFIG_FILE if in_config else GENERATION_CONFIG_FILE
+
+
+def _from_file(file: str) -> str:
+    return f" (fields that you do not set are read from {file})"
+
 
 _SUPPORTED: dict[str, tuple[type, ...]] = {
     "max_new_tokens": (int,),
@@ -218,26 +239,27 @@ _NO_EFFECT = {
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
     "assistant_lookbehind", "target_lookbehind",
     # Metadata of the file.
-    "transformers_version", "_from_model_config", "_commit_hash",
+    "transformers_version", "_from_model_config", "_commit_hash", "trust_remote_code",
 }  # fmt: skip
 """Fields that do not change the text."""
 
 _NEUTRAL_VALUES: dict[str, Any] = {
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "diversity_penalty": 0.0,
-    "num_beam_groups": 1, "num_return_sequences": 1, "renormalize_logits": False, "remove_invalid_values": False,
-    "token_healing": False, "guidance_scale": 1.0, "min_new_tokens": 0,
-}  # fmt: skip
+    **{name: value for name, value in GENERATION_DEFAULTS.items() if name not in _SUPPORTED},
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+}
 """For each unsupported field, the value that does not change the text. For fields that are not listed, it is null."""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
-    """The supported fields of ``generation_config.json``, after a check; empty if there is no such file."""
-    metadata = getattr(model, "metadata", None)
-    content = {} if metadata is None else metadata.generation_config or {}
+    """The supported fields of the file (:func:`settings_file`), after a check."""
+    metadata, file = getattr(model, "metadata", None), settings_file(model)
+    content: Mapping[str, Any] = {}
+    if metadata is not None:
+        content = generation_settings(metadata.config) if file == CONFIG_FILE else metadata.generation_config or {}
     unknown = sorted(set(ignored) - content.keys() - _SUPPORTED.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
     if unknown:
-        raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {GENERATION_CONFIG_FILE}")
+        raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {file}")
     no_effect = _NO_EFFECT.union(ignored)
     values = {name: value for name, value in content.items() if value is not None and name not in no_effect}
     unsupported = sorted(
@@ -246,26 +268,24 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     if unsupported:
         settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
         raise ValueError(
-            f"{GENERATION_CONFIG_FILE} sets {settings}, which jaxlm does not support: to generate without it, remove "
+            f"{file} sets {settings}, which jaxlm does not support: to generate without it, remove "
             f"it from the file or pass GenerationConfig(ignored_fields={tuple(unsupported)!r})"
         )
     fields = {name: value for name, value in values.items() if name in _SUPPORTED}
     for name, value in fields.items():
         if not isinstance(value, _SUPPORTED[name]) or (isinstance(value, bool) and bool not in _SUPPORTED[name]):
             types = " or ".join(kind.__name__ for kind in _SUPPORTED[name])
-            raise ValueError(f"{GENERATION_CONFIG_FILE}: {name}={value!r} must be of type {types}")
+            raise ValueError(f"{file}: {name}={value!r} must be of type {types}")
     for name, kind in (("stop_strings", str), ("eos_token_id", int)):
         entries = fields.get(name)
         if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):
-            raise ValueError(f"{GENERATION_CONFIG_FILE}: {name}={entries!r} must be a list of {kind.__name__}")
+            raise ValueError(f"{file}: {name}={entries!r} must be a list of {kind.__name__}")
     if fields.get("top_k", 0) < 0:
-        raise ValueError(
-            f"{GENERATION_CONFIG_FILE}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)"
-        )
+        raise ValueError(f"{file}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)")
     return fields
 
 
-def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
+def _file_config(file_fields: Mapping[str, Any], file: str) -> GenerationConfig:
     """The fields of the file as a config, without the sampling fields."""
     end, stop, num_beams = (file_fields.get(name) for name in ("eos_token_id", "stop_strings", "num_beams"))
     max_new_tokens = file_fields.get("max_new_tokens")
@@ -283,14 +303,19 @@ def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
             end_ids=(end,) if isinstance(end, int) else end,
         )
     except ValueError as error:
-        raise ValueError(f"{GENERATION_CONFIG_FILE}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
 
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 def _sampling(
-    file_fields: Mapping[str, Any], fallback: Sampling, overrides: Mapping[str, Any], num_beams: int, vocab_size: int
+    file_fields: Mapping[str, Any],
+    file: str,
+    fallback: Sampling,
+    overrides: Mapping[str, Any],
+    num_beams: int,
+    vocab_size: int,
 ) -> Sampling:
     """The sampling settings. A field comes from the first of ``overrides``, the file and ``fallback`` that sets it.
 
@@ -314,9 +339,10 @@ def _sampling(
         fields["min_p"] = fields.get("min_p", base.min_p) or None  # in the file, 0 turns the filter off
     else:
         base, fields = GREEDY, {name: fields[name] for name in ("repetition_penalty",) if name in fields}
+    off = {"top_k": 0, "min_p": 0, "top_p": 1}
+    given = {name: None if value == off.get(name) else value for name, value in overrides.items()}
+    given.pop("do_sample", None)
     try:
-        return dataclasses.replace(
-            base, **{**fields, **{name: value for name, value in overrides.items() if name != "do_sample"}}
-        )
+        return dataclasses.replace(base, **{**fields, **given})
     except ValueError as error:
-        raise ValueError(f"{error}{_FROM_FILE}" if fields else error) from error
+        raise ValueError(f"{error}{_from_file(file)}" if fields else error) from error

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import processes, spec
+from jaxlm.config import check_min
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
@@ -76,8 +77,7 @@ def check_prompts(
     """
     check_sharding(active())
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    check_min(1, max_new_tokens=max_new_tokens)
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the model does not read the last new token
     specs = model.state_specs(batch, slots)

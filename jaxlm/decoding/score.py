@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import processes
+from jaxlm.config import check_min
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
@@ -82,9 +83,11 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
     limit, is_traced = model.max_positions, isinstance(segment_ids, jax.core.Tracer)
     if segment_ids is not None and not is_traced and limit is not None and segment_ids.shape[1] - 1 > limit:
         _check_document_lengths(processes.gather_to_host(segment_ids)[:, :-1], limit)
-    scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
-    check_finite(model, params, finite_B)
-    return scores
+    inputs, is_predicted = None, None
+    if segment_ids is not None:
+        inputs, target_segments = segment_ids[:, :-1], segment_ids[:, 1:]
+        is_predicted = (inputs == target_segments) & (target_segments > 0)
+    return _checked_scores(model, params, tokens[:, :-1], tokens[:, 1:], is_predicted, {"segment_ids": inputs})
 
 
 def _check_document_lengths(segment_ids_BT: np.ndarray, limit: int) -> None:
@@ -156,9 +159,14 @@ def target_token_scores(
     targets = widen_ids(targets)  # in a small dtype, ``start_id`` could wrap to a valid id
     decoder_BT = jnp.concatenate([jnp.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
-    scores, finite_B = _target_token_scores(
-        model, params, source, targets, decoder_BT, source_segment_ids, segment_ids, sharding=active()
-    )
+    inputs = {"source": source, "source_segment_ids": source_segment_ids, "segment_ids": segment_ids}
+    is_predicted = None if segment_ids is None else segment_ids > 0
+    return _checked_scores(model, params, decoder_BT, targets, is_predicted, inputs)
+
+
+def _checked_scores(model: Model, params: Params, *arrays: Any) -> TokenScores:
+    """The scores of :func:`_token_scores`, after a check that the logits are finite."""
+    scores, finite_B = _token_scores(model, params, *arrays, sharding=active())
     check_finite(model, params, finite_B)
     return scores
 
@@ -168,31 +176,23 @@ def _token_scores(
     model: Model,
     params: Params,
     tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
+    targets_BT: jax.Array,
+    is_predicted_BT: jax.Array | None,
+    inputs: dict[str, jax.Array | None],
     *,
     sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
-) -> tuple[TokenScores, jax.Array]:
-    """The scores [B, T - 1], and whether the logits of each row are finite, bool [B]."""
-    input_segments_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
-    hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=input_segments_BT)
-    is_predicted_BT = None
-    if segment_ids_BT is not None:
-        target_segments_BT = segment_ids_BT[:, 1:]
-        is_predicted_BT = (input_segments_BT == target_segments_BT) & (target_segments_BT > 0)
-    return _scores(model, params, hidden_BTD, tokens_BT[:, 1:], is_predicted_BT)
-
-
-def _scores(
-    model: Model, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, is_predicted_BT: jax.Array | None
 ) -> tuple[TokenScores, jax.Array]:
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 
     Args:
-        is_predicted_BT: bool, the targets to score. The logits of other targets are ignored. Default: all targets.
+        tokens_BT: the tokens that the model reads.
+        is_predicted_BT: bool, the targets to score. The logits of other targets are ignored. None: all targets.
+        inputs: the other inputs of ``model.apply``.
     """
+    hidden_BTD, _ = model.apply(params, tokens_BT, **inputs)
 
-    def score_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hidden_BCD, targets_BC = inputs
+    def score_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden_BCD, targets_BC = chunk
         logits_BCV = model.logits(params, hidden_BCD)
         return -cross_entropy(logits_BCV, targets_BC), argmax(logits_BCV) == targets_BC, rows_finite(logits_BCV)
 
@@ -203,25 +203,6 @@ def _scores(
         log_probs_BT = jnp.where(is_predicted_BT, log_probs_BT, 0.0)
         greedy_BT, finite_BT = greedy_BT | ~is_predicted_BT, finite_BT | ~is_predicted_BT
     return TokenScores(log_probs_BT, greedy_BT), jnp.all(finite_BT, axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sharding"))
-def _target_token_scores(
-    model: Model,
-    params: Params,
-    source_BS: jax.Array,
-    targets_BT: jax.Array,
-    decoder_BT: jax.Array,
-    source_segment_ids_BS: jax.Array | None,
-    segment_ids_BT: jax.Array | None,
-    *,
-    sharding: Sharding | None,
-) -> tuple[TokenScores, jax.Array]:
-    hidden_BTD, _ = model.apply(
-        params, decoder_BT, source=source_BS, source_segment_ids=source_segment_ids_BS, segment_ids=segment_ids_BT
-    )
-    is_predicted_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-    return _scores(model, params, hidden_BTD, targets_BT, is_predicted_BT)
 
 
 def perplexity_of(nats_per_token: float) -> float:
@@ -283,8 +264,7 @@ def perplexity(
         raise ValueError(f"window={window} must be at least 2: the first token of a window is not predicted")
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_min(1, batch_size=batch_size)
     if model.needs_whole_text and ids.size > window:
         raise ValueError(
             f"{ids.size} tokens need several windows of window={window} tokens, but {model.family} must read a text "

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxlm.config import check_min
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_free_slots, check_memory_slots, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
@@ -115,8 +116,7 @@ def speculative_generate(
         >>> result.generation.tokens.shape
         (1, 6)
     """
-    if models.num_proposed < 1:
-        raise ValueError(f"num_proposed={models.num_proposed} must be at least 1")
+    check_min(1, num_proposed=models.num_proposed)
     sizes = models.target.config.vocab_size, models.draft.config.vocab_size
     if allowed_ids is None and sizes[0] != sizes[1]:
         raise ValueError(
@@ -253,13 +253,18 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
-    result = _append(progress.result, new_BT, is_new_BT, jax.nn.log_softmax(logits_BTV))
     finite_or_unused_BT = rows_finite(logits_BTV) | (index_T > accepted_B[:, None])
     draft_finite_or_unused_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
-    result = dataclasses.replace(
-        result,
-        generation=dataclasses.replace(
-            result.generation, finite=result.generation.finite & (jnp.all(finite_or_unused_BT, axis=1) | progress.ended)
+    result, generation = progress.result, progress.result.generation
+    B, N = generation.tokens.shape
+    new_slots = jnp.arange(B)[:, None], jnp.where(is_new_BT, lengths_B[:, None] + index_T, N)  # index N is dropped
+    log_probs_BT = _log_probs_of_tokens(jax.nn.log_softmax(logits_BTV), new_BT)
+    result = SpeculativeGeneration(
+        Generation(
+            tokens=generation.tokens.at[new_slots].set(new_BT, mode="drop"),
+            lengths=lengths_B + count_B,
+            log_probs=generation.log_probs.at[new_slots].set(log_probs_BT, mode="drop"),
+            finite=generation.finite & (jnp.all(finite_or_unused_BT, axis=1) | progress.ended),
         ),
         rounds=result.rounds + active_B,
         accepted=result.accepted + jnp.where(active_B, jnp.minimum(accepted_B, count_B), 0),
@@ -275,23 +280,6 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     ended_B = progress.ended | jnp.any(ends_BT & is_new_BT, axis=1)
     ended_B |= result.generation.lengths >= settings.max_new_tokens
     return _Progress((target_state, draft_state), last_B, ended_B, progress.keys, result)
-
-
-def _append(
-    result: SpeculativeGeneration, new_BT: jax.Array, is_new_BT: jax.Array, log_probs_BTV: jax.Array
-) -> SpeculativeGeneration:
-    """The result, with the new tokens and their log-probabilities appended to each row."""
-    generation = result.generation
-    B, N = generation.tokens.shape
-    index_BT = jnp.where(is_new_BT, generation.lengths[:, None] + jnp.arange(new_BT.shape[1])[None, :], N)
-    row_and_index = (jnp.arange(B)[:, None], index_BT)
-    generation = dataclasses.replace(
-        generation,
-        tokens=generation.tokens.at[row_and_index].set(new_BT, mode="drop"),
-        log_probs=generation.log_probs.at[row_and_index].set(_log_probs_of_tokens(log_probs_BTV, new_BT), mode="drop"),
-        lengths=generation.lengths + jnp.sum(is_new_BT, axis=1, dtype=jnp.int32),
-    )
-    return dataclasses.replace(result, generation=generation)
 
 
 def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
@@ -329,13 +317,11 @@ def _is_accepted(
     log_ratio_BK = _log_probs_of_tokens(p_BKV, proposed_BK) - _log_probs_of_tokens(q_BKV, proposed_BK)
     if keys_B is None:
         return log_ratio_BK >= 0.0  # True if the proposal is also the target model's most likely token
-    uniform_BK = jnp.stack(
-        [
-            jax.vmap(jax.random.uniform)(_token_keys(keys_B, lengths_B + index, 1))
-            for index in range(proposed_BK.shape[1])
-        ],
-        axis=1,
-    )
+
+    def draw(index: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.uniform)(_token_keys(keys_B, lengths_B + index, 1))
+
+    uniform_BK = jax.vmap(draw, out_axes=1)(jnp.arange(proposed_BK.shape[1]))
     return jnp.log(uniform_BK) < log_ratio_BK
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_ids_1d
-from jaxlm.decoding.batches import length_batches, pad_rows
+from jaxlm.decoding.batches import length_batches
 from jaxlm.decoding.beam import BeamConfig, beam_search
-from jaxlm.decoding.config import GENERATION_CONFIG_FILE, GenerationConfig, num_ids
+from jaxlm.decoding.config import GenerationConfig, num_ids, settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
@@ -146,8 +147,7 @@ def stream_text(
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1")
+    check_min(1, chunk=chunk)
     generator = _TextGenerator(model, params, tokenizer, config, key)
     if generator.num_beams > 1:
         raise ValueError(f"num_beams={generator.num_beams}: beam search cannot stream text; use generate_text")
@@ -184,8 +184,8 @@ def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
     passed another id to ``load_pretrained``, that id is used.
     """
     metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
-    file_id = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
-    if metadata is None or file_id is None or metadata.config.get("decoder_start_token_id", config_id) != config_id:
+    file_id = (metadata.generation_config or {}).get("decoder_start_token_id")
+    if file_id is None or metadata.config.get("decoder_start_token_id", config_id) != config_id:
         return decoder_start_id(model, tokenizer)
     return file_id
 
@@ -211,7 +211,7 @@ class _TextGenerator:
         self._max_new_tokens, self._max_length = resolved.max_new_tokens, resolved.max_length
         if key is None and config.sampling is None and resolved.sampling.temperature > 0.0:
             raise ValueError(
-                f"{GENERATION_CONFIG_FILE} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY"
+                f"{settings_file(model)} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY"
             )
         self._start: np.ndarray | None = None
         if model.reads_source:
@@ -219,7 +219,6 @@ class _TextGenerator:
         self._request = TokenRequest(
             model=model,
             params=params,
-            max_new_tokens=0,  # set for each batch
             sampling=resolved.sampling,
             key=key,
             end_ids=resolved.end_ids or (),
@@ -315,12 +314,8 @@ class _TextGenerator:
         if limit is not None and self._positions_needed(prompts) > limit and len(batch) > 1:
             # A row alone may need fewer positions: it has no padding and its own limit.
             return [text for i, ids in enumerate(batch) for text in self.beam_texts([ids], numbers[i : i + 1])]
-        if self._start is None:
-            state = None
-            tokens_BT, segment_ids_BT = pad_prompts(prompts, request.max_positions, int(limits.max()))
-        else:
-            state = read_sources(request, batch, int(limits.max()))
-            tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
+        state = None if self._start is None else read_sources(request, batch, int(limits.max()))
+        tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, int(limits.max()))
         with rename_rows_in_errors(self._input_name, numbers):
             beams = beam_search(
                 request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits,
@@ -356,10 +351,7 @@ class _TextGenerator:
             read_sources(each, batch, max_new_tokens + num_proposed) if each.model.reads_source else None
             for each in (request, draft_request)
         )
-        if self._start is None:
-            tokens_BT, segment_ids_BT = pad_prompts(prompts, max_positions, max_new_tokens + num_proposed)
-        else:
-            tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
+        tokens_BT, segment_ids_BT = pad_prompts(prompts, max_positions, max_new_tokens + num_proposed)
         with rename_rows_in_errors(self._input_name, numbers):
             generation = speculative_generate(
                 SpeculativeModels(request.model, request.params, *draft, num_proposed), tokens_BT, segment_ids_BT,
@@ -391,11 +383,12 @@ class _TextGenerator:
         """
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
+        max_new_tokens = int(limits.max())
         new_texts = [self._new_text(prompt) for prompt in prompts]
-        request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
+        sources = None if self._start is None else batch
         with rename_rows_in_errors(self._input_name, numbers):
-            windows = WindowedGeneration(request, prompts, numbers, None if self._start is None else batch)
-        chunk = request.max_new_tokens if chunk is None else chunk
+            windows = WindowedGeneration(self._request, prompts, numbers, max_new_tokens, sources)
+        chunk = max_new_tokens if chunk is None else chunk
         while True:
             # Copy the arrays, because their buffers are donated to the next call.
             progress = windows.progress
@@ -489,8 +482,7 @@ def _check_draft(
     """Raise an error if ``draft`` cannot propose tokens for ``target``."""
     if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
         raise TypeError(f"draft is a pair (model, params), got {type(draft).__name__}")
-    if num_proposed < 1:
-        raise ValueError(f"num_proposed={num_proposed} must be at least 1")
+    check_min(1, num_proposed=num_proposed)
     draft_model, _ = draft
     if num_beams > 1:
         raise ValueError(f"num_beams={num_beams}: beam search does not use a draft model; set num_beams=1")

@@ -30,7 +30,6 @@ class TokenRequest:
     Attributes:
         model: the model.
         params: its parameters.
-        max_new_tokens: maximum number of new tokens in each row.
         sampling: how tokens are drawn.
         key: random key; None for greedy decoding.
         end_ids: token ids that end a row.
@@ -39,7 +38,6 @@ class TokenRequest:
 
     model: Model
     params: Any
-    max_new_tokens: int
     sampling: Sampling
     key: jax.Array | None
     end_ids: tuple[int, ...]
@@ -55,15 +53,16 @@ def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: in
     """Prompts padded on the left, and their segment ids; both [B, T].
 
     T is the bucket length of the longest prompt, but at most the number of positions that ``new_tokens`` leaves. If the
-    longest prompt is longer than this maximum, T is the length of the longest prompt.
+    longest prompt is longer than this maximum, T is the length of the longest prompt. If all prompts have one token,
+    such as the start id of an encoder-decoder, T is 1.
 
     Args:
         limit: the number of positions of the model. None: there is no limit.
     """
     longest = max(ids.size for ids in prompts)
     max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last new token
-    length = bucket_length(longest, max_prompt) if max_prompt is None or longest <= max_prompt else longest
-    return pad_rows(prompts, length, left=True)
+    is_padded = longest > 1 and (max_prompt is None or longest <= max_prompt)
+    return pad_rows(prompts, bucket_length(longest, max_prompt) if is_padded else longest, left=True)
 
 
 def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
@@ -113,6 +112,7 @@ class WindowedGeneration:
         request: the model and the settings that all batches share.
         prompts: token ids of each prompt; for an encoder-decoder, the start id.
         numbers: [B] number of each row, which is folded into the random key of the row.
+        max_new_tokens: maximum number of new tokens in each row.
         sources: token ids of each source, for an encoder-decoder.
 
     Attributes:
@@ -125,12 +125,13 @@ class WindowedGeneration:
         request: TokenRequest,
         prompts: Sequence[np.ndarray],
         numbers: np.ndarray,
+        max_new_tokens: int,
         sources: Sequence[np.ndarray] | None = None,
     ) -> None:
         self._request, self._numbers = request, numbers
-        self._remaining, self._window = request.max_new_tokens, 0
+        self._remaining, self._window = max_new_tokens, 0
         self.rows = list(prompts)
-        state = None if sources is None else read_sources(request, sources, request.max_new_tokens)
+        state = None if sources is None else read_sources(request, sources, max_new_tokens)
         self.progress = self._open(self.rows, state)
 
     def _open(
@@ -143,10 +144,7 @@ class WindowedGeneration:
             seen: ``Progress.seen`` of the window before; None in the first window.
         """
         request, limit = self._request, self._request.max_positions
-        if state is None:
-            tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
-        else:
-            tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
+        tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
         new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)
         key = request.key
         if key is not None:

@@ -11,11 +11,10 @@ In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxlm import config as config_lib
 from jaxlm import spec
@@ -30,6 +29,24 @@ _LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
 """Overrides that may select a different head from the head in the files."""
+_FORMER_ARCHITECTURES = {
+    "T5WithLMHeadModel": "T5ForConditionalGeneration",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+}
+"""Former name of a class, which old files contain -> its present name, which is written."""
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "max_length": 20, "max_new_tokens": None, "min_length": 0, "min_new_tokens": None, "max_time": None,
+    "stop_strings": None, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1,
+    "diversity_penalty": 0.0, "constraints": None, "force_words_ids": None, "num_return_sequences": 1,
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None, "renormalize_logits": False, "remove_invalid_values": False,
+    "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
+    "token_healing": False,
+}  # fmt: skip
+"""Generation setting that changes the text (without token ids) -> its default in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +77,7 @@ def format_of(model: Model) -> Format:
         ValueError: no format of the family can represent the model.
     """
     choices = formats.of(model.family)
-    loaded = None if model.metadata is None else model.metadata.config.get("model_type")
+    loaded = model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
         if _has_values(model, _fixed_fields(table)) and any(
             _has_values(model, implied) for implied in table.architectures.values()
@@ -121,16 +138,16 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         ValueError: the architecture or a setting is not supported, or an override is unknown or invalid.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type.startswith(NATIVE_PREFIX):
-        name, fields = model_type.removeprefix(NATIVE_PREFIX), _native_fields(config, path)
-        implied: Mapping[str, Any] = {}
-        table = None
-    else:
-        name, table, implied = _find_format(config, path, overrides)
-        fields = {**table.default_fields, **_published_fields(config, table, family(name).Config, path)}
+    table: Format | None = None
+    implied: Mapping[str, Any] = {}
     try:
-        if table is not None and table.read_fields is not None:
-            fields |= table.read_fields(config)
+        if isinstance(model_type, str) and model_type.startswith(NATIVE_PREFIX):
+            name = model_type.removeprefix(NATIVE_PREFIX)
+            fields = _native_fields(config, name)
+        else:
+            name, table, implied = _find_format(config, overrides)
+            fields = {**table.default_fields, **_published_fields(config, table, family(name).Config)}
+            fields |= {} if table.read_fields is None else table.read_fields(config)
         labels = _labels(config)
         if hasattr(family(name).Config, "num_labels"):
             if labels is not None:  # transformers writes id2label instead of num_labels
@@ -165,21 +182,16 @@ def _check_task(name: str, task: Any) -> None:
         raise ValueError(f"family {name} has no task {task!r}: it has {', '.join(tasks)}")
 
 
-def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    name = config["model_type"].removeprefix(NATIVE_PREFIX)
+def _native_fields(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The ``Config`` fields of the family ``name``, from a ``config.json`` in jaxlm's own format."""
     content = config.get("config", {})
     if isinstance(content, dict) and content.get("task") == "tagging":  # the name of the task in jaxlm 0.1
         content = {**content, "task": "token_classification"}
-    try:
-        native = config_lib.from_json(family(name).Config, content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    native = config_lib.from_json(family(name).Config, content)
     return {field.name: getattr(native, field.name) for field in dataclasses.fields(native)}
 
 
-def _find_format(
-    config: dict[str, Any], path: Path, overrides: dict[str, Any]
-) -> tuple[str, Format, Mapping[str, Any]]:
+def _find_format(config: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Format, Mapping[str, Any]]:
     """The family, the format of the files, and the ``Config`` fields that the architecture implies."""
     model_type = config.get("model_type")
     # The formats of families from other packages are read only if no family of jaxlm has the model type.
@@ -189,10 +201,10 @@ def _find_format(
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
     candidates = [(name, table) for name, table in known if table.model_type == model_type]
     if not candidates:
-        raise ValueError(f"{path}: model_type={model_type!r} is not supported: {supported}")
+        raise ValueError(f"model_type={model_type!r} is not supported: {supported}")
     # A config that was saved without a model has no architectures. Then the last format of the model type is used,
     # because it is the most general format.
-    architectures = config.get("architectures") or list(candidates[-1][1].architectures)
+    architectures = _architectures(config) or list(candidates[-1][1].architectures)
     architecture = architectures[0] if isinstance(architectures, list) else architectures
     for name, table in candidates:
         if architecture in list(table.architectures):
@@ -202,22 +214,30 @@ def _find_format(
     if with_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
         return *with_base_model[-1], {"task": "none"}
     advice = "; pass task=... to load its base model with a new head" if with_base_model else ""
-    raise ValueError(f"{path}: architecture {architecture!r} is not supported{advice}. Supported: {supported}")
+    raise ValueError(f"architecture {architecture!r} is not supported{advice}. Supported: {supported}")
 
 
-def _published_fields(config: dict[str, Any], table: Format, config_class: type, path: Path) -> dict[str, Any]:
+def _architectures(config: Mapping[str, Any]) -> Any:
+    """The field ``architectures``, with the present names of the classes."""
+    value = config.get("architectures")
+    names = value if isinstance(value, list) else [value]
+    names = [_FORMER_ARCHITECTURES.get(name, name) if isinstance(name, str) else name for name in names]
+    return names if isinstance(value, list) else names[0]
+
+
+def _published_fields(config: dict[str, Any], table: Format, config_class: type) -> dict[str, Any]:
     """The ``Config`` fields of a family with a published format, from ``config.json``."""
     for field, value in table.required.items():
         if config.get(field, value) != value:
-            raise ValueError(f"{path}: {field}={config[field]!r} is not supported: it must be {value!r}")
+            raise ValueError(f"{field}={config[field]!r} is not supported: it must be {value!r}")
     for field in table.not_null:
         if config.get(field, "") is None:
-            raise ValueError(f"{path}: {field}=null is not supported: model_type={table.model_type!r} needs a value")
+            raise ValueError(f"{field}=null is not supported: model_type={table.model_type!r} needs a value")
     for alias, field in table.aliases.items():
         if alias in config and (field not in config or config[alias] != config[field]):
             raise ValueError(
-                f"{path}: {alias}={config[alias]!r} is an alias of {field}, which is "
-                f"{config.get(field, 'missing')!r}: set only {field}"
+                f"{alias}={config[alias]!r} is an alias of {field}, which is {config.get(field, 'missing')!r}: set "
+                f"only {field}"
             )
     hints = config_lib.field_types(config_class)
     fields = {}
@@ -225,27 +245,20 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type,
         if hf_name not in config:
             continue
         value = config[hf_name]
-        value_of_hf_value = table.value_of_hf_value.get(hf_name)
-        if value_of_hf_value is not None:
-            if not isinstance(value, str) or value not in value_of_hf_value:
-                choices = ", ".join(value_of_hf_value)
-                raise ValueError(f"{path}: {hf_name}={value!r} is not supported: choose from {choices}")
-            value = value_of_hf_value[value]
-        elif not _has_type(value, hints[name]):
-            raise ValueError(
-                f"{path}: {hf_name}={value!r} is not of type {getattr(hints[name], '__name__', hints[name])}"
-            )
+        if hf_name in table.value_of_hf_value:
+            values = table.value_of_hf_value[hf_name]
+            if not isinstance(value, str) or value not in values:
+                raise ValueError(f"{hf_name}={value!r} is not supported: choose from {', '.join(values)}")
+            value = values[value]
+        else:
+            config_lib.check_value(hints[name], value, hf_name)
         fields[name] = value
     return fields
 
 
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the annotated type of a ``Config`` field."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_has_type(value, member) for member in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    return type(value) in ((int, float) if hint is float else (hint,))
+def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation settings in ``config.json``, without token ids and without the defaults of transformers."""
+    return {name: config[name] for name, value in GENERATION_DEFAULTS.items() if config.get(name) not in (None, value)}
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -302,7 +315,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     """
     table = format_of(model)
     model_fields = _model_fields(model, table)
-    loaded = {} if model.metadata is None else model.metadata.config
+    loaded = model.metadata.config
     if loaded.get("model_type") != table.model_type:
         loaded = {}
     result = _merge_loaded(model, model_fields, loaded)
@@ -355,10 +368,12 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     A field is unchanged if ``_model_fields`` gives the same value for the loaded model. An unchanged field keeps its
     loaded value, and is omitted if the loaded config omits it. Loaded fields that jaxlm does not set are kept, except
     fields that contradict a changed field (``rope_parameters``, ``scale_decoder_outputs``, ``num_labels``) or describe
-    a replaced head (``problem_type``). Aliases get the new values.
+    a replaced head (``problem_type``). Aliases get the new values. A class gets its present name.
     """
     if not loaded:
         return dict(model_fields)
+    if "architectures" in loaded:
+        loaded = {**loaded, "architectures": _architectures(loaded)}
     result = {**loaded, **model_fields}
     try:
         description = describe(dict(loaded), Path("config.json"), {})
@@ -383,7 +398,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
         result.pop("scale_decoder_outputs", None)  # in transformers 5, it takes precedence over tie_word_embeddings
     if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
-    if model.metadata is not None and model.metadata.initialized:
+    if model.metadata.initialized:
         result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
     return result
 
@@ -402,7 +417,7 @@ def _new_token_fields(model: Model, table: Format) -> dict[str, Any]:
 
     An id that the loaded config omits has the default of the loaded model type.
     """
-    loaded: Mapping[str, Any] = {} if model.metadata is None else model.metadata.config
+    loaded = model.metadata.config
     fields: dict[str, Any] = dict.fromkeys(table.token_ids)
     for other in formats.of(model.family):
         if other.model_type == loaded.get("model_type", table.model_type):
@@ -425,7 +440,7 @@ def _tokenizer_fields(
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
-    loaded: Mapping[str, Any] = {} if model.metadata is None else model.metadata.config
+    loaded = model.metadata.config
     fields: dict[str, int | None] = {}
     for role in ROLES:
         field = f"{role}_token_id"
@@ -465,15 +480,22 @@ def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
 def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
     """The contents of ``generation_config.json`` for saving a model; None if the directory does not need this file.
 
-    Without this file, transformers uses the special token ids in ``config.json``.
+    Without this file, transformers and jaxlm use the special token ids and the generation settings in ``config.json``.
+    So a new file contains them.
     """
-    loaded = None if model.metadata is None else model.metadata.generation_config
+    loaded = model.metadata.generation_config
     generates = model.task in _GENERATION_TASKS
     if loaded is None and (tokenizer is None or not generates):
         return None
-    result = dict(loaded or {})
+    roles = ("pad", "bos", "eos")
+    if loaded is None:
+        config = model.metadata.config
+        ids = {field: config[field] for role in roles if config.get(field := f"{role}_token_id") is not None}
+        result = {**ids, **generation_settings(config)}
+    else:
+        result = dict(loaded)
     if tokenizer is not None:
-        for role in ("pad", "bos", "eos"):
+        for role in roles:
             field, token_id = f"{role}_token_id", tokenizer_ids(model, tokenizer)[role]
             loaded_id = result.get(field)
             if token_id is not None and not (isinstance(loaded_id, list) and token_id in loaded_id):
@@ -488,7 +510,7 @@ def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> 
 
 def _loaded_decoder_start_id(model: Model) -> int | None:
     """The ``decoder_start_id`` that the loaded config describes."""
-    loaded = {} if model.metadata is None else model.metadata.config
+    loaded = model.metadata.config
     try:
         return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
     except ValueError:  # jaxlm does not support the loaded class; the override ``task`` replaced its head

@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import integrity, processes, spec
+from jaxlm.config import check_min
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
 from jaxlm.interop.config_json import (
     Description,
@@ -135,7 +136,9 @@ def load_pretrained(
             if path in initialized:
                 array = np.asarray(initialized.pop(path).astype(new_dtype))
             else:
-                array = _read_parameter(leaf, match.locations[path], tensors, dtypes[path])
+                location = match.locations[path]
+                values = (tensors[name].read(location.rows) for name in location.names)
+                array = location.to_parameter(leaf.shape, dtypes[path], values)
             if shardings is None:
                 device_array = jnp.asarray(array)
             else:
@@ -179,8 +182,7 @@ def save_pretrained(
             parameters do not match the model or have another dtype; the tokenizer does not match the model; or
             ``max_shard_bytes`` is below 1.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    check_min(1, max_shard_bytes=max_shard_bytes)
     directory = Path(directory)
     if (directory / ADAPTER_CONFIG).exists():
         raise ValueError(
@@ -307,11 +309,8 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
     leaves = []
     for path, leaf in specs.items():
         location = locations[path]
-        arrays = [np.asarray(tensors[name]) for name in location.names]
-        array = np.zeros(leaf.shape, np.result_type(*arrays))
-        for matrix, tensor in zip(location.matrices(array), arrays, strict=True):
-            matrix[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor[location.rows])
-        leaves.append(jnp.asarray(array))
+        arrays = [np.asarray(tensors[name])[location.rows] for name in location.names]
+        leaves.append(jnp.asarray(location.to_parameter(leaf.shape, np.result_type(*arrays), arrays)))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
@@ -329,7 +328,6 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory")
     description = describe(read_object(path_inside(directory, CONFIG)), directory / CONFIG, overrides)
     metadata = description.model.metadata
-    assert metadata is not None
     if (directory / GENERATION_CONFIG).exists():
         content = read_object(path_inside(directory, GENERATION_CONFIG))
         fields = token_fields(content, directory / GENERATION_CONFIG)
@@ -347,11 +345,8 @@ class _Tensor:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        return self.file.get_slice(self.name)[start : min(stop, self.shape[0])]
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        return self.file.get_tensor(self.name) if rows == slice(None) else self.file.get_slice(self.name)[rows]
 
 
 def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
@@ -571,7 +566,6 @@ def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
 
     The logger reports initialised parameters as a warning, because they must be trained, and unused tensors as info.
     """
-    assert model.metadata is not None
     metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
     if any(path.partition("/")[0] in HEADS.values() for path in match.initialized):
         metadata = dataclasses.replace(metadata, labels=None)
@@ -586,11 +580,9 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
     """Whether two tensors are bitwise equal. The tensors are read in blocks of rows."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    step = 4096
-    return all(
-        a.read_rows(start, start + step).tobytes() == b.read_rows(start, start + step).tobytes()
-        for start in range(0, a.shape[0], step)
-    )
+    step, num_rows = 4096, a.shape[0]
+    blocks = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+    return all(a.read(rows).tobytes() == b.read(rows).tobytes() for rows in blocks)
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
@@ -618,15 +610,3 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
     if len(found) > 1 or found == ["F64"]:
         raise ValueError(f"{found_text}: choose a dtype with param_dtype, for example param_dtype='float32'")
     return _DTYPES[found[0]]
-
-
-def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
-    """One parameter, with all layers if it is stacked. Vocabulary padding, which the files do not contain, is zero."""
-    array = np.zeros(leaf.shape, dtype)
-    for name, matrix in zip(location.names, location.matrices(array), strict=True):
-        tensor = tensors[name]
-        values = (
-            tensor.read() if location.num_rows is None else tensor.read_rows(location.rows.start, location.rows.stop)
-        )
-        matrix[tuple(slice(size) for size in location.model_shape)] = location.to_model(values)
-    return array

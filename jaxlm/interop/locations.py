@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxlm import spec
+from jaxlm.adapt import num_row_axes
 from jaxlm.interop.formats import Format, Layout
 from jaxlm.models.model import Model
 
@@ -73,6 +75,13 @@ class Location:
         sizes = [self.model_shape[axis] for axis in self._file_axis_order]
         return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 
+    def to_parameter(self, shape: tuple[int, ...], dtype: DTypeLike, tensors: Iterable[np.ndarray]) -> np.ndarray:
+        """The parameter with this shape and dtype, from the :attr:`rows` of each tensor. Vocabulary padding is 0."""
+        array = np.zeros(shape, dtype)
+        for matrix, tensor in zip(self.matrices(array), tensors, strict=True):
+            matrix[tuple(slice(size) for size in self.model_shape)] = self.to_model(tensor)
+        return array
+
 
 def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict[str, Location]:
     """The location of every parameter of the model, by path, in the order of the specs.
@@ -99,7 +108,8 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
             experts, num_stack_axes = range(leaf.shape[num_stack_axes]), num_stack_axes + 1
         matrix_names = tuple(names[name].format(layer=layer, expert=expert) for layer in layers for expert in experts)
         shape = leaf.shape[num_stack_axes:]
-        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
+        axes = tuple((axis,) for axis in range(len(shape)))
+        layout = axes if table.is_native else table.layouts.get(name, _torch_layout(name, leaf, len(shape)))
         locations[path] = Location(matrix_names, leaf.shape[:num_stack_axes], shape, layout)
     order = {name: number for number, name in enumerate(names)}
     for paths in tensor_groups(locations).values():
@@ -111,6 +121,20 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
                     locations[path], first_row=sum(sizes[:number]), num_rows=sum(sizes)
                 )
     return locations
+
+
+def _torch_layout(path: str, leaf: spec.ArraySpec, num_axes: int) -> Layout:
+    """The layout of a parameter without an entry in ``Format.layouts``, which describes this layout.
+
+    Args:
+        path: the path without a layer number.
+        num_axes: number of axes of one matrix (:class:`Location`).
+    """
+    axes, kind = tuple(range(num_axes)), path.rpartition("/")[2]
+    if kind == "bias":
+        return (axes,)
+    num_rows = num_row_axes(path, leaf) if kind == "weight" else None
+    return tuple((axis,) for axis in axes) if num_rows is None else (axes[num_rows:], axes[:num_rows])
 
 
 def copies_of(

@@ -119,9 +119,6 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             "as all tensor names in PEFT files do"
         )
     tensors = {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
-    per_layer = _has_equal_layers(model) and not model.config.scan_layers
-    if per_layer:
-        model = model.with_fields(scan_layers=True)  # so that one _Weight describes a parameter in all layers
     weights = _weights(model, with_prefix=_has_prefix(model, tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
@@ -130,15 +127,33 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
-    reader = _Reader(directory, tensors, rank)
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in tensors:
+            raise ValueError(
+                f"{directory / WEIGHTS} lacks {name!r}: adapters for only some of the layers are not supported"
+            )
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{directory / WEIGHTS}: {name!r} has shape {list(tensors[name].shape)}, but r={rank} in {CONFIG} and "
+                f"the model require {list(shape)}"
+            )
+        return tensors[name].astype(np.float32)
+
     leaves = {}
     for path, weight in weights.items():
         if weight.path_without_layer in fully_trained:
-            leaves[path] = weight.full_weight_to_model(reader.full_weight(weight))
+            shape = weight.location.tensor_shape
+            leaves[path] = weight.full_weight_to_model([read(name, shape) for name in weight.names])
         elif weight.path_without_layer in lora_paths:
-            leaves |= weight.factors_to_model(*reader.factors(weight))
+            modules = [name.removesuffix(".weight") for name in weight.names]
+            a_shape, b_shape = weight.factor_shapes(rank)
+            leaves |= weight.factors_to_model(
+                [read(module + _A_SUFFIX, a_shape) for module in modules],
+                [read(module + _B_SUFFIX, b_shape) for module in modules],
+            )
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
-    return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
+    return lora, jax.tree.map(jnp.asarray, trained)
 
 
 def save_adapter(
@@ -168,8 +183,6 @@ def save_adapter(
     _require_no_model(Path(directory))
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
-    if _has_equal_layers(model):  # so that one _Weight describes a parameter in all layers
-        model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     table = format_of(model)
     # A model with a next-sentence head has task="none".
     head_paths = table.unprefixed_tensors.keys() & spec.flatten(model.specs).keys()
@@ -184,9 +197,9 @@ def save_adapter(
     for weight in lora_weights:
         if table.model_type in _TYPES_WITHOUT_OUT_PROJ and weight.names[0].endswith(".out_proj.weight"):
             raise ValueError(
-                f"{weight.path} ({weight.names[0]}) has LoRA factors, but PEFT rejects LoRA factors of out_proj in "
-                f"models of type {table.model_type!r}: use other LoRA.targets, or save the merged parameters "
-                "(lora.merge) with save_pretrained"
+                f"{weight.path_without_layer} ({weight.names[0]}) has LoRA factors, but PEFT rejects LoRA factors of "
+                f"out_proj in models of type {table.model_type!r}: use other LoRA.targets, or save the merged "
+                "parameters (lora.merge) with save_pretrained"
             )
         tensors |= weight.factors_to_peft(flat[f"{weight.path}/{LORA_A}"], flat[f"{weight.path}/{LORA_B}"])
     targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
@@ -266,7 +279,7 @@ class _Weight:
 
     @property
     def path_without_layer(self) -> str:
-        """The path without its layer number; only models with unequal layers have a layer number in the path."""
+        """The path without its layer number, as in the patterns of :class:`~jaxlm.adapt.LoRA`."""
         return spec.split_layer(self.path)[0]
 
     @property
@@ -302,8 +315,8 @@ class _Weight:
             or not self.names[0].endswith(".weight")
         ):
             raise ValueError(
-                f"{self.path} ({self.names[0]}) is not the weight of a linear module in the transformers class, so "
-                "its LoRA factors cannot be saved or loaded in PEFT's format"
+                f"{self.path_without_layer} ({self.names[0]}) is not the weight of a linear module in the transformers "
+                "class, so its LoRA factors cannot be saved or loaded in PEFT's format"
             )
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -351,42 +364,29 @@ class _Weight:
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
         """A parameter that is trained in full, in the layout of the model, from the tensor of each matrix."""
         self._require_own_tensor()
-        x = np.stack([self.location.to_model(tensor) for tensor in tensors])
-        padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
-        x = np.pad(x, [(0, 0), *padding])
-        return self._stack(x)
+        return self.location.to_parameter((*self.location.stack, *self.padded_shape), np.float32, tensors)
 
     def _require_own_tensor(self) -> None:
         """Raise ``ValueError`` if the tensor also contains other parameters, or transformers uses it twice."""
         if self.location.num_rows is not None:
             raise ValueError(
-                f"{self.path} is a part of {self.names[0]} in the transformers class, so it cannot be saved or loaded "
-                "in PEFT's format"
+                f"{self.path_without_layer} is a part of {self.names[0]} in the transformers class, so it cannot be "
+                "saved or loaded in PEFT's format"
             )
         module = self.names[0].rpartition(".")[0]
         # PEFT copies a module with all its tensors. So only a tensor of another module is a second copy.
         second_name = next((name for name in self.tied_names if not name.startswith(f"{module}.")), None)
         if second_name is not None:
             raise ValueError(
-                f"{self.path} is trained in full, but the transformers class uses this table twice ({self.names[0]} "
-                f"and {second_name}), and PEFT trains only one copy. To save: use save_pretrained with the merged "
-                "parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), and load the result"
+                f"{self.path_without_layer} is trained in full, but the transformers class uses this table twice "
+                f"({self.names[0]} and {second_name}), and PEFT trains only one copy. To save: use save_pretrained "
+                "with the merged parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), "
+                "and load the result"
             )
 
     def _stack(self, matrices: np.ndarray) -> np.ndarray:
         """The inverse of ``Location.matrices``."""
         return matrices.reshape(*self.location.stack, *matrices.shape[1:])
-
-
-def _has_equal_layers(model: Model) -> bool:
-    """Whether the layers of the model can be stacked. Otherwise, each layer has its own :class:`_Weight`."""
-    if not hasattr(model.config, "scan_layers"):
-        return False
-    try:
-        model.with_fields(scan_layers=True)
-    except ValueError:  # layers of several kinds, which may have equal parameters (Gemma 3, SmolLM3)
-        return False
-    return True
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
@@ -508,45 +508,6 @@ def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"^{re.escape(path)}$" for path in sorted(paths))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads the tensors of a weight from an adapter, and checks their shapes.
-
-    Attributes:
-        directory: the directory of the adapter, for error messages.
-        tensors: all tensors of the adapter, by name.
-        rank: the rank of the LoRA factors.
-    """
-
-    directory: Path
-    tensors: dict[str, np.ndarray]
-    rank: int
-
-    def full_weight(self, weight: _Weight) -> list[np.ndarray]:
-        """The tensor of each matrix of a weight that is trained in full."""
-        return [self._read(name, weight.location.tensor_shape) for name in weight.names]
-
-    def factors(self, weight: _Weight) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """PEFT's factors A and B of a weight: a list of A and a list of B, one entry per matrix."""
-        modules = [name.removesuffix(".weight") for name in weight.names]
-        a_shape, b_shape = weight.factor_shapes(self.rank)
-        return (
-            [self._read(name + _A_SUFFIX, a_shape) for name in modules],
-            [self._read(name + _B_SUFFIX, b_shape) for name in modules],
-        )
-
-    def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = self.directory / WEIGHTS
-        if name not in self.tensors:
-            raise ValueError(f"{path} lacks {name!r}: adapters for only some of the layers are not supported")
-        if self.tensors[name].shape != shape:
-            raise ValueError(
-                f"{path}: {name!r} has shape {list(self.tensors[name].shape)}, but r={self.rank} in {CONFIG} and "
-                f"the model require {list(shape)}"
-            )
-        return self.tensors[name].astype(np.float32)
-
-
 # --------------------------------------------------------------------------------------------------- writing
 
 
@@ -564,7 +525,8 @@ def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], head
     candidates = {*heads, *(name.rpartition(".")[0] for name in trained_names)}
     modules: dict[str, str] = {}  # with the path of one of its parameters
     for name, path in trained_names.items():
-        modules.setdefault(next(module for module in _modules_of(name) if module in candidates), path)
+        outermost = next(module for module in _modules_of(name) if module in candidates)
+        modules.setdefault(outermost, weights[path].path_without_layer)
     other_modules: dict[str, str] = {}
     trained_paths = set(fully_trained)
     for weight in weights.values():
@@ -572,13 +534,13 @@ def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], head
             module = next((module for module in _modules_of(name) if module in modules), None)
             if module is not None and weight.path not in trained_paths:
                 raise ValueError(
-                    f"{weight.path} ({name}) is not trained in full, but {modules[module]} is, which belongs to the "
-                    f"same module ({module or 'the whole model'}): PEFT saves only complete modules, so "
+                    f"{weight.path_without_layer} ({name}) is not trained in full, but {modules[module]} is, which "
+                    f"belongs to the same module ({module or 'the whole model'}): PEFT saves only complete modules, so "
                     "LoRA.full_training_patterns must select all parameters of the module, or none"
                 )
             for module in _modules_of(name):
                 if module not in modules:
-                    other_modules.setdefault(module, weight.path)
+                    other_modules.setdefault(module, weight.path_without_layer)
     for other, path in other_modules.items():
         module = next((end for end in (other[i:] for i in range(1, len(other))) if end in modules), None)
         if module is not None:

@@ -30,7 +30,7 @@ from jaxlm.nn.convolution import causal_convolution, convolution, convolution_sp
 from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
 from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Identity, Normal, Params, State, fold_name
@@ -72,8 +72,6 @@ class Config(common.ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "max_positions", "embed_dim", "channels", "fc_dim", "num_labels")
-        common.check_rates(self, "dropout")
         if not self.kernels or len(self.kernels) != len(self.pools) or min(*self.kernels, *self.pools) < 1:
             raise ValueError(
                 f"kernels={self.kernels} and pools={self.pools} must have the same length, at least one entry, "
@@ -194,17 +192,7 @@ def max_positions(cfg: Config) -> int | None:
     return None if cfg.task == "causal" else cfg.max_positions
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
-
-    Logits of labels are [B, 1, num_labels]; ``hidden`` is then the output of :func:`pool`.
-
-    Raises:
-        ValueError: the task is none.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+logits = heads.decoder_logits
 
 
 def _feature_length(cfg: Config) -> int:

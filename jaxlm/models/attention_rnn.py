@@ -72,16 +72,13 @@ class Config(common.ModelConfig):
     """Initial weights are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
     """``init_bound`` of the weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
-    decoder_start_id: int = 0
+    decoder_start_id: int = dataclasses.field(default=0, metadata={"minimum": 0})
     """Id of the first input of the decoder, before the first target."""
     task: Task = "seq2seq"
     """Output head: target tokens (seq2seq) or none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "output_dim")
-        common.check_positive(self, "source_vocab_size", "window", "attention_dim")
-        common.check_rates(self, "dropout")
         common.check_start_id(self)
         if self.attention == "bahdanau":
             common.check_values(self, "attention='bahdanau'", num_layers=1, score="concat", window=None)

@@ -80,10 +80,6 @@ class Config(common.ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "window", "attention_dim", "hops", "num_labels"
-        )
-        common.check_rates(self, "dropout")
         common.check_divides(self, "parts", "hidden_dim")
 
 

@@ -10,7 +10,7 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
@@ -34,6 +34,9 @@ Task = Literal["masked", "classification", "token_classification", "span_qa", "n
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
     """Shape and behaviour of a BERT. The defaults are the published base model, uncased."""
+
+    first_position: ClassVar[int] = 0
+    """Row of the position table for the first token of a document."""
 
     vocab_size: int = 30522
     """Number of token ids."""
@@ -73,20 +76,6 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self,
-            "vocab_size",
-            "max_positions",
-            "num_token_types",
-            "num_layers",
-            "num_heads",
-            "embed_dim",
-            "mlp_dim",
-            "num_labels",
-        )
-        common.check_rates(self, "hidden_dropout", "attention_dropout")
-        if self.classifier_dropout is not None:
-            common.check_rates(self, "classifier_dropout")
         common.check_divides(self, "num_heads", "embed_dim")
         if self.next_sentence and self.task not in ("masked", "none"):
             raise ValueError(f"next_sentence=True needs task='masked' or task='none', got task={self.task!r}")
@@ -157,6 +146,9 @@ def _embed(
     dtype, types = jnp.dtype(cfg.dtype), params["token_type_embedding"]
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+    if cfg.first_position:
+        positions = widen_ids(positions)
+        positions = jnp.where(positions < 0, positions, positions + cfg.first_position)  # a negative row gives NaN
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     x = x + embed(params["position_embedding"], positions, dtype, rows="positions")
     if token_types is None:  # row 0 is broadcast, so that its gradient is a sum instead of a scatter
@@ -276,7 +268,9 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
+        "position_embedding": ArraySpec(
+            (cfg.max_positions + cfg.first_position, D), ("positions", "embed"), normal, decay=True
+        ),
         "token_type_embedding": ArraySpec((cfg.num_token_types, D), (None, "embed"), normal, decay=True),
         "embedding_norm": layer_norm_specs(D),
         "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),

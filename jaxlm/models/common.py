@@ -27,7 +27,11 @@ MAX_LAYERS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Base class for the ``Config`` of a family, with the fields that the families share."""
+    """Base class for the ``Config`` of a family, with the fields that the families share and checks of their values.
+
+    An integer field must be at least 1, or the ``minimum`` in the metadata of its ``dataclasses.field``. A field whose
+    name ends in ``dropout`` is a rate in [0, 1). A field may also be None if its type allows None.
+    """
 
     vocab_multiple: int = 1
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
@@ -37,11 +41,19 @@ class ModelConfig:
     float32 by default."""
 
     def __post_init__(self) -> None:
+        types = config_lib.field_types(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
-                object.__setattr__(self, field.name, value.item())
-        check_positive(self, "vocab_multiple")
+                value = value.item()
+                object.__setattr__(self, name, value)
+            if value is None and types[name] is not int:
+                continue
+            minimum = field.metadata.get("minimum", 1)
+            if types[name] in (int, int | None) and value < minimum:
+                raise ValueError(f"{name}={value} must be at least {minimum}")
+            if name.endswith("dropout") and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value} must be in [0, 1)")
         for name in ("num_layers", "num_decoder_layers"):  # the second one only in T5
             number = getattr(self, name, None)
             if number is not None and number > MAX_LAYERS:
@@ -202,6 +214,15 @@ def gather_weights(specs: Any, params: Params) -> Any:
     return jax.tree.map(gather, specs, params)
 
 
+def seq_axis(length: int, num_tokens: int) -> str | None:
+    """The logical axis of an array of ``length`` positions that contains ``num_tokens`` new tokens: ``seq``, or None.
+
+    None: the devices that split the tokens evenly may not split the array evenly, because it also contains a memory or
+    a query stream.
+    """
+    return "seq" if length % num_tokens == 0 else None
+
+
 def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: State | None) -> tuple[jax.Array, Any]:
     """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
@@ -220,20 +241,6 @@ def segment_ids_or_ones(ids: jax.Array, segment_ids: jax.Array | None) -> jax.Ar
 
 
 # ------------------------------------------------------------------------------------------------ checks of configs
-
-
-def check_positive(cfg: ModelConfig, *names: str) -> None:
-    """Raise ``ValueError`` unless every named field is at least 1 or None."""
-    for name in names:
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
-
-
-def check_rates(cfg: ModelConfig, *names: str) -> None:
-    """Raise ``ValueError`` unless every named field is a dropout rate in [0, 1) or None."""
-    for name in names:
-        if getattr(cfg, name) is not None and not 0.0 <= getattr(cfg, name) < 1.0:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
 
 
 def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
@@ -276,7 +283,7 @@ def check_tokens(
         max_positions: the maximum length of a sequence; None: no limit.
         name: the name of ``tokens`` in messages. For ``source``, messages call the segment ids ``source_segment_ids``.
     """
-    segment_ids_name = "segment_ids" if name == "tokens" else f"{name}_segment_ids"
+    segment_ids_name = "source_segment_ids" if name == "source" else "segment_ids"
     for input_name, x in ((name, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
         if x is None:
             continue

@@ -47,7 +47,6 @@ class ExpertsConfig(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "num_experts", "experts_per_token", "expert_dim", "expert_interval")
         if self.capacity_factor is not None and not self.capacity_factor > 0.0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None")
         if self.capacity_factor is not None and self.experts_implementation is not None:

@@ -65,7 +65,7 @@ class Config(experts.ExpertsConfig):
     """Width of a query or key of the delta rule."""
     delta_value_dim: int = 128
     """Width of a value of the delta rule."""
-    conv_width: int = 4
+    conv_width: int = dataclasses.field(default=4, metadata={"minimum": 2})
     """Number of tokens that the convolution before the delta rule reads, the current token included."""
     negative_eigenvalues: bool = False
     """Beta is in [0, 2] instead of [0, 1], so that the state transition matrix can have negative eigenvalues (Grazzi et
@@ -100,16 +100,9 @@ class Config(experts.ExpertsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "delta_key_heads", "delta_value_heads",
-            "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
-            "max_positions", "shared_expert_dim",
-        )  # fmt: skip
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
         common.check_pattern(self, get_args(Mixer))
-        if self.conv_width < 2:
-            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if this width is not even
         check_dynamic_scaling(self.rotary_scaling, self.max_positions)
 

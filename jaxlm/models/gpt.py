@@ -75,10 +75,6 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
-        )
-        common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         common.check_divides(self, "num_heads", "embed_dim")
 
 

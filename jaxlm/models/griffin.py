@@ -27,6 +27,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.swiglu import swiglu
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
@@ -53,7 +54,7 @@ class Config(common.TransformerConfig):
     """Width of the RG-LRU; None means embed_dim."""
     mlp_dim: int = 7680
     """Hidden width of the MLP."""
-    conv_width: int = 4
+    conv_width: int = dataclasses.field(default=4, metadata={"minimum": 2})
     """Number of tokens that the convolution of a recurrent block reads, the current token included."""
     window: int = 2048
     """Number of tokens that a token attends to, itself included."""
@@ -74,16 +75,10 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "window"
-        )  # fmt: skip
-        common.check_rates(self, "attention_dropout")
         common.check_pattern(self, get_args(Mixer))
         common.check_divides(self, "num_heads", "embed_dim")
         common.check_divides(self, "num_kv_heads", "num_heads")
-        if self.conv_width < 2:
-            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
-        if lru_width(self) < 1 or lru_width(self) % self.num_heads:
+        if lru_width(self) % self.num_heads:
             raise ValueError(
                 f"lru_width={self.lru_width} must be a positive multiple of num_heads={self.num_heads}: change one of "
                 "them"
@@ -138,7 +133,7 @@ def apply(
         else:
             mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, keep)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
-        x = x + _mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+        x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon), jax.nn.gelu)
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
@@ -179,18 +174,7 @@ def _attention(
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
-def _mlp(weights: Params, x: jax.Array) -> jax.Array:
-    gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
-    return linear(weights["down"], jax.nn.gelu(gate) * up)
-
-
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
-
-    Raises:
-        ValueError: the task is none.
-    """
-    return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
+logits = heads.decoder_logits
 
 
 def lru_width(cfg: Config) -> int:

@@ -14,28 +14,7 @@ import dataclasses
 import functools
 
 from jaxlm.models import recurrent
-from jaxlm.models.recurrent import (
-    apply,
-    apply_with_outputs,
-    carried_state_length,
-    logits,
-    pool,
-    specs,
-    state_specs,
-)
 from jaxlm.nn.recurrence import GRUReset, gru, gru_specs, gru_state_specs
-
-__all__ = [
-    "VARIANTS",
-    "Config",
-    "apply",
-    "apply_with_outputs",
-    "carried_state_length",
-    "logits",
-    "pool",
-    "specs",
-    "state_specs",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +35,14 @@ class Config(recurrent.RecurrentConfig):
     def cell(self) -> recurrent.Cell:
         return recurrent.Cell(gru, functools.partial(gru_specs, reset=self.reset), gru_state_specs)
 
+
+apply = recurrent.apply
+apply_with_outputs = recurrent.apply_with_outputs
+carried_state_length = recurrent.carried_state_length
+logits = recurrent.logits
+pool = recurrent.pool
+specs = recurrent.specs
+state_specs = recurrent.state_specs
 
 VARIANTS = {
     # With the default bound of the initial weights, the gradients of such a small model would be too small to learn in

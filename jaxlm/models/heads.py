@@ -45,21 +45,20 @@ def require_pooled_output(task: str, params: Params, name: str) -> None:
         raise ValueError(f"a model with task={task!r} has no pooled output: set task='classification'")
 
 
-def decoder_logits(cfg: Any, params: Params, hidden: jax.Array, *, soft_cap: float | None = None) -> jax.Array:
+def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    The head for the next token is ``head``, or ``token_embedding`` if ``cfg.tie_embeddings``. See :func:`head_logits`
-    for labels. For task classification, ``hidden`` is the output of :func:`pool_last_token`.
-
-    Args:
-        soft_cap: bound of the logits of the next token, see ``jaxlm.nn.embedding.unembed``. None: no bound.
+    The head for the next token is ``head``, or ``token_embedding`` if the config has a field ``tie_embeddings`` that is
+    True. A config field ``logits_soft_cap`` bounds these logits, see ``jaxlm.nn.embedding.unembed``. For labels, see
+    :func:`head_logits`. For task classification, ``hidden`` is the output of the family's ``pool``.
 
     Raises:
         ValueError: the task has no head.
     """
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    table = params["token_embedding"] if getattr(cfg, "tie_embeddings", False) else params["head"]
+    soft_cap = getattr(cfg, "logits_soft_cap", None)
     return constrain(unembed(table, hidden, cfg.vocab_size, soft_cap=soft_cap), ("batch", None, "vocab"))
 
 

@@ -47,7 +47,6 @@ class AttentionConfig(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "attention_heads", "attention_kv_heads", "attention_head_dim", "max_positions")
         common.check_divides(self, "attention_kv_heads", "attention_heads")
         rotary_width(self.attention_head_dim, self.rotary_fraction)  # raises an error if this width is not even
         check_dynamic_scaling(self.rotary_scaling, self.max_positions)

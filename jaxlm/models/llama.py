@@ -99,11 +99,6 @@ class Config(experts.ExpertsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "num_kv_heads", "head_dim", "embed_dim",
-            "mlp_dim", "window", "num_labels",
-        )  # fmt: skip
-        common.check_rates(self, "attention_dropout")
         if self.block == "gemma":
             common.check_values(self, "block='gemma'", num_experts=None)
         _check_pattern(self)

@@ -13,28 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxlm.models import recurrent
-from jaxlm.models.recurrent import (
-    apply,
-    apply_with_outputs,
-    carried_state_length,
-    logits,
-    pool,
-    specs,
-    state_specs,
-)
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
-
-__all__ = [
-    "VARIANTS",
-    "Config",
-    "apply",
-    "apply_with_outputs",
-    "carried_state_length",
-    "logits",
-    "pool",
-    "specs",
-    "state_specs",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +23,15 @@ class Config(recurrent.RecurrentConfig):
     @property
     def cell(self) -> recurrent.Cell:
         return recurrent.Cell(lstm, lstm_specs, lstm_state_specs)
+
+
+apply = recurrent.apply
+apply_with_outputs = recurrent.apply_with_outputs
+carried_state_length = recurrent.carried_state_length
+logits = recurrent.logits
+pool = recurrent.pool
+specs = recurrent.specs
+state_specs = recurrent.state_specs
 
 
 def _zaremba(width: int, rate: float, bound: float) -> Config:

@@ -62,7 +62,7 @@ class Config(hybrid.AttentionConfig):
     """Width of B and C. The state of a head has state_size * head_dim numbers."""
     num_groups: int = 1
     """Groups of heads. The heads of a group share B and C."""
-    conv_width: int = 4
+    conv_width: int = dataclasses.field(default=4, metadata={"minimum": 2})
     """Number of tokens that the convolution reads, the current token included."""
     dt_limit_min: float = 0.0
     """Lower limit of the step sizes dt, after softplus."""
@@ -100,10 +100,6 @@ class Config(hybrid.AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "state_size", "num_groups",
-            "norm_groups",
-        )  # fmt: skip
         common.check_pattern(self, get_args(Mixer))
         width = mixer_width(self)
         if width < 1 or width % self.head_dim:
@@ -112,8 +108,6 @@ class Config(hybrid.AttentionConfig):
             raise ValueError(f"num_groups={self.num_groups} does not divide the {num_heads(self)} heads of a mixer")
         if self.norm_groups is not None and width % self.norm_groups:
             raise ValueError(f"norm_groups={self.norm_groups} does not divide the width of a mixer, {width}")
-        if self.conv_width < 2:
-            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if not 0.0 <= self.dt_limit_min < (float("inf") if self.dt_limit_max is None else self.dt_limit_max):
             raise ValueError(
                 f"dt_limit_min={self.dt_limit_min} must be at least 0 and below dt_limit_max={self.dt_limit_max}"

@@ -6,7 +6,6 @@ The methods of a model call the functions of its family with the config.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.config import check_value, field_types
+from jaxlm.config import check_value, field_types, suggestion
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
@@ -69,7 +68,7 @@ class Model:
 
     family: str
     config: Any
-    metadata: Metadata | None = dataclasses.field(default=None, compare=False, repr=False)
+    metadata: Metadata = dataclasses.field(default_factory=Metadata, compare=False, repr=False)
 
     @property
     def module(self) -> Any:
@@ -84,7 +83,7 @@ class Model:
     @property
     def labels(self) -> tuple[str, ...] | None:
         """The names of the labels, in the order of the logits; None if they have no names."""
-        return None if self.metadata is None else self.metadata.labels
+        return self.metadata.labels
 
     def with_labels(self, names: Sequence[str]) -> Model:
         """The model with these names for its labels. ``save_pretrained`` writes the names to the files.
@@ -108,8 +107,7 @@ class Model:
             raise ValueError(f"got {len(names)} labels {list(names)} for num_labels={self.config.num_labels}")
         if len(set(names)) != len(names):
             raise ValueError(f"labels must be distinct, got {list(names)}")
-        metadata = dataclasses.replace(self.metadata or Metadata(), labels=tuple(names))
-        return dataclasses.replace(self, metadata=metadata)
+        return dataclasses.replace(self, metadata=dataclasses.replace(self.metadata, labels=tuple(names)))
 
     @property
     def specs(self) -> spec.Tree:
@@ -133,13 +131,13 @@ class Model:
         for name, value in values.items():
             if name not in names:
                 raise ValueError(
-                    f"{self.family} has no field {name!r}: {_suggest(name, names)}its fields are {', '.join(names)}"
+                    f"{self.family} has no field {name!r}: {suggestion(name, names)}its fields are {', '.join(names)}"
                 )
             # The config class itself raises an error if a value is not among the choices of a field.
             check_value(hints[name], value, name, choices=False)
         model = dataclasses.replace(self, config=dataclasses.replace(self.config, **values))
         num_labels = getattr(model.config, "num_labels", None)
-        if self.metadata is None or self.metadata.labels is None or len(self.metadata.labels) == num_labels:
+        if self.labels is None or len(self.labels) == num_labels:
             return model
         return dataclasses.replace(model, metadata=dataclasses.replace(self.metadata, labels=None))
 
@@ -505,10 +503,5 @@ def get_model(name: str, /, **overrides: Any) -> Model:
         family_name, config = owner, family(owner).VARIANTS[name]
     else:
         known = sorted({*family_names(), *variant_names()})
-        raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
+        raise ValueError(f"no model is called {name!r}: {suggestion(name, known)}choose from {', '.join(known)}")
     return Model(family_name, config).with_fields(**overrides)
-
-
-def _suggest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""

@@ -29,7 +29,6 @@ from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_name
 Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
 Task = Literal["causal", "classification", "token_classification", "none"]
-RATES = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
 
 class Cell(NamedTuple):
@@ -87,8 +86,6 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_labels")
-        common.check_rates(self, *RATES)
         if self.direction == "both" and self.task == "causal":
             raise ValueError("direction='both' reads the tokens that task='causal' predicts: use direction='forward'")
 

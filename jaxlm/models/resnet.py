@@ -70,9 +70,6 @@ class Config(common.ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "max_positions", "embed_dim", "channels", "k_max", "fc_dim", "num_labels"
-        )
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"blocks={self.blocks} must give at least one block for each group")
         if not 0.0 < self.norm_momentum <= 1.0:

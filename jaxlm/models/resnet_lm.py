@@ -21,7 +21,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
 from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
@@ -55,8 +55,6 @@ class Config(common.ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "embed_dim")
-        common.check_rates(self, "dropout")
         if not self.blocks:
             raise ValueError("blocks=() must contain at least one block")
         for number, (channels, kernel, residual) in enumerate(self.blocks):
@@ -110,15 +108,7 @@ def apply(
     return hidden, None if state is None else {"segment_ids": past_segment_ids, **new_state}
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
-
-    Raises:
-        ValueError: the task is none.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+logits = heads.decoder_logits
 
 
 def _widths(cfg: Config) -> list[int]:

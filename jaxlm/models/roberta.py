@@ -11,16 +11,14 @@ Shapes: as in ``bert``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import bert, common, heads
+from jaxlm.models import bert, heads
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import widen_ids
 from jaxlm.nn.linear import linear
-from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import Params, fold_name
 
 FIRST_POSITION = 2
@@ -30,6 +28,8 @@ FIRST_POSITION = 2
 @dataclasses.dataclass(frozen=True)
 class Config(bert.Config):
     """Shape and behaviour of a RoBERTa. The defaults are the published base model."""
+
+    first_position: ClassVar[int] = FIRST_POSITION
 
     vocab_size: int = 50265
     """Number of token ids."""
@@ -44,28 +44,7 @@ class Config(bert.Config):
             raise ValueError("next_sentence=True: RoBERTa has no next-sentence head, use family 'bert'")
 
 
-def apply(
-    cfg: Config,
-    params: Params,
-    tokens: jax.Array,
-    *,
-    state: None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-    token_types: jax.Array | None = None,
-) -> tuple[jax.Array, None]:
-    """The outputs of :func:`bert.apply`. ``positions`` start at 0; this function adds ``FIRST_POSITION`` to them."""
-    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    if positions is None:
-        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
-    positions = widen_ids(positions)
-    rows = jnp.where(positions < 0, positions, positions + FIRST_POSITION)  # a negative row gives NaN
-    return bert.apply(
-        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=rows, key=key, token_types=token_types
-    )
-
-
+apply = bert.apply
 logits = bert.logits
 
 
@@ -91,8 +70,6 @@ def pool(
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     tree = bert.specs(cfg)
-    rows = cfg.max_positions + FIRST_POSITION
-    tree["position_embedding"] = dataclasses.replace(tree["position_embedding"], shape=(rows, cfg.embed_dim))
     if cfg.task == "classification":
         tree["classifier_dense"] = tree.pop("pooler")
     return tree

@@ -31,7 +31,7 @@ from jaxlm.nn.convolution.window import (
     restore_order,
     tail_specs,
 )
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
@@ -74,10 +74,6 @@ class Config(common.LayeredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim", "decay_rank", "rate_rank",
-            "value_rank", "gate_rank",
-        )  # fmt: skip
         common.check_divides(self, "head_dim", "embed_dim")
 
 
@@ -178,15 +174,7 @@ def _low_rank(weights: Params, x: jax.Array, activation: Callable[[jax.Array], j
     return constrain(up, ("batch", "seq", "heads", "kv"))
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
-
-    Raises:
-        ValueError: the task is none.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+logits = heads.decoder_logits
 
 
 @dataclasses.dataclass(frozen=True)

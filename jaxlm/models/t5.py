@@ -50,7 +50,7 @@ class Config(common.TransformerConfig):
     """Number of token ids."""
     num_layers: int = 6
     """Number of encoder blocks."""
-    num_decoder_layers: int | None = None
+    num_decoder_layers: int | None = dataclasses.field(default=None, metadata={"minimum": 0})
     """Number of decoder blocks; None means num_layers, 0 means an encoder only (with task "none")."""
     num_heads: int = 8
     """Attention heads of each block."""
@@ -74,17 +74,13 @@ class Config(common.TransformerConfig):
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
     """Dropout rate on embeddings, attention probabilities, MLP hidden layers, outputs of sublayers and final norms."""
-    decoder_start_id: int = 0
+    decoder_start_id: int = dataclasses.field(default=0, metadata={"minimum": 0})
     """Id of the first input of the decoder, before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
     """Output head: target tokens (seq2seq) or none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "head_dim", "mlp_dim")
-        common.check_rates(self, "dropout")
-        if _num_decoder_layers(self) < 0:
-            raise ValueError(f"num_decoder_layers={self.num_decoder_layers} must be at least 0")
         if _num_decoder_layers(self) == 0 and self.task != "none":
             raise ValueError(f"task={self.task!r} needs a decoder: set num_decoder_layers above 0, or task='none'")
         common.check_start_id(self)

@@ -88,17 +88,10 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "embedding_divisor", "num_layers", "num_heads", "head_dim", "embed_dim", "token_dim",
-            "mlp_dim", "memory_length", "num_labels",
-        )  # fmt: skip
-        common.check_rates(self, "dropout", "attention_dropout")
         if self.embed_dim % 2:
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be even: distances are encoded as pairs of sine and cosine"
             )
-        if self.clamp_length is not None and self.clamp_length < 1:
-            raise ValueError(f"clamp_length={self.clamp_length} must be at least 1, or None for no limit")
         _clusters(self)
 
 
@@ -184,7 +177,8 @@ def _attention(
         attended = memory.attend(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
         out = memory.project_heads(qkv[:, 2], attended)
     else:
-        kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
+        axes = "batch", common.seq_axis(S, T), None, "heads", "kv"
+        kv = constrain(linear({"weight": qkv[:, 1:]}, context), axes)
         out = attention(
             content_q, kv[:, :, 0], kv[:, :, 1], mask, scale=scale,
             bias=bias(linear(attention_weights["relative"], r_SD), position_q),
@@ -223,15 +217,7 @@ def cross_entropy(cfg: Config, params: Params, hidden: jax.Array, targets: jax.A
     return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
 
 
-def pool(
-    cfg: Config,
-    params: Params,
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_token_state(hidden, segment_ids)
+pool = heads.pool_last_token
 
 
 def _clusters(cfg: Config) -> Clusters:

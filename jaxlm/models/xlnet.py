@@ -75,12 +75,9 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels")
-        common.check_rates(self, "dropout", "pool_dropout")
         common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim={self.embed_dim} must be even: distances are encoded as sines and cosines")
-        common.check_positive(self, "clamp_length", "reuse_length")
 
 
 def apply(
@@ -133,7 +130,8 @@ def apply(
         query_BPD = jnp.where(is_inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
         x = jnp.concatenate([x, query_BPD], axis=1)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
+    axes = "batch", common.seq_axis(x.shape[1], T), "activation_embed"
+    x = constrain(x, axes)
 
     num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
 
@@ -143,9 +141,9 @@ def apply(
         attended = _attention(cfg, weights["attention"], x, T, old_inputs, streams, encoded_RD, layer_key)
         new_inputs = None if layer_memory is None else {"hidden": x[:, :num_remembered]}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
-        return constrain(x, ("batch", "seq", "activation_embed")), new_inputs
+        x = constrain(x, axes)
+        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, T, layer_key), cfg.norm_epsilon)
+        return constrain(x, axes), new_inputs
 
     memories = None if state is None else state["layers"]
     x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
@@ -169,14 +167,14 @@ def _attention(
         memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
         encoded_RD: the encodings of the distances from S down to the lowest distance that occurs.
     """
-    q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
+    q = constrain(linear(weights["query"], x_BQD), ("batch", common.seq_axis(x_BQD.shape[1], T), "heads", "kv"))
     inputs_BSD = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, inputs_BSD.shape[1]
     use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
     if use_absorbed:
         table = encoded_RD[:, None]
     else:
-        axes = "batch", "seq", "heads", "kv"
+        axes = "batch", common.seq_axis(S, T), "heads", "kv"
         k, v = (constrain(linear(weights[name], inputs_BSD), axes) for name in ("key", "value"))
         table = linear(weights["relative"], encoded_RD)
 
@@ -207,8 +205,9 @@ def _attention(
     return dropout(out, cfg.dropout, fold_name(key, "output"))
 
 
-def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    hidden = constrain(activation(cfg.activation)(linear(weights["up"], x)), ("batch", "seq", "mlp"))
+def _mlp(cfg: Config, weights: Params, x: jax.Array, T: int, key: jax.Array | None) -> jax.Array:
+    hidden = activation(cfg.activation)(linear(weights["up"], x))
+    hidden = constrain(hidden, ("batch", common.seq_axis(x.shape[1], T), "mlp"))
     hidden = dropout(hidden, cfg.dropout, fold_name(key, "mlp_hidden"))
     return dropout(linear(weights["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
 

@@ -58,7 +58,7 @@ class Config(common.TransformerConfig):
     """Width of the queries of an mLSTM, summed over its heads; also the width of the keys."""
     value_dim: int = 4096
     """Width of the values of an mLSTM, summed over its heads."""
-    conv_width: int = 4
+    conv_width: int = dataclasses.field(default=4, metadata={"minimum": 2})
     """Number of tokens that the convolution of an sLSTM layer reads, the current token included."""
     gate_soft_cap: float | None = 15.0
     """Soft cap c of the pre-activations x of an mLSTM's input and forget gates: c * tanh(x / c); None: no cap."""
@@ -75,14 +75,9 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "key_dim", "value_dim"
-        )
         common.check_pattern(self, get_args(Mixer))
         for width in ("key_dim", "value_dim", *(["embed_dim"] if "slstm" in self.pattern else [])):
             common.check_divides(self, "num_heads", width)
-        if self.conv_width < 2:
-            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         for name in ("gate_soft_cap", "logits_soft_cap"):
             cap = getattr(self, name)
             if cap is not None and cap <= 0.0:
@@ -168,13 +163,7 @@ def _slstm(
     return x, None if state is None else {"tail": tail, "cell": new_cell}
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V is the padded vocabulary, see ``vocab_multiple``).
-
-    Raises:
-        ValueError: the task is none.
-    """
-    return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
+logits = heads.decoder_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +224,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "cell": slstm_specs(H, P, ZEROS, ForgetBias(gate=1)),
         "norm": norm,
     }
-    mlp = {
-        **swiglu_specs(D, F, small_init),
-        "down": linear_specs((F, D), ("mlp", "embed"), Normal(2 / L * F**-0.5), bias=False),
-    }
+    mlp = swiglu_specs(D, F, small_init, Normal(2 / L * F**-0.5))
     shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
     mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
     table = ArraySpec((padded_vocab, D), ("vocab", "embed"), small_init, decay=True)

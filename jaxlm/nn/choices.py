@@ -8,7 +8,8 @@ Estimates of the TPU compiler are in docs/labbook.md.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,31 @@ def wrong_platform(implementation: str | None) -> str | None:
     platform = sharding.platform()
     needed = PLATFORM.get(implementation or "", platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
+
+
+def check_implementation(
+    function: str, implementation: str | None, names: Any, reasons: Mapping[str, str | None] | None = None
+) -> None:
+    """Check that an implementation exists and that it supports the arguments and the platform.
+
+    Args:
+        function: the name of the function.
+        implementation: None (the fastest known one) is always accepted.
+        names: the ``Literal`` of all implementations.
+        reasons: for some implementations, why they do not support the arguments; None if they support them.
+
+    Raises:
+        ValueError: the implementation is unknown, or it does not support the arguments or the platform.
+    """
+    if implementation is None:
+        return
+    if implementation not in get_args(names):
+        raise ValueError(
+            f"no {function} implementation {implementation!r}: choose from {', '.join(get_args(names))}, or leave the "
+            "implementation out"
+        )
+    if reason := (reasons or {}).get(implementation) or wrong_platform(implementation):
+        raise ValueError(f"{function} implementation {implementation!r} {reason}: leave the implementation out")
 
 
 def _is_single_cpu() -> bool:
@@ -69,15 +95,13 @@ each of which reads about twice as many slots as the branch before it."""
 AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
 
-def attention(
-    queries: int, keys: int, *, dense_bias: bool, biases: bool, reasons: dict[str, str | None]
-) -> AttentionImplementation:
+def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str | None]) -> AttentionImplementation:
     """The fastest known implementation of attention for the arguments.
 
     Args:
-        dense_bias: whether there is a bias as a dense array.
-        biases: whether there are biases that are computed tile by tile.
-        reasons: for each implementation, why it does not support the arguments; None if it supports them.
+        biases: whether there are biases.
+        reasons: for each implementation except ``reference`` and ``blockwise``, why it does not support the arguments;
+            None if it supports them.
     """
     # Few queries and many keys occur when a decoder attends to its cache or to a source text.
     is_decoding = queries <= MAX_DECODE_QUERIES and keys > 2 * MIN_DECODE_SLOTS
@@ -87,7 +111,7 @@ def attention(
     if biases and queries >= MIN_BIASED_PALLAS_QUERIES and platform == "tpu" and reasons["pallas"] is None:
         return "pallas"
     min_queries = MIN_BLOCKWISE_QUERIES_CPU if _is_single_cpu() and not biases else MIN_BLOCKWISE_QUERIES
-    if queries < min_queries or dense_bias:
+    if queries < min_queries:
         return "reference"
     kernels: tuple[AttentionImplementation, ...] = ("splash", "pallas")
     for name in (*(kernels if keys > MAX_WHOLE_ROW_KEYS else kernels[::-1]), "cudnn"):
@@ -137,7 +161,7 @@ def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
     return has_integers and queries <= MAX_SHARED_MASK_QUERIES
 
 
-DecodeProducts = Literal["sums", "merged", "per head"]
+DecodeProducts = Literal["sums", "merged", "reference"]
 DECODE_LANES = 8
 """Products of a query and a key that ``sums`` keeps apart, so that XLA uses vector instructions; a matmul adds them."""
 
@@ -170,7 +194,7 @@ def decode_products(
     (B, T, H, _), G = q_shape, k_shape[2]
     if sharding.platform() == "cpu" and dtype == jnp.float32 and T == 1 and H == G >= 8 and B > 1:
         return "sums"
-    return "merged" if sharding.platform() in ("cpu", "tpu") and G % shards == 0 else "per head"
+    return "merged" if sharding.platform() in ("cpu", "tpu") and G % shards == 0 else "reference"
 
 
 def lane_padding(width: int) -> int:
@@ -354,11 +378,6 @@ CPU time in ms, forward / forward and backward (B 1, T 512, H 8, K 64; jaxlib 0.
     reference    chunk 8    chunk 16    chunk 32
     11/2140      36/228     38/216      59/240
 """
-
-
-def generalized_delta_rule_chunk() -> int:
-    """The number of steps of a chunk of ``generalized_delta_rule``."""
-    return GENERALIZED_DELTA_RULE_CHUNK
 
 
 def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:

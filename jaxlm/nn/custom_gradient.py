@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,15 @@ class custom_vjp:
         self._nondiff_argnums = tuple(nondiff_argnums)
         self._function = jax.custom_vjp(function, nondiff_argnums=self._nondiff_argnums)
         self.__doc__ = function.__doc__
+
+    @classmethod
+    def from_rules(
+        cls, forward: Callable[..., Any], backward: Callable[..., Any], nondiff_argnums: Sequence[int] = ()
+    ) -> custom_vjp:
+        """The function whose value is the first result of ``forward``, its forward rule."""
+        function = cls(functools.wraps(forward)(lambda *arguments: forward(*arguments)[0]), nondiff_argnums)
+        function.defvjp(forward, backward)
+        return function
 
     def defvjp(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         """As in ``jax.custom_vjp``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm.devices import SUBLANES
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
@@ -44,7 +44,7 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     The parameters are cast to the dtype of ``x``, which is also the dtype of the result.
     """
     weight = params["weight"].astype(x.dtype)
-    y = _product_with_custom_vjp(x, weight, num_input_axes)
+    y = _product(x, weight, num_input_axes)
     if "bias" not in params:
         return y
     bias = params["bias"]
@@ -56,53 +56,31 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + lax.broadcast_in_dim(bias.astype(y.dtype), y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
 
 
-@custom_vjp
-def _add_with_matmul_vjp(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """``y + bias``, with the gradient of ``bias`` as a matmul with ones (``choices.bias_gradient_by_matmul``)."""
-    return _add(y, bias)
-
-
-def _add_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _add(y, bias), bias
-
-
 def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of ``y`` and ``bias``; that of ``bias`` is a matmul with ones."""
     row_axes = tuple(range(dy.ndim - bias.ndim))
+    # With one row of ones, the TPU compiler would turn the matmul into a sum.
     ones = jnp.ones((*(dy.shape[axis] for axis in row_axes), SUBLANES), dy.dtype)
     sums = lax.dot_general(ones, dy, ((row_axes, row_axes), ((), ())), preferred_element_type=jnp.float32)
     return dy, sums[0].astype(bias.dtype)
 
 
-_add_with_matmul_vjp.defvjp(_add_forward, _add_backward)
-
-SUBLANES = 8
-"""Number of rows of ones in ``_add_backward``. With one row of ones, the TPU compiler would turn the matmul
-into a sum."""
+_add_with_matmul_vjp = custom_vjp.from_rules(lambda y, bias: (_add(y, bias), bias), _add_backward)
 
 
-def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
+def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
     # The axes are not merged by a reshape, because it would lose the sharding of `heads`. XLA merges them without cost.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
-    return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
+    return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ()))), (x, weight)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
-def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
-    """The product, with a weight gradient that is fast on a CPU.
+def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of ``x`` and ``weight``.
 
     The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``. XLA
     would undo this choice, because it merges the transpose into the matmul. So on a CPU, the matmul is
     computed separately from the operations that follow (``choices.separate_weight_gradient``).
     """
-    return _product(x, weight, num_input_axes)
-
-
-def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
-    return _product(x, weight, num_input_axes), (x, weight)
-
-
-def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of ``x`` and ``weight``."""
     x, weight = saved
     row_axes = tuple(range(x.ndim - num_input_axes))
     output_axes = tuple(range(len(row_axes), dy.ndim))
@@ -117,4 +95,4 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     return dx, dweight
 
 
-_product_with_custom_vjp.defvjp(_product_forward, _product_backward)
+_product = custom_vjp.from_rules(_product_forward, _product_backward, nondiff_argnums=(2,))

@@ -133,6 +133,19 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(select, x, y)
 
 
+def reset_state(masks: Any, state: Any) -> Any:
+    """The state with zeros where ``reset`` of the masks ``(reset, keep)`` of a step is True. ``masks`` None: unchanged.
+
+    Shapes are as in :func:`select_state`.
+    """
+    return state if masks is None else select_state(masks[0], jax.tree.map(jnp.zeros_like, state), state)
+
+
+def keep_state(masks: Any, new: Any, old: Any) -> Any:
+    """``new`` where ``keep`` of the masks ``(reset, keep)`` of a step is True, otherwise ``old``. None: ``new``."""
+    return new if masks is None else select_state(masks[1], new, old)
+
+
 def complete_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
     """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None."""
     if reset_BT is None and keep_BT is None:

@@ -6,6 +6,7 @@ Shapes: B batch, T time, P target positions (T, or fewer if the batch or the mod
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -133,11 +134,16 @@ def predicted_states(
 
 
 def token_loss(
-    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state.
+
+    ``label_smoothing`` is described in :func:`smoothed_token_loss`.
+    """
     hidden, state = predicted_states(model, params, batch, key, state)
-    return model.cross_entropy(params, hidden, batch.targets, batch.weights), jnp.sum(batch.weights), state
+    total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
+    return total, jnp.sum(batch.weights), state
 
 
 def smoothed_token_loss(label_smoothing: float) -> Loss:
@@ -152,15 +158,7 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-
-    def loss(
-        model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        hidden, state = predicted_states(model, params, batch, key, state)
-        total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
-        return total, jnp.sum(batch.weights), state
-
-    return loss
+    return functools.partial(token_loss, label_smoothing=label_smoothing)
 
 
 def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0.0) -> LossWithTerms:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.models import Model
+from jaxlm.models import Model, common
 from jaxlm.objectives.batch import Batch, Loss, token_loss, token_loss_with_load_balance
 
 loss = token_loss
@@ -38,14 +38,11 @@ def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.n
         reset: as in :class:`~jaxlm.objectives.batch.Batch`.
 
     Raises:
-        ValueError: ``tokens`` do not have two axes, T is 0, or ``segment_ids`` have another shape.
+        ValueError: ``tokens`` or ``segment_ids`` are not integers [B, T + 1], or T is 0.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens must be [batch, time] with time at least 2, got {list(tokens.shape)}")
-    if segment_ids is not None and segment_ids.shape != tokens.shape:
-        raise ValueError(
-            f"segment_ids must have the shape of tokens, {list(tokens.shape)}, got {list(segment_ids.shape)}"
-        )
+    common.check_tokens(tokens, segment_ids, None, None)
+    if tokens.shape[1] < 2:
+        raise ValueError(f"tokens {list(tokens.shape)} must have at least two tokens per row")
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if segment_ids is None:
         return Batch(inputs, targets, np.ones(targets.shape, np.float32), reset=reset)

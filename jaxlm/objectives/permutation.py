@@ -22,8 +22,6 @@ Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -31,10 +29,10 @@ from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
 
-PAD_ID, CLS_ID, SEP_ID = 5, 3, 4
+CLS_ID, SEP_ID = 3, 4
 """Ids of special tokens in the published vocabulary."""
-FIRST_TYPE, SECOND_TYPE, CLS_TYPE, PAD_TYPE = 0, 1, 2, 4
-"""Token types of the first sentence, the second sentence (both with their separator), ``<cls>`` and padding."""
+FIRST_TYPE, SECOND_TYPE, CLS_TYPE = 0, 1, 2
+"""Token types of the first sentence, the second sentence (both with their separator) and ``<cls>``."""
 CONTEXT_ORDER = -1
 """The order of context tokens, which are visible to all tokens of their part. In the second part, ``reuse_length + 1``
 is added to all orders."""
@@ -104,7 +102,8 @@ def batch(
             last column of the word). Predicted spans begin at these tokens. None: spans begin at any token.
         sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence
             if one ends after the reused part, else at a random position. None: A ends at a random position.
-        right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
+        right_to_left: [B] bool, True for rows with reversed tokens. Reverse a text before it is split into windows:
+            windows that are reversed one by one do not continue each other.
         reset: as in ``Batch``.
 
     Raises:
@@ -117,10 +116,6 @@ def batch(
     reuse_length, num_predict, sep_id, cls_id = config.reuse_length, config.num_predict, config.sep_id, config.cls_id
     starts = np.ones((B, N), bool) if word_starts is None else word_starts
     is_reversed = np.zeros(B, bool) if right_to_left is None else right_to_left
-    make_mask = functools.partial(
-        span_mask, alpha=config.alpha, beta=config.beta, max_span_length=config.max_span_length
-    )
-    make_order = functools.partial(order_of_part, length=config.permutation_length)
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
@@ -135,9 +130,7 @@ def batch(
             (slice(reuse_length, N + 3), num_predict // 2),
         )
         direction = -1 if is_reversed[row] else 1
-        predicted, order = _predicted_and_order(
-            row_word_starts, is_special, parts, direction, make_mask, make_order, rng
-        )
+        predicted, order = _predicted_and_order(row_word_starts, is_special, parts, direction, config, rng)
 
         positions, weights = np.zeros(num_predict, np.int32), np.zeros(num_predict, np.float32)
         predicted_positions = np.flatnonzero(predicted)
@@ -188,8 +181,7 @@ def _predicted_and_order(
     is_special: np.ndarray,
     parts: tuple[tuple[slice, int], ...],
     direction: int,
-    make_mask: Callable[..., np.ndarray],
-    make_order: Callable[..., np.ndarray],
+    config: PermutationConfig,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mask of predicted tokens of a row, [T] bool, and the factorization order as ranks, [T] int32.
@@ -197,13 +189,15 @@ def _predicted_and_order(
     Args:
         parts: the slice of each part and the number of its targets.
         direction: -1 for a reversed row, else 1. The spans of a reversed row are drawn in reading order.
-        make_mask, make_order: :func:`span_mask` and :func:`order_of_part` with their options.
     """
     predicted, order = np.zeros(is_special.shape, bool), np.zeros(is_special.shape, np.int32)
     offset = 0
     for part, num_targets in parts:
-        in_span = make_mask(word_starts[part][::direction], num_targets, rng)[::direction]
-        order[part] = offset + make_order(in_span | is_special[part], rng=rng)
+        in_span = span_mask(
+            word_starts[part][::direction], num_targets, rng,
+            alpha=config.alpha, beta=config.beta, max_span_length=config.max_span_length,
+        )[::direction]  # fmt: skip
+        order[part] = offset + order_of_part(in_span | is_special[part], config.permutation_length, rng)
         predicted[part] = in_span & ~is_special[part]
         # + 1, because context tokens of the next part have the order offset - 1. This order must exceed all orders of
         # this part.
@@ -269,18 +263,6 @@ def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) ->
     return np.where(ordered, index.ravel(), CONTEXT_ORDER).astype(np.int32)
 
 
-# ------------------------------------------------------------------------------------------------- layout of rows
-
-
-def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a text [B, N] followed by the same rows reversed, [2 B, N], and a mask of reversed rows, [2 B] bool.
-
-    If the model has a memory, pass whole texts and split the result into windows afterwards. Windows that are reversed
-    one by one do not continue each other.
-    """
-    return np.concatenate([tokens, tokens[:, ::-1]]), np.repeat([False, True], len(tokens))
-
-
 def pair(
     first: np.ndarray, second: np.ndarray | None = None, *, cls_id: int = CLS_ID, sep_id: int = SEP_ID
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -295,19 +277,3 @@ def pair(
     tokens = [np.append(text, sep_id) for text in texts]
     types = [np.full(len(text) + 1, kind) for text, kind in zip(texts, (FIRST_TYPE, SECOND_TYPE), strict=False)]
     return np.concatenate([*tokens, [cls_id]]).astype(np.int32), np.concatenate([*types, [CLS_TYPE]]).astype(np.int32)
-
-
-def pad_left(
-    tokens: np.ndarray, token_types: np.ndarray, length: int, *, pad_id: int = PAD_ID
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, token types and segment ids of a row that is padded on the left to ``length``, [length] each.
-
-    Raises:
-        ValueError: there are more than ``length`` tokens.
-    """
-    num_pads = length - len(tokens)
-    if num_pads < 0:
-        raise ValueError(f"{len(tokens)} tokens do not fit a row of {length}: truncate the text")
-    columns = ((tokens, pad_id), (token_types, PAD_TYPE), (np.ones_like(token_types), 0))
-    padded = [np.pad(column, (num_pads, 0), constant_values=value) for column, value in columns]
-    return padded[0], padded[1], padded[2]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
@@ -32,20 +33,16 @@ def batch(
         start_id: the first decoder input of every document, such as ``decoder_start_id`` of a config.
 
     Raises:
-        TypeError: the targets are not integers.
-        ValueError: source or targets are not [batch, time] with at least one token per row, or shapes do not match.
+        ValueError: source, targets or their segment ids are not integers [batch, time] with at least one token per row,
+            or shapes do not match.
     """
-    for name, x in (("source", source), ("targets", targets)):
-        if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):
-            raise ValueError(
-                f"{name} {list(x.shape)} must be [batch, time] with at least one token per row, and the batch size "
-                f"of source {list(source.shape)}"
-            )
-    for name, segments, x in (("source_", source_segment_ids, source), ("", segment_ids, targets)):
-        if segments is not None and segments.shape != x.shape:
-            raise ValueError(
-                f"{name}segment_ids {list(segments.shape)} must have the shape of their tokens {list(x.shape)}"
-            )
+    common.check_tokens(source, source_segment_ids, None, None, name="source")
+    common.check_tokens(targets, segment_ids, None, None, name="targets")
+    if min(source.shape[1], targets.shape[1]) < 1 or len(source) != len(targets):
+        raise ValueError(
+            f"source {list(source.shape)} and targets {list(targets.shape)} must have at least one token per row and "
+            "the same batch size"
+        )
     inputs = {"source": source}
     if source_segment_ids is not None:
         inputs["source_segment_ids"] = source_segment_ids

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_loss
 
@@ -151,8 +152,7 @@ def _removed_counts(length: int, density: float, mean_span: float) -> tuple[int,
     """The numbers of removed tokens and removed spans. Both are at least 1, with at least one kept token per span."""
     if not 0.0 < density < 1.0:
         raise ValueError(f"density={density} must be between 0 and 1")
-    if mean_span < 1.0:
-        raise ValueError(f"mean_span={mean_span} must be at least 1")
+    check_min(1, mean_span=mean_span)
     if length < 2:
         raise ValueError(f"a text of {length} tokens cannot be corrupted: it must have at least 2")
     num_removed = min(max(round(length * density), 1), length - 1)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.models import Model, common
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives.batch import Batch, hidden_states
@@ -98,8 +99,7 @@ def best_spans(
         ValueError: the logits do not have shape [B, T, 2], or ``max_length`` is below 1.
     """
     _check_logits(logits_BT2)
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length} must be at least 1")
+    check_min(1, max_length=max_length)
     T = logits_BT2.shape[1]
     L = min(max_length, T)
     if segment_ids_BT is not None:

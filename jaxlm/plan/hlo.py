@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 """Operations between devices. An asynchronous collective has two instructions, of which only ``-start`` is counted."""
@@ -172,103 +172,77 @@ def shape_bytes(shape: str) -> int:
 # --------------------------------------------------------------------------------------------------- loops
 
 
-def trip_count(program: Program, computation: Iterable[Instruction], loop: Instruction) -> int | None:
+def trip_count(program: Program, computation: list[Instruction], loop: Instruction) -> int | None:
     """The number of iterations of a ``while`` loop, or None if it cannot be determined from the text."""
     stated = _TRIPS.search(loop.attribute_text)
     if stated:
         return int(stated[1])
     condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
-    test = next(i for i in condition if i.is_root)
-    test = _through_copies(condition, test)
+    test, output = _through_copies(condition, _root(condition)), _root(body)
     direction = re.search(r"direction=(\w+)", test.attribute_text)
     if test.opcode != "compare" or direction is None or len(test.operands) != 2:
         return None
-    initial_of = _initial_constants(computation, loop)
     counter, bound = (_instruction_named(condition, name) for name in test.operands)
+    initial = _instruction_named(computation, loop.operands[0])
+    index, limit, bound_index = _state_index(counter), _constant(bound), _state_index(bound)
+    if bound_index is not None and _state_index(_element(body, output, bound_index)) == bound_index:
+        limit = _constant(_element(computation, initial, bound_index))  # the body returns this element unchanged
     limit_offset = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
-    if counter is None or bound is None or limit_offset is None:
+    if index is None or limit is None or limit_offset is None:
         return None
-    index = _state_index(counter)
-    limit = _constant(bound)
-    if limit is None:
-        # The bound may be an element of the loop state that the body returns unchanged.
-        bound_index = _state_index(bound)
-        is_invariant = bound_index is not None and _is_loop_invariant(body, bound_index)
-        limit = initial_of(bound_index) if bound_index is not None and is_invariant else None
-    if index is None or limit is None:
-        return None
-    start, step = initial_of(index), _counter_step(body, index)
+    start, step = _constant(_element(computation, initial, index)), _counter_step(body, index)
     if start is None or step is None or step <= 0:
         return None
     return max(0, -(-(limit + limit_offset - start) // step))
 
 
-def _instruction_named(computation: Iterable[Instruction], name: str) -> Instruction | None:
+def _root(computation: list[Instruction]) -> Instruction:
+    return next(i for i in computation if i.is_root)
+
+
+def _instruction_named(computation: list[Instruction], name: str) -> Instruction | None:
     return next((i for i in computation if i.name == name), None)
 
 
-def _through_copies(computation: Iterable[Instruction], instruction: Instruction | None) -> Instruction:
+def _through_copies(computation: list[Instruction], instruction: Instruction) -> Instruction:
     """The instruction whose value reaches ``instruction`` through copies, bitcasts and conversions."""
-    computation = list(computation)
-    while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+    while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
         source = _instruction_named(computation, instruction.operands[0])
         if source is None:
             break
         instruction = source
-    assert instruction is not None
     return instruction
 
 
-def _constant(instruction: Instruction) -> int | None:
-    if instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.text):
+def _element(computation: list[Instruction], value: Instruction | None, index: int) -> Instruction | None:
+    """The instruction that computes element ``index`` of a tuple, or None if it is unknown."""
+    if value is None or value.opcode != "tuple" or index >= len(value.operands):
+        return None
+    element = _instruction_named(computation, value.operands[index])
+    return None if element is None else _through_copies(computation, element)
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.text):
         return None
     return int(instruction.text)
 
 
-def _state_index(instruction: Instruction) -> int | None:
-    index = _INDEX.search(instruction.attribute_text)
-    return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
-
-
-def _initial_constants(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
-    """A function that maps the index of a loop state element to its initial value.
-
-    The function returns None if the initial value is not a constant.
-    """
-    computation = list(computation)
-    start = _instruction_named(computation, loop.operands[0])
-
-    def initial_of(index: int) -> int | None:
-        if start is None or start.opcode != "tuple" or index >= len(start.operands):
-            return None
-        value = _instruction_named(computation, start.operands[index])
-        return None if value is None else _constant(_through_copies(computation, value))
-
-    return initial_of
-
-
-def _body_output(body: list[Instruction], index: int) -> Instruction | None:
-    root = next(i for i in body if i.is_root)
-    if root.opcode != "tuple" or index >= len(root.operands):
+def _state_index(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "get-tuple-element":
         return None
-    value = _instruction_named(body, root.operands[index])
-    return None if value is None else _through_copies(body, value)
-
-
-def _is_loop_invariant(body: list[Instruction], index: int) -> bool:
-    value = _body_output(body, index)
-    return value is not None and _state_index(value) == index
+    index = _INDEX.search(instruction.attribute_text)
+    return int(index[1]) if index else None
 
 
 def _counter_step(body: list[Instruction], index: int) -> int | None:
     """The constant that the loop body adds to its counter in each iteration, or None if it is unknown."""
-    value = _body_output(body, index)
+    value = _element(body, _root(body), index)
     if value is None or value.opcode != "add":
         return None
-    summands = [_instruction_named(body, name) for name in value.operands]
-    steps = [_constant(_through_copies(body, summand)) for summand in summands if summand is not None]
-    counters = [_state_index(_through_copies(body, summand)) for summand in summands if summand is not None]
-    return next((step for step in steps if step is not None), None) if index in counters else None
+    summands = [_through_copies(body, i) for name in value.operands if (i := _instruction_named(body, name))]
+    steps = [step for step in map(_constant, summands) if step is not None]
+    return steps[0] if steps and index in map(_state_index, summands) else None
 
 
 # --------------------------------------------------------------------------------------------------- costs

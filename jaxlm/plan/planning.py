@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxlm.config import check_min
 from jaxlm.devices import Device, peak_fraction
 from jaxlm.models import Model
 from jaxlm.plan import flops, hlo, kernels, program, topology
@@ -214,8 +215,12 @@ def plan(
         parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
         min_memory_seconds = (parameters + parts["state"]) / devices.device.bandwidth
     try:
-        compiled = _compile(traced, dict(compiler_options or {}))
-    except _DoesNotFitError as error:
+        compiled = traced.lower().compile(compiler_options=dict(compiler_options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            raise ValueError(f"the compiler rejects the options {dict(compiler_options or {})}: {error}") from error
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_with_communication"))
         return Plan(
             **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None,
@@ -243,32 +248,9 @@ def plan(
 
 
 def _check_arguments(param_dtype: str, **numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_min(1, **numbers)
     if param_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
-
-
-class _DoesNotFitError(Exception):
-    """The program does not fit into the memory of the device. The message is that of the compiler."""
-
-
-def _compile(traced: Any, options: dict[str, str]) -> Any:
-    """The compiled program.
-
-    Raises:
-        ValueError: the compiler does not know an option.
-        _DoesNotFitError: the program does not fit into the memory of the device.
-    """
-    try:
-        return traced.lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" in str(error):
-            raise ValueError(f"the compiler rejects the options {options}: {error}") from error
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise _DoesNotFitError(str(error)) from error
-        raise
 
 
 def _reason(message: str) -> str:

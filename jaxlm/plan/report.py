@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxlm.plan.planning import Memory, Plan
@@ -67,7 +68,7 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for operation in plan.most_expensive:
             cells = f"{operation.cycles:,}", f"{operation.share:.1%}", str(operation.count)
-            table.add_row(*cells, _escape(operation.op_name))
+            table.add_row(*cells, escape(operation.op_name))
         console.print(table)
     if plan.kernels:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -78,14 +79,10 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
             bundles = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
             cycles = "n/a" if kernel.cycles is None else f"{kernel.cycles:,}"
             grid = "n/a" if kernel.grid is None else f"{kernel.grid:,}"
-            table.add_row(str(kernel.calls), grid, bundles, cycles, _escape(kernel.name))
+            table.add_row(str(kernel.calls), grid, bundles, cycles, escape(kernel.name))
         console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _memory_cell(plan: Plan, get_bytes: Callable[[Memory], float | None]) -> str:

@@ -45,7 +45,6 @@ class Topology:
             list this kind of device.
     """
 
-    name: str
     devices: tuple[jax.Device, ...]
     device: Device | None
 
@@ -78,7 +77,7 @@ def get_topology(name: str) -> Topology:
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
     if name == LOCAL:
-        return Topology(name, tuple(jax.devices()), by_kind(jax.devices()[0].device_kind))
+        return Topology(tuple(jax.devices()), by_kind(jax.devices()[0].device_kind))
     kind, colon, shape = name.partition(":")
     if not colon or not shape or kind not in (*TPUS, *GPUS):
         raise ValueError(f"no topology is called {name!r}: known are {known()}")
@@ -91,7 +90,7 @@ def get_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install('tpu')}")
     prepare()
-    return Topology(name, _devices_of(name, "tpu", topology_name=name), by_name(kind))
+    return Topology(_devices_of(name, "tpu", topology_name=name), by_name(kind))
 
 
 def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
@@ -101,7 +100,7 @@ def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
-    return Topology(name, _devices_of(name, "cuda", **config), by_name(kind))
+    return Topology(_devices_of(name, "cuda", **config), by_name(kind))
 
 
 def _devices_of(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +107,8 @@ def attention_maps(
     empty = [number for number, encoding in enumerate(encoded) if not encoding.ids.size]
     if empty:
         raise ValueError(f"text {empty[0]} is {texts[empty[0]]!r}, which has no tokens: pass at least one character")
-    tokens, segment_ids = _padded_tokens(encoded)
+    longest = max(encoding.ids.size for encoding in encoded)
+    tokens, segment_ids = (jnp.asarray(x) for x in pad_rows([encoding.ids for encoding in encoded], longest))
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
     columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
     if outputs is None:
@@ -142,13 +142,6 @@ def attention_maps(
         map_TS = map_TS[: len(row_names), : len(column_names)]
         maps.append(AttentionMap(texts[n], row_names, column_names, np.clip(map_TS, 0.0, 1.0)))
     return maps
-
-
-def _padded_tokens(encoded: Sequence[Encoding]) -> tuple[Any, Any]:
-    """The padded tokens of the texts and their segment ids, both [B, T]."""
-    rows = [encoding.ids for encoding in encoded]
-    tokens, segment_ids = pad_rows(rows, max(ids.size for ids in rows))
-    return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
 def _token_texts(tokenizer: Tokenizer, inputs: Sequence[str], encoding: Encoding) -> list[str]:

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
-from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, proportion
+from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, bootstrap, proportion
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
@@ -151,9 +152,7 @@ def legal_move_rate(
             is outside its range, the model does not predict next tokens, or the tokenizer has more tokens than the
             model.
     """
-    for name, value in (("games", games), ("max_moves", max_moves)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_min(1, games=games, max_moves=max_moves)
     reader, legal_moves, rng = MoveReader(model, params, tokenizer), LegalMoves(tokenizer), np.random.default_rng(seed)
     reader.check_moves(max_moves - 1)
     boards = [import_chess().Board() for _ in range(games)]
@@ -248,13 +247,9 @@ def _ratio_over_games(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
     if hit in (0, total):  # the bootstrap interval would have width 0
         games = proportion(name, len(hits) * bool(hit), len(hits))
         return dataclasses.replace(games, count=total, detail=f"Wilson interval of {len(hits)} games")
-    rng, ratios = np.random.default_rng(0), []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        sample = rng.integers(0, len(hits), len(hits))
-        ratios.append(hits[sample].sum() / max(1, counts[sample].sum()))
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = bootstrap(lambda sample: hits[sample].sum() / max(1, counts[sample].sum()), len(hits))
     detail = f"bootstrap interval over {len(hits)} games, {BOOTSTRAP_SAMPLES} samples"
-    return Score(name, hit / total, float(low), float(high), total, detail)
+    return Score(name, hit / total, low, high, total, detail)
 
 
 def _predictions(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding.sample import check_temperature
@@ -161,8 +162,7 @@ class EnginePlayer:
         import_chess()
         import chess.engine
 
-        if nodes < 1:
-            raise ValueError(f"nodes={nodes} must be at least 1")
+        check_min(1, nodes=nodes)
         executable = str(command) if command is not None else shutil.which("stockfish", path=_engine_path())
         if executable is None or shutil.which(executable) is None:
             raise FileNotFoundError(
@@ -219,12 +219,7 @@ class MatchResult:
 
         If there are draws, the interval is wider than necessary, because draws reduce the variance of the score.
         """
-        n = self.wins + self.draws + self.losses
-        p, z = (self.wins + self.draws / 2) / n, 1.959964
-        centre, scale = p + z**2 / (2 * n), 1 + z**2 / n
-        half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        low, high = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-        return Score("score", p, low, high, n, "Wilson interval")
+        return proportion("score", self.wins + self.draws / 2, self.wins + self.draws + self.losses)
 
     def scores(self, opponent: str) -> list[Score]:
         """The share of the games that the first player won, and the score, with the opponent's name."""
@@ -300,9 +295,7 @@ def play_match(
         ValueError: ``games`` or ``max_moves`` is below 1; :func:`check_opening_moves` does not accept
             ``opening_moves``; or ``max_moves`` is too large for a player.
     """
-    for name, value in (("games", games), ("max_moves", max_moves)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_min(1, games=games, max_moves=max_moves)
     check_opening_moves("opening_moves", opening_moves, max_moves)
     for side in (player, opponent):
         if side.max_moves is not None and max_moves > side.max_moves + 1:

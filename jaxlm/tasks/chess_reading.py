@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.games import UCI_MOVE, import_chess, san_without_check_signs
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding import decoder_start_id
+from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
-from jaxlm.decoding.prompts import read_prompts, source_vocab_size
+from jaxlm.decoding.prompts import read_prompts, read_tokens, source_vocab_size
 from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
@@ -358,9 +360,7 @@ def _last_logits(
     if model.reads_source:
         state = model.init_decode_state(params, tokens_BT, 1, segment_ids=segment_ids_BT)
         assert start_id is not None
-        start_B1 = jnp.full((tokens_BT.shape[0], 1), start_id, jnp.int32)
-        hidden_B1D, _ = model.apply(params, start_B1, state=state)
-        return model.logits(params, hidden_B1D)[:, 0]
+        return read_tokens(model, params, state, jnp.full(tokens_BT.shape[:1], start_id, jnp.int32))[1]
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT)
     return model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
 
@@ -394,10 +394,7 @@ def _check_not_nan(logits: np.ndarray) -> np.ndarray:
 
 def pad_games(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right, and segment ids (1 for tokens, 0 for padding and unused rows); both [batch, length]."""
-    tokens, segment_ids = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)], segment_ids[index, : len(row)] = row, 1
-    return tokens, segment_ids
+    return pad_rows([*rows, *[np.zeros(0, np.int32)] * (batch - len(rows))], length)
 
 
 def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
@@ -421,8 +418,7 @@ def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
         raise TypeError(f"{name}={games[:40]!r} is one string: give a sequence of lines")
     if not len(games):
         raise ValueError(f"{name} is empty: give at least one line of moves")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_min(1, batch_size=batch_size)
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:

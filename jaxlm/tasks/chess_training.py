@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data import PackedDocuments, Source, TokenBatch
+from jaxlm.config import check_min
+from jaxlm.data import PackedDocuments, Source
 from jaxlm.data.buckets import Bucketed, Encoded
 from jaxlm.data.games import Games, Notation, check_notation, import_chess, read_games, to_san
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
-from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.tasks import seq2seq
+from jaxlm.tasks import seq2seq, text_generation
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.chess_players import MatchResult, MaterialPlayer, RandomPlayer, play_match
 from jaxlm.tasks.chess_reading import board_after, check_model, next_move_probabilities
@@ -61,13 +61,7 @@ def game_batches(
             1; ``length`` is larger than ``max_positions`` of the model; a game has a word that is not a move; or the
             model cannot use the tokenizer (``check_model``).
     """
-    for name, value in (
-        ("length", length),
-        ("positions_per_game", positions_per_game),
-        ("target_length", target_length),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_min(1, length=length, positions_per_game=positions_per_game, target_length=target_length)
     check_model(model, tokenizer)
     if model.max_positions is not None and length > model.max_positions:
         raise ValueError(
@@ -85,7 +79,7 @@ def game_batches(
         return bucketed, seq2seq.to_batch(model, tokenizer), description
     truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     packed = PackedDocuments([game[: length + 1] for game in encoded], length, batch_size, seed)
-    return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
+    return packed, text_generation.to_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
 
 
 def extra_games(
@@ -109,11 +103,6 @@ def extra_games(
     return kept
 
 
-def _packed_batch(token_batch: TokenBatch) -> Batch:
-    """A batch of the causal objective from packed games."""
-    return causal.batch(token_batch.tokens, token_batch.segment_ids)
-
-
 def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Games:
     """``count`` games of ``MaterialPlayer`` against ``RandomPlayer``. A game takes about 0.08 s on one core.
 
@@ -128,8 +117,7 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
         ValueError: the notation is unknown, or ``count`` is negative.
     """
     check_notation(notation)
-    if count < 0:
-        raise ValueError(f"count={count} must be at least 0")
+    check_min(0, count=count)
     matches = [
         play_match(
             MaterialPlayer(), RandomPlayer(), min(_GAMES_PER_MATCH, count - start), seed=(_GENERATED_SEED, seed, start)

@@ -20,7 +20,7 @@ from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import InputBatch, labels_are_independent, text_probabilities
+from jaxlm.tasks.predict import label_probabilities
 from jaxlm.training.report import read_results, write_confusion, write_results, write_samples
 
 
@@ -66,8 +66,6 @@ def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
 
     def make(rows: BucketBatch) -> Batch:
         segment_ids = rows.segment_ids("tokens")
-        # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.
-        segment_ids[rows.indices < 0, 0] = 1
         labels = np.where(rows.indices < 0, classification.IGNORED_LABEL, rows.fields["label"])
         inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
         return classification.batch(rows.fields["tokens"], labels, segment_ids, num_labels=num_labels, inputs=inputs)
@@ -100,20 +98,9 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
         ValueError: the outputs of the model are regression scores, as in ``classify``.
         NotFiniteError: logits are not finite. The message names the examples, as in ``classify``.
     """
-    independent = labels_are_independent(model)
-    limit = model.max_positions
-    source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
-    probabilities = np.zeros((len(encoded), model.config.num_labels), np.float32)
-    for index in range(source.steps_per_epoch):
-        rows = source.batch(index, range(batch_size))
-        is_real = rows.indices >= 0
-        # A row without an example repeats the first example of its batch, so that its logits are finite, too.
-        chosen = np.where(is_real, np.arange(len(is_real)), np.argmax(is_real))
-        fields, segment_ids = rows.fields, rows.segment_ids("tokens")[chosen]
-        inputs = {"token_types": fields["token_types"][chosen]} if "token_types" in fields else {}
-        batch = InputBatch(rows.indices[chosen], fields["tokens"][chosen], segment_ids, inputs)
-        probabilities[batch.numbers] = text_probabilities(model, params, batch, independent, what="example")
-    return probabilities
+    ids = [example["tokens"] for example in encoded]
+    token_types = [example["token_types"] for example in encoded if "token_types" in example]
+    return label_probabilities(model, params, ids, token_types, batch_size, what="example")
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:

@@ -92,12 +92,9 @@ def classify(
         model, ("classification",), "it does not classify texts",
         "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
     )  # fmt: skip
-    independent = labels_are_independent(model)
     encodings = _encode(model, tokenizer, texts, pairs)
-    probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
-    for batch in input_batches(model, encodings, batch_size):
-        probabilities[batch.numbers] = text_probabilities(model, params, batch, independent)
-    return Predictions(probabilities, model.labels)
+    ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]
+    return Predictions(label_probabilities(model, params, ids, types, batch_size), model.labels)
 
 
 # --------------------------------------------------------------------------------------------- labels of words
@@ -151,7 +148,8 @@ def label_words(
         raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
-    for batch in input_batches(model, encodings, batch_size):
+    ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]
+    for batch in input_batches(model, ids, types, batch_size):
         probabilities_BTL = _checked_probabilities(model, params, batch, pool=False)
         for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
@@ -255,13 +253,13 @@ def score_texts(
         NotFiniteError: as in :func:`classify`.
     """
     _require_next_token_task(model)
-    _check_texts(texts)
+    check_texts(texts)
     if not model.reads_source:
         if sources is not None:
             raise ValueError(f"{model.family} reads no source: do not pass sources")
         return _score_causal(model, params, tokenizer, texts, batch_size)
     if sources is not None:
-        _check_texts(sources, "source")
+        check_texts(sources, "source")
     if sources is None or len(sources) != len(texts):
         count = "none" if sources is None else str(len(sources))
         raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")
@@ -417,7 +415,7 @@ def _encode(
     Args:
         name: the name of a text in messages.
     """
-    _check_texts(texts, name)
+    check_texts(texts, name)
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
         what = f"{name} {number}"
@@ -430,30 +428,37 @@ def _encode(
     return encodings
 
 
-def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[InputBatch]:
-    """Yield batches of the encodings, padded on the right to bucket lengths.
+def input_batches(
+    model: Model, ids: Sequence[np.ndarray], token_types: Sequence[np.ndarray], batch_size: int
+) -> Iterator[InputBatch]:
+    """Yield batches of texts, padded on the right to bucket lengths.
+
+    Args:
+        ids, token_types: the token ids and the token types of each text, [T]. No token types: all are 0.
 
     Raises:
         ValueError: the model has no embedding for a token type.
     """
-    num_types = getattr(model.config, "num_token_types", None)
-    for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
-        chosen = [encodings[number] for number in numbers]
-        length = bucket_length(max(encoding.ids.size for encoding in chosen), model.max_positions)
-        tokens, segment_ids = pad_rows([encoding.ids for encoding in chosen], length)
+    for numbers in length_batches([row.size for row in ids], batch_size):
+        length = bucket_length(max(ids[number].size for number in numbers), model.max_positions)
+        tokens, segment_ids = pad_rows([ids[number] for number in numbers], length)
         inputs = {}
-        if model.reads_token_types:
-            types, _ = pad_rows([encoding.token_types for encoding in chosen], length)
-            if num_types is not None and types.max() >= num_types:
-                largest = types.max()
-                raise ValueError(
-                    f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
-                )
-            inputs["token_types"] = types
+        if model.reads_token_types and token_types:
+            inputs["token_types"], _ = pad_rows([token_types[number] for number in numbers], length)
+            check_token_types(model, inputs["token_types"])
         yield InputBatch(numbers, tokens, segment_ids, inputs)
 
 
-def labels_are_independent(model: Model) -> bool:
+def check_token_types(model: Model, token_types: np.ndarray) -> None:
+    """Raise ``ValueError`` if the model has no embedding for a token type."""
+    num_types, largest = getattr(model.config, "num_token_types", None), token_types.max()
+    if num_types is not None and largest >= num_types:
+        raise ValueError(
+            f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
+        )
+
+
+def _labels_are_independent(model: Model) -> bool:
     """Whether the labels of a classifier are independent, so that each has the probability ``sigmoid(logit)``.
 
     False: the probabilities of all labels are the softmax of the logits.
@@ -471,19 +476,31 @@ def labels_are_independent(model: Model) -> bool:
     return independent
 
 
-def text_probabilities(
-    model: Model, params: Params, batch: InputBatch, independent: bool, *, what: str = "text"
+def label_probabilities(
+    model: Model,
+    params: Params,
+    ids: Sequence[np.ndarray],
+    token_types: Sequence[np.ndarray],
+    batch_size: int,
+    *,
+    what: str = "text",
 ) -> np.ndarray:
-    """The label probabilities of each row, [B, L] float32.
+    """The label probabilities of each text, [N, L] float32.
 
     Args:
-        independent: the result of :func:`labels_are_independent`.
-        what: the name of a row in messages.
+        ids, token_types: as for :func:`input_batches`.
+        what: the name of a text in messages.
 
     Raises:
-        NotFiniteError: the logits of a row are not finite.
+        ValueError: the outputs of the model are regression scores, or it has no embedding for a token type.
+        NotFiniteError: the logits of a text are not finite.
     """
-    return _checked_probabilities(model, params, batch, pool=True, independent=independent, what=what)[:, 0]
+    independent = _labels_are_independent(model)
+    probabilities = np.zeros((len(ids), model.config.num_labels), np.float32)
+    for batch in input_batches(model, ids, token_types, batch_size):
+        rows = _checked_probabilities(model, params, batch, pool=True, independent=independent, what=what)
+        probabilities[batch.numbers] = rows[:, 0]
+    return probabilities
 
 
 def _checked_probabilities(
@@ -529,10 +546,14 @@ def _label_probabilities(
     return probabilities_BTL, jnp.all(finite_BT, axis=1)
 
 
-def _check_texts(texts: Sequence[str], name: str = "text") -> None:
-    """Raise an error if ``texts`` are not strings (``TypeError``), or if there are none (``ValueError``)."""
+def check_texts(texts: Sequence[str], name: str = "text") -> None:
+    """Raise an error if ``texts`` are not strings (``TypeError``), or if there are none (``ValueError``).
+
+    Args:
+        name: the name of a text in messages.
+    """
     if isinstance(texts, str):
-        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts!r}]")
+        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts[:20]!r}]")
     if not len(texts):
         raise ValueError(f"there are no {name}s: pass at least one {name}")
     for number, text in enumerate(texts):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.examples import Examples
@@ -33,7 +34,7 @@ from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import BATCH_SIZE, input_batches
+from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
 
 MAX_LENGTH = 384
 """Default maximum number of tokens of a window, as in Devlin et al. (2019)."""
@@ -79,7 +80,7 @@ def training_windows(
         for window, (first, last) in zip(windows, _targets(tokenizer, windows, example, what), strict=True):
             row: dict[str, Any] = {"tokens": window.ids}
             if reads_types:
-                _check_token_types(model, window)
+                check_token_types(model, window.token_types)
                 row["token_types"] = window.token_types
             encoded.append({**row, "first": first, "last": last})
     return encoded
@@ -106,10 +107,8 @@ def to_batch(rows: BucketBatch) -> Batch:
     tokens = rows.fields["tokens"]
     spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
     spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span outside the row has weight 0
-    segment_ids = rows.segment_ids("tokens")
-    segment_ids[rows.indices < 0, 0] = 1  # an empty row needs one unmasked token so that its loss is finite
     inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
-    return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
+    return span_qa.batch(tokens, spans, rows.segment_ids("tokens"), inputs=inputs)
 
 
 def batches(
@@ -224,9 +223,13 @@ def answer(
         'Mary'
     """
     _check_model(model)
-    _check_pairs(questions, contexts)
-    if max_answer_tokens < 1:
-        raise ValueError(f"max_answer_tokens={max_answer_tokens} must be at least 1")
+    check_texts(questions, "question")
+    check_texts(contexts, "context")
+    if len(questions) != len(contexts):
+        raise ValueError(
+            f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"
+        )
+    check_min(1, max_answer_tokens=max_answer_tokens)
     max_length, stride = _window_size(model, max_length, stride)
     windows: list[Encoding] = []
     question_numbers: list[int] = []  # the question of each window
@@ -318,7 +321,8 @@ def _score(
     """The best span of each window [W, 2], its logit [W], and the logit of "no answer" [W]."""
     spans = np.zeros((len(windows), 2), np.int32)
     span_logits, no_answer = np.zeros((2, len(windows)), np.float32)
-    for batch in input_batches(model, windows, batch_size):
+    ids, types = [window.ids for window in windows], [window.token_types for window in windows]
+    for batch in input_batches(model, ids, types, batch_size):
         chosen = [windows[number] for number in batch.numbers]
         in_context, _ = pad_rows(
             [(window.sequence_ids == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1]
@@ -380,15 +384,6 @@ def _windows(
     return windows
 
 
-def _check_token_types(model: Model, window: Encoding) -> None:
-    """Raise ``ValueError`` if the model has no embedding for a token type of the window."""
-    num_types, largest = getattr(model.config, "num_token_types", None), window.token_types.max()
-    if num_types is not None and largest >= num_types:
-        raise ValueError(
-            f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
-        )
-
-
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
     """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
@@ -403,8 +398,7 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length} must be at most {limit}, the model's max_positions")
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length} must be at least 1")
+    check_min(1, max_length=max_length)
     stride = max_length // 3 if stride is None else stride
     if not 0 <= stride < max_length:
         raise ValueError(f"stride={stride} must be at least 0 and less than max_length={max_length}")
@@ -416,13 +410,3 @@ def _check_model(model: Model) -> None:
         model, ("span_qa",), "it does not answer questions",
         "fine-tune it with load_pretrained(directory, task='span_qa'), or load a model for question answering",
     )  # fmt: skip
-
-
-def _check_pairs(questions: Sequence[str], contexts: Sequence[str]) -> None:
-    for name, values in (("questions", questions), ("contexts", contexts)):
-        if isinstance(values, str):
-            raise TypeError(f"{name} must be a sequence of strings, got one string: pass [{values[:20]!r}]")
-    if len(questions) != len(contexts) or not questions:
-        raise ValueError(
-            f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"
-        )

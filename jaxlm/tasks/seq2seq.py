@@ -83,13 +83,9 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
     def make(rows: BucketBatch) -> Batch:
         for name, size in vocab_sizes.items():
             check_vocabulary(rows.fields[name], size, f"the {name} of an example")
-        segments = {name: rows.segment_ids(name) for name in ("source", "target")}
-        for segment_ids in segments.values():
-            # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.
-            segment_ids[rows.indices < 0, 0] = 1
         batch = seq2seq.batch(
             rows.fields["source"], rows.fields["target"], start_id=start_id,
-            source_segment_ids=segments["source"], segment_ids=segments["target"],
+            source_segment_ids=rows.segment_ids("source"), segment_ids=rows.segment_ids("target"),
         )  # fmt: skip
         weights = batch.weights * (rows.indices >= 0)[:, None].astype(np.float32)
         return dataclasses.replace(batch, weights=weights)

@@ -25,6 +25,7 @@ import numpy as np
 from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
+from jaxlm.decoding.config import settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -184,7 +185,7 @@ class TextRequests:
         ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
         is not set and ``temperature`` is 0 or not set. The default of ``until`` is no stop string, and the default
         maximum is ``max_gen_toks`` of the constructor. Other options that are not set are read from the model's
-        ``generation_config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        ``generation_config.json`` or ``config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
         If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
         tokens, the beginning of the context is removed.
@@ -248,10 +249,7 @@ class TextRequests:
         if is_random:  # the temperature and the filters have no effect in greedy decoding
             if "temperature" in set_options:
                 sampling["temperature"] = float(set_options["temperature"])
-            for name in _FILTERS:
-                if name in set_options:  # in transformers, top_k=0 and min_p=0 turn the filter off
-                    is_off = name in ("top_k", "min_p") and set_options[name] == 0
-                    sampling[name] = None if is_off else set_options[name]
+            sampling |= {name: set_options[name] for name in _FILTERS if name in set_options}
         if "repetition_penalty" in set_options:
             sampling["repetition_penalty"] = set_options["repetition_penalty"]
         config = GenerationConfig(
@@ -265,7 +263,7 @@ class TextRequests:
         if is_random and config.sampling.temperature == 0.0:
             raise ValueError(
                 "do_sample=True and temperature=0.0 contradict each other: set one of them (a temperature that you do "
-                "not set is read from generation_config.json)"
+                f"not set is read from {settings_file(self.model)})"
             )
         return config
 

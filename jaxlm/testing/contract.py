@@ -115,7 +115,8 @@ def pytest_generate_tests(metafunc):
 
 
 def setup(name, batch=2, length=24, **overrides):
-    model = tiny_model(name, **overrides)
+    """The tiny model, noisy parameters and random tokens. Overrides of fields that the config lacks are ignored."""
+    model = tiny_model(name).with_known_fields(**overrides)
     return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
@@ -129,6 +130,12 @@ def initial_state(model, params, batch_size, length):
     if not model.reads_source:
         return model.init_state(batch_size, length)
     return decode_state(model, params, source_inputs(model, batch_size)["source"], length)
+
+
+def state_specs_of(model, batch_size, length):
+    """The specs of :func:`initial_state`."""
+    sizes = {"source_length": source_inputs(model, 1)["source"].shape[1]} if model.reads_source else {}
+    return model.state_specs(batch_size, length, **sizes)
 
 
 def hidden_of_row(model, params, tokens, row, start=0, stop=None):
@@ -183,9 +190,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     assert any(not np.array_equal(*pair) for pair in seeds)
     if not any(leaf.is_stacked for leaf in flat.values()):
         return  # the model has no stacked layers
-    deeper_model = dataclasses.replace(
-        model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)
-    )
+    deeper_model = model.with_fields(num_layers=model.config.num_layers + 1)
     deeper_values = spec.flatten(initial_params(deeper_model))
     for path, leaf in spec.flatten(deeper_model.specs).items():
         same_path_spec = flat.get(path)
@@ -220,21 +225,15 @@ def test_jit_and_eager_results_agree(name):
 
 @every_variant
 def test_remat_and_attention_implementation_do_not_change_loss_and_gradients(name):
-    model, params, tokens = setup(name, length=13, **_existing_fields(name, {"remat": "none"}))
+    model, params, tokens = setup(name, length=13, remat="none")
     batch, key = batch_of(model, tokens), jax.random.key(3)
     want = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch, key)))(params)
     for choice in ({"remat": "full", "attention_implementation": "blockwise"}, {"remat": "dots"}):
-        change = _existing_fields(name, choice)
-        if not change:
+        other = model.with_known_fields(**choice)
+        if other == model:
             continue
-        other = dataclasses.replace(model, config=dataclasses.replace(model.config, **change))
         got = jax.jit(jax.value_and_grad(lambda p, other=other: loss_of(other, p, batch, key)))(params)
         assert_trees_close(got, want, TOLERANCE, floor=1e-4)
-
-
-def _existing_fields(name, change):
-    fields = {field.name for field in dataclasses.fields(tiny_model(name).config)}
-    return {field: value for field, value in change.items() if field in fields}
 
 
 @every_layered
@@ -269,7 +268,7 @@ def test_every_dropout_rate_acts_only_with_a_key(name):
         return  # with a key, the model also normalizes with the statistics of the batch
     assert (relative_error(first, without_dropout) > 1e-6) == bool(rates)
     for rate in rates:
-        single_rate = dataclasses.replace(model, config=dataclasses.replace(tiny_model(name).config, **{rate: 0.2}))
+        single_rate = tiny_model(name, **{rate: 0.2})
         assert relative_error(loss(single_rate, params, jax.random.key(1)), without_dropout) > 1e-5, (
             f"{rate} does nothing"
         )
@@ -311,7 +310,7 @@ def test_custom_cross_entropy_equals_the_cross_entropy_of_the_logits(name):
 @every_variant
 def test_bfloat16_is_finite_and_near_float32(name):
     model, params, tokens = setup(name)
-    bfloat16_model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="bfloat16"))
+    bfloat16_model = model.with_fields(dtype="bfloat16")
     hidden = hidden_of(bfloat16_model, params, tokens)
     assert hidden.dtype == jnp.bfloat16
     assert relative_error(hidden.astype(jnp.float32), hidden_of(model, params, tokens)) < 0.05
@@ -441,8 +440,7 @@ def test_cached_equals_full_at_every_position(name, cuts):
         hidden, state = step_of(model, params, tokens[:, start:stop], state)
         chunks.append(hidden)
     assert relative_error(jnp.concatenate(chunks, axis=1), hidden_of(model, params, tokens)) < TOLERANCE
-    sizes = {"source_length": source_inputs(model, 2)["source"].shape[1]} if model.reads_source else {}
-    assert spec.diff(model.state_specs(2, 20, **sizes), state) == []
+    assert spec.diff(state_specs_of(model, 2, 20), state) == []
 
 
 def step_of(model, params, tokens, state, segment_ids=None):
@@ -473,8 +471,7 @@ def test_rows_of_unequal_length_decode_independently(name, side):
 def test_take_and_reset_act_on_single_rows_of_a_state(name):
     """After ``spec.take_rows`` or ``spec.reset``, each row continues as if it were decoded alone."""
     model, params, tokens = setup(name, batch=3, length=12)
-    sizes = {"source_length": source_inputs(model, 3)["source"].shape[1]} if model.reads_source else {}
-    specs = model.state_specs(3, 12, **sizes)
+    specs = state_specs_of(model, 3, 12)
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
     _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
     order = np.array([2, 0, 0])
@@ -495,16 +492,15 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     model, params, tokens = setup(name, batch=3, length=11)
     tokens[:, :5] = tokens[0, :5]
     source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_inputs(model, 1).items()}
-    sizes = {"source_length": source["source"].shape[1]} if source else {}
     expected = hidden_of(model, params, tokens, **source)
     # The state has only 11 slots per row, so this works only if the slots of undone tokens are free again.
     _, prefix = step_of(model, params, tokens[:1, :5], initial_state(model, params, 1, 11))
-    before = spec.take_rows(model.state_specs(1, 11, **sizes), prefix, jnp.zeros(3, int))
+    before = spec.take_rows(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
     hidden, after = step_of(model, params, tokens[:, 5:11], before)
     assert relative_error(hidden, expected[:, 5:11]) < TOLERANCE
     count = np.array([3, 2, 0])
     state = jax.jit(model.rollback)(params, before, tokens[:, 5:11], after, count)
-    assert spec.diff(model.state_specs(3, 11, **sizes), state) == []
+    assert spec.diff(state_specs_of(model, 3, 11), state) == []
     positions = 5 + count[:, None] + np.arange(3)
     hidden, _ = step_of(model, params, np.take_along_axis(tokens, positions, axis=1), state)
     assert relative_error(hidden, np.take_along_axis(expected, positions[..., None], axis=1)) < TOLERANCE
@@ -517,10 +513,9 @@ def test_stacked_and_per_layer_states_agree(name):
     stacked = with_stacked_layers(model)
     segments = np.ones((3, 8), np.int32)
     segments[1, :3] = 0
-    sizes = {"source_length": source_inputs(model, 3)["source"].shape[1]} if model.reads_source else {}
     order, results = jnp.array([1, 0, 0]), []
     for variant, weights in ((model, params), (stacked, spec.restack(params))):
-        specs = variant.state_specs(3, 12, **sizes)
+        specs = state_specs_of(variant, 3, 12)
         _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
         state = spec.take_rows(specs, state, order)
         hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
@@ -555,7 +550,7 @@ def has_unlimited_state(model):
 @every_variant
 def test_a_token_id_outside_the_vocabulary_gives_nan(name):
     # The padding rows of the token table are also outside the vocabulary.
-    model, params, tokens = setup(name, **_existing_fields(name, {"vocab_multiple": 48}))
+    model, params, tokens = setup(name, vocab_multiple=48)
     for bad_id in (model.config.vocab_size, -1):
         bad_tokens = tokens.copy()
         bad_tokens[0, 3] = bad_id
@@ -674,7 +669,7 @@ def test_an_empty_source_raises(name, rows, length):
 
 @functools.cache
 def training_setup(name, batch=16):
-    model = tiny_model(name, **_existing_fields(name, {"vocab_multiple": 8}))
+    model = tiny_model(name).with_known_fields(vocab_multiple=8)
     return model, optimizer_of(model), batch_of(model, random_tokens(model, batch, 17))
 
 
@@ -741,6 +736,19 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
     trainer = Trainer(model, optimizer_of(model), loss_function(model), sharding=sharding)
     state = jax.device_put(spec.restack(new_state()) if scan_layers else new_state(), trainer.shardings())
     assert_steps_close(spec.restack(run_one_step(trainer.jit_step(), state, batch)), spec.restack(want))
+
+
+@every_decoder
+def test_devices_split_the_new_tokens_of_a_state_of_any_length(name):
+    """Only the number of new tokens must be divisible by the ``sequence`` axis of the mesh. The model is only traced."""
+    model, tokens = tiny_model(name), random_tokens(tiny_model(name), 2, 16)
+
+    def trace(params, state):
+        with Sharding(make_mesh("sequence=4", devices=jax.devices()[:4])).scope():
+            return model.apply(params, tokens, state=state)[0]
+
+    params, state = spec.abstract(model.specs), spec.abstract(state_specs_of(model, 2, 19))
+    assert jax.eval_shape(trace, params, state).shape[:2] == (2, 16)
 
 
 @representatives

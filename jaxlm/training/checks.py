@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ import jax
 from jaxlm import spec
 from jaxlm.config import numbers_of
 from jaxlm.data.tokenizers import TOKENIZER_FILES, num_required_ids
-from jaxlm.decoding.config import GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.models import Model, get_model
@@ -73,39 +73,23 @@ def check_settings(experiment: Any, initial: Any) -> None:
             raise ValueError(f"{name}={value} must be above 0 and at most 1")
         if field == "epochs" and not 0.0 < value <= 1e6:
             raise ValueError(f"{name}={value} must be above 0 and at most a million")
-    for name, reason in _settings_without_effect(experiment):
-        value = _get(experiment, name)
-        if value != _get(initial, name):
-            raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{_option_name(name)} out")
+    for names, has_no_effect, reason in NO_EFFECT_RULES:
+        if has_no_effect(functools.partial(_get, experiment)):
+            for name in names.split():
+                if (value := _get(experiment, name)) != _get(initial, name):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{option} out")
 
 
-def _option_name(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _get(config: Any, name: str, default: Any = None) -> Any:
-    """The value of the setting with this dotted name, or ``default`` if the experiment has no such setting."""
+def _get(config: Any, name: str) -> Any:
+    """The value of the setting with this dotted name, or None if the experiment has no such setting."""
     for part in name.split("."):
-        config = getattr(config, part, default)
+        config = getattr(config, part, None)
     return config
 
 
-def _settings_without_effect(experiment: Any) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, reason) for each setting that has no effect because of the other settings."""
-
-    def get(name: str, default: Any = None) -> Any:
-        return _get(experiment, name, default)
-
-    for names, has_no_effect, reason in NO_EFFECT_RULES:
-        if has_no_effect(get):
-            for name in names.split():
-                if _get(experiment, name, _MISSING) is not _MISSING:
-                    yield name, reason
-
-
-_MISSING: Any = object()
 _SGD = ("sgd", "nt_asgd")
-_Get = Callable[..., Any]
+_Get = Callable[[str], Any]
 
 
 def _reads_source(get: _Get) -> bool:
@@ -175,8 +159,8 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
 def check_output(directory: Path, *, resume: bool) -> None:
     """Check that a run can write to its directory.
 
-    A directory that contains only the files of a tokenizer, in ``model/``, and the temporary file of ``config.json``
-    counts as empty. A run that was killed at its start leaves such a directory.
+    A directory that contains only the files of a tokenizer, in ``model/``, the temporary file of ``config.json``, and
+    empty directories counts as empty. A run that was killed at its start leaves such a directory.
 
     Raises:
         FileExistsError: the directory of a new run is not empty.
@@ -200,12 +184,12 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def _is_unused(directory: Path) -> bool:
-    """Whether a directory is empty or has only the files of a tokenizer, in ``model/``, and an unfinished config."""
+    """Whether a directory has only a tokenizer, in ``model/``, an unfinished config, and empty directories."""
     unfinished = ".config.json"  # the temporary name of config.json (integrity.replace_text)
     entries = [path for path in directory.iterdir() if path.name != unfinished]
-    if any(path.name != "model" or not path.is_dir() for path in entries):
+    if not all(path.is_dir() for path in entries):
         return False
-    return all(path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())
+    return all(entry.name == "model" and path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())
 
 
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
@@ -240,24 +224,6 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
             f"training.best_metric={config.best_metric!r} is not among the validation metrics "
             f"{', '.join(evaluate.names)}: choose one of them"
         )
-
-
-def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> GenerationConfig:
-    """The result of ``request.resolve(model, tokenizer)``, after a check that ``num_beams`` fits the vocabulary.
-
-    Raises:
-        ValueError: ``resolve`` raises it, or ``num_beams`` is larger than the vocabulary.
-    """
-    resolved = request.resolve(model, tokenizer)
-    check_beams(model, tokenizer, resolved)
-    return resolved
-
-
-def check_beams(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> None:
-    """Raise ``ValueError`` if ``request.num_beams`` is larger than the number of ids that may be generated."""
-    ids = num_ids(model, tokenizer)
-    if request.num_beams is not None and request.num_beams > ids:
-        raise ValueError(f"num_beams={request.num_beams} must be at most the {ids} ids of the vocabulary")
 
 
 def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None:

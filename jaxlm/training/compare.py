@@ -46,7 +46,6 @@ def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
         FileNotFoundError: a directory does not exist.
         ValueError: ``runs`` is empty, a directory is not a run directory, ``metrics.jsonl`` of a run is damaged, or no
             run has a validation metric.
-        ImportError: matplotlib is not installed.
     """
     paths = _check_runs(runs)
     records = {name: _read_records(run) for name, run in zip(_run_names(paths), paths, strict=True)}

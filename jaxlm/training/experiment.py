@@ -28,12 +28,23 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
 from jaxlm.training import checks
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.html_report import write_report
+from jaxlm.training.html_report import REPORT, write_report
 from jaxlm.training.loop import Result, Run, TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.plots import save_attention, training_panels
 from jaxlm.training.recipes import RECIPES, recipe
-from jaxlm.training.report import ATTENTION, METRICS, draw_losses, read_attention, read_metrics, write_results
+from jaxlm.training.report import (
+    ATTENTION,
+    BOARDS,
+    CONFUSION,
+    METRICS,
+    RESULTS,
+    SAMPLES,
+    draw_losses,
+    read_attention,
+    read_metrics,
+    write_results,
+)
 from jaxlm.training.trackers import check_tracker, make_tracker
 from jaxlm.training.trainer import Trainer
 
@@ -41,6 +52,9 @@ E = TypeVar("E")
 
 EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
+
+RESULT_FILES = (RESULTS, REPORT, SAMPLES, CONFUSION, ATTENTION, "attention.png", BOARDS, "sample.txt")
+"""Files of a run that describe its final weights."""
 
 RUNS = Path("runs")
 """The directory that contains a new run if ``--output`` is not given."""
@@ -177,13 +191,10 @@ def command_line(
             print_once(_describe_recipe(parsed.recipe, experiment.optimizer))  # type: ignore[attr-defined]
         output = resume or experiment.output  # type: ignore[attr-defined]
 
-        def check_output() -> str:
-            if output is not None:
-                checks.check_output(output, resume=resume is not None)
-            return ""
-
-        processes.call_in_first_process(check_output)
-        return EXIT_STATUS[run(experiment, resume).interrupted]
+        if output is not None:
+            processes.call_in_first_process(lambda: checks.check_output(output, resume=resume is not None))
+        result = run(experiment, resume)
+        return EXIT_STATUS[result.interrupted or result.signal]
 
     return exit_status(command, f"experiments.{name}", debug=debug)
 
@@ -198,7 +209,7 @@ def _describe_recipe(family: str, optimizer: OptimizerConfig) -> str:
 
 def prepare_run(
     name: str, experiment: Any, resume: Path | None, trainer: Trainer, tokenizer: Tokenizer, evaluate: Evaluator,
-    request: GenerationConfig | None = None,
+    request: GenerationConfig | None = None, parent: Any = None,
 ) -> Path:  # fmt: skip
     """The directory of a run: ``resume``, or a new directory with ``config.json`` and the tokenizer in ``model/``.
 
@@ -207,6 +218,9 @@ def prepare_run(
 
     Args:
         request: settings for generating text after the training.
+        parent: if the directory is one of several runs of an experiment, such as a fold of a cross-validation, the
+            configuration of the experiment. It is written to the parent directory first, so that ``--resume`` accepts
+            this directory even if the run is killed at its start.
 
     Raises:
         BlockingIOError: another process uses the directory of a new run.
@@ -223,7 +237,7 @@ def prepare_run(
     checks.check_tokenizer(trainer.model, tokenizer)
     model_config_json(trainer.model, "float32", tokenizer)  # raises if the model cannot be exported
     if request is not None:
-        checks.check_request(trainer.model, tokenizer, request)
+        request.resolve(trainer.model, tokenizer)  # raises if an option is invalid
     has_checkpoints = experiment.training.checkpoint_every is not None
 
     def create() -> str:
@@ -234,6 +248,8 @@ def prepare_run(
             directory.mkdir(parents=True, exist_ok=True)
             with integrity.lock_directory(directory):
                 checks.check_output(directory, resume=False)  # another run may have started here since the last check
+                if parent is not None:
+                    config_lib.write(parent, directory.parent / "config.json")
                 (directory / "model").mkdir(exist_ok=True)
                 tokenizer.save(directory / "model")
                 config_lib.write(experiment, directory / "config.json")
@@ -268,7 +284,8 @@ def _create_directory(name: str) -> Path:
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
     """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run.
 
-    The name of the model, the name of the optimizer and the seed must not change either.
+    The name of the model, the name of the optimizer and the seed must not change either. A file or directory of data
+    may have been moved: the path may change if its last part stays the same. A message says so.
     """
     if resume is None:
         return
@@ -280,19 +297,29 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
             for inner in dataclasses.fields(value):
                 check(f"{field}.{inner.name}")
         elif value != saved:
-            raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
+            is_moved = isinstance(value, Path) and isinstance(saved, Path) and value.name == saved.name
+            if field == "output" or not is_moved:
+                raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
+            print_once(f"{field}={value} is used instead of {saved}: it must have the same content")
 
     for field in ("model.name", "optimizer.name", "training.seed", *fields):
         check(field)
 
 
-def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
+def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any = None) -> Run:
     """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX.
 
     A resumed run writes ``config.json`` as soon as it has restored its state. So the next ``--resume`` uses the changed
     options even if this run is killed. A start that fails before this does not change the file.
 
+    If a resumed run trains further, its result files describe other weights than those at its end. So they are renamed
+    to ``NAME.step-N``, where N is the step from which the run continues.
+
     The tracker that ``training.tracker`` names is closed when the process ends.
+
+    Args:
+        parent: as in :func:`prepare_run`. A resumed run writes it too, and renames the result files of the parent
+            directory too.
     """
     config, name = config_lib.to_json(experiment), experiment.training.tracker
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
@@ -300,19 +327,29 @@ def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     for tracker in trackers:
         atexit.register(tracker.close)  # even after an error: services write buffered values when they are closed
 
-    def write_config() -> None:
-        config_lib.write(experiment, directory / "config.json")
+    def on_start(step: int, trains: bool) -> None:
+        configs = {directory: experiment} if parent is None else {directory: experiment, directory.parent: parent}
+        for path, config in configs.items():
+            config_lib.write(config, path / "config.json")
+            for name in RESULT_FILES if trains else ():
+                if (path / name).exists():
+                    (path / name).rename(path / f"{name}.step-{step}")
 
     is_resumed = resume is not None
-    return Run(directory, meta, is_resumed, trackers, on_start=write_config if is_resumed else None)
+    return Run(directory, meta, is_resumed, trackers, on_start=on_start if is_resumed else None)
 
 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
-    """Write ``model/`` (Hugging Face layout) and the loss curves, if the run finished. Returns whether it finished."""
+    """Write ``model/`` (Hugging Face layout) and the loss curves, if the run finished. Returns whether it finished.
+
+    Samples and attention maps of an earlier end of the run are deleted, because the next tests may not write new ones.
+    """
     if result.interrupted is not None:
         return False
     save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
     if processes.is_first():
+        for name in (SAMPLES, ATTENTION, "attention.png"):
+            (directory / name).unlink(missing_ok=True)
         metrics = directory / METRICS
         if metrics.exists() and training_panels(read_metrics(metrics)):
             draw_losses(metrics, directory / "loss.png")
@@ -351,7 +388,8 @@ def report(
 
     Args:
         start_time: ``time.perf_counter()`` at the start of the run.
-        result: result of the training. ``results.json`` contains its step, number of compilations and speed.
+        result: result of the training. ``results.json`` contains its last step, the step of its weights if this is
+            another one (``best_step``), its number of compilations and its speed.
         scores: a sequence of ``jaxlm.metrics.Score``.
         details: additional values for ``results.json``.
     """
@@ -361,10 +399,12 @@ def report(
         "training_tokens_per_second": result.tokens_per_second,
         "seconds_to_first_loss": result.seconds_to_first_loss,
     }
+    if result.step != result.last_step:
+        details["best_step"] = result.step
     measured = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN: no step was run
     write_results(
         directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
-        steps=result.step, compilations=result.compilations, **measured, **details,
+        steps=result.last_step, compilations=result.compilations, **measured, **details,
     )  # fmt: skip
     if (directory / ATTENTION).exists():
         save_attention(read_attention(directory)[:2], directory / "attention.png")

@@ -44,7 +44,6 @@ def write_report(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: the directory does not exist.
         ValueError: the directory is not a run directory, or one of its files is damaged.
-        ImportError: the run has metrics and matplotlib is not installed.
     """
     run = report.check_run(run)
     path = run / REPORT
@@ -92,7 +91,7 @@ def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in report.valid_records(records) if "step" in record]
     if steps:
-        entries = {"steps": max(steps), **entries}
+        entries = {"steps": max(steps), **{name: entries[name] for name in entries if name != "steps"}}
     items = "".join(
         f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(entries[name])}</dd></div>"
         for name in entries

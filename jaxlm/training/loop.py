@@ -9,9 +9,9 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 import jax
@@ -30,7 +30,7 @@ from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimi
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker, TrackerName
-from jaxlm.training.trainer import Metrics, Trainer, TrainState, check_step_settings, to_global_batch
+from jaxlm.training.trainer import SPIKE_WINDOW, Metrics, Trainer, TrainState, check_step_settings, to_global_batch
 
 METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it does not wait for a step that it has just dispatched.
@@ -164,7 +164,8 @@ class Run:
             devices, the result is bitwise the same as without the interruption.
         trackers: loggers that also receive the metrics.
         on_start: a function that the first process calls once, when the state is initialized or restored and the
-            directory is locked. It is not called if the start fails.
+            directory is locked. It is not called if the start fails. Its arguments are the step of the state, and
+            whether further steps follow.
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
@@ -174,7 +175,7 @@ class Run:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resume: bool = False
     trackers: tuple[Tracker, ...] = ()
-    on_start: Callable[[], None] | None = None
+    on_start: Callable[[int, bool], None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directory", Path(self.directory))
@@ -215,6 +216,9 @@ class Result:
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
             from which this process continued.
         rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
+        last_step: the last step of the run; ``step`` may be an earlier one (``restore_best``).
+        signal: a signal that arrived after the last step of a run without checkpoints, or None. The run is finished
+            nevertheless, because its result would be lost. The caller should save the result and then end.
     """
 
     state: TrainState
@@ -229,6 +233,8 @@ class Result:
     tokens: int = 0
     earlier_seconds: float = 0.0
     rollbacks: int = 0
+    last_step: int = 0
+    signal: str | None = None
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in ("step", "validation", "interrupted", "tokens_per_second")}
@@ -303,7 +309,8 @@ class _Loop:
         self._model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._batch_shapes: set[Any] = set()
-        self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
+        self._metrics_file = MetricsFile(run.directory / "metrics.jsonl")
+        self._records = _Records(self._metrics_file, run.trackers)
         self._validation: Mapping[str, float] | None = None
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
@@ -357,9 +364,16 @@ class _Loop:
                 f"training.steps to at least {self.step}"
             )
         if self._run.on_start is not None and processes.is_first():
-            self._run.on_start()
+            self._run.on_start(self.step, not self._is_complete())
         if self._run.resume:  # with this record, readers ignore the earlier records of steps after `self.step`
             self._records.write(self.step, event="resumed")
+        elif not self._metrics_file.is_empty():  # with this record, readers ignore the earlier records
+            self._records.write(self.step, event="started")
+
+    def _is_complete(self) -> bool:
+        """Whether no further steps follow, because this is the last step or the run has stopped early."""
+        patience = self._config.patience
+        return self.step == self._config.steps or (patience is not None and self._without_improvement >= patience)
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
         """Check that a resumed run has the saved value of each setting that must not change."""
@@ -395,17 +409,15 @@ class _Loop:
         self._best = evaluation.get("best")
         self._without_improvement = evaluation.get("without_improvement", 0)
         self._validation, self._evaluated_step = saved.get("validation"), self.step
-        self._validation_losses = _none_to_nan(evaluation.get("losses", []))
+        # NumPy converts None, which older checkpoints contain instead of NaN, to NaN.
+        self._validation_losses = np.array(evaluation.get("losses", []), np.float64).tolist()
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         # Whether a scheduled checkpoint was due at one of the skipped steps directly before this checkpoint.
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
-            losses = training.get("recent_losses")
-            recent = (
-                self._trainer.initial_recent_losses() if losses is None else np.array(_none_to_nan(losses), np.float32)
-            )
-            state = dataclasses.replace(state, recent_losses=np.asarray(recent))
+            losses = training.get("recent_losses", [math.nan] * SPIKE_WINDOW)
+            state = dataclasses.replace(state, recent_losses=np.array(losses, np.float32))
         self._state = state
 
     @staticmethod
@@ -423,9 +435,8 @@ class _Loop:
             bar.say(self._schedule_notice)
         if self._run.resume and self.step == 0:
             bar.say("there is no checkpoint yet: the run starts from its first step")
-        stopped_early = config.patience is not None and self._without_improvement >= config.patience
-        stop: str | None = "patience" if stopped_early else None
-        if self._run.resume and (self.step == config.steps or stopped_early):
+        stop: str | None = "complete" if self._is_complete() else None
+        if self._run.resume and stop is not None:
             bar.say(f"step {self.step}: the training is complete, its result is read from the checkpoint")
         while self.step < config.steps and stop is None:
             try:
@@ -433,10 +444,16 @@ class _Loop:
             except DivergedError as error:
                 self._roll_back(error, reader, bar)
         reader.flush()
-        # Without checkpoints, a run that is interrupted after its last step would lose the result.
-        if stop == "signal" and (self.step < config.steps or config.checkpoint_every is not None):
+        if (stop == "signal" and self.step < config.steps) or self._must_end(signals):
             return self._interrupt(reader, bar, signals)
         return self._finish(reader, bar, signals)
+
+    def _must_end(self, signals: _Signals) -> bool:
+        """Whether to end because of a signal after the last step.
+
+        A run without checkpoints does not end, because its result would be lost.
+        """
+        return self._config.checkpoint_every is not None and signals.stop_now()
 
     def _interrupt(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
         """Print what is saved, and return the result of the interrupted run."""
@@ -446,7 +463,7 @@ class _Loop:
                 f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
             )
         bar.say(f"{signals.caught}: {message}")
-        return self._result(reader, self._checkpoint_state(self._state), None, signals.caught)
+        return self._result(reader, None, signals.caught)
 
     def _advance(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
         """Run one step, and the evaluation and the checkpoint that are due after it.
@@ -580,7 +597,7 @@ class _Loop:
             "learning_rate": self._learning_rate(),
         }
         if self._state.recent_losses is not None:
-            training["recent_losses"] = _nan_to_none(jax.device_get(self._state.recent_losses).tolist())
+            training["recent_losses"] = jax.device_get(self._state.recent_losses).tolist()
         content = {
             **self._run.meta,
             "data": self._data.state(),
@@ -591,7 +608,7 @@ class _Loop:
                 "best_mode": self._config.best_mode,
                 "best": self._best,
                 "without_improvement": self._without_improvement,
-                "losses": _nan_to_none(self._validation_losses),
+                "losses": self._validation_losses,
             },
         }
         metric = None
@@ -599,32 +616,44 @@ class _Loop:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
         state = self._checkpoint_state(self._state)
+        # The checkpoint must not be on the disk without the metrics before it, because a resumed run does not write
+        # them again.
+        self._metrics_file.sync()
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
     def _finish(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
-        improved = False
+        metric, improved = self._config.best_metric, False
         if self._validation is None:  # a resumed run has no steps left, and its checkpoint was not evaluated
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
-            if signals.stop_now():
+            if self._must_end(signals):
                 return self._interrupt(reader, bar, signals)
-        if not self._config.restore_best or improved or self._checkpoints.best in (None, self.step):
-            return self._result(reader, self._checkpoint_state(self._state), self._validation, None)
-        del self._state  # two states may not fit in memory
-        state, saved = self._checkpoints.restore(self._abstract_state, best=True)
-        metric = self._config.best_metric
-        bar.say(f"using the weights of step {int(state.step)}, which has the best {metric} of all saved steps")
-        if self._best is not None and self._to_minimize(saved["validation"][metric]) > self._best:
-            bar.say(f"an earlier evaluation had a better {metric}, but its weights were not saved")
-        return self._result(reader, state, saved["validation"], None)
+        if self._config.restore_best and not improved:
+            if self._checkpoints.best not in (None, self.step):
+                del self._state  # two states may not fit in memory
+                self._state, saved = self._checkpoints.restore(self._abstract_state, best=True)
+                self._validation = saved["validation"]
+                step = int(self._state.step)
+                bar.say(f"using the weights of step {step}, which has the best {metric} of all saved steps")
+            assert self._validation is not None
+            value = self._to_minimize(self._validation[metric])
+            if self._best is not None and not value <= self._best:  # also if the value is NaN
+                damaged = "; ".join(self._checkpoints.damaged().values())
+                reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
+                bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
+        if self._must_end(signals):
+            return self._interrupt(reader, bar, signals)
+        return self._result(reader, self._validation, None, signals.caught if signals.stop_now() else None)
 
     def _result(
-        self, reader: _MetricsReader, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
-    ) -> Result:
+        self, reader: _MetricsReader, validation: Mapping[str, float] | None, interrupted: str | None,
+        late_signal: str | None = None,
+    ) -> Result:  # fmt: skip
+        state = self._checkpoint_state(self._state)
         return Result(
             state, self._model_params(state), int(state.step), validation, interrupted,
             reader.first_loss_at - self._start_time, reader.tokens_per_second, reader.examples_per_second,
-            len(self._batch_shapes), self._tokens, self._earlier_seconds, self._rollbacks,
+            len(self._batch_shapes), self._tokens, self._earlier_seconds, self._rollbacks, self.step, late_signal,
         )  # fmt: skip
 
 
@@ -666,16 +695,6 @@ def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: 
             f"the checkpoint of step {step} in {directory} is inconsistent: {'; '.join(problems)}. Move it out of the "
             "directory to continue from an earlier checkpoint"
         )
-
-
-def _nan_to_none(values: Sequence[float]) -> list[float | None]:
-    """The values with None instead of NaN, because JSON has no NaN."""
-    return [None if math.isnan(value) else value for value in values]
-
-
-def _none_to_nan(values: Sequence[float | None]) -> list[float]:
-    """The values with NaN instead of None, the inverse of :func:`_nan_to_none`."""
-    return [math.nan if value is None else value for value in values]
 
 
 def _is_not_finite(value: Any) -> bool:
@@ -847,7 +866,5 @@ class _Signals:
             signal.signal(number, handler)
         self._previous_handlers = {}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()

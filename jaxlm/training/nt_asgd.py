@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.config import check_min
 from jaxlm.spec import Params
 
 
@@ -46,8 +47,7 @@ def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
     Raises:
         ValueError: ``nonmono`` is not positive.
     """
-    if nonmono < 1:
-        raise ValueError(f"nonmono={nonmono} must be at least 1")
+    check_min(1, nonmono=nonmono)
     older = [math.inf if math.isnan(loss) else loss for loss in losses[: -nonmono - 1]]
     return bool(older) and not losses[-1] <= min(older)
 
@@ -94,11 +94,7 @@ def start_averaging(state: Any) -> Any:
         ValueError: the state has no :func:`averaging`, or more than one.
     """
     _averaging_state(state)
-    return jax.tree.map(
-        lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)) if _is_averaging(node) else node,
-        state,
-        is_leaf=_is_averaging,
-    )
+    return _map_averaging(state, lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)))
 
 
 def mean_params(state: Any) -> Any:
@@ -112,11 +108,12 @@ def mean_params(state: Any) -> Any:
 
 def map_mean(state: Any, change: Callable[[Any], Any]) -> Any:
     """An optimizer state whose mean is ``change(mean)``. A state without :func:`averaging` is unchanged."""
-    return jax.tree.map(
-        lambda node: node._replace(mean=change(node.mean)) if _is_averaging(node) else node,
-        state,
-        is_leaf=_is_averaging,
-    )
+    return _map_averaging(state, lambda node: node._replace(mean=change(node.mean)))
+
+
+def _map_averaging(state: Any, change: Callable[[AveragingState], AveragingState]) -> Any:
+    """An optimizer state with ``change`` of each state of :func:`averaging`."""
+    return jax.tree.map(lambda node: change(node) if _is_averaging(node) else node, state, is_leaf=_is_averaging)
 
 
 def _is_averaging(node: Any) -> bool:

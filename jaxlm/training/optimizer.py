@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -373,12 +374,7 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 
 def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
     """A transformation that multiplies the update of each parameter by its factor."""
-
-    def scale(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(lambda u, factor: u * factor, updates, factors), state
-
-    return optax.GradientTransformation(optax.init_empty_state, scale)
+    return optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, factors))
 
 
 # ------------------------------------------------------------------------------------------------- clipping

@@ -132,7 +132,6 @@ def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> Non
 
     Raises:
         ValueError: ``panels`` is empty.
-        ImportError: matplotlib is not installed.
     """
     if not panels:
         raise ValueError(f"{path}: there are no metrics to draw")
@@ -147,14 +146,11 @@ def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> Non
 
     Raises:
         ValueError: ``maps`` is empty.
-        ImportError: matplotlib is not installed.
     """
     if not maps:
         raise ValueError(f"{path}: there are no attention maps to draw")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing attention maps needs matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     widths = [len(item.columns) for item in maps]
     figure = Figure(
         figsize=(0.3 * sum(widths) + 1.6 * len(maps), 0.3 * max(len(item.rows) for item in maps) + 1.4),
@@ -215,11 +211,9 @@ def _save(
     target: Any,
     **options: Any,
 ) -> None:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing curves needs matplotlib: pip install matplotlib") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     style: Any = {
         "text.color": theme.text,
         "axes.labelcolor": theme.text,

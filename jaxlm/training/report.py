@@ -64,6 +64,15 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def is_empty(self) -> bool:
+        """Whether the file does not exist or has no content."""
+        return not self.path.exists() or self.path.stat().st_size == 0
+
+    def sync(self) -> None:
+        """Flush the records to the disk (fsync). With several processes, only the first process does this."""
+        if processes.is_first() and self.path.exists():
+            integrity.sync(self.path)
+
 
 def _remove_incomplete_line(path: Path) -> None:
     """Remove a last line without a line break, which a killed run may leave.
@@ -107,12 +116,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def valid_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The records without those of steps that a rollback or a resume discarded, and without the rollbacks themselves.
 
-    A rollback discards the steps after its ``to_step``, and a resume those after its ``step``.
+    A rollback discards the steps after its ``to_step``, and a resume those after its ``step``. The event ``started``, a
+    new run in the directory of another run, discards all earlier records.
     """
     valid: list[Mapping[str, Any]] = []
     for record in records:
         event = record.get("event")
         last = record.get("to_step" if event == "rollback" else "step")
+        if event == "started":
+            valid = []
         if event in ("rollback", "resumed") and last is not None:
             valid = [earlier for earlier in valid if earlier.get("step", 0) <= last]
         if event != "rollback":
@@ -154,7 +166,6 @@ def draw_losses(metrics: str | Path, path: str | Path) -> None:
     Raises:
         FileNotFoundError: the file ``metrics`` does not exist.
         ValueError: the file is damaged, or has neither a loss nor a validation metric.
-        ImportError: matplotlib is not installed.
     """
     from jaxlm.training import plots
 
@@ -186,7 +197,8 @@ def write_results(
             ``versions`` is given, it replaces the value of this machine.
 
     Raises:
-        ValueError: a value is not JSON, for example NaN.
+        TypeError: a value or a key has a type that JSON does not have.
+        ValueError: a number is not finite.
     """
     content = {
         "task": task,
@@ -484,32 +496,8 @@ def _make_entries(entry_class: type[T], items: Any, where: str) -> list[T]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path.name}: {_find_not_json(content, '').removeprefix('=')} is not JSON: {error}"
-        ) from error
-    _write_text(path, text + "\n")
-
-
-def _find_not_json(value: Any, name: str) -> str:
-    """The name and the value of the first part of ``value`` that is not JSON, for example "scores[0].value=nan".
-
-    Args:
-        name: name of ``value``.
-    """
-    parts: Iterable[tuple[str, Any]] = ()
-    if isinstance(value, dict):
-        parts = ((f"{name}.{key}".removeprefix("."), part) for key, part in value.items())
-    elif isinstance(value, list | tuple):
-        parts = ((f"{name}[{index}]", part) for index, part in enumerate(value))
-    for part_name, part in parts:
-        try:
-            json.dumps(part, allow_nan=False)
-        except (TypeError, ValueError):
-            return _find_not_json(part, part_name)
-    return f"{name}={value!r}"
+    json_files.require_json(content, path.name, allow_nan=False)
+    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -55,7 +55,13 @@ class TensorBoardTracker:
 class _RunTracker:
     """Base class for Weights & Biases and Trackio. Their ``init`` returns a run with ``log`` and ``finish``."""
 
-    def __init__(self, service: Any, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
+    _package: str
+
+    def __init__(self, project: str, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+        try:
+            service = importlib.import_module(self._package)
+        except ImportError as error:
+            raise ImportError(f"{type(self).__name__} needs {self._package}: pip install {self._package}") from error
         self._run = service.init(project=project, name=name, config=dict(config or {}))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -82,12 +88,7 @@ class WandbTracker(_RunTracker):
         ImportError: wandb is not installed.
     """
 
-    def __init__(self, project: str, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("WandbTracker needs wandb: pip install wandb") from error
-        super().__init__(wandb, project, name, config)
+    _package = "wandb"
 
 
 class TrackioTracker(_RunTracker):
@@ -102,12 +103,7 @@ class TrackioTracker(_RunTracker):
         ImportError: trackio is not installed.
     """
 
-    def __init__(self, project: str, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
-        try:
-            import trackio  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("TrackioTracker needs trackio: pip install trackio") from error
-        super().__init__(trackio, project, name, config)
+    _package = "trackio"
 
 
 def check_tracker(name: TrackerName | None) -> None:

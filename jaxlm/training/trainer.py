@@ -17,6 +17,7 @@ from flax import struct
 
 from jaxlm import spec
 from jaxlm.adapt import Adaptation, overwrite
+from jaxlm.config import check_min
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
@@ -80,8 +81,7 @@ class TrainState:
 
 def check_step_settings(grad_accum_steps: int, ema_decay: float | None, spike_deviations: float | None) -> None:
     """Raise ``ValueError`` if one of these settings of a :class:`Trainer` is out of its range."""
-    if grad_accum_steps < 1:
-        raise ValueError(f"grad_accum_steps={grad_accum_steps} must be at least 1")
+    check_min(1, grad_accum_steps=grad_accum_steps)
     if ema_decay is not None and not 0.0 < ema_decay < 1.0:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1, or None")
     if spike_deviations is not None and not spike_deviations > 0.0:
@@ -161,10 +161,12 @@ class Trainer:
         Raises:
             ValueError: a trained parameter is not float32.
         """
-        shardings = None if self.sharding is None else self.shardings()
         if params is not None:
             params = to_mesh(params, self.model.specs, self.sharding)
-        return jax.jit(self._init, out_shardings=shardings)(key, params)
+        return self._jitted_init()(key, params)
+
+    def _jitted_init(self) -> Any:
+        return jax.jit(self._init, out_shardings=None if self.sharding is None else self.shardings())
 
     def _init(self, key: jax.Array, params: Params) -> TrainState:
         key = spec.typed_key(key)
@@ -186,12 +188,8 @@ class Trainer:
         model_state = None if self.carry_size is None else self.model.init_state(*self.carry_size)
         return TrainState(
             step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen,
-            self.initial_recent_losses(),
+            None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32),
         )  # fmt: skip
-
-    def initial_recent_losses(self) -> jax.Array | None:
-        """``TrainState.recent_losses`` before the first step."""
-        return None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan)
 
     def abstract(self, params: Params | None = None) -> TrainState:
         """Shapes (and shardings) of the state, to restore a checkpoint or to compile the step ahead of time.
@@ -202,14 +200,7 @@ class Trainer:
         """
         params = spec.abstract(self.model.specs) if params is None else params
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        shapes = jax.eval_shape(self._init, jax.random.key(0), params)
-        if self.sharding is None:
-            return shapes
-        return jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-            shapes,
-            self.shardings(),
-        )
+        return self._jitted_init().eval_shape(jax.random.key(0), params)
 
     def shardings(self) -> TrainState:
         """The sharding of each array of the state. The field ``sharding`` must be set.

@@ -25,13 +25,13 @@ def started_commands(monkeypatch):
             {
                 "op": command[2],
                 "shape": "T4",
-                "peer": peer,
+                "implementation": implementation,
                 "ratio": 1.5,
                 "seconds": [1],
                 "median": 1,
-                "roof_percent": 9,
+                "peak_percent": 9,
             }
-            for peer in ("jaxlm", "torch")
+            for implementation in ("jaxlm", "torch")
         ]
         program = command[2].removeprefix("benchmarks.")
         path.write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))

@@ -103,7 +103,7 @@ def test_a_row_has_statistics_of_its_rounds(rows: list[Row]) -> None:
     record = rows[0].record()
     assert (record["n"], record["median"], record["tokens_per_second"]) == (3, 2.0, 50.0)
     assert (record["p10"], record["p90"]) == pytest.approx((1.2, 16.4))
-    assert (record["rate"], record["roof_percent"]) == (3e12, 25.0)
+    assert (record["rate"], record["peak_percent"]) == (3e12, 25.0)
     assert record["compile_seconds"] == 3.0
     assert record["seconds"] == [1.0, 2.0, 20.0]
     assert rows[1].record()["compile_seconds"] == 0.0
@@ -126,8 +126,6 @@ def test_the_check_receives_all_warm_up_values_and_runs_before_the_rounds(calls:
     with pytest.raises(Failure, match=r"saw \{'jaxlm': \[7, 7, 7\]\}"):
         harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=3, check=check)
     assert calls == ["jaxlm"] * 3
-    with pytest.raises(Failure, match="--rounds 0"):
-        harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=0, check=check)
 
 
 def test_implementations_on_different_devices_are_not_compared(calls: list[str]) -> None:
@@ -282,6 +280,8 @@ def test_attention_is_measured_in_every_variant(tmp_path: Path, capsys: pytest.C
     assert "/plain" in capsys.readouterr().out
     assert attention.main(["--variants", "flash"]) == 2
     assert "--variants 'flash' is unknown: choose from plain, bias, relative, decode" in capsys.readouterr().err
+    assert attention.main(["--rounds", "0"]) == 2
+    assert "--rounds 0 must be from 1 to" in capsys.readouterr().err
     assert attention.main(["--lengths", "1k"]) == 2
     assert "--lengths '1k' must be whole numbers" in capsys.readouterr().err
 
@@ -309,10 +309,10 @@ def test_the_recurrence_table_has_times_per_step(rows: list[Row]) -> None:
         "2000",
         "1200",
         "1.64e+04",
-        "2e+04",
         "25.0",
+        "2e+04",
     ]
-    assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # statistics of 1/3, 2/4 and 20/40
+    assert lines[3].split()[-4:] == ["0.50", "0.37", "0.50", "4e+04"]  # statistics of 1/3, 2/4 and 20/40
 
 
 @pytest.mark.thorough
@@ -433,13 +433,11 @@ def test_the_parent_process_imports_no_framework() -> None:
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize(
-    "case", [scan_baselines.JaxCase, pytest.param(scan_baselines.TorchCase, marks=pytest.mark.live)]
-)
+@pytest.mark.parametrize("case", [scan_baselines.Jaxlm, pytest.param(scan_baselines.Torch, marks=pytest.mark.live)])
 def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) -> None:
     results = []
     for backward in (False, True):
-        measured = case("", "depthwise_convolution", "jaxlm", {"B": 1, "T": 6, "C": 3, "taps": 2}, backward)
+        measured = case("", "depthwise_convolution", {"B": 1, "T": 6, "C": 3, "taps": 2}, backward)
         measured.prepare()
         results.append(measured.run())
     forward, both = results

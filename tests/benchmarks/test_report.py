@@ -9,10 +9,10 @@ from benchmarks import harness, report
 PAGE = f"# Benchmarks\n\n{report.BEGIN}\nold text\n{report.END}\n\nMore text.\n"
 
 
-def row(op="lstm forward", shape="T128 B32 H512", peer="jaxlm", median=0.1, ratio=1.0):
+def row(op="lstm forward", shape="T128 B32 H512", implementation="jaxlm", median=0.1, ratio=1.0):
     return {
-        "op": op, "shape": shape, "peer": peer, "ratio": ratio, "work": {}, "seconds": [median], "median": median,
-        "roof_percent": 5 / median, "facts": {"peak_process_bytes": 3e9},
+        "op": op, "shape": shape, "implementation": implementation, "ratio": ratio, "work": {}, "seconds": [median],
+        "median": median, "peak_percent": 5 / median, "facts": {"peak_process_bytes": 3e9},
     }  # fmt: skip
 
 
@@ -23,9 +23,9 @@ def write_results(directory, rows, name="a.json", program="recurrence", time="20
 
 
 ROWS = [
-    row(), row(peer="torch", median=0.2, ratio=2.0),
-    row(shape="T512 B32 H512", median=0.5), row(shape="T512 B32 H512", peer="torch", median=0.4, ratio=0.8),
-    row(shape="T128 B1 H650", median=0.01), row(shape="T128 B1 H650", peer="torch", median=0.001, ratio=0.1),
+    row(), row(implementation="torch", median=0.2, ratio=2.0),
+    row(shape="T512 B32 H512", median=0.5), row(shape="T512 B32 H512", implementation="torch", median=0.4, ratio=0.8),
+    row(shape="T128 B1 H650", median=0.01), row(shape="T128 B1 H650", implementation="torch", median=0.001, ratio=0.1),
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_the_page_has_a_section_per_processor_with_the_newest_first(tmp_path):
 
 
 def test_only_programs_with_a_baseline_have_a_bar_chart(tmp_path):
-    training = [row(op="training step"), row(op="training step", peer="torch", median=0.2, ratio=2.0)]
+    training = [row(op="training step"), row(op="training step", implementation="torch", median=0.2, ratio=2.0)]
     write_results(tmp_path / "results" / "ours", training[:1], program="training")
     status, page = write_page(tmp_path)
     assert status == 0
@@ -98,7 +98,7 @@ def test_the_committed_page_is_up_to_date(tmp_path):
 
 def test_the_newest_measurement_of_a_shape_is_used(tmp_path):
     write_results(tmp_path, ROWS[:2], "b.json", time="2026-01-01")
-    write_results(tmp_path, [row(median=0.3), row(peer="torch", median=0.6, ratio=2.1)], "a.json")
+    write_results(tmp_path, [row(median=0.3), row(implementation="torch", median=0.6, ratio=2.1)], "a.json")
     write_results(tmp_path, ROWS[2:4], "c.json", time="2025-01-01")
     measured = {(item.shape, item.implementation): item.ratio for item in report.read(tmp_path)}
     assert measured == {

@@ -193,7 +193,7 @@ def test_options_have_minimum_values(make, field):
     if field == "seed" and make is SOURCES["columns"]:
         field = "batch_size"
     minimum = 0 if field == "seed" else 1
-    with pytest.raises(ValueError, match=f"{field} must be at least {minimum}, got {minimum - 1}"):
+    with pytest.raises(ValueError, match=f"{field}={minimum - 1} must be at least {minimum}"):
         make(**{field: minimum - 1})
 
 
@@ -228,7 +228,7 @@ def test_windows_need_length_plus_1_tokens():
         SOURCES["windows"](tokens=TOKENS[:0])
     with pytest.raises(ValueError, match=r"got float64\[1003\]"):
         SOURCES["windows"](tokens=TOKENS.astype(float))
-    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="stride=0 must be at least 1"):
         SOURCES["windows"](stride=0)
 
 

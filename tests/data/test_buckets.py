@@ -180,13 +180,13 @@ IDS = np.arange(1, 3)
         ([{"label": 1}], {}, "the examples have no array, only label: encode their texts"),
         ([{"a": IDS}, {"b": IDS}], {}, r"example 1 has the fields \['b'\]"),
         ([{"a": IDS}, {"a": IDS[:0]}], {}, "a of example 1 must be a 1-D array with at least one integer"),
-        ([{"a": IDS}], {"num_buckets": 0}, "num_buckets must be at least 1"),
+        ([{"a": IDS}], {"num_buckets": 0}, "num_buckets=0 must be at least 1"),
         ([{"a": IDS}, {"a": np.ones(2)}], {}, "a of example 1 has dtype float64, but batches hold int32: convert it"),
         ([{"a": IDS}, {"a": [1, 2.5]}], {}, "a of example 1 has dtype float64"),
         ([{"a": IDS == 1}], {}, "a of example 0 has dtype bool"),
         ([{"a": IDS}, {"a": IDS + 2**32}], {}, "a of example 1 has values outside int32: from 4294967297 to"),
         ([{"a": IDS}, {"a": [1, 2, 3]}], {"max_length": 2}, "a of example 1 has 3 entries, more than max_length=2"),
-        ([{"a": IDS}], {"max_length": 0}, "max_length must be at least 1, got 0"),
+        ([{"a": IDS}], {"max_length": 0}, "max_length=0 must be at least 1"),
     ],
 )
 def test_invalid_input_raises_an_error(data, options, message):

@@ -170,7 +170,7 @@ def test_elements_of_different_lengths_need_buckets():
     ("elements", "options", "error", "message"),
     [
         ([], {}, ValueError, "the source has no examples"),
-        ([{"x": 1}], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ([{"x": 1}], {"batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
         ([np.ones(3)], {}, ValueError, "element 0 must be a mapping of arrays, got ndarray"),
         ([{"text": "a"}], {}, ValueError, "text of element 0 has dtype <U1: it must hold numbers"),
     ],

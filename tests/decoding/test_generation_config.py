@@ -86,6 +86,47 @@ def test_lists_in_the_file_have_entries_of_one_type(name: str, kind: str) -> Non
         resolve(**{name: [2.5]})
 
 
+def resolve_config(given: GenerationConfig = NO_FIELDS, /, file: Any = None, **fields: Any) -> GenerationConfig:
+    """``resolve`` for a model with these fields in its ``config.json``."""
+    metadata = Metadata(config=fields, generation_config=file)
+    model = dataclasses.replace(jaxlm.get_model("gpt2-tiny", vocab_size=257), metadata=metadata)
+    return given.resolve(model, TOKENIZER)
+
+
+def test_without_the_file_the_settings_in_the_config_are_used() -> None:
+    fields = {"max_length": 84, "num_beams": 4, "length_penalty": 0.6, "early_stopping": True, "n_layer": 2}
+    expected = {name: value for name, value in fields.items() if name != "n_layer"}
+    assert resolve_config(**fields) == resolve(**expected) != resolve()
+    assert resolve_config(do_sample=True, top_k=50) == resolve(do_sample=True)
+    assert resolve_config(file={}, **fields) == resolve(), "the file hides the config"
+    assert resolve_config(GenerationConfig(9, num_beams=2), **fields).max_new_tokens == 9
+    defaults = {  # in config.json files of old versions of transformers
+        "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
+        "temperature": 1.0, "top_k": 50, "top_p": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False, "use_cache": True,
+    }  # fmt: skip
+    assert resolve_config(**defaults) == resolve()
+    ignored = GenerationConfig(ignored_fields=("no_repeat_ngram_size", "forced_eos_token_id"))
+    assert resolve_config(ignored, no_repeat_ngram_size=2, forced_eos_token_id=1, max_length=84).max_length == 84
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"no_repeat_ngram_size": 2, "forced_eos_token_id": 1}, r"^config.json sets forced_eos_token_id=1, no_repeat_"),
+        ({"num_beams": 2.5}, r"^config.json: num_beams=2.5 must be of type int"),
+        ({"stop_strings": [1]}, r"^config.json: stop_strings=\[1\] must be a list of str"),
+        ({"top_k": -1}, r"^config.json: top_k=-1 must be at least 0"),
+        ({"max_length": 0}, r"^config.json: max_length=0 must be at least 1"),
+        ({"do_sample": True, "top_p": 2}, r"top_p=2 must be in \(0, 1\].* are read from config.json\)"),
+        ({"do_sample": True, "num_beams": 2}, r"num_beams=2 searches for .* are read from config.json\)"),
+    ],
+)
+def test_errors_name_the_config_if_it_has_the_settings(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_config(**fields)
+
+
 def test_a_program_may_have_other_defaults() -> None:
     model, default = jaxlm.get_model("gpt2-tiny", vocab_size=257), GenerationConfig(500, Sampling(0.8), stop=("!",))
 
@@ -102,6 +143,9 @@ def test_a_program_may_have_other_defaults() -> None:
     assert sampling_of({"top_p": 0.3}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.3)
     assert sampling_of({"temperature": 0.0}, do_sample=True, top_p=0.9) == GREEDY
     assert sampling_of({"temperature": 0.7}, do_sample=False) == Sampling(0.7)
+    turn_off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert sampling_of({"temperature": 0.0, **turn_off}) == GREEDY
+    assert sampling_of(turn_off, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1) == Sampling(0.5)
     assert sampling_of({"do_sample": True}, do_sample=False, temperature=0.5) == Sampling(0.5)
     assert sampling_of({"do_sample": False}, do_sample=True) == GREEDY
     assert sampling_of({}, do_sample=False) == GREEDY
@@ -121,6 +165,9 @@ def test_sampling_fields_of_the_file() -> None:
     with pytest.raises(
         ValueError, match=r"generation_config.json sets do_sample=True: pass key, .* or sampling=GREEDY"
     ):
+        generate_text(model, initial_params(model), TOKENIZER, ["a"])
+    model = dataclasses.replace(model, metadata=Metadata(config={"do_sample": True}))
+    with pytest.raises(ValueError, match=r"^config.json sets do_sample=True: pass key, .* or sampling=GREEDY"):
         generate_text(model, initial_params(model), TOKENIZER, ["a"])
 
 
@@ -153,6 +200,7 @@ def test_unsupported_fields_with_neutral_values_are_accepted() -> None:
     neutral = {
         "no_repeat_ngram_size": 0, "typical_p": 1.0, "forced_eos_token_id": None, "num_return_sequences": 1,
         "use_cache": False, "pad_token_id": 3, "bos_token_id": 2, "transformers_version": "4.57.6",
+        "trust_remote_code": False,
     }  # fmt: skip
     assert resolve(**neutral) == resolve()
 

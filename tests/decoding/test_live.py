@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 import jaxlm
 from jaxlm.data import load_tokenizer
 from jaxlm.decoding import BeamConfig, GenerationConfig, Sampling, beam_search, filter_logits, generate, generate_text
+from jaxlm.decoding.config import _NO_EFFECT
+from jaxlm.interop import config_json
 
 pytestmark = pytest.mark.live
 
@@ -175,7 +179,7 @@ def test_outputs_of_an_encoder_decoder_equal_transformers(tmp_path: Path, num_be
 
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(45))]
-FILES = {
+FILES: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": NUM_NEW},
     "beams": {"max_new_tokens": NUM_NEW, "num_beams": 3, "length_penalty": 0.6},
     "beams that stop early": {"max_new_tokens": NUM_NEW, "num_beams": 3, "early_stopping": True},
@@ -258,3 +262,42 @@ def test_generation_defaults_of_the_file_equal_transformers(directory: tuple[Any
         else:  # two tokens of the first round end a text in the second round
             ends = list(dict.fromkeys(token for new_tokens in expected for token in new_tokens[1:] if token > 2))[:2]
             assert len(ends) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_settings_in_the_config_equal_transformers(directory: tuple[Any, Any, Path], name: str, tmp_path: Path) -> None:
+    """Without generation_config.json, both libraries read config.json. A file that jaxlm creates keeps the settings."""
+    torch_model, tokenizer, path = directory
+    shutil.copytree(path, tmp_path / "a", ignore=shutil.ignore_patterns("generation_config.json"))
+    config = {**json.loads((path / "config.json").read_text()), "eos_token_id": [1, 46], **FILES[name]}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    torch_model = type(torch_model).from_pretrained(tmp_path / "a").eval()
+    start = 1 if torch_model.config.is_encoder_decoder else 4
+    expected = []
+    for source in ("w3 w9 w1 w4", "w20 w21 w22 w23"):
+        batch = tokenizer(source, return_tensors="pt")
+        tokens = torch_model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0, start:]
+        ids = [token for token in tokens.tolist() if token not in range(3)]
+        expected.append([WORDS[token] for token in (ids[: ids.index(46)] if 46 in ids else ids)])
+    model, params = jaxlm.load_pretrained(tmp_path / "a")
+    key = jax.random.key(0) if "do_sample" in FILES[name] else None
+    texts = generate_text(model, params, load_tokenizer(tmp_path / "a"), ["w3 w9 w1 w4", "w20 w21 w22 w23"], key=key)
+    assert [[word for word in text.split() if word in WORDS[3:]] for text in texts] == expected
+    jaxlm.save_pretrained(tmp_path / "b", model, params, load_tokenizer(tmp_path / "a"))
+    saved = type(torch_model).from_pretrained(tmp_path / "b").generation_config.to_dict()
+    loaded = torch_model.generation_config.to_dict()
+    assert {**saved, "_from_model_config": ...} == {**loaded, "_from_model_config": ...}
+
+
+def test_the_default_settings_are_those_of_transformers() -> None:
+    from transformers import GenerationConfig as TransformersConfig
+    from transformers import PretrainedConfig
+
+    values = config_json.GENERATION_DEFAULTS
+    no_effect = {*_NO_EFFECT, "eos_token_id", "decoder_start_token_id"}
+    reference = TransformersConfig().to_dict()
+    assert values == {name: value for name, value in reference.items() if name not in no_effect}
+    in_config = PretrainedConfig._get_global_generation_defaults()
+    assert {name: values[name] for name in in_config if name not in no_effect} == {
+        name: value for name, value in in_config.items() if name not in no_effect
+    }

@@ -100,6 +100,8 @@ def test_a_resumed_run_rejects_another_notation(finished_run: Path, capsys: pyte
     assert "notation=san cannot change in a resumed run (saved value: uci)" in capsys.readouterr().err
     assert main("--resume", finished_run, "--optimizer.name", "adafactor") == 2
     assert "optimizer.name=adafactor cannot change in a resumed run" in capsys.readouterr().err
+    assert main("--resume", finished_run, "--training.evaluation-batches", "1") == 2
+    assert "training.evaluation_batches=1 cannot change in a resumed run" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

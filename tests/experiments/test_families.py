@@ -54,9 +54,22 @@ def test_the_exit_status_depends_on_the_signal(
     assert caught.value.args == arguments
 
 
+ROW = families.Row("lstm", "lstm", "causal", "adamw", 1, 2, 3.0, 4567.0, 1.0, 2.0)
+
+
+def test_no_family_starts_after_a_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results, drawn = [(ROW, "SIGINT")], []
+    monkeypatch.setattr(families, "train_family", lambda *_: results.pop())
+    monkeypatch.setattr(families, "draw", lambda rows, directory: drawn.append(rows))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        families.run(["lstm", "gru"], tmp_path / "run")
+    assert [row["family"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["lstm"]
+    assert drawn == [[ROW]]
+
+
 def test_the_table_has_the_tokens_per_second() -> None:
-    row = families.Row("lstm", "lstm", "causal", "adamw", 1, 2, 3.0, 4567.0, 1.0, 2.0)
-    header, _, line = families.table([row]).splitlines()
+    header, _, line = families.table([ROW]).splitlines()
     assert dict(zip(header.split(" | "), line.split(" | "), strict=True))["tokens/s"] == "4,567"
 
 

@@ -138,6 +138,11 @@ def test_results_are_kept_and_not_computed_again(tmp_path, monkeypatch):
         runs.run_model(*arguments, runs.Results(tmp_path / "recall.jsonl"), lambda result: None)
         assert trained == [(1e-3, 0), (1e-2, 0), (1e-2, 1)]  # seed 1 only with the better rate
     assert [kept.seed for kept in runs.Results(tmp_path / "recall.jsonl")] == [0, 0, 1]
+    with (tmp_path / "recall.jsonl").open("a") as file:
+        file.write('{"experiment": "rec')  # the disk was full
+    results = runs.Results(tmp_path / "recall.jsonl")
+    results.add(result(seed=5))
+    assert [kept.seed for kept in runs.Results(tmp_path / "recall.jsonl")] == [0, 0, 1, 5]
 
 
 def test_a_damaged_line_is_named(tmp_path):

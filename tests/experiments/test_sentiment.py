@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,8 @@ def test_options_of_load_pretrained_are_not_fields_of_the_model(field):
 
 
 @pytest.mark.usefixtures("no_svg")
-def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finished_run, files, capsys):
+def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finished_run, files, tmp_path, capsys):
+    config = (finished_run / "config.json").read_text()
     (finished_run / "report.html").unlink()
     (finished_run / "model" / "model.safetensors").unlink()
     assert main("--resume", finished_run) == 0
@@ -78,6 +80,16 @@ def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finishe
     for change in (("--data.train", files / "dev.tsv"), ("--min-frequency", "3")):
         assert main("--resume", finished_run, *change) == 2
         assert "cannot change in a resumed run" in capsys.readouterr().err
+    moved = tmp_path / "train.tsv"
+    for text, status in (("it is", 0), ("that was", 2)):
+        moved.write_text((files / "train.tsv").read_text().replace("it is", text))
+        assert main("--resume", finished_run, "--data.train", moved) == status
+        output = capsys.readouterr()
+        assert f"data.train={moved} is used instead of {files / 'train.tsv'}: it must have the same" in output.out
+        assert ("the saved iterator read other data" in output.err) == (status == 2)
+        moved_config = json.loads((finished_run / "config.json").read_text())["data"]["train"]
+        (finished_run / "config.json").write_text(config)
+        assert moved_config == str(moved if status == 0 else files / "train.tsv")
 
 
 def test_a_model_for_several_labels_per_text_is_refused_before_the_training(finished_run, files, tmp_path, capsys):
@@ -110,20 +122,67 @@ def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     assert maps[0].columns[1:3] == ["it", "is"]
 
 
-def test_every_fold_knows_all_labels(tmp_path, monkeypatch):
+@pytest.mark.parametrize("received_signal", [None, "SIGINT"])
+def test_every_fold_knows_all_labels_and_no_fold_starts_after_a_signal(tmp_path, monkeypatch, received_signal):
     (tmp_path / "lines.all").write_text("".join(f"{'rare' if n == 0 else n % 2} it is word {n}\n" for n in range(20)))
     calls = []
 
-    def train_and_test(experiment, training, test, labels, resume):
+    def train_and_test(experiment, training, test, labels, resume, parent):
         calls.append((labels, "rare" in training.label_names()))
-        return None, proportion("accuracy", 1, 10)
+        return SimpleNamespace(signal=received_signal), proportion("accuracy", 1, 10)
 
     monkeypatch.setattr(sentiment, "train_and_test", train_and_test)
     monkeypatch.setattr(sentiment.classification, "write_folds", lambda output, scores: None)
     data = sentiment.Data(train=tmp_path / "lines.all")
     sentiment.run(dataclasses.replace(sentiment.PRESETS["lstm"], data=data, folds=2, output=tmp_path / "run"))
     assert {labels for labels, _ in calls} == {("0", "1", "rare")}
-    assert sorted(has_rare for _, has_rare in calls) == [False, True]
+    assert sorted(has_rare for _, has_rare in calls) == ([False, True] if received_signal is None else [True])
+
+
+class Killed(BaseException):
+    """A simulated kill."""
+
+
+def raise_killed(*arguments, **options):
+    raise Killed
+
+
+def test_a_start_of_folds_that_is_killed_or_fails_can_be_repeated(files, tmp_path, monkeypatch, capsys):
+    run, write = tmp_path / "run", sentiment.lib.config_lib.write
+    arguments = (*TINY, "--data.train", files / "train.tsv", "--folds", 2, "--output", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(sentiment.lib.config_lib, "write", raise_killed)
+        with pytest.raises(Killed):
+            main(*arguments)
+    assert not (run / "config.json").exists()
+
+    def write_parent(config, path):
+        if path.parent != run:
+            raise Killed
+        write(config, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sentiment.lib.config_lib, "write", write_parent)
+        with pytest.raises(Killed):
+            main(*arguments)
+    assert not (run / "fold-0" / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(sentiment, "train", raise_killed)
+        with pytest.raises(Killed):
+            main("--resume", run)
+    contents = {path: path.read_bytes() for path in run.rglob("*.json")}
+    assert [json.loads(contents[path / "config.json"])["output"] for path in (run, run / "fold-0")] == [
+        str(run),
+        str(run / "fold-0"),
+    ]
+
+    def fail(*arguments):
+        raise ValueError("the checkpoint is of another step")
+
+    monkeypatch.setattr(sentiment, "train", fail)
+    assert main("--resume", run, "--epochs", "1") == 2
+    assert "the checkpoint is of another step" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == contents
 
 
 def test_a_fold_cannot_be_resumed_alone(finished_run, tmp_path, capsys):

@@ -134,6 +134,11 @@ def test_a_run_can_be_resumed_with_more_steps(copied_run, finished_run):
     assert config_lib.read(text_generation.Experiment, copied_run / "config.json").training.steps == 16
     with Checkpointer(copied_run / "checkpoints") as checkpoints:
         assert checkpoints.latest == 16
+    for name in lib.RESULT_FILES:
+        old, new = finished_run / name, copied_run / f"{name}.step-12"
+        assert old.exists() == new.exists()
+        assert not old.exists() or (new.read_bytes() == old.read_bytes() and (copied_run / name).exists())
+    assert (read_results(finished_run)["steps"], read_results(copied_run)["steps"]) == (12, 16)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,7 @@ def test_a_run_can_be_resumed_with_more_steps(copied_run, finished_run):
         ),
         (("--tokenizer", "byte"), "tokenizer=byte cannot change in a resumed run (saved value: character)"),
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
+        (("--training.evaluation-batches", "3"), "training.evaluation_batches=3 cannot change in a resumed run"),
         (("--seed", "7"), "training.seed=7 cannot change in a resumed run (saved value: 0): leave it out"),
     ],
 )
@@ -169,6 +175,7 @@ def test_a_killed_run_keeps_the_changed_options_of_its_resume(copied_run, monkey
             main("--resume", copied_run, *options)
     config = config_lib.read(text_generation.Experiment, copied_run / "config.json")
     assert (config.training.steps, config.optimizer.clip_norm) == (16, 0.5)
+    assert not any((copied_run / name).exists() for name in lib.RESULT_FILES), "they describe the weights of step 12"
 
 
 OTHER_MODEL = ("--model.set", "num_layers=1", "num_heads=4", "embed_dim=64", "vocab_multiple=8")
@@ -415,11 +422,11 @@ def test_every_preset_builds_a_model():
 @pytest.fixture
 def fake_run(monkeypatch):
     """Replace ``text_generation.run``. Return a dict of the experiment that it gets and the signal that ends it."""
-    record = {"interrupted": None}
+    record = {"interrupted": None, "signal": None}
 
     def run(experiment, resume=None):
         record["experiment"] = experiment
-        return Result(None, None, 0, None, record["interrupted"], 0.0, 0.0, 0.0, 0)
+        return Result(None, None, 0, None, record["interrupted"], 0.0, 0.0, 0.0, 0, signal=record["signal"])
 
     monkeypatch.setattr(text_generation, "run", run)
     return record
@@ -458,6 +465,7 @@ def test_the_nanogpt_preset_is_the_published_configuration(fake_run):
 
 
 @pytest.mark.parametrize(("signal", "status"), [(None, 0), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_the_exit_status_depends_on_the_signal(fake_run, signal, status):
-    fake_run["interrupted"] = signal
+@pytest.mark.parametrize("field", ["interrupted", "signal"])
+def test_the_exit_status_depends_on_the_signal(fake_run, field, signal, status):
+    fake_run[field] = signal
     assert main() == status

@@ -113,7 +113,6 @@ def test_logits_equal_the_equations(names: str, head: str | None, tmp_path: Any)
     expected = reference(weights, head)
     assert relative_error(logits(model, params), expected) < 1e-5
     unused_name = "classification_heads.mnli.dense.bias" if head is None else "lm_head.bias"
-    assert model.metadata is not None
     assert unused_name in model.metadata.unused_tensors
     if names == "new":  # also after saving and loading Hugging Face files
         save_pretrained(tmp_path, model, params)

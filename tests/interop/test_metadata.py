@@ -96,7 +96,6 @@ def test_every_field_survives_load_and_save(name: str, table: Format, architectu
     save_pretrained(tmp_path / "b", model, params)
     assert read(tmp_path / "b") == before
     assert read(tmp_path / "b", "generation_config.json") == generation
-    assert model.metadata is not None
     assert model.metadata.token_ids["eos"] == 17
     assert model.metadata.token_ids["sep"] == 3
     assert model.labels == (("bad", "so so", "good") if "id2label" in config else None)
@@ -144,6 +143,7 @@ MHA = {"max_position_embeddings": 16, "num_key_value_heads": 32}
     ("architecture", "fields", "change"),
     [
         ("LlamaForCausalLM", {**MHA, "rope_scaling": YARN}, {"max_positions": 64}),
+        ("LlamaForCausalLM", {**MHA, "rope_scaling": {**YARN, "finetuned": True}}, {"max_positions": 64}),
         ("LlamaForCausalLM", {**MHA, "rope_parameters": YARN}, {"max_positions": 64}),
         ("BambaModel", {}, {"attention_heads": 16}),
         ("BambaModel", {"max_position_embeddings": 16, "rope_scaling": YARN}, {"max_positions": None}),
@@ -306,7 +306,7 @@ def test_metadata_does_not_affect_equality_and_survives_replace(tmp_path: Path) 
     model, _ = load_pretrained(directory)
     bare = Model(model.family, model.config)
     assert (bare, hash(bare)) == (model, hash(model))
-    assert bare.metadata is None
+    assert bare.metadata == Metadata()
     changed = dataclasses.replace(model, config=dataclasses.replace(model.config, remat="full"))
     assert changed.metadata is model.metadata
     assert "metadata" not in repr(model)
@@ -390,7 +390,6 @@ def test_special_ids_come_from_the_tokenizer(variant: str, template: Any, expect
     else:
         assert not (tmp_path / "generation_config.json").exists()
     loaded_model, _ = load_pretrained(tmp_path)
-    assert loaded_model.metadata is not None
     assert loaded_model.metadata.token_ids["pad"] == expected["pad"]
 
 
@@ -406,6 +405,22 @@ def test_a_tokenizer_updates_only_the_special_ids_that_it_has(tmp_path: Path) ->
     assert config["n_note"] == "kept"
     assert read(tmp_path / "b", "generation_config.json") == {"eos_token_id": 256, "temperature": 0.5}
     assert load_tokenizer(tmp_path / "b") == ByteTokenizer()
+
+
+def test_a_new_generation_config_has_the_settings_of_the_config() -> None:
+    def saved(model_type: str, architecture: str, **fields: Any) -> dict[str, Any] | None:
+        config = {"model_type": model_type, "architectures": [architecture], "vocab_size": 257, **fields}
+        model = config_json.describe(config, Path("config.json"), {}).model
+        assert config_json.generation_config_json(model) is None
+        return config_json.generation_config_json(model, ByteTokenizer())
+
+    ids = {"bos_token_id": 8, "eos_token_id": [256, 3, 4]}
+    assert saved("llama", "LlamaForCausalLM", pad_token_id=None, **ids, top_k=50, max_length=20) == ids
+    settings = {"num_beams": 4, "max_length": 84, "no_repeat_ngram_size": 2, "length_penalty": 0.6}
+    assert saved("mt5", "MT5ForConditionalGeneration", eos_token_id=1, pad_token_id=0, **settings) == {
+        "eos_token_id": 256, "pad_token_id": 0, "decoder_start_token_id": 0, **settings,
+    }  # fmt: skip
+    assert saved("bert", "BertForMaskedLM", max_length=512) is None
 
 
 def test_tokenizer_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
@@ -471,7 +486,6 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
         overrides = {"num_labels": 5} if task in ("classification", "token_classification") else {}
         loaded, params = load_pretrained(tmp_path, task=task, seed=3, **overrides)
         new_params = loaded.init(jax.random.key(3))  # not compiled, like the new arrays of load_pretrained
-        assert loaded.metadata is not None
         expected = {
             path
             for path in spec.flatten(loaded.specs)
@@ -518,7 +532,6 @@ def test_a_pooler_and_a_next_sentence_head_that_the_model_does_not_have_are_not_
     save_file(load_file(path) | extra, path)
     (tmp_path / "checksums.json").unlink()
     loaded, params = load_pretrained(tmp_path)
-    assert loaded.metadata is not None
     assert set(loaded.metadata.unused_tensors) == set(extra)
     assert_trees_equal(params, params_with_distinct_entries(model))
     save_file(load_file(path) | {"bert.unknown": np.ones(2, np.float32)}, path)
@@ -529,10 +542,8 @@ def test_a_pooler_and_a_next_sentence_head_that_the_model_does_not_have_are_not_
 def test_families_without_published_formats_get_new_heads(tmp_path: Path) -> None:
     save_model(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
     model, _ = load_pretrained(tmp_path, num_labels=3)
-    assert model.metadata is not None
     assert {path.partition("/")[0] for path in model.metadata.initialized} == {"classifier"}
     model, _ = load_pretrained(tmp_path, task="token_classification", num_labels=2)
-    assert model.metadata is not None
     assert {path.partition("/")[0] for path in model.metadata.initialized} == {"token_classifier"}
     assert {name.partition(".")[0] for name in model.metadata.unused_tensors} == {"classifier"}
 
@@ -541,7 +552,6 @@ def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     model = get_model("bert-tiny", task="classification", num_labels=2).with_labels(["a", "b"])
     save_model(tmp_path, model)
     loaded, params = load_pretrained(tmp_path, task="classification", num_labels=2)
-    assert loaded.metadata is not None
     assert (loaded.labels, loaded.metadata.initialized, loaded.metadata.unused_tensors) == (("a", "b"), (), ())
     np.testing.assert_array_equal(
         params["classifier"]["weight"], params_with_distinct_entries(model)["classifier"]["weight"]
@@ -549,7 +559,6 @@ def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     # With another number of labels, the label names of the file do not apply.
     edit(tmp_path, problem_type="multi_label_classification")
     loaded, params = load_pretrained(tmp_path, num_labels=3)
-    assert loaded.metadata is not None
     assert (loaded.labels, set(loaded.metadata.initialized)) == (None, {"classifier/weight", "classifier/bias"})
     config = config_json.model_config_json(loaded, "float32")
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
@@ -568,6 +577,20 @@ def test_a_multilingual_t5_keeps_another_mlp_than_its_default(model_type: str, t
     assert loaded.config.mlp == "relu"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "former", "present"),
+    [
+        ("t5", "T5WithLMHeadModel", "T5ForConditionalGeneration"),
+        ("llama", "LLaMAForCausalLM", "LlamaForCausalLM"),
+    ],
+)
+def test_a_class_with_a_former_name_is_saved_with_its_present_name(model_type: str, former: str, present: str) -> None:
+    config = {"model_type": model_type, "architectures": [former], "torch_dtype": "float32", "note": "kept"}
+    model = config_json.describe(config, Path("config.json"), {}).model
+    assert model == config_json.describe({**config, "architectures": present}, Path("config.json"), {}).model
+    assert config_json.model_config_json(model, "float32") == {**config, "architectures": [present]}
+
+
 def test_the_error_for_an_unknown_t5_class_does_not_propose_its_base_model(tmp_path: Path) -> None:
     directory = save_model(tmp_path, get_model("t5-tiny"))
     edit(directory, architectures=["T5ForQuestionAnswering"])
@@ -583,7 +606,6 @@ def test_an_unsupported_class_loads_as_its_base_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
     model, _ = load_pretrained(directory, task="classification", num_labels=1)
-    assert model.metadata is not None
     assert set(model.metadata.initialized) == {"classifier/weight", "classifier/bias"}
     assert config_json.model_config_json(model, "float32")["architectures"] == ["BertForSequenceClassification"]
 
@@ -615,7 +637,6 @@ def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing: cls.predictions.bias"):
         load_pretrained(directory)
     model, _ = load_pretrained(directory, task="masked")
-    assert model.metadata is not None
     assert all(path.startswith("masked/") for path in model.metadata.initialized)
     assert len(model.metadata.initialized) == 5
 

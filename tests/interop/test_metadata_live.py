@@ -127,7 +127,6 @@ def test_generation_ends_at_an_unusual_token(name: str, table: Format, architect
     assert (expected[0] == 9).any() or expected.shape[1] < without_end.shape[1]
     torch_model.save_pretrained(tmp_path / "b")
     loaded, params = load_pretrained(tmp_path / "b")
-    assert loaded.metadata is not None
     assert (loaded.metadata.token_ids["eos"], loaded.metadata.token_ids["pad"]) == (end, 9)
     save_pretrained(tmp_path / "c", loaded, params)
     np.testing.assert_array_equal(generate(torch_class(architecture).from_pretrained(tmp_path / "c").eval()), expected)

@@ -184,7 +184,7 @@ def test_experts_in_files():
     assert read(num_experts=8, mlp_only_layers=[1]) == (8, 1, (1,), 512)
     for dense in ({"mlp_only_layers": [0, 1]}, {"decoder_sparse_step": 3}, {"num_experts": 0}):
         assert read(**dense) == (None, 1, (), None)
-    with pytest.raises(ValueError, match="shared_expert_intermediate_size=None must be an integer"):
+    with pytest.raises(ValueError, match="shared_expert_intermediate_size=None must be a whole number"):
         read(shared_expert_intermediate_size=None)
 
 
@@ -247,7 +247,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
     ("fields", "message"),
     [
         ({"mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list of layer numbers"),
-        ({"num_experts": None}, "num_experts=None must be an integer"),
+        ({"num_experts": None}, "num_experts=None must be a whole number"),
         (
             {"layer_types": ["linear_attention"] * 2},
             "layer_types=.* must name the mixer of each of num_hidden_layers=3",

@@ -165,10 +165,10 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
             {"block_types": ["mamba"]},
             r"block_types=\['mamba'\] must be a non-empty list whose entries are 'recurrent' or 'attention'",
         ),
-        ({"num_key_value_heads": "1"}, "num_key_value_heads='1' is not a positive integer"),
-        ({"intermediate_size": 0}, "intermediate_size=0 is not a positive integer"),
+        ({"num_key_value_heads": "1"}, "num_key_value_heads='1' must be a whole number or None"),
+        ({"intermediate_size": 0}, "mlp_dim=0 must be at least 1"),
         ({"head_dim": 16}, "head_dim=16 must be hidden_size / num_attention_heads = 32 / 4"),
-        ({"logits_soft_cap": None}, "logits_soft_cap=None is not of type float"),
+        ({"logits_soft_cap": None}, "logits_soft_cap=None must be a finite number"),
     ],
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):

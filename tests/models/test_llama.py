@@ -337,8 +337,8 @@ def test_experts_in_files():
         assert read_experts(**dense)[0] is None
     assert read_experts(decoder_sparse_step=2, mlp_only_layers=[1, 3])[0] is None
     for wrong, message in (
-        ({"num_experts": -1}, "num_experts=-1 must be an integer"),
-        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 an integer of at least 1"),
+        ({"num_experts": -1}, "num_experts=-1 must be at least 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 at least 1"),
         ({"mlp_only_layers": [4]}, r"mlp_only_layers=\[4\] must be a list of layer numbers below 4"),
         ({"mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list"),
     ):
@@ -387,7 +387,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"head_dim": "8"}, "head_dim='8' is not an integer"),
+        ({"head_dim": "8"}, "head_dim='8' must be a whole number or None"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
         ({"rope_theta": 0.0}, "rotary_base=0.0 must exceed 1"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no field factor"),

@@ -298,7 +298,7 @@ def test_unsupported_settings_raise(tmp_path, fields, message):
         ({"attn_layer_indices": 1}, "attn_layer_indices=1 must be a list of integers or null"),
         ({"mamba_n_heads": 7}, "mamba_n_heads=7 times mamba_d_head=8 must equal the width of the mixer, 64"),
         ({"mamba_d_head": "wide"}, "mamba_d_head='wide' must equal the width of the mixer, 64"),
-        ({"mamba_expand": None}, "mamba_expand=null is not supported: it must be an integer"),
+        ({"mamba_expand": None}, "mamba_expand=None must be a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
     ],
 )
@@ -324,8 +324,8 @@ def test_fields_of_bamba_with_a_default_are_read(tmp_path):
         ({"mlp_multipliers": 0.5}, "mlp_multipliers=0.5 must be a list of numbers"),
         ({"lm_head_multiplier": None}, "lm_head_multiplier=None must be a number"),
         ({"projectors_bias": True}, "mamba_proj_bias=False and projectors_bias=True must be equal"),
-        ({"head_dim": None}, "head_dim=None must be an integer; if it is missing, hidden_size=32 / num_"),
-        ({"mamba_d_ssm": None, "mamba_expand": None}, "mamba_expand=null is not supported: it must be an integer"),
+        ({"head_dim": None}, "head_dim=None must be a whole number"),
+        ({"mamba_d_ssm": None, "mamba_expand": None}, "mamba_expand=None must be a whole number"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
     ],
 )

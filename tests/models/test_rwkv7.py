@@ -214,7 +214,7 @@ def test_unused_tensors_of_the_first_block_are_ignored(tmp_path):
     [
         ({"architectures": ["RWKV7ForCausalLM"]}, {}, "architecture 'RWKV7ForCausalLM' is not supported"),
         ({"head_dim": 7}, {}, "head_dim=7 does not divide embed_dim=32"),
-        ({"a_low_rank_dim": "5"}, {}, "a_low_rank_dim='5' is not of type int"),
+        ({"a_low_rank_dim": "5"}, {}, "a_low_rank_dim='5' must be a whole number"),
         ({"decay_low_rank_dim": 7}, {}, r"blocks.0.att.w1"),
         ({"num_hidden_layers": 1}, {}, r"blocks.1"),
         # Other models of the authors have these tensors, for example RWKV-7 with DeepEmbed.

@@ -187,7 +187,7 @@ def test_published_sizes():
     ("change", "message"),
     [
         ({"embed_dim": 31}, "embed_dim=31 must be even"),
-        ({"clamp_length": 0}, "clamp_length=0 must be at least 1, or None"),
+        ({"clamp_length": 0}, "clamp_length=0 must be at least 1"),
         ({"memory_length": 0}, "memory_length=0 must be at least 1"),
         ({"cutoffs": (48, 32)}, r"cutoffs=\(48, 32\) must ascend"),
         ({"task": "masked"}, "task='masked' is unknown"),

@@ -57,9 +57,10 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
 @pytest.mark.parametrize(
     ("shape", "segments", "message"),
     [
-        ((4, 1), None, r"time at least 2, got \[4, 1\]"),
-        ((2, 9), (2, 8), r"segment_ids must have the shape of tokens, \[2, 9\], got \[2, 8\]"),
-        ((2, 9), (1, 9), r"segment_ids must have the shape of tokens, \[2, 9\], got \[1, 9\]"),
+        ((4,), None, r"tokens must be integers of shape \[batch, time\], got int32\[4\]"),
+        ((4, 1), None, r"tokens \[4, 1\] must have at least two tokens per row"),
+        ((2, 9), (2, 8), r"segment_ids \[2, 8\] must have the shape of tokens \[2, 9\]"),
+        ((2, 9), (1, 9), r"segment_ids \[1, 9\] must have the shape of tokens \[2, 9\]"),
     ],
 )
 def test_invalid_shapes_raise_errors(shape, segments, message):

@@ -19,6 +19,10 @@ def windows(rows=4, length=33, seed=0):  # 12 tokens for the first part and 21 f
     return np.random.default_rng(seed).integers(10, 90, (rows, length)).astype(np.int32)
 
 
+def both_directions(tokens):
+    return np.concatenate([tokens, tokens[:, ::-1]]), np.repeat([False, True], len(tokens))
+
+
 def parts_of(batch, row, reuse=12):
     """Return (tokens, mask of predicted tokens) for each of the two parts of a row."""
     tokens = batch.tokens[row]
@@ -138,10 +142,7 @@ def test_separators_are_never_predicted_and_have_weight_0():
 
 
 def test_spans_begin_at_word_starts_in_both_directions():
-    tokens, right_to_left = permutation.both_directions(windows(2))
-    assert tokens.shape == (4, 33)
-    assert right_to_left.tolist() == [False, False, True, True]
-    assert np.array_equal(tokens[2:], tokens[:2, ::-1])
+    tokens, right_to_left = both_directions(windows(2))
     # Words have three tokens. In a reversed row, the last token of a word comes first, but no span begins there.
     starts = np.arange(33) % 3 == 0
     starts = np.stack([starts, starts, starts[::-1], starts[::-1]])
@@ -172,16 +173,11 @@ def test_a_batch_depends_only_on_the_generator():
     assert not np.array_equal(batch.inputs["order"], other_seed.inputs["order"])
 
 
-def test_pairs_are_padded_on_the_left():
+def test_pairs_have_separators_and_token_types():
     tokens, types = permutation.pair(np.array([20, 21]), np.array([30]))
+    assert (tokens.tolist(), types.tolist()) == ([20, 21, SEP, 30, SEP, CLS], [0, 0, 0, 1, 1, 2])
     assert permutation.pair(np.array([20]))[0].tolist() == [20, SEP, CLS]
     assert permutation.pair(np.array([20]))[1].tolist() == [0, 0, 2]
-    padded = permutation.pad_left(tokens, types, 8)
-    assert [x.tolist() for x in padded] == [
-        [5, 5, 20, 21, 4, 30, 4, 3], [4, 4, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 1, 1, 1],
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="6 tokens do not fit a row of 5"):
-        permutation.pad_left(tokens, types, 5)
 
 
 def test_invalid_numbers_raise_errors():
@@ -206,7 +202,7 @@ def test_invalid_numbers_raise_errors():
 def test_the_loss_is_the_cross_entropy_of_the_targets():
     model = tiny_model("xlnet")
     params = add_noise(initial_params(model))
-    tokens, right_to_left = permutation.both_directions(windows(2))
+    tokens, right_to_left = both_directions(windows(2))
     batch = permutation.batch(tokens, np.random.default_rng(0), PermutationConfig(**SMALL), right_to_left=right_to_left)
     total, weight, state = jax.jit(lambda p, b: permutation.loss(model, p, b))(params, batch)
     assert state is None

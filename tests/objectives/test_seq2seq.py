@@ -94,17 +94,20 @@ def test_rows_are_padded_on_the_right():
 
 def test_invalid_input_raises_errors():
     source, targets = np.zeros((2, 4), np.int32), np.zeros((2, 3), np.int32)
-    with pytest.raises(
-        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] .*, and the batch size of source \[2, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"source \[2, 4\] and targets \[3, 3\] must have .* the same batch size"):
         seq2seq.batch(source, np.zeros((3, 3), np.int32), start_id=0)
-    with pytest.raises(ValueError, match=r"targets \[2, 0\] must be \[batch, time\] with at least one token per row"):
-        seq2seq.batch(source, targets[:, :0], start_id=0)
-    with pytest.raises(ValueError, match=r"source \[4\] must be"):
+    for empty in ({"source": source, "targets": targets[:, :0]}, {"source": source[:, :0], "targets": targets}):
+        with pytest.raises(
+            ValueError, match=r"source \[2, \d\] and targets \[2, \d\] must have at least one token per row"
+        ):
+            seq2seq.batch(**empty, start_id=0)
+    with pytest.raises(ValueError, match=r"source must be integers of shape \[batch, time\], got int32\[4\]"):
         seq2seq.batch(source[0], targets, start_id=0)
-    with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of their tokens \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"targets must be integers of shape \[batch, time\], got float64\[2, 3\]"):
+        seq2seq.batch(source, targets.astype(float), start_id=0)
+    with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of source \[2, 4\]"):
         seq2seq.batch(source, targets, start_id=0, source_segment_ids=targets)
-    with pytest.raises(ValueError, match=r"^segment_ids \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^segment_ids \[2, 4\] must have the shape of targets \[2, 3\]"):
         seq2seq.batch(source, targets, start_id=0, segment_ids=source)
     for rows, length, message in [
         ([[1, 2], []], None, "row 1 has no tokens: remove it"),

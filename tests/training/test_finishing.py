@@ -1,6 +1,7 @@
 """A run that is killed in any phase after the training can be resumed and completed."""
 
 import contextlib
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -118,12 +119,26 @@ def test_a_run_killed_before_it_wrote_its_configuration_can_be_started_again(tmp
         checks.check_output(tmp_path, resume=False)
 
 
-def test_a_finished_run_without_metrics_can_be_completed(completed_run, tmp_path, capsys):
+def test_the_report_has_the_last_step_and_the_step_of_the_best_weights(completed_run, tmp_path):
+    for step, expected in ((STEPS, {}), (2, {"best_step": 2})):
+        result = dataclasses.replace(completed_run.result, step=step)
+        model, _ = load_pretrained(completed_run.directory / "model")
+        lib.report(tmp_path, task="t", model=model, start_time=0.0, scores=[], result=result)
+        results = read_results(tmp_path)
+        assert results["steps"] == STEPS
+        assert {name: results[name] for name in results if name == "best_step"} == expected
+
+
+def test_a_finished_run_without_metrics_can_be_completed(completed_run, tmp_path, capsys, monkeypatch):
     assert "no metrics" not in completed_run.printed
     directory = shutil.copytree(completed_run.directory, tmp_path / "run")
     for name in ("metrics.jsonl", "loss.png", "results.json", "report.html"):
         (directory / name).unlink()
+    monkeypatch.setattr(text_generation, "write_sample", lambda *arguments: None)
     text_generation.run(completed_run.experiment, directory)
+    for name in ("samples.jsonl", "attention.json", "attention.png"):  # of an earlier end of the run
+        assert (completed_run.directory / name).exists()
+        assert not (directory / name).exists()
     assert f"{directory / 'metrics.jsonl'} has no metrics: there are no loss curves" in capsys.readouterr().out
     assert not (directory / "loss.png").exists()
     assert read_results(directory)["steps"] == STEPS

@@ -142,13 +142,37 @@ def test_a_signal_before_or_during_an_evaluation_is_reported_at_once(tmp_path, c
 
 @pytest.mark.parametrize("checkpoint_every", [4, None])
 def test_a_signal_during_the_last_step_ends_the_run_if_its_result_is_saved(tmp_path, complete_run, checkpoint_every):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 999, "loss": 1.0}\n')  # of another run
     data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), STEPS, signal.SIGINT)
     result = run(tmp_path, data=data, checkpoint_every=checkpoint_every)
-    assert result.step == STEPS
+    assert result.step == result.last_step == STEPS
+    assert (result.interrupted, result.signal) == ((None, "SIGINT") if checkpoint_every is None else ("SIGINT", None))
     if checkpoint_every is not None:
-        assert result.interrupted == "SIGINT"
         result = run(tmp_path, resume=True)
     assert (result.interrupted, result.validation) == (None, complete_run.validation)
+    assert metric_curve(read_metrics(tmp_path / "metrics.jsonl"), "loss")[0][-1] == STEPS
+
+
+@pytest.mark.parametrize("during", ["save", "restore"])
+def test_a_signal_after_the_last_step_ends_the_run(tmp_path, complete_run, monkeypatch, during):
+    method, is_resumed, synced = getattr(Checkpointer, during), during == "restore", []
+    if is_resumed:
+        shutil.copytree(tmp_path.parent / "complete_run", tmp_path, dirs_exist_ok=True)
+
+    def signalling_method(self, *arguments, **options):
+        if is_resumed or options["wait"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not is_resumed:
+            assert synced[-1] == tmp_path / "metrics.jsonl", "metrics are on the disk before the checkpoint after them"
+        return method(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, during, signalling_method)
+        patch.setattr(integrity, "sync", synced.append)
+        result = run(tmp_path, resume=is_resumed)
+    assert (result.step, result.interrupted, result.validation) == (STEPS, "SIGTERM", None)
+    result = run(tmp_path, resume=True)
+    assert (result.interrupted, result.validation) == (None, pytest.approx(dict(complete_run.validation)))
 
 
 KILLED = """
@@ -430,7 +454,7 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     evaluate = scripted_evaluate([0.1, 0.7, 0.5, 0.6, 0.2, 0.3])
     monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, evaluate))
     result = run(tmp_path / "stops", checkpoint_every=100, patience=2, **best)
-    assert (result.step, int(result.state.step)) == (4, 4)
+    assert (result.step, int(result.state.step), result.last_step) == (4, 4, 8)
     assert result.validation == {"loss": 1.0, "score": 0.7}
     messages = capfd.readouterr().err
     assert "step 8: score has not improved in 2 evaluations: training stops" in messages
@@ -440,6 +464,22 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
         [2, 4, 6, 8],
         [0.1, 0.7, 0.5, 0.6],
     )
+    restore = Checkpointer.restore
+
+    def signalling_restore(self, *arguments, best=False, **options):
+        if best:
+            os.kill(os.getpid(), signal.SIGINT)
+        return restore(self, *arguments, best=best, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "restore", signalling_restore)
+        interrupted = run(tmp_path / "stops", resume=True, checkpoint_every=100, patience=2, **best)
+    assert (interrupted.interrupted, interrupted.validation) == ("SIGINT", None)
+    (tmp_path / "stops" / "checkpoints" / "4" / "record" / "metadata").write_text("{}")
+    last = run(tmp_path / "stops", resume=True, checkpoint_every=100, patience=2, **best)
+    assert (last.step, last.validation["score"]) == (8, 0.6)
+    message = capfd.readouterr().err.replace("\n", " ")
+    assert "an earlier evaluation had a better score, but its weights were not saved, or are damaged: " in message
     # The count of evaluations without improvement survives an interruption.
     monkeypatch.setattr(
         sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, scripted_evaluate([0.1, 0.7, 0.5]))

@@ -64,6 +64,8 @@ def test_a_curve_has_no_steps_after_the_checkpoint_of_a_resume():
     records += [{"step": 15, "event": "resumed"}, {"step": 16, "loss": 0.5}]
     assert metric_curve(records, "loss") == ([10, 16], [10.0, 0.5])
     assert metric_curve(records[:-1], "loss") == ([10], [10.0])
+    records += [{"step": 0, "event": "started"}, {"step": 1, "loss": 2.0}]  # a new run in the same directory
+    assert metric_curve(records, "loss") == ([1], [2.0])
 
 
 def test_each_panel_has_the_loss_or_one_validation_metric(tmp_path):
@@ -123,11 +125,11 @@ def test_read_results_returns_scores_processor_and_versions(tmp_path):
 
 def test_values_that_are_not_json_are_rejected(tmp_path):
     scores = [Score("loss", 1.0), Score("f1", math.nan)]
-    for values, message in (
-        ({"scores": scores}, r"results.json: scores\[1\].value=nan is not JSON: Out of range"),
-        ({"scores": [], "data": {"a": ({1},)}}, r"results.json: data.a\[0\]=\{1\} is not JSON: Object of type set"),
+    for values, error, message in (
+        ({"scores": scores}, ValueError, r"results.json\['scores'\]\[1\]\['value'\] is nan: JSON has no such number"),
+        ({"scores": [], "data": {"a": ({1},)}}, TypeError, r"results.json\['data'\]\['a'\]\[0\] is \{1\} of type set"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             report.write_results(tmp_path, task="t", family="f", parameters=1, minutes=1.0, **values)
     with pytest.raises(TypeError, match="sample 1: score is float: it must be a string"):
         report.write_samples(tmp_path, [{"score": "0.5"}, {"score": 0.5}])
@@ -200,8 +202,9 @@ def complete_run(tmp_path_factory):
     (run / "config.json").write_text('{"model": "<b>gpt</b>"}')
     scores = [Score("accuracy", 0.9048, 0.8835, 0.9226, 872, "a|b"), Score("loss", 1.5)]
     report.write_results(
-        run, task="chess", family="attention_rnn", parameters=1234567, minutes=60, scores=scores, data="<held out>"
-    )
+        run, task="chess", family="attention_rnn", parameters=1234567, minutes=60, scores=scores, data="<held out>",
+        steps=40,
+    )  # fmt: skip
     rows = [{"source": f"source {index}", "output": "yes", "label": "yes"} for index in range(SHOWN_SAMPLES + 5)]
     rows[1]["output"] = "no"
     rows[2] = {"source": "<script>alert('x')</script> & more", "output": "yes", "label": "yes", "score": "0.5"}
@@ -239,6 +242,7 @@ def test_the_report_shows_the_content_of_every_file(complete_run):
         "A <map>", "ein", "</s>", "Qxf7#",
     ):  # fmt: skip
         assert words in page.text, words
+    assert "<dt>steps</dt><dd>80</dd>" in text, "the last step, although results.json has an earlier one"
     assert page.text.count("wrong") == 1
     assert len(re.findall("<svg", text)) == 2 + 2 + 2  # 2 training plots, 2 optimization plots, 2 boards
     assert "y&amp;s" in text

@@ -14,11 +14,11 @@ import importlib
 import importlib.util
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+from jaxlm.interop.formats.format import Format, Layout
 from jaxlm.models.registry import FAMILIES
 from jaxlm.models.registry import family as family_module
 
-__all__ = ["TRANSPOSED", "Format", "Layout", "of", "unpublished_fields"]
+__all__ = ["Format", "Layout", "of", "unpublished_fields"]
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format
 from jaxlm.models.bert import mlp_dim
 
 BERT = Format(
@@ -87,23 +87,6 @@ BERT = Format(
         "span/bias": "qa_outputs.bias",
     },
     tied_tensors={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
-    layouts={
-        "layers/attention/query/weight": ((1, 2), (0,)),
-        "layers/attention/query/bias": ((0, 1),),
-        "layers/attention/key/weight": ((1, 2), (0,)),
-        "layers/attention/key/bias": ((0, 1),),
-        "layers/attention/value/weight": ((1, 2), (0,)),
-        "layers/attention/value/bias": ((0, 1),),
-        "layers/attention/output/weight": ((2,), (0, 1)),
-        "layers/mlp/up/weight": TRANSPOSED,
-        "layers/mlp/down/weight": TRANSPOSED,
-        "pooler/weight": TRANSPOSED,
-        "masked/dense/weight": TRANSPOSED,
-        "next_sentence/weight": TRANSPOSED,
-        "classifier/weight": TRANSPOSED,
-        "token_classifier/weight": TRANSPOSED,
-        "span/weight": TRANSPOSED,
-    },
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # in the first published files
     ignored=(r"embeddings\.position_ids",),  # 0, 1, 2, ... in old files
 )

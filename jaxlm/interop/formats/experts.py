@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Layout, integer
+from jaxlm.interop.formats.format import integer
 from jaxlm.models.experts import ExpertsConfig
 
 HF_NAME_OF_FIELD = {
@@ -27,9 +27,6 @@ TENSORS = {
 }
 """``Format.tensors`` of the experts."""
 
-LAYOUTS: dict[str, Layout] = {f"layers/experts/{name}/weight": TRANSPOSED for name in ("router", *SWIGLU)}
-"""``Format.layouts`` of the experts."""
-
 
 def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
     """The jaxlm config fields ``num_experts``, ``expert_interval`` and ``dense_layers``, from ``config.json``.
@@ -46,11 +43,8 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
     """
     experts = integer(config, "num_experts", num_experts)
     interval = integer(config, "decoder_sparse_step", 1)
-    if experts is None or experts < 0 or interval is None or interval < 1:
-        raise ValueError(
-            f"num_experts={experts} must be an integer of at least 0, and decoder_sparse_step={interval} an integer of "
-            "at least 1"
-        )
+    if experts < 0 or interval < 1:
+        raise ValueError(f"num_experts={experts} must be at least 0, and decoder_sparse_step={interval} at least 1")
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
         raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers below {num_layers}")

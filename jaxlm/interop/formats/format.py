@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from jaxlm.config import check_value
+
 T = TypeVar("T")
 
 Layout = tuple[tuple[int, ...], ...]
@@ -17,9 +19,6 @@ Layout = tuple[tuple[int, ...], ...]
 Example: a jaxlm weight of one layer has the shape [D, H, K]. The layout is ((0,), (1, 2)) if the HF tensor has the
 shape [D, H * K], and ((1, 2), (0,)) if the HF tensor has the shape [H * K, D].
 """
-
-TRANSPOSED: Layout = ((1,), (0,))
-"""The layout of a jaxlm matrix [in, out] that HF files store as [out, in]."""
 
 NATIVE_PREFIX = "jaxlm-"
 """Start of ``model_type`` in jaxlm's own format, whose tensor names are the paths of the parameters."""
@@ -60,8 +59,10 @@ class Format:
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
         unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.
-        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert. A missing path means that the HF
-            tensor has the axes of the parameter.
+        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, for parameters that are not as in
+            torch. By default, a parameter ``weight`` is a matrix [out, in] in files, a ``bias`` has one axis, and any
+            other tensor has the axes of the parameter. ``jaxlm.adapt.num_row_axes`` defines which axes of a weight are
+            its inputs.
         tied_tensors: full name of an additional tensor that a file may contain -> path of the jaxlm parameter that must
             be equal to the tensor. The ``prefix`` is not added to the name.
         layer_copies: name of an HF tensor of each layer, with ``{layer}`` -> path of the jaxlm parameter that all
@@ -115,9 +116,12 @@ def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
     return tuple(kinds[: next(sizes, num_layers)])
 
 
-def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:
-    """The value of a field of ``config.json``, checked to be an integer or null; ``default`` if it is missing."""
+def integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
+    """The value of a field of ``config.json``, checked to be an integer; ``default`` if it is missing.
+
+    Args:
+        nullable: whether the value may be null.
+    """
     value = config.get(name, default)
-    if value is not None and type(value) is not int:
-        raise ValueError(f"{name}={value!r} is not an integer")
+    check_value(int | None if nullable else int, value, name)
     return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config, Mixer
@@ -24,8 +24,6 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = experts.read_experts(config, num_layers, 512)
     if fields["num_experts"] is not None:
         fields["shared_expert_dim"] = integer(config, "shared_expert_intermediate_size", 512)
-        if fields["shared_expert_dim"] is None:
-            raise ValueError("shared_expert_intermediate_size=None must be an integer")
     return {**fields, "pattern": _pattern(config, num_layers), **read_rotary(config, None)}
 
 
@@ -34,7 +32,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
     types = config.get("layer_types")
     if types is None:
         interval = integer(config, "full_attention_interval", 4)
-        if interval is None or interval < 1:
+        if interval < 1:
             raise ValueError(f"full_attention_interval={interval} must be at least 1")
         types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(name in _LAYER_TYPES for name in types):
@@ -123,20 +121,7 @@ _QWEN3_NEXT = Format(
     },
     unprefixed_tensors=DECODER_HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
-    layouts={
-        "layers/delta_rule/query_key_value_gate/weight": ((1, 2), (0,)),
-        "layers/delta_rule/beta_decay/weight": ((1, 2, 3), (0,)),
-        "layers/delta_rule/convolution/weight": ((1,), (), (0,)),
-        "layers/attention/query_gate/weight": ((1, 2, 3), (0,)),
-        "layers/attention/query_gate/bias": ((0, 1, 2),),
-        **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("key", "value")},
-        **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("key", "value")},
-        **{f"layers/{mixer}/output/weight": ((2,), (0, 1)) for mixer in ("delta_rule", "attention")},
-        **{f"layers/{mlp}/{name}/weight": TRANSPOSED for mlp in ("mlp", "experts/shared") for name in experts.SWIGLU},
-        **experts.LAYOUTS,
-        "layers/experts/shared_gate/weight": TRANSPOSED,
-        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
-    },
+    layouts={"layers/delta_rule/convolution/weight": ((1,), (), (0,))},
     ignored=(r"mtp\..*",),  # multi-token prediction layers, which transformers also ignores
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format
 
 _GPT2 = Format(
     architectures={
@@ -84,9 +84,9 @@ _GPT2 = Format(
     # GPT-2's Conv1D stores weights as [in, out]. So the weights in layers are not transposed; only axes are merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
-        "layers/attention/qkv/bias": ((0, 1, 2),),
         "layers/attention/output/weight": ((0, 1), (2,)),
-        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
+        "layers/mlp/up/weight": ((0,), (1,)),
+        "layers/mlp/down/weight": ((0,), (1,)),
     },
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # old files: causal mask, score of masked keys
 )

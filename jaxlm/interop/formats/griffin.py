@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format, integer
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    kv_heads = config.get("num_key_value_heads")
-    if kv_heads is None:
-        kv_heads = config.get("num_attention_heads", 10)
-    # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for gate and up
-    mlp_dim = config.get("intermediate_size", 7680)
-    pattern = config.get("block_types", Config.pattern)
-    for name, value in (("num_key_value_heads", kv_heads), ("intermediate_size", mlp_dim)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r} is not a positive integer")
     num_heads, embed_dim = config.get("num_attention_heads", 10), config.get("hidden_size", 2560)
-    head_dim = config.get("head_dim")
-    if head_dim is not None and type(num_heads) is type(embed_dim) is int and head_dim * num_heads != embed_dim:
-        raise ValueError(f"head_dim={head_dim!r} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
+    kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
+    # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for gate and up
+    mlp_dim = integer(config, "intermediate_size", 7680)
+    pattern = config.get("block_types", Config.pattern)
+    if head_dim is not None and head_dim * num_heads != embed_dim:
+        raise ValueError(f"head_dim={head_dim} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
     if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
         mixers = " or ".join(map(repr, get_args(Mixer)))
         raise ValueError(f"block_types={pattern!r} must be a non-empty list whose entries are {mixers}")
     rotary = read_rotary(config, 0.5)
     if "rotary_scaling" in rotary:
         raise ValueError(f"scaled rotary positions are not supported: {rotary['rotary_scaling']}")
+    kv_heads = num_heads if kv_heads is None else kv_heads
     return {"num_kv_heads": kv_heads, "mlp_dim": mlp_dim // 2, "pattern": tuple(pattern), **rotary}
 
 
@@ -104,10 +99,9 @@ FORMATS = (
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},
         layouts={
-            **{f"layers/{path}/weight": TRANSPOSED for path in _WEIGHTS_WITH_BIAS},
             "layers/recurrent/convolution/weight": ((1,), (), (0,)),
-            **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
-            "layers/attention/output/weight": ((2,), (0, 1)),
+            **{f"layers/recurrent/rg_lru/{name}/weight": ((0,), (1,), (2,)) for name in _RG_LRU},
+            **{f"layers/recurrent/rg_lru/{name}/bias": ((0,), (1,)) for name in _RG_LRU},
         },
     ),
 )

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    kv_heads, num_heads = integer(config, "num_key_value_heads"), integer(config, "num_attention_heads", 32)
+    kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
+    num_heads = integer(config, "num_attention_heads", 32)
     if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={num_heads}")
-    return {"num_kv_heads": kv_heads, "head_dim": integer(config, "head_dim"), **read_rotary(config, 1.0)}
+    return {"num_kv_heads": kv_heads, "head_dim": head_dim, **read_rotary(config, 1.0)}
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}  # Mistral's defaults
-    return {**_read_fields(config), "window": integer(config, "sliding_window")}
+    return {**_read_fields(config), "window": integer(config, "sliding_window", nullable=True)}
 
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
@@ -45,8 +46,6 @@ def _write_mixtral(cfg: Config) -> dict[str, Any]:
 
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("num_local_experts", 8) is None:
-        raise ValueError("num_local_experts=null: set the number of experts, because model_type='mixtral' has experts")
     return _read_mistral({"sliding_window": None, **config})  # Mixtral's default
 
 
@@ -54,7 +53,7 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # Qwen2's default
     window, num_layers = None, integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
-        first_windowed = integer(config, "max_window_layers", 28)
+        first_windowed = integer(config, "max_window_layers", 28, nullable=True)
         kinds = _layer_list(config, "layer_types", num_layers)
         if kinds is None:
             kinds = ["sliding_attention" if layer >= first_windowed else "" for layer in range(num_layers)]
@@ -64,7 +63,7 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"a sliding window in {num_windowed} of {num_layers} layers is not supported: use it in all layers or "
                 f"none (max_window_layers={first_windowed}, layer_types={config.get('layer_types')!r})"
             )
-        window = integer(config, "sliding_window", 4096) if num_windowed else None
+        window = integer(config, "sliding_window", 4096, nullable=True) if num_windowed else None
     return {**_read_fields(config), "window": window}
 
 
@@ -95,7 +94,7 @@ def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_read_fields(config),
         **experts.read_experts(config, num_layers, 128),
-        "window": integer(config, "sliding_window", 4096) if uses_window else None,
+        "window": integer(config, "sliding_window", 4096, nullable=True) if uses_window else None,
     }
 
 
@@ -125,9 +124,10 @@ def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[A
 
 def _read_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, **config}  # SmolLM3's default
-    num_layers, interval = integer(config, "num_hidden_layers", 36), integer(config, "no_rope_layer_interval", 4)
+    num_layers = integer(config, "num_hidden_layers", 36)
     has_rotary = _layer_list(config, "no_rope_layers", num_layers)  # 1: the layer has rotary positions
     if has_rotary is None:
+        interval = integer(config, "no_rope_layer_interval", 4)
         has_rotary = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     kinds: list[LayerKind] = ["full" if rotary else "no_positions" for rotary in has_rotary]
     return {**_read_fields(config), "pattern": _pattern(kinds)}
@@ -156,7 +156,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := set(types) - set(names):
         raise ValueError(f"layer_types has {unknown}: choose from {', '.join(names)}")
     kinds = [names[name] for name in types]
-    window = integer(config, "sliding_window", 4096) if "window" in kinds else None
+    window = integer(config, "sliding_window", 4096, nullable=True) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5 has one object for each type of layer
@@ -241,22 +241,12 @@ _LLAMA = Format(
     },
     unprefixed_tensors=DECODER_HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
-    layouts={
-        **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
-        **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
-        "layers/attention/output/weight": ((2,), (0, 1)),
-        **{f"layers/mlp/{name}/weight": TRANSPOSED for name in experts.SWIGLU},
-        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
-    },
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
 )
 _MISTRAL = dataclasses.replace(
     _LLAMA,
     architectures={
-        "MistralForCausalLM": {"task": "causal"},
-        "MistralModel": {"task": "none"},
-        "MistralForSequenceClassification": {"task": "classification"},
-        "MistralForTokenClassification": {"task": "token_classification"},
+        **{name.replace("Llama", "Mistral"): fields for name, fields in _LLAMA.architectures.items()},
         "MistralForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="mistral",
@@ -301,16 +291,10 @@ _MIXTRAL = dataclasses.replace(
             for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
         },
     },
-    layouts={**_LLAMA.layouts, **experts.LAYOUTS},
 )
 _QWEN2 = dataclasses.replace(
     _LLAMA,
-    architectures={
-        "Qwen2ForCausalLM": {"task": "causal"},
-        "Qwen2Model": {"task": "none"},
-        "Qwen2ForSequenceClassification": {"task": "classification"},
-        "Qwen2ForTokenClassification": {"task": "token_classification"},
-    },
+    architectures={name.replace("Llama", "Qwen2"): fields for name, fields in _LLAMA.architectures.items()},
     model_type="qwen2",
     default_fields={**_NO_EXPERTS, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
     read_fields=_read_qwen2,
@@ -361,7 +345,6 @@ _QWEN3_MOE = dataclasses.replace(
     read_fields=_read_qwen3_moe,
     write_fields=_write_qwen3_moe,
     tensors={**_QWEN3.tensors, **experts.TENSORS},
-    layouts={**_LLAMA.layouts, **experts.LAYOUTS},
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import TRANSPOSED, Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import Format, integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import mixers
 from jaxlm.models.hybrid import Multipliers
@@ -46,33 +46,22 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
         raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
     kinds: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
-    expand = _expand(config)
+    expand = integer(config, "mamba_expand", 2)
     return {
         "pattern": shortest_pattern(kinds), "expand": expand, "head_dim": _head_dim(config, expand * width),
         **_read_attention(config), **read_rotary(config, None),
     }  # fmt: skip
 
 
-def _expand(config: Mapping[str, Any]) -> int:
-    """The value of ``mamba_expand``."""
-    expand = integer(config, "mamba_expand", 2)
-    if expand is None:
-        raise ValueError("mamba_expand=null is not supported: it must be an integer")
-    return expand
-
-
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
-    heads, kv_heads = integer(config, "num_attention_heads", 32), integer(config, "num_key_value_heads", 8)
-    width = integer(config, "hidden_size", 4096)
+    heads, width = integer(config, "num_attention_heads", 32), integer(config, "hidden_size", 4096)
+    kv_heads = integer(config, "num_key_value_heads", 8, nullable=True)
     if heads < 1:
         raise ValueError(f"num_attention_heads={heads} must be at least 1")
     head_dim = integer(config, "head_dim", width // heads)
-    if head_dim is None or (head_dim < 4 and "head_dim" not in config):
-        raise ValueError(
-            f"head_dim={head_dim} must be an integer; if it is missing, hidden_size={width} / "
-            f"num_attention_heads={heads} must be at least 4"
-        )
+    if head_dim < 4 and "head_dim" not in config:
+        raise ValueError(f"hidden_size={width} / num_attention_heads={heads} must be at least 4, or set head_dim")
     return {"attention_kv_heads": heads if kv_heads is None else kv_heads, "attention_head_dim": head_dim}
 
 
@@ -81,7 +70,7 @@ def _head_dim(config: Mapping[str, Any], width: int) -> int:
     heads, head_dim = integer(config, "mamba_n_heads", 128), config.get("mamba_d_head", "auto")
     if head_dim == "auto":
         head_dim = width // heads if heads else 0
-    if type(head_dim) is not int or type(heads) is not int or head_dim * heads != width:
+    if type(head_dim) is not int or head_dim * heads != width:
         raise ValueError(
             f"mamba_n_heads={heads} times mamba_d_head={config.get('mamba_d_head', 'auto')!r} must equal the width of "
             f"the mixer, {width}"
@@ -137,9 +126,9 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
 
 
 def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, width = integer(config, "hidden_size", 4096), integer(config, "mamba_d_ssm", 1024)
+    hidden, width = integer(config, "hidden_size", 4096), integer(config, "mamba_d_ssm", 1024, nullable=True)
     if width is None:
-        width = _expand(config) * hidden
+        width = integer(config, "mamba_expand", 2) * hidden
     if hidden < 1:
         raise ValueError(f"hidden_size={hidden} must be at least 1")
     biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
@@ -183,13 +172,8 @@ def _mixer_tensors(module: str) -> dict[str, str]:
 
 
 _KINDS = ("weight", "bias")
-_MIXER_LAYOUTS = {
-    "layers/mixer/zx/weight": ((1, 2), (0,)),
-    "layers/mixer/zx/bias": ((0, 1),),
-    **{f"layers/mixer/{name}/weight": TRANSPOSED for name in ("BC", "dt", "output")},
-    # A depthwise convolution of torch has a weight of shape [channels, 1, taps].
-    **{f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")},
-}
+# A depthwise convolution of torch has a weight of shape [channels, 1, taps].
+_LAYOUTS = {f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")}
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 _HYBRID_TENSORS = {
     "token_embedding": "embed_tokens.weight",
@@ -207,14 +191,6 @@ _HYBRID_TENSORS = {
     "final_norm/scale": "final_layernorm.weight",
 }
 """``Format.tensors`` of Bamba and Falcon-H1."""
-_HYBRID_LAYOUTS = {
-    **_MIXER_LAYOUTS,
-    **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
-    **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
-    "layers/attention/output/weight": ((2,), (0, 1)),
-    **{f"layers/mlp/{name}/weight": TRANSPOSED for name in experts.SWIGLU},
-}
-"""``Format.layouts`` of Bamba and Falcon-H1."""
 _HYBRID_FIELDS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -269,7 +245,7 @@ _FALCON_H1 = Format(
     tensors=_HYBRID_TENSORS,
     unprefixed_tensors={"head": "lm_head.weight"},
     tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
-    layouts=_HYBRID_LAYOUTS,
+    layouts=_LAYOUTS,
 )
 _BAMBA = dataclasses.replace(
     _FALCON_H1,
@@ -338,7 +314,7 @@ FORMATS = (
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
-        layouts=_MIXER_LAYOUTS,
+        layouts=_LAYOUTS,
         renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
     ),
     _FALCON_H1,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats.bert import BERT
-from jaxlm.interop.formats.format import TRANSPOSED
 from jaxlm.models.roberta import FIRST_POSITION, Config
 
 
@@ -58,10 +57,6 @@ _ROBERTA = dataclasses.replace(
         "span/bias": "qa_outputs.bias",
     },
     tied_tensors={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
-    layouts={
-        **{path: layout for path, layout in BERT.layouts.items() if not path.startswith("next_sentence")},
-        "classifier_dense/weight": TRANSPOSED,
-    },
 )
 
 FORMATS = (_ROBERTA,)

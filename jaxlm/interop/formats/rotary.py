@@ -62,6 +62,8 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
         return fields
     if kind == "dynamic":
         hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read this field
+    if kind == "yarn":
+        hf_scaling.pop("finetuned", None)  # a note in the files of the authors of YaRN; transformers does not read it
     if kind not in get_args(Kind):
         raise ValueError(
             f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"

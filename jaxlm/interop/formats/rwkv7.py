@@ -6,7 +6,7 @@ architectures and the names of the config fields.
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+from jaxlm.interop.formats.format import Format, Layout
 
 _ATT, _FFN = "blocks.{layer}.att.", "blocks.{layer}.ffn."
 _LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
@@ -66,13 +66,11 @@ FORMATS = (
         layouts={
             **{f"layers/time_mix/shift/{name}": _VECTOR for name in _LETTERS},
             **{f"layers/time_mix/{name}/up/bias": _HEADS for name in _LOW_RANK},
+            **{f"layers/time_mix/{name}/down/weight": ((0,), (1,)) for name in _LOW_RANK},
             **{f"layers/time_mix/{name}/up/weight": ((0,), (1, 2)) for name in _LOW_RANK},
             **{f"layers/time_mix/{name}": _HEADS for name in ("removal", "replacement")},
-            **{f"layers/time_mix/{name}/weight": ((1, 2), (0,)) for name in ("receptance", "key", "value")},
-            "layers/time_mix/output/weight": ((2,), (0, 1)),
-            **{f"layers/time_mix/norm/{kind}": ((0, 1),) for kind in _NORM_PARAMETERS},
+            "layers/time_mix/norm/scale": ((0, 1),),
             "layers/channel_mix/shift/key": _VECTOR,
-            **{f"layers/channel_mix/{name}/weight": TRANSPOSED for name in ("key", "value")},
         },
         # Some files of the authors have value-residual weights in the first block. These weights are not used.
         ignored=(r"blocks\.0\.att\.v[012]",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+from jaxlm.interop.formats.format import Format, integer
 from jaxlm.models.t5 import Config
 
 
@@ -25,12 +25,6 @@ def _stack_names(stack: str, mlp: int) -> dict[str, str]:
     for name, hf_name in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
         names[f"{stack}/layers/mlp/{name}/weight"] = f"{block}{mlp}.DenseReluDense.{hf_name}.weight"
     return names
-
-
-def _layout(path: str) -> Layout:
-    if "attention/" not in path:
-        return TRANSPOSED
-    return ((2,), (0, 1)) if "/output/" in path else ((1, 2), (0,))
 
 
 # Files may contain these copies of the token embedding; ``lm_head`` is a copy only if the head is tied.
@@ -79,12 +73,10 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         if isinstance(scale_outputs, bool):
             fields["tie_embeddings"] = scale_outputs
         buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
-        if type(buckets) is int and (buckets < 4 or buckets % 2):
+        if buckets < 4 or buckets % 2:
             raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
         # Without decoder_start_token_id, a target starts with the padding id.
-        start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
-        if start is not None and type(start) is not int:
-            raise ValueError(f"decoder_start_token_id={start!r} must be a whole number or null")
+        start, pad = integer(config, "decoder_start_token_id", nullable=True), config.get("pad_token_id")
         if start is None and type(pad) is int:
             start = pad
         return fields if start is None else {**fields, "decoder_start_id": start}
@@ -121,7 +113,6 @@ def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], 
         tensors=_TENSORS,
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors=dict.fromkeys(_COPIES, "token_embedding"),
-        layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
         # Files of v1.0 contain this unused embedding.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )  # fmt: skip

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format, integer
 from jaxlm.models.transformer_xl import Config
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    cutoffs, clamp = config.get("cutoffs", []), config.get("clamp_len", 0)
+    cutoffs, clamp = config.get("cutoffs", []), integer(config, "clamp_len", 0)
     if not isinstance(cutoffs, list) or any(type(cutoff) is not int for cutoff in cutoffs):
         raise ValueError(f"cutoffs={cutoffs!r} must be a list of whole numbers")
-    if type(clamp) is not int:
-        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
     if "cutoffs" in config:
         fields["cutoffs"] = tuple(cutoffs)
     if "clamp_len" in config:
@@ -129,15 +127,7 @@ FORMATS = (
             "layers.{layer}.dec_attn.r_w_bias": "content_bias",
             "layers.{layer}.dec_attn.r_r_bias": "position_bias",
         },
-        layouts={
-            "layers/attention/qkv/weight": ((1, 2, 3), (0,)),
-            "layers/attention/relative/weight": ((1, 2), (0,)),
-            "layers/attention/output/weight": ((2,), (0, 1)),
-            "layers/mlp/up/weight": TRANSPOSED,
-            "layers/mlp/down/weight": TRANSPOSED,
-            "classifier/weight": TRANSPOSED,
-            **dict.fromkeys(_PROJECTIONS, TRANSPOSED),
-        },
+        layouts=dict.fromkeys(_PROJECTIONS, ((1,), (0,))),
         ignored=(r"pos_emb\.inv_freq",),
     ),
 )

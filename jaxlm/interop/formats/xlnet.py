@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format, integer
 from jaxlm.models.xlnet import Config, pool_dropout
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    clamp = config.get("clamp_len", -1)
-    if type(clamp) is not int:
-        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
+    clamp = integer(config, "clamp_len", -1)
     width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
-    d_head = config.get("d_head", 0)
-    if "d_head" in config and (type(d_head) is not int or d_head * num_heads != width):
-        raise ValueError(f"d_head={d_head!r} is not d_model / n_head = {width} / {num_heads}")
+    d_head = integer(config, "d_head", 0)
+    if "d_head" in config and d_head * num_heads != width:
+        raise ValueError(f"d_head={d_head} is not d_model / n_head = {width} / {num_heads}")
     return {"clamp_length": clamp if clamp > 0 else None}
 
 
@@ -111,12 +109,7 @@ FORMATS = (
         layouts={
             "mask_embedding": ((), (), (0,)),
             "layers/attention/output/weight": ((2,), (0,), (1,)),
-            "layers/mlp/up/weight": TRANSPOSED,
-            "layers/mlp/down/weight": TRANSPOSED,
-            "pool/weight": TRANSPOSED,
-            "classifier/weight": TRANSPOSED,
-            "token_classifier/weight": TRANSPOSED,
-            "span/weight": TRANSPOSED,
+            **{f"layers/attention/{name}/weight": ((0,), (1,), (2,)) for name in ("query", "key", "value", "relative")},
         },
     ),
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import Format
 from jaxlm.models.xlstm import Config
 
 UNPUBLISHED_FIELDS = ("pattern",)
@@ -105,11 +105,5 @@ FORMATS = (
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
-        layouts={
-            **{f"layers/mlstm/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value", "output_gate")},
-            **{f"layers/mlstm/{name}/weight": TRANSPOSED for name in ("input_gate", "forget_gate")},
-            "layers/mlstm/output/weight": ((2,), (0, 1)),
-            **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
-        },
     ),
 )

@@ -6,6 +6,7 @@ head width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -14,7 +15,7 @@ import jax
 
 from jaxlm.nn import choices
 from jaxlm.nn.attention import blockwise, cudnn, decode, pallas, reference, splash
-from jaxlm.nn.attention.bias import AttentionBias, check, dense
+from jaxlm.nn.attention.bias import AttentionBias, Dense, check
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.weight_record import is_recording
@@ -45,10 +46,9 @@ def attention(
             attention, G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query
             head h reads key head ``h // (H / G)``.
         scale: default ``1 / sqrt(K)``.
-        bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], which only ``reference``
-            supports, or one or several attention biases (``jaxlm.nn.attention.bias``,
-            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile (``reference`` and ``decode``: as one
-            dense array).
+        bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], or one or several attention
+            biases (``jaxlm.nn.attention.bias``, ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile
+            (``reference`` and ``decode``: as one dense array).
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
             are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is always used. The
@@ -68,13 +68,13 @@ def attention(
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
             arguments or the platform.
     """
-    dense_bias, biases = _split_bias(bias)
-    _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask, dense_bias, biases)
-    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
+    _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask)
+    S = k_BSGK.shape[1]
+    biases = _split_bias(bias, q_BTHK.shape, S)
     if scale is None:
-        scale = 1.0 / math.sqrt(K)
+        scale = 1.0 / math.sqrt(q_BTHK.shape[3])
     key = key if dropout > 0.0 else None
-    implementation = _choose(q_BTHK, v_BSGK, mask, dense_bias, biases, key, implementation)
+    implementation = _choose(q_BTHK, v_BSGK, mask, biases, key, implementation)
     if implementation == "decode":
         return decode.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
     k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
@@ -85,18 +85,14 @@ def attention(
     if implementation == "cudnn":
         return cudnn.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "reference":
-        for attention_bias in biases:
-            dense_bias = dense(attention_bias, T, S) if dense_bias is None else dense_bias + dense(attention_bias, T, S)
-        return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, bias=dense_bias, dropout=dropout, key=key)
+        return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key)
     return blockwise.attention(
         q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key,
         sequential=choices.loop_over_heads(),
     )  # fmt: skip
 
 
-def _check_shapes(
-    q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...]
-) -> None:
+def _check_shapes(q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask) -> None:
     if any(len(x.shape) != 4 for x in (q_BTHK, k_BSGK, v_BSGK)) or not q_BTHK.shape[1] or not k_BSGK.shape[1]:
         raise ValueError(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must be [batch, time, heads, width], with at "
@@ -113,51 +109,38 @@ def _check_shapes(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
             "heads of k and v must divide that of q"
         )
-    allowed_sizes = (1, B), (1, H), (T,), (S,)
-    if dense_bias is not None and (
-        len(dense_bias.shape) != 4
-        or not all(size in allowed for size, allowed in zip(dense_bias.shape, allowed_sizes, strict=True))
-    ):
-        raise ValueError(f"bias {dense_bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
-    for attention_bias in biases:
-        check(attention_bias, B, H)
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
 
 
 def _choose(
-    q_BTHK: jax.Array, v_BSGK: Any, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...],
-    key: jax.Array | None, implementation: Implementation | None,
+    q_BTHK: jax.Array, v_BSGK: Any, mask: Mask, biases: tuple[AttentionBias, ...], key: jax.Array | None,
+    implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
     """The implementation to run: the given one, or the fastest known one if it is None; ``reference`` while attention
     weights are recorded, and for an empty batch."""
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
-        )
-    if is_recording() or not q_BTHK.shape[0]:
+    is_known = implementation in (None, *get_args(Implementation))
+    if is_known and (is_recording() or not q_BTHK.shape[0]):
         return "reference"
     T, S = q_BTHK.shape[1], v_BSGK.shape[1]
-    any_bias = dense_bias if dense_bias is not None else biases or None
     reasons = {
-        "blockwise": None if dense_bias is None else "takes no dense bias",
-        "decode": decode.unsupported_reason(dense_bias, key),
-        "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas.unsupported_reason(S, biases, dense_bias, key),
-        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], v_BSGK.shape[-1], any_bias, key),
+        "decode": None if key is None else "has no dropout",
+        "splash": splash.unsupported_reason(mask, biases, key),
+        "pallas": pallas.unsupported_reason(S, biases, key),
+        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], v_BSGK.shape[-1], biases, key),
     }
-    if implementation is None:
-        return choices.attention(T, S, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)
-    reason = reasons.get(implementation) or choices.wrong_platform(implementation)
-    if reason is not None:
-        raise ValueError(f"attention implementation {implementation!r} {reason}: leave the implementation out")
-    return implementation
+    choices.check_implementation("attention", implementation, Implementation, reasons)
+    return implementation or choices.attention(T, S, biases=bool(biases), reasons=reasons)
 
 
-def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[AttentionBias, ...]]:
-    """The dense array (or None) and the attention biases in the argument ``bias``."""
-    if isinstance(bias, AttentionBias):
-        return None, (bias,)
-    if bias is None or hasattr(bias, "shape"):
-        return bias, ()
-    return None, tuple(bias)
+def _split_bias(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[AttentionBias, ...]:
+    """The attention biases in the argument ``bias``, after a check of their shapes. A dense array becomes one."""
+    B, T, H, _ = q_shape
+    if hasattr(bias, "shape"):
+        if bias.shape not in itertools.product({1, B}, {1, H}, {T}, {S}):
+            raise ValueError(f"bias {bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+        bias = AttentionBias(Dense(), {"bias": bias})
+    biases = () if bias is None else (bias,) if isinstance(bias, AttentionBias) else tuple(bias)
+    for attention_bias in biases:
+        check(attention_bias, B, H)
+    return biases

@@ -12,6 +12,7 @@ table, P = R + E columns of a strip (the columns that a tile needs from a table 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -151,6 +152,17 @@ def add_tile_gradients(
         return lax.dynamic_update_slice_in_dim(total[name], sums, start, axis)
 
     return {name: new_total(name) for name in total}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Bias function with one number for each query and key: its array ``bias`` is [1 or B, 1 or H, T, S]."""
+
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"bias": (tile.row, tile.rows, 0)}
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        return lax.dynamic_slice_in_dim(arrays["bias"], tile.column, tile.columns, 1).astype(jnp.float32)
 
 
 def check(bias: AttentionBias, batch: int, heads: int) -> None:

@@ -380,17 +380,12 @@ def _add_bias_gradients(bias_fn: BiasFn, total: Any, added: Any, head: Any, tile
 # ------------------------------------------------------------------------------------------------ all heads
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> jax.Array:
-    """The output [B, T, H, V] of attention.
+def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+    """The output [B, T, H, V] of attention, and the arrays for the backward pass.
 
     Args:
         floats: q [B, T, H, K], k [B, S, G, K], v [B, S, G, V], and for each bias its arrays [1 or B, 1 or H, ...].
     """
-    return _forward(static, floats, integers, key)[0]
-
-
-def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
     (B, T, H, _), v = floats[0].shape, floats[2]
     if static.sequential:
 
@@ -458,7 +453,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     return _swap_heads_and_time(gradients), None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0,))
 
 
 _HEAD_AXES = (2, 2, 2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,7 @@ MIN_COMPUTE_CAPABILITY = 8
 
 
 def unsupported_reason(
-    mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, bias: Any, key: jax.Array | None
+    mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, biases: Sequence[Any], key: jax.Array | None
 ) -> str | None:
     """Why cuDNN does not support the arguments or the GPU, as a part of an error message; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
@@ -30,7 +31,7 @@ def unsupported_reason(
         return f"takes head widths that are multiples of 8 up to {MAX_HEAD_WIDTH}, not {head_width}"
     if value_width != head_width:
         return f"takes values of the width of the keys ({head_width}), not {value_width}"
-    if bias is not None:
+    if biases:
         return "takes no bias"
     if key is not None:
         return "has no dropout: its dropout mask would differ from that of the other implementations"

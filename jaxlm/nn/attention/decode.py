@@ -7,10 +7,10 @@ queries, keys and values are computed in another way (``jaxlm.nn.choices.decode_
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic.
 - ``sums``: elementwise products and sums, for one query per key head.
-- ``per head``: one matmul per head, where neither is possible.
+- ``reference``: one matmul per head (``jaxlm.nn.attention.reference``), where neither is possible.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
-query heads of a device, Q query heads of a key head.
+query heads of a device.
 """
 
 from __future__ import annotations
@@ -28,16 +28,10 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.attention import reference
 from jaxlm.nn.attention.bias import AttentionBias, dense
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask, keep, softmax
-
-
-def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | None:
-    """Why ``decode`` does not support the arguments, as a part of an error message; None if it supports them."""
-    if bias is not None:
-        return "takes no dense bias"
-    return None if key is None else "has no dropout"
 
 
 def attention(
@@ -87,14 +81,16 @@ def attend(
     """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
     T, E = q_BTHK.shape[1], k_BEGK.shape[1]
     products = choices.decode_products(q_BTHK.shape, k_BEGK.shape, k_BEGK.dtype, sharding.num_shards(("heads",)))
-    scores_BHTE = _scores(q_BTHK, k_BEGK, products) * scale
-    for bias in biases:
-        scores_BHTE = scores_BHTE + dense(bias, T, E)
     mask_E = dataclasses.replace(
         mask,
         key_order=None if mask.key_order is None else mask.key_order[:, :E],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
+    if products == "reference":
+        return reference.attention(q_BTHK, k_BEGK, v_BEGK, mask_E, scale=scale, biases=biases)
+    scores_BHTE = _scores(q_BTHK, k_BEGK, products) * scale
+    for bias in biases:
+        scores_BHTE = scores_BHTE + dense(bias, T, E)
     probabilities = softmax(scores_BHTE, keep(mask_E, T, E)).astype(v_BEGK.dtype)
     return _weighted_values(probabilities, v_BEGK, products)
 
@@ -110,10 +106,6 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
         sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))
         sum_lanes = np.repeat(np.eye(H, dtype=np.float32), lanes, axis=0)
         return (sums_BEHL.reshape(B, E, H * lanes) @ sum_lanes).swapaxes(1, 2)[:, :, None]
-    if products == "per head":
-        q_BTGQK = q_BTHK.reshape(B, T, G, H // G, K)
-        scores = jnp.einsum("BTGQK,BEGK->BGQTE", q_BTGQK, k_BEGK, preferred_element_type=jnp.float32)
-        return scores.reshape(B, H, T, E)
     P = sharding.num_shards(("heads",))  # in this branch, G is the number of key heads of a device
     q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
     block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, _reads_key_head(H, G, P).astype(q_BTHK.dtype))
@@ -130,8 +122,6 @@ def _weighted_values(p_BHTE: jax.Array, v_BEGV: jax.Array, products: choices.Dec
     if products == "sums":
         weighted = p_BHTE[:, :, 0].swapaxes(1, 2)[..., None].astype(jnp.float32) * v_BEGV.astype(jnp.float32)
         return weighted.sum(axis=1)[:, None].astype(v_BEGV.dtype)
-    if products == "per head":
-        return jnp.einsum("BGQTE,BEGV->BTGQV", p_BHTE.reshape(B, G, H // G, T, E), v_BEGV).reshape(B, T, H, V)
     P = sharding.num_shards(("heads",))
     means = _dot(p_BHTE.reshape(B, P, T * H // P, E), _merge_heads(v_BEGV, P), (((3,), (1,)), ((0, 1), (0, 2))))
     means = means[..., : G // P * V].reshape(B, P, H // P, T, G // P, V)

@@ -24,12 +24,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import Block
 from jaxlm.nn.attention.tile_scores import dot
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.lazy_pallas import pl, pltpu
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
@@ -40,20 +42,17 @@ MAX_KEYS = 4096
 """Maximum number of keys. Keys and values of a head must fit into VMEM beside the arrays of a block."""
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that a kernel may use."""
-_UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dense_bias: Any, dropout_key: Any) -> str | None:
+def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key: Any) -> str | None:
     """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
-    if dense_bias is not None:
-        return "takes no dense bias"
     if dropout_key is not None:
         return "has no dropout: set the rate to 0"
     for bias in biases:
         if not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
-            return f"does not support the bias {name}, which gathers single entries"
-    if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
+            return f"does not support the bias {name}, which is no KernelBiasFn"
+    if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
         return "needs a TPU v5 or newer: older TPUs cannot rotate each row by a different amount"
     if keys > MAX_KEYS:
         return f"supports at most {MAX_KEYS} keys, got {keys}"
@@ -65,7 +64,6 @@ class _Static(tile_scores.ScoreConfig):
     """The static (trace-time) arguments of the kernels. ``keys``: number of real keys; keys after them are padding."""
 
     keys: int
-    interpret: bool
 
 
 def attention(
@@ -76,9 +74,8 @@ def attention(
     *,
     scale: float,
     biases: tuple[AttentionBias, ...],
-    interpret: bool = False,
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``interpret``: use Pallas's interpreter, on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``."""
     B, _, H, _ = q_BTHK.shape
     grouped = k_BSGK.shape[2] != H
 
@@ -96,7 +93,7 @@ def attention(
 
     bias_fns = tuple(bias.bias_fn for bias in biases)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
-    static = _Static(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1], interpret=interpret)
+    static = _Static(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1])
     floats = _map_bias_arrays(static, broadcast, tuple(bias.floats for bias in biases))
     return split.over_devices(functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
 
@@ -156,8 +153,6 @@ def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
     The grid already splits query-indexed arrays into blocks. The slices are lane-aligned, because all block sizes and
     padded lengths are multiples of LANES.
     """
-    from jax.experimental import pallas as pl
-
     return {
         name: (slice(None), pl.ds(pl.multiple_of(start, LANES), size))
         for name, (start, size, axis) in bias_fn.required_slices(tile).items()
@@ -167,8 +162,6 @@ def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
 
 def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
     """The arrays of a block: (q, k, v); the sliced arrays of the biases; the integers of mask and biases; the tile."""
-    from jax.experimental import pallas as pl
-
     qkv, bias_floats, integers = refs
     tile = Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
     bias_arrays = _map_bias_arrays(
@@ -206,8 +199,6 @@ def _backward_kernel(
         shared: for each array of the biases, whether all rows of the batch share it.
         sums: scratch memory for the sums of dk and dv, with keys last.
     """
-    from jax.experimental import pallas as pl
-
     qkv, bias_arrays, integers, tile = _load(static, R, refs)
     weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
     probabilities, dout_RV = weights * inv_denominator_R1, dout[...]
@@ -262,8 +253,6 @@ class _Layout(NamedTuple):
 
 
 def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
-    from jax.experimental import pallas as pl
-
     (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
     R = _block_size(T, S)
 
@@ -303,28 +292,20 @@ def _map_bias_arrays(
 
 
 def _pallas_call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     params = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
     return pl.pallas_call(
-        kernel, grid=layout.grid, interpret=static.interpret, name=name, compiler_params=params, **arguments
+        kernel, grid=layout.grid, interpret=lazy_pallas.INTERPRET, name=name, compiler_params=params, **arguments
     )
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
-    """The output [B, H, T, V] of attention.
+def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
+    """The output [B, H, T, V] of attention, and the arrays for the backward pass.
 
     Args:
         floats: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each bias its arrays [1 or B, H, X, Y].
     """
-    return _forward(static, floats, integers)[0]
-
-
-def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
     layout = _layout(static, floats, integers)
     q, k, v, bias_floats = floats
     run = _pallas_call(
@@ -337,9 +318,6 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
 
 
 def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, ...]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     floats, integers = saved
     layout = _layout(static, floats, integers)
     q, *kv, bias_floats = floats
@@ -368,4 +346,4 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dbias), None
 
 
-_attention.defvjp(_forward, _backward)
+_attention = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0,))

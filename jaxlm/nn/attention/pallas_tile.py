@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.devices import LANES
+from jaxlm.devices import LANES, SUBLANES
 from jaxlm.nn.attention.bias import Tile
 from jaxlm.nn.attention.tile_scores import dot
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.lazy_pallas import pltpu
 
-SUBLANES = 8
-"""Rows of a vector register, in float32."""
 SUBLANE_BITS, LANE_BITS = 3, 7
 """log2 of ``SUBLANES`` and of ``LANES``."""
 
@@ -54,15 +53,11 @@ class Block(Tile):
 
 def _rotate_progressively(x_RP: jax.Array, shift: int) -> jax.Array:
     """``x`` with row i rotated to the right by ``shift + i``."""
-    from jax.experimental.pallas import tpu as pltpu
-
     return pltpu.roll(x_RP, shift, 1, stride=1, stride_axis=0)
 
 
 def _rotate_rows_by(x_RP: jax.Array, shift_R1: jax.Array, bits: int) -> jax.Array:
     """``x`` with row i rotated to the right by ``shift[i]`` < 2^bits, with one rotation for each bit."""
-    from jax.experimental.pallas import tpu as pltpu
-
     for bit in range(bits):
         x_RP = jnp.where(_bit(shift_R1, bit), pltpu.roll(x_RP, 1 << bit, 1), x_RP)
     return x_RP
@@ -114,8 +109,6 @@ def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax
     ``first`` is at most ``max_shift``. The shifts by multiples of LANES come first, so that later rotations have fewer
     columns.
     """
-    from jax.experimental.pallas import tpu as pltpu
-
     for bit in reversed(range(_vector_shift_bits(max_shift))):
         size = LANES << bit
         x_RN = _append_zero_columns(x_RN, max(columns + 2 * size - x_RN.shape[1], 0))
@@ -181,8 +174,6 @@ def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
 def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
     """The sums along the diagonals. First, groups of SUBLANES rows are aligned and added. Then the rows of this sum are
     aligned and added."""
-    from jax.experimental.pallas import tpu as pltpu
-
     padded_RP = _append_zero_columns(dout_RE, R)
     groups = (pltpu.roll(padded_RP[row : row + SUBLANES], R - row, 1) for row in range(0, R, SUBLANES))
     total = functools.reduce(jnp.add, groups)

@@ -5,9 +5,12 @@ Shapes as in ``jaxlm.nn.attention.api``; R = H / G query heads share each key he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.attention.bias import AttentionBias, dense
 from jaxlm.nn.attention.mask import Mask, keep, softmax
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.nn.weight_record import record
@@ -21,11 +24,11 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-    bias: jax.Array | None,
-    dropout: float,
-    key: jax.Array | None,
+    biases: Sequence[AttentionBias],
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``bias`` is a dense array, or None.
+    """Attention as in ``jaxlm.nn.attention.attention``.
 
     If attention weights are recorded (``jaxlm.nn.weight_record``), the probabilities before dropout are appended.
     """
@@ -33,8 +36,8 @@ def attention(
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     scores_BHTS = scores.reshape(B, H, T, S) * scale
-    if bias is not None:
-        scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
+    for bias in biases:
+        scores_BHTS = scores_BHTS + dense(bias, T, S)
     probabilities = softmax(scores_BHTS, keep(mask, T, S))
     record(probabilities, "causal" if mask.causal else "bidirectional")
     if key is not None:

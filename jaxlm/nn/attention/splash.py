@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.devices import LANES
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
 from jaxlm.nn.attention.mask import Mask, keep
 
@@ -28,9 +30,9 @@ MAX_BLOCK = 1024
 _PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token has them
 
 
-def unsupported_reason(mask: Mask, bias: Any, key: jax.Array | None) -> str | None:
+def unsupported_reason(mask: Mask, biases: Sequence[Any], key: jax.Array | None) -> str | None:
     """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
-    if bias is not None:
+    if biases:
         return "takes no bias"
     if key is not None:
         return "has no dropout: set the rate to 0"
@@ -46,14 +48,13 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-    interpret: bool = False,
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``interpret``: use Pallas's interpreter, on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``."""
     if math.frexp(scale)[0] == 0.5:
         q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; XLA fuses it with the projection
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
-    run = functools.partial(_device_attention, mask.causal, mask.window, interpret)
+    run = functools.partial(_device_attention, mask.causal, mask.window)
     out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
     return _zero_fully_masked(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
 
@@ -67,7 +68,7 @@ def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
     return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with ``any``
 
 
-def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
+def _device_attention(causal: bool, window: int | None, qkv: Any, _: Any, segments: Any) -> jax.Array:
     """Attention for the rows and heads of one device, [B, T, H, width of v]; the queries are already scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -83,8 +84,9 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
     # The transposed arrays get the checkpoint name. If remat saves them, it recomputes neither the projection nor the
     # transpose.
     q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
-    blocks = _block_size(T + padding[0]), _block_size(S + padding[1])
-    kernel = _kernel(causal, window, T + padding[0], S + padding[1], blocks, H, interpret)
+    lengths = T + padding[0], S + padding[1]
+    blocks = tuple(lazy_pallas.largest_divisor(length, LANES, MAX_BLOCK) for length in lengths)
+    kernel = _kernel(causal, window, *lengths, blocks, H, lazy_pallas.INTERPRET)
     if q_segments is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
@@ -99,7 +101,7 @@ def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: An
 
 @functools.cache
 def _kernel(
-    causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, int], heads: int, interpret: bool
+    causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, ...], heads: int, interpret: bool
 ) -> Any:
     """The kernel for a mask and a shape. The list of blocks that are not fully masked is computed once, on the host."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -124,8 +126,3 @@ def _kernel(
         )  # fmt: skip
         # NumPy arrays are not on a device, so they become constants of each compiled program.
         return jax.tree.map(np.asarray, kernel)
-
-
-def _block_size(length: int) -> int:
-    """The largest block size that divides ``length``; both are multiples of :data:`LANES`."""
-    return max(block for block in range(LANES, min(length, MAX_BLOCK) + 1, LANES) if length % block == 0)

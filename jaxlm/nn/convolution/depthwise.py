@@ -6,9 +6,8 @@ Shapes: B batch, T time, K taps, C channels, L steps of a block.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,15 +66,9 @@ def depthwise_convolution(
         ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,
             segments for ``reference``, or an unknown implementation.
     """
-    if implementation is None:
-        implementation = choices.depthwise_convolution(segment_ids)
-    if implementation not in get_args(DepthwiseImplementation):
-        choice = ", ".join(map(repr, get_args(DepthwiseImplementation)))
-        raise ValueError(f"no depthwise_convolution implementation {implementation!r}: choose from {choice}")
-    if implementation == "reference" and segment_ids is not None:
-        raise ValueError(
-            "depthwise_convolution implementation 'reference' does not support segment_ids: leave implementation out"
-        )
+    reasons = {"reference": None if segment_ids is None else "does not support segment_ids"}
+    choices.check_implementation("depthwise_convolution", implementation, DepthwiseImplementation, reasons)
+    implementation = implementation or choices.depthwise_convolution(segment_ids)
     documents_BT = None if segment_ids is None else document_numbers(segment_ids)
     return _convolution(params, x_BTC, padding, dilation, documents_BT, implementation)
 
@@ -138,11 +131,6 @@ class _Taps:
     count: int
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _shifted_products(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
-    return _shifted_products_forward(taps, weight_KC, x_BTC, documents_BT)[0]
-
-
 def _shifted_products_forward(
     taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None
 ) -> Any:
@@ -164,7 +152,7 @@ def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> An
     return dweight_KC.astype(weight_KC.dtype), total_BTC.astype(x_BTC.dtype), None
 
 
-_shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
+_shifted_products = custom_vjp.from_rules(_shifted_products_forward, _shifted_products_backward, nondiff_argnums=(0,))
 
 
 def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_document: Sequence[Any]) -> jax.Array:

@@ -5,7 +5,7 @@ Shapes: B batch, T time, D model width, E experts, N selected experts of a token
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
@@ -85,10 +85,7 @@ def mixture_of_experts(
     num_experts = params["router"]["weight"].shape[1]
     if not 1 <= num_selected <= num_experts:
         raise ValueError(f"num_selected={num_selected} must be in [1, {num_experts}], the number of experts")
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: choose from {', '.join(get_args(Implementation))}, or None"
-        )
+    choices.check_implementation("mixture_of_experts", implementation, Implementation)
     if capacity_factor is not None and (implementation is not None or not capacity_factor > 0.0):
         raise ValueError(
             f"capacity_factor={capacity_factor} must be positive, and with a capacity, "

@@ -101,21 +101,13 @@ def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
 _MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
 
 
-@custom_vjp
-def _block_matmul(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
-    """``x[m] @ w[expert[m]]`` for each of M blocks. The gradient of ``w`` is summed in place, block by block."""
-    return _multiply_blocks(x_MSC, w_ECD, expert_M)
-
-
-def _multiply_blocks(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> jax.Array:
-    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_MSC, expert_M))
-
-
 def _block_matmul_forward(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> tuple[jax.Array, Any]:
-    return _multiply_blocks(x_MSC, w_ECD, expert_M), (x_MSC, w_ECD, expert_M)
+    """``x[m] @ w[expert[m]]`` for each of M blocks, and the arrays for the backward pass."""
+    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_MSC, expert_M)), (x_MSC, w_ECD, expert_M)
 
 
 def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """The gradients. That of ``w`` is summed in place, block by block."""
     x_MSC, w_ECD, expert_M = saved
 
     def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
@@ -128,4 +120,4 @@ def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, ja
     return dx_MSC, dw_ECD.astype(w_ECD.dtype), None
 
 
-_block_matmul.defvjp(_block_matmul_forward, _block_matmul_backward)
+_block_matmul = custom_vjp.from_rules(_block_matmul_forward, _block_matmul_backward)

@@ -68,9 +68,7 @@ def chunked_cross_entropy(
     )
 
 
-def chunked_argmax(
-    head: Head, params: Params, hidden_BTD: jax.Array, *, max_chunk_logits: int | None = None
-) -> jax.Array:
+def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """The id with the largest logit at each position, [B, T] int32, without an array [B, T, V].
 
     Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
@@ -79,7 +77,7 @@ def chunked_argmax(
     B, T, _ = hidden_BTD.shape
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
-    C = chunk_length(head, choices.max_logits() if max_chunk_logits is None else max_chunk_logits, params, hidden_BTD)
+    C = chunk_length(head, choices.max_logits(), params, hidden_BTD)
     argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), split_time(hidden_BTD, C))
     return join_time(argmax_by_chunk, T)
 

@@ -12,8 +12,8 @@ from jaxlm.nn.recurrence.cells import (
     project_time_major,
 )
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm, lstm_states
-from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
-from jaxlm.nn.recurrence.slstm import slstm, slstm_cell, slstm_specs, slstm_state_specs
+from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_specs
+from jaxlm.nn.recurrence.slstm import slstm, slstm_specs, slstm_state_specs
 
 __all__ = [
     "GRUReset",
@@ -30,10 +30,8 @@ __all__ = [
     "project",
     "project_time_major",
     "rg_lru",
-    "rg_lru_cell",
     "rg_lru_specs",
     "slstm",
-    "slstm_cell",
     "slstm_specs",
     "slstm_state_specs",
 ]

@@ -40,7 +40,8 @@ def gru_specs(
     Raises:
         ValueError: an unknown ``reset``.
     """
-    _check_reset(reset)
+    if reset not in get_args(GRUReset):
+        raise ValueError(f"reset={reset!r} is unknown: choose from {', '.join(map(repr, get_args(GRUReset)))}")
     specs = _specs(3, inputs, width, init)
     return specs | ({"bias_hidden": ArraySpec((width,), ("norm",), ZEROS)} if reset == "after" else {})
 
@@ -52,11 +53,6 @@ def _specs(num_gates: int, inputs: int, width: int, init: Initializer | None) ->
         "weight_hidden": ArraySpec((width, num_gates, width), ("embed", None, "mlp"), init, decay=True),
         "bias": ArraySpec((num_gates, width), (None, "mlp"), ZEROS),
     }
-
-
-def _check_reset(reset: str) -> None:
-    if reset not in get_args(GRUReset):
-        raise ValueError(f"reset={reset!r} is unknown: choose from {', '.join(map(repr, get_args(GRUReset)))}")
 
 
 def lstm_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:

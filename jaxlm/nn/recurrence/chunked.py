@@ -28,6 +28,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.segments import keep_state, reset_state
 
 Weights = dict[str, Any]
 """``weight_input`` [D, G, H] and ``weight_hidden`` [H, G, K] in the compute dtype; ``bias`` [G, H] and, for a GRU with
@@ -99,12 +100,8 @@ def _layer(static: Static, weights: Weights, x_BTD: jax.Array, first: State, mas
     return _forward(static, weights, x_BTD, first, masks, save_residuals=False)[0]
 
 
-def _forward_with_residuals(static: Static, weights: Weights, x_BTD: jax.Array, first: State, masks: Any) -> Any:
-    return _forward(static, weights, x_BTD, first, masks, save_residuals=True)
-
-
 def _forward(
-    static: Static, weights: Weights, x_BTD: jax.Array, first: State, masks: Any, *, save_residuals: bool
+    static: Static, weights: Weights, x_BTD: jax.Array, first: State, masks: Any, *, save_residuals: bool = True
 ) -> Any:
     cell, chunk, reverse, remat = static
     T, dtype, original_weights = x_BTD.shape[1], x_BTD.dtype, weights
@@ -113,9 +110,9 @@ def _forward(
     def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
         """The state after the step, and the arrays to store: the output and, with ``save_residuals``, the cell before
         the step (LSTM) and the gates (without ``remat``)."""
-        before = _reset(mask, state)
+        before = reset_state(mask, state)
         gates = cell.gates(weights, projected, before[0])
-        after = _restore_at_padding(mask, cell.advance(gates, before), before)
+        after = keep_state(mask, cell.advance(gates, before), before)
         if not save_residuals:
             return after, (after[0].astype(dtype),)
         stored_gates = () if remat else tuple(x.astype(dtype) for x in gates)
@@ -163,7 +160,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     def step(dafter: State, gates: Residuals, before: State, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
         """The gradient of the state before the step, and the arrays to store for the matmuls of the chunk."""
         dbefore, *stored = cell.backward(transposes, gates, before, _zero_at_padding(mask, dafter))
-        dbefore = _reset(mask, _restore_at_padding(mask, dbefore, dafter))
+        dbefore = reset_state(mask, keep_state(mask, dbefore, dafter))
         return dbefore, tuple(x.astype(dtype) for x in stored)
 
     def run_chunk(begin: Any, steps: int, carry: Any) -> Any:
@@ -216,7 +213,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     return dweights, dx_BTD, dfirst, None
 
 
-_layer.defvjp(_forward_with_residuals, _backward)
+_layer.defvjp(_forward, _backward)
 
 
 def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry: Any) -> Any:
@@ -246,12 +243,20 @@ def _lstm_advance(gates: Residuals, before: State) -> State:
 def _lstm_backward(
     transposes: tuple[Transpose, ...], gates: Residuals, before: State, dafter: State
 ) -> tuple[Any, ...]:
+    dcell, gradients = lstm_gradients(gates, before[1], dafter)
+    dpreactivation = _stack_gates(*gradients)
+    return (transposes[0](dpreactivation), dcell), dpreactivation
+
+
+def lstm_gradients(
+    gates: Sequence[jax.Array], cell: jax.Array, dafter: State
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The gradients of the cell before a step, and of the pre-activations of the gates."""
     (i, f, g, o), (dhidden, dcell) = gates, dafter
-    tanh_cell = jnp.tanh(f * before[1] + i * g)
+    tanh_cell = jnp.tanh(f * cell + i * g)
     dcell = dcell + dhidden * o * (1.0 - tanh_cell**2)
-    di, df, dg, do = dcell * g, dcell * before[1], dcell * i, dhidden * tanh_cell
-    dpreactivation = _stack_gates(di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o))
-    return (transposes[0](dpreactivation), dcell * f), dpreactivation
+    di, df, dg, do = dcell * g, dcell * cell, dcell * i, dhidden * tanh_cell
+    return dcell * f, (di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o))
 
 
 _LSTM_SCALE = (0.5, 0.5, 1.0, 0.5)
@@ -285,12 +290,21 @@ def _gru_after_gates(weights: Weights, projected: Projected, hidden: jax.Array) 
 def _gru_after_backward(
     transposes: tuple[Transpose, ...], gates: Residuals, before: State, dafter: State
 ) -> tuple[Any, ...]:
-    (r, z, n, hidden_n), (dhidden,) = gates, dafter
+    dbefore, (*dproducts, dn) = gru_gradients(gates, before[0], dafter[0])
+    dproduct = _stack_gates(*dproducts)
+    return (dbefore + transposes[0](dproduct),), dproduct, dn
+
+
+def gru_gradients(
+    gates: Sequence[jax.Array], before: jax.Array, dhidden: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The gradient of the hidden state before a step, without the gradient through the hidden weights; the gradients of
+    the products of the state with the weights of r, z and n, and of the contribution of the inputs to n."""
+    r, z, n, hidden_n = gates
     dn = dhidden * (1.0 - z) * (1.0 - n**2)
     dr = dn * hidden_n * r * (1.0 - r)
-    dz = dhidden * (before[0] - n) * z * (1.0 - z)
-    dproduct = _stack_gates(dr, dz, dn * r)
-    return (dhidden * z + transposes[0](dproduct),), dproduct, dn
+    dz = dhidden * (before - n) * z * (1.0 - z)
+    return dhidden * z, (dr, dz, dn * r, dn)
 
 
 def _gru_after_dweights(gates: Residuals, hidden: jax.Array, dproduct: jax.Array) -> Weights:
@@ -480,14 +494,6 @@ def _gates_at(gates: Residuals, index: Any, axis: int) -> Residuals:
 
 def _mask_at(masks: Any, index: Any) -> Any:
     return None if masks is None else tuple(_read_at(mask, index, 1) for mask in masks)
-
-
-def _reset(mask: Any, state: State) -> State:
-    return state if mask is None else tuple(jnp.where(mask[0], 0.0, x) for x in state)
-
-
-def _restore_at_padding(mask: Any, new: State, old: State) -> State:
-    return new if mask is None else tuple(jnp.where(mask[1], a, b) for a, b in zip(new, old, strict=True))
 
 
 def _zero_at_padding(mask: Any, dstate: State) -> State:

@@ -5,30 +5,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn import choices
 from jaxlm.spec import Params, State
+
+
+def unsupported_reason(x_BTD: jax.Array, reset_BT: jax.Array | None) -> str | None:
+    """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
+    if x_BTD.dtype != jnp.float32:
+        return f"supports only float32, got {x_BTD.dtype}"
+    return None if reset_BT is None else "cannot reset the state at segment boundaries"
 
 
 def lstm(
     params: Params,
     x_BTD: jax.Array,
     state: State | None,
-    reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
     reverse: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The hidden states and the last state, as in ``jaxlm.nn.recurrence.lstm``.
-
-    Raises:
-        ValueError: the platform is not an NVIDIA GPU, the input is not float32, or there are resets.
-    """
-    reason = choices.wrong_platform("cudnn")
-    if reason is not None:
-        raise ValueError(f"implementation='cudnn' {reason}: choose 'chunked'")
-    if x_BTD.dtype != jnp.float32:
-        raise ValueError(f"implementation='cudnn' supports only float32, got {x_BTD.dtype}: choose 'chunked'")
-    if reset_BT is not None:
-        raise ValueError("implementation='cudnn' cannot reset the state at segment boundaries: choose 'chunked'")
+    """The hidden states and the last state, as in ``jaxlm.nn.recurrence.lstm``."""
     from jax.experimental import rnn
 
     (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]

@@ -6,8 +6,8 @@ time, D input width, G gates (LSTM 4, GRU 3), H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxlm.nn.recurrence.cells import (
     project,
     project_time_major,
 )
-from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
+from jaxlm.nn.segments import check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Params, State
 
@@ -67,9 +67,10 @@ def lstm(
         ValueError: the shapes do not match, there are no steps, a mask is not boolean, or the implementation is unknown
             or does not support the arguments.
     """
-    _check(params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat)
+    reasons = {"cudnn": cudnn.unsupported_reason(x_BTD, reset_BT)}
+    _check("lstm", params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
     if implementation == "cudnn":
-        return cudnn.lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
+        return cudnn.lstm(params, x_BTD, state, keep_BT, reverse)
     masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
 
@@ -80,19 +81,11 @@ def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: 
     :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`, but None is not
     allowed. The state before the first token is 0.
     """
-    reset_BT = reset_BT & keep_BT
+    masks = reset_BT & keep_BT, keep_BT
     x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
-
-    def step(state: Any, inputs: Any) -> Any:
-        projected_BGH, reset_B, keep_B = inputs
-        state = select_state(reset_B, jax.tree.map(jnp.zeros_like, state), state)
-        state = select_state(keep_B, lstm_cell(params, projected_BGH, state), state)
-        return state, state
-
-    projected_TBGH = project_time_major(params, x_BTD)
-    zeros_BH = jnp.zeros_like(projected_TBGH[0, :, 0], jnp.float32)
-    _, states = lax.scan(step, {"hidden": zeros_BH, "cell": zeros_BH}, (projected_TBGH, reset_BT.T, keep_BT.T))
-    return jax.tree.map(lambda x_TBH: jnp.swapaxes(x_TBH, 0, 1), states)
+    zeros_BH = jnp.zeros_like(project(params, x_BTD[:, 0])[:, 0], jnp.float32)
+    state = {"hidden": zeros_BH, "cell": zeros_BH}
+    return _scan_cell(lstm_cell, params, x_BTD, state, masks, output=lambda state: state)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- GRU
@@ -115,9 +108,8 @@ def gru(
     parameters contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise
     before it; ``pallas`` supports only the first case.
     """
-    _check(params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat)
-    if implementation == "cudnn":
-        raise ValueError("implementation='cudnn' supports only an LSTM: for a GRU, choose reference or chunked")
+    reasons = {"cudnn": "supports only an LSTM"}
+    _check("gru", params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
     masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     cell = _GRU_AFTER if "bias_hidden" in params else _GRU_BEFORE
     return _layer(cell, params, x_BTD, state, masks, reverse, implementation, remat)
@@ -127,6 +119,7 @@ def gru(
 
 
 def _check(
+    name: str,
     params: Params,
     x_BTD: jax.Array,
     state: State | None,
@@ -135,6 +128,7 @@ def _check(
     keep_BT: jax.Array | None,
     implementation: str | None,
     remat: bool,
+    reasons: Mapping[str, str | None],
 ) -> None:
     if x_BTD.ndim != 3 or not x_BTD.shape[1]:
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
@@ -142,12 +136,9 @@ def _check(
     if state is not None:
         check_state(state, state_specs(x_BTD.shape[0], params["weight_hidden"].shape[0]))
     check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"no recurrent implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
-        )
-    if remat and implementation not in (None, "chunked"):
-        raise ValueError(f"implementation={implementation!r} does not support remat: use implementation='chunked'")
+    if remat:
+        reasons = dict.fromkeys(("reference", "pallas", "cudnn"), "does not support remat")
+    choices.check_implementation(name, implementation, Implementation, reasons)
 
 
 class _Cell(NamedTuple):
@@ -194,16 +185,14 @@ def _layer(
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state
         state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in cell.state}
-    masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
     if implementation == "reference":
-        return _reference(cell.step, params, x_BTD, state, masks_BT1, reverse)
+        output = lambda state: state["hidden"].astype(x_BTD.dtype)  # noqa: E731
+        return _scan_cell(cell.step, params, x_BTD, state, masks, output, reverse)
+    masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
     arguments = params, x_BTD, tuple(state[name] for name in cell.state), masks_BT1
     unsupported = pallas.unsupported_reason(params, B, T)
-    if implementation is None:
-        implementation = choices.recurrence(unsupported, remat=remat)
-    if implementation == "pallas":
-        if reason := choices.wrong_platform("pallas") or unsupported:
-            raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
+    choices.check_implementation(cell.kind, implementation, Implementation, {"pallas": unsupported})
+    if (implementation or choices.recurrence(unsupported, remat=remat)) == "pallas":
         hidden_BTH, last = pallas.layer(cell.kind, *arguments, reverse=reverse)
     else:
         chunk = choices.recurrence_chunk(B, T)
@@ -211,21 +200,21 @@ def _layer(
     return hidden_BTH, dict(zip(cell.state, last, strict=True))
 
 
-def _reference(
-    step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, reverse: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The hidden states and the last state of a ``lax.scan`` over the cell. Autodiff computes the gradient."""
+def _scan_cell(
+    step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, output: Callable[[State], Any],
+    reverse: bool = False,
+) -> tuple[Any, dict[str, jax.Array]]:  # fmt: skip
+    """The ``output(state)`` after each token [B, T, ...], and the last state, by a ``lax.scan`` over the cell.
+
+    Autodiff computes the gradient.
+    """
 
     def scan_step(state: State, inputs: Any) -> Any:
         projected_BGH, mask = inputs
-        if mask is not None:
-            state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}
-        new_state = step(params, projected_BGH, state)
-        if mask is not None:
-            new_state = {name: jnp.where(mask[1], new_state[name], old) for name, old in state.items()}
-        return new_state, new_state["hidden"].astype(x_BTD.dtype)
+        state = reset_state(mask, state)
+        state = keep_state(mask, step(params, projected_BGH, state), state)
+        return state, output(state)
 
-    projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
-    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
-    last, hidden_TBH = lax.scan(scan_step, state, time_major, reverse=reverse)
-    return jnp.swapaxes(hidden_TBH, 0, 1), last
+    inputs = project_time_major(params, x_BTD), jax.tree.map(jnp.transpose, masks)
+    last, outputs = lax.scan(scan_step, state, inputs, reverse=reverse)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs), last

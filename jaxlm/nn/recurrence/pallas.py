@@ -25,8 +25,10 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.recurrence.chunked import State, Weights
+from jaxlm.nn.lazy_pallas import pl, pltpu
+from jaxlm.nn.recurrence.chunked import State, Weights, gru_gradients, lstm_gradients
 
 MAX_WEIGHT_BYTES = 32 * 2**20
 """Maximum size of the hidden weights. They must fit into VMEM beside the other arrays."""
@@ -53,7 +55,6 @@ DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
 NUM_STORED = 4
 """Number of arrays that a step stores for the backward pass, without the cell of an LSTM. The backward pass of a step
 returns the same number of gradients."""
-_UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 Kind = Literal["lstm", "gru"]
 """``gru``: the reset gate is applied after the product with the hidden weights."""
@@ -84,7 +85,7 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
         return f"supports at most {_max_block_rows(width)} rows per device, or a multiple of {ROW_TILE}, got {rows}"
     if sharding.num_shards(("mlp",)) > 1:
         return "does not split the hidden width over devices"
-    if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
+    if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
         return "needs a TPU v5 or newer: older TPUs have too little VMEM"
     return None
 
@@ -114,17 +115,13 @@ class _Static(NamedTuple):
     kind: Kind
     reverse: bool
     masked: bool
-    interpret: bool
 
 
 def layer(
     kind: Kind, weights: Weights, x_BTD: jax.Array, first: State, masks: tuple[jax.Array, jax.Array] | None,
-    *, reverse: bool = False, interpret: bool = False,
+    *, reverse: bool = False,
 ) -> tuple[jax.Array, State]:  # fmt: skip
-    """The hidden states [B, T, H] in the dtype of ``x``, and the last state. The arguments are as in ``chunked.layer``.
-
-    ``interpret``: use Pallas's interpreter, on any device.
-    """
+    """The hidden states [B, T, H] in the dtype of ``x``, and the last state. Arguments are as in ``chunked.layer``."""
     T = x_BTD.shape[1]
     num_padding = -T % _block_steps(weights["weight_hidden"])
     if num_padding:  # padding comes after the last step, in the order in which the steps run
@@ -135,7 +132,7 @@ def layer(
         masks = reset_BT1, keep_BT1
     # One integer per token: bit 0 is the reset, bit 1 is set for real tokens.
     mask_TB1 = None if masks is None else jnp.swapaxes(masks[0] + 2 * masks[1].astype(jnp.int32), 0, 1)
-    static = _Static(kind, reverse, mask_TB1 is not None, interpret)
+    static = _Static(kind, reverse, mask_TB1 is not None)
     names = ("weight_input", "weight_hidden", "bias", "bias_hidden")
     used = {name: weights[name] for name in names if name in weights}
     hidden_BTH, last = _layer(static, used, x_BTD, first, mask_TB1)
@@ -147,12 +144,8 @@ def _layer(static: _Static, weights: Weights, x_BTD: jax.Array, first: State, ma
     return _forward(static, weights, x_BTD, first, mask_TB1, store=False)[0]
 
 
-def _forward_and_store(static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any) -> Any:
-    return _forward(static, weights, x_BTD, first, mask_TB1, store=True)
-
-
 def _forward(
-    static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any, *, store: bool
+    static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any, *, store: bool = True
 ) -> tuple[tuple[jax.Array, State], Any]:
     projected_GTBH = jnp.einsum("BTD,DGH->GTBH", x_BTD, weights["weight_input"])
     constants = [jnp.swapaxes(weights["weight_hidden"], 0, 1), weights["bias"][:, None].astype(jnp.float32)]
@@ -193,7 +186,7 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     return {name: dweights[name].astype(x.dtype) for name, x in weights.items()}, dx_BTD, dfirst, None
 
 
-_layer.defvjp(_forward_and_store, _backward)
+_layer.defvjp(_forward, _backward)
 
 
 def _over_devices(
@@ -252,8 +245,6 @@ def _backward_kernel(
     scratch: Any,
 ) -> None:  # fmt: skip
     """Run the steps of a block in the opposite order. ``sums``: the sum of ``dgates`` over all steps."""
-    from jax.experimental import pallas as pl
-
     (doutput, stored, before_ref), (weight,) = by_time, constants
 
     @pl.when(pl.program_id(1) == 0)
@@ -279,7 +270,6 @@ def _run_steps(
     step: Callable[[int, State], State], count: int, reverse: bool, first: Any, last: Any, scratch: Any
 ) -> None:
     """Run the steps of a block. ``scratch`` has the state between blocks."""
-    from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(1) == 0)
     def initialize() -> None:
@@ -327,12 +317,8 @@ def _lstm_forward(inputs: Gates, products: Gates, *, before: State) -> tuple[Sta
 
 
 def _lstm_backward(stored: Gates, before: State, dafter: State) -> tuple[State, Gates]:
-    (i, f, g, o), (cell,), (dhidden, dcell) = stored, before, dafter
-    tanh_cell = jnp.tanh(f * cell + i * g)
-    dcell = dcell + dhidden * o * (1.0 - tanh_cell**2)
-    di, df, dg, do = dcell * g, dcell * cell, dcell * i, dhidden * tanh_cell
-    gradients = di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o)
-    return (jnp.zeros_like(dcell), dcell * f), gradients
+    dcell, gradients = lstm_gradients(stored, before[0], dafter)
+    return (jnp.zeros_like(dcell), dcell), gradients
 
 
 def _gru_forward(inputs: Gates, products: Gates, bias_hidden: jax.Array, *, before: State) -> tuple[State, Gates]:
@@ -343,11 +329,8 @@ def _gru_forward(inputs: Gates, products: Gates, bias_hidden: jax.Array, *, befo
 
 
 def _gru_backward(stored: Gates, before: State, dafter: State) -> tuple[State, Gates]:
-    (r, z, n, hidden_n), (dhidden,) = stored, dafter
-    dn = dhidden * (1.0 - z) * (1.0 - n**2)
-    dr = dn * hidden_n * r * (1.0 - r)
-    dz = dhidden * (before[0] - n) * z * (1.0 - z)
-    return (dhidden * z,), (dr, dz, dn * r, dn)
+    dhidden, gradients = gru_gradients(stored, before[0], dafter[0])
+    return (dhidden,), gradients
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
@@ -385,9 +368,6 @@ def _call(
     Args:
         outputs: size of the first axis and dtype of each output [..., T, B, H].
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     _, T, B, _ = by_time[0].shape
     H = state[0].shape[1]
     R, C = _block_rows(B, H), _block_steps(constants[0])
@@ -410,7 +390,7 @@ def _call(
     sums = [pl.BlockSpec((NUM_STORED, R, H), lambda b, t: (0, b, 0))] if has_sums else []
     return pl.pallas_call(
         functools.partial(_KERNELS[name], static), name=f"{static.kind}_{name}", grid=(B // R, T // C),
-        interpret=static.interpret,
+        interpret=lazy_pallas.INTERPRET,
         in_specs=(
             tuple(time_block(x.shape[0]) for x in by_time),
             None if mask_TB1 is None else pl.BlockSpec((C, R, 1), lambda b, t: (index(t), b, 0)),

@@ -69,19 +69,6 @@ def rg_lru_specs(width: int, num_blocks: int) -> dict[str, Any]:
     return {"recurrence_gate": gate, "input_gate": gate, "lambda": ArraySpec((width,), ("mlp",), DecayInit())}
 
 
-def rg_lru_cell(params: Params, x_BW: jax.Array, state_BW: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
-    """The state after one step, [B, W] float32.
-
-    Args:
-        state_BW: the state before the step.
-        first_B: whether the step is the first of a document, so that the state before it has no effect. None: the step
-            is not the first in any row.
-    """
-    first_B1 = jnp.zeros((len(x_BW), 1), bool) if first_B is None else first_B[:, None]
-    decay_BW, input_BW = _decay_and_input(params, x_BW, first_B1)
-    return decay_BW * jnp.where(first_B1, 0.0, state_BW) + input_BW
-
-
 def rg_lru(
     params: Params,
     x_BTW: jax.Array,
@@ -93,7 +80,7 @@ def rg_lru(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after each step, [B, T, W] in the dtype of ``x``, and the last state, [B, W] float32.
 
-    The result equals a loop of :func:`rg_lru_cell`. The gates of all steps are computed at once, and
+    The gates of all steps are computed at once, and
     ``jaxlm.nn.scan.linear_scan`` computes the recurrence. Matmul inputs of the gates have the dtype of ``x``;
     everything else is float32.
 

@@ -25,15 +25,16 @@ output axis of R), C chunks, L steps of a chunk.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm.config import check_min
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
+from jaxlm.nn.segments import check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
@@ -58,18 +59,6 @@ def slstm_state_specs(batch: int, heads: int, width: int) -> dict[str, ArraySpec
     return dict.fromkeys(STATE_NAMES, ArraySpec((batch, heads, width), ("batch", "heads", None)))
 
 
-def slstm_cell(params: Params, projected_BHGP: jax.Array, state: State) -> State:
-    """The state after one step. Its ``hidden`` is the output.
-
-    Args:
-        params: see :func:`slstm_specs`.
-        projected_BHGP: the contribution of the input to the pre-activations.
-        state: the state before the step (:func:`slstm_state_specs`).
-    """
-    weight = params["weight_hidden"].astype(projected_BHGP.dtype)
-    return _advance(_preactivations(weight, params["bias"], projected_BHGP, state["hidden"]), state)
-
-
 def slstm(
     params: Params,
     projected_BTHGP: jax.Array,
@@ -92,8 +81,8 @@ def slstm(
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
         chunk: steps of a chunk, used only by ``chunked``; None: a default for the batch size and the platform.
-        implementation: ``reference`` is a ``lax.scan`` over :func:`slstm_cell`; ``chunked``, the default, is
-            the same loop with a custom gradient (see the module docstring).
+        implementation: ``reference`` is a ``lax.scan`` over the steps; ``chunked``, the default, is the same loop with
+            a custom gradient (see the module docstring).
 
     Raises:
         ValueError: shapes that do not match, an input without steps, a mask that is not boolean, a chunk below 1, or an
@@ -107,9 +96,7 @@ def slstm(
     """
     _check(params, projected_BTHGP, state, reset_BT, keep_BT, chunk)
     B, T = projected_BTHGP.shape[:2]
-    if implementation not in (None, *get_args(Implementation)):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no slstm implementation {implementation!r}: choose from {choice}")
+    choices.check_implementation("slstm", implementation, Implementation)
     # The time axis is not sharded, because the steps are sequential.
     projected_BTHGP = constrain(projected_BTHGP, ("batch", None, "heads", None, None))
     masks = complete_masks(reset_BT, keep_BT, (B, T))
@@ -139,8 +126,7 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
     if state is not None:
         check_state(state, slstm_state_specs(projected.shape[0], H, P))
     check_masks(reset, keep, projected.shape[:2])
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1")
+    check_min(1, chunk=chunk)
 
 
 def _preactivations(weight: jax.Array, bias: jax.Array, projected: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -165,20 +151,10 @@ def _advance(preactivation_BHGP: jax.Array, state: State) -> State:
     return {"hidden": jax.nn.sigmoid(o) * c / n, "cell": c, "normalizer": n, "stabilizer": m}
 
 
-def _reset(mask: Any, state: State) -> State:
-    return state if mask is None else select_state(mask[0], jax.tree.map(jnp.zeros_like, state), state)
-
-
-def _restore_at_padding(mask: Any, new: State, old: State) -> State:
-    return new if mask is None else select_state(mask[1], new, old)
-
-
 def _step(weight: jax.Array, bias: jax.Array, state: State, inputs: Any) -> State:
     projected_BHGP, mask = inputs
-    state = _reset(mask, state)
-    return _restore_at_padding(
-        mask, _advance(_preactivations(weight, bias, projected_BHGP, state["hidden"]), state), state
-    )
+    state = reset_state(mask, state)
+    return keep_state(mask, _advance(_preactivations(weight, bias, projected_BHGP, state["hidden"]), state), state)
 
 
 def _with_output(state: State) -> tuple[State, jax.Array]:
@@ -188,15 +164,8 @@ def _with_output(state: State) -> tuple[State, jax.Array]:
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _chunked(
-    L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State
-) -> tuple[jax.Array, State]:
-    """The hidden states [T, B, H, P] float32, and the last state."""
-    return _forward(L, weight, bias, projected_TBHGP, masks, state)[0]
-
-
 def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State) -> Any:
+    """The hidden states [T, B, H, P] float32 and the last state, and the arrays for the backward pass."""
     T = projected_TBHGP.shape[0]
 
     def run_chunk(state: State, inputs: Any) -> Any:
@@ -234,17 +203,17 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
         """The gradient of the state before a step, and the gradient of the pre-activations of the step."""
         (projected_BHGP, mask), before, dhidden_BHP = inputs
         dstate = {**dstate, "hidden": dstate["hidden"] + dhidden_BHP}
-        state = _reset(mask, before)
+        state = reset_state(mask, before)
         preactivation_BHGP = _preactivations(weight, bias, projected_BHGP, state["hidden"])
 
         def advance(preactivation_BHGP: jax.Array, state: State) -> State:
-            return _restore_at_padding(mask, _advance(preactivation_BHGP, state), state)
+            return keep_state(mask, _advance(preactivation_BHGP, state), state)
 
         dpreactivation_BHGP, dbefore = jax.vjp(advance, preactivation_BHGP, state)[1](dstate)
         dhidden_through_R = jnp.einsum(
             "BHGQ,HPGQ->BHP", dpreactivation_BHGP.astype(weight.dtype), weight, preferred_element_type=jnp.float32
         )
-        return _reset(mask, {**dbefore, "hidden": dbefore["hidden"] + dhidden_through_R}), dpreactivation_BHGP
+        return reset_state(mask, {**dbefore, "hidden": dbefore["hidden"] + dhidden_through_R}), dpreactivation_BHGP
 
     def backward_chunk(carry: Any, inputs: Any) -> Any:
         dstate, dweight, dbias = carry
@@ -271,4 +240,4 @@ def _backward(L: int, saved: Any, cotangents: Any) -> Any:
     return dweight.astype(weight.dtype), dbias.astype(bias.dtype), dprojected_TBHGP, None, dstate
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0,))

@@ -5,7 +5,7 @@ which is a linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_
 """
 
 from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule
-from jaxlm.nn.scan.matrix_state import linear_attention, linear_attention_step
+from jaxlm.nn.scan.matrix_state import linear_attention
 from jaxlm.nn.scan.mlstm import mlstm, mlstm_state_specs
 from jaxlm.nn.scan.state_space import ssd
 from jaxlm.nn.scan.vector_state import linear_scan
@@ -14,7 +14,6 @@ __all__ = [
     "gated_delta_rule",
     "generalized_delta_rule",
     "linear_attention",
-    "linear_attention_step",
     "linear_scan",
     "mlstm",
     "mlstm_state_specs",

@@ -24,24 +24,20 @@ same steps, on the axis of the keys), N kinds of scores.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan import chunks, delta_rule_pallas
-from jaxlm.nn.scan.head_blocks import unsupported_reason
+from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks
 from jaxlm.nn.scan.matrix_state import (
     Implementation,
     block_pairs,
-    check_equal_heads,
+    check_inputs,
     choose_implementation,
     decay_products,
     pair_scores_and_decays,
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
-from jaxlm.nn.segments import check_masks
 
 
 def gated_delta_rule(
@@ -89,12 +85,12 @@ def gated_delta_rule(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([2.0, 5.0, 6.5], [6.5])
     """
-    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
+    check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
     for name, x in (("log_decay", log_decay_BTH), ("beta", beta_BTH)):
         if x.shape != query_BTHK.shape[:-1]:
             expected = f"[batch, time, heads], {list(query_BTHK.shape[:-1])}"
             raise ValueError(f"{name} {list(x.shape)} must be {expected}")
-    unsupported = unsupported_reason(query_BTHK, value_BTHV)
+    unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV)
     T = query_BTHK.shape[1]
     implementation = choose_implementation("gated_delta_rule", implementation, T, chunk, unsupported)
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
@@ -104,12 +100,7 @@ def gated_delta_rule(
     if implementation == "reference":
         return chunks.scan_steps(_gated_step, inputs, state_BHKV)
     if implementation == "pallas":
-        if reset_BT is not None and keep_BT is not None:
-            reset_BT = reset_BT & keep_BT  # padding does not change the state
-        per_head = [x[..., 0] for x in inputs[3:]]
-        return delta_rule_pallas.gated_delta_rule(
-            (*inputs[:3], *per_head), state_BHKV, reset_BT, choices.kernel_chunk(T)
-        )
+        return head_blocks.run(delta_rule_pallas.KERNELS, inputs, state_BHKV, reset_BT, keep_BT)
     return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
 
 
@@ -150,7 +141,7 @@ def generalized_delta_rule(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([4.0, 10.0, 13.0], [13.0])
     """
-    _check(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
+    check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
@@ -168,16 +159,8 @@ def generalized_delta_rule(
     if implementation == "reference":
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV)
     loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
-    chunk = chunk or choices.generalized_delta_rule_chunk()
+    chunk = chunk or choices.GENERALIZED_DELTA_RULE_CHUNK
     return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk, _generalized_step if loops else None)
-
-
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any) -> None:
-    check_equal_heads(query, key, value)
-    (B, T, H, K), V = query.shape, value.shape[-1]
-    if state is not None and state.shape != (B, H, K, V):
-        raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
-    check_masks(reset, keep, (B, T), "query")
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule

@@ -21,76 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm import sharding
-from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.scan.head_blocks import (
-    HEAD_AXES,
-    STATE_AXES,
-    STATES_AXES,
-    Blocks,
-    Decays,
-    chunk_decays,
-    dot,
-    prepare_log_decays,
-    run_backward,
-    run_forward,
-)
-
-
-def gated_delta_rule(
-    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array, reset_BT: jax.Array | None, L: int, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
-
-    Args:
-        inputs: queries, keys, values, and log decays and betas [B, T, H], as for ``jaxlm.nn.scan.gated_delta_rule``.
-            Padding has zeros in all of them.
-        reset_BT: True where the state is set to zeros before the step; None: nowhere.
-        L: number of steps of a chunk, a multiple of 128, or at least T.
-        interpret: use Pallas's interpreter, on any device.
-    """
-    query, key, value, log_BTH, beta_BTH = inputs
-    log_BTH, reset_BT = prepare_log_decays(log_BTH, reset_BT)
-    return _rule((query, key, value, log_BTH, beta_BTH.astype(jnp.float32), reset_BT), state_BHKV, L, interpret)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _rule(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
-
-
-def _rule_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    out_BTHV, last_BHKV, states_BCHKV = _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=True)
-    return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
-
-
-_INPUT_AXES = [HEAD_AXES, HEAD_AXES, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2]]
-
-
-def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The results of ``run_forward`` for all devices."""
-    run = functools.partial(run_forward, _forward_kernel, "gated_delta_rule", **options)
-    return sharding.map_shards(run, [*_INPUT_AXES, STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(
-        *inputs, state_BHKV
-    )
-
-
-def _rule_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
-    inputs, states_BCHKV = saved
-    name = "gated_delta_rule_backward"
-    run = functools.partial(run_backward, _backward_kernel, name, L=L, interpret=interpret, is_shared=False)
-    mapped = sharding.map_shards(
-        run, [*_INPUT_AXES, STATES_AXES, HEAD_AXES, STATE_AXES], [*_INPUT_AXES[:5], STATE_AXES]
-    )
-    *others, dlog_BTH, dbeta_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
-    gradients = (*others, dlog_BTH[:, : dbeta_BTH.shape[1]], dbeta_BTH)
-    return (*(dx.astype(x.dtype) for dx, x in zip(gradients, inputs, strict=False)), None), dstate_BHKV
-
-
-_rule.defvjp(_rule_forward, _rule_backward)
-
-
-# ------------------------------------------------------------------------------------------------ the kernels
+from jaxlm.nn.lazy_pallas import start_with
+from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, dot
 
 
 def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -152,12 +84,7 @@ def _forward_kernel(
     last: Any, states: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = first[...]
-
+    start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, outputs = chunk_decays(columns, rows, J), []
@@ -186,12 +113,7 @@ def _backward_kernel(
     dlast: Any, dquery: Any, dkey: Any, dvalue: Any, dlog: Any, dbeta: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = dlast[...]
-
+    start_with(carry, dlast)
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_earlier, decays = _is_earlier(L), chunk_decays(columns, rows, J)
     betas = decays.scale
@@ -256,3 +178,6 @@ def _backward_kernel(
     )
     dbeta[...] = join(dbeta_heads)
     dstate[...] = carry[...]
+
+
+KERNELS = Kernels("gated_delta_rule", _forward_kernel, _backward_kernel, gradient_of_sums=False)

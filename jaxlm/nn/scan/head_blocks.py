@@ -17,6 +17,7 @@ of a chunk, N blocks of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn import choices
+from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.lazy_pallas import call_with_carry, pl
 
 MIN_LOG_DECAY = -104.0
 """Smaller log decays are set to this value, whose exponential is 0 in float32."""
@@ -134,8 +138,6 @@ class Blocks(NamedTuple):
         ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V], ``one state`` [B, 1, H, K, V]. X is a
         width that depends on the kind.
         """
-        from jax.experimental import pallas as pl
-
         L, J, heads_per_group = self.L, self.J, self.H // self.G
         if kind == "keys":
             if self.has_own_keys:
@@ -163,15 +165,6 @@ def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> 
     return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 
 
-def prepare_log_decays(log_BTH: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The log decays, float32 and finite, and the resets as an array (without resets: all False). Log decays at resets
-    are set to 0."""
-    log_BTH = jnp.maximum(log_BTH.astype(jnp.float32), MIN_LOG_DECAY)
-    if reset_BT is None:
-        reset_BT = jnp.zeros_like(log_BTH[..., 0], bool)
-    return jnp.where(reset_BT[..., None], 0.0, log_BTH), reset_BT
-
-
 def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
     """The array with zeros appended after the last step, so that it has whole chunks of L steps."""
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
@@ -195,19 +188,10 @@ def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
     return x_BNTJ.transpose(0, 2, 1, 3).reshape(blocks.B, blocks.T, blocks.H)
 
 
-def call_kernel(kernel: Any, name: str, blocks: Blocks, interpret: bool, **arguments: Any) -> Any:
-    """A function that runs the kernel on the grid of ``blocks``: it gets the input arrays and returns the outputs.
-
-    The last argument of the kernel is the carry, [J, K, V] float32. Its value is kept from one chunk to the next one.
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pl.pallas_call(
-        functools.partial(kernel, blocks), name=name, grid=blocks.grid, interpret=interpret,
-        scratch_shapes=[pltpu.VMEM((blocks.J, blocks.K, blocks.V), jnp.float32)], **arguments,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )  # fmt: skip
+def _call(kernel: Any, name: str, blocks: Blocks, **arguments: Any) -> Any:
+    """:func:`call_with_carry` on the grid of ``blocks``; the carry is [J, K, V]."""
+    carry_shape = blocks.J, blocks.K, blocks.V
+    return call_with_carry(functools.partial(kernel, blocks), name, blocks.grid, carry_shape, **arguments)
 
 
 def padded_inputs(
@@ -270,24 +254,105 @@ def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
     )  # fmt: skip
 
 
-def run_forward(
-    kernel: Any, name: str, query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array,
-    scale_BTH: jax.Array, reset_BT: jax.Array,
-    state_BHKV: jax.Array, *, L: int, interpret: bool, save_states: bool,
-) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
-    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``).
+class Kernels(NamedTuple):
+    """The kernels of a recurrence.
+
+    Attributes:
+        name: the name of ``forward`` in the program.
+        forward, backward: functions. Their arguments are a :class:`Blocks`, one array for each entry of ``in_specs``
+            and ``out_specs`` (:func:`_device_forward`, :func:`_device_backward`), and the carry.
+        gradient_of_sums: whether ``backward`` returns the gradients of the sums b_t, not of the log decays.
+    """
+
+    name: str
+    forward: Any
+    backward: Any
+    gradient_of_sums: bool
+
+
+def run(
+    kernels: Kernels,
+    inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
 
     Args:
-        kernel: a function. Its arguments are a :class:`Blocks`, one array for each entry of ``in_specs`` and
-            ``out_specs``, and the carry.
-        name: the name of the kernel in the program.
-        query, key, value, log_BTH, scale_BTH, reset_BT, state_BHKV, L, interpret: see
-            ``matrix_state_pallas.linear_attention``. Log decays are finite.
+        inputs: queries and keys [B, T, G, K], values [B, T, H, V], and float32 log decays and scales [B, T, H, 1].
+            Padding has zeros in all of them.
+        state_BHKV: the state before the first step, float32.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere.
+        keep_BT: False at padding, which does not change the state; None: no padding.
     """
+    query, key, value, log_BTH, scale_BTH = *inputs[:3], *(x[..., 0] for x in inputs[3:])
+    if reset_BT is None:
+        reset_BT = jnp.zeros_like(log_BTH[..., 0], bool)
+    elif keep_BT is not None:
+        reset_BT = reset_BT & keep_BT
+    log_BTH = jnp.where(reset_BT[..., None], 0.0, jnp.maximum(log_BTH, MIN_LOG_DECAY))
+    L = choices.kernel_chunk(query.shape[1])
+    return _run(kernels, L, (query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
+def _run(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _forward(kernels, L, inputs, state_BHKV, save_states=False)[0]
+
+
+def _forward(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array, *, save_states: bool = True) -> Any:
+    run = functools.partial(_device_forward, kernels, L, save_states)
+    mapped = sharding.map_shards(run, [*_input_axes(inputs), STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])
+    out_BTHV, last_BHKV, states_BCHKV = mapped(*inputs, state_BHKV)
+    return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
+
+
+def _backward(kernels: Kernels, L: int, saved: Any, cotangents: Any) -> Any:
+    inputs, states_BCHKV = saved
+    query, key, _, log_BTH, *_ = inputs
+    # Gradients of shared queries and keys are [B, T, blocks of a group, G, K]: each device has its own groups, or its
+    # own blocks of heads. Gradients of queries and keys for each head are [B, T, H, K].
+    axes, is_shared = _input_axes(inputs), query.shape[2] != log_BTH.shape[2]
+    dkey_axes: tuple[str | None, ...] = HEAD_AXES
+    if is_shared:
+        is_split_by_group = axes[0] == HEAD_AXES
+        dkey_axes = ("batch", None, None, "heads", None) if is_split_by_group else ("batch", None, "heads", None, None)
+    mapped = sharding.map_shards(
+        functools.partial(_device_backward, kernels, L, is_shared),
+        [*axes, STATES_AXES, HEAD_AXES, STATE_AXES],
+        [dkey_axes, dkey_axes, *axes[2:5], STATE_AXES],
+    )
+    dquery, dkey, dvalue, dlog_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
+    if is_shared:
+        dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
+    if kernels.gradient_of_sums:
+        # The log decay of a step is a summand of b_t for this step and all later steps of the chunk.
+        db_BCLH = dlog_BTH.reshape(dlog_BTH.shape[0], -1, L, dlog_BTH.shape[2])
+        dlog_BTH = lax.cumsum(db_BCLH, axis=2, reverse=True).reshape(dlog_BTH.shape)
+    dlog_BTH = dlog_BTH[:, : log_BTH.shape[1]]
+    return (dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _input_axes(inputs: Any) -> list[tuple[str | None, ...]]:
+    """The logical axes of the inputs."""
+    (_, _, G, _), (_, _, H, _) = inputs[0].shape, inputs[2].shape
+    key_axes = HEAD_AXES if groups_are_sharded(G, H) else ("batch", None, None, None)
+    return [key_axes, key_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2]]
+
+
+def _device_forward(
+    kernels: Kernels, L: int, save_states: bool, query: jax.Array, key: jax.Array, value: jax.Array,
+    log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, state_BHKV: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
     blocks = make_blocks(query, value, L, from_last=False)
     T, C = query.shape[1], blocks.C if save_states else 1
-    out_BTX, last_BHKV, states_BCHKV = call_kernel(
-        kernel, name, blocks, interpret,
+    out_BTX, last_BHKV, states_BCHKV = _call(
+        kernels.forward, kernels.name, blocks,
         in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
         out_specs=tuple(
             blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
@@ -301,19 +366,17 @@ def run_forward(
     return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
 
 
-def run_backward(
-    kernel: Any, name: str, query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array,
-    scale_BTH: jax.Array, reset_BT: jax.Array,
-    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array, *, L: int, interpret: bool, is_shared: bool,
+def _device_backward(
+    kernels: Kernels, L: int, is_shared: bool, query: jax.Array, key: jax.Array, value: jax.Array,
+    log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
+    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The gradients of queries, keys, values, decays, scales and the state before the first step, for one device.
 
     The gradients of queries and keys are [B, T, H, K]; if ``is_shared``, they are [B, T, blocks of a group, G, K]. The
-    gradient of the decays is that of the sums b (``linear_attention``) or of the log decays (``gated_delta_rule``); it
-    includes the padded steps.
+    gradient of the decays (``Kernels.gradient_of_sums``) includes the padded steps.
 
     Args:
-        kernel, name: see :func:`run_forward`, also for the arguments that are not listed here.
         states_BCHKV: the state before each chunk.
         is_shared: whether several heads share queries and keys, on this device or on several devices.
     """
@@ -327,8 +390,8 @@ def run_backward(
     per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
     dkeys_kinds = ["keys" if blocks.has_own_keys else "dkeys"] * 2
     dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    dquery, dkey, dvalue, ddecay, dscale, dstate = call_kernel(
-        kernel, name, blocks, interpret,
+    dquery, dkey, dvalue, ddecay, dscale, dstate = _call(
+        kernels.backward, f"{kernels.name}_backward", blocks,
         in_specs=[
             blocks.spec(kind)
             for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")

@@ -13,16 +13,15 @@ values, C chunks, L steps of a chunk (M: the same steps, on the axis of the keys
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan import matrix_state_pallas
+from jaxlm.nn.scan import head_blocks, matrix_state_pallas
 from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
-from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.segments import check_masks
 
 Implementation = Literal["reference", "chunked", "pallas"]
@@ -75,12 +74,24 @@ def linear_attention(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([1.0, 1.5, 1.75], [1.75])
     """
-    check_inputs(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
-    if scale_BTH is not None and scale_BTH.shape != value_BTHV.shape[:3]:
-        raise ValueError(f"scale {list(scale_BTH.shape)} must be {list(value_BTHV.shape[:3])}, one for each head")
-    T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
+    check_inputs(query_BTGK, key_BTGK, value_BTHV, state_BHKV, reset_BT, keep_BT, shared_keys=True)
+    (B, T, G, K), H = query_BTGK.shape, value_BTHV.shape[2]
+    if H % G:
+        raise ValueError(f"the number of heads of query and key, {G}, must divide the number of heads of value, {H}")
+    if log_decay.shape not in ((B, T, H), (B, T, H, K)):
+        raise ValueError(
+            f"log_decay {list(log_decay.shape)} must be {[B, T, H]}, one for each head, or "
+            f"{[B, T, H, K]}, one for each channel of the keys"
+        )
+    if log_decay.ndim == 4 and G != H:
+        raise ValueError(
+            f"log_decay {list(log_decay.shape)} has one decay per channel, which needs queries and keys for each head: "
+            f"repeat the {G} heads of query and key {H // G} times"
+        )
+    if scale_BTH is not None and scale_BTH.shape != (B, T, H):
+        raise ValueError(f"scale {list(scale_BTH.shape)} must be {[B, T, H]}, one for each head")
     per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
-    unsupported = per_channel or unsupported_reason(query_BTGK, value_BTHV)
+    unsupported = per_channel or head_blocks.unsupported_reason(query_BTGK, value_BTHV)
     is_default = implementation is None and chunk is None
     implementation = choose_implementation("linear_attention", implementation, T, chunk, unsupported)
     log_BTHE = log_decay.astype(jnp.float32)
@@ -92,10 +103,8 @@ def linear_attention(
         (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, keep_BT
     )
     if implementation == "pallas":
-        if reset_BT is not None and keep_BT is not None:
-            reset_BT = reset_BT & keep_BT  # padding does not change the state
-        with_scale = (query_BTGK, key_BTGK, value_BTHV, log_BTHE[..., 0], scale_BTH1[..., 0])
-        return matrix_state_pallas.linear_attention(with_scale, state_BHKV, reset_BT, choices.kernel_chunk(T))
+        with_scale = query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1
+        return head_blocks.run(matrix_state_pallas.KERNELS, with_scale, state_BHKV, reset_BT, keep_BT)
     # For mLSTM, scaled keys are more accurate: its values and its normalizer then have the same rounding errors. Keys
     # that several heads share cannot be scaled.
     if scale_BTH is not None and G == H:
@@ -105,9 +114,7 @@ def linear_attention(
     inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
         return scan_steps(_log_step, inputs, state_BHKV)
-    loops = is_default and choices.loops_without_gradient(
-        query_BTGK.shape[3], state_BHKV.size, per_channel=log_decay.ndim == 4
-    )
+    loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
     chunk = chunk or choices.linear_attention_chunk()
     return scan_chunks(_chunk, inputs, state_BHKV, chunk, _log_step if loops else None)
 
@@ -131,71 +138,35 @@ def choose_implementation(
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
         unsupported = unsupported or f"has chunks of a fixed size, so it does not support chunk={chunk}"
-    if implementation is None:
-        return choices.matrix_scan(steps, unsupported)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no {name} implementation {implementation!r}: choose from {choice}")
-    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
-        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
-    return implementation
+    choices.check_implementation(name, implementation, Implementation, {"pallas": unsupported})
+    return implementation or choices.matrix_scan(steps, unsupported)
 
 
 def check_inputs(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: Any, reset: Any, keep: Any
+    query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any, *, shared_keys: bool = False
 ) -> None:
+    """Check queries and keys [B, T, H, K], values [B, T, H, V] and the state [B, H, K, V] (None: no check).
+
+    T must be at least 1. With ``shared_keys``, queries and keys may have another number of heads than the values.
+
+    Raises:
+        ValueError: an array has another shape, or a mask is not boolean.
+    """
+    same = 2 if shared_keys else 3
     if (
         (query.ndim, value.ndim) != (4, 4)
         or key.shape != query.shape
-        or value.shape[:2] != query.shape[:2]
+        or value.shape[:same] != query.shape[:same]
         or not query.shape[1]
     ):
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
             f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
         )
-    (B, T, G, K), (H, V) = query.shape, value.shape[2:]
-    if H % G:
-        raise ValueError(f"the number of heads of query and key, {G}, must divide the number of heads of value, {H}")
-    if log_decay.shape not in ((B, T, H), (B, T, H, K)):
-        raise ValueError(
-            f"log_decay {list(log_decay.shape)} must be {[B, T, H]}, one for each head, or "
-            f"{[B, T, H, K]}, one for each channel of the keys"
-        )
-    if log_decay.ndim == 4 and G != H:
-        raise ValueError(
-            f"log_decay {list(log_decay.shape)} has one decay per channel, which needs queries and keys for each head: "
-            f"repeat the {G} heads of query and key {H // G} times"
-        )
+    (B, T, _, K), (H, V) = query.shape, value.shape[2:]
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
     check_masks(reset, keep, (B, T), "query")
-
-
-def check_equal_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    """Check the shapes of queries and keys [B, T, H, K] and values [B, T, H, V]; T must be at least 1.
-
-    Raises:
-        ValueError: an array has another shape.
-    """
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
-        )
-
-
-def linear_attention_step(
-    query_BGK: jax.Array, key_BGK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The output of one step [B, H, V] in the dtype of the value, and the new state [B, H, K, V] float32.
-
-    Use this function in a decoding loop. ``log_decay`` is [B, H] or [B, H, K].
-    """
-    log_BHE = log_decay.astype(jnp.float32)
-    log_BHE = log_BHE[..., None] if log_decay.ndim == 2 else log_BHE
-    state_BHKV, out_BHV = _log_step(state_BHKV, query_BGK, key_BGK, value_BHV, log_BHE)
-    return out_BHV, state_BHKV
 
 
 def _log_step(

@@ -15,105 +15,13 @@ of a chunk, N blocks of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm import sharding
-from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.scan.head_blocks import (
-    HEAD_AXES,
-    STATE_AXES,
-    STATES_AXES,
-    Blocks,
-    chunk_decays,
-    dot,
-    groups_are_sharded,
-    prepare_log_decays,
-    run_backward,
-    run_forward,
-)
-
-
-def linear_attention(
-    inputs: tuple[jax.Array, ...], state_BHKV: jax.Array, reset_BT: jax.Array | None, L: int, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
-
-    Args:
-        inputs: queries, keys, values, and log decays and scales [B, T, H], as for ``jaxlm.nn.scan.linear_attention``.
-            Padding has zeros in all of them.
-        reset_BT: True where the state is set to zeros before the step; None: nowhere.
-        L: number of steps of a chunk, a multiple of 128, or at least T.
-        interpret: use Pallas's interpreter, on any device.
-    """
-    query, key, value, log_BTH, scale_BTH = inputs
-    log_BTH, reset_BT = prepare_log_decays(log_BTH, reset_BT)
-    return _attention((query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV, L, interpret)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
-def _attention(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    return _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=False)[:2]
-
-
-def _attention_forward(inputs: Any, state_BHKV: jax.Array, L: int, interpret: bool) -> Any:
-    out_BTHV, last_BHKV, states_BCHKV = _run_forward(inputs, state_BHKV, L=L, interpret=interpret, save_states=True)
-    return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
-
-
-def _run_forward(inputs: Any, state_BHKV: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The results of ``run_forward`` for all devices."""
-    run = functools.partial(run_forward, _forward_kernel, "linear_attention", **options)
-    return _map_shards(run, _key_axes(inputs), [STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])(*inputs, state_BHKV)
-
-
-def _attention_backward(L: int, interpret: bool, saved: Any, cotangents: Any) -> Any:
-    inputs, states_BCHKV = saved
-    query, key, _, log_BTH, *_ = inputs
-    dout_BTHV, dlast_BHKV = cotangents
-    # Gradients of shared queries and keys are [B, T, blocks of a group, G, K]: each device has its own groups, or its
-    # own blocks of heads. Gradients of queries and keys for each head are [B, T, H, K].
-    key_axes, is_shared = _key_axes(inputs), query.shape[2] != log_BTH.shape[2]
-    run = functools.partial(
-        run_backward, _backward_kernel, "linear_attention_backward", L=L, interpret=interpret, is_shared=is_shared
-    )
-    dkey_axes: tuple[str | None, ...] = HEAD_AXES
-    if is_shared:
-        is_split_by_group = key_axes == HEAD_AXES
-        dkey_axes = ("batch", None, None, "heads", None) if is_split_by_group else ("batch", None, "heads", None, None)
-    out_axes = [dkey_axes, dkey_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], STATE_AXES]
-    mapped = _map_shards(run, key_axes, [STATES_AXES, HEAD_AXES, STATE_AXES], out_axes)
-    dquery, dkey, dvalue, db_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, dout_BTHV, dlast_BHKV)
-    if is_shared:
-        dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
-    dquery, dkey = dquery.astype(query.dtype), dkey.astype(key.dtype)
-    # The log decay of a step is a summand of b_t for this step and all later steps of the chunk.
-    db_BCLH = db_BTH.reshape(db_BTH.shape[0], -1, L, db_BTH.shape[2])
-    dlog_BTH = lax.cumsum(db_BCLH, axis=2, reverse=True).reshape(db_BTH.shape)[:, : log_BTH.shape[1]]
-    return (dquery, dkey, dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _key_axes(inputs: Any) -> tuple[str | None, ...]:
-    """The logical axes of queries and keys."""
-    return HEAD_AXES if groups_are_sharded(inputs[0].shape[2], inputs[2].shape[2]) else ("batch", None, None, None)
-
-
-def _map_shards(
-    function: Callable[..., Any], key_axes: tuple[str | None, ...], other_axes: list[Any], out_axes: list[Any]
-) -> Callable[..., Any]:
-    """A function that runs ``function`` on each device, with its shards of the inputs and of further arrays."""
-    in_axes = [key_axes, key_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2], *other_axes]
-    return sharding.map_shards(function, in_axes, out_axes)
-
-
-# ------------------------------------------------------------------------------------------------ the kernels
+from jaxlm.nn.lazy_pallas import start_with
+from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, dot
 
 
 def _forward_kernel(
@@ -121,12 +29,7 @@ def _forward_kernel(
     states: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = first[...]
-
+    start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, outputs = chunk_decays(columns, rows, J), []
@@ -149,12 +52,7 @@ def _backward_kernel(
     dquery: Any, dkey: Any, dvalue: Any, db: Any, dscale: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = dlast[...]
-
+    start_with(carry, dlast)
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
     decays = chunk_decays(columns, rows, J)
@@ -196,3 +94,6 @@ def _backward_kernel(
     dvalue[...] = jnp.concatenate(dv_heads, axis=1).astype(dtype)
     db[...], dscale[...] = jnp.concatenate(db_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
     dstate[...] = carry[...]
+
+
+KERNELS = Kernels("linear_attention", _forward_kernel, _backward_kernel, gradient_of_sums=True)

@@ -26,8 +26,8 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.scan.head_blocks import unsupported_reason
-from jaxlm.nn.scan.matrix_state import Implementation, check_equal_heads, choose_implementation, linear_attention
-from jaxlm.nn.segments import check_masks, check_state, complete_masks, select_state
+from jaxlm.nn.scan.matrix_state import Implementation, check_inputs, choose_implementation, linear_attention
+from jaxlm.nn.segments import check_state, complete_masks, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -127,14 +127,13 @@ def _check(
     query: jax.Array, key: jax.Array, value: jax.Array, log_input: jax.Array, log_forget: jax.Array, state: Any,
     reset: Any, keep: Any,
 ) -> None:  # fmt: skip
-    check_equal_heads(query, key, value)
+    check_inputs(query, key, value, None, reset, keep)
     for name, x in (("log_input", log_input), ("log_forget", log_forget)):
         if x.shape != query.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
     (B, _, H, K), V = query.shape, value.shape[-1]
     if state is not None:
         check_state(state, mlstm_state_specs(B, H, K, V))
-    check_masks(reset, keep, query.shape[:2], "query")
 
 
 def _reference(inputs: Any, state: dict[str, jax.Array], reset_BT: jax.Array | None, epsilon: float) -> Any:

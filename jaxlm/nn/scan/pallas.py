@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn.lazy_pallas import call_with_carry, largest_divisor, pl, pltpu, start_with
 
 MAX_STEPS = 256
 """Maximum number of steps of a block."""
@@ -47,24 +48,21 @@ def unsupported_reason(decay_BTD: jax.Array, input_BTD: jax.Array) -> str | None
     return None if input_BTD.shape[0] else "needs at least one row"
 
 
-def scan(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def scan(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
     """The state after each step, [B, T, D] in the dtype of the input, and the last state, [B, D] float32.
 
     Args:
         state_BD: the state before the first step, float32.
         reverse: go from the last step to the first.
-        interpret: use Pallas's interpreter, on any device.
     """
-    scan_shard = functools.partial(_scan, reverse=reverse, interpret=interpret)
+    scan_shard = functools.partial(_scan, reverse=reverse)
     run = sharding.map_shards(scan_shard, [_AXES, _AXES, _STATE_AXES], [_AXES, _STATE_AXES])
     return run(decay_BTD, input_BTD, state_BD)
 
 
 def backward(
     decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array,
-    reverse: bool, *, interpret: bool = False,
+    reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of the decay [B, T, D], of the input [B, T, D] and of the state before the first step [B, D].
 
@@ -76,7 +74,7 @@ def backward(
         dlast_BD: the gradient of the last state.
         reverse: whether the forward pass went from the last step to the first.
     """
-    shard_gradients = functools.partial(_backward, reverse=reverse, interpret=interpret)
+    shard_gradients = functools.partial(_backward, reverse=reverse)
     in_axes = [_AXES, _AXES, _STATE_AXES, _AXES, _STATE_AXES]
     run = sharding.map_shards(shard_gradients, in_axes, [_AXES, _AXES, _STATE_AXES])
     return run(decay_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD)
@@ -105,22 +103,16 @@ class _Blocks(NamedTuple):
     @property
     def block(self) -> Any:
         """The block spec of an array [B, T, D]."""
-        from jax.experimental import pallas as pl
-
         return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, self._index(t), d))
 
     @property
     def state(self) -> Any:
         """The block spec of an array [B, 1, D]."""
-        from jax.experimental import pallas as pl
-
         return pl.BlockSpec((None, 1, self.W), lambda b, d, t: (b, 0, d))
 
     @property
     def step(self) -> Any:
         """The block spec of an array [B, blocks of steps, 1, D]."""
-        from jax.experimental import pallas as pl
-
         return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, self._index(t), 0, d))
 
 
@@ -128,24 +120,18 @@ def _blocks(arrays: Sequence[jax.Array], from_last: bool) -> _Blocks:
     B, T, D = arrays[0].shape
     rows = max(_TILE_ROWS.get(x.dtype.itemsize, 8) for x in arrays)
     num_padding = -T % rows
-    W = D if D % LANES else _largest_divisor(D, LANES, MAX_CHANNELS)
-    C = _largest_divisor(T + num_padding, rows, max(rows, min(MAX_STEPS, MAX_ENTRIES // W)))
+    W = D if D % LANES else largest_divisor(D, LANES, MAX_CHANNELS)
+    C = largest_divisor(T + num_padding, rows, max(rows, min(MAX_STEPS, MAX_ENTRIES // W)))
     return _Blocks(rows, num_padding, C, W, (B, D // W, (T + num_padding) // C), from_last)
 
 
-def _call(kernel: Callable[..., None], name: str, blocks: _Blocks, interpret: bool, **arguments: Any) -> Any:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pl.pallas_call(
-        functools.partial(kernel, blocks.rows, blocks.from_last), name=name, grid=blocks.grid, interpret=interpret,
-        scratch_shapes=[pltpu.VMEM((1, blocks.W), jnp.float32)], **arguments,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )  # fmt: skip
+def _call(kernel: Callable[..., None], name: str, blocks: _Blocks, **arguments: Any) -> Any:
+    kernel = functools.partial(kernel, blocks.rows, blocks.from_last)
+    return call_with_carry(kernel, name, blocks.grid, (1, blocks.W), **arguments)
 
 
 def _scan(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, *, reverse: bool, interpret: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The states of one device, and the last state."""
     T = input_BTD.shape[1]
@@ -154,7 +140,7 @@ def _scan(
     padding = ((0, 0), (blocks.num_padding, 0) if reverse else (0, blocks.num_padding), (0, 0))
     decay_BTD, input_BTD = jnp.pad(decay_BTD, padding, constant_values=1), jnp.pad(input_BTD, padding)
     hidden_BTD, last_B1D = _call(
-        _forward_kernel, "linear_scan", blocks, interpret, in_specs=[blocks.block, blocks.block, blocks.state],
+        _forward_kernel, "linear_scan", blocks, in_specs=[blocks.block, blocks.block, blocks.state],
         out_specs=(blocks.block, blocks.state),
         out_shape=(
             jax.ShapeDtypeStruct(input_BTD.shape, input_BTD.dtype),
@@ -166,7 +152,7 @@ def _scan(
 
 def _backward(
     decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array,
-    *, reverse: bool, interpret: bool,
+    *, reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of one device."""
     T = hidden_BTD.shape[1]
@@ -188,7 +174,7 @@ def _backward(
     else:
         before_BND = jnp.concatenate([first_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
     ddecay_BTD, dinput_BTD, dstate_B1D = _call(
-        _backward_kernel, "linear_scan_backward", blocks, interpret,
+        _backward_kernel, "linear_scan_backward", blocks,
         in_specs=[blocks.block, blocks.block, blocks.step, blocks.block, blocks.state],
         out_specs=(blocks.block, blocks.block, blocks.state),
         out_shape=(
@@ -211,8 +197,6 @@ def _tiles(steps: int, rows: int, reverse: bool) -> list[slice]:
 
 def _shifted(x: jax.Array, shift: int, reverse: bool, fill: Any) -> jax.Array:
     """The rows of a tile, moved by ``shift`` steps in the order of the scan; the first rows are ``fill``."""
-    from jax.experimental.pallas import tpu as pltpu
-
     rows = x.shape[0]
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     is_first = row >= rows - shift if reverse else row < shift
@@ -237,11 +221,7 @@ def _forward_kernel(
     rows: int, reverse: bool, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any
 ) -> None:
     """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous block."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = first[...]
+    start_with(carry, first)
 
     state = carry[...]
     for tile in _tiles(decay.shape[0], rows, reverse):
@@ -257,11 +237,7 @@ def _backward_kernel(
     dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
     """Run the steps of a block. ``carry``: the last e of the previous block. ``before``: the state before the block."""
-    from jax.experimental import pallas as pl
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = dlast[...]
+    start_with(carry, dlast)
 
     e_next = carry[...]
     tiles = _tiles(decay.shape[0], rows, reverse)
@@ -277,8 +253,3 @@ def _backward_kernel(
         e_next = _last_row(e, reverse)
     carry[...] = e_next
     dstate[...] = e_next
-
-
-def _largest_divisor(size: int, multiple: int, maximum: int) -> int:
-    """The largest divisor of ``size`` that is a multiple of ``multiple`` and at most ``maximum``."""
-    return max(x for x in range(multiple, min(size, maximum) + 1, multiple) if size % x == 0)

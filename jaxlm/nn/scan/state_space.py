@@ -85,7 +85,7 @@ def ssd(
     # A negative decay has no logarithm, so ``linear_attention`` cannot be used.
     T = x_BTHP.shape[1]
     implementation = choose_implementation("ssd", implementation, T, chunk, "does not support negative eigenvalues")
-    check_inputs(C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, reset_BT, keep_BT)
+    check_inputs(C_BTGN, B_BTGN, x_BTHP, state_BHNP, reset_BT, keep_BT, shared_keys=True)
     # The decay minus 1, because ``prepare`` sets inputs to 0 at padding, where the decay must be 1.
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:

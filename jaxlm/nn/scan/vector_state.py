@@ -16,9 +16,8 @@ Shapes: B batch, T time, D channels, L steps of a chunk.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +76,8 @@ def linear_scan(
     """
     masks = _check(decay_BTD, input_BTD, state_BD, reset_BT, keep_BT)
     unsupported = pallas.unsupported_reason(decay_BTD, input_BTD)
-    if implementation is None:
-        implementation = choices.linear_scan(unsupported)
-    if implementation not in get_args(Implementation):
-        choice = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
-    if implementation == "pallas" and (reason := choices.wrong_platform("pallas") or unsupported):
-        raise ValueError(f"implementation='pallas' {reason}: use implementation='chunked'")
+    choices.check_implementation("linear_scan", implementation, Implementation, {"pallas": unsupported})
+    implementation = implementation or choices.linear_scan(unsupported)
     # The time axis is not sharded, because the steps are sequential.
     decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
     state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
@@ -137,17 +131,15 @@ def _reference(
 # ---------------------------------------------------------------------------------------------- custom gradient
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def _scan(
-    implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
-) -> tuple[jax.Array, jax.Array]:
-    return _forward(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)[0]
-
-
 def _forward(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> Any:
-    hidden_BTD, last_BD = _FORWARD[implementation](decay_BTD, input_BTD, state_BD, masks, reverse)
+    if implementation == "sequential":
+        hidden_BTD, last_BD = _sequential(decay_BTD, input_BTD, state_BD, masks, reverse)
+    else:
+        new_BTD = input_BTD if masks is None else jnp.where(masks[1][:, :, None], input_BTD, 0.0)
+        run = pallas.scan if implementation == "pallas" else _chunked
+        hidden_BTD, last_BD = run(_masked_decay(decay_BTD, masks), new_BTD, state_BD, reverse)
     return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
 
 
@@ -157,14 +149,24 @@ def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -
     The total gradient g of a state follows the recurrence ``g = dhidden + next_decay * next_g``. The gradient of the
     input is g, and the gradient of the decay is ``g * state_before``.
     """
-    masks = saved[-1]
-    ddecay_BTD, dinput_BTD, dstate_BD = _BACKWARD[implementation](*saved, *cotangents, reverse)
+    (decay_BTD, hidden_BTD, state_BD, masks), (dhidden_BTD, dlast_BD) = saved, cotangents
+    if implementation == "sequential":
+        ddecay_BTD, dinput_BTD, dstate_BD = _sequential_backward(
+            decay_BTD, hidden_BTD, state_BD, masks, dhidden_BTD, dlast_BD, reverse
+        )
+    else:
+        run = pallas.backward if implementation == "pallas" else _chunked_backward
+        ddecay_BTD, dinput_BTD, dstate_BD = run(
+            _masked_decay(decay_BTD, masks), hidden_BTD, state_BD, dhidden_BTD, dlast_BD, reverse
+        )
+        if masks is not None:
+            ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
     if masks is not None:
         dinput_BTD = jnp.where(masks[1][:, :, None], dinput_BTD, 0.0)
     return ddecay_BTD, dinput_BTD, dstate_BD, None
 
 
-_scan.defvjp(_forward, _backward)
+_scan = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0, 1))
 
 
 # --------------------------------------------------------------------------------------------------- sequential
@@ -274,12 +276,17 @@ def _masks_at(masks: Any, time: jax.Array) -> Any:
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
+def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
+    """The decays with 0 at resets and 1 at padding."""
+    if masks is None:
+        return decay_BTD
+    reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
+    return jnp.where(keep_BT1, jnp.where(reset_BT1, 0.0, decay_BTD), 1.0)
+
+
 def _chunked(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    if masks is not None:
-        input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
-    decay_BTD = _masked_decay(decay_BTD, masks)
     hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse)
     return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
 
@@ -288,35 +295,24 @@ def _chunked_backward(
     decay_BTD: jax.Array,
     hidden_BTD: jax.Array,
     state_BD: jax.Array,
-    masks: Any,
     dhidden_BTD: jax.Array,
     dlast_BD: jax.Array,
     reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
     # The gradient of the input uses the decay of the next step. The gradient of the decay uses the state before the
     # step.
     next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
     gradient_BTD = _scan_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
-    if masks is not None:
-        ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
     last = -1 if reverse else 0
     dstate_BD = decay_BTD[:, last].astype(jnp.float32) * gradient_BTD[:, last]
-    return ddecay_BTD.astype(dtype), gradient_BTD.astype(dhidden_BTD.dtype), dstate_BD
+    return ddecay_BTD.astype(decay_BTD.dtype), gradient_BTD.astype(dhidden_BTD.dtype), dstate_BD
 
 
 def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
     """``x`` shifted by one step: each step gets the entry of the step before it, and the first step gets ``first``."""
     first_B1D = first_BD[:, None].astype(x_BTD.dtype)
     return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
-
-
-def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
-    if masks is None:
-        return decay_BTD
-    reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
-    return jnp.where(keep_BT1, jnp.where(reset_BT1, 0.0, decay_BTD), 1.0)
 
 
 def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> jax.Array:
@@ -343,35 +339,3 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)
     hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, num_chunks * L, D)
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]
-
-
-# ------------------------------------------------------------------------------------------------------- pallas
-
-
-def _pallas(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    if masks is not None:
-        input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
-    return pallas.scan(_masked_decay(decay_BTD, masks), input_BTD, state_BD, reverse)
-
-
-def _pallas_backward(
-    decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, masks: Any, dhidden_BTD: jax.Array,
-    dlast_BD: jax.Array, reverse: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    masked_BTD = _masked_decay(decay_BTD, masks)
-    ddecay_BTD, dinput_BTD, dstate_BD = pallas.backward(
-        masked_BTD, hidden_BTD, state_BD, dhidden_BTD, dlast_BD, reverse
-    )
-    if masks is not None:
-        ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
-    return ddecay_BTD, dinput_BTD, dstate_BD
-
-
-_FORWARD: dict[str, Callable[..., Any]] = {"sequential": _sequential, "chunked": _chunked, "pallas": _pallas}
-_BACKWARD: dict[str, Callable[..., Any]] = {
-    "sequential": _sequential_backward,
-    "chunked": _chunked_backward,
-    "pallas": _pallas_backward,
-}

@@ -243,8 +243,6 @@ def test_errors_name_bad_input():
         attention(q, k[:, :, :1], v)
     with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):
         attention(q, k, v, bias=np.zeros((1, 2, 4, 5)))
-    with pytest.raises(ValueError, match="'blockwise' takes no dense bias"):
-        attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
     with pytest.raises(
         ValueError,
         match="no attention implementation 'flash': choose from reference, blockwise, decode, splash, pallas, cudnn",
@@ -296,6 +294,26 @@ def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequentia
     for implementation in ("reference", "blockwise"):
         got = run(lambda q, k, v, i=implementation: attention(q, k, v, implementation=i))
         assert_trees_close(got, want, 2e-6)
+
+
+@pytest.mark.plain_cases(2)
+@pytest.mark.parametrize("implementation", ["blockwise", "blockwise of all heads", "decode"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (2, 1), (1, 1)])  # rows and heads
+def test_a_dense_bias_gives_the_values_and_gradients_of_the_reference(implementation, shape, monkeypatch):
+    T, S = (2, 300) if implementation == "decode" else (300, 280)
+    *qkv, _ = inputs(2, T, S, 3, 8)
+    bias = np.random.default_rng(8).normal(size=(*shape, T, S)).astype(np.float32)
+    mask = Mask(causal=True, query_order=np.arange(T)[None] + 100, key_order=np.arange(S)[None])
+    if implementation == "blockwise of all heads":
+        monkeypatch.setattr(choices, "loop_over_heads", lambda: False)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation):
+        attend = lambda q, k, v, bias: attention(q, k, v, mask, bias=bias, implementation=implementation)  # noqa: E731
+        out, vjp_fn = jax.vjp(attend, *qkv, bias)
+        return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    assert_trees_close(run(implementation.split()[0]), run("reference"), 3e-6)
 
 
 def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
@@ -365,7 +383,7 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
 
 
-@pytest.mark.parametrize("products", ["sums", "merged", "per head"])
+@pytest.mark.parametrize("products", ["sums", "merged", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decode_computes_the_products_in_three_ways(monkeypatch, products, dtype):
     """One query per key head; keys of a width that is not a multiple of 8; wider values."""
@@ -389,7 +407,7 @@ def test_sums_are_chosen_for_one_float32_query_of_each_of_eight_heads():
 
     assert choose() == "sums"
     assert {choose(B=1), choose(T=2), choose(H=16), choose(H=4, G=4), choose(dtype=jnp.bfloat16)} == {"merged"}
-    assert choose(B=1, shards=3) == "per head"
+    assert choose(B=1, shards=3) == "reference"
 
 
 def test_decode_ignores_the_orders_of_a_mask_that_is_not_causal():
@@ -493,7 +511,6 @@ def test_the_call_of_cudnn_computes_attention(causal, window):
         ("cudnn 4", "bfloat16", {}, "'cudnn' takes head widths that are multiples of 8 up to 128, not 4"),
         ("cudnn", "bfloat16", {}, "'cudnn' runs only on gpu, but this computation is compiled for cpu"),
         ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' has no dropout"),
-        ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
     ],
 )
 def test_unsupported_arguments_give_the_reason(implementation, dtype, options, message):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import attention, pallas, split
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
@@ -17,6 +18,12 @@ from jaxlm.sharding import Rules, Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, H, K = 2, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch):
+    """Run the kernels in Pallas's interpreter."""
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
 
 
 def orders(T, S):
@@ -94,7 +101,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
-        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
+        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias))
 
     got = run(kernel, kinds, S, floats, cotangent)
     want = run(
@@ -116,7 +123,7 @@ def test_bfloat16_is_as_accurate_as_blockwise():
     halves = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), floats)
 
     def kernel(q, k, v, bias):
-        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
+        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias))
 
     def attend_with(implementation):
         return lambda q, k, v, bias: attention(q, k, v, mask, scale=0.3, bias=bias, implementation=implementation)
@@ -140,7 +147,7 @@ def test_each_device_runs_its_own_rows_and_heads():
     sharding = Sharding(make_mesh("data=2,tensor=2,fsdp=1", devices=jax.devices()[:4]))
 
     def kernel(q, k, v, bias):
-        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
+        return pallas.attention(q, k, v, mask, scale=0.3, biases=tuple(bias))
 
     def split(q, k, v, bias):
         with sharding.scope():
@@ -177,13 +184,13 @@ def test_unsupported_arguments_give_the_reason():
         attend()
     with pytest.raises(ValueError, match="'pallas' has no dropout"):
         attend(dropout=0.1, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
+    with pytest.raises(ValueError, match="'pallas' does not support the bias Dense"):
         attend(bias=jnp.zeros((1, 1, 8, 8)))
-    with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
+    with pytest.raises(ValueError, match="does not support the bias ByPositions, which is no KernelBiasFn"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
-    assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, (), None, None)
+    assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, (), None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
-        assert "without a sequence axis" in pallas.unsupported_reason(128, (), None, None)
+        assert "without a sequence axis" in pallas.unsupported_reason(128, (), None)
 
 
 def test_blocks_divide_the_queries_and_fit_into_vmem():

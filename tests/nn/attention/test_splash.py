@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import attention, splash
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch):
+    """Run the kernels in Pallas's interpreter."""
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
 
 
 def inputs(T, S, H, G, K):
@@ -65,7 +72,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
 
         return jax.jit(value_and_gradients)(q, k, v)
 
-    got = run(lambda q, k, v: splash.attention(q, k, v, mask, scale=scale, interpret=True))
+    got = run(lambda q, k, v: splash.attention(q, k, v, mask, scale=scale))
     want = run(lambda q, k, v: attention(q, k, v, mask, scale=scale, implementation="reference"))
     assert_trees_close(got, want, 1e-5)
     if "without keys" in name:
@@ -97,21 +104,21 @@ def test_each_device_runs_its_own_rows_and_heads():
 
     def split(q, k, v):
         with sharding.scope():
-            return splash.attention(q, k, v, mask, scale=0.3, interpret=True)
+            return splash.attention(q, k, v, mask, scale=0.3)
 
     for heads in (2, 1):  # one key head per device, or one key head for both devices
         k, v = k[:, :, :heads], v[:, :, :heads]
         assert_trees_close(
-            jax.jit(split)(q, k, v), splash.attention(q, k, v, mask, scale=0.3, interpret=True), 1e-6
+            jax.jit(split)(q, k, v), splash.attention(q, k, v, mask, scale=0.3), 1e-6
         )  # fmt: skip
 
 
 def test_a_sequence_split_over_devices_is_not_supported():
     sharding = Sharding(make_mesh("data=4,sequence=2"))
     with sharding.scope():
-        assert "without a sequence axis" in splash.unsupported_reason(Mask(causal=True), None, None)
+        assert "without a sequence axis" in splash.unsupported_reason(Mask(causal=True), (), None)
 
 
 def test_blocks_divide_the_length_and_are_as_large_as_allowed():
     sizes = {128: 128, 256: 256, 384: 384, 1024: 1024, 1152: 384, 1280: 640, 4096: 1024}
-    assert {length: splash._block_size(length) for length in sizes} == sizes
+    assert {length: lazy_pallas.largest_divisor(length, 128, splash.MAX_BLOCK) for length in sizes} == sizes

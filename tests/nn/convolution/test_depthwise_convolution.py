@@ -137,7 +137,7 @@ def test_errors_name_bad_input():
     with pytest.raises(ValueError, match=r"the input \[3, 8, 4\] must be \[batch, time, channels\] with 5 channels"):
         depthwise_convolution(params, x[..., :4], padding="same")
     ids = jnp.ones((B, 8), jnp.int32)
-    message = "implementation 'reference' does not support segment_ids: leave implementation out"
+    message = "implementation 'reference' does not support segment_ids: leave the implementation out"
     with pytest.raises(ValueError, match=message):
         depthwise_convolution(params, x, padding="same", segment_ids=ids, implementation="reference")
     with pytest.raises(ValueError, match="no depthwise_convolution implementation 'fast'"):

@@ -206,7 +206,10 @@ def test_losses_pool_the_tokens_of_all_layers():
     [
         ({"num_selected": 6}, r"num_selected=6 must be in \[1, 5\]"),
         ({"num_selected": 0}, r"num_selected=0 must be in \[1, 5\]"),
-        ({"implementation": "fast"}, "implementation='fast' is unknown: choose from reference, ragged_dot, blocks"),
+        (
+            {"implementation": "fast"},
+            "no mixture_of_experts implementation 'fast': choose from reference, ragged_dot",
+        ),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
         ({"capacity_factor": 1.0, "implementation": "blocks"}, "implementation='blocks' must be None"),
     ],

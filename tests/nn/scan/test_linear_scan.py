@@ -176,6 +176,6 @@ def test_bad_inputs_raise():
     with pytest.raises(ValueError, match="the input has dtype int32: it must be a floating-point dtype"):
         linear_scan(decay, new.astype(np.int32))
     with pytest.raises(
-        ValueError, match="no linear_scan implementation 'fast': choose from 'reference', 'sequential', 'chunked'"
+        ValueError, match="no linear_scan implementation 'fast': choose from reference, sequential, chunked"
     ):
         linear_scan(decay, new, implementation="fast")

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding
-from jaxlm.nn import choices
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.scan import (
-    delta_rule_pallas,
     gated_delta_rule,
     generalized_delta_rule,
     head_blocks,
     linear_attention,
-    matrix_state_pallas,
     mlstm,
     ssd,
 )
@@ -96,8 +94,7 @@ def on_tpu(monkeypatch):
 def interpret(monkeypatch):
     """Run the kernels in Pallas's interpreter."""
     monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
-    for module, name in ((matrix_state_pallas, "linear_attention"), (delta_rule_pallas, "gated_delta_rule")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
 
 
 @pytest.mark.plain_cases(1)
@@ -205,7 +202,7 @@ def test_state_space_model_with_negative_eigenvalues(on_tpu):
     x, dt = rng.normal(size=(2, 24, 4, 8)), rng.uniform(0.1, 2.0, (2, 24, 4))
     B, C = (rng.normal(size=(2, 24, 1, 16)) for _ in range(2))
     arguments = [np.asarray(y, np.float32) for y in (x, dt, -rng.uniform(0.1, 1.0, 4), B, C)]
-    with pytest.raises(ValueError, match="does not support negative eigenvalues: use implementation='chunked'"):
+    with pytest.raises(ValueError, match="does not support negative eigenvalues: leave the implementation out"):
         ssd(*arguments, negative_eigenvalues=True, implementation="pallas")
     got, want = (
         jax.jit(functools.partial(ssd, negative_eigenvalues=True, implementation=name, **masks(2, 24)))(*arguments)
@@ -287,14 +284,14 @@ def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_
     query, key, value, log_decay, state = arrays(*shape, dtype=dtype)
     if per_channel:
         log_decay = np.repeat(log_decay[..., None], shape[4], axis=-1)
-    with pytest.raises(ValueError, match=f"implementation='pallas' {message}.*: use implementation='chunked'"):
+    with pytest.raises(ValueError, match=f"implementation 'pallas' {message}.*: leave the implementation out"):
         linear_attention(query, key, value, log_decay, state, implementation="pallas")
 
 
 def test_the_generalized_delta_rule_has_no_kernel(on_tpu):
     query, key, value, _, _ = arrays(*OWN_KEYS)
     with pytest.raises(
-        ValueError, match="'pallas' does not support the generalized rule: use implementation='chunked'"
+        ValueError, match="'pallas' does not support the generalized rule: leave the implementation out"
     ):
         generalized_delta_rule(query, key, value, 0 * key, key, key, implementation="pallas")
 

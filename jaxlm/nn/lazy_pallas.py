@@ -1,0 +1,55 @@
+"""Pallas, imported at the first use (its import takes half a second), and parts that several TPU kernels share."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+INTERPRET = False
+"""Whether the kernels run in Pallas's interpreter, on any device. Tests set it."""
+
+OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")
+"""Prefixes of the device kinds of TPUs before v5, which some kernels do not support."""
+
+
+class _Lazy:
+    """A module that is imported when an attribute of it is read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+pl, pltpu = _Lazy("jax.experimental.pallas"), _Lazy("jax.experimental.pallas.tpu")
+
+
+def call_with_carry(
+    kernel: Callable[..., None], name: str, grid: tuple[int, int, int], carry_shape: tuple[int, ...], **arguments: Any
+) -> Callable[..., Any]:
+    """A function that runs the kernel on the grid: it gets the input arrays and returns the outputs.
+
+    The last argument of the kernel is the carry, a float32 array. Its value is kept from one step of the last axis of
+    the grid to the next one.
+    """
+    return pl.pallas_call(
+        kernel, name=name, grid=grid, interpret=INTERPRET, scratch_shapes=[pltpu.VMEM(carry_shape, jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")), **arguments,
+    )  # fmt: skip
+
+
+def largest_divisor(size: int, multiple: int, maximum: int) -> int:
+    """The largest divisor of ``size`` that is a multiple of ``multiple`` and at most ``maximum``."""
+    return max(x for x in range(multiple, min(size, maximum) + 1, multiple) if size % x == 0)
+
+
+def start_with(carry: Any, first: Any) -> None:
+    """Set the carry to ``first`` at the first step of the last axis of the grid."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def initialize() -> None:
+        carry[...] = first[...]
