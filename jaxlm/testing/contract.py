@@ -740,7 +740,7 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
 
 @every_decoder
 def test_devices_split_the_new_tokens_of_a_state_of_any_length(name):
-    """Only the number of new tokens must be divisible by the ``sequence`` axis of the mesh. The model is only traced."""
+    """Only the number of new tokens must be divisible by the ``sequence`` axis of the mesh. Nothing is computed."""
     model, tokens = tiny_model(name), random_tokens(tiny_model(name), 2, 16)
 
     def trace(params, state):
