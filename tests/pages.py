@@ -81,7 +81,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         monkeypatch.setattr(cli, "exit_status", lambda run, program, **options: 0)
         return cli.main(words[1:])
     module = importlib.import_module(words[2])
-    monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None))
+    monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None, signal=None))
     return module.main(words[3:])
 
 
