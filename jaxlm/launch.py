@@ -282,7 +282,10 @@ _GRACE_SECONDS = 10.0  # seconds after the first failure in which the other proc
 
 
 def _run_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options that name the run or its initial configuration (None: without a value), and all other arguments."""
+    """The options that name the run or its initial configuration, and all other arguments.
+
+    An option is None if it is not given or has no value.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "recipe", "output", "resume"):
         parser.add_argument(f"--{name}", nargs="?")  # otherwise a missing value would end the process

@@ -241,6 +241,7 @@ class _Ranges(ModelConfig):
     [
         ("size", 0, "size=0 must be at least 1"),
         ("size", np.int64(-3), "size=-3 must be at least 1"),
+        ("size", None, "size=None must be a whole number"),
         ("window", 0, "window=0 must be at least 1"),
         ("start_id", -1, "start_id=-1 must be at least 0"),
         ("vocab_multiple", 0, "vocab_multiple=0 must be at least 1"),

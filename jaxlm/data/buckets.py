@@ -41,7 +41,8 @@ class BucketBatch(NamedTuple):
     def segment_ids(self, field: str) -> np.ndarray:
         """``[B, T]`` int32: 1 for the entries of the example, 0 for padding.
 
-        The first entry of a row without an example is 1 too, so that its loss is finite. Give this row weight 0.
+        The first entry of a row without an example is 1 too, so that its loss is finite. Give this row weight 0
+        (``indices < 0``): a loss that derives weights from segment ids would count this entry.
         """
         T = self.fields[field].shape[1]
         return (np.arange(T)[None] < np.maximum(self.lengths[field], 1)[:, None]).astype(np.int32)

@@ -83,11 +83,7 @@ def token_scores(model: Model, params: Params, tokens: Array, segment_ids: Array
     limit, is_traced = model.max_positions, isinstance(segment_ids, jax.core.Tracer)
     if segment_ids is not None and not is_traced and limit is not None and segment_ids.shape[1] - 1 > limit:
         _check_document_lengths(processes.gather_to_host(segment_ids)[:, :-1], limit)
-    inputs, is_predicted = None, None
-    if segment_ids is not None:
-        inputs, target_segments = segment_ids[:, :-1], segment_ids[:, 1:]
-        is_predicted = (inputs == target_segments) & (target_segments > 0)
-    return _checked_scores(model, params, tokens[:, :-1], tokens[:, 1:], is_predicted, {"segment_ids": inputs})
+    return _checked_scores(model, params, tokens, None, {"segment_ids": segment_ids})
 
 
 def _check_document_lengths(segment_ids_BT: np.ndarray, limit: int) -> None:
@@ -160,8 +156,7 @@ def target_token_scores(
     decoder_BT = jnp.concatenate([jnp.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
     inputs = {"source": source, "source_segment_ids": source_segment_ids, "segment_ids": segment_ids}
-    is_predicted = None if segment_ids is None else segment_ids > 0
-    return _checked_scores(model, params, decoder_BT, targets, is_predicted, inputs)
+    return _checked_scores(model, params, decoder_BT, targets, inputs)
 
 
 def _checked_scores(model: Model, params: Params, *arrays: Any) -> TokenScores:
@@ -176,8 +171,7 @@ def _token_scores(
     model: Model,
     params: Params,
     tokens_BT: jax.Array,
-    targets_BT: jax.Array,
-    is_predicted_BT: jax.Array | None,
+    targets_BT: jax.Array | None,
     inputs: dict[str, jax.Array | None],
     *,
     sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
@@ -185,10 +179,17 @@ def _token_scores(
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 
     Args:
-        tokens_BT: the tokens that the model reads.
-        is_predicted_BT: bool, the targets to score. The logits of other targets are ignored. None: all targets.
-        inputs: the other inputs of ``model.apply``.
+        tokens_BT: the tokens that the model reads. If there are no targets, each token is a target of the tokens before
+            it in its document, and the last token is not read.
+        inputs: the other inputs of ``model.apply``. The logits of targets with segment id 0 are ignored.
     """
+    segment_ids_BT = inputs["segment_ids"]
+    is_predicted_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+    if targets_BT is None:
+        tokens_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        if segment_ids_BT is not None:
+            inputs = {"segment_ids": segment_ids_BT[:, :-1]}
+            is_predicted_BT = (segment_ids_BT[:, :-1] == segment_ids_BT[:, 1:]) & (segment_ids_BT[:, 1:] > 0)
     hidden_BTD, _ = model.apply(params, tokens_BT, **inputs)
 
     def score_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -46,7 +46,8 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
     "token_healing": False,
 }  # fmt: skip
-"""Generation setting that changes the text (without token ids) -> its default in transformers."""
+"""Generation setting that changes the text -> its default in transformers. The pad, BOS, EOS and decoder start ids are
+not among the settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +258,10 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
 
 
 def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings in ``config.json``, without token ids and without the defaults of transformers."""
+    """The generation settings in ``config.json`` that differ from the defaults of transformers.
+
+    The pad, BOS, EOS and decoder start ids are not among them.
+    """
     return {name: config[name] for name, value in GENERATION_DEFAULTS.items() if config.get(name) not in (None, value)}
 
 

@@ -80,8 +80,7 @@ class Config(common.TransformerConfig):
         common.check_divides(self, "num_kv_heads", "num_heads")
         if lru_width(self) % self.num_heads:
             raise ValueError(
-                f"lru_width={self.lru_width} must be a positive multiple of num_heads={self.num_heads}: change one of "
-                "them"
+                f"lru_width={self.lru_width} must be a multiple of num_heads={self.num_heads}: change one of them"
             )
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(

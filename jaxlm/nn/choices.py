@@ -189,10 +189,10 @@ def decode_products(
     Args:
         q_shape: [B, T, H, K].
         k_shape: [B, E, G, K].
-        shards: number of devices that split the heads. ``merged`` is possible if it divides G.
+        shards: number of devices that split the heads. ``sums`` needs 1, ``merged`` needs a divisor of G.
     """
     (B, T, H, _), G = q_shape, k_shape[2]
-    if sharding.platform() == "cpu" and dtype == jnp.float32 and T == 1 and H == G >= 8 and B > 1:
+    if sharding.platform() == "cpu" and dtype == jnp.float32 and T == 1 and H == G >= 8 and B > 1 and shards == 1:
         return "sums"
     return "merged" if sharding.platform() in ("cpu", "tpu") and G % shards == 0 else "reference"
 

@@ -98,8 +98,10 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
         ValueError: the outputs of the model are regression scores, as in ``classify``.
         NotFiniteError: logits are not finite. The message names the examples, as in ``classify``.
     """
-    ids = [example["tokens"] for example in encoded]
-    token_types = [example["token_types"] for example in encoded if "token_types" in example]
+    if len(encoded):
+        Bucketed(encoded, batch_size, shuffle=False, max_length=model.max_positions)  # checks the examples
+    ids = [np.asarray(example["tokens"]) for example in encoded]
+    token_types = [np.asarray(example["token_types"]) for example in encoded if "token_types" in example]
     return label_probabilities(model, params, ids, token_types, batch_size, what="example")
 
 

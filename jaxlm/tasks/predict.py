@@ -553,7 +553,7 @@ def check_texts(texts: Sequence[str], name: str = "text") -> None:
         name: the name of a text in messages.
     """
     if isinstance(texts, str):
-        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts[:20]!r}]")
+        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts!r}]")
     if not len(texts):
         raise ValueError(f"there are no {name}s: pass at least one {name}")
     for number, text in enumerate(texts):

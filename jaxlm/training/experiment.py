@@ -53,7 +53,9 @@ E = TypeVar("E")
 EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
 
-RESULT_FILES = (RESULTS, REPORT, SAMPLES, CONFUSION, ATTENTION, "attention.png", BOARDS, "sample.txt")
+RESULT_FILES = (
+    RESULTS, REPORT, SAMPLES, CONFUSION, ATTENTION, "attention.png", BOARDS, "sample.txt", "translations.txt",
+)  # fmt: skip
 """Files of a run that describe its final weights."""
 
 RUNS = Path("runs")

@@ -218,7 +218,7 @@ class Result:
         rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
         last_step: the last step of the run; ``step`` may be an earlier one (``restore_best``).
         signal: a signal that arrived after the last step of a run without checkpoints, or None. The run is finished
-            nevertheless, because its result would be lost. The caller should save the result and then end.
+            nevertheless, because otherwise its result would be lost. The caller should save the result and then end.
     """
 
     state: TrainState
@@ -237,7 +237,9 @@ class Result:
     signal: str | None = None
 
     def __repr__(self) -> str:
-        shown = {name: getattr(self, name) for name in ("step", "validation", "interrupted", "tokens_per_second")}
+        shown = {
+            name: getattr(self, name) for name in ("step", "validation", "interrupted", "signal", "tokens_per_second")
+        }
         return f"Result({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
@@ -451,7 +453,7 @@ class _Loop:
     def _must_end(self, signals: _Signals) -> bool:
         """Whether to end because of a signal after the last step.
 
-        A run without checkpoints does not end, because its result would be lost.
+        A run without checkpoints finishes instead, because otherwise its result would be lost.
         """
         return self._config.checkpoint_every is not None and signals.stop_now()
 

@@ -421,7 +421,7 @@ def test_closing_ends_the_process(tmp_path: Path) -> None:
     assert worker.process.poll() is not None
 
 
-def test_the_parent_process_imports_no_framework() -> None:
+def test_importing_the_benchmarks_imports_no_framework() -> None:
     code = (
         "import sys, benchmarks.attention, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
         "import benchmarks.scans, benchmarks.training\n"

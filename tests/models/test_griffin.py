@@ -112,7 +112,7 @@ def test_untied_head_and_no_head():
     [
         ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=32"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
-        ({"lru_width": 30}, "lru_width=30 must be a positive multiple of num_heads=4"),
+        ({"lru_width": 30}, "lru_width=30 must be a multiple of num_heads=4"),
         ({"num_heads": 16, "lru_width": 64}, "a head width of 2 .* is not a multiple of 4"),
         ({"pattern": ()}, r"pattern=\(\) must not be empty"),
         ({"pattern": ("mamba",)}, r"pattern=\('mamba',\) .* each entry must be recurrent or attention"),
@@ -166,7 +166,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
             r"block_types=\['mamba'\] must be a non-empty list whose entries are 'recurrent' or 'attention'",
         ),
         ({"num_key_value_heads": "1"}, "num_key_value_heads='1' must be a whole number or None"),
-        ({"intermediate_size": 0}, "mlp_dim=0 must be at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 2"),
         ({"head_dim": 16}, "head_dim=16 must be hidden_size / num_attention_heads = 32 / 4"),
         ({"logits_soft_cap": None}, "logits_soft_cap=None must be a finite number"),
     ],

@@ -57,6 +57,10 @@ def test_training_and_prediction_encode_texts_in_the_same_way(name):
     expected = -sum(np.log(probabilities[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(classification.predict(model, params, encoded, batch_size=4), probabilities, rtol=1e-5)
+    assert classification.predict(model, params, [], batch_size=4).shape == (0, model.config.num_labels)
+    for tokens, message in ((np.ones(3), "has dtype float64"), (np.ones((1, 1), np.int32), "must be a 1-D")):
+        with pytest.raises(ValueError, match=message):
+            classification.predict(model, params, [encoded[0], {**encoded[0], "tokens": tokens}])
 
 
 def test_predictions_do_not_reuse_the_trace_of_another_sharding():

@@ -62,7 +62,7 @@ class Format:
         layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, for parameters that are not as in
             torch. By default, a parameter ``weight`` is a matrix [out, in] in files, a ``bias`` has one axis, and any
             other tensor has the axes of the parameter. ``jaxlm.adapt.num_row_axes`` defines which axes of a weight are
-            its inputs.
+            its inputs. A block-diagonal weight needs an entry.
         tied_tensors: full name of an additional tensor that a file may contain -> path of the jaxlm parameter that must
             be equal to the tensor. The ``prefix`` is not added to the name.
         layer_copies: name of an HF tensor of each layer, with ``{layer}`` -> path of the jaxlm parameter that all

@@ -15,6 +15,8 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
     # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for gate and up
     mlp_dim = integer(config, "intermediate_size", 7680)
+    if mlp_dim < 2:
+        raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
     pattern = config.get("block_types", Config.pattern)
     if head_dim is not None and head_dim * num_heads != embed_dim:
         raise ValueError(f"head_dim={head_dim} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.attention import blockwise, cudnn, decode, pallas, reference, splash
@@ -139,6 +140,8 @@ def _split_bias(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[AttentionB
     if hasattr(bias, "shape"):
         if bias.shape not in itertools.product({1, B}, {1, H}, {T}, {S}):
             raise ValueError(f"bias {bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            bias = bias.astype(jnp.float32)
         bias = AttentionBias(Dense(), {"bias": bias})
     biases = () if bias is None else (bias,) if isinstance(bias, AttentionBias) else tuple(bias)
     for attention_bias in biases:

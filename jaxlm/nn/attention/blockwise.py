@@ -178,6 +178,9 @@ def _backward_block(
     """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
     gradients."""
     weights, keep = jnp.exp(block.scores(static, bias_integers) - lse_R[:, None]), block.keep
+    if static.bias_fns:  # lse is rounded if a bias is large, such as -1e9, so that the weights of a row do not sum to 1
+        total_R1 = jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights / jnp.where(total_R1 > 0.0, total_R1, 1.0)
     dweights = dot(dout_RK, block.v_EK, 1, 1)
     kept_weights = weights
     if keep is not None:

@@ -1,13 +1,13 @@
 """Attention of a few queries over a cache. The cost grows with the filled part of the cache, not with its size.
 
 Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
-is a branch of a ``lax.switch``. One matmul per head would first copy the cache into another layout. So the products of
-queries, keys and values are computed in another way (``jaxlm.nn.choices.decode_products``):
+is a branch of a ``lax.switch``. One matmul per head would first copy the cache into another layout. So two other ways
+to compute the products are used where they are possible (``jaxlm.nn.choices.decode_products``):
 
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic.
 - ``sums``: elementwise products and sums, for one query per key head.
-- ``reference``: one matmul per head (``jaxlm.nn.attention.reference``), where neither is possible.
+- ``reference``: one matmul per head (``jaxlm.nn.attention.reference``), where neither of them is possible.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
 query heads of a device.

@@ -51,7 +51,9 @@ def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key
     for bias in biases:
         if not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
-            return f"does not support the bias {name}, which is no KernelBiasFn"
+            if name == "Dense":
+                return "takes no dense bias"
+            return f"does not support the bias {name}: TPU kernels need a KernelBiasFn (jaxlm.nn.attention.bias)"
     if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
         return "needs a TPU v5 or newer: older TPUs cannot rotate each row by a different amount"
     if keys > MAX_KEYS:

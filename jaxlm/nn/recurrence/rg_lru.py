@@ -80,9 +80,8 @@ def rg_lru(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after each step, [B, T, W] in the dtype of ``x``, and the last state, [B, W] float32.
 
-    The gates of all steps are computed at once, and
-    ``jaxlm.nn.scan.linear_scan`` computes the recurrence. Matmul inputs of the gates have the dtype of ``x``;
-    everything else is float32.
+    The gates of all steps are computed at once, and ``jaxlm.nn.scan.linear_scan`` computes the recurrence. Matmul
+    inputs of the gates have the dtype of ``x``; everything else is float32.
 
     Args:
         params: see :func:`rg_lru_specs`.

@@ -303,6 +303,8 @@ def test_a_dense_bias_gives_the_values_and_gradients_of_the_reference(implementa
     T, S = (2, 300) if implementation == "decode" else (300, 280)
     *qkv, _ = inputs(2, T, S, 3, 8)
     bias = np.random.default_rng(8).normal(size=(*shape, T, S)).astype(np.float32)
+    if implementation != "decode":
+        bias[:, :, :5] = np.finfo(np.float32).min  # as transformers masks rows of padding
     mask = Mask(causal=True, query_order=np.arange(T)[None] + 100, key_order=np.arange(S)[None])
     if implementation == "blockwise of all heads":
         monkeypatch.setattr(choices, "loop_over_heads", lambda: False)
@@ -314,6 +316,16 @@ def test_a_dense_bias_gives_the_values_and_gradients_of_the_reference(implementa
         return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
 
     assert_trees_close(run(implementation.split()[0]), run("reference"), 3e-6)
+
+
+def test_a_boolean_dense_bias_has_gradients_of_the_inputs():
+    *qkv, _ = inputs(1, 300, 300, 1, 4)
+    bias = np.random.default_rng(8).random((1, 1, 300, 300)) < 0.5
+
+    def gradients(bias):
+        return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, bias=bias))), (0, 1, 2)))(*qkv)
+
+    assert_trees_close(gradients(bias), gradients(bias.astype(np.float32)), 1e-7)
 
 
 def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
@@ -406,7 +418,9 @@ def test_sums_are_chosen_for_one_float32_query_of_each_of_eight_heads():
         return choices.decode_products((B, T, H, 16), (B, 100, G, 16), dtype, shards)
 
     assert choose() == "sums"
-    assert {choose(B=1), choose(T=2), choose(H=16), choose(H=4, G=4), choose(dtype=jnp.bfloat16)} == {"merged"}
+    assert {choose(B=1), choose(T=2), choose(H=16), choose(H=4, G=4), choose(dtype=jnp.bfloat16), choose(shards=2)} == {
+        "merged"
+    }
     assert choose(B=1, shards=3) == "reference"
 
 

@@ -184,9 +184,9 @@ def test_unsupported_arguments_give_the_reason():
         attend()
     with pytest.raises(ValueError, match="'pallas' has no dropout"):
         attend(dropout=0.1, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="'pallas' does not support the bias Dense"):
+    with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
         attend(bias=jnp.zeros((1, 1, 8, 8)))
-    with pytest.raises(ValueError, match="does not support the bias ByPositions, which is no KernelBiasFn"):
+    with pytest.raises(ValueError, match="does not support the bias ByPositions: TPU kernels need a KernelBiasFn"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
     assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, (), None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
