@@ -1,4 +1,6 @@
-"""jaxlm and its baseline for ``benchmarks.attention``. Shapes: B batch, T queries, S keys, H heads, K head width."""
+"""The implementations that ``benchmarks.attention`` compares: attention in jaxlm and in torch.
+
+Shapes: B batch, T queries, S keys, H heads, K head width."""
 
 from __future__ import annotations
 

@@ -9,9 +9,11 @@ from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, tor
 
 
 class JaxlmRecurrence(JaxSampled):
-    """``jaxlm.nn.recurrence.lstm`` or ``gru``, compiled with jit: output, last state and, optionally, gradients.
+    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in one jitted function that returns the output, the last state and, with
+    both passes, the gradients.
 
-    The process keeps freed memory (``jaxlm.host.keep_freed_memory``), as the programs in ``experiments`` do.
+    The process does not return freed memory to the system (``jaxlm.host.keep_freed_memory``). The programs in
+    ``experiments`` do the same.
     """
 
     is_freed_memory_kept = True
@@ -72,8 +74,8 @@ class TorchRecurrence(TorchImplementation):
         results = {"output": output, "hidden": hidden, **({"cell": cell[0]} if cell else {})}
         if self.has_gradients:
             gradients = torch.autograd.grad(output, [*self.parameters, self.x], self.doutput)
-            dinput, dhidden, dbias, dbias_hidden, dx = gradients
-            results |= {"weight_input": dinput.T, "weight_hidden": dhidden.T, "bias": dbias, "input": dx}
+            dweight_input, dweight_hidden, dbias, dbias_hidden, dx = gradients
+            results |= {"weight_input": dweight_input.T, "weight_hidden": dweight_hidden.T, "bias": dbias, "input": dx}
             if self.layer == "gru":
                 results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
         return {name: torch_samples(leaf) for name, leaf in results.items()}

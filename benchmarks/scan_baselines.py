@@ -11,7 +11,8 @@ from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exa
 from benchmarks.worker import Implementation
 
 MIN_SAMPLES = 4096
-"""Minimum number of evenly spaced elements of each result that are compared; all elements of a smaller result."""
+"""Minimum number of evenly spaced elements of each result that are compared. If a result is smaller, all its elements
+are compared."""
 
 
 def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -49,7 +50,8 @@ class Case(Implementation):
 
     @abc.abstractmethod
     def compute(self) -> list[Any]:
-        """Run one repetition, wait until it has ended, and return the output, or all gradients and the output."""
+        """Run one repetition, wait until it has ended, and return the output. With backward, all gradients
+        come before the output."""
 
     def read(self, result: Any) -> np.ndarray:
         """A result as a NumPy array."""
@@ -73,10 +75,10 @@ class Jaxlm(Case, JaxImplementation):
         self.op, forward = op, self.forward
 
         def forward_and_backward(*arguments: Any) -> Any:
-            # JAX assigns donated buffers to results of the same shape in order. So a gradient reuses the buffer of
-            # ``dout``, as inside a model: that of x (linear_scan, convolution) or of q (linear_attention). The function
-            # also returns the output. Otherwise XLA would skip the forward pass of the convolution, whose gradients do
-            # not need it.
+            # JAX assigns the donated buffers, in the order of the arguments, to the first results of the same shape. So
+            # the gradient of x (linear_scan, convolution) or of q (linear_attention) is written to the buffer of
+            # ``dout``, as inside a model. The function also returns the output. Otherwise XLA would skip the forward
+            # pass of the convolution, whose gradients do not need it.
             output, vjp = jax.vjp(forward, *arguments[:-1])
             return [*vjp(arguments[-1]), output]
 
@@ -134,7 +136,7 @@ class Torch(Case, TorchImplementation):
     def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
         import torch
 
-        (weight, x), dy = inputs_of(op, sizes)
+        (weight, x), dout = inputs_of(op, sizes)
         device = torch_device()
 
         def tensor(array: np.ndarray) -> Any:
@@ -142,7 +144,7 @@ class Torch(Case, TorchImplementation):
 
         self.weight = tensor(weight.T[:, None]).requires_grad_(backward)
         self.x = tensor(np.swapaxes(x, 1, 2)).requires_grad_(backward)
-        self.dy, self.backward = tensor(np.swapaxes(dy, 1, 2)), backward
+        self.dout, self.backward = tensor(np.swapaxes(dout, 1, 2)), backward
 
     def compute(self) -> list[Any]:
         import torch
@@ -150,7 +152,7 @@ class Torch(Case, TorchImplementation):
         taps = self.weight.shape[-1]
         y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
         y = y[:, :, : self.x.shape[-1]]
-        gradients = torch.autograd.grad(y, (self.weight, self.x), self.dy) if self.backward else ()
+        gradients = torch.autograd.grad(y, (self.weight, self.x), self.dout) if self.backward else ()
         if y.is_cuda:
             torch.cuda.synchronize()
         return [*gradients, y]

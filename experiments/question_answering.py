@@ -59,7 +59,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("bert")
     """The model."""
     training: TrainingConfig = TrainingConfig()
-    """The training. sequence_length and evaluation_batches have no effect."""
+    """The training. sequence_length and evaluation_batches have no effect, so setting them is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     windows: Windows = Windows()

@@ -8,13 +8,13 @@ scratch (accuracy 0.84, 4 minutes).
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-The next commands train the word-level CNN of Kim (2014, CNN-rand): with 10 folds on MR (accuracy 0.759, 42 minutes),
-and on TREC (accuracy 0.90, 1 minute). Subj, CR and MPQA also need 10 folds.
+The next commands train the word-level CNN of Kim (2014, CNN-rand) on MR, with 10 folds (accuracy 0.759, 42 minutes),
+and on TREC, which has a test split (accuracy 0.90, 1 minute). Subj, CR and MPQA also need 10 folds.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
 
-The test split is used once, after training. docs/tasks/sentiment.md has the measured and the published results.
+The test split is evaluated once, after training. docs/tasks/sentiment.md has the measured and the published results.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Data:
     train: Path | None = None
     """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence"; None: the included passages."""
     test: Path | None = None
-    """File of the test split; None: test_fraction of the training file."""
+    """File of the test split; None: test_fraction of the training file; with folds, each fold."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     on_error: OnError = "raise"
@@ -70,7 +70,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig()
     """The model."""
     training: TrainingConfig = TrainingConfig()
-    """The training. sequence_length and evaluation_batches have no effect."""
+    """The training. sequence_length and evaluation_batches have no effect, so setting them is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
@@ -82,7 +82,7 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum count of a word or BPE merge in the training split. With the vocabulary word, rarer words are unknown."""
+    """Minimum count of a word or BPE merge in the training split. With vocabulary="word", rarer words are unknown."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -152,12 +152,12 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only lengths are used."""
+    """The model, its initial parameters (None: random), and the tokenizer. Only the lengths of ``test`` are used."""
     config, texts, size = experiment.model, training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    if config.pretrained is None and config.name in ("alexnet", "resnet"):  # they have a fixed length
+    if config.pretrained is None and config.name in ("alexnet", "resnet"):  # families with inputs of one length
         fields |= classification.convolution_fields(
             config.name, tokenizer, texts + test.column("text"), max_length=experiment.data.max_length,
             changes=config_lib.assignments("model.set", config.set),
@@ -173,7 +173,7 @@ def train_and_test(
 ) -> tuple[Result, metrics.Score | None]:  # fmt: skip
     """The result of training on one split, and the accuracy on the other (None: the training was interrupted).
 
-    ``parent`` is the experiment of all folds."""
+    ``parent`` is the experiment that has this training as one fold; None without folds."""
     start_time, config = time.perf_counter(), experiment.training
     model, params, tokenizer = build(experiment, training, test, labels, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
@@ -212,10 +212,10 @@ def train_and_test(
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
+    """Train and test a classifier, and write the report. Returns the result of (the last) training."""
     vocabulary_fields = ["vocabulary", "vocab_size", "min_frequency", "template"]
     lib.check_unchanged(experiment, resume, ["output", "data", *vocabulary_fields, "folds"])
-    if experiment.folds is not None and resume is not None and (resume / "model").exists():  # the parent has no model
+    if experiment.folds is not None and resume is not None and (resume / "model").exists():  # only a fold has a model
         raise ValueError(
             f"--resume {resume} is one fold of a cross-validation: to resume all folds, use --resume "
             f"{resume.absolute().parent}"
@@ -224,7 +224,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         training, test = parts(experiment.data)
         return train_and_test(experiment, training, test, training.label_names(), resume)[0]
     examples = read(experiment.data.train, experiment.data)
-    folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may have no example of a label
+    folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may lack a label
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
     parent = dataclasses.replace(experiment, output=output)
     for fold, (training, test) in enumerate(folds):

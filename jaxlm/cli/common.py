@@ -39,8 +39,8 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
     """The draft model for speculative decoding and its parameters.
 
     Raises:
-        ValueError: the draft model's tokenizer has another vocabulary size than ``tokenizer`` (the tokenizer of the
-            target model), or encodes ``texts`` differently.
+        ValueError: the vocabulary size of the draft model's tokenizer differs from that of ``tokenizer``, the tokenizer
+            of the target model, or the two tokenizers encode one of ``texts`` differently.
     """
     model, params, draft_tokenizer = load(directory, dtype)
     same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size
@@ -73,8 +73,8 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     """The texts from the command line, the lines of the file, or the lines of standard input.
 
     Raises:
-        ValueError: both texts and a file are given, a text has a surrogate (a byte that is not UTF-8), a line is empty,
-            there is no line, or the input is not UTF-8.
+        ValueError: both texts and a file are given, a text has a surrogate (Python's replacement for a byte of the
+            command line that is not UTF-8), a line is empty, there is no line, or the input is not UTF-8.
     """
     if texts and file is not None:
         raise ValueError("give texts or --file, not both")

@@ -18,7 +18,8 @@ class Compare:
     """Print a table of training runs: family, parameters, steps, minutes, validation metrics and scores."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, for example runs/*. Existing paths that are not run directories are left out with a message."""
+    """Run directories, for example runs/*. Other existing paths are left out with a message. It is an error if a path
+    does not exist, or if no path is a run directory."""
     plot: Path | None = None
     """Plot the validation curves of all runs to this PNG file."""
 
@@ -27,12 +28,12 @@ class Compare:
         if not self.runs:
             raise ValueError("there are no runs to compare: name at least one run directory")
         check_output_file("plot", self.plot)
-        others = [path for path in self.runs if path.exists() and not is_run(path)]
-        runs = [path for path in self.runs if path not in others]
+        skipped = [path for path in self.runs if path.exists() and not is_run(path)]
+        runs = [path for path in self.runs if path not in skipped]
         if not runs:
-            check_run(others[0])  # raises the error of a directory that is not a run
+            check_run(skipped[0])  # raises the error of a directory that is not a run
         print(compare_runs(runs))
-        for path in others:
+        for path in skipped:
             print(f"jaxlm compare: {path} is left out: it is not a run directory", file=sys.stderr)
         if self.plot is not None:
             draw_comparison(runs, self.plot)

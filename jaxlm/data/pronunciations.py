@@ -23,15 +23,15 @@ def read_pronunciations(
 
     Args:
         path: a text file, which may be compressed (``.gz``).
-        stress: True keeps the digits that mark the stress of vowels. False removes the digits. Pronunciations that
-            become equal then occur once.
+        stress: True keeps the digits that mark the stress of vowels. False removes the digits. Of equal pronunciations
+            of a word, only the first is kept.
         encoding: the encoding of the file. CMU's file ``cmudict-0.7b`` needs ``latin-1``.
 
     Raises:
         FileNotFoundError: the file does not exist.
         LookupError: the encoding is unknown.
-        ValueError: the file is not text in this encoding, it has no words, or a word has no phonemes. For such a word,
-            the message has the line number.
+        ValueError: the file is not text in this encoding, a ``.gz`` file is damaged or too large, the file has no
+            words, or a word has no phonemes. For such a word, the message has the line number.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate("".join(text_chunks(path, encoding)).split("\n"), 1):

@@ -1,4 +1,4 @@
-"""Config fields, specs and computation of the attention layers in the hybrids of ``jaxlm.models.mamba2``.
+"""Attention in the hybrids of Mamba-2 and attention (``jaxlm.models.mamba2``): config fields, specs and computation.
 
 The module also has the multipliers of Falcon-H1, constants by which the model multiplies activations.
 
@@ -34,7 +34,7 @@ class AttentionConfig(common.TransformerConfig):
     attention_bias: bool = False
     """Whether queries, keys, values and the output of attention have biases."""
     rotary_fraction: float = 0.5
-    """Fraction of the attention_head_dim entries of a head that rotary positions rotate."""
+    """Fraction of the entries of a head that are rotated by rotary position embeddings."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
@@ -81,7 +81,7 @@ def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
 
 
 def attention_angles(cfg: Any, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rotary angles of all layers with attention (``rotary_angles``)."""
+    """Cosine and sine of the rotary angles, for all layers with attention (``rotary_angles``)."""
     width = rotary_width(cfg.attention_head_dim, cfg.rotary_fraction)
     return rotary_angles(positions_BT, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
 
@@ -94,6 +94,7 @@ def attend(
     Args:
         state: the state of the layer, with ``key`` and ``value`` of the cache. Its other entries are returned
             unchanged. None: no state.
+        context: the mask, the positions and the cache slots of the call.
     """
     names = ("query", "key", "value")
     q, k, v = (constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names)
@@ -107,7 +108,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class Multipliers:
-    """The constants by which a Falcon-H1 multiplies activations. Zuo et al. 2025 tuned them on small models."""
+    """The constants by which a Falcon-H1 model multiplies activations. Zuo et al. 2025 tuned them on small models."""
 
     embedding: float = 1.0
     """Multiplier of the token vectors."""
@@ -120,9 +121,9 @@ class Multipliers:
     x: float = 1.0
     """Multiplier of the input x of the state space model, before the convolution."""
     B: float = 1.0
-    """Multiplier of the input weights B of the state space model, before the convolution."""
+    """Multiplier of B, the input weights that a mixer computes for each token, before the convolution."""
     C: float = 1.0
-    """Multiplier of the output weights C of the state space model, before the convolution."""
+    """Multiplier of C, the output weights that a mixer computes for each token, before the convolution."""
     dt: float = 1.0
     """Multiplier of the step sizes dt, before softplus."""
     mixer_output: float = 1.0
@@ -152,7 +153,7 @@ def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
             return dict(layer)
         factors = {"weight": jnp.asarray(output_factor) * input_factor, "bias": jnp.asarray(output_factor)}
         num_axes = jnp.ndim(output_factor)
-        # The products of half-precision weights are float32, so that they are not rounded twice.
+        # A half-precision weight times its factor is float32, so that only the cast in ``linear`` rounds it.
         return {
             name: x.astype(jnp.promote_types(x.dtype, jnp.float32))
             * jnp.expand_dims(factors[name], range(x.ndim - num_axes))

@@ -158,9 +158,9 @@ class Model:
     def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
         """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
-        ``xlnet`` with targets returns [B, P, D], for P targets. Classifiers of ``alexnet`` and ``resnet`` return the
-        features of the text, [B, S, C]: C channels at S positions, where S does not depend on T. In training, the new
-        state of ``resnet`` contains the new running statistics.
+        ``xlnet`` with the argument ``targets`` (P positions) returns [B, P, D]. Classifiers of ``alexnet`` and
+        ``resnet`` return the features of the text, [B, S, C]: C channels at S positions, where S does not depend on T.
+        In training, the new state of ``resnet`` contains the new running statistics.
 
         For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state or the running
         statistics in ``params`` are returned unchanged.
@@ -168,7 +168,7 @@ class Model:
         Raises:
             ValueError: the family does not accept the value of an input; the source is empty but the tokens are not; or
                 T is 0 and the family computes features of whole texts instead of tokens.
-            TypeError: the family does not have an input.
+            TypeError: an input is not an argument of the family's ``apply``.
         """
         if 0 in jnp.shape(tokens):
             return self._apply_to_empty_batch(params, tokens, inputs)
@@ -183,7 +183,7 @@ class Model:
     def apply_with_routing(
         self, params: Params, tokens: jax.Array, **inputs: Any
     ) -> tuple[jax.Array, Any, RouterStatistics]:
-        """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all experts.
+        """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all layers.
 
         The statistics are stacked: one entry per layer with experts (``jaxlm.nn.experts.RouterStatistics``). For an
         empty batch, all statistics are 0.
@@ -241,12 +241,12 @@ class Model:
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The outputs of the task's head, float32, from the family's ``logits``.
 
-        For tasks that predict tokens, these are logits [B, T, V], where V includes vocabulary padding.
-        ``transformer_xl`` always returns log-probabilities instead, and ``attention_rnn`` does so with ``copy``. For
-        labels, see ``jaxlm.models.heads``.
+        For tasks that predict tokens, these are logits [B, T, V], where V includes vocabulary padding. Two families
+        return log-probabilities instead of these logits: ``transformer_xl``, and ``attention_rnn`` if its config has
+        ``copy=True``. For labels, see ``jaxlm.models.heads``.
 
         Raises:
-            ValueError: the task is none, so there is no head.
+            ValueError: the config has ``task="none"``, so there is no head.
         """
         return self.module.logits(self.config, params, hidden)
 
@@ -262,10 +262,12 @@ class Model:
         """The loss ``sum(weights * -log p(target))`` in nats, float32, for hidden states [B, T, D].
 
         Logits are computed in chunks, so that no array [B, T, V] is stored. A family that can compute its loss without
-        all logits has its own ``cross_entropy``. Without targets, the loss is 0, as in torch with ``reduction="sum"``,
-        and a mean over the targets would be 0 / 0 = NaN.
+        all logits has its own ``cross_entropy``. If ``targets`` is empty, the loss is 0, as in torch with
+        ``reduction="sum"``. A caller that divides it by the number of targets then gets 0 / 0 = NaN.
 
         Args:
+            targets: [B, T].
+            weights: [B, T], the factor of the loss of each target; 0 for padding.
             label_smoothing: fraction of the target probability that is spread over the vocabulary.
 
         Raises:
@@ -302,12 +304,14 @@ class Model:
 
         The result has one list per type of attention, by name: "self", or for an encoder-decoder "encoder", "decoder"
         and "cross". A type that the family does not have is missing. If a classifier pools by attention, there is also
-        the type "pool" (H is the number of hops, T is 1). XLNet with the task permutation has two entries per layer,
-        for its content stream and its query stream. Dropout is off unless ``inputs`` contain a random ``key``.
+        the type "pool", with T = 1. H is then the number of weighted sums of the tokens (hops, Lin et al. 2017).
+        XLNet with the task permutation has two entries per layer, for its content stream and its query stream. Dropout
+        is off unless ``inputs`` contain a random ``key``.
 
-        The weights of a query sum to 1, with two exceptions. The weights of a query without visible keys are 0. With
-        ``window`` of attention_rnn, the sum may be below 1. Some families (Transformer-XL, Griffin, hybrids of Mamba-2,
-        Gated DeltaNet) move padding to the end, so the rows and columns of padding come last in their weights.
+        The weights of a query sum to 1, with two exceptions. The weights of a query without visible keys are 0. If the
+        config of ``attention_rnn`` has a ``window``, the sum may be below 1. Some families (Transformer-XL, Griffin,
+        Gated DeltaNet, and Mamba-2 with attention) move the padding of a call to the end of each row, so its rows and
+        columns come last in their weights.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -359,7 +363,7 @@ class Model:
 
     @property
     def needs_whole_text(self) -> bool:
-        """Whether the model must read a text from its first token. A later window of the text gives wrong results."""
+        """Whether the model must read a text from its first token, because a later part alone gives wrong results."""
         return getattr(self.module, "NEEDS_WHOLE_TEXT", False)
 
     @property
@@ -372,7 +376,7 @@ class Model:
 
         Raises:
             TypeError: the family has no encoder.
-            ValueError: the source is empty, or the family does not accept an input.
+            ValueError: the source is empty, or the family does not accept the value of an input.
         """
         self._require_encoder()
         self._check_source(source)
@@ -383,7 +387,8 @@ class Model:
 
         Raises:
             TypeError: the family has no encoder.
-            ValueError: the source is empty, the model has no decoder, or the family does not accept an input.
+            ValueError: the source is empty, the model has no decoder, or the family does not accept the value of an
+                input.
         """
         self._require_encoder()
         self._check_source(source)
@@ -402,7 +407,7 @@ class Model:
             sizes: ``source_length``, the number of source tokens; only for encoder-decoders.
 
         Raises:
-            TypeError: the family has no state, or its models have a state only with another task or direction.
+            TypeError: the family has no state, or the config's ``task`` or ``direction`` rules out a state.
             ValueError: ``length`` exceeds the model's ``max_positions``.
         """
         if not hasattr(self.module, "state_specs"):
@@ -424,9 +429,9 @@ class Model:
         """The state as if the last call had read only the first ``count`` tokens of each row.
 
         Later calls give the same results as after a call with only these tokens. If the family has a function
-        ``rollback(state, dropped)`` (as in ``gpt`` and ``t5``), that function frees the cache slots of the other
-        tokens in ``after``. Otherwise the model starts from ``before`` and reads the tokens again, with all but the
-        first ``count`` tokens as padding. If the state has a key-value cache, the slots of this padding are freed.
+        ``rollback(after, dropped)`` (as in ``gpt`` and ``t5``), it frees the cache slots of the last ``dropped`` tokens
+        of each row. Otherwise the model starts from ``before`` and reads the tokens again, with all but the first
+        ``count`` tokens as padding. If the state has a key-value cache, the slots of this padding are freed.
 
         Args:
             before: the state before the last call.
@@ -444,7 +449,8 @@ class Model:
             >>> params, tokens = model.init(jax.random.key(0)), jax.numpy.array([[5, 6, 7]])
             >>> before = model.init_state(1, 8)
             >>> _, after = model.apply(params, tokens, state=before)
-            >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))  # as after 5 and 6
+            >>> # the state after the tokens 5 and 6:
+            >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))
         """
         B, T = tokens.shape
         if jnp.shape(count) != (B,):
@@ -462,7 +468,10 @@ class Model:
 
     @property
     def carried_state_length(self) -> int | None:
-        """The length of the state that training carries between batches; None: training reads independent windows."""
+        """The ``length`` for :meth:`state_specs` if training carries the state between batches.
+
+        None: training reads independent windows and carries no state.
+        """
         function = getattr(self.module, "carried_state_length", None)
         is_causal = self.task == "causal"
         return function(self.config) if function is not None and is_causal else None

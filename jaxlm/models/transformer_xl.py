@@ -78,7 +78,8 @@ class Config(common.TransformerConfig):
     tie_projections: bool = True
     """Use the projections of the input embeddings also in the softmax, in all clusters but the first."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers and the output."""
+    """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers, and the output of
+    the last block."""
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
     task: Literal["causal", "classification", "none"] = "causal"

@@ -59,7 +59,7 @@ STEP_TOLERANCE = 1e-4  # after an Adam step, which amplifies rounding errors bec
 
 
 REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-tiny", "resnet-tiny")
-"""Variants of the package that together have all kinds of parameters, states and batches. Tests of code that all
+"""Variants of the package with different kinds of parameters, states and batches. Tests of code that all
 families share (``Trainer``, ``Checkpointer``, ``spec.init``) run on these variants, and on all variants of other
 packages."""
 
@@ -158,7 +158,8 @@ def test_config_is_frozen_and_hashable(name):
 
 
 def test_every_config_field_has_a_docstring(family_name):
-    # A config may inherit fields. Arguments of methods are not fields.
+    # A config may inherit fields, so the source of each base class is read, up to the first method: an argument of a
+    # method looks like a field.
     bodies = [inspect.getsource(owner).split("    def ")[0] for owner in family(family_name).Config.__mro__[:-1]]
     for field in dataclasses.fields(family(family_name).Config):
         docstrings = [body.split(f"\n    {field.name}:")[1] for body in bodies if f"\n    {field.name}:" in body]
@@ -414,11 +415,11 @@ def test_packed_documents_equal_separate_documents(name):
 
 @every_variant
 def test_a_segment_id_that_occurs_again_starts_a_document(name):
-    """Also in later calls with a state."""
+    """If a segment id returns after another id, it starts a new document, also in a later call with a state."""
     model, params, tokens = setup(name, batch=1, length=12)
     again, unique = (np.repeat([ids], 3, axis=1).astype(np.int32) for ids in ([1, 2, 1, 2], [1, 2, 3, 4]))
     if downsamples(model) or model.reads_source:
-        return  # these models do not support packing, or the ids of targets select a document of the source
+        return  # no packing, or a segment id of the target selects a document of the source
     expected = hidden_of(model, params, tokens, segment_ids=unique)
     assert relative_error(hidden_of(model, params, tokens, segment_ids=again), expected) < TOLERANCE
     if not decodes(model):
@@ -519,7 +520,7 @@ def test_stacked_and_per_layer_states_agree(name):
         _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
         state = spec.take_rows(specs, state, order)
         hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
-        if not model.reads_source:  # the initial state of a row has no source
+        if not model.reads_source:  # a reset row would have no source
             state = spec.reset(specs, state, jnp.array([False, False, True]))
         last_hidden, state = step_of(variant, weights, tokens[:, 9:], state)
         assert jax.tree.structure(state) == jax.tree.structure(specs)
@@ -544,7 +545,7 @@ def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
 
 def has_unlimited_state(model):
     """Whether a state accepts any number of tokens, because it has a fixed size or drops the oldest tokens."""
-    return "length" not in model.state_specs(1, 2)  # only a KV cache counts its tokens
+    return "length" not in model.state_specs(1, 2)  # only a key-value cache of fixed capacity has this entry
 
 
 @every_variant
@@ -581,7 +582,7 @@ def test_errors_name_the_bad_input(name):
 @pytest.mark.thorough
 @every_variant
 def test_loss_and_decoding_need_no_implicit_dtype_promotion(name):
-    """The gradient of the loss and sampled tokens can be traced with ``jax_numpy_dtype_promotion="strict"``."""
+    """JAX can trace sampling and the gradient of the loss with ``jax_numpy_dtype_promotion="strict"``."""
     model, params, tokens = setup(name, length=9)
     batch, key = batch_of(model, tokens), jax.random.key(0)
     sampling = Sampling(temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.1)
@@ -703,7 +704,10 @@ def run_one_step(step, state, batch):
 
 
 def assert_steps_close(got, want):
-    """Compare parameters, optimizer state and metrics. ``floor`` excludes gradients that are only rounding errors."""
+    """Compare parameters, optimizer state and metrics.
+
+    The ``floor`` of ``assert_trees_close`` excludes gradients that are only rounding errors.
+    """
     for got_part, want_part in zip(got, want, strict=True):
         floats = [
             [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -739,8 +743,11 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
 
 
 @every_decoder
-def test_devices_split_the_new_tokens_of_a_state_of_any_length(name):
-    """Only the number of new tokens must be divisible by the ``sequence`` axis of the mesh. Nothing is computed."""
+def test_the_length_of_a_state_need_not_be_divisible_by_the_sequence_axis(name):
+    """The size of the mesh axis ``sequence`` must divide the number of new tokens, but not the length of the state.
+
+    The test only traces the call.
+    """
     model, tokens = tiny_model(name), random_tokens(tiny_model(name), 2, 16)
 
     def trace(params, state):
@@ -830,6 +837,6 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
     )
     assert losses[0] == pytest.approx(
         np.log(outputs), abs=0.7
-    )  # T5's published initialization gives logits of variance 1
+    )  # large, because the published initialization of T5 gives logits of variance 1
     assert losses[-1] < 0.8 * losses[0]
     assert step._cache_size() == max(num_compiled, 1)

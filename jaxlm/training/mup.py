@@ -2,20 +2,21 @@
 
 With muP, the magnitude of activations and of their updates does not depend on the width of a model. So the best
 learning rate of a narrow base model is close to the best learning rate of a wide model, if depth, batch size and
-number of steps are the same. :func:`mup` compares the specs of both models. An axis grows if its size differs between
-the two models. The leading axes of a matrix are its inputs, and the other axes are its outputs
+number of steps are the same. :func:`mup` compares the specs of both models. An axis "differs" if its size is not the
+same in both models. The leading axes of a matrix are its inputs, and the other axes are its outputs
 (``jaxlm.adapt.num_row_axes``). In an output head [vocab, embed], the leading axis is the output. The table shows the
 rules for AdamW. r is the number of inputs of a matrix in the model, divided by this number in the base model.
 
     matrix                                 standard deviation of the initial values    learning rate
-    only outputs grow (token table)        base                                        base
-    inputs and outputs grow (hidden)       base / sqrt(r)                              base / r
-    only inputs grow (output head)         base / r                                    base / r
+    only outputs differ (token table)      base                                        base
+    inputs and outputs differ (hidden)     base / sqrt(r)                              base / r
+    only inputs differ (output head)       base / r                                    base / r
 
 The rules are those of table 3 of the paper. Vectors (biases, norm scales) have the initial values and the learning rate
-of the base model, except the vectors in ``OUTPUT_VECTORS``. If a family multiplies token vectors by a number that
-depends on the width, the initial values and the learning rate of the token table are divided by the ratio of the two
-numbers. Adam's ``epsilon`` must be small compared with the gradients, which become smaller as the width increases.
+of the base model, except the vectors in ``OUTPUT_VECTORS``. Some families multiply token vectors by a number that
+depends on the width. The initial values and the learning rate of their token table are divided by this number of the
+model, relative to that of the base model. Adam's ``epsilon`` must be small compared with the gradients, which become
+smaller as the width increases.
 
     base = get_model("llama", num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384, vocab_size=V)
     model = base.with_fields(embed_dim=1024, num_heads=32, mlp_dim=3072)
@@ -87,9 +88,9 @@ def mup(model: Model, base: Model) -> MuP:
     ``base`` may be narrower or wider. Only widths may differ. A wider model has more attention heads of the same size.
 
     Raises:
-        ValueError: the models differ in more than their widths, or muP does not support the family: a language model
-            has no output head or its token table is also the output head, token vectors are projected, or attention
-            scores are dot products of vectors whose size depends on the width (``score`` is not "concat").
+        ValueError: the models differ in more than their widths, or muP does not support the model. It does not support
+            language models whose output head is missing or is the token table, projected token vectors, and attention
+            scores that are dot products of vectors whose size depends on the width (``score`` is not "concat").
 
     Example:
         >>> from jaxlm import get_model
@@ -145,7 +146,9 @@ def _check_family(model: Model, leaves: dict[str, ArraySpec]) -> None:
             raise ValueError(f"muP needs an output head that is not the token table{fix} ({model.family})")
     projections = [name for name in leaves if name.endswith("projection")]
     if projections:
-        raise ValueError(f"muP does not support projected token vectors ({projections[0]}): give all tables one width")
+        raise ValueError(
+            f"muP does not support projected token vectors ({projections[0]}): give all token tables the model's width"
+        )
     if getattr(model.config, "score", "concat") != "concat":
         raise ValueError(f"muP does not support score={model.config.score!r}: set score='concat'")
 

@@ -13,8 +13,8 @@ from jaxlm.spec import ArraySpec, Constant, Normal, Params
 def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
     """Specs with ``direction`` and ``gain`` (one per output) instead of ``weight``.
 
-    The gain is initialized with the root mean square of the L2 norm of a direction with Gaussian entries, so that the
-    initial weight has about the same scale as without weight normalisation.
+    The initial gain is the standard deviation of the entries times the square root of the number of inputs. This is
+    about the L2 norm of a direction, so the initial weight has about the same scale as without weight normalization.
 
     Args:
         specs: from ``linear_specs`` or ``convolution_specs``.

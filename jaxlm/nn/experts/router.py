@@ -30,8 +30,9 @@ class Routing(NamedTuple):
 
 
 def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: bool) -> Routing:
-    """The :class:`Routing` of each token to the ``num_selected`` experts with the highest probabilities, computed in
-    float32.
+    """The :class:`Routing` of each token to the ``num_selected`` experts with the highest probabilities.
+
+    The computation is in float32.
 
     Args:
         params: ``weight`` [D, E].
@@ -87,8 +88,8 @@ def load_balance_loss(statistics: RouterStatistics) -> jax.Array:
     means are over the tokens of all layers together. Without tokens, the loss is 0. The fractions have no gradient.
     """
     selections, probabilities, tokens = (
-        jnp.sum(x.reshape(-1, *x.shape[x.ndim - axes :]), axis=0)
-        for x, axes in ((statistics.selections, 1), (statistics.probabilities, 1), (statistics.tokens, 0))
+        jnp.sum(x.reshape(-1, *x.shape[x.ndim - num_axes :]), axis=0)
+        for x, num_axes in ((statistics.selections, 1), (statistics.probabilities, 1), (statistics.tokens, 0))
     )
     num_experts = selections.shape[0]
     return num_experts * jnp.sum(selections * probabilities) / jnp.square(jnp.maximum(tokens, 1.0))

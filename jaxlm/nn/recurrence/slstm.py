@@ -1,4 +1,4 @@
-"""The sLSTM (Beck et al. 2024, section 2.2): an LSTM with exponential gates, a normalizer and memory mixing per head.
+"""The sLSTM (Beck et al. 2024, section 2.2): an LSTM with exponential gates, a normalizer and a recurrence per head.
 
     z_t = tanh(z~_t),  o_t = sigmoid(o~_t),  log i_t = i~_t,  log f_t = log_sigmoid(f~_t)
     m_t = max(log f_t + m_{t-1}, log i_t)             stabilizer (eq. 15)
@@ -12,14 +12,16 @@ Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R
 are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the code of Beck et
 al. (the paper also allows an exponential).
 
-At the first step of a document, the previous m counts as -inf, so that ``m_1 = log i_1``. All states of a new document
-are 0. As in the code of Beck et al., ``n = 0`` identifies a new document, because n is at least 1 after each step.
+At the first step of a document, all stored states are 0, but the equations use -inf for the previous m, so that
+``m_1 = log i_1``. As in the code of Beck et al., ``n = 0`` identifies a new document, because n is at least 1 after
+each step.
 
 The implementation ``chunked`` runs the loop in chunks. Its forward pass saves the inputs and the state before each
-chunk. Its backward pass computes the steps of a chunk again, and the gradient of R in one matmul per chunk.
+chunk. Its backward pass repeats the steps of a chunk. Then it computes the chunk's part of the gradient of R in one
+matmul.
 
-Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (Q: the same width, on the
-output axis of R), C chunks, L steps of a chunk.
+Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (for R: the input axis), Q the
+same width as the output axis of R, C chunks, L steps of a chunk.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ STATE_NAMES = ("hidden", "cell", "normalizer", "stabilizer")
 def slstm_specs(
     heads: int, width: int, init: Initializer = ZEROS, bias_init: Initializer = ZEROS
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight_hidden`` [H, P, G, Q], the matrices R, and ``bias`` [H, G, Q]."""
+    """Specs of ``weight_hidden`` [H, P, G, Q] (the matrices R) and of ``bias`` [H, G, Q]."""
     return {
         "weight_hidden": ArraySpec((heads, width, 4, width), ("heads", None, None, None), init, decay=True),
         "bias": ArraySpec((heads, 4, width), ("heads", None, None), bias_init),
@@ -71,7 +73,8 @@ def slstm(
 ) -> tuple[jax.Array, State]:
     """The hidden state after each step, [B, T, H, P] in the dtype of the input, and the last state.
 
-    The state is float32. The matmul with R has inputs in the dtype of ``projected``; everything else is float32.
+    The state is float32. The matmul with R has inputs in the dtype of ``projected``. All other operations are float32;
+    only the result is cast to the dtype of ``projected``.
 
     Args:
         params: see :func:`slstm_specs`.
