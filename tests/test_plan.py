@@ -18,7 +18,14 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
 from jaxlm.plan import flops, hlo, kernels, plan, planning, program, report, show, topology
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import FIRST_VARIANTS, decodes, random_tokens, tiny_model, with_stacked_layers
+from jaxlm.testing.helpers import (
+    FIRST_VARIANTS,
+    can_stack_layers,
+    decodes,
+    random_tokens,
+    tiny_model,
+    with_stacked_layers,
+)
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 
@@ -486,7 +493,7 @@ def test_the_steps_of_every_family_can_be_lowered(name):
     assert step.flops.amount > 0
     assert step.tokens >= 8
     step.function.lower(*step.arguments)
-    if hasattr(model.config, "scan_layers"):
+    if can_stack_layers(model):
         scanned = program.training_step(with_stacked_layers(model), sharding, 8, 32, optimizer=OptimizerConfig())
         assert scanned.flops == step.flops
         assert scanned.parts.keys() == step.parts.keys()

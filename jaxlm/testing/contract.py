@@ -40,6 +40,7 @@ from jaxlm.testing.helpers import (
     assert_trees_close,
     assert_trees_equal,
     batch_of,
+    can_stack_layers,
     decode_state,
     decodes,
     initial_params,
@@ -76,17 +77,6 @@ def for_variants(condition, *, package_variants=None):
         return test
 
     return set_condition
-
-
-def can_stack_layers(model):
-    """Whether all layers of the model are of one kind, so that their parameters can be stacked."""
-    if not hasattr(model.config, "scan_layers"):
-        return False
-    try:
-        model.with_fields(scan_layers=True)
-    except ValueError:  # a pattern of different layers
-        return False
-    return True
 
 
 every_variant = for_variants(lambda model: True)

@@ -52,6 +52,17 @@ def with_stacked_layers(model: Model) -> Model:
     return model.with_known_fields(scan_layers=True)
 
 
+def can_stack_layers(model: Model) -> bool:
+    """Whether all layers of the model are of one kind, so that their parameters can be stacked."""
+    if not hasattr(model.config, "scan_layers"):
+        return False
+    try:
+        model.with_fields(scan_layers=True)
+    except ValueError:  # a pattern of different layers
+        return False
+    return True
+
+
 def decodes(model: Model) -> bool:
     """Whether the model has a state, which decoding needs."""
     try:
