@@ -1,6 +1,7 @@
 """The implementations that ``benchmarks.attention`` compares: attention in jaxlm and in torch.
 
-Shapes: B batch, T queries, S keys, H heads, K head width."""
+Shapes: B batch, T queries, S keys, H heads, K head width.
+"""
 
 from __future__ import annotations
 

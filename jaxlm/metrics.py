@@ -114,10 +114,8 @@ def proportion(name: str, successes: float, count: int) -> Score:
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"{name}: {successes} successes of {count} examples: need 0 <= successes <= count, count >= 1")
-    p, z2 = (
-        float(successes / count),
-        1.959963984540054**2 / int(count),
-    )  # the 97.5th percentile of a normal distribution
+    z = 1.959963984540054  # the 97.5th percentile of a normal distribution
+    p, z2 = float(successes / count), z**2 / int(count)
     center, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
     low = 0.0 if successes == 0 else (center - half) / (1 + z2)
     high = 1.0 if successes == count else (center + half) / (1 + z2)

@@ -108,36 +108,13 @@ class Bucketed:
         check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, length_multiple=self.length_multiple)
         check_min(0, seed=self.seed, pad_id=self.pad_id)
         check_min(1, max_length=self.max_length)
-        if not len(self.examples):
-            raise ValueError("no examples to batch")
-        first, array_fields = self.examples[0], self._array_fields
-        names, dtypes = list(first), dict[str, np.dtype]()
-        if not array_fields:
-            raise ValueError(f"the examples have no array, only {', '.join(names) or 'no fields'}: encode their texts")
-        for number, example in enumerate(self.examples):
-            if list(example) != names:
-                raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
-            for name in names:
-                if name not in array_fields:
-                    _check_scalar(example[name], first[name], f"{name} of example {number}")
-                    dtype = np.asarray(example[name]).dtype
-                    dtypes[name] = np.result_type(dtypes.get(name, dtype), dtype)
-            for name in array_fields:
-                if np.ndim(example[name]) != 1 or len(example[name]) == 0:
-                    raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
-                _check_integers(np.asarray(example[name]), f"{name} of example {number}")
-                if self.max_length is not None and len(example[name]) > self.max_length:
-                    raise ValueError(
-                        f"{name} of example {number} has {len(example[name])} entries, more than "
-                        f"max_length={self.max_length}: truncate it"
-                    )
-        object.__setattr__(self, "_scalar_dtypes", dtypes)
+        object.__setattr__(self, "_scalar_dtypes", check_examples(self.examples, self.max_length))
         object.__setattr__(self, "buckets", tuple(self._make_buckets()))
 
     @property
     def _array_fields(self) -> list[str]:
         """The names of the array fields."""
-        return [name for name, value in self.examples[0].items() if np.ndim(value) > 0]
+        return _array_fields(self.examples[0])
 
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._array_fields] for example in self.examples])
@@ -246,6 +223,44 @@ class Bucketed:
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
         return f"{len(self.buckets)} shapes ({shapes}), {100 * (1 - self.efficiency):.0f} % padding"
+
+
+def check_examples(examples: Sequence[Encoded], max_length: int | None = None) -> dict[str, np.dtype]:
+    """The dtype of each scalar field, after a check of the examples.
+
+    Raises:
+        ValueError: the examples cannot be batched, for the reasons that :class:`Bucketed` lists, or an array has more
+            than ``max_length`` entries.
+    """
+    if not len(examples):
+        raise ValueError("no examples to batch")
+    first, array_fields = examples[0], _array_fields(examples[0])
+    names, dtypes = list(first), dict[str, np.dtype]()
+    if not array_fields:
+        raise ValueError(f"the examples have no array, only {', '.join(names) or 'no fields'}: encode their texts")
+    for number, example in enumerate(examples):
+        if list(example) != names:
+            raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
+        for name in names:
+            if name not in array_fields:
+                _check_scalar(example[name], first[name], f"{name} of example {number}")
+                dtype = np.asarray(example[name]).dtype
+                dtypes[name] = np.result_type(dtypes.get(name, dtype), dtype)
+        for name in array_fields:
+            if np.ndim(example[name]) != 1 or len(example[name]) == 0:
+                raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
+            _check_integers(np.asarray(example[name]), f"{name} of example {number}")
+            if max_length is not None and len(example[name]) > max_length:
+                raise ValueError(
+                    f"{name} of example {number} has {len(example[name])} entries, more than max_length={max_length}: "
+                    "truncate it"
+                )
+    return dtypes
+
+
+def _array_fields(example: Encoded) -> list[str]:
+    """The names of the fields of an example that are arrays."""
+    return [name for name, value in example.items() if np.ndim(value) > 0]
 
 
 def _check_scalar(value: Any, first: Any, what: str) -> None:

@@ -47,9 +47,9 @@ class ModelConfig:
             if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
                 value = value.item()
                 object.__setattr__(self, name, value)
-            if value is None and types[name] is int:
-                raise ValueError(f"{name}=None must be a whole number")
             if value is None:
+                if types[name] is int:
+                    raise ValueError(f"{name}=None must be a whole number")
                 continue
             minimum = field.metadata.get("minimum", 1)
             if types[name] in (int, int | None) and value < minimum:

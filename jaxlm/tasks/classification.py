@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
+from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded, check_examples
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.decoding.text import check_vocabulary
@@ -95,11 +95,12 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
     The probabilities are the same as from :func:`jaxlm.tasks.predict.classify`.
 
     Raises:
-        ValueError: the outputs of the model are regression scores, as in ``classify``.
+        ValueError: an example is not valid (:func:`jaxlm.data.buckets.check_examples`) or is longer than the model; or
+            the outputs of the model are regression scores, as in ``classify``.
         NotFiniteError: logits are not finite. The message names the examples, as in ``classify``.
     """
     if len(encoded):
-        Bucketed(encoded, batch_size, shuffle=False, max_length=model.max_positions)  # checks the examples
+        check_examples(encoded, model.max_positions)
     ids = [np.asarray(example["tokens"]) for example in encoded]
     token_types = [np.asarray(example["token_types"]) for example in encoded if "token_types" in example]
     return label_probabilities(model, params, ids, token_types, batch_size, what="example")

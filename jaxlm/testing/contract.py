@@ -738,7 +738,8 @@ def test_the_length_of_a_state_need_not_be_divisible_by_the_sequence_axis(name):
 
     The test only traces the call.
     """
-    model, tokens = tiny_model(name), random_tokens(tiny_model(name), 2, 16)
+    model = tiny_model(name)
+    tokens = random_tokens(model, 2, 16)
 
     def trace(params, state):
         with Sharding(make_mesh("sequence=4", devices=jax.devices()[:4])).scope():

@@ -26,7 +26,7 @@ from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
-from jaxlm.nn.attention.bias import AttentionBias, BiasFn, KernelBiasFn, Tile
+from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import Block
 from jaxlm.nn.attention.tile_scores import dot
@@ -49,10 +49,10 @@ def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key
     if dropout_key is not None:
         return "has no dropout: set the rate to 0"
     for bias in biases:
+        if isinstance(bias.bias_fn, Dense):
+            return "takes no dense bias"
         if not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
-            if name == "Dense":
-                return "takes no dense bias"
             return f"does not support the bias {name}: TPU kernels need a KernelBiasFn (jaxlm.nn.attention.bias)"
     if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
         return "needs a TPU v5 or newer: older TPUs cannot rotate each row by a different amount"
