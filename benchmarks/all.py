@@ -1,12 +1,13 @@
-"""Run the benchmarks of the measured part of docs/benchmarks.md, except ``texts``, and write their results to files.
+"""Run the benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, and write result files.
 
     python -m benchmarks.all --full                     about two hours on two cores
-    python -m benchmarks.all --quick                    tiny sizes, a few minutes: checks that the benchmarks work
+    python -m benchmarks.all --quick                    tiny sizes, a few minutes: a test that the benchmarks work
     python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
 
-Each benchmark writes ``NAME.json`` to the output directory, and its log to ``NAME.log``. If the command is interrupted,
-start it again: it continues with the benchmarks that have no result yet. Nothing else should run on the machine. With
-``--page``, the measured part of a page is replaced at the end if no benchmark failed.
+Each benchmark writes ``NAME.json`` and its log ``NAME.log`` to the output directory. To continue after an interruption
+or a failure, run the same command again. It runs only the benchmarks that have no ``NAME.json``. Run no other program
+on the machine during the measurement. With ``--page PAGE``, the command replaces the measured part of this page after
+the last benchmark. If a benchmark failed, the page does not change.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from benchmarks.harness import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One command, which writes a result file.
+    """The command of one benchmark, which writes one result file.
 
     Attributes:
-        name: name of the result file.
-        arguments: the benchmark and its options.
-        minutes: expected duration on two cores. The estimate of the remaining time is scaled by the actual durations of
-            the finished jobs.
+        name: name of the result file without ".json".
+        arguments: name of the module in ``benchmarks``, then its options.
+        minutes: expected duration on two cores. The estimate of the remaining time is the expected duration of the
+            remaining jobs, multiplied by the actual / the expected duration of the finished jobs.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Job:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """The implementations that the benchmark knows, and their targets."""
+        """All implementations of the benchmark: ``{name: "module:class"}``."""
         return importlib.import_module(f"benchmarks.{self.arguments[0]}").IMPLEMENTATIONS
 
 
@@ -66,8 +67,8 @@ def _jobs() -> tuple[Job, ...]:
 
 
 JOBS = _jobs()
-"""The benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, which needs trained models and
-files from the user."""
+"""The benchmarks of the section "Measurements" of docs/benchmarks.md. ``texts`` is not one of them, because it needs
+trained models and text files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,27 +76,27 @@ class All:
     """Run the benchmarks. Exactly one of --full and --quick must be given."""
 
     full: bool = False
-    """Measure the sizes of the benchmark page."""
+    """Measure the models and sizes of docs/benchmarks.md."""
     quick: bool = False
-    """Use tiny models and sizes. The times have no meaning, so they are not written to a page."""
+    """Use tiny models and sizes. The times have no meaning, so --page is not allowed."""
     only: str = ""
     """Run only the benchmarks whose name contains this text."""
     against: str | None = None
-    """Baselines, separated by commas; empty: only jaxlm is measured. Each benchmark uses the baselines that it knows.
+    """Baselines, separated by commas. Each benchmark uses those of them that it has. Empty: only jaxlm is measured.
     None: the default baselines of each benchmark."""
     output: Path | None = None
-    """Directory of the results. None: benchmarks/results/PROCESSOR, or benchmarks/results-quick with --quick. With
-    --page, the directories next to it must also have results, because the page shows all of them."""
+    """Directory of the results. None: benchmarks/results/PROCESSOR; with --quick, benchmarks/results-quick. The page of
+    --page shows all directories with the same parent directory, so each of them must have results."""
     page: Path | None = None
-    """Page whose measured part is replaced at the end, for example docs/benchmarks.md; None: no page."""
+    """Page whose measured part is replaced after the last benchmark, such as docs/benchmarks.md; None: no page."""
 
 
 def run(options: All) -> None:
-    """Run the jobs that have no result yet, then write the page.
+    """Run the jobs that have no result file, then replace the measured part of the page.
 
     Raises:
         UserError: an option is wrong.
-        Failure: a job failed. The other jobs were run.
+        Failure: a job failed. The other jobs were run, and the page was not changed.
     """
     if options.full == options.quick:
         raise UserError("give one of the options --full and --quick")
@@ -113,7 +114,7 @@ def run(options: All) -> None:
         _check_page(options.page, directory)
     directory.mkdir(parents=True, exist_ok=True)
     remaining = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
-    print(f"{len(jobs)} benchmarks, {len(jobs) - len(remaining)} have results in {directory}")
+    print(f"{len(jobs)} benchmarks, {len(jobs) - len(remaining)} of them already have results in {directory}")
     failed = _run_all(remaining, directory, options)
     if failed:
         logs = ", ".join(str(directory / f"{name}.log") for name in failed)
@@ -123,7 +124,8 @@ def run(options: All) -> None:
 
 
 def _check_page(page: Path, directory: Path) -> None:
-    """Check before the measurements that the page can be written after them."""
+    """Raise ``UserError`` if the page could not be written after the measurements: it has no measured part, or another
+    directory has no results."""
     report.split_page(page)
     directory = directory.absolute()
     for other in sorted(path for path in directory.parent.glob("*") if path.is_dir() and path != directory):
@@ -146,24 +148,24 @@ def _default_directory(quick: bool) -> Path:
 
 def _run_all(jobs: list[Job], directory: Path, options: All) -> list[str]:
     """Run the jobs and return the names of the failed jobs."""
-    failed, start, expected = [], time.perf_counter(), 0.0
+    failed, start, expected_minutes = [], time.perf_counter(), 0.0
     for number, job in enumerate(jobs, 1):
         elapsed = (time.perf_counter() - start) / 60
         estimate = ""
-        if expected:
-            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * elapsed / expected
+        if expected_minutes:
+            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * elapsed / expected_minutes
             estimate = f", about {minutes_left:.0f} min left"
         bar = "#" * round(20 * (number - 1) / len(jobs))
         print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min{estimate}", flush=True)
         if not _run_job(job, directory, options):
             print(f"{job.name} failed: see {directory / job.name}.log")
             failed.append(job.name)
-        expected += job.minutes
+        expected_minutes += job.minutes
     return failed
 
 
 def _run_job(job: Job, directory: Path, options: All) -> bool:
-    """Run a job and return whether it succeeded. If the job fails, it leaves no result file."""
+    """Run a job and return whether it succeeded. A failed job has no result file."""
     unfinished = directory / f"{job.name}.json.unfinished"
     command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:]]
     if options.quick:

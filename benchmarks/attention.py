@@ -1,13 +1,15 @@
-"""Attention: jaxlm and torch's scaled_dot_product_attention with the same random inputs, float32, causal.
+"""Speed of causal attention in float32: jaxlm and torch's scaled_dot_product_attention with the same random inputs.
 
-    python -m benchmarks.attention                                 1024 and 4096 tokens, three variants
+    python -m benchmarks.attention                                 1024 and 4096 tokens; variants plain, bias, relative
     python -m benchmarks.attention --variants plain --lengths 1024 --json attention.json
     python -m benchmarks.attention --variants decode                  one query over caches of different fill lengths
     python -m benchmarks.attention --quick                         a short test that the benchmark works
 
-``bias`` adds T5's bias of bucketed distances. ``relative`` adds the bias of Transformer-XL. The backward pass also
-computes the gradients of the bias tables. torch supports these biases only as a dense array for all query-key pairs, so
-each repetition computes this array. Outputs and all gradients must agree before the measurement.
+``plain`` adds no bias to the scores. ``bias`` adds T5's bias of bucketed distances (Raffel et al. 2020, section 2.1).
+``relative`` adds the product of the query and a vector for the distance (Dai et al. 2019, section 3.3). The backward
+pass also computes the gradients of the table of biases or vectors. scaled_dot_product_attention accepts a bias only as
+a dense array for all query-key pairs. torch computes this array in each repetition. Before the measurement, the outputs
+and all gradients of jaxlm and torch are compared and must agree.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ IMPLEMENTATIONS = {"jaxlm": "benchmarks.attention_baselines:Jaxlm", "torch": "be
 VARIANTS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference of sampled elements of a result, relative to the largest sampled element."""
+"""Maximum difference between jaxlm and torch, for 64 random elements of each result, relative to the largest of these
+elements."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Attention(harness.Options):
     against: str = "torch"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
-    """Repetitions of each implementation, after warm-up."""
+    """Measured repetitions of each implementation."""
     variants: str = "plain,bias,relative"
     """Variants: plain, bias, relative, decode, separated by commas."""
     lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
-    """Tokens, separated by commas. For decode, the capacity of the cache is the largest number, and each number is a
-    fill length."""
+    """Numbers of tokens, separated by commas. For decode, each number is a number of filled slots of the cache. Its
+    capacity is the largest number."""
 
 
 def run(options: Attention) -> None:
@@ -67,14 +70,14 @@ def _measure(
 
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table, with the time of jaxlm relative to each baseline and to its own plain variant."""
+    """The measurements as a table. The last column is the time of jaxlm / the time of its plain variant."""
     ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
 
     def over_plain(row: harness.Row) -> str:
         plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
         return "" if plain is None or row.implementation != harness.OURS else f"{row.median / plain.median:.2f}"
 
-    return harness.comparison_table(rows, "variant, pass", "/plain", over_plain)
+    return harness.comparison_table(rows, "variant, pass", "time/plain", over_plain)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,11 +11,14 @@ from benchmarks import shapes
 from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, torch_device, torch_samples
 
 MAX_DISTANCE = 128
-"""Maximum distance of T5's relative position buckets."""
+"""``relative_attention_max_distance`` of T5. All distances from this number on are in the last bucket."""
 
 
 class Jaxlm(JaxSampled):
-    """``jaxlm.nn.attention`` with its default arguments, compiled with jit."""
+    """``jaxlm.nn.attention.attention`` with its default implementation, in one jitted function.
+
+    For ``decode``, the mask hides the free slots of the cache.
+    """
 
     def __init__(self, directory: str, pass_name: str, **sizes: Any) -> None:
         jax = jax_exact()
@@ -64,7 +67,10 @@ class Jaxlm(JaxSampled):
 
 
 class Torch(TorchImplementation):
-    """``scaled_dot_product_attention``, with a dense bias array for the variants with a bias."""
+    """``scaled_dot_product_attention``. The variants with a bias have a dense bias array.
+
+    For ``decode``, the function gets only the filled slots of the cache.
+    """
 
     def __init__(self, directory: str, pass_name: str, **sizes: Any) -> None:
         import torch
@@ -101,7 +107,7 @@ class Torch(TorchImplementation):
         else:
             scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5
             B, H, T, R = scores.shape  # R: number of distances
-            # The relative shift of Transformer-XL, as in the code of its authors.
+            # The relative shift in the code of Dai et al. 2019: now column s of row t has the score of distance t - s.
             bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
         return sdpa(q, k, v, attn_mask=bias.masked_fill(self.is_future, float("-inf"))).transpose(1, 2)
 

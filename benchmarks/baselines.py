@@ -1,8 +1,9 @@
-"""Functions that the JAX or the torch implementations share, and ``Machine``, which measures the peak performance.
+"""Base classes and functions of the measured implementations, and ``Machine``, which measures the peak performance.
 
 An implementation (``worker.Implementation``) is set up as the documentation of its framework recommends, in float32. It
-imports only its own framework. ``training_baselines`` and ``decoding_baselines`` read the checkpoint that
-:class:`Machine` writes. All implementations of one layer or operation create the same random arrays.
+imports only its own framework. The implementations in ``training_baselines`` and ``decoding_baselines`` read the
+checkpoint that :class:`Machine` writes. The implementations of a layer or an operation create their inputs from the
+same random seeds, so all of them have the same inputs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from benchmarks import complete_models, shapes
 from benchmarks.shapes import COPY_BYTES, GEMM_SIZE, READ_ROWS, READ_WIDTH
 from benchmarks.worker import Implementation
 
-# All implementations share one GPU, so JAX must not preallocate most of its memory.
+# The processes of all implementations share one GPU, so JAX must not preallocate most of the GPU memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def jax_exact() -> Any:
-    """The module ``jax`` with float32 matmul precision, as in torch. The default precision on accelerators is lower."""
+    """The module ``jax``. On accelerators, the matmul precision is float32, as in torch; the default is lower."""
     import jax
 
     if jax.default_backend() != "cpu":
@@ -39,15 +40,17 @@ class JaxImplementation(Implementation):
 
 
 class Machine(Implementation):
-    """Writes the checkpoint and the batch of a model, and measures the peak performance of the machine with JAX.
+    """Writes the checkpoint and the training batch of a model, and measures the peak performance of the machine.
 
-    It measures the FLOP/s of a matrix product, and the memory bandwidth of a copy and of a read. The read is a sum or a
-    matrix-vector product, whichever is faster.
+    With JAX, it measures the FLOP/s of a matrix product, and the memory bandwidth of a copy and of a read. The copy is
+    the in-place addition of a constant to an array. The read is a sum or a matrix-vector product, whichever is faster.
+    The training batch is written only for the families in ``complete_models.SIZES``.
 
     Args:
-        model: name of the model; None writes no checkpoint.
-        quick: whether to use the smallest variant of the family and few tokens.
-        batch, length: rows and tokens per row of the training batch; None: the default of the family.
+        directory: directory of the checkpoint and the training batch.
+        model: name of the model; None writes no files.
+        quick: whether to use the tiny variant of the family, and a small batch.
+        batch, length: rows and tokens per row of the training batch; None: the default (``complete_models.sizes``).
     """
 
     num_repetitions = 8
@@ -82,7 +85,8 @@ class Machine(Implementation):
         model = complete_models.build(name, quick=quick)
 
         def add_noise(leaf: Any, key: Any) -> Any:
-            # With noise, biases are not 0 and scales are not 1. Without noise, greedy decoding repeats the last token.
+            # Noise makes biases different from 0 and scales different from 1. With the initial values, greedy decoding
+            # repeats the last token.
             return leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
         leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
@@ -107,7 +111,7 @@ class Machine(Implementation):
         return properties
 
     def run(self) -> dict[str, float]:
-        """The peaks per second, by the unit of ``shapes.Work``."""
+        """The peaks: ``{unit: units per second}``, for the units of ``shapes.Work``."""
         return {
             "FLOP": 2 * GEMM_SIZE**3 / self._fastest(lambda: self.matmul(self.x, self.x)),
             "B": 2 * COPY_BYTES / self._fastest(self._copy),
@@ -119,7 +123,7 @@ class Machine(Implementation):
         return self.memory
 
     def _fastest(self, function: Callable[[], Any]) -> float:
-        """Seconds of the fastest repetition, because a peak is the best value and the first repetition is slower."""
+        """The seconds of the fastest of ``num_repetitions`` calls. The first call may compile the function."""
         seconds = []
         for _ in range(self.num_repetitions):
             start = time.perf_counter()
@@ -132,9 +136,10 @@ class Machine(Implementation):
 
 
 class JaxSampled(JaxImplementation):
-    """Base class of implementations that run one jitted function.
+    """Base class of implementations that run one jitted function. Each repetition returns samples of the results.
 
-    The first repetition compiles the function. A repetition returns samples of the results.
+    A subclass sets ``jitted`` (the function) and ``arguments`` (its arguments). The first repetition compiles the
+    function.
     """
 
     jitted: Any
@@ -155,6 +160,7 @@ class JaxSampled(JaxImplementation):
 
 
 def torch_samples(x: Any) -> list[float]:
+    """The elements of a tensor at the flat indices ``shapes.samples``."""
     import numpy as np
 
     indices = np.unravel_index(shapes.samples(x.numel()), tuple(x.shape))

@@ -1,7 +1,8 @@
-"""Benchmarks of complete models: the training batch of each family, and its classes in other libraries.
+"""Benchmarks of complete models: the training batch of each family, and the classes of each family in other libraries.
 
-The worker ``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it.
-JAX is imported only in the functions that need it. Shapes: B batch, T time, P predicted positions, S source.
+``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it. Processes
+that run torch also import this module, so only the functions that use jaxlm import it. Shapes: B batch, T time, P
+predicted positions.
 """
 
 from __future__ import annotations
@@ -17,26 +18,31 @@ SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
     "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256),
 }  # fmt: skip
-"""Default training batch of each family: rows, and tokens per row. The sizes of the LSTM are from Zaremba et al. 2014.
-A VDCNN (``resnet``) reads texts of 1024 characters. The source and the target of T5 each have 128 tokens."""
+"""Default training batch of each family: (rows, tokens per row). The sizes of the LSTM are from Zaremba et al. 2014.
+The tokens of a VDCNN (``resnet``) are characters. The source and the target of T5 each have 128 tokens."""
 TORCH_CLASSES = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
     "mamba2": "Mamba2ForCausalLM",
 }  # fmt: skip
-"""Class name in transformers, by family; empty: the class is in ``torch_models``."""
+"""Name of the torch class in transformers, by family; empty: the class is in ``torch_models``."""
 FLAX = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
 """Name of the deprecated Flax class in transformers, by family."""
 DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
 CLASSES = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX}
+"""Class names by baseline and family. A baseline has no model of the families that are missing in its dict."""
 FILE = "batch.npz"
+"""Name of the file of the batch."""
 TINY_FIELDS: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
-"""Config fields of the tiny variants, so that they have the same architecture as the large variants."""
+"""Changes to config fields of the tiny variants. They give a tiny variant the architecture of the published variant."""
 
 
 def build(name: str, *, quick: bool = False) -> Any:
-    """The jaxlm model (``quick``: its tiny variant) without dropout, because libraries sample dropout differently."""
+    """The jaxlm model ``name``, or with ``quick`` the tiny variant of its family.
+
+    The dropout rates are 0, because each library samples dropout differently.
+    """
     import jaxlm
     from jaxlm.models.registry import family
 
@@ -49,10 +55,13 @@ def build(name: str, *, quick: bool = False) -> Any:
 
 
 def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tuple[int, int]:
-    """Rows, and tokens per row, of a training batch: ``batch`` and ``length``, or the defaults of the family.
+    """(rows, tokens per row) of a training batch: ``batch`` and ``length``; where they are None, the default.
+
+    The default is :data:`SIZES`, or (2, 32) with ``quick``. The default length of a VDCNN is its ``max_positions``.
 
     Raises:
-        ValueError: ``length`` is not the text length of a VDCNN, or is odd or below 10 for XLNet.
+        ValueError: the model is a VDCNN and ``length`` is not its ``max_positions``, or the model is an XLNet and
+            ``length`` is odd or below 10.
     """
     default_batch, default_length = (2, 32) if quick else SIZES[model.family]
     if model.family == "resnet":
@@ -65,14 +74,17 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
 
 
 def num_decoding_parameters(model: Any) -> int:
-    """Number of parameters in the matrix products that decode one token."""
+    """Number of parameters that the decoding of one token reads (``jaxlm.plan.flops.matmul_parameters``).
+
+    Embedding tables that are not output heads do not count. Nor do the encoder and the projections of its output.
+    """
     from jaxlm.plan import flops
 
     return flops.matmul_parameters(model, decoding=True)
 
 
 def example(model: Any, batch: int, length: int) -> Any:
-    """A batch of random tokens for the objective of the model, created with ``jaxlm.objectives``."""
+    """A ``Batch`` of ``batch`` rows of ``length`` random tokens, for the objective of the model."""
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
 
     cfg, rng = model.config, np.random.default_rng(1)
@@ -100,7 +112,7 @@ def example(model: Any, batch: int, length: int) -> Any:
 
 
 def save(batch: Any, directory: str) -> None:
-    """Write a batch without padding to the directory of its model."""
+    """Write the arrays of a batch to :data:`FILE` in a directory. The batch has no padding and no resets."""
     assert batch.segment_ids is None
     assert batch.reset is None
     arrays = {
@@ -113,7 +125,10 @@ def save(batch: Any, directory: str) -> None:
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
-    """The arrays of a batch by name. ``labels``: from ``Batch.targets``; ``targets``: positions that XLNet predicts."""
+    """The arrays of a saved batch by name.
+
+    ``labels`` is ``Batch.targets``. ``targets`` are the positions [B, P] that XLNet predicts; other families have none.
+    """
     with np.load(Path(directory) / FILE) as file:
         return dict(file)
 
@@ -128,11 +143,12 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Any:
 
 
 def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a batch as keyword arguments of the classes of transformers."""
+    """The arrays of :func:`load` as keyword arguments of the class in transformers (:data:`TORCH_CLASSES`)."""
     if family == "t5":
         return {"input_ids": arrays["source"], "decoder_input_ids": arrays["tokens"]}
     if family == "xlnet":
-        # A target of weight 0 is padding: its position is not predicted, and its row of the mapping is 0.
+        # A target of weight 0 is padding. Its position is replaced by that of the first target, so that ``perm_mask``
+        # does not treat another position as a target. Its row of the mapping is 0, so nothing is predicted.
         is_target = arrays["weights"] > 0
         targets = np.where(is_target, arrays["targets"], arrays["targets"][:, :1])
         mapping = target_mapping(targets, arrays["tokens"].shape[1]) * is_target[..., None]
@@ -148,7 +164,10 @@ IGNORED = -100
 
 
 def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Labels with the shape of the logits without the last axis. Labels of weight 0 are :data:`IGNORED`."""
+    """The labels for the logits of torch or Flax: [B, T], for XLNet [B, P], for classification [B].
+
+    Positions without a target, and targets of weight 0, have the label :data:`IGNORED`.
+    """
     weighted = np.where(arrays["weights"] > 0, arrays["labels"], IGNORED)
     if "target_positions" not in arrays:
         return weighted
@@ -158,9 +177,14 @@ def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """XLNet's mask [B, T, T] for an order [B, T]: 1 at [b, i, j] if position i must not attend to position j.
+    """XLNet's argument ``perm_mask`` [B, T, T]: 1 at [b, i, j] if position i must not attend to position j, else 0.
 
-    Targets [B, P] do not attend to themselves.
+    A position attends to positions of the same or a lower order. A target position attends only to positions of a lower
+    order, so it does not attend to itself.
+
+    Args:
+        order: [B, T], the order of each position.
+        targets: [B, P], the target positions.
     """
     is_target = target_mapping(targets, order.shape[1]).max(axis=1) > 0
     query_order = np.where(is_target, order - 1, order)
@@ -168,5 +192,5 @@ def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def target_mapping(targets: np.ndarray, length: int) -> np.ndarray:
-    """One-hot rows [B, P, T] of the positions [B, P] that XLNet predicts."""
+    """XLNet's argument ``target_mapping``: one-hot rows [B, P, T] of the target positions [B, P], float32."""
     return np.eye(length, dtype=np.float32)[targets]

@@ -1,12 +1,12 @@
-"""Greedy generation: jaxlm, torch and Flax with the same random checkpoint and prompts.
+"""Speed of greedy generation: jaxlm, torch and Flax with the same random checkpoint and prompts.
 
     python -m benchmarks.decoding                                    GPT-2 124M, float32, 64 tokens after a prompt of 32
     python -m benchmarks.decoding --batch 1,8 --prompt 32,512 --json decoding.json
     python -m benchmarks.decoding --model gpt2,t5-small,lstm-zaremba-medium
     python -m benchmarks.decoding --quick                            a short test that the benchmark works
 
-All implementations must generate the same tokens before the measurement. There is no end token, so each row has the
-full number of tokens.
+Before the measurement, the tokens that the implementations generate are compared and must be the same. There is no end
+token, so each row gets the number of tokens of the option ``--tokens``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Decoding(harness.Options):
     model: str = "gpt2"
     """Models of the families gpt, llama, t5, xlnet, lstm and mamba2, separated by commas."""
     batch: str = "1"
-    """Rows; one or more numbers, separated by commas."""
+    """Rows per batch; one or more numbers, separated by commas."""
     prompt: str = "32"
     """Tokens per prompt (for T5, per source); one or more numbers, separated by commas."""
     tokens: int = 64
-    """Generated tokens per row."""
+    """New tokens per row."""
 
 
 def run(options: Decoding) -> None:

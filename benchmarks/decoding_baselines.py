@@ -15,7 +15,7 @@ from benchmarks.training_baselines import flax_model, torch_model
 class Jaxlm(JaxImplementation):
     """``jaxlm.decoding.generate``, which compiles one function for the prompt and the new tokens.
 
-    For an encoder-decoder, another compiled function reads the source.
+    For an encoder-decoder, the prompt is the source, and another compiled function reads it.
     """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
@@ -47,8 +47,8 @@ class Flax(JaxImplementation):
         model = flax_model(directory, family)
         self.params = jax.device_put(model.params)
         self.prompts, self.tokens = random_tokens(model.config.vocab_size, batch, prompt), tokens
-        # No end token, as for the other implementations. This generate() does not accept None, so use an id
-        # that does not exist.
+        # As in the other implementations, there is no end token. ``generate`` of the Flax classes does not accept None,
+        # so the id of the end token is one that the model cannot generate.
         options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         options["eos_token_id"] = model.config.vocab_size
         self.generate = jax.jit(lambda params, prompts: model.generate(prompts, params=params, **options).sequences)
@@ -59,11 +59,11 @@ class Flax(JaxImplementation):
 
 
 class Torch(TorchImplementation):
-    """``generate`` of transformers with its key-value cache; a loop over tokens for LSTM and XLNet.
+    """``generate`` of transformers with its key-value cache; for LSTM and XLNet, a loop over the new tokens.
 
-    For XLNet, ``generate`` of transformers lets all tokens attend to all other tokens. This differs from jaxlm and
-    makes a cache impossible. So a loop calls the class of transformers with masks that give the same function as in
-    jaxlm. It reads the complete text again for each token.
+    For XLNet, ``generate`` of transformers lets each token attend to all other tokens, so it cannot use a cache. In
+    jaxlm, a token attends only to itself and to earlier tokens. The loop calls the class of transformers with masks
+    that do the same. For each new token, it reads the complete text again.
     """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
@@ -81,7 +81,7 @@ class Torch(TorchImplementation):
         }
         self.options["attention_mask"] = torch.ones_like(self.prompts)
         if family not in ("lstm", "xlnet"):
-            self.model.generation_config.eos_token_id = None  # no end token, as for the other implementations
+            self.model.generation_config.eos_token_id = None  # no end token, as in the other implementations
 
     def run(self) -> list[list[int]]:
         import torch
@@ -110,7 +110,8 @@ class Torch(TorchImplementation):
         text = self.prompts
         for _ in range(self.num_tokens):
             B, T = text.shape
-            # Append one position for the next token. It attends to all earlier tokens; the other positions are causal.
+            # Append one position for the next token. This position attends to all earlier ones, but not to itself. The
+            # other positions attend to themselves and to all earlier positions.
             order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)
             masks = complete_models.perm_mask(order, target), complete_models.target_mapping(target, T + 1)
             perm_mask, target_mapping = (torch.from_numpy(mask).to(text.device) for mask in masks)

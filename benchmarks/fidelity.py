@@ -1,10 +1,11 @@
-"""Numerical accuracy of GPT-2 in jaxlm: hidden states, logits, loss and all gradients compared with torch.
+"""Numerical accuracy of GPT-2 in jaxlm: hidden states, logits, loss and gradients, compared with torch.
 
     python -m benchmarks.fidelity                                    GPT-2 124M, random weights, batch 2 of 128 tokens
     python -m benchmarks.fidelity --model gpt2-tiny --length 32 --json fidelity.json
 
-A difference is max|a - b| / max|b|. The last two columns compare jaxlm and torch, both in float32, with torch in
-float64. In the case "padding", the first row is padded on the left and the last row on the right.
+The table shows max|a - b| / max|b|. The column "jaxlm - torch" compares the float32 results of jaxlm and torch. The
+columns "jaxlm - float64" and "torch - float64" compare these float32 results with torch in float64. In the case
+"padding", the first row is padded on the left and the last row on the right; padding positions are not compared.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ Results = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """Compare results."""
+    """Compare the results of jaxlm and torch."""
 
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"] = "gpt2"
-    """The size of the GPT-2."""
+    """Variant of GPT-2."""
     batch: int = 2
-    """Rows; at least 2, so that one row is padded on the left and one on the right."""
+    """Rows, at least 2: one row is padded on the left, and another row on the right."""
     length: int = 128
-    """Tokens per row."""
+    """Tokens per row, at least 8."""
     json: Path | None = None
     """Write all results to this JSON file too."""
 
 
 def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
-    """The results of jaxlm for tokens [B, T + 1] and their mask (0 is padding)."""
+    """The results of jaxlm for tokens [B, T + 1] and their mask [B, T + 1] (1: token, 0: padding).
+
+    ``hidden`` [N, D] and ``logits`` [N, V] have one row for each of the N input tokens that are not padding.
+    """
     import jaxlm
     from jaxlm.interop.huggingface import named_tensors
     from jaxlm.objectives import causal
@@ -65,7 +69,11 @@ def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
 
 
 def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
-    """The results of ``GPT2LMHeadModel`` for the same arguments."""
+    """The results of ``GPT2LMHeadModel`` for the arguments of :func:`of_jaxlm`.
+
+    Args:
+        dtype: "float32" or "float64".
+    """
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -88,7 +96,11 @@ def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) 
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """max|actual - expected| / max|expected|; infinity if the result is not finite."""
+    """max|actual - expected| / max|expected|; infinity if this number is not finite.
+
+    Raises:
+        Failure: the shapes differ.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise harness.Failure(f"shapes differ: {actual.shape} and {expected.shape}")
@@ -97,7 +109,14 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[dict[str, Any]]:
-    """One row for each of hidden states, logits and loss, and one for the gradient that differs most from torch."""
+    """Four rows: the differences of the hidden states, the logits, the loss, and one gradient.
+
+    This gradient is the one with the largest difference between jaxlm and torch.
+
+    Args:
+        case: name of the case.
+        ours, theirs, exact: the results of jaxlm, of torch, and of torch in float64.
+    """
     if ours.keys() != theirs.keys():
         raise harness.Failure(f"jaxlm and torch have different parameters: {sorted(ours.keys() ^ theirs.keys())}")
     differences = {
@@ -117,7 +136,8 @@ def run(options: Fidelity) -> None:
     """Compare and print the results."""
     if options.batch < 2 or options.length < 8:
         raise harness.UserError(
-            f"batch {options.batch} and length {options.length} must be at least 2 and 8, for padding on both sides"
+            f"--batch {options.batch} must be at least 2, and --length {options.length} must be at least 8: the rows "
+            "are also compared with padding on both sides"
         )
     harness.choose("torch", {"jaxlm": "", "torch": ""})
     with harness.session(options.model) as session:
@@ -132,7 +152,7 @@ def run(options: Fidelity) -> None:
         print(f"largest relative differences, float32, {options.model} B{options.batch} T{options.length}")
         cells = [[f"{row['case']}: {row['result']}", *(f"{row[name]:.1e}" for name in columns)] for row in rows]
         print(harness.table(("result", "jaxlm - torch", "jaxlm - float64", "torch - float64"), cells))
-        print("The last line of each case is the gradient with the largest difference.")
+        print("The last line of each case is the gradient with the largest difference between jaxlm and torch.")
         harness.write_json(options.json, "fidelity", options, session.description, rows)
 
 

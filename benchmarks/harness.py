@@ -1,6 +1,7 @@
-"""Interleaved measurement of implementations in separate processes, and results as tables and JSON.
+"""Interleaved measurement of implementations in separate processes, and their results as tables and JSON.
 
-Models run only in the worker processes, one at a time. The process of this module runs no computation of JAX or torch.
+:func:`measure` sends requests to worker processes, and waits for each answer before the next request. So only one
+worker computes at a time. The process that calls ``measure`` runs no computation of JAX or torch.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from benchmarks.shapes import Work
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
-"""Packages that a baseline imports and that jaxlm does not depend on."""
+"""Packages that a baseline needs, by baseline. Packages that jaxlm itself depends on are not listed."""
 OURS = "jaxlm"
 WARM_UP_SECONDS = 0.3
-"""Seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s to reach its clock
-frequency, and the OpenMP threads of torch keep spinning for 0.2 s after a repetition of torch."""
+"""Minimum number of seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s
+to reach its full clock frequency. After a repetition of torch, its OpenMP threads still use the processor for 0.2 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Options:
     against: str = "torch,flax"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 7
-    """Repetitions of each implementation, after warm-up."""
+    """Measured repetitions of each implementation."""
     json: Path | None = None
     """Write all results to this JSON file too."""
     quick: bool = False
-    """Use a tiny model and shape, to test that the benchmark works; the measured times have no meaning."""
+    """Use a tiny model and small sizes, to test that the benchmark works; the measured times have no meaning."""
     device: Literal["any", "cpu", "gpu", "tpu"] = "any"
     """Device of all implementations; any: the default device of each framework."""
 
@@ -56,34 +57,35 @@ DEVICES = {
     "gpu": {"JAX_PLATFORMS": "cuda"},
     "tpu": {"JAX_PLATFORMS": "tpu"},
 }
-"""Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch uses
-another device instead, and :func:`measure` raises an error because the devices differ."""
+"""Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch reads
+only ``CUDA_VISIBLE_DEVICES``, so it may use another device than JAX. Then :func:`measure` raises an error."""
 
 
 class Failure(Exception):
-    """An error that ends a benchmark, with a message of one sentence for the user."""
+    """An error that ends a benchmark. Its message is one sentence for the user."""
 
 
 class UserError(Failure, ValueError):
-    """A user error: a wrong option, or a package that is not installed."""
+    """A ``Failure`` that the user caused, such as a wrong option or a package that is not installed."""
 
 
 # -------------------------------------------------------------------------------------------------- workers
 
 
 class Worker:
-    """An implementation in its own process (see ``worker``). Call :meth:`close` at the end.
+    """A process that runs one implementation (``benchmarks.worker``). Call :meth:`close` at the end.
 
     Args:
         name: name of the implementation in messages.
         target: ``module:class`` of the implementation.
         log: file for the output of the process.
-        environment: environment variables of the process, in addition to those of this process.
-        arguments: arguments of the implementation, JSON values.
+        environment: environment variables that are added to those of the current process.
+        arguments: arguments of the constructor of the class, JSON values.
 
     Raises:
-        Failure: the implementation could not be set up. All methods raise ``Failure`` if the implementation fails or
-            its process ends.
+        UserError: the constructor of the class raised ``ValueError`` or ``ImportError``.
+        Failure: the constructor raised another error. All methods except ``close`` raise ``Failure`` if the
+            implementation raises an error or its process ends.
     """
 
     def __init__(
@@ -103,16 +105,16 @@ class Worker:
             raise
 
     def run(self) -> tuple[float, Any]:
-        """Run one repetition. Returns its seconds and its result."""
+        """Run one repetition and return its time in seconds and its result."""
         result = self._request("run")
         return result["seconds"], result["value"]
 
     def facts(self) -> dict[str, Any]:
-        """Properties of the implementation, such as its platform."""
+        """Properties of the implementation, such as ``platform`` ("cpu", "gpu" or "tpu")."""
         return self._request("facts")
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         with contextlib.suppress(BrokenPipeError), self.process:
             self.process.kill()
 
@@ -135,26 +137,30 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The workers and the checkpoint of a benchmark run. A run without a model has no checkpoint."""
+    """The checkpoint of a benchmark run, and a function that starts worker processes. See :func:`session`."""
 
     directory: Path
-    """Directory of the checkpoint."""
+    """Directory of the checkpoint. It does not exist if the session has no model."""
     machine: Worker
-    """The worker that writes the checkpoint and measures the peak FLOP/s and bandwidth."""
+    """The worker ``baselines.Machine``. It has written the checkpoint, and measures the peak FLOP/s and bandwidth."""
     model: dict[str, Any]
-    """Properties of the model."""
+    """Properties of the model, such as ``family``, ``vocab_size`` and ``parameters`` (``baselines.Machine.facts``)."""
     description: dict[str, Any]
-    """Properties of the machine."""
+    """Properties of the machine and its software (:func:`describe_machine`), ``device``, and ``peaks`` as a text."""
     start: Callable[..., Worker]
-    """``start(name, target, **arguments)`` returns a new worker, which ends with the session or when it is closed. All
-    workers share one persistent compilation cache, which is empty at the start of the session."""
+    """``start(name, target, **arguments)`` returns a new worker. It ends when it is closed, at the latest at the end of
+    the session. All workers share one persistent compilation cache, which is empty at the start of the session."""
 
     def compare(
         self, targets: dict[str, str], arguments: dict[str, Any], op: str, shape: str, work: Work, **options: Any
     ) -> list[Row]:
-        """Start the implementations ``targets`` with ``arguments``, measure them and end their processes.
+        """Start implementations, measure them, end their processes and return the rows of :func:`measure`.
 
-        ``options`` are ``warm_up``, ``rounds`` and ``check`` of :func:`measure`, whose rows are returned.
+        Args:
+            targets: the implementations, ``{name: "module:class"}``.
+            arguments: arguments of the constructor of each class, besides ``directory``.
+            op, shape, work: what is measured, as in :func:`measure`.
+            options: ``warm_up``, ``rounds`` and ``check`` of :func:`measure`.
         """
         with contextlib.ExitStack() as workers:
             implementations = {
@@ -164,10 +170,14 @@ class Session:
             return measure(op, shape, work, self.machine, implementations, **options)
 
     def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
-        """``rows`` with the fact ``cached_compile_seconds`` in the row of jaxlm.
+        """``rows``, with ``cached_compile_seconds`` added to the facts of the row of jaxlm.
 
-        This fact is the extra time of the first repetition in a new process, which reads the compiled program from the
-        cache.
+        A new process runs one repetition and reads the compiled program from the cache. ``cached_compile_seconds`` is
+        the time of this repetition minus the median time of jaxlm, or 0 if the difference is negative.
+
+        Args:
+            rows: the rows of :meth:`compare`, jaxlm first.
+            target, arguments: the class of jaxlm and the arguments of its constructor, as in :meth:`compare`.
         """
         with contextlib.closing(self.start("jaxlm again", target, **arguments)) as worker:
             first = worker.run()[0]
@@ -181,10 +191,14 @@ class Session:
 
 @contextlib.contextmanager
 def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Session]:
-    """A context manager with the :class:`Session` of a benchmark. All workers end when it exits.
+    """A context manager that returns a :class:`Session` and prints the properties of the machine.
 
-    It writes a random ``model`` (unless None) and a batch with these ``sizes``. It prints the properties of the
-    machine.
+    At the end of the ``with`` block, all workers end and the checkpoint is deleted.
+
+    Args:
+        model: name of the model whose checkpoint is written, with random weights; None writes no checkpoint.
+        device: a key of :data:`DEVICES`.
+        sizes: the arguments ``quick``, ``batch`` and ``length`` of ``baselines.Machine``.
     """
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         directory = Path(temporary) / "model"
@@ -213,7 +227,11 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
 
 
 def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
-    """The targets of jaxlm and of the baselines in ``against``.
+    """The implementations to measure, ``{name: "module:class"}``: jaxlm first, then the baselines in ``against``.
+
+    Args:
+        against: names of baselines, separated by commas.
+        implementations: all implementations of the benchmark, ``{name: "module:class"}``.
 
     Raises:
         UserError: a baseline is unknown, or a package that it needs is not installed.
@@ -228,20 +246,25 @@ def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
             from jaxlm import extras  # imported here, because jaxlm imports jax
 
             install = extras.install("reference")
-            raise UserError(f"{name} needs {' and '.join(missing)}: {install}, or choose --against")
+            raise UserError(f"{name} needs {' and '.join(missing)}: {install}, or measure without {name}")
     return {name: implementations[name] for name in (OURS, *names)}
 
 
 def with_class(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
-    """The targets of the implementations that have a model of a family. Prints the names of the others.
+    """The implementations in ``targets`` that have a model of a family. Prints the names of the others.
+
+    Args:
+        targets: the result of :func:`choose`.
+        classes: the families that each baseline has, as keys of a dict (``complete_models.CLASSES``).
+        known: the families that the benchmark can measure.
 
     Raises:
-        UserError: the benchmark does not support the family.
+        UserError: the family is not in ``known``.
     """
     if family not in known:
-        raise UserError(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
+        raise UserError(f"this benchmark cannot measure family {family!r}: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
         print(f"{', '.join(missing)}: no model of the family {family}")
@@ -249,7 +272,7 @@ def with_class(
 
 
 def names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The names in the comma-separated text of an option.
+    """The names in ``text``, the comma-separated value of an option.
 
     Raises:
         UserError: a name is not in ``known``.
@@ -262,10 +285,10 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """The whole numbers in the comma-separated text of an option.
+    """The whole numbers in ``text``, the comma-separated value of an option.
 
     Raises:
-        UserError: the text has another value, or a number below 1.
+        UserError: a part of ``text`` is not a whole number, or is below 1.
     """
     try:
         result = [int(part) for part in text.split(",")]
@@ -284,20 +307,23 @@ class Row:
     """The measurement of one implementation."""
 
     op: str
+    """What is measured, such as "training step"."""
     implementation: str
+    """The name of a baseline, or "jaxlm"."""
     shape: str
+    """The sizes as text, such as "gpt2 B2 T512"."""
     work: Work
     seconds: list[float]
-    """Seconds of each repetition, in the order of the rounds. Implementations are compared round by round."""
+    """Seconds of the measured repetition of each round."""
     warm_up: list[float]
-    """Seconds of each repetition of the warm-up. The first one includes compilation."""
+    """Seconds of each repetition of the warm-up. The first repetition includes compilation."""
     peak: float
-    """Peak of the machine in units of ``work`` per second, measured in the same rounds."""
+    """Peak of the machine in units of ``work`` per second, the median over the same rounds."""
     ratio: float
-    """Speed of jaxlm relative to this implementation: the median over rounds of the seconds of this implementation /
-    the seconds of jaxlm."""
+    """Speed of jaxlm / speed of this implementation: the median over rounds of the time of this implementation / the
+    time of jaxlm in the same round. 1 for jaxlm."""
     facts: dict[str, Any]
-    """Properties of the implementation."""
+    """Properties of the implementation (``worker.Implementation.facts``)."""
     dtype: str = "float32"
 
     @property
@@ -311,7 +337,7 @@ class Row:
         return self.work.amount / self.median
 
     def record(self) -> dict[str, Any]:
-        """All values and their statistics, for JSON."""
+        """All fields and statistics of them, as JSON values."""
         p10, p90 = np.percentile(self.seconds, (10, 90)).tolist()
         return {
             **dataclasses.asdict(self),
@@ -339,21 +365,27 @@ def measure(
 ) -> list[Row]:
     """Measure the implementations and return one row for each.
 
-    Each round measures one repetition of every implementation. The first implementation changes from round to round.
+    Each round measures the peak of the machine and then one repetition of every implementation. The implementation that
+    is measured first changes from round to round.
 
     Args:
-        warm_up: number of repetitions of each implementation before the rounds, at least 2. The first one compiles.
+        op, shape, work: fields of the rows.
+        machine: the worker that measures the peak (``Session.machine``).
+        implementations: the workers by name, with the name "jaxlm" among them.
+        warm_up: number of repetitions of each implementation before the rounds, at least 2. In the first repetition,
+            JAX compiles.
         rounds: number of rounds, at least 1.
-        check: a function of the warm-up results of each implementation. It raises ``Failure`` if they disagree.
+        check: a function of ``{name: results of the warm-up repetitions}``. It raises ``Failure`` if the results of the
+            implementations differ too much.
 
     Raises:
-        Failure: the implementations run on different devices or disagree, or one of them fails.
+        Failure: the implementations run on different devices, ``check`` fails, or an implementation fails.
     """
     platforms = {name: worker.facts()["platform"] for name, worker in implementations.items()}
     if len(set(platforms.values())) > 1:
         raise Failure(
-            f"implementations run on different devices, {platforms}: install all of them for one device, or set "
-            "JAX_PLATFORMS=cpu"
+            f"implementations run on different devices, {platforms}: install all of them for one device, or give "
+            "--device cpu"
         )
     warm_up_seconds: dict[str, list[float]] = {}
     values: dict[str, list[Any]] = {}
@@ -379,7 +411,10 @@ def measure(
 
 
 def warm_run(worker: Worker) -> tuple[float, Any]:
-    """The seconds and the result of one repetition, after repetitions for at least :data:`WARM_UP_SECONDS`."""
+    """The time in seconds and the result of one repetition.
+
+    Before it, other repetitions run until they have taken at least :data:`WARM_UP_SECONDS`.
+    """
     elapsed = worker.run()[0]
     while elapsed < WARM_UP_SECONDS:
         elapsed += worker.run()[0]
@@ -387,13 +422,16 @@ def warm_run(worker: Worker) -> tuple[float, Any]:
 
 
 def rotated(names: list[str], by: int) -> list[str]:
-    """The names, rotated to the left by ``by``."""
+    """The list ``names``, rotated to the left by ``by`` elements."""
     by %= len(names)
     return names[by:] + names[:by]
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over rounds of ``theirs`` / ``ours`` (seconds). If load slows a complete round, its ratio is the same."""
+    """The median over rounds of ``theirs`` / ``ours``, times in seconds in the order of the rounds.
+
+    If the load of the machine slows all implementations of a round equally, the ratio of this round stays the same.
+    """
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
@@ -401,8 +439,9 @@ def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int,
     """Raise ``Failure`` unless the losses of all implementations agree.
 
     Args:
-        losses: the loss after each number of updates, by implementation.
-        tolerances: pairs of a number of updates and the maximum relative difference after them.
+        losses: by implementation, the losses after 0, 1, 2, ... updates.
+        tolerances: pairs of a number of updates, and the maximum relative difference of the losses after these updates:
+            (largest - smallest loss) / smallest absolute value.
     """
     for updates, tolerance in tolerances:
         losses_now = {name: values[updates] for name, values in losses.items()}
@@ -414,7 +453,11 @@ def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int,
 
 
 def check_same(values: dict[str, list[Any]]) -> None:
-    """Raise ``Failure`` unless all implementations generated the same tokens in all repetitions."""
+    """Raise ``Failure`` unless all implementations generated the same tokens in all repetitions.
+
+    Args:
+        values: by implementation, the tokens of each repetition: lists [rows][tokens].
+    """
     expected = values[OURS][0]
     for name, repetitions in values.items():
         for tokens in repetitions:
@@ -428,10 +471,12 @@ def check_same(values: dict[str, list[Any]]) -> None:
 
 
 def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
-    """Raise ``Failure`` unless the sampled elements of every result agree. Repetitions without samples are None.
+    """Raise ``Failure`` unless the sampled elements of all results agree with those of jaxlm's first repetition.
 
     Args:
-        tolerance: maximum difference, relative to the largest sampled element of the result.
+        values: by implementation, the results of each repetition: a dict from the name of a result to its sampled
+            elements, or None for a repetition without samples.
+        tolerance: maximum difference, relative to the largest absolute value of jaxlm's sampled elements of the result.
     """
     expected = values[OURS][0]
     for name, repetitions in values.items():
@@ -445,7 +490,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
                 difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
                 if not difference <= tolerance:  # `not <=` also rejects NaN
                     raise Failure(
-                        f"{result} of {name} differs by {difference:.1e} of its largest element "
+                        f"{result} of {name} differs from {OURS} by {difference:.1e} of the largest sampled element "
                         f"(allowed {tolerance:.0e})"
                     )
 
@@ -454,7 +499,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Properties of the machine and the software on which the measurements depend."""
+    """Properties of the machine and its software that the measurements depend on, such as ``cpu`` and ``versions``."""
     from jaxlm.host import processor_name  # imported here, because jaxlm imports jax
 
     versions = {}
@@ -473,11 +518,11 @@ def describe_machine() -> dict[str, Any]:
 
 
 FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
-"""Environment variables that change the measurements."""
+"""Environment variables that change the measured times, and are written to the results."""
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with ``+changes`` if files differ from it; None if this is not a checkout."""
+    """The hash of the commit of this clone, with ``+changes`` if files differ from it; None if git fails."""
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -489,7 +534,7 @@ def git_commit() -> str | None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A text table: the first column is left-aligned, the other columns are right-aligned."""
+    """The lines of a text table. The first column is left-aligned, and the other columns are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -502,10 +547,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 _UNITS = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "B read": ("GB/s", 1e9)}
+"""By unit of ``Work``: the unit of speed in tables, and its scale."""
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """The measurements as a table, with explanations of its columns and the relative speed of jaxlm."""
+    """The measurements of one operation and shape as a text: a table, explanations of its columns, and speed ratios."""
     work = rows[0].work
     unit, scale = _UNITS[work.unit]
     header = (
@@ -532,7 +578,7 @@ def speed_table(rows: Sequence[Row]) -> str:
             f"{first.op}, {first.dtype}, {first.shape}, {len(first.seconds)} rounds",
             table(header, lines),
             f"{unit}: {work.formula}; peak {first.peak / scale:.3g} {unit}, measured in the same rounds",
-            "compile s: extra time of the first repetition of the warm-up; cached: with a compilation cache",
+            "compile s: extra time of the first repetition; cached: the same in a new process with a compilation cache",
             "process GB: peak memory, including loading and compilation; step GB: memory of a step, as XLA reports it",
             *(
                 f"{OURS} is {row.ratio:.2f}x as fast as {row.implementation}"
@@ -544,12 +590,16 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 
 def comparison_table(rows: Sequence[Row], first: str, last: str, last_cell: Callable[[Row], str]) -> str:
-    """The measurements as a table, with the relative time of jaxlm and each baseline (median, p10, p90 over rounds).
+    """The measurements of several operations and shapes as a text: a table and explanations of its columns.
+
+    The column "jaxlm/baseline" and the two columns after it are the median, p10 and p90 over rounds of the time of
+    jaxlm / the time of the baseline.
 
     Args:
-        first: header of the first column, which has the operation and the pass.
+        rows: the rows of :func:`measure`; for each operation and shape, one row is of jaxlm.
+        first: header of the first column, which has ``Row.op``.
         last: header of the last column.
-        last_cell: the cell of a row in the last column.
+        last_cell: a function that returns the cell of a row in the last column.
     """
     header = (first, "shape", "implementation", "ms", "p10", "p90", "% of peak", "jaxlm/baseline", "p10", "p90", last)
     ours = {(row.op, row.shape): row for row in rows if row.implementation == OURS}
@@ -574,7 +624,14 @@ def comparison_table(rows: Sequence[Row], first: str, last: str, last_cell: Call
 def write_json(
     path: Path | None, program: str, options: Any, description: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the options (except ``json``), the machine and the rows to ``path``, if it is not None."""
+    """Write the result file of a benchmark to ``path``; None: write nothing.
+
+    Args:
+        program: name of the module in ``benchmarks``.
+        options: dataclass of the options; all fields except ``json`` are written.
+        description: properties of the machine.
+        rows: the measurements as JSON values.
+    """
     if path is None:
         return
     arguments = {
@@ -592,11 +649,14 @@ def write_json(
 def main(
     kind: type[Any], run: Callable[[Any], None], arguments: Sequence[str] | None, *, name: str, description: str | None
 ) -> int:
-    """Run ``python -m benchmarks.NAME`` and return its exit status, as ``jaxlm.command_line`` defines it.
+    """Run ``python -m benchmarks.NAME`` and return its exit status (see ``jaxlm.command_line``).
 
     Args:
         kind: the dataclass of the options.
-        run: a function that measures and prints.
+        run: a function of the options that measures and prints.
+        arguments: the command-line arguments; None: those of the process.
+        name: name of the module in ``benchmarks``.
+        description: first text of ``--help``.
     """
     from jaxlm.command_line import exit_status, parse, split_debug  # imported here, because jaxlm imports jax
 
@@ -612,11 +672,11 @@ def main(
 
 
 def check_options(options: Any) -> None:
-    """Check whole numbers and the path of the JSON file before the measurement.
+    """Check the whole numbers of the options and the path of the JSON file before the measurement.
 
     Raises:
         UserError: a whole number is below 1 or above 2**31 - 1.
-        ValueError: the path is a directory or in no existing directory.
+        ValueError: the path is a directory, or its parent directory does not exist.
     """
     from jaxlm.command_line import check_output_file  # imported here, because jaxlm imports jax
 

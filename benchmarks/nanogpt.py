@@ -3,11 +3,13 @@
     python -m benchmarks.nanogpt --data tinyshakespeare.txt
 
 jaxlm and torch use the same batches in the same order, and the same learning-rate schedule, gradient clipping and
-weight decay. Their initial weights are different samples of one distribution. torch trains ``GPT2LMHeadModel`` of
-transformers in eager mode, as nanoGPT does on CPU. The nanoGPT readme states a validation loss of 1.88 for this
-configuration. Seconds are for the complete process, including imports and compilation. The process of jaxlm
-also generates a passage and writes a report. Tokens per second are for the training steps only. For jaxlm, they exclude
-the first step, which compiles.
+weight decay. Their initial weights are different samples of the same distributions. torch trains ``GPT2LMHeadModel`` of
+transformers in eager mode. (On a CPU, nanoGPT also trains its own GPT in eager mode.) The nanoGPT readme states a
+validation loss of 1.88 for this configuration.
+
+"seconds" is the time of the complete process, including imports and compilation. The process of jaxlm also generates a
+passage and writes a report. "tokens/s" is for the training steps only. For jaxlm, it excludes the first step, which
+compiles, and the first step after each evaluation.
 """
 
 from __future__ import annotations
@@ -25,25 +27,29 @@ from typing import Literal
 from benchmarks import harness
 
 CPU_ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
-"""Environment of both processes. It keeps jaxlm on the CPU, where torch also runs."""
+"""Environment variables of both processes. jaxlm runs on the CPU, as torch does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the comparison: the text file, the number of steps, what to run, and the output file."""
+    """Train the same GPT with jaxlm and with torch."""
 
     data: Path
-    """The canonical tinyshakespeare file, or another text file."""
+    """UTF-8 text file, such as tinyshakespeare (``input.txt`` of Karpathy's char-rnn)."""
     steps: int = 2000
     """Optimizer steps."""
     side: Literal["both", "torch"] = "both"
-    """``both`` measures jaxlm and torch; ``torch`` runs only torch, in this process."""
+    """both: measure jaxlm and torch in two processes and print a table. torch: run only torch, in the current process,
+    and print its results as JSON."""
     json: Path | None = None
     """Write the results to this JSON file too."""
 
 
 def run_jaxlm(options: Options) -> dict[str, float]:
-    """The results of ``experiments.text_generation --preset nanogpt`` in a separate process."""
+    """Run ``experiments.text_generation --preset nanogpt`` in a separate process and return its results.
+
+    The results are ``validation_loss`` (nats per character), ``tokens_per_second`` and ``seconds``.
+    """
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         command = [
@@ -60,7 +66,7 @@ def run_jaxlm(options: Options) -> dict[str, float]:
 
 
 def run_torch(options: Options) -> dict[str, float]:
-    """The results of the same configuration with torch, in this process."""
+    """Train the same configuration with torch in the current process and return results as :func:`run_jaxlm`."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -115,11 +121,11 @@ def run_torch(options: Options) -> dict[str, float]:
 
 
 def run(options: Options) -> None:
-    """Run jaxlm and torch, and print one row of results for each. With ``side`` "torch", run torch and print JSON."""
+    """Measure and print the results. ``options.side`` selects what is run and printed."""
     if not options.data.is_file():
         raise harness.UserError(f"--data {options.data} is not a file: give the path of a text file")
     if options.steps < 2:
-        raise harness.UserError(f"--steps {options.steps} must be at least 2: jaxlm's speed excludes the first step")
+        raise harness.UserError(f"--steps {options.steps} must be at least 2: jaxlm's tokens/s exclude the first step")
     if options.side == "torch" and options.json is not None:
         raise harness.UserError("--json needs --side both")
     if options.side == "torch":

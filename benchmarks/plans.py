@@ -1,20 +1,21 @@
-"""Compare the predictions of ``jaxlm plan`` for the devices of this machine with measurements.
+"""Measure the memory and the time of steps, and compare them with ``jaxlm plan`` for a device of this machine.
 
     python -m benchmarks.plans
     python -m benchmarks.plans --model gpt2 --batch 8 --sequence 512 --decode
 
-Memory: the plan adds the arrays of the step and its temporaries (``Plan.memory``, without the size of the compiled
-program). The measurement is the peak of the memory during the steps, without the memory that the process used before it
-created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``,
-whose peak includes the creation of the arrays and, for decoding, the reading of the text.
+Memory: the prediction is the sum of the arguments, outputs and temporaries of the step, without the compiled program
+(``Plan.memory``). The measurement is the peak memory during the steps, minus the memory that the process used before it
+created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``. Its
+peak also includes the creation of the arrays and, for decoding, the reading of the text.
 
-Decoding: the model first reads a text, so that the measured steps fill the last slots of the cache.
+Decoding: before the steps, the model reads a text. After it, the cache has free slots only for the steps.
 
-Time: the lower bound is the larger of two times: the FLOPs of the step at the speed of a large matmul, and the
-bytes of its arguments at the speed of a large sum. Both speeds are measured first. The bound is too high for decoding
-with experts or an untied token table, because such a step does not read all parameters.
+Time: the column "bound ms" is a lower bound of the time of a step. It is the larger of two times: the FLOPs of the step
+/ the FLOP/s of a large matmul, and the bytes of its arguments / the bytes per second of a large sum. Both speeds are
+measured first. A decoding step of a model with experts, or with separate tables for the embedding and the output head,
+does not read all parameters. For such a step, the bound is too high.
 
-Each case runs in its own process.
+Each step is planned and measured in its own process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 WARM_UP = 2
-"""Number of steps before the measured steps."""
+"""Number of steps that run before the measured steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Case:
 
     model: str
     batch: int
+    """Rows."""
     sequence: int
+    """Tokens per row; for decoding, slots of the cache."""
     decode: bool = False
+    """Whether the step decodes one token per row. False: a training step."""
 
     @property
     def name(self) -> str:
@@ -63,6 +67,7 @@ CASES = (
     Case("lstm-zaremba-medium", 20, 35), Case("transformer-xl-base", 2, 128), Case("gpt2", 8, 1023, decode=True),
 )  # fmt: skip
 SMALL = (Case("gpt2-tiny", 16, 32), Case("gpt2-tiny", 8, 32, decode=True))
+"""The cases of ``--quick``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +75,15 @@ class Plans:
     """Measure training and decoding steps, and compare them with their plans."""
 
     model: str | None = None
-    """Family or variant; None: several models of published sizes."""
+    """Family or variant to measure; None: several models of published sizes."""
     batch: int | None = None
-    """Rows of a step of --model. Default: 8."""
+    """Rows per batch for --model. Default: 8."""
     sequence: int | None = None
-    """Tokens per row of --model (for decoding: slots of the cache). Default: 256."""
+    """Tokens per row for --model; with --decode, slots of the cache. Default: 256."""
     decode: bool = False
     """Measure a decoding step of --model instead of a training step."""
     steps: int = 8
-    """Measured steps, after two steps of warm-up (WARM_UP). The median is reported."""
+    """Measured steps, after two steps of warm-up. The table shows their median time."""
     quick: bool = False
     """Measure only tiny models. The numbers have no meaning."""
     json: Path | None = None
@@ -127,14 +132,14 @@ def run(options: Plans) -> None:
 
 
 def _in_new_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The result of ``function(*arguments)`` in a process of its own, whose memory contains nothing else."""
+    """The result of ``function(*arguments)`` in a new process, so that its memory contains no earlier arrays."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def machine_peak(size: int) -> dict[str, Any]:
-    """FLOPs per second of a float32 matmul of this size, and bytes per second of a sum of 8 such matrices."""
+    """``flops``: FLOP/s of a float32 matmul of [size, size] matrices. ``bytes``: bytes/s of a sum of 8 of them."""
     import jax
     import jax.numpy as jnp
 
@@ -156,7 +161,11 @@ def _fastest(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
-    """The plan of a step, its peak memory in bytes, and its median time in seconds."""
+    """Plan and measure a step.
+
+    Returns ``planned_bytes`` and ``measured_bytes`` (the peak memory), ``argument_bytes`` and ``flops`` of the plan,
+    and ``seconds`` (the median of ``steps`` times).
+    """
     import jax
     import numpy as np
 
@@ -188,14 +197,16 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
     times: list[float] = []
     arguments: tuple[Any, ...]
-    if case.decode:  # without a first, empty state, which would count as memory
+    if case.decode:
+        # ``array`` is not called for the state: its arrays of zeros would be in memory together with the state that
+        # ``state_after`` returns.
         params, tokens = jax.tree.map(array, (step.arguments[0], step.arguments[2]))
         state = state_after(model, params, case.batch, case.sequence, case.sequence - steps - WARM_UP)
         state = jax.tree.map(lambda x, argument: jax.device_put(x, argument.sharding), state, step.arguments[1])
         arguments = params, state, tokens
     else:
         arguments = jax.tree.map(array, step.arguments)
-    _memory(reset=True)  # creating the arrays temporarily uses more memory
+    _memory(reset=True)  # on a CPU, the peak before this line, with copies of the arrays, does not count
     for _ in range(steps + WARM_UP):
         start = time.perf_counter()
         state, result = compiled(*arguments)  # the state is donated
@@ -210,7 +221,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
 
 def state_after(model: Model, params: Any, batch: int, length: int, count: int) -> Any:
-    """The state of a model that has read ``count`` tokens per row, with a cache of ``length`` slots.
+    """The state, with a cache of ``length`` slots, of a model that has read ``count`` tokens in each of ``batch`` rows.
 
     An encoder-decoder has also read a source of ``length`` tokens.
     """
@@ -229,15 +240,19 @@ def state_after(model: Model, params: Any, batch: int, length: int, count: int) 
 
 
 def _memory(*, reset: bool = False) -> int:
-    """The peak memory of the process in bytes; with ``reset``, the memory now (on a CPU, a new peak begins)."""
+    """The peak memory in bytes; with ``reset``, the current memory.
+
+    The memory is that of the device, or on a CPU that of the process. On a CPU, ``reset`` also sets the peak to the
+    current memory.
+    """
     import jax
 
     statistics_of_device = jax.devices()[0].memory_stats()
     if statistics_of_device is not None:
         return statistics_of_device["bytes_in_use" if reset else "peak_bytes_in_use"]
     if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that the compiler has freed does not count
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the memory now, see proc(5)
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, for example of the compiler, to the system
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM (the peak) to the current memory, see proc(5)
     status = Path("/proc/self/status").read_text()
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert match is not None

@@ -1,11 +1,12 @@
-"""LSTM and GRU layers: jaxlm and torch (oneDNN on CPU) with the same weights and random inputs.
+"""Speed of LSTM and GRU layers: jaxlm and torch (oneDNN on a CPU) with the same random weights and inputs, float32.
 
-    python -m benchmarks.recurrence            three sizes; for each, the forward pass, and both passes together
+    python -m benchmarks.recurrence            three sizes; passes forward and both (forward and backward)
     python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
     python -m benchmarks.recurrence --quick    a short test that the benchmark works
 
-``gru`` applies the reset gate after the matrix product, as torch does. ``gru-before`` applies it before the product
-(Cho et al. 2014) and has no baseline. Outputs, last states and all gradients must agree before the measurement.
+``gru`` applies the reset gate after the product of the state and its weights, as torch does. ``gru-before`` applies it
+before this product (Cho et al. 2014). It has no baseline, because torch has no such layer. Before the measurement, the
+outputs, last states and all gradients of jaxlm and torch are compared and must agree.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ IMPLEMENTATIONS = {
     "torch": "benchmarks.recurrence_baselines:TorchRecurrence",
 }
 WITHOUT_BASELINE = ("gru-before",)
+"""Layers that torch does not have."""
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest of
-these elements."""
+"""Maximum difference between jaxlm and torch, for 64 random elements of each result, relative to the largest of these
+elements."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Recurrence(harness.Options):
     against: str = "torch"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
-    """Repetitions of each implementation, after warm-up."""
+    """Measured repetitions of each implementation."""
     layers: str = ",".join(shapes.GATES)
     """Layers: lstm, gru, gru-before, separated by commas."""
     passes: str = ",".join(PASSES)
     """Passes, separated by commas: forward, both (forward and backward, with gradients of parameters and input)."""
     sizes: str = ",".join(f"{shape.length}x{shape.batch}x{shape.width}" for shape in shapes.RECURRENCES)
-    """Sizes, separated by commas: steps x rows x width. Input and state have the same width."""
+    """Sizes, separated by commas: time steps x rows x width, such as 512x1x650. Input and state have the same width."""
 
 
 def run(options: Recurrence) -> None:
@@ -81,7 +83,7 @@ def _measure(
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table, with the microseconds per time step in the last column."""
+    """The measurements as a table. The last column is the time in microseconds / the number of time steps."""
     return harness.comparison_table(rows, "layer, pass", "us/step", lambda row: f"{_us_per_step(row):.4g}")
 
 

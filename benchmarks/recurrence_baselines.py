@@ -1,4 +1,7 @@
-"""jaxlm and its baseline for ``benchmarks.recurrence``: one layer with the same random arrays."""
+"""The implementations that ``benchmarks.recurrence`` compares: one recurrent layer in jaxlm and in torch.
+
+Both have the same random weights and inputs. H: width of input and state.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, tor
 
 
 class JaxlmRecurrence(JaxSampled):
-    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in one jitted function that returns the output, the last state and, with
-    both passes, the gradients.
+    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in one jitted function.
 
-    The process does not return freed memory to the system (``jaxlm.host.keep_freed_memory``). The programs in
-    ``experiments`` do the same.
+    The function returns the output, the last state and, if the backward pass is measured, the gradients. As in the
+    programs in ``experiments``, the process does not return freed memory to the system
+    (``jaxlm.host.keep_freed_memory``).
     """
 
     is_freed_memory_kept = True
@@ -43,7 +46,7 @@ class JaxlmRecurrence(JaxSampled):
 
 
 class TorchRecurrence(TorchImplementation):
-    """``torch.nn.LSTM`` or ``torch.nn.GRU``, which applies the reset gate after the matrix product."""
+    """``torch.nn.LSTM`` or ``torch.nn.GRU``. This GRU applies the reset gate after the matrix product."""
 
     def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
         import torch
@@ -54,7 +57,7 @@ class TorchRecurrence(TorchImplementation):
         self.has_gradients, self.layer = pass_name != "forward", layer
         self.apply = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
         self.apply.to(device).requires_grad_(self.has_gradients)
-        self.parameters = list(self.apply.parameters())  # weights of input and state, then biases of input and state
+        self.parameters = list(self.apply.parameters())  # weight_ih, weight_hh, bias_ih, bias_hh
         weight_input, weight_hidden, bias, bias_hidden = self.parameters
         with torch.no_grad():
             for name, weight in (("weight_input", weight_input), ("weight_hidden", weight_hidden)):

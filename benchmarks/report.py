@@ -1,14 +1,16 @@
-"""Write the measured part of docs/benchmarks.md and its charts from the result files of benchmarks.
+"""Write the tables and charts of docs/benchmarks.md from the result files of the benchmarks.
 
     python -m benchmarks.report --page docs/benchmarks.md
 
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
-section for each processor. If several files contain the same operation and shape, the section shows the newest file.
+section for each directory PROCESSOR. If several files of a processor contain the same operation and shape, the section
+shows the results of the newest file. The command replaces only the measured part of the page, which is between two
+comment lines of the page.
 
-The bar charts show the speed of jaxlm divided by the speed of a baseline. In each round, the time of the baseline is
-divided by the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also
-show the speed of jaxlm in percent of the peak of the machine. The line charts show the time as a function of the
-length.
+The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
+the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
+of jaxlm in percent of the peak of the machine. On the page, this column is called "% of the limit". The line charts
+show the time as a function of the length.
 """
 
 from __future__ import annotations
@@ -39,37 +41,40 @@ SECTIONS = {
     "recurrence": "Recurrent layers",
     "scans": "Linear recurrences and convolution",
 }
-"""Heading by benchmark program, in the order of the page. Results of other programs are ignored."""
+"""Headings of the page in their order, by the name of a benchmark. Results of other benchmarks are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the measured part of a page, and its charts."""
+    """Replace the measured part of a page, and write its charts."""
 
     results: Path = Path("benchmarks/results")
-    """Directory with one directory of result files per processor."""
+    """Directory that contains one directory of result files for each processor."""
     page: Path = Path("docs/benchmarks.md")
-    """Page whose part between the two marks is replaced. The charts are written to pictures/benchmarks beside it."""
+    """Page whose measured part is replaced. The charts are written to pictures/benchmarks in its directory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One implementation, measured for one operation and shape in one file."""
+    """The measurement of one implementation for one operation and shape, from one result file."""
 
     program: str
+    """Name of the benchmark, a key of :data:`SECTIONS`."""
     operation: str
     shape: str
     implementation: str
     seconds: float
-    """Median time."""
+    """Median time of a repetition."""
     ratio: float
-    """Time of this implementation divided by the time of jaxlm: the median over rounds."""
+    """Median over rounds of the time of this implementation / the time of jaxlm."""
     peak_percent: float | None
-    """Speed in percent of the peak of the machine, measured in the same rounds. None: no peak was measured."""
+    """Speed in percent of the peak of the machine, which was measured in the same rounds. None: not measured."""
     gigabytes: float | None
     """Peak memory of the process. None: not measured."""
     file: str
+    """Name of the result file."""
     machine: dict[str, Any]
+    """Properties of the machine (``harness.describe_machine``)."""
 
     @property
     def label(self) -> str:
@@ -78,12 +83,12 @@ class Measurement:
 
 
 def read(directory: Path) -> list[Measurement]:
-    """The newest measurements of each operation and shape of a processor.
+    """The measurements in the result files of a processor; for each operation and shape, only those of the newest file.
 
-    Operations and shapes are in the order in which the files, sorted by name, first contain them.
+    The files are read in the order of their names. Operations and shapes have the order in which they first occur.
 
     Raises:
-        UserError: the directory has no results of the programs in :data:`SECTIONS`, or a file was not written by a
+        UserError: the directory has no results of the benchmarks in :data:`SECTIONS`, or a file was not written by a
             benchmark.
     """
     files = sorted(directory.glob("*.json"))
@@ -139,10 +144,14 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
 
 
 def section(name: str, title: str, measurements: Sequence[Measurement], pictures: Path) -> str:
-    """The section of a processor as Markdown. Writes its charts. A program without a baseline has no bar chart.
+    """The section of a processor as Markdown. Writes its charts.
+
+    Benchmarks for which no baseline was measured have no bar chart.
 
     Args:
-        name: name of the directory of its results.
+        name: name of the directory of the processor, with which the names of the charts begin.
+        title: title of the section.
+        measurements: all measurements of the processor.
         pictures: directory of the charts.
     """
     baselines = [row for row in measurements if row.implementation != OURS]
@@ -224,11 +233,17 @@ COLORS = {
 
 
 Bars = dict[str, dict[str, float]]
-"""Values by the name of a bar, then by the label of its group."""
+"""The values of a grouped bar chart: ``bars[name][group label]``. Bars of the same name have the same color."""
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
-    """Bar charts: the speed of jaxlm relative to each baseline and, if a peak was measured, in percent of the peak."""
+    """A figure with bar charts: the speed of jaxlm relative to each baseline, and in percent of the peak.
+
+    Without measured peaks, the figure has only the first chart.
+
+    Args:
+        rows: measurements of one benchmark, with a baseline among them.
+    """
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
@@ -255,10 +270,12 @@ def draw(rows: Sequence[Measurement]) -> Any:
 
 
 def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
-    """A bar chart of the speed of jaxlm relative to baselines: one group per shape and baseline, one bar per processor.
+    """A figure with the speed of jaxlm relative to baselines: one group of bars for each shape and baseline.
+
+    A group has one bar for each processor.
 
     Args:
-        rows: the measurements of baselines, by processor.
+        rows: by title of the processor, the measurements of baselines.
     """
     ratios = {
         processor: {f"{row.shape}, {row.implementation}": row.ratio for row in measured}
@@ -273,7 +290,7 @@ def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
 
 
 def _draw_bars(axes: Any, groups: Sequence[str], bars: Bars, number_format: str) -> dict[str, float]:
-    """Draw grouped bars, the first group at the top. Returns the center of each group."""
+    """Draw grouped bars, the first group at the top, and return the y coordinate of the center of each group."""
     start, positions, centers = 0.0, {}, {}
     for label in groups:
         names = [name for name, values in bars.items() if label in values]
@@ -298,11 +315,15 @@ def _draw_bars(axes: Any, groups: Sequence[str], bars: Bars, number_format: str)
 
 
 Lines = dict[str, list[tuple[int, float]]]
-"""Pairs of a length and milliseconds, by implementation."""
+"""The points (length, milliseconds) of the line of each implementation."""
 
 
 def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
-    """Groups of measurements that differ only in the length T and have two or more lengths, by operation and shape."""
+    """The line charts: ``{"operation, shape without T": lines}``.
+
+    A chart has all measurements that differ only in the length T and the implementation. Measurements that exist for
+    only one length have no chart.
+    """
     groups: dict[str, Lines] = {}
     for row in rows:
         if length := re.search(r"\bT(\d+)\b", row.shape):
@@ -317,7 +338,10 @@ def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
 
 
 def draw_curves(groups: dict[str, Lines]) -> Any:
-    """Plots of milliseconds against length on logarithmic axes, one per group. The slope is the exponent of growth."""
+    """A figure with one chart for each group of :func:`curves`.
+
+    Both axes are logarithmic, so a line of slope p shows that the time grows as length ** p.
+    """
     num_rows = -(-len(groups) // 2)
     figure, all_axes = _new_figure(2.8 * num_rows, num_rows, 2)
     for axes in all_axes[len(groups) :]:
@@ -336,13 +360,13 @@ def draw_curves(groups: dict[str, Lines]) -> Any:
 
 
 def _new_figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of this height in inches, and its axes. Equal plots give equal files."""
+    """A figure of this height in inches, and its axes. The same plot always gives the same SVG file."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     mpl.rcParams |= {"svg.hashsalt": "jaxlm", "svg.fonttype": "none"}
-    # The padding leaves room for the fonts of browsers, which may be wider.
+    # The SVG file contains texts, not glyphs. The padding leaves room for browsers with a wider font.
     figure = Figure(figsize=(9, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
     all_axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes in all_axes:
@@ -369,7 +393,11 @@ def split_page(page: Path) -> tuple[str, str]:
 
 
 def run(options: Report) -> None:
-    """Read the results, write the charts and replace the measured part of the page."""
+    """Read the results, write the charts and replace the measured part of the page.
+
+    Raises:
+        UserError: a file or directory is missing or has unexpected contents.
+    """
     if not options.results.is_dir():
         raise UserError(f"--results {options.results} is not a directory")
     before, after = split_page(options.page)

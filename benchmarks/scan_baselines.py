@@ -1,4 +1,7 @@
-"""jaxlm and its baselines for ``benchmarks.scans``: single operations with the same random inputs."""
+"""The implementations that ``benchmarks.scans`` compares: single operations with the same random inputs.
+
+Shapes: B batch, T time, D channels of a scan, H heads, K head width, C channels of a convolution.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,19 @@ from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exa
 from benchmarks.worker import Implementation
 
 MIN_SAMPLES = 4096
-"""Minimum number of evenly spaced elements of each result that are compared. If a result is smaller, all its elements
-are compared."""
+"""Minimum number of elements of each result that are compared. If a result has fewer elements, all are compared."""
 
 
 def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The inputs of an operation, and the gradient of its output."""
+    """The random inputs of an operation, and the gradient of its output.
+
+    linear_scan              decay and input [B, T, D]
+    linear_attention         query, key and value [B, T, H, K], log decay [B, T, H] (``decays`` = 1) or [B, T, H, K]
+    depthwise_convolution    weight [taps, C], input [B, T, C]
+
+    Args:
+        sizes: size of each axis by name, as in ``shapes.Scan``.
+    """
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -41,20 +51,20 @@ def sample(result: np.ndarray) -> list[float]:
 
 
 class Case(Implementation):
-    """Base class: the first repetition returns samples of the results, and later repetitions return None.
+    """Base class. The first repetition returns samples of the results, and later repetitions return None.
 
-    The harness passes a ``directory`` to every implementation. These classes do not use it.
+    The harness passes the argument ``directory`` to every implementation. These classes do not use it.
     """
 
     is_first_run = True
 
     @abc.abstractmethod
     def compute(self) -> list[Any]:
-        """Run one repetition, wait until it has ended, and return the output. With backward, all gradients
-        come before the output."""
+        """Run one repetition, wait until it has ended, and return a list: the gradient of each input (only if the
+        backward pass is measured), then the output."""
 
     def read(self, result: Any) -> np.ndarray:
-        """A result as a NumPy array."""
+        """A result as a NumPy array, in jaxlm's layout of axes."""
         return np.asarray(result)
 
     def run(self) -> Any:
@@ -66,7 +76,7 @@ class Case(Implementation):
 
 
 class Jaxlm(Case, JaxImplementation):
-    """jaxlm's default implementation."""
+    """The implementation of the operation that jaxlm chooses by default."""
 
     implementation: Any = None
 
@@ -76,9 +86,10 @@ class Jaxlm(Case, JaxImplementation):
 
         def forward_and_backward(*arguments: Any) -> Any:
             # JAX assigns the donated buffers, in the order of the arguments, to the first results of the same shape. So
-            # the gradient of x (linear_scan, convolution) or of q (linear_attention) is written to the buffer of
-            # ``dout``, as inside a model. The function also returns the output. Otherwise XLA would skip the forward
-            # pass of the convolution, whose gradients do not need it.
+            # the gradient of the input (linear_scan, depthwise_convolution) or of the query (linear_attention) is
+            # written to the buffer of ``dout``. In a model, XLA can also reuse this buffer, because nothing else needs
+            # ``dout``. The gradients of the convolution do not need its output. If the function did not return the
+            # output, XLA would remove the forward pass of the convolution.
             output, vjp = jax.vjp(forward, *arguments[:-1])
             return [*vjp(arguments[-1]), output]
 
@@ -116,13 +127,13 @@ class Jaxlm(Case, JaxImplementation):
 
 
 class Reference(Jaxlm):
-    """jaxlm's reference implementation."""
+    """jaxlm's implementation ``reference``: ``lax.scan``, or ``lax.conv_general_dilated`` for the convolution."""
 
     implementation = "reference"
 
 
 class AssociativeScan(Jaxlm):
-    """``lax.associative_scan``."""
+    """``linear_scan`` with ``lax.associative_scan``."""
 
     def forward(self, *inputs: Any) -> Any:
         from jax import lax
@@ -131,7 +142,7 @@ class AssociativeScan(Jaxlm):
 
 
 class Torch(Case, TorchImplementation):
-    """``torch.nn.functional.conv1d`` with one group per channel, in torch's layout [batch, channels, time]."""
+    """``depthwise_convolution`` with ``torch.nn.functional.conv1d``: one group per channel, axes [B, C, T]."""
 
     def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
         import torch

@@ -1,14 +1,14 @@
-"""Linear recurrences and depthwise convolution: jaxlm compared with plain JAX and with torch.
+"""Speed of linear recurrences and depthwise convolution: jaxlm compared with plain JAX and with torch.
 
-    python -m benchmarks.scans                                   all, forward and with gradients, float32
+    python -m benchmarks.scans                                   all operations, forward and with gradients, float32
     python -m benchmarks.scans --only linear_scan --json scans.json
     python -m benchmarks.scans --quick                           a short test that the benchmark works
 
-Values and gradients of all implementations must agree before the measurement. A repetition may overwrite some buffers
-(the input of a scan, the output gradients). These buffers are created before each repetition. Their creation is not
-part of the measured time, because in a model they are temporary results of the previous layer. The column "% of peak"
-is relative to the bandwidth of an in-place copy for memory-bound operations, and to the FLOP/s of a matrix product for
-linear attention.
+Before the measurement, the outputs and gradients of all implementations are compared and must agree. In jaxlm and plain
+JAX, a repetition may overwrite two buffers, because they are donated: the input of ``linear_scan``, and the gradient of
+the output. They are created again before each repetition. This is not part of the measured time, because in a model
+other layers compute these arrays. The column "% of peak" is relative to the FLOP/s of a matrix product for
+``linear_attention``, and to the memory bandwidth of an in-place copy for the other operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASELINES = {
     "linear_attention": ("lax.scan",),
     "depthwise_convolution": ("lax.conv", "torch"),
 }
-"""Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's ``reference`` implementations."""
+"""Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's implementation ``reference``."""
 IMPLEMENTATIONS = {
     OURS: "benchmarks.scan_baselines:Jaxlm",
     "lax.scan": "benchmarks.scan_baselines:Reference",
@@ -34,8 +34,8 @@ IMPLEMENTATIONS = {
     "torch": "benchmarks.scan_baselines:Torch",
 }
 TOLERANCE = 2e-4
-"""Maximum difference of sampled elements of a result, relative to the largest sampled element. The results are sums of
-thousands of terms, so rounding errors are large."""
+"""Maximum difference between jaxlm and a baseline, for sampled elements of each result, relative to the largest of
+these elements. Some results are sums of thousands of terms, so their rounding errors are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Scans(harness.Options):
     """Measure scans and depthwise convolutions."""
 
     against: str = "lax.scan,associative_scan,lax.conv,torch"
-    """Baselines, separated by commas. Each operation uses the baselines that support it. Empty: only jaxlm."""
+    """Baselines, separated by commas. Each operation is compared with those of them that support it. Empty: only jaxlm
+    is measured."""
     only: str = ""
-    """One operation; empty: all operations."""
+    """One operation: linear_scan, linear_attention or depthwise_convolution; empty: all operations."""
 
 
 def run(options: Scans) -> None:

@@ -1,4 +1,4 @@
-"""Sizes, random inputs and optimizer settings of the benchmarks, and the FLOPs or bytes of each size."""
+"""Sizes, random inputs and optimizer settings of the benchmarks, and the work (FLOPs or bytes) for each size."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ import numpy as np
 GEMM_SIZE = 2048
 """Rows and columns of the matrices whose product measures the peak FLOP/s."""
 COPY_BYTES = 1 << 28
-"""Bytes of the array whose copy measures the peak bandwidth."""
+"""Bytes of the float32 array whose copy and read measure the peak bandwidth."""
 READ_ROWS = 1 << 13
 READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
-"""Shape of the same array as a matrix. Its product with a vector measures the read bandwidth."""
+"""Columns of the same array as a matrix [READ_ROWS, READ_WIDTH], whose product with a vector is one of the reads."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
-"""AdamW settings of all implementations. Weight decay applies only to matrices."""
+"""AdamW settings of all implementations. Weight decay applies only to parameters with two or more axes (jaxlm: with
+``decay=True`` in their spec)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A recurrence or convolution over time, float32.
+    """A linear recurrence or a depthwise convolution over time, float32.
 
-    ``sizes`` has the name and the size of each axis. ``decays`` is the number of decay factors per head, 1 or K.
+    Attributes:
+        op: linear_scan, linear_attention or depthwise_convolution.
+        sizes: pairs of a name and a size: B batch, T time, D channels of linear_scan, H heads, K head width, ``decays``
+            (1 or K) decay factors per head, C channels of the convolution, and ``taps``, its kernel size.
     """
 
     op: str
@@ -52,7 +56,7 @@ SCANS = (
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """A recurrent layer applied to a batch. Input and state have the same width."""
+    """The sizes of a recurrent layer and its batch. Input and state have the same width."""
 
     length: int
     """Time steps."""
@@ -66,24 +70,25 @@ class Recurrence:
 
 
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
-"""Three sizes. The first spends most of its time on matmuls, the second on gates, and the third on reading the weights.
-The third size is a layer of Zaremba et al. 2014 with one row."""
+"""At the first size, matmuls take most of the time; at the second, the elementwise operations of the gates; at the
+third, reading the weights. The third width is that of the medium LSTM of Zaremba et al. 2014."""
 GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
-"""Number of gates of each layer. ``gru`` applies the reset gate after the product, as torch does."""
+"""Number of gates of each layer, including the candidate. ``gru`` applies the reset gate after the product of the state
+and its weights, as torch does; ``gru-before`` applies it before this product (Cho et al. 2014)."""
 
 QUICK_RECURRENCES = (Recurrence(6, 2, 8),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Causal attention of one row, or one query over a cache."""
+    """The sizes of causal attention in one row, or of one query over a key-value cache."""
 
     variant: str
     """plain, bias, relative or decode."""
     length: int
-    """Tokens; for decode: tokens in the cache."""
+    """Tokens; for decode: filled slots of the cache."""
     capacity: int
-    """For decode: capacity of the cache in tokens."""
+    """For decode: all slots of the cache. Not used by the other variants."""
     heads: int = 12
     """Number of heads."""
     width: int = 64
@@ -108,7 +113,11 @@ ATTENTION_LENGTHS = (1024, 4096)
 
 
 def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
-    """Random query, key, value and output gradient. For some variants, also a table of biases or position vectors."""
+    """Random arrays, float32: ``query`` and ``dout`` [1, T, H, K], ``key`` and ``value`` [1, S, H, K], and ``table``.
+
+    ``dout`` is the gradient of the output. ``table`` has one bias for each bucket of T5, [32, H] (variant ``bias``), or
+    one vector for each distance, [S, H, K] (variant ``relative``). The other variants have no table.
+    """
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int) -> np.ndarray:
@@ -123,10 +132,15 @@ def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one repetition: ``amount`` in ``unit``, computed by ``formula``, for ``tokens`` tokens.
+    """The work of one repetition, from which its FLOP/s or bytes per second are computed.
 
-    The units are "FLOP"; "B", bytes that are read and written (the peak is that of a copy); and "B read", bytes that
-    are only read (the peak is that of a read). Result files contain these names.
+    Attributes:
+        tokens: number of tokens that a repetition reads or generates.
+        amount: amount of work in ``unit``.
+        unit: "FLOP" (the peak is that of a matrix product), "B" for bytes that are read and written (the peak is that
+            of a copy), or "B read" for bytes that are only read (the peak is that of a read). Result files contain
+            these strings.
+        formula: text that explains ``amount``.
     """
 
     tokens: int
@@ -136,7 +150,12 @@ class Work:
 
 
 def training_work(pass_name: str, model: dict[str, Any]) -> Work:
-    """FLOPs of a loss or of an optimizer step. ``model`` is the result of ``baselines.Machine.facts``."""
+    """FLOPs of an optimizer step, or of the loss, which has one third of them.
+
+    Args:
+        pass_name: "forward" (loss) or "step".
+        model: the result of ``baselines.Machine.facts``.
+    """
     tokens = model["batch"] * model["length"]
     if pass_name == "forward":
         return Work(tokens, model["training_flops"] / 3, "FLOP", f"({model['formula']}) / 3")
@@ -144,16 +163,23 @@ def training_work(pass_name: str, model: dict[str, Any]) -> Work:
 
 
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
-    """Bytes that decoding must read: the parameters of all matmuls, once per step. All rows share one read."""
+    """Bytes that decoding must read: the parameters of all matmuls, once for each new token of a row.
+
+    All rows share one read. The cache and the prompt are not counted.
+
+    Args:
+        tokens: new tokens per row.
+        model: the result of ``baselines.Machine.facts``.
+    """
     formula = "bytes of the parameters of matmuls (without encoder) * new tokens per row; the time includes the prompt"
     return Work(batch * tokens, model["weight_bytes_per_step"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:
-    """The bytes that the operation must read and write, or the FLOPs of ``linear_attention``.
+    """The bytes that the operation must read and write; for ``linear_attention``, its FLOPs.
 
     Args:
-        backward: count the forward and the backward pass, instead of the forward pass.
+        backward: whether to count the backward pass too.
     """
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
@@ -171,7 +197,11 @@ def scan_work(shape: Scan, backward: bool) -> Work:
 
 
 def attention_work(shape: Attention, pass_name: str) -> Work:
-    """FLOPs of attention, not counting the bias; for decode, the bytes of the filled part of the cache."""
+    """FLOPs of the causal half of attention without the bias; for decode, the bytes of the filled slots of the cache.
+
+    Args:
+        pass_name: "forward" or "both" (forward and backward).
+    """
     H, K = shape.heads, shape.width
     if shape.variant == "decode":
         formula = "bytes of the cached keys and values; the peak is the bandwidth of a copy"
@@ -187,9 +217,10 @@ def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
 
 
 def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """Random ids [batch, length], int32, with the frequencies of words: 1 / (rank + 2.7), normalized (Mandelbrot 1953).
+    """Random ids [batch, length], int32, equal in every process, with the frequencies of words (Mandelbrot 1953).
 
-    Use these ids for an adaptive softmax, whose FLOPs depend on the frequencies.
+    The frequency of id i is proportional to 1 / (i + 2.7). Use these ids for an adaptive softmax, whose FLOPs depend on
+    the frequencies.
     """
     frequency = 1.0 / (np.arange(vocab_size) + 2.7)
     rng = np.random.default_rng(0)
@@ -197,7 +228,12 @@ def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
 
 
 def recurrence_work(shape: Recurrence, layer: str, pass_name: str) -> Work:
-    """FLOPs of the matrix products of one layer, forward or with all gradients."""
+    """FLOPs of the matrix products of one layer.
+
+    Args:
+        layer: a key of :data:`GATES`.
+        pass_name: "forward" or "both" (forward and backward).
+    """
     tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2
     if pass_name == "forward":
         return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
@@ -205,7 +241,10 @@ def recurrence_work(shape: Recurrence, layer: str, pass_name: str) -> Work:
 
 
 def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
-    """Random parameters in jaxlm's layout, input [B, T, D] and output gradient, float32, equal in every process."""
+    """Random parameters in jaxlm's layout, ``input`` [B, T, H], and ``doutput`` [B, T, H], the gradient of the output.
+
+    The arrays are float32 and equal in every process. H is the width of input and state.
+    """
     rng, gates, H = np.random.default_rng(0), GATES[layer], shape.width
     shapes = {"weight_input": (H, gates, H), "weight_hidden": (H, gates, H), "bias": (gates, H), "bias_hidden": (H,)}
     arrays = {name: rng.uniform(-(H**-0.5), H**-0.5, size) for name, size in shapes.items()}
@@ -216,5 +255,5 @@ def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
 
 
 def samples(size: int) -> np.ndarray:
-    """64 random indices into a flat array of this size, equal in every process."""
+    """64 random indices into a flat array of ``size`` elements, equal in every process."""
     return np.random.default_rng(1).integers(0, size, 64)

@@ -1,18 +1,22 @@
-"""Loss and speed of causal families at equal parameter counts and at equal FLOPs, trained on equally long text.
+"""Loss and speed of the causal families of jaxlm, at equal parameter counts and at equal FLOPs.
 
     python -m benchmarks.shootout                            a million parameters, 400,000 characters per family
     python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
     python -m benchmarks.shootout --quick                    a short test that the benchmark works
 
-The depth of each family is fixed, and its width is chosen. At equal parameters, the number of parameters is as near as
-possible to ``--parameters``. At equal FLOPs, the training FLOPs per character are as near as possible to the FLOPs of
-the GPT with equal parameters. The FLOPs are those of dots and convolutions in the jaxpr of the step without remat. All
-families read the same number of characters. Families that carry a state between batches read contiguous streams, and
-the others read random windows. The loss is measured on 16 batches from the last 10 % of the text. Decoding generates
-one character at a time in one row, after contexts of several lengths. Its state has capacity for the longest context.
+The text is the included Shakespeare plays. The depth of each family is fixed, and the command chooses its width. At
+equal parameters, the number of parameters is as near as possible to ``--parameters``. At equal FLOPs, the training
+FLOPs per character are as near as possible to those of the GPT with ``--parameters`` parameters. The training FLOPs are
+three times the FLOPs of the dots and convolutions in the jaxpr of the loss without remat.
 
-The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process runs all families one after
-the other, so the times are accurate only to an order of magnitude. The losses are comparable.
+All families are trained on the same number of characters. Families that carry a state between batches read contiguous
+streams, and the others read random windows. The validation loss is measured on 16 batches from the last 10 % of the
+text. Decoding generates one character at a time in one row, after contexts of several lengths. Its state has capacity
+for the longest context.
+
+The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process measures the families one
+after the other, so the load of the machine may differ between them. Their times are accurate only to an order of
+magnitude. Their losses are comparable.
 """
 
 from __future__ import annotations
@@ -31,20 +35,21 @@ from benchmarks import harness
 from benchmarks.harness import UserError
 
 BASES = ("parameters", "flops")
+"""The quantities that can be made equal: number of parameters, training FLOPs per character."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shootout:
-    """Compare the causal families."""
+    """Train and decode with the causal families, and compare them."""
 
     families: str = ""
     """Families, separated by commas; empty: all families of this benchmark."""
     equal: str = "parameters,flops"
     """Quantities to make equal, separated by commas: parameters, flops (training FLOPs per character)."""
     parameters: int = 1_000_000
-    """Parameters of each model, approximately."""
+    """Approximate number of parameters of each model; at equal FLOPs, of the GPT that the others are compared with."""
     tokens: int = 400_000
-    """Number of characters on which each model is trained."""
+    """Number of training characters of each model, rounded down to complete batches."""
     batch: int = 16
     """Rows per batch."""
     length: int = 128
@@ -57,7 +62,8 @@ class Shootout:
     """Use tiny models and budgets, to test that the benchmark works; the results have no meaning."""
 
 
-# Config fields that depend on the width u. The recipes in ``experiments.families`` have the other fields.
+# By family, a function from the width (an integer from 1 to 64, without a unit) to the config fields that depend on it.
+# The recipes in ``experiments.families`` have the other fields.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
@@ -75,21 +81,22 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "xlstm": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u, "key_dim": 8 * u, "value_dim": 16 * u},
     "rwkv7": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
 }  # fmt: skip
-_WIDEST = 64
+_MAX_WIDTH = 64
 
 
 def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float, family: str, unit: str) -> Any:
-    """The model with the width from 1 to 64 for which ``measure(model) / target`` is nearest to 1.
-
-    ``measure`` must increase with the width.
+    """The model whose width, from 1 to 64, gives the value of ``measure(model) / target`` that is nearest to 1.
 
     Args:
-        family, unit: the name of the models and the unit of ``measure``, for the error message.
+        build: a function from the width to the model.
+        measure: the size of a model, which must increase with the width.
+        target: the size to reach.
+        family, unit: the family of the models and the unit of ``measure``, for the error message.
 
     Raises:
-        UserError: the widest model is smaller than the target.
+        UserError: the size of the widest model is below ``target``.
     """
-    low, high = 1, _WIDEST
+    low, high = 1, _MAX_WIDTH
     if (reached := measure(build(high))) < target:
         raise UserError(
             f"the widest {family} of this benchmark has {reached:,.0f} {unit}, fewer than the {target:,.0f} of the "
@@ -122,7 +129,7 @@ def run(options: Shootout) -> None:
     directory = options.output or Path("runs") / f"shootout-{time.strftime('%Y%m%d-%H%M%S')}"
     if directory.exists():
         raise UserError(f"--output {directory} exists: choose another directory")
-    # All models get their sizes before the first measurement, because a size may be impossible.
+    # The widths of all models are chosen before the first measurement, because ``sized`` may raise an error.
     setups = [
         (basis, family, _set_up(family, basis, options, steps, contexts)) for basis in bases for family in families
     ]
@@ -141,7 +148,7 @@ def run(options: Shootout) -> None:
 
 
 class _Setup(NamedTuple):
-    """The model of a family, whose width is chosen for the comparison, and its training."""
+    """The model of a family with the width chosen by :func:`sized`, its recipe and its trainer."""
 
     model: Any
     recipe: Any
@@ -255,7 +262,7 @@ _DECODE_STEPS = 16
 
 
 def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int, float], int]:
-    """Median seconds per character after each context, and the bytes of the state for the longest context."""
+    """``{context length: median seconds per character}``, and the bytes of the state for the longest context."""
     import jax
     import jax.numpy as jnp
 
@@ -298,7 +305,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot the training loss over the number of characters read, with one plot for each quantity that is equal."""
+    """Plot the training loss, a moving average over up to 10 steps, against the number of characters read.
+
+    The figure has one plot for each quantity that is made equal.
+    """
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -2,8 +2,9 @@
 
     python -m benchmarks.speculative --target runs/large --draft runs/small --prompt "ROMEO:"
 
-``--target`` and ``--draft`` are run directories, or directories in Hugging Face layout with a tokenizer. Use trained
-models, because the speed depends on how many proposals the target model accepts.
+``--target`` and ``--draft`` are run directories, or directories in Hugging Face layout with a tokenizer. The draft
+model proposes tokens, and the target model accepts or rejects them. Use trained models, because the speed depends on
+how many of these tokens are accepted.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 from benchmarks import harness
 
 PLAIN = "plain"
-"""Name of decoding without a draft model."""
+"""Name of decoding without a draft model, with ``generate``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculative:
-    """Measure speculative decoding."""
+    """Measure speculative and plain decoding."""
 
     target: Path
     """Run directory or model directory of the target model."""
@@ -44,7 +45,7 @@ class Speculative:
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     rounds: int = 7
-    """Number of measurements of each implementation, after warm-up."""
+    """Number of measured calls of each kind of decoding, after one call that compiles."""
     json: Path | None = None
     """Also write all results to this JSON file."""
 
@@ -74,7 +75,10 @@ def run(options: Speculative) -> None:
 
 
 def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """The measured functions by name. Each waits for its result."""
+    """The functions to measure, by name: plain decoding, then speculative decoding for each number of proposals.
+
+    Each function waits for its result and returns it.
+    """
     import jax
     import numpy as np
 
@@ -106,12 +110,18 @@ def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Calla
 def _record(
     options: Speculative, name: str, seconds: dict[str, list[float]], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """The measurements of one function.
+    """The result of one function as a dict: one line of the table, and the times of all measured calls.
 
-    A round is one call of the target model. ``accepted`` is the fraction of proposals that became part of the text.
-    ``equal`` is the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1
-    only if rounding errors change which logit is the largest. The call for the prompt generates the first token of a
-    row, so ``tokens_per_round`` does not count this token.
+    ``ratio`` is the speed / the speed of plain decoding. ``accepted`` is the fraction of the proposed tokens that
+    became part of the text. ``tokens_per_round`` is the number of new tokens per row and call of the target model. The
+    call for the prompt and the token that it generates do not count. ``equal`` is the fraction of tokens that are equal
+    to those of plain decoding. With greedy decoding, it is below 1 only if rounding errors change which logit is the
+    largest. For plain decoding, the last three values are 1.
+
+    Args:
+        name: a key of ``seconds`` and ``results``.
+        seconds: the times of the measured calls of each function.
+        results: the result of one call of each function.
     """
     median = statistics.median(seconds[name])
     record: dict[str, Any] = {

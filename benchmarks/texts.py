@@ -1,13 +1,16 @@
-"""Sentences per second of translation with beam search and of classification: jaxlm and transformers.
+"""Sentences per second of jaxlm and transformers, in translation with beam search and in classification.
 
     python -m benchmarks.texts --translator runs/translation --sources sentences.txt
     python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
 
-A directory is a run directory of ``experiments.translation`` (preset ``t5`` or ``verses``) or of
-``experiments.sentiment`` (preset ``minilm``), or a Hugging Face directory of a T5 model or of BERT with a
-classification head. A file has one text per line. The times include tokenization. jaxlm and transformers sort the texts
-by length and use the same batch size. The table shows the time of the first run, which compiles, separately. The
-fraction of equal results is printed.
+``--translator`` is a run directory of ``experiments.translation`` (preset ``t5`` or ``verses``), or a Hugging Face
+directory of a T5 model. ``--classifier`` is a run directory of ``experiments.sentiment`` (preset ``minilm``), or a
+Hugging Face directory of BERT with a classification head. ``--sources`` and ``--texts`` have one text per line. Empty
+lines are skipped.
+
+The times include tokenization. jaxlm and transformers sort the texts by length and use the same batch size. The column
+``first s`` has the seconds of the first run, in which jaxlm compiles. The program also prints the percentage of texts
+for which both results are equal.
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ CLASSIFIERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Measure sentences per second of complete tasks."""
+    """Measure the sentences per second of translation and classification."""
 
     translator: Path | None = None
-    """Directory of a T5 model that translates; None: translation is not measured."""
+    """Run directory or Hugging Face directory of a T5 model that translates; None: translation is not measured."""
     sources: Path | None = None
     """Sentences to translate, one per line."""
     classifier: Path | None = None
-    """Directory of a BERT classifier; None: classification is not measured."""
+    """Run directory or Hugging Face directory of a BERT classifier; None: classification is not measured."""
     texts: Path | None = None
     """Texts to classify, one per line."""
     batch: int = 32
@@ -51,15 +54,24 @@ class Texts:
     num_beams: int = 5
     """Number of beams of the beam search."""
     max_new_tokens: int = 80
-    """Maximum tokens of a translation."""
+    """Maximum number of tokens of a translation."""
     rounds: int = 5
-    """Interleaved repetitions of each implementation, after two warm-up repetitions."""
+    """Number of rounds. A round measures one repetition of each implementation. Before the first round, each
+    implementation runs twice."""
     json: Path | None = None
     """Write all results to this JSON file too."""
 
 
 def compare(task: str, implementations: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
-    """Measure a task. Returns a record with the seconds of each round and the fraction of equal results."""
+    """Measure one task with all implementations, and return a record for :func:`show` and for JSON.
+
+    ``seconds`` has the seconds of each round by implementation, ``equal`` the fraction of texts for which both results
+    are equal, and ``ratio`` the speed of jaxlm divided by the speed of torch.
+
+    Args:
+        implementations: the ``module:class`` of each implementation, jaxlm first.
+        arguments: constructor arguments of both implementations.
+    """
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         running_workers = {
             name: workers.enter_context(
@@ -85,7 +97,7 @@ def compare(task: str, implementations: dict[str, str], rounds: int, **arguments
 
 
 def show(record: dict[str, Any]) -> str:
-    """The record as a table."""
+    """A record of :func:`compare` as text: a table, the percentage of equal results, and the relative speed."""
     lines = []
     for name, seconds in record["seconds"].items():
         p10, p90 = np.percentile(seconds, (10, 90)).tolist()
@@ -133,7 +145,13 @@ def run(options: Texts) -> None:
 
 
 def _check_files(task: str, directory: Path | None, file: Path | None) -> dict[str, str] | None:
-    """The paths of the model and of the sentences for a task; None without a model."""
+    """The directory of the model and the file of sentences, as arguments of an implementation.
+
+    None: ``directory`` is None, so the task is not measured.
+
+    Raises:
+        UserError: a path is missing or wrong, or the file has no text.
+    """
     if directory is None:
         return None
     if file is None:

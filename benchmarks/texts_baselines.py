@@ -1,4 +1,4 @@
-"""jaxlm and its baseline for ``benchmarks.texts``: functions from texts to translations or labels."""
+"""Implementations for ``benchmarks.texts``: jaxlm and transformers translate or classify the texts of a file."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from benchmarks.worker import Implementation
 
 
 class _Texts(Implementation):
-    """Base class with the texts of a file and the batch size."""
+    """Base class with the texts of a file, one per line without empty lines, and the batch size."""
 
     def __init__(self, file: str, batch: int) -> None:
         self.texts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
         self.batch = batch
 
     def sorted_batches(self) -> list[list[int]]:
-        """The indices of the texts in each batch. Texts of similar length are in the same batch."""
-        order = sorted(range(len(self.texts)), key=lambda number: len(self.texts[number]))
+        """The indices of the texts of each batch. The texts are sorted by their number of characters."""
+        order = sorted(range(len(self.texts)), key=lambda index: len(self.texts[index]))
         return [order[first : first + self.batch] for first in range(0, len(order), self.batch)]
 
 
@@ -34,7 +34,7 @@ class _Jaxlm(_Texts, JaxImplementation):
 
 
 class JaxlmTranslator(_Jaxlm):
-    """``jaxlm.decoding.generate_text``."""
+    """Translation with ``jaxlm.decoding.generate_text``."""
 
     def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch)
@@ -55,7 +55,7 @@ class JaxlmTranslator(_Jaxlm):
 
 
 class JaxlmClassifier(_Jaxlm):
-    """``jaxlm.tasks.predict.classify``."""
+    """Classification with ``jaxlm.tasks.predict.classify``."""
 
     def run(self) -> list[str] | list[int]:
         from jaxlm.tasks.predict import classify
@@ -71,14 +71,14 @@ class _Torch(_Texts, TorchImplementation):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         self.model = getattr(transformers, auto_class).from_pretrained(directory).eval().to(torch_device())
 
-    def encode(self, numbers: list[int]) -> Any:
-        """The texts with these indices as a padded batch."""
-        texts = [self.texts[number] for number in numbers]
+    def encode(self, indices: list[int]) -> Any:
+        """The texts with these indices as a padded batch of token ids on the device."""
+        texts = [self.texts[index] for index in indices]
         return self.tokenizer(texts, padding=True, return_tensors="pt").to(torch_device())
 
 
 class TorchTranslator(_Torch):
-    """``generate`` of transformers, one batch after the other."""
+    """Translation with ``generate`` of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
@@ -94,16 +94,16 @@ class TorchTranslator(_Torch):
 
         outputs = [""] * len(self.texts)
         with torch.inference_mode():
-            for numbers in self.sorted_batches():
-                tokens = self.model.generate(**self.encode(numbers), do_sample=False, **self.options)
+            for indices in self.sorted_batches():
+                tokens = self.model.generate(**self.encode(indices), do_sample=False, **self.options)
                 texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for number, text in zip(numbers, texts, strict=True):
-                    outputs[number] = text
+                for index, text in zip(indices, texts, strict=True):
+                    outputs[index] = text
         return outputs
 
 
 class TorchClassifier(_Torch):
-    """Forward passes of transformers, one batch after the other."""
+    """Classification with forward passes of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSequenceClassification")
@@ -113,8 +113,8 @@ class TorchClassifier(_Torch):
 
         labels = [""] * len(self.texts)
         with torch.inference_mode():
-            for numbers in self.sorted_batches():
-                label_ids = self.model(**self.encode(numbers)).logits.argmax(-1).tolist()
-                for number, label_id in zip(numbers, label_ids, strict=True):
-                    labels[number] = self.model.config.id2label[label_id]
+            for indices in self.sorted_batches():
+                label_ids = self.model(**self.encode(indices)).logits.argmax(-1).tolist()
+                for index, label_id in zip(indices, label_ids, strict=True):
+                    labels[index] = self.model.config.id2label[label_id]
         return labels

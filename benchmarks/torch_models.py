@@ -1,8 +1,9 @@
 """torch models with the weights of a jaxlm checkpoint, for families that transformers does not have.
 
-Transformer-XL is also in this module, because its class in transformers is deprecated. Only the benchmark processes
-that run torch import this module. Shapes: B batch, T time, V vocabulary, D width of embeddings, H hidden width of an
-LSTM, F width of the fully connected layers.
+This module also has Transformer-XL, whose class in transformers is deprecated and needs a correction
+(:func:`transformer_xl_module`). The module imports torch. In the benchmarks, only the processes that run torch import
+it. Shapes: B batch, T time, V vocabulary, D width of embeddings, H hidden width of an LSTM, F width of the fully
+connected layers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch.nn import functional
 
 
 class LSTM(nn.Module):
-    """Embedding, ``nn.LSTM`` and an untied head: the language model of Zaremba et al. 2014."""
+    """The language model of Zaremba et al. 2014 without dropout: embedding, ``nn.LSTM``, and an untied head."""
 
     def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         super().__init__()
         if config["tie_embeddings"] or config["direction"] != "forward":
-            raise ValueError("torch layers are only used for a forward LSTM with an untied head: choose such a model")
+            raise ValueError("the torch LSTM needs tie_embeddings=False and direction='forward': choose such a model")
         V, D, H, layers = (config[name] for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers"))
         self.embedding, self.head = nn.Embedding(V, D), nn.Linear(H, V)
         self.layers = nn.LSTM(D, H, layers, batch_first=True)
@@ -42,20 +43,18 @@ class LSTM(nn.Module):
         _load(self, state)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Logits [B, T, V] and the state."""
+        """Logits [B, T, V] for tokens [B, T], and the state of ``nn.LSTM``. ``state=None`` is a state of zeros."""
         hidden, state = self.layers(self.embedding(tokens), state)
         return self.head(hidden), state
 
 
 class VDCNN(nn.Module):
-    """``nn.Conv1d``, ``nn.BatchNorm1d`` and pooling in the architecture of Conneau et al. 2017, for unpadded texts."""
+    """The VDCNN of Conneau et al. 2017 without shortcuts, from torch layers, for unpadded texts."""
 
     def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         super().__init__()
         if config["shortcut"] or config["downsample"] != "max_pool":
-            raise ValueError(
-                "torch layers are only used for a VDCNN with max pooling and no shortcuts: choose such a model"
-            )
+            raise ValueError("the torch VDCNN needs shortcut=False and downsample='max_pool': choose such a model")
         self.k_max, self.embedding = config["k_max"], nn.Embedding(config["vocab_size"], config["embed_dim"])
         state = {"embedding.weight": arrays["token_embedding"]}
         width = config["channels"]
@@ -93,11 +92,12 @@ class VDCNN(nn.Module):
         _load(self, state)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, labels]."""
+        """Logits [B, labels] for tokens [B, T]."""
         x = self.input(self.embedding(tokens).mT)
         for stage in self.stages:
             x = stage(x)
-        # topk may select any of several equal entries (zeros of a ReLU), so earlier entries are made slightly larger.
+        # Many entries are equal, because a ReLU makes them 0. jaxlm selects the earliest of equal entries, and topk may
+        # select any of them. So make earlier zeros slightly larger.
         decreasing = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
         positions = decreasing.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
         x = x.gather(-1, positions).mT.flatten(1)
@@ -105,13 +105,16 @@ class VDCNN(nn.Module):
 
 
 def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
-    """Load a state into a module. Both must have the same names."""
+    """Load arrays into a module. Their names must be the names of its ``state_dict``."""
     module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
 
 
 @functools.cache
 def transformer_xl_module() -> Any:
-    """The module of the deprecated Transformer-XL of transformers, with a corrected cast in its adaptive embedding."""
+    """The module of the deprecated Transformer-XL in transformers, with a corrected cast of the positions.
+
+    The original cast, ``type_as(dtype=...)``, raises a ``TypeError``.
+    """
     import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
 
     source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
@@ -122,7 +125,7 @@ def transformer_xl_module() -> Any:
 class TransformerXL(nn.Module):
     """The deprecated Transformer-XL class of transformers, without memory.
 
-    Its adaptive softmax computes the logits of a cluster of the vocabulary only for labels in this cluster.
+    Its adaptive softmax computes the logits of a tail cluster of the vocabulary only for the labels in this cluster.
     """
 
     def __init__(self, directory: str) -> None:
@@ -133,18 +136,22 @@ class TransformerXL(nn.Module):
         self.model = module.TransfoXLLMHeadModel.from_pretrained(directory, config=config)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss over all labels [B, T]."""
+        """The mean loss in nats over all labels, for tokens and labels [B, T]."""
         config = self.model.config
         memory = [torch.zeros(0, len(tokens), config.d_model, device=tokens.device) for _ in range(config.n_layer)]
         hidden = self.model.transformer(tokens, mems=memory).last_hidden_state
-        # `crit` shifts the labels by one position. So the hidden states get one extra position at the end, and the
-        # labels one at the start.
+        # `crit` drops the last hidden state and the first label. Our labels are already the next tokens, so add one
+        # hidden state at the end and one label at the start, which `crit` drops.
         hidden, labels = torch.cat([hidden, hidden[:, :1]], 1), torch.cat([labels[:, :1], labels], 1)
         return self.model.crit(hidden, labels).mean()
 
 
 def read(directory: str, family: str) -> nn.Module:
-    """The torch model of a family, with the weights in a directory that ``jaxlm.save_pretrained`` wrote."""
+    """The torch model with the weights in a directory that ``jaxlm.save_pretrained`` wrote.
+
+    Args:
+        family: the jaxlm family of the directory: transformer_xl, lstm or resnet (VDCNN).
+    """
     if family == "transformer_xl":
         return TransformerXL(directory)
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]

@@ -6,11 +6,15 @@
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
     python -m benchmarks.training --quick                            a short test that the benchmark works
 
-Dropout is off. Each model has the objective of its family, because the torch classes compute no other. Transformer-XL
-reads tokens with Zipf frequencies, for which its adaptive softmax is designed. For masked models, all implementations
-predict the same 15 % of the tokens. The classes of transformers compute logits at all positions, jaxlm only at the
-predicted positions. Steps are measured only if the losses of all implementations agree before the first update and
-after the third update.
+Dropout is off. The family of a model determines its objective, because each torch class has the head of only one
+objective. The tokens of Transformer-XL have the frequencies of words, because the FLOPs of its adaptive softmax depend
+on the frequencies (``shapes.zipf_tokens``). The other models read uniformly distributed tokens. For masked models, all
+implementations predict the same 15 % of the tokens. The classes of transformers compute logits at all positions. jaxlm
+computes logits only at the predicted positions.
+
+The losses of all implementations must agree, or the program ends with an error. They are compared before the first
+update, and for steps also after the third update. The relative difference must be at most 1e-4 (VDCNN after the third
+update: 2e-2).
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ IMPLEMENTATIONS = {
 OPERATIONS = {"forward": "loss", "step": "training step"}
 UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
-"""Pairs of a number of updates and the maximum relative difference of the losses after them."""
+"""Pairs (number of updates, maximum relative difference of the losses after these updates)."""
 FAMILY_TOLERANCES = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""Tolerances of training steps for single families.
+"""Tolerances of training steps for families that need other values than :data:`TOLERANCES`.
 
 The losses of a VDCNN are sensitive to rounding errors. If jaxlm reads the rows of a batch in reversed order, only the
 rounding errors change. Still, the losses after two and three updates differ by 5e-3 and 3e-3 (vdcnn-9, 8 rows, CPU).
 Adam's first updates amplify rounding errors of gradients near 0, because the size of these updates hardly depends on
-the size of the gradient. Which parameters cause most of the difference is not known.
+the size of the gradient. It is not known which parameters cause most of the difference.
 """
 
 
@@ -51,7 +55,7 @@ class Training(harness.Options):
     passes: str = "step"
     """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
     batch: int | None = None
-    """Rows; None: the default of the family."""
+    """Rows per batch; None: the default of the family."""
     length: int | None = None
     """Tokens per row; None: the default of the family."""
 

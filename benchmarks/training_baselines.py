@@ -11,9 +11,10 @@ from benchmarks.shapes import ADAMW
 
 
 class JaxTraining(JaxImplementation):
-    """A jitted function of a state and a batch, compiled in the first repetition.
+    """Base class of implementations that call a jitted function. The first repetition compiles the function.
 
-    The function is a step ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``.
+    The function is a step ``(state, batch) -> (state, {"loss": ...})``, or a loss ``(params, batch) -> loss`` if
+    ``is_step`` is False. ``state`` then has only the parameters.
     """
 
     function: Any
@@ -40,9 +41,9 @@ class JaxTraining(JaxImplementation):
 
 
 class Jaxlm(JaxTraining):
-    """``Trainer.jit_step``, or only the loss.
+    """jaxlm: a step of ``Trainer.jit_step``, or only the jitted loss.
 
-    As in the experiments, the layers are not stacked, and the process keeps freed memory
+    As in the experiments, the layers are not stacked (``scan_layers=False``), and the process keeps freed memory
     (``jaxlm.host.keep_freed_memory``).
     """
 
@@ -75,7 +76,7 @@ class Jaxlm(JaxTraining):
 
 
 class Flax(JaxTraining):
-    """The Flax class of transformers: the jitted loss, or a jitted step with donated state."""
+    """The Flax class of transformers: a jitted step with donated state, or only the jitted loss."""
 
     def __init__(self, directory: str, family: str, pass_name: str) -> None:
         jax = jax_exact()
@@ -129,7 +130,10 @@ def flax_model(directory: str, family: str) -> Any:
 
 
 class Torch(TorchImplementation):
-    """The class of transformers (or of ``torch_models``) with default attention and fused AdamW, in eager mode."""
+    """The torch class of transformers or ``torch_models``, in eager mode: a step with fused AdamW, or only the loss.
+
+    The attention implementation is the default of the class.
+    """
 
     compile = False
 
@@ -163,13 +167,13 @@ class Torch(TorchImplementation):
 
 
 class TorchCompiled(Torch):
-    """:class:`Torch` with forward and backward compiled by ``torch.compile``."""
+    """:class:`Torch` with ``torch.compile`` for the forward and the backward pass. The optimizer is not compiled."""
 
     compile = True
 
 
 def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
-    """The model of a directory, and a function that computes its mean loss on the batch in the directory."""
+    """The torch model of a directory, and a function without arguments: its mean loss on the batch in the directory."""
     import torch
 
     device, arrays = torch_device(), complete_models.load(directory)

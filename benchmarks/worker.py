@@ -1,8 +1,14 @@
-"""The worker process of an implementation: ``python -m benchmarks.worker MODULE:CLASS`` answers requests in JSON lines.
+"""The process that runs one implementation: ``python -m benchmarks.worker MODULE:CLASS``.
 
-``{"call": "setup", ...arguments}`` creates the implementation, ``{"call": "run"}`` measures one repetition, and
-``{"call": "facts"}`` returns properties of the implementation. An answer has the key ``result``, or the key ``error``
-with one sentence. The traceback of an error is printed to stderr.
+It reads requests from stdin and writes one answer per request to stdout. Requests and answers are JSON objects, one per
+line. The requests are:
+
+    {"call": "setup", ...}    create the implementation; the other keys are the arguments of its constructor
+    {"call": "run"}           run one repetition; the result is {"seconds": ..., "value": ...}
+    {"call": "facts"}         the result has properties of the implementation and the peak memory of the process
+
+An answer has the key ``result``, or the key ``error`` with the type and the message of an exception. The traceback of
+the exception is printed to stderr.
 """
 
 from __future__ import annotations
@@ -19,28 +25,32 @@ from typing import Any
 
 
 class Implementation(abc.ABC):
-    """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
+    """Base class of the implementations that are measured. The constructor gets the arguments of ``setup``."""
 
     is_freed_memory_kept = False
     """Whether the process keeps freed memory. If True, the worker calls ``jaxlm.host.keep_freed_memory`` before it
     creates the implementation."""
 
     def prepare(self) -> None:  # noqa: B027 (most implementations have nothing to prepare)
-        """Create the inputs that a repetition consumes. This is not part of the measured time."""
+        """Create inputs that a repetition needs anew, such as donated arrays. The time of this call is not measured."""
 
     @abc.abstractmethod
     def run(self) -> Any:
-        """Run one repetition, wait until it has ended, and return its result. The results of all implementations are
-        compared."""
+        """Run one repetition, wait until it has ended, and return its result, a JSON value. The results of all
+        implementations are compared."""
 
     def facts(self) -> dict[str, Any]:
-        """Properties of the implementation, which are written to the results."""
+        """Properties of the implementation, JSON values that are written to the results."""
         return {}
 
 
 def serve(target: str) -> None:
-    """Answer requests until the input ends."""
-    # Stdout is only for answers: file descriptor 1 is redirected to stderr, because libraries may print to it.
+    """Answer requests until stdin ends.
+
+    Args:
+        target: ``module:class`` of the implementation.
+    """
+    # Only answers may be written to stdout, but libraries may print to file descriptor 1. So redirect it to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     implementation: Implementation | None = None
@@ -71,7 +81,7 @@ def serve(target: str) -> None:
 
 
 def _peak_bytes() -> int:
-    """Peak memory of the process in bytes, including loading and compilation."""
+    """Peak host memory (resident set) of the process in bytes, including loading and compilation."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

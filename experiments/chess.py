@@ -1,12 +1,11 @@
 """Train a model to predict chess moves from sequences of moves, and measure how well it plays.
 
     python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
+    python -m experiments.chess --preset full --data FILE              144,000 games, chess_llama, 100 minutes
 
---data reads a PGN file, or a file with one game per line (SAN or UCI moves). The preset full trains chess_llama, a
-Llama that computes the board from the moves, on 144,000 master games for 100 minutes on one CPU core. All presets and
-results are in docs/tasks/chess.md.
-
-    python -m experiments.chess --preset full --data games_san.txt.gz
+The times are for one CPU core. FILE is a PGN file, or a file with one game per line (SAN or UCI moves). Our file
+of 144,000 master games is not published. The family chess_llama is a Llama that computes the board from the moves. All
+presets and results are in docs/tasks/chess.md.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from jaxlm.training.report import Board, write_boards
 
 @dataclasses.dataclass(frozen=True)
 class TestSizes:
-    """Sizes of the tests after training. 0 skips a test. In matches, the model plays its most probable legal move.
-    Each match is played without and with a search of one move (``jaxlm.tasks.chess.ModelPlayer``)."""
+    """Sizes of the tests after training. 0 skips a test. In a match, the model plays its most probable legal move. Each
+    match is played twice: without search, and with a search of one move (``jaxlm.tasks.chess.ModelPlayer``)."""
 
     games: int = 500
     """Test games whose moves are predicted."""
@@ -51,7 +50,7 @@ class TestSizes:
     engine: int = 40
     """Games against Stockfish at skill level 0, if it is installed."""
     opening_moves: int = 4
-    """Random moves at the start of a game against Stockfish; at most 200, and fewer than the moves of a whole game."""
+    """Random moves at the start of a game against Stockfish. At most 200, and less than the maximum number of moves."""
     max_moves: int = 256
     """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw. If the model
     has fewer positions (gpt, llama, chess_llama: training.sequence_length), their number is the maximum."""
@@ -64,7 +63,8 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("llama")
     """The model: a causal family with a model state, or an encoder-decoder."""
     training: TrainingConfig = TrainingConfig()
-    """The training. Games are packed into rows of sequence_length tokens. The rest of a longer game is not used."""
+    """The training. Games are packed into rows of sequence_length tokens. The rest of a longer game is not used. For
+    encoder-decoders, a source has at most sequence_length tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     tests: TestSizes = TestSizes()
@@ -74,17 +74,17 @@ class Experiment:
     notation: Notation = "san"
     """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
-    """Use only this many games from the start of the file. None: all games."""
+    """Number of games to use, from the start of the file. None: all games."""
     extra_data: Path | None = None
-    """File of games that are added to the training games, for example generated games. None: no more games."""
+    """File of games that are added to the training games, for example generated games. None: no games are added."""
     min_count: int = 5
-    """With notation san: moves that occur fewer than min_count times in the training games become unknown tokens."""
+    """With notation san: moves with fewer occurrences in the training games and extra_data become unknown tokens."""
     validation_fraction: float = 0.02
     """Fraction of the games for validation."""
     test_fraction: float = 0.05
     """Fraction of the games for the tests."""
     positions_per_game: int = 4
-    """Encoder-decoders: training positions per game. The source is the game up to the position."""
+    """Encoder-decoders: number of positions at which each game is cut. The source is the game up to the position."""
     target_length: int = 8
     """Encoder-decoders: maximum number of tokens of a target, which has the moves after the position."""
     output: Path | None = None
@@ -130,7 +130,7 @@ PRESETS = {
 
 
 def read(experiment: Experiment) -> Games:
-    """The games of the file, or the included games."""
+    """The first ``max_games`` games of the file ``data`` or, if it is None, of the included games."""
     start_time = time.perf_counter()
     path, notation = experiment.data, experiment.notation
     if path is not None:
@@ -144,7 +144,7 @@ def read(experiment: Experiment) -> Games:
 
 
 def build(experiment: Experiment, games: Sequence[str], resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer. ``games`` determine the SAN vocabulary."""
     tokenizer = experiment.model.tokenizer(
         resume, lambda: MoveTokenizer.from_games(games, experiment.notation, min_count=experiment.min_count)
     )
@@ -192,7 +192,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def max_moves(tests: TestSizes, model: Model) -> int:
-    """The maximum number of moves of a game. Raises ``ValueError`` if ``tests.opening_moves`` is invalid for it."""
+    """The maximum number of moves of a game. Raises ``ValueError`` if the openings against Stockfish are too long."""
     limit = tests.max_moves if model.max_positions is None else min(tests.max_moves, model.max_positions)
     if tests.engine:
         check_opening_moves("tests.opening_moves", tests.opening_moves, limit)

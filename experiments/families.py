@@ -1,4 +1,4 @@
-"""Train each family for about a minute on Shakespeare with its own objective; write one table and one plot.
+"""Train each family for about a minute on Shakespeare with its own objective, and write one table and one plot.
 
     python -m experiments.families                      all families
     python -m experiments.families --family lstm t5     some families
@@ -15,9 +15,11 @@ for validation. Objectives of the families:
     classification     from which of 13 plays a passage comes  resnet
 
 Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
-the targets. docs/families/index.md has the results. Each family uses its published optimizer
-(``jaxlm.training.recipes``) with a learning rate for a small model and one minute of training. If the published
-optimizer needs many more updates, the family uses AdamW.
+the targets. docs/families/index.md has the results.
+
+Each family uses its published optimizer (``jaxlm.training.recipes``). All families except t5 have another learning rate
+and warm-up, for a small model and a minute of training. If the published optimizer needs many more updates, the family
+uses AdamW.
 
 A run directory has ``table.md``, ``results.json`` and ``losses.png``, and for each family a directory with
 ``metrics.jsonl`` and the trained model (``model/``).
@@ -59,7 +61,7 @@ MASK, CLS, SEP, START, END, FIRST_SENTINEL = 127, 126, 125, 124, 123, 122
 SENTINELS = 30
 """Number of sentinels. Their ids descend from :data:`FIRST_SENTINEL`."""
 VALIDATION = 0.1
-"""Fraction of the text for validation."""
+"""Fraction of the text (for classification: of each play) for validation."""
 XLNET_PART_LENGTH = 16
 """Number of positions in each of the two parts of an XLNet row. The positions of each part are permuted separately."""
 
@@ -69,7 +71,7 @@ class Recipe:
     """Model, objective, data and optimizer of one family."""
 
     variant: str
-    """Name of the family or variant."""
+    """Name of the family or variant for ``get_model``."""
     model: dict[str, Any]
     """Changes to config fields of the variant."""
     objective: str
@@ -81,10 +83,10 @@ class Recipe:
     length: int = 96
     """Characters per row."""
     state_length: int | None = None
-    """The ``length`` of the model state (``Model.state_specs``) that is carried from batch to batch. None: random
-    windows without a state."""
+    """The ``length`` argument of ``Model.state_specs`` for the model state that training carries from batch to batch.
+    None: batches of random windows, without a state."""
     optimizer_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Changes to fields of the published optimizer."""
+    """Changes to fields of the published ``OptimizerConfig``."""
 
     def build(self) -> Model:
         """The model. Its dropout rates are 0, because the training is too short for overfitting."""
@@ -92,14 +94,17 @@ class Recipe:
         return get_model(self.variant, **{"vocab_size": VOCABULARY, **dropout, **self.model})
 
     def optimizer(self, steps: int) -> OptimizerConfig:
-        """The published optimizer of the family with ``optimizer_changes``."""
+        """The published optimizer of the family with ``optimizer_changes``, for ``steps`` updates.
+
+        The warm-up has at most ``steps - 1`` updates.
+        """
         optimizer = dataclasses.replace(recipe(get_model(self.variant).family), **self.optimizer_changes)
         return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
 
 
 SMALL_TRANSFORMER = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
-# With large initial weights and short rows (``max_positions=32`` in the recipes), a bidirectional model learns within a
-# minute to attend to neighbours.
+# With large initial weights and short rows (at most 32 characters), a bidirectional model learns within a minute to
+# attend to the characters next to a masked character.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
 # Wider models and longer training need a lower learning rate. A higher learning rate needs a longer warm-up.
@@ -107,7 +112,10 @@ SMALL = {"learning_rate": 3e-3, "warmup_steps": 50}
 
 
 def adamw(learning_rate: float) -> dict[str, Any]:
-    """Changes that replace the published optimizer by AdamW, for families whose optimizer needs more than a minute."""
+    """Values of all fields of ``OptimizerConfig`` for AdamW, for ``Recipe.optimizer_changes``.
+
+    They replace a published optimizer that needs more than a minute of training.
+    """
     config = OptimizerConfig(learning_rate=learning_rate, warmup_steps=50)
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
@@ -204,7 +212,8 @@ def recipe_of(name: str) -> Recipe:
     A causal family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
 
     Raises:
-        ValueError: the family is not in ``RECIPES``, and it is not causal or must read whole texts.
+        ValueError: the family is not in ``RECIPES``, and it is not causal, is an encoder-decoder or must read whole
+            texts.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -242,7 +251,10 @@ class Data:
     def passages(self, part: str, length: int, stride: int) -> np.ndarray:
         """Passages of ``length`` characters, each followed by the index of its play, concatenated into one array.
 
-        Training passages are from the first 90 % of each play. Validation passages are from the last 10 %.
+        Args:
+            part: "training" for passages from the first 90 % of each play, "validation" for the last 10 %.
+            length: number of characters of a passage.
+            stride: number of characters from the start of a passage to the start of the next passage.
         """
         rows = []
         for number, play in enumerate(self.plays):
@@ -254,7 +266,12 @@ class Data:
 
 
 def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
-    """The windows of the training or validation split for the objective of a recipe."""
+    """The token batches of a split for the objective of a recipe.
+
+    Args:
+        part: "training" or "validation".
+        seed: seed of the order of random windows.
+    """
     length, rows = recipe.length, recipe.batch_size
     if recipe.objective == "classification":
         stride = length // 4 if part == "training" else length
@@ -266,10 +283,9 @@ def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
 
 
 def to_batch(recipe: Recipe) -> Callable[[TokenBatch], Batch]:
-    """A function that converts a batch of tokens to a batch of the objective.
+    """A function that converts a token batch to a batch of the recipe's objective.
 
-    Random choices are seeded with a checksum of the tokens, so that resumed runs and repeated evaluations have the same
-    batches.
+    The seed of its random choices is a checksum of the tokens. So equal tokens always give equal batches.
     """
 
     def rng(token_batch: TokenBatch) -> np.random.Generator:
@@ -324,7 +340,12 @@ def entropy(batches: Iterable[Batch]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The result of one family."""
+    """The result of one family: a row of the table.
+
+    ``parameters`` and ``steps`` are numbers of parameters and updates. ``seconds`` is the duration of training,
+    evaluations and export. ``loss`` is the validation loss after the last update, in nats per target. ``entropy`` is
+    the entropy of the validation targets, in nats.
+    """
 
     family: str
     variant: str
@@ -339,9 +360,10 @@ class Row:
 
 
 def train_family(name: str, data: Data, directory: Path, steps: int | None = None) -> tuple[Row, str | None]:
-    """Train one family, write its files to ``directory``, and return its result.
+    """Train one family, write its files to ``directory``, and return its result and a signal.
 
-    Also returns the name of a signal that arrived after the last step (``jaxlm.training.loop.Result.signal``), or None.
+    The signal is the name of a signal that arrived after the last step (``jaxlm.training.loop.Result.signal``), or
+    None.
 
     Args:
         steps: number of updates. None: the ``steps`` of the recipe.
@@ -381,7 +403,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
 
 
 def _end_of_run(signal: str | None) -> BaseException:
-    """The exception that ends the program after a signal."""
+    """The exception that ends the program after the signal with this name."""
     return KeyboardInterrupt() if signal == "SIGINT" else SystemExit(EXIT_STATUS[signal])
 
 
@@ -400,7 +422,10 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> None:
-    """Plot the training loss of each family, divided by the entropy of its targets, to ``losses.png``."""
+    """Plot the training loss of each family to ``losses.png``.
+
+    A curve is a moving average of five logged losses, divided by the entropy of the validation targets.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -425,12 +450,16 @@ def draw(rows: list[Row], directory: Path) -> None:
 def run(families: list[str], directory: Path, steps: int | None = None) -> list[Row]:
     """Train the families one after the other and return their results. The table is written again after each family.
 
-    If a signal arrives after the last step of a family, its result is saved, and the next family does not start.
+    If a signal arrives after the last step of a family, the result of this family, the table and the plot are still
+    written. The next family does not start.
+
+    Args:
+        steps: number of updates of each family. None: the ``steps`` of its recipe.
 
     Raises:
         FileExistsError: ``directory`` is not empty.
-        KeyboardInterrupt: SIGINT ended the training.
-        SystemExit: another signal ended the training.
+        KeyboardInterrupt: SIGINT ended the run.
+        SystemExit: another signal ended the run.
         ValueError: a family has no recipe.
     """
     if directory.exists() and any(directory.iterdir()):

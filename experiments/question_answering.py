@@ -4,8 +4,8 @@
     python -m experiments.question_answering --preset xlnet     the same with XLNet
 
 The next command fine-tunes MiniLM (pretrained BERT weights, 6 layers of width 384) on the development file of SQuAD
-v1.1 (48 articles, 10,570 questions). The articles of the file are split into training, validation and test splits. The
-F1 on the test split is 70.8 after 69 minutes on two CPU cores.
+v1.1 (48 articles, 10,570 questions). Each article is in the training, the validation or the test split. The F1 on the
+test split is 70.8 after a training of 69 minutes on two CPU cores.
 
     python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
         --extra-tests new_wiki_v1.0.json nyt_v1.0.json
@@ -42,10 +42,10 @@ from jaxlm.training.report import write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Sizes of the windows into which long contexts are split, and of the answers."""
+    """Sizes of windows and answers. A window has the question and a part of a long context."""
 
     max_length: int | None = None
-    """Maximum number of tokens per window. None: 384, or the model's max_positions if that is less."""
+    """Maximum number of tokens per window, with the question. None: 384, or the model's max_positions if less."""
     stride: int | None = None
     """Number of context tokens that two consecutive windows share. None: a third of max_length."""
     max_answer_tokens: int = 30
@@ -71,9 +71,9 @@ class Experiment:
     extra_tests: tuple[Path, ...] = ()
     """Additional test files, with other kinds of text."""
     validation_fraction: float = 0.05
-    """Fraction of the articles (contexts, if there are no titles) for validation, which selects the best weights."""
+    """Fraction of the articles for validation. With training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
-    """Fraction of the articles for the test split."""
+    """Fraction of the articles for the test split. If a file has no titles, its contexts are split instead."""
     stories: int = 24_000
     """Number of generated questions, if there is no data file."""
     sentences: int = 4
@@ -125,7 +125,7 @@ PRESETS = {
 
 
 def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test splits. Each article, context or story is in only one split."""
+    """The training, validation and test splits. An article, context or story of ``data`` is in only one split."""
     if experiment.data is None:
         examples = make_stories(experiment.stories, sentences=experiment.sentences)
     else:
@@ -138,7 +138,7 @@ def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
 
 
 def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer. A new one is trained on ``examples``."""
     texts = [text for example in examples for text in (example["question"], example["context"])]
     tokenizer = experiment.model.tokenizer(
         resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template=experiment.template)
@@ -156,14 +156,14 @@ class Scorer:
     tokenizer: Tokenizer
 
     def answers(self, params: Any, examples: Examples, threshold: float | None = None) -> list[qa.Answer]:
-        """The answer to each question."""
+        """The answer to each question. ``threshold`` is the ``no_answer_threshold`` of ``qa.answer``."""
         return qa.answer(
             self.model, params, self.tokenizer, examples.column("question"), examples.column("context"),
             no_answer_threshold=threshold, **dataclasses.asdict(self.experiment.windows),
         )  # fmt: skip
 
     def scores(self, params: Any, examples: Examples, threshold: float | None = None) -> list[metrics.Score]:
-        """Exact match and F1 of the answers."""
+        """Exact match and F1 of the answers to ``examples``."""
         return qa.scores(self.answers(params, examples, threshold), examples.column("answers"))
 
     def validate(self, params: Any, examples: Examples) -> dict[str, float]:

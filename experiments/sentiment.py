@@ -50,7 +50,7 @@ class Data:
     train: Path | None = None
     """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence"; None: the included passages."""
     test: Path | None = None
-    """File of the test split; None: test_fraction of the training file; with folds, each fold."""
+    """File of the test split. None: test_fraction of the training file or, with folds, one fold after the other."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     on_error: OnError = "raise"
@@ -60,7 +60,7 @@ class Data:
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
-    """Maximum number of tokens; longer sentences are truncated. None: more than max_positions tokens are an error."""
+    """Longer sentences are truncated to this many tokens. None: a sentence above max_positions tokens is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum count of a word or BPE merge in the training split. With vocabulary="word", rarer words are unknown."""
+    """Minimum count in the training split of a word or BPE merge. With vocabulary="word", rarer words are unknown."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
-    """Number of batch shapes (length buckets)."""
+    """Maximum number of batch shapes (length buckets)."""
     label_smoothing: float = 0.0
     """Fraction of the target probability that is spread uniformly over all labels."""
     folds: int | None = None
@@ -171,9 +171,9 @@ def train_and_test(
     experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None,
     parent: Experiment | None = None,
 ) -> tuple[Result, metrics.Score | None]:  # fmt: skip
-    """The result of training on one split, and the accuracy on the other (None: the training was interrupted).
+    """Train on one split and test on the other. Returns the result and the accuracy (None: training was interrupted).
 
-    ``parent`` is the experiment that has this training as one fold; None without folds."""
+    ``parent`` is the configuration of the cross-validation if this training is one of its folds. Otherwise None."""
     start_time, config = time.perf_counter(), experiment.training
     model, params, tokenizer = build(experiment, training, test, labels, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
@@ -212,7 +212,7 @@ def train_and_test(
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train and test a classifier, and write the report. Returns the result of (the last) training."""
+    """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
     vocabulary_fields = ["vocabulary", "vocab_size", "min_frequency", "template"]
     lib.check_unchanged(experiment, resume, ["output", "data", *vocabulary_fields, "folds"])
     if experiment.folds is not None and resume is not None and (resume / "model").exists():  # only a fold has a model

@@ -1,27 +1,29 @@
-"""Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
+"""Train a language model (GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions) on a text and generate text.
 
     python -m experiments.text_generation                   a GPT on the included plays: 1.68 nats, 1 to 3 minutes
     python -m experiments.text_generation --preset lstm     an LSTM on the same text, about 2 minutes
-    python -m experiments.text_generation --data FILE       a UTF-8 text file (also .gz)
+    python -m experiments.text_generation --data FILE       a GPT on a UTF-8 text file (also .gz)
 
-The next commands train on tinyshakespeare. The first one trains the CPU configuration of nanoGPT for 1 minute. Its
-validation loss is 1.89 nats (nanoGPT's README states 1.88). lstm_large trains for about 45 minutes. Its score on the
-whole validation split is 1.41 nats. The other two models have not been measured yet.
+All losses are in nats per character. The next commands train on tinyshakespeare. The preset nanogpt is the CPU
+configuration of nanoGPT. It trains for 1 minute, and its validation loss is 1.89 (nanoGPT's README states 1.88). The
+preset lstm_large trains for about 45 minutes, and its score on the whole validation split is 1.41. The other two
+presets have not been measured yet.
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset transformer_xl_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
 
-The next loop trains models with 1 to 3 layers of width 128 on War and Peace, as in Karpathy et al. (2015). A model
-takes 5 minutes per layer. The training, validation and test splits have 80 %, 10 % and 10 % of the text.
+The next loop trains LSTMs and GRUs with 1 to 3 layers of width 128 on War and Peace. Karpathy et al. (2015, table 1)
+compare such models. The training takes about 5 minutes per layer on one core. The training, validation and test splits
+have 80 %, 10 % and 10 % of the text.
 
     for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
 
-The scores are means over all tokens of the validation split (and of the test split, if there is one). For recurrent
-families and Transformer-XL, a split is divided into eight contiguous parts, and the state is carried through each part.
-Other families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
+A score is computed over all tokens of the validation or test split except the first. For recurrent families and
+Transformer-XL, the split is divided into eight contiguous columns, and the state is carried through each column. Other
+families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -63,17 +65,18 @@ class Experiment:
     data: Path | None = None
     """UTF-8 text file to train on (also .gz); None: the included Shakespeare plays."""
     tokenizer: Literal["character", "byte"] = "character"
-    """Type of tokens: the characters of the text, or bytes."""
+    """character: each character of the text is a token. byte: each byte of the text (in UTF-8) is a token."""
     validation_fraction: float = 0.1
-    """Fraction of the text for validation: the end of the text, or the text before the test split."""
+    """Fraction of the text in the validation split. This split is the end of the text (before the test split)."""
     test_fraction: float = 0.0
-    """Fraction of the text for the test: the end of the text."""
+    """Fraction of the text in the test split, which is the end of the text. 0: no test split."""
     mesh: str | None = None
     """Device mesh, for example data=4,tensor=2; axes: data, fsdp, tensor, sequence, expert. None: one device."""
     output: Path | None = None
     """Run directory; None: runs/text_generation-<time>."""
     prompt: str | None = None
-    """Prompt of the passage; None: "ROMEO:" for the included plays, else the start of the validation split."""
+    """Prompt of the passage; None: "ROMEO:" for the included plays, else the first 32 tokens of the validation split
+    (fewer if the model has fewer than 64 positions)."""
     sample_tokens: int = 600
     """Length of the generated passage in tokens."""
     temperature: float = 0.8
@@ -85,7 +88,8 @@ def preset(
 ) -> Experiment:  # fmt: skip
     """An experiment with a randomly initialized model.
 
-    ``options`` are fields of ``TrainingConfig``, ``OptimizerConfig`` or ``Experiment``.
+    ``fields`` are changes to the model's config, separated by spaces. ``rows`` is the batch size. ``options`` are
+    fields of ``TrainingConfig``, ``OptimizerConfig`` or ``Experiment``.
     """
 
     def fields_of(kind: type) -> dict[str, Any]:
@@ -153,7 +157,7 @@ PRESETS = {
 
 
 def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenizer, Model, Any]:
-    """The text, its tokenizer, the model, and its initial parameters (None: random)."""
+    """The corpus, its tokenizer, the model, and the initial parameters of the model (None: random)."""
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
     config, is_character = experiment.model, experiment.tokenizer == "character"
     tokenizer = config.tokenizer(resume, lambda: CharTokenizer.from_text(text) if is_character else ByteTokenizer())
@@ -168,7 +172,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
 
 
 def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
-    """The prompt of the passage. Raises ``ValueError`` if it has no tokens, or more than the model has positions."""
+    """The prompt of the passage. Raises ``ValueError`` if it has no tokens, or more tokens than the model can read."""
     prompt, limit = experiment.prompt, model.max_positions
     if prompt is None and experiment.data is not None:
         beginning = tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
@@ -187,7 +191,7 @@ def generation_config(experiment: Experiment) -> GenerationConfig:
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train and export a model, and write a passage and the report. Returns the result of training."""
+    """Train and export a model, write a passage and the report, and return the result of training."""
     start_time, config = time.perf_counter(), experiment.training
     fields = ["tokenizer", "validation_fraction", "test_fraction", "training.evaluation_batches"]
     lib.check_unchanged(experiment, resume, ["output", *fields])

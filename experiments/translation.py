@@ -1,17 +1,17 @@
-"""Train a translator from scratch: a Transformer with the architecture of T5, or an RNN with attention.
+"""Train a translator: a Transformer with the architecture of T5, or an RNN with attention.
 
     python -m experiments.translation           included Bible verses, English to Spanish: a BLEU of 4, 2 to 4 minutes
 
-The next commands train on Multi30k (task 1, files train.en, train.de, val.en, ...), English to German. The BLEU of t5
-on the test split of 2016 is 39.4 after 84 minutes on two CPU cores. The BLEU of bahdanau is 35.1 after 78 minutes on
-one core.
+The next commands train on Multi30k (task 1, files train.en, train.de, val.en, ...), English to German. On the test
+split of 2016, the preset t5 has a BLEU of 39.4 after 84 minutes on two CPU cores, and bahdanau has 35.1 after 78
+minutes on one core.
 
     python -m experiments.translation --preset t5 --data.directory multi30k
     python -m experiments.translation --preset bahdanau --data.directory multi30k
 
 BLEU is computed by sacrebleu on detokenized, cased text with tokenization 13a. Many published results for Multi30k are
-for tokenized, lowercased text, so the report also has BLEU of the lowercased text. docs/tasks/translation.md has the
-measured results.
+for tokenized, lowercased text. So the report also has the BLEU of the lowercased text (also with tokenization 13a).
+docs/tasks/translation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ class Data:
     train: str = "train"
     """Name of the training split."""
     validation: str = "val"
-    """Name of the validation split, which selects the best weights."""
+    """Name of the validation split. The presets keep the weights with the lowest loss on this split."""
     test: str = "test_2016_flickr"
     """Name of the test split."""
     source: str = "en"
-    """File name extension of the source language."""
+    """File name extension of the files in the source language."""
     target: str = "de"
-    """File name extension of the target language."""
+    """File name extension of the files in the target language."""
     on_error: OnError = "raise"
-    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their lines are printed."""
+    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their line numbers
+    are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("t5")
     """The model: t5 or attention_rnn."""
     training: TrainingConfig = TrainingConfig()
-    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets have more pairs."""
+    """The training. A batch of the bucket with the longest pairs has batch_size pairs. Batches of other buckets have a
+    multiple of this number, so that all batches have about the same number of tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
@@ -79,9 +81,9 @@ class Experiment:
     label_smoothing: float = 0.1
     """Fraction of the target probability that is spread uniformly over the vocabulary."""
     num_beams: int = 5
-    """Number of beams of the beam search."""
+    """Number of beams of the beam search; 1: greedy decoding."""
     length_penalty: float = 1.0
-    """Exponent of the length in the score of a beam."""
+    """The score of a beam is its log-probability divided by its length to this power. Not used with one beam."""
     output: Path | None = None
     """Run directory; None: runs/translation-<time>."""
 
@@ -90,7 +92,10 @@ def preset(
     name: str, *changes: str, learning_rate: float, warmup_steps: int = 400, batch_size: int = 64,
     optimizer: OptimizerName = "adamw", schedule: Schedule = "cosine", **options: Any,
 ) -> Experiment:  # fmt: skip
-    """An experiment with a randomly initialized model."""
+    """An experiment with a randomly initialized model.
+
+    ``changes`` are changes to the config of the model ``name``. ``options`` are fields of ``Experiment``.
+    """
     training = TrainingConfig(
         batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
@@ -105,7 +110,7 @@ T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=51
 RNN = ("source_vocab_size=None", "embed_dim=256", "hidden_dim=384", "output_dim=256", "dropout=0.3")
 PRESETS = {
     "t5": preset("t5", *T5, learning_rate=3e-2, optimizer="adafactor", epochs=20),
-    # The length penalty was selected on the validation split, where 0.5 has a higher BLEU than 0 and 1.
+    # The length penalty was selected on the validation split: 0.5 gives a higher BLEU than 0 and 1.
     "bahdanau": preset("attention_rnn", *RNN, learning_rate=1e-3, epochs=15, length_penalty=0.5),
     "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", learning_rate=1e-3, epochs=15),
     "verses": preset(
@@ -179,7 +184,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def generation_config(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
-    """The generation settings. A translation has at most twice as many tokens as the longest reference."""
+    """The generation settings. A translation has at most twice as many tokens as the longest target of ``test``."""
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(test.column("target")))
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
     return GenerationConfig(2 * longest, num_beams=experiment.num_beams, length_penalty=length_penalty)

@@ -1,18 +1,19 @@
 """Adaptations: train only a part of a model's parameters (``Freeze``), or low-rank changes of weights (``LoRA``).
 
-An adaptation splits the parameters of a model into a trained and a frozen tree, and merges the two into ordinary
-parameters again. The merge is a pure function, so a loss can be differentiated with respect to the trained tree alone.
-Any Optax optimizer can update the trained tree:
+An adaptation splits the parameters of a model into a trained and a frozen tree, and merges both trees into parameters
+of the model again. The merge is a pure function, so a loss can be differentiated with respect to the trained tree
+alone. Any Optax optimizer can update the trained tree.
 
     >>> model = get_model("gpt2-tiny")                                                   # doctest: +SKIP
     >>> lora = LoRA(rank=4)                                                              # doctest: +SKIP
     >>> trained, frozen = lora.split(model.specs, params, jax.random.key(0))             # doctest: +SKIP
-    >>> gradient = jax.grad(lambda trained: loss(model, lora.merge(trained, frozen)))    # doctest: +SKIP
+    >>> gradient = jax.grad(lambda tree: loss(model, lora.merge(tree, frozen)))(trained) # doctest: +SKIP
     >>> save_pretrained("directory", model, lora.merge(trained, frozen))                 # doctest: +SKIP
 
-Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). In both layouts, a path contains no number
-after ``layers``, so it selects the weight in every layer. Families whose layers have the keys ``layer_0``, ``layer_1``,
-... keep these keys in their paths.
+Regular expressions select parameters by their paths. A path consists of the keys of a parameter, joined by ``/``, such
+as ``layers/attention/query/weight``. Layers may be stacked, or a tuple with one tree per layer (``spec.layers``). In
+both layouts, a path contains no number after ``layers``, so it denotes the weight of every layer. In families whose
+layers have the keys ``layer_0``, ``layer_1``, ..., the paths contain these keys.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from jaxlm.config import check_min
 from jaxlm.spec import EXPERT, LAYERS, ZEROS, ArraySpec, Initializer, Params, Uniform
 
 LORA_A, LORA_B = "lora_a", "lora_b"
-"""Keys of the two factors that :class:`LoRA` puts at the path of a weight."""
+"""Keys of the two factors A and B, which the trained tree of :class:`LoRA` has at the path of an adapted weight."""
 
 
 @runtime_checkable
 class Adaptation(Protocol):
-    """Splits parameters into a trained and a frozen tree. Implementations are hashable frozen dataclasses."""
+    """The protocol of adaptations, which split parameters into a trained and a frozen tree.
+
+    Implementations are hashable frozen dataclasses.
+    """
 
     def specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the trained tree, for the optimizer, the shardings and the checkpoints."""
@@ -55,13 +59,13 @@ class Adaptation(Protocol):
         ...
 
     def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
-        """Both trees with new values of some parameters, such as the running statistics of batch normalisation.
+        """Both trees with new values of some parameters, such as the running statistics of batch normalization.
 
         Args:
             values: new values at the paths of their parameters, in the layer layout of the model.
 
         Raises:
-            ValueError: a value has another shape than its parameter.
+            ValueError: a value has another shape or structure than its parameter.
         """
         ...
 
@@ -73,11 +77,12 @@ def num_row_axes(path: str, leaf: ArraySpec) -> int | None:
     """Number of leading axes (after the stack axes) that form the rows of a matrix; None if the leaf is not a matrix.
 
     A leaf with two or more axes after the stack axes is a matrix if the last key of its path is ``weight``, begins with
-    ``weight_``, or is ``direction`` (weight normalisation). Token tables, heads and the factors of :class:`LoRA` are
-    matrices too. Biases and scales are not matrices. The rows of a weight are its inputs: one axis, or two axes for
-    ``[heads, kv, embed]`` and for the kernel of a convolution ``[width, in, out]``. The rows of a table or head are its
-    first axis (:func:`is_table`). The rows of ``lora_a`` are all axes except the last, and those of ``lora_b`` are its
-    first axis.
+    ``weight_``, or is ``direction`` (weight normalization). Embedding tables and output heads (:func:`is_table`) and
+    the factors of :class:`LoRA` are matrices too. Biases and scales are not matrices.
+
+    The rows of a weight are its inputs: one axis, or two axes for ``[heads, kv, embed]`` and for the kernel of a
+    convolution ``[width, in, out]``. The rows of a table or head are its first axis. The rows of ``lora_a`` are all
+    axes except the last. The rows of ``lora_b`` are its first axis.
 
     Example:
         >>> num_row_axes("attention/output/weight", ArraySpec((4, 8, 32), ("heads", "kv", "embed")))
@@ -99,10 +104,10 @@ def num_row_axes(path: str, leaf: ArraySpec) -> int | None:
 
 
 def num_stack_axes(leaf: ArraySpec) -> int:
-    """The number of leading stack axes: ``layers``, ``expert``, and the blocks of a block-diagonal matrix.
+    """Number of leading stack axes: ``layers``, ``expert``, and the axis ``heads`` of a block-diagonal matrix.
 
-    Each index of a stack axis has its own matrix. The axes of a block-diagonal matrix are ``heads``, an unnamed input
-    axis, and one or more output axes.
+    Each index of a stack axis has its own matrix. The axes of a block-diagonal matrix are ``heads`` (the blocks), an
+    unnamed input axis, and one or more output axes.
     """
     first = int(leaf.is_stacked)
     if leaf.axes[first : first + 1] == (EXPERT,):
@@ -123,7 +128,8 @@ def is_table(path: str, leaf: ArraySpec) -> bool:
 # ------------------------------------------------------------------------------------------------- freezing
 
 MATCHED = "matched"
-"""Key, in the frozen tree of :class:`Freeze`, of the parameters that match a pattern."""
+"""Key of the frozen tree of :class:`Freeze`. Its value has the parameters that match a pattern, without the first
+layers of each stack."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +137,13 @@ class Freeze:
     """Freezes the first layers of each stack, and the parameters whose path matches a pattern; trains all others.
 
     Example:
-        >>> Freeze(("embedding",), first_layers=4)     # token tables, position tables, their norm, and four layers
+        >>> Freeze(("embedding",), first_layers=4)     # paths with "embedding", and the first four layers
         Freeze(patterns=('embedding',), first_layers=4)
 
     The trained tree has the remaining leaves at their paths; its stacks do not contain the first layers. The frozen
     tree is ``{"first_layers": first layers of each stack, "matched": other leaves that match a pattern}``, without
-    empty entries. A ``Trainer`` still updates frozen running statistics of batch normalisation, which no optimizer
-    trains.
+    empty entries. A ``Trainer`` updates the running statistics of batch normalization even if they are frozen, because
+    the loss returns their new values (:meth:`Adaptation.overwrite`).
 
     Raises:
         TypeError: ``patterns`` is not a tuple of strings.
@@ -161,8 +167,8 @@ class Freeze:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing; ``first_layers`` is set, and the model has no stack, or a stack with
-                fewer layers; or no parameter is left to train.
+            ValueError: a pattern matches no path; ``first_layers`` is above 0 and the model has no stack; a stack has
+                fewer than ``first_layers`` layers; or no parameter is left to train.
         """
         return self._select_trained(model_specs, self._matched_paths(model_specs))
 
@@ -221,21 +227,22 @@ class Freeze:
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
+    """Trains low-rank changes of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, where W is frozen.
 
     W may have any number of axes. :func:`num_row_axes` defines which of them are the rows of the matrix [in, out].
     A [in..., rank] has the row axes of W, and B [rank, out...] has the other axes. Both factors also have the stack
     axes of W (:func:`num_stack_axes`). A fused projection (GPT-2's ``qkv``) is one matrix, as in PEFT. A is initialized
-    uniformly between ``-1 / sqrt(in)`` and ``1 / sqrt(in)``, and B with zeros (PEFT's default), so that the merged
-    parameters are equal to the base parameters at first. For a table or head [vocab, embed], whose rows are the
-    vocabulary, A is initialized with zeros and B randomly.
+    uniformly between ``-1 / sqrt(in)`` and ``1 / sqrt(in)``, and B with zeros (PEFT's default). So the merged
+    parameters are initially equal to the parameters before the split. For a table or head [vocab, embed], whose rows
+    are the vocabulary, A is initialized with zeros, and B uniformly between ``-1 / sqrt(embed)`` and
+    ``1 / sqrt(embed)``.
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each adapted weight, and the parameters that
-    match ``full_training_patterns`` at their paths. The frozen tree has all other base parameters, including each W.
-    Each step computes the merged weights and their gradients. Each of the two temporarily needs as much memory as the
-    weights W. Without fully trained parameters, the optimizer state and the trained tree are small. A checkpoint of
-    ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No dropout is
-    applied to the input of the factors.
+    match ``full_training_patterns`` at their paths. The frozen tree has all other parameters, including each W. Each
+    training step computes the merged weights and the gradients of the merged weights. Both temporarily need as much
+    memory as the adapted weights. Without fully trained parameters, the optimizer state and the trained tree are small.
+    A checkpoint of ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No
+    dropout is applied to the input of the factors.
 
     Raises:
         TypeError: ``targets`` or ``full_training_patterns`` is not a tuple of strings.
@@ -244,9 +251,9 @@ class LoRA:
     """
 
     rank: int
-    """Columns of A and rows of B."""
+    """Number of columns of A and of rows of B."""
     alpha: float | None = None
-    """Scale of ``A @ B``, before the division by ``rank``. None: equal to ``rank``."""
+    """Numerator of the scale ``alpha / rank``, by which ``A @ B`` is multiplied. None: equal to ``rank``."""
     targets: tuple[str, ...] = (r"attention/(query|value|qkv)/weight$",)
     """Regular expressions that are searched anywhere (``re.search``) in the path of a weight. Biases and other leaves
     that are not matrices are ignored. By default, the query and value projections are adapted, as in the paper; in a
@@ -273,7 +280,7 @@ class LoRA:
 
         Raises:
             ValueError: a pattern in ``targets`` matches no matrix, a pattern in ``full_training_patterns`` matches no
-                parameter, or a weight matches both.
+                parameter, or a weight matches patterns of both.
         """
         fully_trained = self._fully_trained_paths(model_specs)
         return _union(self._factor_specs(model_specs), _filter(model_specs, lambda path: path in fully_trained))
@@ -366,7 +373,7 @@ class LoRA:
         def product(a: jax.Array, b: jax.Array) -> jax.Array:
             return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
 
-        # Both factors have the stack axes, so this difference is the number of stack axes.
+        # Each factor has the stack axes and one axis of size ``rank``, so this difference is the number of stack axes.
         for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
             product = jax.vmap(product)
         delta = product(a, b)
@@ -500,7 +507,8 @@ def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
 def _union(left: spec.Tree, right: spec.Tree, combine: Callable[[Any, Any], Any] | None = None) -> spec.Tree:
     """The union of both trees.
 
-    If both trees have an entry at a path, and one of the entries is a leaf, the result has ``combine(left, right)``.
+    If both trees have an entry at a path, and one of the two entries is a leaf, the result has ``combine(left entry,
+    right entry)`` at this path.
 
     Raises:
         ValueError: both trees have such an entry and ``combine`` is None.

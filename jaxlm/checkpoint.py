@@ -11,8 +11,8 @@ A killed process leaves only complete steps and temporary directories. No functi
 :meth:`Checkpointer.remove_leftovers` removes it after the next complete save. Older steps are deleted only after a
 newer step has been written to the disk (fsync). :meth:`Checkpointer.restore` never skips a damaged step silently,
 whereas ``steps``, ``latest``, ``best`` and ``roll_back`` use only the steps with an intact record. Arrays are stored
-with their complete shapes, so that they can be restored onto another mesh. Parameters that were saved stacked or
-per-layer can be restored into either layout (``spec.layers``).
+with their complete (unsharded) shapes, so that they can be restored onto another mesh. Layers that were saved stacked
+or per-layer can be restored into either layout (``spec.layers``).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
 
 def _uint32_words(array: jax.Array) -> jax.Array:
-    """The bits of ``array`` as uint32: one word per entry, or several words along new last axes for wider entries."""
+    """The bits of ``array`` as uint32 words. A 64-bit or complex entry has several words, along new last axes."""
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         return jnp.stack([_uint32_words(array.real), _uint32_words(array.imag)], axis=-1)
     if array.dtype.itemsize == 8:
@@ -74,11 +74,11 @@ def _uint32_words(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def _hash_sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two hash sums of an array. Each is the sum, modulo 2**32, of a hash of every word and its position.
+    """Two hash sums of an array. Each sum adds, modulo 2**32, a hash of every word together with its position.
 
-    For a fixed position the hash is one-to-one, so that a change of one word changes both sums. The hash includes the
-    position, so that swapped entries change the sums. Integer sums do not depend on the order of summation, so they do
-    not depend on the sharding.
+    For a fixed position, the hash is a one-to-one function of the word. So a change of one word changes both sums. The
+    hash includes the position, so a swap of two different entries almost always changes the sums. Integer sums do not
+    depend on the order of summation, so they do not depend on the sharding.
     """
     words = _uint32_words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
@@ -119,13 +119,13 @@ class _ShapeDtype:
 
 
 def _flatten(tree: spec.Tree) -> dict[str, Any]:
-    """``spec.flatten``, after checking that the leaves are arrays with entries and the path names are unique."""
+    """The result of ``spec.flatten``, after a check: all leaves are non-empty arrays, and their path names differ."""
     flat = spec.flatten(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path name: use keys without '/'")
     for name, leaf in flat.items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(f"{name!r} is {leaf!r}: a checkpoint holds arrays, use jnp.asarray or put it into meta")
+            raise TypeError(f"{name!r} is {leaf!r}: a checkpoint holds arrays; use jnp.asarray, or put it into meta")
         if 0 in leaf.shape:
             raise ValueError(f"{name!r} has shape {tuple(leaf.shape)}: an empty array cannot be saved")
     return flat
@@ -140,9 +140,9 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _orbax_target(name: str, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """The orbax target for a leaf: a ``ShapeDtypeStruct`` with its sharding.
+    """The target with which orbax restores a leaf: a ``ShapeDtypeStruct`` with the sharding of the leaf.
 
-    If the leaf has no sharding or is an uncommitted array, the target is a host array.
+    If the leaf has no sharding or is an uncommitted array, the target is an array on the host.
     """
     raw = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     raw = jax.eval_shape(jax.random.key_data, raw) if _is_key(leaf) else raw
@@ -171,16 +171,18 @@ def _wrap_key(raw: jax.Array, leaf: Any) -> jax.Array:
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of steps in one directory. A checkpoint has a tree of arrays and a JSON dict.
+    """Saves and restores checkpoints of training steps in one directory. Each has a tree of arrays and a JSON dict.
 
     The last ``keep_last`` steps and the step with the lowest metric are kept. All other steps are deleted after a newer
-    step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``: after a newer step is
-    complete, it is deleted unless it is the best step. Only one object at a time may save to a directory, and only this
-    object deletes steps. Other objects may read at the same time. With several processes, all processes make the same
-    calls on a shared directory; ``meta`` is saved from process 0.
+    step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``. When a newer step is
+    complete, the extra step is deleted unless it is the best step.
+
+    Only one ``Checkpointer`` at a time may save to a directory, and only this one deletes steps. Other objects may read
+    at the same time. With several processes, all processes make the same calls on a shared directory. ``meta`` is saved
+    from process 0.
 
     A save runs in the background. The next ``save``, ``wait``, ``restore``, ``roll_back`` or ``close`` waits for the
-    save, raises its errors and deletes old steps, so a program must make one of these calls before it ends.
+    save, raises the errors of the save and deletes old steps. So a program must make one of these calls before it ends.
 
     Example:
         >>> with Checkpointer("runs/small") as checkpointer:
@@ -227,8 +229,8 @@ class Checkpointer:
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
             metric: a value to minimize, e.g. the validation loss. A step with the metric None or NaN is never the best
                 step.
-            extra: whether this save is outside of the schedule, e.g. because a signal ends the run. An extra step does
-                not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
+            extra: whether this save is not one of the regular (scheduled) saves, e.g. because a signal ends the run. An
+                extra step does not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
             wait: whether to return only after the checkpoint is complete. Set it for the last checkpoint of a run.
 
         Raises:
@@ -246,7 +248,7 @@ class Checkpointer:
         flat = _flatten(tree)
         for name, leaf in flat.items():
             if not isinstance(leaf, jax.Array):
-                raise TypeError(f"{name!r} is a {type(leaf).__name__}: a checkpoint holds jax arrays, use jnp.asarray")
+                raise TypeError(f"{name!r} is a {type(leaf).__name__}: a checkpoint holds jax arrays; use jnp.asarray")
         self.wait()
         path = self._path(step)
         records, damaged = self._scan()
@@ -281,10 +283,10 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is complete and old steps are deleted. Raises the errors of the save."""
+        """Wait until the last save is complete, then delete old steps. Raises the errors of the save."""
         with integrity.explain_disk_errors(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.wait_until_finished()
-            # After a failed save, there is no such directory. Then the older steps are kept.
+            # A failed save leaves no directory of its step. Then no older step is deleted.
             if self._last_saved is not None and processes.is_first() and self._path(self._last_saved).is_dir():
                 if self._needs_sync:
                     integrity.sync_tree(self._path(self._last_saved))
@@ -313,7 +315,10 @@ class Checkpointer:
         self.remove_leftovers()
 
     def _delete(self, steps: Iterable[int]) -> None:
-        """Rename steps, so that :meth:`remove_leftovers` deletes them. A killed process leaves no partial step."""
+        """Rename steps, so that :meth:`remove_leftovers` deletes them.
+
+        A rename is atomic, so a process that is killed here leaves no partly deleted step.
+        """
         for step in steps:
             self._path(step).rename(self.directory / f"{step}.deleted")
 
@@ -347,7 +352,7 @@ class Checkpointer:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest metric (the earliest one on ties), or None if no step has a metric other than NaN.
+        """The step with the lowest metric (on ties, the earliest of them), or None if no metric is a number.
 
         Steps with a damaged record are left out.
         """
@@ -451,16 +456,17 @@ class Checkpointer:
     ) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of ``step``, bitwise as saved.
 
-        If ``step`` is None, this is the best step with ``best``, otherwise the newest step, even if it is damaged.
+        If ``step`` is None, the method restores the best step (``best=True``) or the newest step. If the newest step is
+        damaged, ``on_corrupt`` determines what happens.
 
         Args:
             target: a tree of arrays, ``jax.ShapeDtypeStruct`` or ``ArraySpec`` with the structure, shapes, dtypes and
                 optional shardings of the result. For a leaf without sharding, for example from ``jax.eval_shape``, the
                 restored array is not committed to a device.
-            on_corrupt: "stop" raises an error if the step is damaged. "previous" restores the newest intact step before
-                the damaged step, and renames damaged steps to ``<step>.corrupt-<time>`` with a warning. If there is no
-                intact step before it, "previous" raises an error too. "previous" is only allowed if ``step`` is None
-                and ``best`` is False.
+            on_corrupt: "stop" raises an error if the step is damaged. "previous" restores the newest intact step, and
+                renames the damaged steps after it to ``<step>.corrupt-<time>`` with a warning. If no intact step
+                precedes the damaged newest step, "previous" raises an error too. "previous" is only allowed if
+                ``step`` is None and ``best`` is False.
 
         Raises:
             FileNotFoundError: there is no such step, or ``best`` is True and no step has a metric.
@@ -498,14 +504,14 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        The result and the remaining scheduled steps are the same as without any extra step. A newer step with a damaged
-        record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so that :meth:`restore` does
-        not try to read it.
+        The result and the remaining scheduled steps do not depend on whether extra steps were saved. A newer step with
+        a damaged record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so that
+        :meth:`restore` does not try to read it.
 
         Raises:
-            FileNotFoundError: there is no such step.
+            FileNotFoundError: no step has an intact record and is not ``extra``.
             ValueError: as in :meth:`restore`, names, shapes or dtypes differ from ``target``.
-            CorruptCheckpointError: an array of this step is damaged.
+            CorruptCheckpointError: an array of the restored step is damaged. No step is deleted.
         """
         self.wait()
         processes.barrier("checkpoint saved")  # so that no process reads old steps while the first process deletes them
@@ -606,7 +612,7 @@ def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
 def _keep_log_record(record: logging.LogRecord) -> bool:
     """Whether to keep a log record.
 
-    Errors in orbax's threads or tasks are not logged with their traceback, because the caller gets these errors too.
+    Errors with a traceback from orbax's threads or tasks are not logged, because the caller gets these errors too.
     """
     if not record.exc_info or record.levelno < logging.ERROR:
         return True
@@ -618,10 +624,10 @@ def _keep_log_record(record: logging.LogRecord) -> bool:
 
 @functools.cache  # the hook is installed once
 def _ignore_closed_event_loop() -> None:
-    """Hide the errors of the other reads after orbax failed to read an array.
+    """Hide the errors "Event loop is closed" that follow in other threads after orbax failed to read an array.
 
     orbax raises the error of the first unreadable array and closes its event loop. The reads of other unreadable arrays
-    then fail in tensorstore's threads, and Python prints each of these errors on standard error.
+    then fail in tensorstore's threads, and Python would print each of these errors on standard error.
     """
     previous_hook = sys.unraisablehook
 

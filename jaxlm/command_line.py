@@ -69,9 +69,10 @@ def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
 
 
 def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str | None = None, **default: Any) -> Any:
-    """An instance of the dataclass ``kind`` (or of one type of a union of dataclasses) from command-line arguments.
+    """An instance of ``kind`` from command-line arguments.
 
     Args:
+        kind: a dataclass, or a union of dataclasses (subcommands).
         program: name of the command in messages.
         description: first text of ``--help``.
         default: ``default=INSTANCE`` sets the initial config. The options change its fields.
@@ -101,11 +102,12 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: ``initial`` after the changes by all options except ``--preset``, ``--resume`` and ``--recipe``.
-        initial: the config that ``--preset`` or ``--resume`` selects, with the optimizer that ``--recipe`` selects.
-        recipe: the name that ``--recipe`` selects, or None.
-        resume: the run directory to resume, or None.
-        given: the options of ``config`` on the command line, such as ``--model.set``.
+        config: the config of the experiment: ``initial``, with the fields that other options change.
+        initial: the default config, or the config that ``--preset`` or ``--resume`` selects. ``--recipe`` replaces its
+            optimizer.
+        recipe: the value of ``--recipe``, or None.
+        resume: the value of ``--resume`` (a run directory), or None.
+        given: the names of the other options on the command line, such as ``--model.set``.
     """
 
     config: T
@@ -127,13 +129,13 @@ def parse_experiment(
     """The options of an experiment, from the command line.
 
     ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. ``--recipe FAMILY`` replaces the optimizer of
-    this config. Options such as ``--optimizer.learning-rate 5e-4`` change single fields of this config. ``--seed N`` is
-    the same as ``--training.seed N``. ``--help`` lists all options.
+    this config. Then options such as ``--optimizer.learning-rate 5e-4`` change single fields. ``--seed N`` is the same
+    as ``--training.seed N``. ``--help`` lists all options.
 
     Args:
         default: the initial config without ``--preset`` and ``--resume``.
         presets: the configs that ``--preset`` selects by name.
-        recipes: the values of the config's field ``optimizer`` that ``--recipe`` selects by name.
+        recipes: the optimizer configs that ``--recipe`` selects by name of the family.
 
     Raises:
         SystemExit: as in :func:`parse`; also status 2 for an unknown preset or recipe, for ``--resume`` together with
@@ -148,7 +150,7 @@ def parse_experiment(
     )
     parser.add_argument(
         "--recipe", choices=sorted(recipes), metavar="FAMILY",
-        help="train with the published optimizer settings of a family, instead of those of the preset; "
+        help="use the published optimizer settings of a family instead of the optimizer settings of the preset; "
         f"--optimizer options change single values of the recipe. Families: {', '.join(recipes)}",
     )  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
@@ -202,7 +204,7 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
         return INTERRUPTED
     except BrokenPipeError:  # the process that reads the output has ended, as in `jaxlm score ... | head`
         with contextlib.suppress(OSError, ValueError):
-            # Python flushes stdout when it exits, which would raise the error again.
+            # Python flushes stdout when it exits, and the flush would raise the error again without this redirection.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -213,13 +215,13 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process with an exit status. After Ctrl-C (130), end it by SIGINT, so that ``subprocess`` reports -2.
+    """End the process with ``status``. If it is 130 (Ctrl-C), SIGINT ends the process, so ``subprocess`` reports -2.
 
     A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough. In a run with
     several processes, each process ends with the exit status 130 instead.
     """
     if status == INTERRUPTED and not processes.is_joined():
-        atexit._run_exitfuncs()  # private; a signal ends the process without calling the exit functions
+        atexit._run_exitfuncs()  # private; Python does not call the exit functions if a signal ends the process
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -229,7 +231,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the user must fix the cause of an error before a retry. Other errors are failures of the run."""
+    """Whether an error is a user error (exit status 2), whose cause the user must fix before a retry."""
     if isinstance(error, BlockingIOError):
         return False
     if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):
@@ -293,7 +295,7 @@ def _message_has_fix(error: BaseException) -> bool:
     """Whether the message of an error contains the fix.
 
     The result is True for the exception classes of jaxlm, the experiments and the benchmarks, such as
-    ``DivergedError``, and for a ``RuntimeError`` that their code raised.
+    ``DivergedError``, and for a ``RuntimeError`` that code of these packages raised.
     """
     traceback_entry = error.__traceback__
     while traceback_entry is not None and traceback_entry.tb_next is not None:

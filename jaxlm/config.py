@@ -50,7 +50,8 @@ def _field_types(kind: Any) -> Mapping[str, Any]:
 def to_json(config: Any) -> dict[str, Any]:
     """A config as a dict of JSON values.
 
-    Tuples become lists, NumPy scalars become numbers, and other values that JSON lacks (paths) become strings.
+    Nested configs become dicts, tuples become lists, NumPy scalars become numbers, and all other values that are not
+    JSON values, such as paths, become strings.
     """
     return json.loads(json.dumps(dataclasses.asdict(config), default=_to_json_value))
 
@@ -88,7 +89,9 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """The start of an error message about an unknown ``name``: the most similar of ``names``; empty if none is similar.
+    """A question that proposes the most similar of ``names`` for an unknown ``name``. Empty if none of them is similar.
+
+    An error message can begin with this text.
 
     Example:
         >>> suggestion("num_layer", ["num_layers", "num_heads"])
@@ -115,9 +118,9 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
 def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> None:
     """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
-    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. The entries of a tuple
-    must have the types of its hint. ``Any`` and generic types other than tuples, such as ``dict[str, int]``, accept
-    every value.
+    The hint ``float`` accepts integers. Neither ``float`` nor ``int`` accepts booleans. A ``float`` must be finite. The
+    entries of a tuple must have the types of its hint. ``Any`` and generic types other than tuples, such as
+    ``dict[str, int]``, accept every value.
 
     Args:
         where: name of the value in the error message.
@@ -129,7 +132,7 @@ def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> N
 
 
 def check_choices(config: Any) -> None:
-    """Raise ``ValueError`` if a ``Literal`` field of a config has a value that its type does not list."""
+    """Raise ``ValueError`` if a field of a config with a ``Literal`` type has a value that the type does not list."""
     for name, hint in field_types(type(config)).items():
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
         if literals and not _has_type(hint, value := getattr(config, name), True):
@@ -147,8 +150,8 @@ def check_finite(config: Any) -> None:
 def check_numbers(config: Any) -> None:
     """Raise ``ValueError`` if a number of a config or a nested config is out of range. Tuples are checked too.
 
-    Numbers must be finite. Integers must fit in int32. Fields named ``seed`` must fit in uint32, because JAX generates
-    the same random numbers for several seeds outside this range.
+    Numbers must be finite. Fields named ``seed`` must fit in uint32, because JAX generates the same random numbers for
+    several seeds outside this range. All other integers must fit in int32.
     """
     check_finite(config)
     for name, value in numbers_of(config):
@@ -160,7 +163,7 @@ def check_numbers(config: Any) -> None:
 
 
 def check_min(minimum: float, **numbers: float | None) -> None:
-    """Raise ``ValueError`` if a number is below ``minimum``. None is accepted."""
+    """Raise ``ValueError`` if one of ``numbers`` is below ``minimum``. None is accepted."""
     for name, value in numbers.items():
         if value is not None and value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
@@ -271,7 +274,7 @@ def read(kind: type[C], path: Path) -> C:
 
 
 def parse_assignments_as_text(option: str, texts: Sequence[str], example: str = "num_layers=24") -> dict[str, str]:
-    """``{name: value}`` from texts such as ``num_layers=24``.
+    """``{name: value}`` from texts such as ``num_layers=24``. The values remain strings.
 
     Args:
         option: name of the command-line option, for error messages.
@@ -292,9 +295,9 @@ def parse_assignments_as_text(option: str, texts: Sequence[str], example: str = 
 
 
 def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """``{name: value}`` from texts such as ``num_layers=24``. A value that is not a Python literal is a string.
+    """``{name: value}`` from texts such as ``num_layers=24``, with parsed values.
 
-    ``true`` and ``false`` are booleans.
+    Python literals, ``true`` and ``false`` are converted to their values. Other values remain strings.
 
     Args:
         option: name of the command-line option, for error messages.

@@ -1,7 +1,8 @@
-"""A table of the peak performance of accelerators, from the datasheets of their makers; the shapes of TPU slices.
+"""The peak performance of accelerators, from the datasheets of their makers, and the shapes of TPU slices.
 
-``jaxlm plan`` and ``jaxlm doctor`` use the table of peaks. Unknown values are None and are never guessed. A
-fraction of an unknown peak is shown as "n/a".
+``jaxlm plan`` and ``jaxlm doctor`` use the table of peaks. ``jaxlm plan`` and ``jaxlm launch`` use the shapes. Unknown
+values are None and are never guessed. If the peak of a device is unknown, ``jaxlm plan`` prints "n/a" for a fraction of
+this peak.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import dataclasses
 from typing import Any
 
 LANES = 128
-"""Entries in a row of a TPU vector register. An axis whose size is a multiple of ``LANES`` needs no padding."""
+"""Entries in a row of a TPU vector register. If the size of the last axis of an array is a multiple of this number, the
+array needs no padding along this axis."""
 SUBLANES = 8
-"""Rows of a TPU vector register, in float32."""
+"""Rows of a TPU vector register for float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Device:
         tflops: peak of dense bfloat16 matmuls, in 10^12 floating-point operations per second.
         memory: bytes of the main memory (HBM).
         bandwidth: bytes per second between the device and its main memory.
-        clock: cycles per second, which convert the cycle estimates of the compiler to seconds; None if the compiler
-            estimates no cycles.
-        link: bytes per second that one device sends to its neighbours, summed over all links, in one direction; None if
+        clock: cycles per second. It converts the cycles that the compiler estimates to seconds. None if the compiler
+            estimates no cycles, or if the clock is unknown.
+        link: bytes per second that one device sends to its neighbors, summed over all links, in one direction; None if
             unknown.
     """
 
@@ -52,11 +54,13 @@ DEVICES = (
     # JAX shows one chip as two devices. Each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
     Device("tpu7x", "TPU7x", 1153.5, 96e9, 3690e9, link=300e9),
 )
-"""For v4 to v6e, the peak is ``clock`` multiplied by the operations per cycle: a v5e has 4 arrays of 128 x 128 units
-with 2 operations each, which at 1.5 GHz are 196.6 TFLOP/s.
+"""The devices with a known peak. For v4 to v6e, the peak is ``clock`` multiplied by the operations per cycle. For
+example, a v5e has 4 matrix units of 128 x 128 cells. Each cell executes 2 operations per cycle. At 1.5 GHz, this gives
+196.6 TFLOP/s.
+
 ``link`` is half of the bidirectional interchip or NVLink bandwidth in the datasheet, so it is the bandwidth of one
-direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which is 200 GB/s.) For
-TPU7x, it is a quarter of the bandwidth of a chip (1200 GB/s), because a chip is two devices."""
+direction. (Older pages about TPUs state one direction in Gbit/s: 1600 for a v5e, which is 200 GB/s.) For TPU7x, it is a
+quarter of the bidirectional bandwidth of a chip (1200 GB/s), because a chip is two devices."""
 
 TPU_SHAPES = dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"))
 """All shapes of TPU slices in Google Cloud, for the generations whose slices are two-dimensional."""
@@ -73,6 +77,10 @@ def by_name(name: str) -> Device | None:
 
 
 def peak_fraction(flops_per_second: float, device: Any) -> float | None:
-    """``flops_per_second`` as a fraction of the peak of a ``jax.Device`` or device kind; None for an unknown peak."""
+    """``flops_per_second`` as a fraction of the peak of ``device``; None if the device is not in the table.
+
+    Args:
+        device: a ``jax.Device``, or its ``device_kind``.
+    """
     known = by_kind(getattr(device, "device_kind", device))
     return None if known is None else flops_per_second / (known.tflops * 1e12)

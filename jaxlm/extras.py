@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, for messages. The command is for a clone, because jaxlm is not on PyPI.
+    """A text for messages: the command that installs an extra, and the directory in which to run the command.
+
+    The directory is a clone of the repository, because jaxlm is not on PyPI.
 
     Example:
         >>> install("chess")

@@ -1,4 +1,4 @@
-"""The host: the name of its processor, and how malloc handles freed memory when JAX runs on the CPU."""
+"""Functions for the host machine: the name of its processor, and how malloc handles freed memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _enabled = False
 
 
 def keep_freed_memory() -> bool:
-    """Configure malloc to keep freed memory for the next step; return whether this took effect.
+    """Configure malloc to keep freed memory for the next step, and return whether malloc accepted all settings.
 
-    On a CPU, XLA frees the buffers of a step when the step ends. glibc returns large blocks to the operating system at
-    once, and the system clears each page again when the next step touches it. Returning and clearing the pages takes 5
-    to 35 % of a training step (docs/labbook.md). After a call of this function, the process holds its peak memory, and
-    somewhat more, until it ends.
+    On a CPU, XLA frees the buffers of a step when the step ends. By default, glibc returns large blocks to the
+    operating system at once, and the system clears each page again when the next step touches it. Returning and
+    clearing the pages takes 5 to 35 % of the time of a training step (docs/labbook.md). After a call of this function,
+    the process holds its peak memory, and somewhat more, until it ends.
 
-    Call this function before JAX computes anything, because it does not affect threads that are already running. The
-    experiments call it at their start; call it in your own programs too. Fragmentation may let the process grow to
-    twice the memory that it needs, so do not call this function in a job that fills the memory of the machine. The
-    function has an effect only on Linux with glibc.
+    The experiments call this function at their start. In your own program, call it before JAX computes anything,
+    because a thread that is already running may keep a heap of its own. Fragmentation can make the process use twice
+    the memory that it needs. So do not call this function in a job that fills the memory of the machine. The function
+    has an effect only on Linux with glibc; otherwise, it returns False.
     """
     global _enabled
     if sys.platform != "linux":
@@ -32,8 +32,8 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # Use one heap, because other heaps are too small for large blocks. Do not use mmap for large blocks. Do not trim
-    # the heap.
+    # Use one heap for all threads, because additional heaps are too small for large blocks. Do not use mmap for large
+    # blocks. Do not trim the heap.
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
     successes = [library.mallopt(option, value) for option, value in settings]
     _enabled = all(successes)
@@ -43,13 +43,13 @@ def keep_freed_memory() -> bool:
 def is_freed_memory_kept() -> bool:
     """Whether :func:`keep_freed_memory` took effect in this process.
 
-    If it took effect, the allocation of a large block is as cheap as that of a small block.
+    If it took effect, a large block that is allocated again causes no page faults.
     """
     return _enabled
 
 
 def processor_name() -> str:
-    """The name of the processor, for example "AMD EPYC 9354"; the architecture if the name is unknown."""
+    """The name of the processor, for example "AMD EPYC 9354". If it is unknown, the architecture, such as "x86_64"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,8 @@
 """Reliable files: checksums, atomic replacement, directory locks, and clear errors for a full or read-only disk.
 
-The files of a directory are replaced in two steps. First, the new files are written to a temporary directory inside it
-(:func:`staging_directory`). When they are complete, they are moved to their final names (:func:`install_files`).
+Several files of a directory are replaced in two steps. First, the new files are written to a temporary directory inside
+the directory (:func:`staging_directory`). When all new files are complete, they are moved to their final names
+(:func:`install_files`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
-"""Name of the file with the SHA-256 of the other files of a directory: ``{"sha256": {name: hexadecimal}}``."""
+"""Name of the JSON file that contains the SHA-256 of other files of its directory, as ``{"sha256": {name: hex}}``."""
 
 _STAGING = ".saving-"
 
@@ -28,7 +29,10 @@ def write_checksums(directory: Path, names: Iterable[str]) -> None:
 
 
 def verify_checksums(directory: Path, names: Collection[str] | None = None) -> None:
-    """Check the files that ``checksums.json`` lists (only ``names``, if given). Without ``checksums.json``, do nothing.
+    """Compare the files that ``checksums.json`` lists with their checksums. Without ``checksums.json``, do nothing.
+
+    Args:
+        names: check only files with these names; None: check all listed files.
 
     Raises:
         ValueError: a file is missing or has changed, or ``checksums.json`` is damaged.
@@ -59,7 +63,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_checksums(directory: Path, names: Collection[str]) -> None:
-    """Remove the checksums of these files, which are about to change. Without ``checksums.json``, do nothing."""
+    """Remove these files from ``checksums.json``. Without ``checksums.json``, do nothing.
+
+    Call this function before you change the files; otherwise, :func:`verify_checksums` would reject them.
+
+    Raises:
+        ValueError: ``checksums.json`` is damaged.
+    """
     checksums = _read_checksums(directory)
     if any(name in checksums for name in names):
         _write_checksums(directory, {name: value for name, value in checksums.items() if name not in names})
@@ -71,8 +81,8 @@ def staging_directory(directory: Path) -> Iterator[Path]:
 
     Write new files to the temporary directory. Then call :func:`install_files` inside the context.
     ``directory`` is created if it does not exist. The temporary directory is removed at the end, even after an error.
-    Temporary directories of killed processes are removed at the start. Only one process at a time may write to
-    ``directory``.
+    Temporary directories that killed processes left are removed at the start. So only one process at a time may write
+    to ``directory``.
 
     Raises:
         OSError: the disk is full, a file is larger than the limit of the system, or the directory is not writable.
@@ -86,13 +96,14 @@ def staging_directory(directory: Path) -> Iterator[Path]:
 
 
 def install_files(temporary: Path, directory: Path, names: Sequence[str], *, delete_first: Sequence[str] = ()) -> None:
-    """Move these files from ``temporary`` to ``directory`` and write their checksums.
+    """Move files from ``temporary`` to ``directory``, together with a new ``checksums.json`` that lists these files.
 
-    All files are written to the disk (fsync) before the first one is moved. ``checksums.json`` is moved first, so that
-    :func:`verify_checksums` detects a mixture of old and new files if the process is killed before the last move.
+    All files are flushed to the disk (fsync) before the first file is moved. ``checksums.json`` is moved first. So if
+    the process is killed before the last move, :func:`verify_checksums` detects the mixture of old and new files.
 
     Args:
-        delete_first: old files that are deleted directly before the first move, if they exist.
+        names: names of the files in ``temporary``. They keep their names.
+        delete_first: names of old files in ``directory`` that are deleted before the first move, if they exist.
 
     Raises:
         OSError: the disk is full, or a file cannot be replaced. If files were already replaced or deleted, the message
@@ -124,8 +135,8 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
 def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
-    Errors of missing permissions and of files above a size limit also get such a message. All other errors are raised
-    unchanged, including those that an inner context manager of this function has explained.
+    The same holds for errors of missing permissions and of files above a size limit. All other errors are raised
+    unchanged. If this context manager is nested, the outer one does not change the message of the inner one.
 
     Args:
         state_of_files: the part of the message that says which files changed and which did not, such as "the previous
@@ -140,8 +151,8 @@ def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
     except Exception as error:
         error_number = getattr(error, "errno", None)
         if isinstance(error, OSError) and error_number is not None and error.strerror is None:
-            raise  # an inner call of this function has explained it
-        if error_number is None:  # safetensors and orbax raise their own errors, which contain the system's message
+            raise  # an inner context manager of this function has already written the message
+        if error_number is None:  # safetensors and orbax raise errors without errno that contain the system's message
             codes = (*_DISK_FULL, *_NOT_WRITABLE, errno.EFBIG)
             error_number = next((code for code in codes if os.strerror(code) in str(error)), None)
         if error_number in _DISK_FULL:
@@ -184,14 +195,16 @@ def _format_bytes(count: int) -> str:
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """A context manager that locks a directory against other processes. The lock also ends when the process ends.
+    """A context manager that locks an existing directory. The lock also ends when the process ends.
+
+    The lock is advisory (flock): it stops only processes that also call this function.
 
     Raises:
-        BlockingIOError: another process has the lock.
+        BlockingIOError: another process has the lock, or has replaced or deleted the directory.
     """
     import fcntl  # not on Windows
 
-    descriptor = os.open(directory, os.O_RDONLY)  # lock the directory itself, so that no lock file is left
+    descriptor = os.open(directory, os.O_RDONLY)  # the directory itself is locked, so there is no lock file to delete
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

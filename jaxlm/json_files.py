@@ -50,7 +50,7 @@ def parse(text: str) -> Any:
 
 
 def require_json(value: Any, name: str, *, allow_nan: bool = True) -> None:
-    """Check that ``value`` has only JSON types. ``json`` would silently convert a key 3 to "3".
+    """Check that ``value`` has only JSON types (tuples count as lists). ``json`` would silently write a key 3 as "3".
 
     Args:
         name: name of the value in error messages, such as ``meta['rows'][0]``.
@@ -58,7 +58,7 @@ def require_json(value: Any, name: str, *, allow_nan: bool = True) -> None:
 
     Raises:
         TypeError: a value or a key has another type.
-        ValueError: without ``allow_nan``, a number is not finite.
+        ValueError: ``allow_nan`` is False, and a number is not finite.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -86,4 +86,5 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)  # json.loads would create a decoder for each line
+# With a hook, json.loads would create a new decoder in each call, for example for each line of a file.
+_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)

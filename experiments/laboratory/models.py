@@ -1,8 +1,7 @@
-"""Models of the causal families and of encoder-decoders for a given width, number of layers and vocabulary.
+"""Causal models and encoder-decoders of many families for a given width, number of layers and vocabulary size.
 
-Three families with causal models are missing: ``transformer_xl``, whose memory is for consecutive segments of a long
-text, ``xlnet``, whose published models predict tokens in any order, and ``alexnet``, whose causal model is not
-published.
+Three families with causal models are missing. The memory of ``transformer_xl`` is for consecutive segments of a long
+text. The published models of ``xlnet`` predict tokens in any order. The causal model of ``alexnet`` is not published.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ from typing import Any
 from jaxlm.models import Model, get_model
 
 HEAD_WIDTH = 32
-"""Width of an attention head."""
+"""Width of an attention head, if the width of the model is a multiple of it."""
 
 
 def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each model name, the family or variant and its config fields, without the fields that all models share."""
+    """For each model name, the family or variant and its config fields.
+
+    The vocabulary size, the width of the embeddings and the number of layers are missing. :func:`model_of` sets them.
+    """
     heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
     attention = {"num_heads": heads, "max_positions": max_length}
     mamba2 = {"head_dim": 2 * width // heads, "state_size": 64}
@@ -27,7 +29,7 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
     xlstm = {"num_heads": heads, "mlp_dim": mlp, "key_dim": width, "value_dim": 2 * width}
     rwkv_ranks = {"decay_rank": 32, "rate_rank": 32, "value_rank": 16, "gate_rank": 64}
     recurrent = {"hidden_dim": width, "init_bound": 0.5}
-    # The default attention, bahdanau, allows only one layer.
+    # The default, ``attention="bahdanau"``, allows only one layer.
     luong = {"attention": "luong", "score": "general", "hidden_dim": width, "output_dim": width}
     return {
         "gpt": ("gpt2", attention),
@@ -38,7 +40,7 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
         "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1),) * layers}),
         "mamba2": ("mamba2", mamba2),
         "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
-        # The published pattern has two recurrent layers before attention, so two layers would have no attention.
+        # In the published pattern, attention follows two recurrent layers. A model of two layers would have none.
         "griffin": (
             "griffin",
             {"num_heads": heads, "mlp_dim": mlp, "window": 64, "pattern": ("recurrent", "attention")},
@@ -55,17 +57,17 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
 
 
 ENCODER_DECODERS = ("t5", "attention_rnn")
-"""Names of the encoder-decoders, for experiments whose rows have a source."""
+"""Names of the encoder-decoders. Only experiments whose batches have a source use them."""
 MODELS = tuple(name for name in _definitions(64, 2, 64) if name not in ENCODER_DECODERS)
-"""Names of the causal models. Some families occur with several settings."""
+"""Names of the causal models. Some families have several models with different settings."""
 
 
 def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length: int) -> Model:
-    """The model without dropout.
+    """The model with this name and these sizes, without dropout.
 
     Args:
         name: an entry of :data:`MODELS` or :data:`ENCODER_DECODERS`.
-        max_length: length of the longest row in training and tests, for models with a maximum number of positions.
+        max_length: length of the longest row in training and tests. It is ``max_positions`` of gpt and llama.
     """
     variant, fields = _definitions(width, layers, max_length)[name]
     model = get_model(variant, vocab_size=vocab_size, embed_dim=width, **fields)

@@ -20,7 +20,7 @@ Group = tuple[str, str, int]
 
 
 def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
-    """The results of the experiment's cases and models with the widths, layers and steps of its plan."""
+    """The results with a case and a model of the experiment, and with the widths, layers and steps of its plan."""
     plan = experiment.plan
     return [
         result
@@ -33,10 +33,10 @@ def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
 
 
 def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """For each case, model and width, the planned runs with the learning rate that has the most runs.
+    """For each case, model and width, the :func:`planned` runs with the learning rate that has the most runs.
 
-    If several rates have the most runs, the rate with the highest validation accuracy is used. When all runs of the
-    experiment are done, this is the learning rate that validation selected.
+    If several learning rates have equally many runs, the one with the highest validation accuracy is used. When all
+    runs of the experiment are done, this is the learning rate that validation selected (``runs.run_model``).
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in planned(experiment, results):
@@ -49,7 +49,7 @@ def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, l
 
 
 def mean_and_interval(values: Sequence[float]) -> str:
-    """The mean as text, with the half width of its 95 % interval (Student's t) if there are several values."""
+    """The mean as text. With several values, also the half width of its 95 % interval (Student's t)."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.3f}"
@@ -58,9 +58,9 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
-    """The range of the measured accuracies as text, and whether all agree with the claim: yes, no or not measured.
+    """The range of the measured accuracies, and whether all of them agree with the claim, as texts.
 
-    An accuracy is the mean over the runs of one case, model and width.
+    An accuracy is the mean over the runs of one case, model and width. The second text is yes, no or "not measured".
     """
     means = {}
     for (case, model, width), group_runs in runs.items():
@@ -74,17 +74,23 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
 
 
 def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], picture: str | None) -> str:
-    """The Markdown of one experiment with its :func:`selected` runs and the path of its picture, if it has one."""
+    """The section of an experiment as Markdown.
+
+    Args:
+        name: name of the experiment on the command line.
+        runs: the :func:`selected` runs of the experiment.
+        picture: path of the picture, relative to the page; None: no picture.
+    """
     command = f"python -m experiments.laboratory {name}"
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     fewer = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} earlier)"
     lines += [
-        f"{plan.layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, selected by validation for each "
-        f"{'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are means "
-        "over the seeds with 95 % intervals (Student's t). A row with fewer seeds is not complete, and may have runs "
-        "with only one learning rate. Minutes are the median duration of a run.",
+        f"{plan.layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, of which validation selects one "
+        f"for each {'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are "
+        "means over the seeds with 95 % intervals (Student's t). If a row has fewer seeds, some of its runs are "
+        "missing, and its learning rate may not be the best one. Minutes are the median duration of a run.",
     ]
     if experiment.claims:
         lines += [
@@ -132,7 +138,12 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
 
 
 def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: Path) -> None:
-    """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column)."""
+    """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column).
+
+    Args:
+        runs: the :func:`selected` runs of the experiment.
+        path: the file of the picture.
+    """
     from matplotlib.figure import Figure
 
     plan = experiment.plan
@@ -167,7 +178,12 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
 
 
 def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
-    """Draw validation accuracy (seed 0) against learning rate: a panel per model and case, a curve per width."""
+    """Draw the validation accuracy (seed 0) against the learning rate: a panel per model and case, a curve per width.
+
+    Args:
+        results: all results of the experiment.
+        path: the file of the picture.
+    """
     from matplotlib.figure import Figure
 
     curves: dict[Group, dict[float, float]] = defaultdict(dict)
@@ -206,22 +222,22 @@ def write(
     """Write ``laboratory.md`` and its pictures to a directory, and return the path of the page.
 
     Args:
-        results: the results of each experiment that was run.
-        experiments: the experiments of the page. Results that differ from the cases, models, widths, layers or steps of
-            their experiment are left out.
+        results: the results of each experiment that was run, by name.
+        experiments: the experiments of the page, by name. The page has only their :func:`planned` results.
     """
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = [
-        "# Laboratory\n\nThe same models on published experiments. All results are in `docs/laboratory/`.\n"
+        "# Laboratory\n\nThis page compares models of many families on the tasks of published experiments.\n"
+        "All results are in `docs/laboratory/`.\n"
         "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
-        '"ours" is the smallest and the largest measured accuracy. A claim of the form "at most"\n'
+        '"ours" is the smallest and the largest accuracy that we measured. A claim of the form "at most"\n'
         'also agrees if a model has not learned the training lengths; see the column "validation".\n'
         "The models have no dropout. They are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
-        "`griffin` alternates recurrent layers and local attention, `hawk` has only recurrent layers;\n"
-        "`mlstm` and `slstm` are `xlstm` with one kind of layer;\n"
-        "`[-1, 1]` means that the eigenvalues of a step may be negative.\n"
+        "`griffin` alternates recurrent layers and local attention. `hawk` has only recurrent layers.\n"
+        "`mlstm` and `slstm` are `xlstm` with one kind of layer.\n"
+        "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n"
     ]
     for name, experiment in experiments.items():
         runs = selected(experiment, results.get(name, ()))
@@ -235,7 +251,7 @@ def write(
             draw(experiment, runs, path)
         elif scaling.runs_by_model(runs.values()):
             scaling.draw(experiment.title, runs.values(), path)
-        else:  # too few runs for a power law
+        else:  # no model has runs of two widths, so there is no power law
             picture = None
         parts.append(section(name, experiment, runs, picture))
     page = directory / "laboratory.md"

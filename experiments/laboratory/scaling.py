@@ -1,7 +1,8 @@
 """Power laws between the validation loss of a model and its training FLOPs or its number of parameters.
 
-For each model, a line is fitted to the logarithms, by least squares over the runs of all widths and seeds. The fits
-give the loss of each model at equal FLOPs and at an equal number of parameters, with 95 % intervals of the fitted line.
+For each model, a line is fitted to the logarithms of both quantities, by least squares over the runs of all widths and
+seeds. The lines give the loss of each model at equal FLOPs and at an equal number of parameters, with 95 % intervals of
+the lines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from experiments.laboratory.runs import Result
 
 
 class Measure(NamedTuple):
-    """A quantity on the horizontal axis: its name, its value for a run, and its format in a table."""
+    """The quantity x of a power law: its name, its value for a run, and its format specification in tables."""
 
     name: str
     value: Callable[[Result], float]
@@ -63,41 +64,49 @@ class PowerLaw:
 
 
 def runs_by_model(groups: Iterable[Sequence[Result]]) -> dict[str, list[Result]]:
-    """The runs of each model that has runs of at least two widths and a measured loss."""
+    """The runs with a measured validation loss, by model. Models with such runs of only one width are left out.
+
+    Args:
+        groups: the runs of each case, model and width.
+    """
     runs: dict[str, list[Result]] = {}
     for group in groups:
         for run in group:
             if run.validation_loss is not None:
                 runs.setdefault(run.model, []).append(run)
-    return {model: own_runs for model, own_runs in runs.items() if len({run.width for run in own_runs}) > 1}
+    return {model: model_runs for model, model_runs in runs.items() if len({run.width for run in model_runs}) > 1}
 
 
 def fit(runs: Sequence[Result], measure: Measure) -> PowerLaw:
-    """The power law of the runs of one model."""
+    """The power law between ``measure`` and the validation loss, fitted to the runs of one model."""
     return PowerLaw([measure.value(run) for run in runs], [run.validation_loss or math.nan for run in runs])
 
 
 def common_value(runs: Mapping[str, Sequence[Result]], measure: Measure) -> float:
-    """The geometric mean of both ends of the range in which all models have runs.
+    """A value of ``measure`` at which the models are compared.
 
-    If the ranges of the models do not overlap, the result is the geometric mean of both ends of the gap.
+    It is the geometric mean of both ends of the range in which all models have runs. If the ranges of the models do not
+    overlap, it is the geometric mean of both ends of the gap.
     """
-    values = [[measure.value(run) for run in own_runs] for own_runs in runs.values()]
+    values = [[measure.value(run) for run in model_runs] for model_runs in runs.values()]
     return math.sqrt(max(map(min, values)) * min(map(max, values)))
 
 
 def table(groups: Iterable[Sequence[Result]]) -> list[str]:
-    """Lines of a Markdown table: exponents, and losses at equal FLOPs and at an equal number of parameters."""
+    """Lines of a Markdown table: exponents, and losses at equal FLOPs and at an equal number of parameters.
+
+    The list is empty if no model has runs of two widths.
+    """
     runs = runs_by_model(groups)
     if not runs:
         return []
     common = {measure: common_value(runs, measure) for measure in MEASURES}
     header = [text for m in MEASURES for text in (f"exponent of {m.name}", f"loss at {common[m]:{m.format}} {m.name}")]
     lines = [f"| model | runs | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2)]
-    for model, own_runs in runs.items():
-        cells = [model, str(len(own_runs))]
+    for model, model_runs in runs.items():
+        cells = [model, str(len(model_runs))]
         for measure in MEASURES:
-            law = fit(own_runs, measure)
+            law = fit(model_runs, measure)
             (exponent, half_width), (loss, low, high) = law.exponent, law.loss(common[measure])
             cells += [f"{exponent:.3f} ± {half_width:.3f}", f"{loss:.3f} [{low:.3f}, {high:.3f}]"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -105,7 +114,12 @@ def table(groups: Iterable[Sequence[Result]]) -> list[str]:
 
 
 def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
-    """Draw the losses of all runs with the fitted lines: one panel against FLOPs, one against parameters."""
+    """Draw the losses of all runs with the fitted lines: one panel against FLOPs, one against parameters.
+
+    Args:
+        groups: the runs of each case, model and width.
+        path: the file of the picture.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -113,10 +127,10 @@ def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
     runs = runs_by_model(groups)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
-        for number, (model, own_runs) in enumerate(runs.items()):
-            color, law = colormaps["tab20"](number), fit(own_runs, measure)
-            values = [measure.value(run) for run in own_runs]
-            axes.scatter(values, [run.validation_loss for run in own_runs], color=color, s=12)
+        for number, (model, model_runs) in enumerate(runs.items()):
+            color, law = colormaps["tab20"](number), fit(model_runs, measure)
+            values = [measure.value(run) for run in model_runs]
+            axes.scatter(values, [run.validation_loss for run in model_runs], color=color, s=12)
             ends = [min(values), max(values)]
             axes.plot(ends, [law.loss(end)[0] for end in ends], color=color, label=model)
         axes.set(xscale="log", yscale="log", xlabel=measure.name)

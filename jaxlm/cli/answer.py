@@ -16,7 +16,7 @@ from jaxlm.tasks.question_answering import answer
 class Answer:
     """Answer questions with spans of a text. Prints each answer and its score, separated by a tab.
 
-    The score is the logit of the answer minus the logit of "no answer".
+    The score is the logit of the answer (its first and last token, summed) minus the logit of "no answer".
     """
 
     directory: Directory
@@ -28,13 +28,14 @@ class Answer:
     file: Path | None = None
     """Instead of --question: a file with one JSON object {"question": ..., "context": ...} per line."""
     no_answer_threshold: float | None = None
-    """Print an empty answer if the score is not above this threshold; None: always print an answer."""
+    """Print an empty answer if the score is at most this number; None: always print an answer."""
     max_answer_tokens: int = 30
     """Maximum tokens per answer."""
     max_length: int | None = None
-    """Maximum tokens per window of the text; None: 384, or the model's max_positions if that is less."""
+    """Maximum tokens per window. A window has the question and a part of the text. None: 384, or the model's
+    max_positions if that is less."""
     stride: int | None = None
-    """Tokens that two consecutive windows share; None: a third of --max-length."""
+    """Tokens of the text that two consecutive windows share; None: a third of --max-length."""
     batch_size: int = 32
     """Windows per batch."""
     dtype: str | None = None

@@ -20,7 +20,7 @@ class Classify:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, the lines of standard input are read."""
+    """Texts, or pairs TEXT<tab>TEXT. If neither texts nor --file are given, standard input has one text per line."""
     file: Path | None = None
     """File with one text (or pair) per line."""
     all: bool = False

@@ -1,4 +1,4 @@
-"""Functions shared by the subcommands: loading a trained model, and reading texts from arguments, a file or stdin."""
+"""Functions of several subcommands: load a trained model, and read texts from arguments, a file or standard input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 
 def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters and tokenizer of a run directory or a directory in Hugging Face layout.
+    """The model, its parameters and its tokenizer from a run directory or a directory in Hugging Face layout.
 
     Args:
         dtype: compute dtype. None: the dtype of the model's config.
@@ -38,9 +38,13 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
 def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Model, Params]:
     """The draft model for speculative decoding and its parameters.
 
+    Args:
+        tokenizer: the tokenizer of the target model.
+        texts: the prompts.
+
     Raises:
-        ValueError: the vocabulary size of the draft model's tokenizer differs from that of ``tokenizer``, the tokenizer
-            of the target model, or the two tokenizers encode one of ``texts`` differently.
+        ValueError: the tokenizer of the draft model and ``tokenizer`` have different vocabulary sizes, or encode one of
+            ``texts`` differently.
     """
     model, params, draft_tokenizer = load(directory, dtype)
     same_size = tokenizer.vocab_size == draft_tokenizer.vocab_size
@@ -61,7 +65,7 @@ STANDARD_INPUT = "standard input"
 
 
 def standard_input() -> str:
-    """The text of standard input, read with the rules of :mod:`jaxlm.data.text_files`, like a file.
+    """The text of standard input, read with the rules of :mod:`jaxlm.data.text_files`.
 
     Raises:
         ValueError: the input is not UTF-8.

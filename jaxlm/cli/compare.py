@@ -18,8 +18,8 @@ class Compare:
     """Print a table of training runs: family, parameters, steps, minutes, validation metrics and scores."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, for example runs/*. Other existing paths are left out with a message. It is an error if a path
-    does not exist, or if no path is a run directory."""
+    """Run directories, for example runs/*. An existing path that is not a run directory is left out with a message. It
+    is an error if a path does not exist, or if no path is a run directory."""
     plot: Path | None = None
     """Plot the validation curves of all runs to this PNG file."""
 

@@ -19,21 +19,21 @@ EXTRAS = (
     ("rouge-score", "metrics", "ROUGE of summaries"),
     ("lm_eval", "eval", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
     ("chess", "chess", "the rules of chess"),
-    ("datasets", "data", "reading data sets of Hugging Face"),
-    ("grain", "data", "data loaders of Grain"),
-    ("peft", "adapters", "tests of the files of adapters"),
+    ("datasets", "data", "reading Hugging Face data sets"),
+    ("grain", "data", "Grain data loaders"),
+    ("peft", "adapters", "tests that read and write PEFT adapter files"),
     ("tensorboard", "trackers", "--training.tracker tensorboard"),
     ("pytest", "test", "running the tests"),
     ("libtpu", "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
     ("torch", "reference", "tests against the reference implementations"),
     ("transformers", "reference", "tests against the reference implementations"),
 )
-"""Optional packages: name, extra, purpose."""
+"""Optional packages: the name of the package, the extra of jaxlm that installs it, and its purpose."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Print versions, devices, memory, and which optional packages are missing."""
+    """Print versions, devices, memory, and which optional packages are installed or missing."""
 
     def run(self) -> int:
         """Print the report and return the exit status."""

@@ -13,7 +13,7 @@ from jaxlm.command_line import check_output_file
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a model on tasks of lm-evaluation-harness. Prints a table. Needs the extra "eval".
+    """Evaluate a model on tasks of lm-evaluation-harness. Prints a table. Needs the extra eval of jaxlm.
 
     The data sets of most tasks are downloaded from the Hugging Face Hub.
     """
@@ -31,7 +31,7 @@ class Evaluate:
     batch_size: int = 32
     """Requests per batch."""
     max_length: int | None = None
-    """Maximum tokens that the model reads; None: the model's own limit."""
+    """Maximum tokens that the model reads; None: the model's max_positions, or no limit if it has none."""
     prefix_token_id: int | None = None
     """Id of the token to put before a text without context; None: the tokenizer's BOS token, or its end token if it has
     no BOS token."""
@@ -65,7 +65,7 @@ class Evaluate:
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,
         )  # fmt: skip
-        # This check comes last, because the harness needs about ten seconds to read its tasks.
+        # The names are checked after the other options, because the harness needs about ten seconds to read its tasks.
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         unknown = [name for name in self.tasks if name not in manager.all_tasks]
         if unknown:

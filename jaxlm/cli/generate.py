@@ -16,20 +16,22 @@ from jaxlm.decoding.describe import describe
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Generate text from prompts. With one prompt on the command line, the text is printed while it is generated,
-    except with beam search or a draft model. With several prompts, or prompts from a file or standard input, each text
-    is printed on one line, with a line break as \\n and a backslash as \\\\.
+    """Generate text from prompts. Prints each prompt with its continuation.
 
-    If max-new-tokens, the sampling options, num-beams or stop are not given, generation_config.json of the model sets
-    them, or config.json if there is no such file. If the file turns sampling on, the sampling options that it does not
-    set have the defaults of transformers (temperature 1, top-k 50). Other options that it does not set have the
-    defaults below.
+    With one prompt on the command line, the text is printed while it is generated (not with beam search or a draft
+    model: then it is printed when it is complete). With several prompts, or prompts from a file or standard input, each
+    text is printed on one line, with a line break as \\n and a backslash as \\\\.
+
+    If max-new-tokens, a sampling option, num-beams or stop is not given, its value is read from generation_config.json
+    of the model. If there is no such file, the value is read from config.json. If the file turns on sampling
+    with do_sample, sampling options that are missing in the file have the defaults of transformers (temperature 1 and
+    top-k 50). All other missing options have the defaults below.
     """
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Prompts. Without prompts and --file, the lines of standard input are read."""
+    """Prompts. If neither prompts nor --file are given, standard input has one prompt per line."""
     prompt: str | None = None
     """One prompt; the same as a single TEXT."""
     file: Path | None = None
@@ -37,7 +39,8 @@ class Generate:
     max_new_tokens: int | None = None
     """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
-    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it; 0 is greedy. Default: 0.8."""
+    """Sampling temperature. A value below 1 sharpens the distribution, a value above 1 flattens it; 0 is greedy.
+    Default: 0.8."""
     top_k: int | None = None
     """Number of most probable tokens to sample from; 0: all tokens. Default: 0."""
     top_p: float | None = None
@@ -49,12 +52,12 @@ class Generate:
     num_beams: int | None = None
     """Number of beams; 1: no beam search. Default: 1."""
     stop: tuple[str, ...] | None = None
-    """Stop at the first occurrence of one of these strings. Default: none."""
+    """End the text before the first occurrence of one of these strings. Default: none."""
     batch_size: int = 32
     """Prompts per batch."""
     draft: Path | None = None
-    """Directory of a smaller model with the same tokenizer, which proposes tokens (speculative decoding). The text is
-    then printed when it is complete, and prompt and new tokens must fit the positions of both models."""
+    """Directory of a smaller model with the same tokenizer, which proposes tokens (speculative decoding). The prompt,
+    the new tokens and num-proposed - 1 more tokens must fit into the positions of both models."""
     num_proposed: int | None = None
     """Number of tokens that the draft model proposes in each round. Default: 4."""
     seed: int = 0

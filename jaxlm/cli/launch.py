@@ -11,35 +11,38 @@ from jaxlm import processes
 from jaxlm.launch import run_local, script
 
 MAX_CHIPS = 8960
-"""Chips of a TPU v5p pod, the largest pod of the supported generations."""
+"""Number of chips of a TPU v5p pod, the largest pod of the supported generations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Print a script that runs a command on a new TPU or an existing GPU node and fetches the results; or run a command
-    in several processes on this machine (--topology local:2), and restart them after a failure."""
+    """Print a script that runs a command on a new TPU or an existing GPU node and copies the results to this machine.
+
+    With --topology local:N, run a command in N processes on this machine instead.
+    """
 
     topology: str
-    """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
+    """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1, ... (a new TPU); gpu (an existing GPU node); or local:N (N processes on
+    this machine)."""
     command: str | None = None
-    """Command to run: python -m MODULE ... The command must write its results to results/. The script copies this
-    directory to this machine.
-    None: the training benchmark on one host, or the training of a model as large as GPT-2 on several hosts. Required
-    for local:N."""
+    """Command to run: python -m MODULE ... For a TPU or a GPU node, the command must write its results to results/,
+    because the script copies only this directory. None (not allowed for local:N): the training benchmark on one host,
+    or the training of a model as large as GPT-2 on several hosts."""
     zone: str | None = None
-    """Google Cloud zone of the TPU, for example us-central1-a."""
+    """Google Cloud zone of the TPU, for example us-central1-a. Required for a TPU."""
     name: str = "jaxlm"
     """Name of the new TPU."""
     host: str | None = None
-    """user@machine of a GPU node."""
+    """Address of the GPU node, such as user@machine. Required for gpu."""
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required for a TPU or a GPU node, and not allowed for local:N. It confirms that the script is only printed: jaxlm
-    never executes it."""
+    """Required for a TPU or a GPU node, and not allowed for local:N. It confirms that jaxlm prints the script and never
+    executes it."""
     restarts: int = 0
-    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume, but
-    not after a user error (status 2) or a signal. The command must name a run directory (--output or --resume)."""
+    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume. There
+    is no restart after a user error (status 2) or a signal to jaxlm launch. With restarts, the command to run must have
+    --output or --resume."""
     lost_after: int = processes.LOST_AFTER
     """For local:N: seconds without a heartbeat after which a process counts as lost."""
 

@@ -1,4 +1,4 @@
-"""``jaxlm plan``: ahead-of-time compilation for devices that this machine may lack."""
+"""``jaxlm plan``: estimates of a step that is compiled for devices that this machine may lack."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from jaxlm.config import assignments, parse_assignments_as_text
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate the memory and, for TPUs, the time of a training or decoding step: compile it for devices that this
-    machine may lack."""
+    """Estimate the memory of a training or decoding step, and its time on a TPU. The step is compiled, but not run, so
+    this machine may lack the devices."""
 
     model: str
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
-    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu), h100:8 (needs the extra cuda13; no time),
-    or local: the devices of this machine (no time on a CPU or GPU, and no estimates for Pallas kernels)."""
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu); h100:8 (needs the extra cuda13, and has no
+    time estimate); or local, the devices of this machine (without a time estimate on a CPU or GPU, and without
+    estimates for Pallas kernels)."""
     mesh: str
-    """Mesh axes over these devices, for example data=4,fsdp=4."""
+    """Mesh axes over the devices, for example data=4,fsdp=4."""
     batch: int
     """Rows per step, summed over all devices."""
     sequence: int | None = None
-    """Tokens per row; with --decode, including the new token. For an encoder-decoder: tokens per source; in training,
-    span corruption determines the target length. None: max_positions of the model, at most 1024; 512 if the model has
-    no max_positions."""
+    """Tokens per row. For an encoder-decoder: tokens per source (in training, span corruption determines the target
+    length). With --decode, it is also the number of cache slots, including the slot of the new token. None:
+    max_positions of the model, but at most 1024; 512 if the model has no max_positions."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
@@ -36,13 +37,13 @@ class Plan:
     set: tuple[str, ...] = ()
     """Changes to fields of the model's config, for example num_layers=24 remat=full scan_layers=true."""
     dtype: str = "bfloat16"
-    """Compute dtype, unless --set has dtype."""
+    """Compute dtype. It has no effect if --set has dtype."""
     param_dtype: str = "float32"
     """Dtype of the parameters for --decode; training uses float32 parameters."""
     grad_accum_steps: int = 1
     """Gradient accumulation: number of micro-batches per batch."""
     dropout: bool = True
-    """Use the dropout rates of the config; --no-dropout sets all of them to 0, except those in --set."""
+    """Use the dropout rates of the config. --no-dropout sets each rate to 0, unless --set sets this rate."""
     xla: tuple[str, ...] = ()
     """XLA compiler options, for example xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None

@@ -15,14 +15,15 @@ from jaxlm.tasks.predict import score_texts
 class Score:
     """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of scored tokens, perplexity.
 
-    A causal model does not score the first token of a text. An encoder-decoder scores all tokens of the target and the
-    end token.
+    The perplexity is exp(-log-likelihood / number of tokens). A causal model does not score the first token of a text.
+    An encoder-decoder scores all tokens of the target and, if the tokenizer has one, the end token.
     """
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts; SOURCE<tab>TARGET for an encoder-decoder. Without texts and --file, standard input is read."""
+    """Texts; SOURCE<tab>TARGET for an encoder-decoder. If neither texts nor --file are given, standard input
+    has one text per line."""
     file: Path | None = None
     """File with one text (or SOURCE<tab>TARGET) per line."""
     batch_size: int = 32

@@ -19,7 +19,7 @@ class _SourceCommand:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Sources. Without sources and --file, the lines of standard input are read."""
+    """Sources. If neither sources nor --file are given, standard input has one source per line."""
     file: Path | None = None
     """File with one source per line. In the output, a line break is printed as \\n and a backslash as \\\\."""
     prefix: str = ""
@@ -27,7 +27,8 @@ class _SourceCommand:
     num_beams: int | None = None
     """Number of beams; 1: no beam search. Default: 5."""
     length_penalty: float | None = None
-    """The score of a beam is divided by its length to this power: a value above 1 favours long outputs. Default: 1."""
+    """The score of a beam is its log-probability divided by its length to this power, so a larger value favors longer
+    outputs. Default: 1."""
     max_new_tokens: int | None = None
     """Maximum tokens to generate per source. Default: 128."""
     temperature: float | None = None
@@ -70,8 +71,10 @@ class _SourceCommand:
 class Translate(_SourceCommand):
     """Translate texts. Prints one line per text.
 
-    An option that is not given gets its value from generation_config.json in DIR (without this file: config.json), or
-    else its default.
+    If num-beams, length-penalty, max-new-tokens or a sampling option is not given, its value is read from
+    generation_config.json of the model. If there is no such file, the value is read from config.json. If the file turns
+    on sampling with do_sample, sampling options that are missing in the file have the defaults of transformers, which
+    are temperature 1 and top-k 50. All other missing options have the defaults below.
     """
 
     verb = "translate"
@@ -81,8 +84,10 @@ class Translate(_SourceCommand):
 class Summarize(_SourceCommand):
     """Summarize texts. Prints one line per text.
 
-    An option that is not given gets its value from generation_config.json in DIR (without this file: config.json), or
-    else its default.
+    If num-beams, length-penalty, max-new-tokens or a sampling option is not given, its value is read from
+    generation_config.json of the model. If there is no such file, the value is read from config.json. If the file turns
+    on sampling with do_sample, sampling options that are missing in the file have the defaults of transformers, which
+    are temperature 1 and top-k 50. All other missing options have the defaults below.
     """
 
     verb = "summarize"

@@ -1,10 +1,11 @@
 """Batches as pure functions of the step number.
 
-``Source.batch(index, rows)`` returns the batch of any step, in any order of calls. So the state of the iterator is one
-integer, a resumed run reads the same batches, and each process reads only its own rows of the global batch.
+``Source.batch(index, rows)`` returns the given rows of the batch of step ``index``, in any order of calls. So an
+iterator only needs to save the step number, a resumed run reads the same batches, and each process reads only its own
+rows of the global batch.
 
-Shapes: B batch size, T sequence length. A window has T + 1 tokens: ``tokens[:, :-1]`` are the inputs, and
-``tokens[:, 1:]`` the targets.
+Shapes: B batch size, T sequence length. A row has T + 1 tokens: ``tokens[:, :-1]`` are the inputs, and
+``tokens[:, 1:]`` are the targets.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class TokenBatch(NamedTuple):
 
     Attributes:
         tokens: ``[B, T+1]`` int32.
-        segment_ids: ``[B, T+1]`` int32: 1, 2, ... for the documents (or pieces of documents) of a row and 0 for
-            padding. None: each row is one document.
+        segment_ids: ``[B, T+1]`` int32: 1, 2, ... for the documents (or pieces of documents) of a row, and 0 for
+            padding. None: each row is one segment without padding.
         reset: ``[B]`` bool, True for rows whose model state must be reset. None: no state is carried between batches.
     """
 
@@ -40,7 +41,10 @@ class TokenBatch(NamedTuple):
 
 
 class Source(Protocol):
-    """The protocol of a data set with a fixed order of batches. The constructor of a source checks all arguments."""
+    """The protocol of a data set whose batches are functions of the step number.
+
+    ``batch_size`` is the number of rows of the global batch. The constructor of a source checks all arguments.
+    """
 
     @property
     def batch_size(self) -> int: ...
@@ -55,7 +59,7 @@ class Source(Protocol):
         ...
 
     def check(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` if a token, or the id of padding, is outside the vocabulary. Reads all data once."""
+        """Raise ``ValueError`` if a token id or the padding id is outside the vocabulary. Reads all data once."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def shuffled_items(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
-    """The item index of each given row of step ``index``. Each epoch is a permutation of ``count`` items."""
+    """The item index of each given row of step ``index``. Each epoch is another permutation of ``range(count)``."""
     position = index * batch_size + np.asarray(rows, np.int64)
     items = np.empty_like(position)
     for epoch in np.unique(position // count):
@@ -129,7 +133,7 @@ class RandomWindows:
 
     All windows are complete, so with ``stride > 1``, the last tokens may be in no window. Each window
     occurs exactly once per epoch, and each epoch has a different order. A batch may contain the last windows of one
-    epoch and the first windows of the next epoch, so no window is dropped.
+    epoch and the first windows of the next epoch. So no window is dropped at the end of an epoch.
 
     Args:
         tokens: ``[N]`` ids. If ``tokens`` is a memory map, a batch reads only its own windows.
@@ -174,9 +178,10 @@ class RandomWindows:
 class ContiguousStreams:
     """``batch_size`` contiguous streams of one token array. Each batch continues the rows of the previous batch.
 
-    This is the order for truncated backpropagation through time. Tokens at the end of a stream that do not fill a
-    window, and tokens at the end of the array that no stream contains, are dropped (``num_dropped_tokens`` counts
-    them). ``reset`` is True in the first batch of an epoch, because this batch begins at the start of every stream.
+    This is the order for truncated backpropagation through time. ``reset`` is True in the first batch of an epoch,
+    because this batch begins at the start of every stream. Two kinds of targets are dropped: those at the end of a
+    stream that do not fill a window, and those at the end of the array that no stream contains. ``num_dropped_tokens``
+    counts both.
 
     Args:
         tokens: ``[N]`` ids.
@@ -330,7 +335,7 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> np.ndarray:
 
 
 def source_fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
-    """A dict with the class name of a source, its integer and boolean fields, and ``data_summary``.
+    """The fingerprint of a source: its class name, its integer and boolean fields, and ``data_summary``.
 
     Args:
         data_summary: numbers that describe the data, such as size and checksum.
@@ -343,9 +348,9 @@ def source_fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
 class Batches(Iterator[Any]):
     """An infinite iterator over the batches of a source. Each batch has only the rows of this process.
 
-    The state is ``{"next": step, "source": fingerprint}``. It is the same in every process and for any number of
-    processes. With ``prefetch``, a thread makes the next batches while the device computes. The state counts only the
-    batches that the caller has received.
+    The state is ``{"next": step of the next batch, "source": fingerprint}``. It is the same in every process and for
+    any number of processes. With ``prefetch``, a thread makes the next batches while the device computes. The state
+    counts only the batches that the caller has received.
 
     Args:
         source: the data set.
@@ -353,7 +358,7 @@ class Batches(Iterator[Any]):
             rows.
         to_batch: a pure function from the source's batch (for example a ``TokenBatch``) to the batch of an objective.
             None: the iterator yields the source's batch.
-        prefetch: number of batches that are made in advance. 0: each batch is made when it is requested.
+        prefetch: number of batches that a thread makes in advance. 0: each batch is made when it is requested.
 
     Raises:
         ValueError: ``rows`` is empty or has a row that is not in the batch, or ``prefetch`` is negative.

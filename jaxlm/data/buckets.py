@@ -1,8 +1,9 @@
 """Length buckets: a batch has examples of similar length, so there is little padding and few shapes are compiled.
 
 Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
-Dynamic programming over the distinct lengths finds the buckets with the least padding. Examples with several arrays are
-sorted by total length and by greatest length, and the order with less padding is used.
+A bucket is a range of the examples in the order of their lengths. Dynamic programming finds the ranges with the least
+padding. If examples have several arrays, this is done for two orders: by the total length of the arrays, and by the
+length of the longest array. The result with less padding is used. Rows without an example do not count as padding here.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from jaxlm.data.batching import source_fingerprint
 from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
 Encoded = Mapping[str, Any]
-"""An encoded example: 1-D integer arrays, which are padded, and scalars."""
+"""An encoded example: field name -> 1-D integer array or scalar. Batches pad the arrays."""
 
 
 class BucketBatch(NamedTuple):
     """A batch of examples from one bucket, padded to the lengths of the bucket.
 
+    The last batch of a bucket in an epoch may have rows without an example.
+
     Attributes:
-        fields: ``[B, T]`` for each array field (T is its padded length in the bucket), ``[B]`` for each scalar. A row
-            without an example has padding and the scalar 0.
-        lengths: ``[B]`` int32 for each array field, the number of entries that are not padding; 0 in a row without an
-            example.
-        indices: ``[B]`` int64, the index of each example; -1 in a row without an example.
+        fields: field name -> values. An array field is ``[B, T]`` int32, where T is its padded length in the bucket. A
+            scalar field is ``[B]``. In a row without an example, arrays have only padding, and scalars are 0.
+        lengths: name of an array field -> ``[B]`` int32, the number of entries of each row that are not padding. It is
+            0 in a row without an example.
+        indices: ``[B]`` int64, the index of each example in ``Bucketed.examples``; -1 in a row without an example.
     """
 
     fields: dict[str, np.ndarray]
@@ -39,10 +42,11 @@ class BucketBatch(NamedTuple):
     indices: np.ndarray
 
     def segment_ids(self, field: str) -> np.ndarray:
-        """``[B, T]`` int32: 1 for the entries of the example, 0 for padding.
+        """The segment ids of an array field, ``[B, T]`` int32: 1 for the entries of the example, 0 for padding.
 
-        The first entry of a row without an example is 1 too, so that its loss is finite. Give this row weight 0
-        (``indices < 0``): a loss that derives weights from segment ids would count this entry.
+        In a row without an example, the first entry is 1 too. Otherwise a softmax or a mean over the row could be NaN,
+        and the loss would be NaN even if the row had weight 0. Give weight 0 to these rows (``indices < 0``): a loss
+        that derives its weights from the segment ids would count the first entry.
         """
         T = self.fields[field].shape[1]
         return (np.arange(T)[None] < np.maximum(self.lengths[field], 1)[:, None]).astype(np.int32)
@@ -53,9 +57,9 @@ class Bucket:
     """A bucket: the shape of its batches, and its examples.
 
     Attributes:
-        lengths: the padded length of each array field.
+        lengths: name of an array field -> padded length.
         rows: number of rows of a batch.
-        members: ``[examples]``, the indices of the examples.
+        members: ``[examples]``, the indices of the examples in ``Bucketed.examples``, in increasing order.
     """
 
     lengths: dict[str, int]
@@ -64,32 +68,36 @@ class Bucket:
 
     @property
     def steps(self) -> int:
-        """Number of batches in an epoch. The last batch may have rows without an example."""
+        """Number of batches of the bucket in an epoch. The last batch may have rows without an example."""
         return -(-len(self.members) // self.rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucketed:
-    """A source of :class:`BucketBatch`. Each epoch visits every example once. Each batch has examples of one bucket.
+    """A ``jaxlm.data.Source`` whose batches are :class:`BucketBatch`. Each batch has examples of one bucket.
 
-    With ``shuffle``, each epoch shuffles the examples within each bucket, and the order of the batches.
+    Each epoch visits every example once. With ``shuffle``, each epoch shuffles the examples within each bucket, and the
+    order of the batches.
 
     Args:
-        examples: the fields of each example. All examples have the same fields in the same order.
-        batch_size: number of rows in a batch of the bucket with the longest examples.
+        examples: the encoded examples. All examples have the same fields in the same order.
+        batch_size: number of rows in a batch. With ``equal_tokens``, this is the number for the longest examples.
         num_buckets: maximum number of buckets, which is also the maximum number of shapes.
         seed: seed of the order.
-        equal_tokens: True: buckets of shorter examples have more rows, so that all batches have about the same number
-            of tokens. The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
-        shuffle: False visits the buckets in order of length and keeps the order of examples, for evaluation.
-        pad_id: the padding of all arrays, also of those that are not token ids.
-        length_multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
+        equal_tokens: True: the batches of a bucket have ``k * batch_size`` rows. k is the largest integer for which
+            such a batch has at most as many entries, including padding, as a batch of the longest examples. False:
+            every batch has ``batch_size`` rows.
+        shuffle: False visits the buckets in order of length, and the examples of each bucket in their original order,
+            for evaluation.
+        pad_id: the value that fills the padding of every array, even of an array that has no token ids.
+        length_multiple: padded lengths are rounded up to a multiple of this number, but not above ``max_length``.
         max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
     Raises:
-        ValueError: there is no example; the examples have different fields or no array; an array is empty, not 1-D, has
-            values that are not 32-bit integers, or is longer than ``max_length``; a scalar field has values of several
-            types or values that are not numbers; ``seed`` or ``pad_id`` is negative; or another number is below 1.
+        ValueError: there is no example. The examples have different fields, or no array. An array is empty, is not 1-D,
+            has values that are not integers in the range of int32, or is longer than ``max_length``. A scalar field has
+            values of several types, or values that are not numbers. ``seed`` or ``pad_id`` is negative. ``batch_size``,
+            ``num_buckets``, ``length_multiple`` or ``max_length`` is below 1.
     """
 
     examples: Sequence[Encoded]
@@ -144,7 +152,7 @@ class Bucketed:
 
     @property
     def rows_per_epoch(self) -> int:
-        """``steps_per_epoch * batch_size``, even if some batches have more rows (``equal_tokens``)."""
+        """``steps_per_epoch * batch_size``, although batches may have more rows with ``equal_tokens``."""
         return self.steps_per_epoch * self.batch_size
 
     @property
@@ -154,7 +162,7 @@ class Bucketed:
         padded = sum(bucket.steps * bucket.rows * sum(bucket.lengths.values()) for bucket in self.buckets)
         return real / padded
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the source exists for the whole run)
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (the cache keeps self in memory, which a run needs anyway)
     def _epoch_batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The batches of an epoch, each as (bucket number, example indices [rows]). Index -1 means no example."""
         rng = np.random.default_rng([self.seed, epoch])
@@ -167,11 +175,10 @@ class Bucketed:
         return [batches[number] for number in rng.permutation(len(batches))] if self.shuffle else batches
 
     def batch(self, index: int, rows: Sequence[int]) -> BucketBatch:
-        """The ``BucketBatch`` of step ``index``.
+        """The given rows of the global batch of step ``index``.
 
-        If a batch of the bucket has ``k * batch_size`` rows, each number i in ``rows`` selects the rows ``i * k`` to
-        ``(i + 1) * k - 1`` of the batch. So a process with contiguous ``rows`` gets a contiguous block of the global
-        batch.
+        If the global batch has ``k * batch_size`` rows, each number i in ``rows`` selects its rows ``i * k`` to
+        ``(i + 1) * k - 1``. So a process with contiguous ``rows`` gets a contiguous block of the global batch.
         """
         epoch, step = divmod(index, self.steps_per_epoch)
         number, indices = self._epoch_batches(epoch)[step]
@@ -181,7 +188,7 @@ class Bucketed:
         return self.collate(indices, bucket)
 
     def collate(self, indices: np.ndarray, bucket: Bucket) -> BucketBatch:
-        """The examples with these indices, padded to the lengths of the bucket. Index -1 gives an empty row."""
+        """The batch of the examples with these indices. Index -1 gives a row without an example."""
         fields: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
         for name in self.examples[0]:
@@ -212,13 +219,16 @@ class Bucketed:
         for example in self.examples:
             for name, value in ((name, np.asarray(value)) for name, value in example.items()):
                 # Integers are converted to int64, so that equal integers of different dtypes have equal checksums.
-                # Floats are converted to float64, because integers would truncate their fractions.
+                # Floats are converted to float64, because a conversion to int64 would discard their fractions.
                 value = value.astype("<f8" if value.dtype.kind == "f" else "<i8")
                 checksum = zlib.crc32(f"{name} {value.shape}".encode() + value.tobytes(), checksum)
         return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:
-        """The shapes of the buckets and the fraction of padding, in one line for the terminal."""
+        """The shapes of the buckets and the percentage of padding, such as "2 shapes (8x16, 8x32), 21 % padding".
+
+        A shape is the number of rows, and the distinct padded lengths of the array fields, joined by "+".
+        """
         shapes = ", ".join(
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
@@ -229,15 +239,14 @@ def check_examples(examples: Sequence[Encoded], max_length: int | None = None) -
     """The dtype of each scalar field, after a check of the examples.
 
     Raises:
-        ValueError: the examples cannot be batched, for the reasons that :class:`Bucketed` lists, or an array has more
-            than ``max_length`` entries.
+        ValueError: the examples are invalid, as listed in :class:`Bucketed`.
     """
     if not len(examples):
         raise ValueError("no examples to batch")
     first, array_fields = examples[0], _array_fields(examples[0])
     names, dtypes = list(first), dict[str, np.dtype]()
     if not array_fields:
-        raise ValueError(f"the examples have no array, only {', '.join(names) or 'no fields'}: encode their texts")
+        raise ValueError(f"the examples have no array (fields: {', '.join(names) or 'none'}): encode their texts")
     for number, example in enumerate(examples):
         if list(example) != names:
             raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
@@ -264,7 +273,10 @@ def _array_fields(example: Encoded) -> list[str]:
 
 
 def _check_scalar(value: Any, first: Any, what: str) -> None:
-    """Raise ``ValueError`` unless both values are signed integers, unsigned integers, floats or booleans."""
+    """Raise ``ValueError`` unless ``value`` is a scalar of the same kind as ``first``.
+
+    The kinds are signed integer, unsigned integer, float and boolean.
+    """
     kind, first_kind = np.asarray(value).dtype.kind, np.asarray(first).dtype.kind
     if np.ndim(value) or kind not in "biuf" or kind != first_kind:
         raise ValueError(
@@ -274,7 +286,7 @@ def _check_scalar(value: Any, first: Any, what: str) -> None:
 
 
 def _check_integers(values: np.ndarray, what: str) -> None:
-    """Raise ``ValueError`` if a conversion to int32, the dtype of batches, would change the values."""
+    """Raise ``ValueError`` unless the values are integers in the range of int32, the dtype of batches."""
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
     limits = np.iinfo(np.int32)
@@ -288,7 +300,7 @@ def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> li
     A part is a contiguous range of the examples in the order of ``sort_keys``.
 
     Args:
-        lengths: [examples, fields] lengths of the array fields.
+        lengths: [examples, fields] rounded lengths of the array fields.
         sort_keys: [examples]. Examples with equal keys are in the same part.
         max_parts: maximum number of parts.
     """
@@ -302,7 +314,9 @@ def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> li
 
 
 def _least_padding(counts: np.ndarray, max_lengths: np.ndarray, max_ranges: int) -> list[tuple[int, int]]:
-    """The ranges (start, stop) of consecutive groups with the least padding, found by dynamic programming.
+    """Split the groups into ranges (start, stop) of consecutive groups with the least padding, by dynamic programming.
+
+    All examples of a range are padded to the maximum length of each field in the range.
 
     Args:
         counts: [N] number of examples in each group.
@@ -315,19 +329,19 @@ def _least_padding(counts: np.ndarray, max_lengths: np.ndarray, max_ranges: int)
     for start in range(N):
         shape = np.maximum.accumulate(max_lengths[start:], axis=0).sum(axis=1)
         cost[start, start + 1 :] = shape * (num_before[start + 1 :] - num_before[start])
-    # [ranges, stop]: the fewest entries, padding included, if the groups before stop form this number of ranges
+    # [num_ranges, stop]: the fewest entries, padding included, if the groups before stop form this number of ranges
     least_entries = np.full((max_ranges + 1, N + 1), np.inf)
     least_entries[0, 0] = 0.0
-    last_start = np.zeros((max_ranges + 1, N + 1), int)  # [ranges, stop]: the start of the last range
-    for ranges in range(1, max_ranges + 1):
+    last_start = np.zeros((max_ranges + 1, N + 1), int)  # [num_ranges, stop]: start of the last range
+    for num_ranges in range(1, max_ranges + 1):
         for stop in range(1, N + 1):
-            totals = least_entries[ranges - 1, :stop] + cost[:stop, stop]
-            last_start[ranges, stop] = int(np.argmin(totals))
-            least_entries[ranges, stop] = totals[last_start[ranges, stop]]
-    ranges = int(np.argmin(least_entries[:, N]))
-    parts, stop = [], N
+            totals = least_entries[num_ranges - 1, :stop] + cost[:stop, stop]
+            last_start[num_ranges, stop] = int(np.argmin(totals))
+            least_entries[num_ranges, stop] = totals[last_start[num_ranges, stop]]
+    num_ranges = int(np.argmin(least_entries[:, N]))
+    ranges, stop = [], N
     while stop > 0:
-        start = int(last_start[ranges, stop])
-        parts.append((start, stop))
-        stop, ranges = start, ranges - 1
-    return parts[::-1]
+        start = int(last_start[num_ranges, stop])
+        ranges.append((start, stop))
+        stop, num_ranges = start, num_ranges - 1
+    return ranges[::-1]

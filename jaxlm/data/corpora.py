@@ -9,17 +9,18 @@ from jaxlm.data.text_files import read_text
 
 
 def shakespeare() -> str:
-    """Thirteen plays of Shakespeare, 1.56 MB of ASCII in the format ``ROMEO:\\ntext\\n\\n``; public domain.
+    """The text of thirteen plays of Shakespeare, 1.56 MB of ASCII; public domain.
 
-    ``SHAKESPEARE.md`` in this directory describes the source, the licence and the normalisation.
+    A speech has the format ``ROMEO:\\ntext\\n\\n``. ``SHAKESPEARE.md`` in this directory describes the source, the
+    license and the changes of the layout.
     """
     return _read_embedded("shakespeare.txt.gz")
 
 
 def verses() -> Examples:
-    """5,833 verses of the Bible in English (``source``) and Spanish (``target``); public domain.
+    """Examples ``{"source", "target"}``: 5,833 verses of the Bible in English and in Spanish; public domain.
 
-    ``VERSES.md`` in this directory describes the source and the licence.
+    ``VERSES.md`` in this directory describes the source and the license.
     """
     pairs = (line.split("\t") for line in _read_embedded("verses_en_es.tsv.gz").splitlines())
     return Examples([{"source": source, "target": target} for source, target in pairs], "the included verses")
@@ -43,8 +44,9 @@ PLAYS = (
 def play_passages(words: int = 60) -> Examples:
     """Examples ``{"text", "label"}``: passages of at least ``words`` words, labelled with the title of their play.
 
-    A passage consists of consecutive lines. Lines with the name of a speaker (in capitals, with a colon) are removed,
-    because the names identify the play. The last words of a play are dropped if they are fewer than ``words``.
+    A passage consists of consecutive lines. It ends with the line that brings it to ``words`` words. Lines with the
+    name of a speaker (in capitals, with a colon) are removed, because the names identify the play. The last lines of a
+    play are dropped if they have fewer than ``words`` words.
     """
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]

@@ -1,7 +1,7 @@
 """Descriptions of Debian packages as a summarization task (description -> synopsis).
 
-A Debian system has the data after ``apt-get update``. Container images of Debian lack it, because they set
-``Acquire::Languages`` to "none". This command writes the data to a file:
+``apt-get update`` downloads the descriptions. In container images of Debian, it downloads only the synopses, because
+these images set ``Acquire::Languages`` to "none". This command writes the descriptions and synopses to a file:
 
     apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
 """
@@ -31,9 +31,11 @@ _AFFIXES = frozenset((
 
 
 def project(package: str) -> str:
-    """The project of a package: its name without versions, "lib", single characters and the parts in ``_AFFIXES``.
+    """The project of a package: the parts of its name in lower case that identify the project, joined by "-".
 
-    Most packages of one source package have the same project. If no part is left, the project is the package name.
+    The name is split at the characters ``-.+_``. From each part, the prefix "lib" and a version at the end are removed.
+    Then numbers, single characters and the parts in ``_AFFIXES`` are removed. If no part is left, the project is the
+    package name. Most packages of one source package have the same project.
 
     Example:
         >>> [project(name) for name in ("0ad-data", "libnss3-dev", "nss-doc", "python3-yaml")]
@@ -48,17 +50,19 @@ def project(package: str) -> str:
 def read_descriptions(path: str | Path) -> Examples:
     """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions.
 
-    The file contains Debian's control records, such as the output of ``apt-cache show`` or the file ``Translation-en``
-    of an archive. The ``Packages`` files of Debian have only synopses.
+    ``text`` is the long description, and ``summary`` is the synopsis. ``project`` is the :func:`project` of the source
+    package if the record names it, else of the package. Files may be compressed (``.gz``). There are two formats:
 
-    A ``.jsonl`` file has one object per line with the keys ``text``, ``summary`` and, optionally, ``package``. If the
-    first object has a ``package``, every object needs one. Otherwise, ``package`` is not read. Files may be compressed
-    (``.gz``). ``rejected`` lists records without a name, synopsis or long description, and repeated packages, each with
-    the number of its first line. For ``.jsonl``, it lists invalid lines, and repeated packages are kept.
+    - Control records of Debian, such as the output of ``apt-cache show`` or the file ``Translation-en`` of an archive.
+      (The ``Packages`` files of Debian have only synopses.) ``rejected`` lists records without a name, synopsis or long
+      description, and repeated packages, each with the number of its first line.
+    - ``.jsonl``: one object per line with the keys ``text``, ``summary`` and, optionally, ``package``. If the first
+      object has a ``package``, every object needs one. Otherwise, ``package`` is not read, and ``package`` and
+      ``project`` of example N are "text N". ``rejected`` lists invalid lines. Repeated packages are kept.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: no record is valid.
+        ValueError: the file is not UTF-8 text, or no record is valid.
     """
     if suffix(path) == ".jsonl":
         names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))
@@ -110,12 +114,12 @@ def _read_records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]
 
 
 def _make_example(record: dict[str, list[str]]) -> Example | None:
-    """The example of a control record. None: the name, the synopsis or the description is missing."""
+    """The example of a control record, or None if the name, the synopsis or the long description is missing."""
     names = record.get("Package", [""])
     summary, *lines = record.get("Description-en") or record.get("Description") or [""]
     text = "\n".join("" if line == "." else line for line in lines).strip()
     if not (names[0] and summary and text):
         return None
-    # The name of the source package may be followed by a version in parentheses.
+    # The field Source may have a version in parentheses after the name. Without this field, both names are equal.
     source = record.get("Source", names)[0].split(" ")[0]
     return {"package": names[0], "project": project(source), "text": text, "summary": summary}

@@ -1,7 +1,7 @@
 """Docstrings of the installed Python code as a summarization task. No download is needed.
 
-The first line of a docstring is a summary (PEP 257). So the summary is the target. The text is the rest up to the first
-section, such as ``Args:``. Source files are parsed, not imported.
+The first paragraph of a docstring is its summary (PEP 257), which is the target. The text is the rest of the docstring,
+up to the first section such as ``Args:``. Source files are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxlm.data.examples import Example, Examples, Rejected
 T = TypeVar("T")
 
 _SKIPPED_DIRECTORIES = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
-"""Directories that are not read, because they have tests, copies of other packages or bytecode."""
+"""Names of directories that are not read, because they contain tests, copies of other packages or bytecode."""
 _SECTION_NAMES = (
     "args|arguments|attributes|parameters|(other|keyword) (parameters|args|arguments)|returns|yields|raises|warns|"
     "warnings?|see also|notes?|todo|references|examples?"
@@ -42,27 +42,27 @@ def docstrings(
 ) -> Examples:
     """Examples ``{"text", "summary", "package", "name"}`` from docstrings of modules, classes and functions.
 
-    ``summary`` is the first paragraph of the docstring. ``text`` has the following paragraphs up to a section such as
-    ``Args:`` or a doctest. ``package`` is the top-level package, or the module if it is in no package. ``name`` is the
-    name of the class or function within its module, such as ``Box.open``; it is "module" for the docstring of a module.
-    Examples are in the order of packages, files and lines. Repeated texts and repeated summaries are removed.
-    Directories with tests and copied packages are skipped. ``rejected`` lists the files that cannot be read, or that
-    this version of Python cannot parse, each with its number in reading order and the reason.
+    ``text`` and ``summary`` are the results of :func:`split_docstring`. ``package`` is the top-level package, or the
+    module if it is in no package. ``name`` is the name of the class or function within its module, such as
+    ``Box.open``; it is "module" for the docstring of a module. Examples are in the order of packages, files and lines.
+    An example is removed if its text or its summary equals an earlier text or summary, ignoring case. Directories of
+    tests and of copied packages are skipped. ``rejected`` lists the files that cannot be read, or that this version of
+    Python cannot parse, each with its number in reading order and the reason.
 
     Args:
         directories: directories whose entries are packages or modules. None: the standard library and the installed
             packages.
-        max_files: maximum number of files that are read from one package. They are evenly spaced in the list of its
-            files.
-        max_per_package: maximum number of examples from one package. They are evenly spaced in the list of its
-            examples.
-        min_words: texts with fewer words are removed.
-        max_words: texts with more words are removed.
-        max_summary_words: summaries with more words, or with fewer than 3 words, are removed.
+        max_files: maximum number of files that are read from one package. From a larger package, files at equal
+            distances in the list of its files are read.
+        max_per_package: maximum number of examples from one package. Of more examples, those at equal distances in the
+            list are kept.
+        min_words: examples whose text has fewer words are removed.
+        max_words: examples whose text has more words are removed.
+        max_summary_words: examples whose summary has more words, or fewer than 3 words, are removed.
 
     Raises:
-        FileNotFoundError: a directory does not exist.
-        TypeError: ``directories`` is a single directory.
+        FileNotFoundError: a directory does not exist, or is a file.
+        TypeError: ``directories`` is a single path.
         ValueError: a limit is below 1, or no docstring satisfies the limits.
     """
     check_min(1, max_files=max_files, max_per_package=max_per_package)
@@ -93,7 +93,7 @@ def docstrings(
 
 
 def _package_files(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
-    """The Python files of each package, in a fixed order."""
+    """Package name -> its Python files, in a fixed order."""
     if directories is None:
         directories = list(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     packages: dict[str, list[Path]] = {}
@@ -131,19 +131,20 @@ def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
         children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENT_NODES)]
         for child in reversed(children):
             is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            name = getattr(child, "name", "") if is_named else ""  # the name in an except clause is a variable
+            name = getattr(child, "name", "") if is_named else ""  # the name of an except clause is a variable
             stack.append((".".join(part for part in (prefix, name) if part), child))
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """The text and the summary of a docstring.
+    """The (text, summary) of a docstring, or None.
 
-    None: the docstring has no text; or its first paragraph is a section, has three of the characters
-    ``-=~^*`` in a row, or does not begin with an ASCII letter or a backquote.
+    The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text consists of the
+    paragraphs after the summary, one line each, up to the first section (``Args:``, or ``Parameters`` with a line of
+    dashes), field list (``:param``), directive (``.. note::``) or doctest.
 
-    The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text is the paragraphs
-    after the summary, up to the first section (``Args:``, or ``Parameters`` with a line of dashes), field list
-    (``:param``), directive or doctest.
+    The result is None if the text is empty. It is also None if the first paragraph begins like one of these blocks, has
+    three or more of the characters ``-=~^*`` in a row (a heading or a table), or begins with a character that is
+    neither an ASCII letter nor a backquote.
 
     Example:
         >>> split_docstring("Return the sum.\\n\\nBoth numbers are added\\nas integers.\\n\\nArgs:\\n    x: one")

@@ -27,15 +27,16 @@ def group_similar(
 ) -> list[int]:
     """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
-    A group is a connected component of the graph of found pairs, so two texts of a group may be dissimilar. Some
-    similar pairs are not found. The number of a group is the index of its first text. The result depends only on the
-    arguments.
+    The groups are the connected components of a graph. An edge joins two texts that have the same key or that were
+    found to be similar. So two texts of a group may be dissimilar, and some similar pairs are not found. The number of
+    a group is the index of its first text. The function is deterministic.
 
     Args:
         keys: one key for each text, for example the name of its package. None: only the texts are compared.
-        similarity: the minimum Jaccard similarity of the word trigrams of two similar texts. It is estimated only for
-            pairs that agree in a band. These are 12 % of the pairs with similarity 0.3, 64 % of those with 0.5, and
-            99 % of those with 0.7. So a minimum below 0.5 finds few additional pairs.
+        similarity: two texts are similar if the estimated Jaccard similarity of their word trigrams is at least this
+            number. The similarity is estimated only for pairs whose signatures agree in a band. These are 12 % of the
+            pairs with similarity 0.3, 64 % of those with 0.5, and 99 % of those with 0.7. So a value below 0.5 finds
+            few additional pairs.
 
     Raises:
         ValueError: the numbers of keys and texts differ, or the similarity is not in (0, 1].
@@ -67,7 +68,7 @@ def group_similar(
     for start in range(0, NUM_HASHES, BAND_SIZE):
         buckets: dict[bytes, list[int]] = collections.defaultdict(list)
         for index, band in enumerate(np.ascontiguousarray(signatures[:, start : start + BAND_SIZE])):
-            # To save comparisons, a bucket has only the first text of each set of near-duplicates.
+            # To save comparisons, a text that is similar to a text of the bucket is not added to the bucket.
             bucket = buckets[band.tobytes()]
             match = next((i for i in bucket if np.mean(signatures[i] == signatures[index]) >= similarity), None)
             if match is None:
@@ -78,13 +79,16 @@ def group_similar(
 
 
 def trigrams(text: str) -> set[str]:
-    """The word trigrams of a text in lower case, without punctuation. A text with fewer than 3 words gives one item."""
+    """The word trigrams of a text, in lower case and without punctuation.
+
+    A text with fewer than 3 words gives one string with all its words.
+    """
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:
-    """The MinHash signatures, [texts, NUM_HASHES] int64: the minimum of each hash function over a text's trigrams."""
+    """The MinHash signatures, [texts, NUM_HASHES] int64: the minimum of each hash function over the text's trigrams."""
     rng = np.random.default_rng(0)
     factors, shifts = rng.integers(1, _PRIME, NUM_HASHES), rng.integers(0, _PRIME, NUM_HASHES)
     items, starts = [], [0]

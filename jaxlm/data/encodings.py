@@ -16,6 +16,8 @@ SPECIAL = -1
 class Encoding(NamedTuple):
     """The tokens of a text or a pair of texts, with the special tokens of the tokenizer's template.
 
+    The template of a tokenizer is the rule that adds special tokens, such as ``[CLS] text [SEP]`` for BERT.
+
     Attributes:
         ids: int32 [T].
         token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
@@ -49,7 +51,7 @@ def concatenate(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
 
 
 def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"] = "right") -> Encoding:
-    """The encoding with at most ``max_length`` tokens.
+    """The encoding, truncated to at most ``max_length`` tokens.
 
     Tokens are removed from the longer text until both texts have equal length, and then from both. Special tokens are
     never removed.
@@ -58,7 +60,7 @@ def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"]
         side: "right": tokens are removed from the end of a text. "left": from its start.
 
     Raises:
-        ValueError: ``max_length`` is too small for one token of each text.
+        ValueError: ``max_length`` is too small for the special tokens and one token of each text.
     """
     if len(encoding.ids) <= max_length:
         return encoding
@@ -81,8 +83,9 @@ def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"]
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     """Encodings of at most ``max_length`` tokens, each with the whole first text and a window of the second text.
 
-    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of this text. If
-    the encoding has at most ``max_length`` tokens, it is the only result.
+    Each encoding also has all special tokens. Two consecutive windows share ``stride`` tokens of the second text. The
+    last window ends at the end of the second text. If the encoding has at most ``max_length`` tokens, it is the only
+    result.
 
     Raises:
         ValueError: ``stride`` is negative; or the encoding has more than ``max_length`` tokens, and ``max_length``
@@ -114,7 +117,7 @@ def swap_texts(encoding: Encoding) -> Encoding:
 
 
 def _select_tokens(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> Encoding:
-    """Select the special tokens, and the tokens in the given range of each text.
+    """The encoding of the special tokens, and of the tokens in the given range of each text.
 
     Args:
         ranges: text number -> (start, stop), token positions in the text.

@@ -1,15 +1,15 @@
-"""Data sets of labelled or paired texts: readers of published file formats, and :class:`Examples`, which selects parts.
+"""Data sets of labelled or paired texts: the class :class:`Examples`, and readers of published file formats.
 
     TSV, CSV             one example per row, named columns         GLUE, most classification data sets
     labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
     JSONL                one JSON object per line                   SQuAD-like and summarization data sets
     pairs of files       line n of both files is example n          Multi30k, WMT
     datasets.Dataset     a map-style Hugging Face data set          Examples.from_datasets
-    random access        an object with ``len`` and ``[n]``          Examples.from_random_access (grain.MapDataset)
+    random access        an object with ``len`` and ``[n]``         Examples.from_random_access (grain.MapDataset)
 
 An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). An invalid line raises an
-error that names the file and the line. With ``on_error="report"``, the line is listed in ``rejected`` instead. A file
-without a valid line is always an error. Empty lines are skipped in JSONL files, and are invalid in other files.
+error that names the file and the line. With ``on_error="report"``, the line is listed in ``Examples.rejected`` instead.
+A file without a valid line is always an error. Empty lines are skipped in JSONL files, and are invalid in other files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxlm.json_files import parse
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names of the text column in classification files, in order of preference."""
 _MAX_FIELD_SIZE = 1 << 24
-"""Maximum number of characters of a field in a CSV file, to limit the memory if a quote is not closed."""
+"""Maximum number of characters of a field in a CSV file. It limits the memory if a quote is not closed."""
 
 T = TypeVar("T")
 Example = dict[str, Any]
@@ -40,12 +40,12 @@ OnError = Literal["raise", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A line that is not a valid example, or a rejected record of several lines, such as a chess game.
+    """A line, or a record of several lines such as a chess game, that cannot be used as an example, and the reason.
 
     Attributes:
         line: the number (from 1) of the line, or of the first line of the record. For a SQuAD question: the number of
             the question. For docstrings: the number of the source file.
-        reason: why it is rejected.
+        reason: why the line or record is rejected.
     """
 
     line: int
@@ -53,10 +53,10 @@ class Rejected:
 
 
 class InvalidLineError(ValueError):
-    """A line, or a SQuAD question, is not a valid example. ``on_error="report"`` lists it in ``Examples.rejected``."""
+    """A line, a row or a SQuAD question is not a valid example. The readers raise it with ``on_error="raise"``."""
 
 
-_PART = "a part of "
+_PART_PREFIX = "a part of "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Examples(Sequence[Example]):
     Attributes:
         rows: the examples.
         name: the name of the file or data set, for messages.
-        rejected: the lines of the file that are not valid examples. Empty for a part of a data set.
-        class_names: field -> class names in order. It has only the fields whose class names the data set declares.
+        rejected: the lines of the file that cannot be used as examples. Empty for a part of a data set.
+        class_names: field -> class names, in the order of the class numbers. Only for fields whose class names the data
+            set declares (the ``ClassLabel`` columns of a Hugging Face data set).
 
     Example:
         >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
@@ -87,13 +88,14 @@ class Examples(Sequence[Example]):
         classes.
 
         Args:
+            dataset: the data set.
             fields: field of the example -> name of the column.
             name: the name in messages. None: the name of the data set, or "the data set" if it has no name.
 
         Raises:
             TypeError: the data set is a streaming data set or a dictionary of data sets.
             ValueError: a column is missing, the data set or a text is empty, a text has a surrogate, a value is None,
-                or a number is not a class number.
+                or a value of a ``ClassLabel`` column is not the number of a class (-1 means that there is no label).
 
         Example:
             >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -138,9 +140,9 @@ class Examples(Sequence[Example]):
 
         Raises:
             TypeError: the source has no length or cannot be indexed.
-            ValueError: the source is empty or infinite; or an example is None or not a mapping, or has a field that is
-                missing, None, an empty text or a text with a surrogate. Only the first example is checked at once, the
-                others on access.
+            ValueError: the source is empty or infinite. An example is None or not a mapping, or has a field that is
+                missing, None, an empty text or a text with a surrogate. This method checks only the first example. Each
+                other example is checked when it is accessed.
         """
         check_random_access(source, name)
         rows = _RenamedExamples(source, fields, name)
@@ -174,19 +176,22 @@ class Examples(Sequence[Example]):
         return [row[field] for row in self.rows]
 
     def select(self, indices: Iterable[int]) -> Examples:
-        """The examples with these indices. Examples of a random-access source are read now and kept in memory."""
+        """The examples with these indices. Examples of a random-access source are read and kept in memory."""
         return self._part([self.rows[index] for index in indices])
 
     def _part(self, rows: Sequence[Example]) -> Examples:
         """A data set with these rows, which are some of the examples.
 
-        Its name begins with "a part of", because the index of an example differs from its number in the file.
+        Its name begins with "a part of". So a reader of a message knows that the number of an example is its index in
+        the part, which may differ from its index in the file.
         """
-        name = self.name if self.name.startswith(_PART) else f"{_PART}{self.name}"
+        name = self.name if self.name.startswith(_PART_PREFIX) else f"{_PART_PREFIX}{self.name}"
         return dataclasses.replace(self, rows=rows, name=name, rejected=())
 
     def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
         """Split at random into one part for each fraction, and one part for the remaining examples.
+
+        The examples of a part keep their order.
 
         Args:
             fractions: fractions of the examples (with ``by``: of the groups).
@@ -197,7 +202,7 @@ class Examples(Sequence[Example]):
             ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, or
                 an example does not have the field ``by``.
         """
-        # math.fsum(fractions), because sum((0.7, 0.2, 0.1)) is 0.9999999999999999.
+        # math.fsum, because sum((0.7, 0.2, 0.1)) is 0.9999999999999999, which is below 1.
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or math.fsum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
         groups = list(range(len(self))) if by is None else self.column(by)
@@ -214,7 +219,7 @@ class Examples(Sequence[Example]):
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
-        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test split.
+        """``count`` random pairs (training, test) for cross-validation. Each example is in exactly one test split.
 
         Raises:
             ValueError: ``count`` is below 2 or above the number of examples.
@@ -229,9 +234,12 @@ class Examples(Sequence[Example]):
         ]
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
-        """The declared class names. If there are none: the distinct labels as strings, sorted.
+        """The declared class names of the field. If there are none: the distinct labels as strings, sorted.
 
-        Labels are sorted by value if all of them consist of digits, and alphabetically otherwise.
+        The labels are sorted as numbers if all of them consist of digits, and alphabetically otherwise.
+
+        Raises:
+            ValueError: there are no declared class names, and an example does not have the field.
         """
         if field in self.class_names:
             return self.class_names[field]
@@ -242,7 +250,7 @@ class Examples(Sequence[Example]):
 
 
 class _RenamedExamples(Sequence[Example]):
-    """The examples of a random-access source with renamed fields. Each access reads the source."""
+    """The examples ``numbers`` of a random-access source, with renamed fields. Each access reads the source."""
 
     def __init__(
         self, source: Any, fields: Mapping[str, str] | None, name: str = "the data set", numbers: range | None = None
@@ -263,7 +271,7 @@ class _RenamedExamples(Sequence[Example]):
         return self.read(index)
 
     def __iter__(self) -> Iterator[Example]:
-        # The iterator of Sequence would end without an error if the source raised an IndexError.
+        # Sequence.__iter__ would treat an IndexError of the source as the end of the sequence.
         return map(self.read, range(len(self)))
 
     def read(self, index: int) -> Example:
@@ -278,7 +286,7 @@ class _RenamedExamples(Sequence[Example]):
 
 
 def check_random_access(source: Any, name: str) -> None:
-    """Raise an error if ``source`` is not a non-empty, finite random-access source.
+    """Check that ``source`` has a finite length of at least 1, and that it can be indexed.
 
     Raises:
         TypeError: the source has no length or cannot be indexed.
@@ -335,10 +343,11 @@ def collect(
     """The examples that ``make_example`` returns for the items of a file.
 
     Args:
-        items: the number and the content of each item. An error as content means that the item is invalid.
-        make_example: raises ``ValueError`` for an invalid item.
-        on_error: "report" lists invalid items in ``rejected`` instead of raising an error.
-        kind: what an item is, for messages.
+        path: the file, for messages and for the name of the examples.
+        items: the number and the content of each item. An item that cannot be read has a ``ValueError`` as content.
+        make_example: the function from content to example. It raises ``ValueError`` for an invalid item.
+        on_error: "report" lists invalid items in ``Examples.rejected`` instead of raising an error.
+        kind: the word for an item in messages.
 
     Raises:
         InvalidLineError: an item is invalid. The message names the file and the number of the item.
@@ -366,10 +375,10 @@ def collect(
 
 
 def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
-    """The example with ``fields`` (field -> column) of a row.
+    """The example with the ``fields`` (field of the example -> column) of a row.
 
     Raises:
-        ValueError: a column is missing, its value is None, or its text is empty, only white space or has a surrogate.
+        ValueError: a column is missing, or its value is None, a text of only white space or a text with a surrogate.
     """
     example = {}
     for field, column in fields.items():
@@ -389,13 +398,14 @@ def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Exampl
 def _read_rows(
     path: str | Path, delimiter: Literal["\t", ","] | None, encoding: str
 ) -> Iterator[tuple[int, list[str] | ValueError]]:
-    """For each row of a TSV or CSV file: the number of its first line, and the row.
+    """Yield the number of the first line and the fields of each row of a TSV or CSV file.
 
-    A malformed row of a CSV file is a ``ValueError``. Rows of a TSV file are only split.
+    For a malformed row of a CSV file, a ``ValueError`` is yielded instead of the fields. Lines of a TSV file are only
+    split at tabs.
 
     Raises:
-        ValueError: the delimiter is neither a tab nor a comma; it is None, and the suffix of the file is neither
-            ``.tsv`` nor ``.csv``; or a quote of a CSV file is not closed, so that the end of the file cannot be split
+        ValueError: the delimiter is not a tab, a comma or None. The delimiter is None, and the suffix of the file is
+            neither ``.tsv`` nor ``.csv``. A quote of a CSV file is not closed: the rest of the file cannot be split
             into rows.
     """
     if delimiter is None:
@@ -433,7 +443,7 @@ def _read_rows(
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
     """The next row of a CSV reader, or None at the end.
 
-    A field may have ``_MAX_FIELD_SIZE`` characters, or more if the limit of the process is larger.
+    A field may have ``_MAX_FIELD_SIZE`` characters, or more if ``csv.field_size_limit()`` is larger.
     """
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, _MAX_FIELD_SIZE))
@@ -444,7 +454,7 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def _read_header(path: str | Path, rows: Iterator[tuple[int, list[str] | ValueError]]) -> list[str]:
-    """The column names in the first row. Raises ``ValueError`` if the first row is empty or malformed."""
+    """The column names in the first row. Raises ``ValueError`` if the first row is missing, empty or malformed."""
     _, names = next(rows, (1, []))
     if isinstance(names, ValueError):
         raise ValueError(f"{path}, line 1: {names}") from names
@@ -469,16 +479,19 @@ def read_table(
     Args:
         fields: field of the example -> name of the column.
         delimiter: a tab for TSV, a comma for CSV. None: the suffix of the file name (``.tsv`` or ``.csv``) determines
-            it. The case of the suffix does not matter.
+            the delimiter. The case of the suffix does not matter.
         encoding: encoding of the file.
-        on_error: "report" lists invalid rows in ``rejected`` instead of raising an error. Errors that concern the
-            whole file or the rest of the file are always raised.
+        on_error: "report" lists invalid rows in ``Examples.rejected`` instead of raising an error. Errors that concern
+            the whole file or the rest of the file are always raised.
 
     Raises:
-        ValueError: a column is missing or occurs twice, there is no valid row, ``on_error`` or ``delimiter`` is
-            unknown, ``delimiter`` is None and the suffix is neither ``.tsv`` nor ``.csv``, or a quote is not closed.
-            Also for an invalid row: a requested value is empty, the number of columns differs from the first line, or
-            the quotes are malformed.
+        FileNotFoundError: the file does not exist.
+        LookupError: the encoding is unknown.
+        InvalidLineError: a row is invalid. A requested value is empty, the number of columns differs from the first
+            line, or the quotes are malformed. This is a ``ValueError``.
+        ValueError: the file is not text in this encoding. A requested column is missing or occurs twice. There is no
+            valid row. ``on_error`` or ``delimiter`` is unknown. ``delimiter`` is None, and the suffix is neither
+            ``.tsv`` nor ``.csv``. A quote is not closed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -511,14 +524,16 @@ def read_jsonl(
 
     Args:
         fields: field of the example -> key of the object.
-        texts: fields whose values must be strings.
-        labels: fields whose values must be strings or whole numbers.
+        texts: fields of the example whose values must be strings.
+        labels: fields of the example whose values must be strings or integers.
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: there is no valid line. Also for an invalid line: it is not a JSON object, a key is missing or
-            occurs twice, a value is null, an empty text or a text with a surrogate, or a field of ``texts`` or
-            ``labels`` has another type.
+        FileNotFoundError, LookupError: as in :func:`read_table`.
+        InvalidLineError: a line is invalid. The line is not a JSON object. A requested key is missing. A key occurs
+            twice. A requested value is null, an empty text or a text with a surrogate, or its type is not allowed by
+            ``texts`` or ``labels``. This is a ``ValueError``.
+        ValueError: the file is not text in this encoding, there is no valid line, or ``on_error`` is unknown.
     """
 
     def make_example(line: str) -> Example:
@@ -544,8 +559,8 @@ def read_jsonl(
 def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
     """The keys of the first line that is a JSON object with at least one of the keys ``one_of``.
 
-    If ``one_of`` is empty or there is no such line, the keys of the first line that is a JSON object. Empty if no line
-    is a JSON object.
+    If ``one_of`` is empty or no line has such an object, the result is the keys of the first line that is a JSON
+    object. If no line is a JSON object, the result is empty.
     """
     first: list[str] = []
     for _, line in read_lines(path, encoding):
@@ -561,7 +576,8 @@ def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line.
 
-    White space at both ends of a text is removed. A label must not contain a tab.
+    The label ends at the first space, and must not contain a tab. White space at both ends of a text is removed. The
+    arguments and errors are those of :func:`read_table`.
     """
 
     def make_example(line: str) -> Example:
@@ -576,16 +592,21 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a classification file.
 
-    A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column; a ``.jsonl`` file has an object with these
-    keys on each line. The text column is the first name of :data:`TEXT_COLUMNS` that the file has. Files with other
-    suffixes, except ``.json``, have a label, a space and a text on each line.
+    The suffix of the file name determines the format:
+
+    - ``.tsv``, ``.csv``: the file has a column "label" and a text column.
+    - ``.jsonl``: each line is an object with the key "label" and a text key.
+    - any other suffix except ``.json``: each line has a label, a space and a text.
+
+    The text column is the first name of :data:`TEXT_COLUMNS` that the file has. The text key is the first of these
+    names in the first object that has at least one of them.
 
     Args:
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: the suffix is ``.json``, a column is missing, or as in :func:`read_table`, :func:`read_jsonl` or
-            :func:`read_labelled_lines`.
+        ValueError: the suffix is ``.json``, or there is no text column. Other errors are those of :func:`read_table`,
+            :func:`read_jsonl` and :func:`read_labelled_lines`.
     """
     kind = suffix(path)
     if kind == ".json":
@@ -621,7 +642,10 @@ def read_pairs(
         encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: the files have different numbers of lines, a line is empty, or there is no pair.
+        FileNotFoundError, LookupError: as in :func:`read_table`.
+        InvalidLineError: a line is empty. This is a ``ValueError``.
+        ValueError: a file is not text in this encoding, the files have different numbers of lines, there is no valid
+            pair, or ``on_error`` is unknown.
     """
     sources, targets = ([line for _, line in read_lines(path, encoding)] for path in (source, target))
     if len(sources) != len(targets):

@@ -1,8 +1,9 @@
 """Read chess games from text and PGN files, check them with the rules of chess, convert their notation, and split them.
 
-A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
-``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). The readers remove the signs for check and mate from SAN, because
-the position determines these signs. The package ``chess`` (extra ``chess``) implements the rules.
+A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (Universal Chess
+Interface: ``e2e4``, ``e7e8q``) or ``san`` (standard algebraic notation: ``e4``, ``Nbxd2``, ``e8=Q``). The readers
+remove the signs for check and mate from SAN, because the position determines these signs. The package ``chess`` (extra
+``chess``) implements the rules.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SAN_MOVE = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8]
 _SAN_WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?")
 _TAG_NAME = r"[A-Za-z0-9_][A-Za-z0-9_+#=:-]*"
 _PGN_TAG = re.compile(
-    # As in the PGN standard, or a whole line with unescaped quotes in the value, which python-chess also reads.
+    # A tag as in the PGN standard, or a line with one tag whose value has unescaped quotes. python-chess reads both.
     rf'\[\s*{_TAG_NAME}\s*"(?:[^"\\\n]|\\.)*"\s*\]|\[(?<![^\n]\[){_TAG_NAME}\s+".*"\][^\S\n]*$', re.MULTILINE
 )  # fmt: skip
 _PGN_TAG_PARTS = re.compile(r'\[\s*([^\s"]+)\s*"(.*)"\s*\]\s*')
@@ -54,12 +55,12 @@ _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+(?:\.+|(?!\S))|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 _FIRST_MOVE = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
 GAMES_PER_EXTRA_PROCESS = 2000
-"""Number of games for each additional process. A process takes one or two seconds to start."""
+"""Number of games for which ``read_games`` starts one more process. A process takes one or two seconds to start."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Games:
-    """The games of a file or a selection of them, in order.
+    """The games of a file, or a selection of these games.
 
     Attributes:
         moves: one string per game, with its moves separated by spaces.
@@ -67,6 +68,9 @@ class Games:
         notation: notation of ``moves``.
         source: name of the file, for messages.
         rejected: the games of the file that cannot be used, each with its line and the reason. Empty for a selection.
+
+    Raises:
+        ValueError: the numbers of ``moves`` and ``results`` differ.
     """
 
     moves: tuple[str, ...]
@@ -83,7 +87,7 @@ class Games:
         return len(self.moves)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Games:
-        """The games at ``indices``, without the rejected games."""
+        """The games at ``indices``, in this order. The ``rejected`` of the result is empty."""
         moves = tuple(self.moves[i] for i in indices)
         return dataclasses.replace(self, moves=moves, results=tuple(self.results[i] for i in indices), rejected=())
 
@@ -100,6 +104,8 @@ class Games:
 
     def report(self, max_rejected: int = 5) -> str:
         """A text with the numbers of games, rejected games and duplicates, and the first rejected games.
+
+        A duplicate is a game with the same moves as an earlier game.
 
         Args:
             max_rejected: maximum number of rejected games that are listed.
@@ -132,23 +138,25 @@ def read_games(
 ) -> Games:
     """The games of a file, with their moves in ``notation``.
 
-    A text file has one game per line: SAN or UCI moves, and optionally the result at the end. Only the main lines of a
-    PGN file (``.pgn``) are read. In a PGN file, a result ends a game. Files may be compressed (``.gz``). Empty lines
-    are skipped.
+    A text file has one game per line: SAN or UCI moves, and optionally the result at the end. Empty lines are skipped.
+    A PGN file has the suffix ``.pgn``. The moves of its games are read without variations and comments. A game ends at
+    its result, or where the next game begins. Files may be compressed (``.gz``).
 
     ``Games.rejected`` lists the games that cannot be used, each with its line and the reason: the game has no
-    moves, or an illegal, ambiguous, null or unreadable move. Further reasons in a PGN file: an invalid tag, rules or an
-    initial position that differ from standard chess, a first move number that is not 1, and a comment or variation that
-    is not closed.
+    moves, or an illegal, ambiguous, null or unreadable move. Further reasons in a PGN file: an invalid tag, rules other
+    than standard chess, another initial position, a first move number that is not 1, and a comment or variation that is
+    not closed.
 
     Checking the rules takes about 0.9 ms per game (2 minutes for 144,000 games on one core, 1 minute on two cores).
-    ``check="syntax"`` takes a few seconds for these games. It requires a text file that uses ``notation``, and checks
-    only that every word has the form of a move, except a result at the end.
+    ``check="syntax"`` takes a few seconds for these games. It requires a text file that uses ``notation``. It checks
+    only that the words of a line have the form of moves. The last word may be a result.
 
     Args:
+        path: a text file or a PGN file.
+        notation: the notation of the returned moves.
         check: ``rules`` replays each game. ``syntax`` checks only the form of the words.
-        workers: number of processes. None: one process, plus one for every 2,000 games, at most one per core; with
-            ``check="syntax"``, one process.
+        workers: number of processes. None: with ``check="rules"``, one process, plus one for every 2,000 games, at most
+            one per core; with ``check="syntax"``, one process.
 
     Raises:
         ImportError: the package ``chess`` is not installed (``check="syntax"`` does not need it).
@@ -191,12 +199,12 @@ def split_games(
 ) -> tuple[Games, Games, Games]:
     """Split the games into (training, validation, test). Games with equal moves are in the same split.
 
-    The fractions are fractions of the distinct games. The games of each split are drawn at random, and keep the order
-    of ``games``.
+    The fractions are fractions of the distinct games. The games of each split are drawn at random. Within a split, the
+    games keep the order of ``games``.
 
     Raises:
         ValueError: a fraction is negative or at least 1, the fractions leave no games for training, or a positive
-            fraction gives no game.
+            fraction of the distinct games rounds to 0 games.
     """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= value < 1.0:
@@ -291,7 +299,7 @@ def _replay(words: Sequence[str], notation: Notation) -> str:
         try:
             move = board.parse_uci(word) if is_uci else board.parse_san(word)
         except ValueError as error:
-            kind = type(error).__name__.removesuffix("MoveError").lower()  # illegal, ambiguous, invalid
+            kind = type(error).__name__.removesuffix("MoveError").lower()  # illegal, ambiguous or invalid
             raise ValueError(f"{_move_name(number, word)} is {'unreadable' if kind == 'invalid' else kind}") from error
         if not move:
             raise ValueError(f"{_move_name(number, word)} is a null move")
@@ -304,14 +312,14 @@ def _replay(words: Sequence[str], notation: Notation) -> str:
 
 
 def _move_name(index: int, word: str) -> str:
-    """The description of a move in error messages."""
+    """The name of the move at ``index`` of a game, for error messages."""
     return f"move {index // 2 + 1} of {'black' if index % 2 else 'white'}, {word!r},"
 
 
 def _canonical_san(board: Any, move: Any, word: str) -> str:
-    """The standard SAN of a move that was parsed from ``word``."""
-    # Writing SAN takes as long as parsing it. So return the word if it is already standard: it has no origin square
-    # (except the file of a pawn that captures), and has "x" if and only if the move is a capture.
+    """The standard SAN, without signs for check and mate, of a move that was parsed from ``word``."""
+    # board.san takes as long as parsing. So return the word if it is already standard. It is standard if it has no
+    # origin square (except the file of a pawn that captures), and has "x" if and only if the move is a capture.
     plain = word.rstrip("+#")
     if _SAN_WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
         return plain
@@ -362,7 +370,7 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
             self.game.errors.append(error)
 
     unknown_word = _unknown_word(text)
-    if unknown_word is not None:  # the parser ignores unknown words
+    if unknown_word is not None:  # chess.pgn.read_game ignores unknown words
         problem = "is not closed" if unknown_word in ("{", "(") else "is not a move"
         return _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game {problem}")
     game = chess.pgn.read_game(io.StringIO(text), Visitor=MainLine)
@@ -385,19 +393,26 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
 
 
 def _pgn_moves(text: str) -> str:
-    """The moves of a text of :func:`_pgn_games`: its last line."""
+    """The moves in a text that :func:`_pgn_games` yields: the last line of the text."""
     return text.rpartition("\n")[2]
 
 
 def _unknown_word(text: str) -> str | None:
-    """The first word in the moves of a text of :func:`_pgn_games` that is neither a move nor a result."""
+    """The first word that is neither a move nor a result, in the moves of a text that :func:`_pgn_games` yields."""
     words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", _pgn_moves(text)).split())
     return next((word for word in words if word and word not in RESULTS and not _PGN_MOVE.fullmatch(word)), None)
 
 
 @dataclasses.dataclass
 class _PgnGame:
-    """The pieces of one game of a PGN text: its tags, the text of its main line, and the number of open variations."""
+    """One game of a PGN text.
+
+    Attributes:
+        line: the number of the first line.
+        tags: the (name, value) of each tag.
+        moves: the parts of the main line, including the result.
+        depth: number of open variations.
+    """
 
     line: int
     tags: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -405,19 +420,19 @@ class _PgnGame:
     depth: int = 0
 
     def text(self) -> str:
-        """One line per tag, an empty line, and one line of moves, with a last word "(" if a variation is not closed."""
+        """One line per tag, an empty line, and one line of moves. Its last word is "(" if a variation is not closed."""
         moves = [word for piece in self.moves for word in piece.split()] + ["("] * bool(self.depth)
         return "\n".join([*(f'[{name} "{value}"]' for name, value in self.tags), "", " ".join(moves)])
 
 
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
-    """The line number and the text (``_PgnGame.text``) of each game, without comments and variations.
+    """Yield the line number and the text (``_PgnGame.text``) of each game, without comments and variations.
 
     A result ends a game. A tag after moves begins a game. After an empty line, a game also begins at move 1 of white,
     or at a tag if the current game already has a tag of this name. Empty lines in comments do not count.
     """
     text = re.sub(r"\r\n?", "\n", text)
-    game, after_empty, line, counted = None, False, 1, 0
+    game, after_empty, line, counted_until = None, False, 1, 0
     for start, kind, piece in _pgn_pieces(text):
         if kind == "empty":
             after_empty = True
@@ -434,7 +449,7 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
                 yield game.line, game.text()
                 game = None
         if game is None:
-            line, counted = line + text.count("\n", counted, start), start
+            line, counted_until = line + text.count("\n", counted_until, start), start
             game = _PgnGame(line)
         if tag is not None:
             game.tags.append((tag[1], tag[2]))
@@ -452,9 +467,10 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
 def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield (start, kind, piece) for the pieces of a PGN text, without comments.
 
-    The kinds are ``moves``, ``result``, ``tag``, ``open`` and ``close`` (of a variation), ``empty`` (a line), and
-    ``unclosed``: a ``{`` without ``}``, or with a tag and another ``{`` before the next ``}``. An unclosed comment ends
-    before its first tag, so that the following games are read.
+    The kinds are ``moves``, ``result``, ``tag``, ``open`` and ``close`` (the parentheses of a variation), ``empty`` (an
+    empty line) and ``unclosed`` (the ``{`` of a comment that is not closed). A comment is not closed if no ``}``
+    follows, or if a tag and another ``{`` come before the next ``}``. Reading continues at the tag, so that the
+    following games are read. If there is no tag, the comment ends at the end of the text.
     """
     position = 0
     while position < len(text):

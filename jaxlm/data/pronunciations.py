@@ -9,13 +9,13 @@ from pathlib import Path
 from jaxlm.data.text_files import text_chunks
 
 Pronunciations = Mapping[str, Sequence[tuple[str, ...]]]
-"""Words in the order of the file, each with one or more different pronunciations, which are tuples of phonemes."""
+"""Word -> its pronunciations (one or more, all different). A pronunciation is a tuple of phonemes."""
 
 
 def read_pronunciations(
     path: str | Path, *, stress: bool = False, encoding: str = "utf-8"
 ) -> dict[str, list[tuple[str, ...]]]:
-    """The pronunciations of each word in a file in the format of CMUdict.
+    """Word -> its different pronunciations, in the order of a file in the format of CMUdict.
 
     A line has a word and its phonemes, separated by spaces: ``data D EY1 T AH0``. The lines of further pronunciations
     have a number after the word: ``data(2) D AE1 T AH0``. The rest of a line after a space and ``#`` is a comment.
@@ -23,15 +23,15 @@ def read_pronunciations(
 
     Args:
         path: a text file, which may be compressed (``.gz``).
-        stress: True keeps the digits that mark the stress of vowels. False removes the digits. Of equal pronunciations
-            of a word, only the first is kept.
+        stress: True keeps the digits that mark the stress of vowels. False removes the digits. If pronunciations of a
+            word are then equal, only the first is kept.
         encoding: the encoding of the file. CMU's file ``cmudict-0.7b`` needs ``latin-1``.
 
     Raises:
         FileNotFoundError: the file does not exist.
         LookupError: the encoding is unknown.
         ValueError: the file is not text in this encoding, a ``.gz`` file is damaged or too large, the file has no
-            words, or a word has no phonemes. For such a word, the message has the line number.
+            words, or a word has no phonemes. In the last case, the message has the line number.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate("".join(text_chunks(path, encoding)).split("\n"), 1):
@@ -52,8 +52,8 @@ def read_pronunciations(
 def split_words(words: Pronunciations) -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     """The training, validation and test words: 85, 5 and 10 %.
 
-    Of each 20 words in the order of the dictionary, words 18 and 19 are test words, and word 20 is a validation word.
-    This is the split of the tool g2p-seq2seq of CMU Sphinx.
+    Of each 20 consecutive words, words 18 and 19 are test words, and word 20 is a validation word. The tool g2p-seq2seq
+    of CMU Sphinx makes the same split (``create_data_files`` in its ``g2p_problem.py``).
     """
     parts: tuple[dict[str, Sequence[tuple[str, ...]]], ...] = ({}, {}, {})
     for number, (word, pronunciations) in enumerate(words.items()):

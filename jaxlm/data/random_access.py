@@ -23,24 +23,24 @@ FINGERPRINT_SAMPLES = 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomAccess:
-    """A source of batches of random-access elements. Each epoch visits every element exactly once.
+    """A ``jaxlm.data.Source`` of random-access elements. Each epoch visits every element exactly once.
 
-    The elements must have the same fields, shapes and dtypes, which is checked in each batch. For elements of unequal
-    length, use ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch
-    and the first elements of the next epoch, so no element is dropped. A batch is a function of its step, so a resumed
-    run does not read earlier elements again.
+    All elements must have the same fields, shapes and dtypes. Each batch is checked for this. For elements of unequal
+    length, use ``Bucketed(Examples.from_random_access(elements), batch_size)``. A batch may contain the last elements
+    of one epoch and the first elements of the next epoch, so no element is dropped. A batch is a function of its step,
+    so a resumed run does not read earlier elements again.
 
     Args:
-        elements: an object with ``len(elements)``. ``elements[n]`` must be a mapping of arrays and numbers, and the
-            same on each access.
+        elements: an object with ``len(elements)``. ``elements[n]`` must be a mapping of field names to numeric arrays
+            and numbers. Each access must return the same values.
         batch_size: B.
         seed: seed of the order. Each epoch has a different order.
         shuffle: False keeps the order of the elements, for example if ``grain.MapDataset.shuffle`` has shuffled them.
 
     Raises:
         TypeError: ``elements`` has no length or cannot be indexed.
-        ValueError: the number of elements is 0 or infinite, the first element is not a mapping of numbers,
-            ``batch_size`` is below 1, or ``seed`` is negative.
+        ValueError: the number of elements is 0 or infinite, the first element is not a mapping to numeric arrays and
+            numbers, ``batch_size`` is below 1, or ``seed`` is negative.
 
     Example:
         >>> elements = [{"tokens": np.arange(n, n + 4), "label": n % 2} for n in range(10)]
@@ -79,8 +79,8 @@ class RandomAccess:
         """The given rows of the global batch of step ``index``: an array ``[rows, ...]`` for each field.
 
         Raises:
-            ValueError: an element is not a mapping of numbers, or differs from the first of the given rows in its
-                fields, shapes or dtypes.
+            ValueError: an element is not a mapping to numeric arrays and numbers, or its fields, shapes or dtypes
+                differ from those of the first of the given rows.
         """
         if self.shuffle:
             numbers = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
@@ -97,7 +97,7 @@ class RandomAccess:
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 
     def check(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` if an id in a field of ``TOKEN_FIELDS`` is outside the vocabulary. Reads all data."""
+        """Raise ``ValueError`` if a field of ``TOKEN_FIELDS`` has an id outside the vocabulary. Reads all elements."""
         for number in range(self.rows_per_epoch):
             for name, array in self._read(number).items():
                 if name in TOKEN_FIELDS and array.ndim and array.dtype.kind in "iu":
@@ -112,5 +112,5 @@ class RandomAccess:
 
 
 def _shapes(element: Mapping[str, np.ndarray]) -> str:
-    """The names, dtypes and shapes of the fields as a string."""
+    """The names, dtypes and shapes of the fields as a string, such as "label int64[], tokens int64[4]"."""
     return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in sorted(element.items()))

@@ -26,20 +26,22 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
     """The questions of a SQuAD file as examples.
 
     The fields are ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``. ``answers`` has the answers
-    of all annotators, and ``starts`` the positions of their first characters. Both are empty for a question without an
-    answer. ``group`` is the title of the article, or the context if there is no title. Split the examples by
-    ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
+    of all annotators, and ``starts`` has the position of the first character of each answer in ``context``. Both are
+    empty for a question without an answer. ``group`` is the title of the article, or the context if there is no title.
+    Split the examples by ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
 
     Args:
-        on_error: "report" lists invalid questions in ``rejected`` instead of raising an error. ``Rejected.line`` is
-            then the number of the question in the file, from 1.
+        on_error: "report" lists invalid questions in ``Examples.rejected`` instead of raising an error.
+            ``Rejected.line`` is then the number of the question in the file, from 1.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has another format, or an object with a key twice; no question is valid; ``on_error`` is
-            unknown; or a question is invalid: a field is missing, a text is empty or has a surrogate, or an answer is
-            not in the context within :data:`MAX_SHIFT` characters of its start. For an invalid question, the message
-            names the file, the number of the question and its id (None if the line cannot be parsed or has no id).
+        InvalidLineError: a question is invalid. Its line cannot be parsed, a field is missing, a text is empty or has a
+            surrogate, or an answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message
+            names the file, the number of the question and its id (None if the line cannot be parsed or has no id). This
+            is a ``ValueError``.
+        ValueError: the file has another format, or is official JSON with a key twice in an object. No question is
+            valid. ``on_error`` is unknown.
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
@@ -59,7 +61,7 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
 
 def read_squad_files(paths: Sequence[Path]) -> dict[str, Examples]:
-    """The questions of each SQuAD file by file name, or by path if two files have the same name."""
+    """File name -> the questions of the file. If two files have the same name, all keys are paths."""
     names = [path.name for path in paths]
     unique = len(set(names)) == len(names)
     return {path.name if unique else str(path): read_squad(path) for path in paths}
@@ -72,6 +74,7 @@ def _read_records(path: Path) -> Iterator[Any]:
         content = parse(text)
     except ValueError as error:  # a file with several JSON lines is not one JSON document
         lines = [line for line in text.split("\n") if line.strip()]
+        # In JSONL, a key twice makes one line invalid. In official JSON, it makes the file invalid.
         if isinstance(error, DuplicateKeyError) and (len(lines) == 1 or not lines[0].rstrip().endswith("}")):
             raise ValueError(f"{path}: {error}") from error
         yield from lines
@@ -151,7 +154,10 @@ def _answers(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _find_answer(context: str, text: str, start: int) -> int | None:
-    """The position nearest to ``start`` at which the context has ``text``. None: it is more than ``MAX_SHIFT`` away."""
+    """The position nearest to ``start`` at which the context has ``text``, or None.
+
+    The result is None if no such position is within ``MAX_SHIFT`` characters of ``start``.
+    """
     for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
         if start + shift >= 0 and context.startswith(text, start + shift):
             return start + shift

@@ -4,8 +4,8 @@ People walk between rooms, and pick up, put down and give away things. Each ques
 lists the kinds of questions, their answers, and the sentences that a reader needs:
 
     where_person   the room of a person                    the sentence about the person's last walk
-    where_thing    the room of a thing                     two sentences: who has or dropped it, and the last walk of
-                                                           this person (before the drop)
+    where_thing    the room of a thing                     two sentences: about the person who has or dropped the
+                                                           thing, and about this person's last walk (before a drop)
     who_has        who carries a thing                     the last sentence about the thing
     when           the time of day of a walk               one sentence
     gave_what      the thing that a person gave            one sentence
@@ -49,7 +49,7 @@ _Mention = tuple[str, int]
 
 
 def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: int = 2) -> Examples:
-    """``count`` questions about generated stories.
+    """``count`` questions about generated stories, in the format of :func:`jaxlm.data.squad.read_squad`.
 
     The fields are ``id``, ``context``, ``question``, ``answers``, ``starts``, ``group`` (the story) and ``kind``. The
     same arguments give the same questions. A larger ``count`` only adds questions at the end.
@@ -104,10 +104,10 @@ class _Story:
 
     Attributes:
         people, rooms, things: the names that the story uses.
-        walks: the rooms that each person walked to, in order.
-        times: (person, room) -> the times of day of the walks to the room.
-        holder: the person who carries each thing, or None.
-        dropped_in: the room in which each thing was put down, or None.
+        walks: person -> the rooms that the person walked to, in order.
+        times: (person, room) -> the times of day of the person's walks to the room, if the sentences name them.
+        holder: thing -> the person who carries it, or None.
+        dropped_in: thing -> the room in which it was put down, or None if it was never put down or is carried.
         gifts: the gifts, in order.
     """
 
@@ -225,16 +225,19 @@ class _Story:
 
     # ------------------------------------------------------------------------------------------------ text
 
-    def _append_sentence(
-        self, template: str, *mentions: str, verb: tuple[str, ...], person: str = ""
-    ) -> list[_Mention]:
-        """Append a sentence. Returns the mentions that fill the empty braces of the template, with their positions."""
+    def _append_sentence(self, template: str, *phrases: str, verb: tuple[str, ...], person: str = "") -> list[_Mention]:
+        """Append a sentence. Returns the mentions of ``phrases``, which fill the empty braces of the template.
+
+        Args:
+            verb: the verbs from which one is drawn.
+            person: the name for ``{person}``. No mention of it is returned.
+        """
         parts = template.replace("{verb}", self.rng.choice(verb)).replace("{person}", person).split("{}")
         text = self.text + " " if self.text else ""
-        positions = []
-        for part, mention in zip(parts, mentions, strict=False):
+        mentions = []
+        for part, phrase in zip(parts, phrases, strict=False):
             text += part
-            positions.append((mention, len(text)))
-            text += mention
+            mentions.append((phrase, len(text)))
+            text += phrase
         self.text = text + parts[-1]
-        return positions
+        return mentions

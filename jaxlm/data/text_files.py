@@ -21,17 +21,17 @@ from pathlib import Path
 MIN_UNPACKED_LIMIT = 64 * 2**20
 """Decompressed size in bytes that is allowed for every ``.gz`` file."""
 MAX_UNPACKED_RATIO = 50
-"""Maximum ratio of decompressed size to file size for ``.gz`` files that decompress to more than
-:data:`MIN_UNPACKED_LIMIT`. The ratio is 3 to 10 for text, and 1,000 for a decompression bomb."""
+"""Maximum ratio of decompressed size to file size, for ``.gz`` files that decompress to more than
+:data:`MIN_UNPACKED_LIMIT`. The ratio is usually 3 to 10 for text, and up to about 1,000 for a decompression bomb."""
 
 _CHUNK = 2**20
 
 
 def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
-    """The text of a file, in pieces of about 1 MiB, read with the rules of this module.
+    """Yield the text of a file, in pieces of about 1 MiB, read with the rules of this module.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or is a directory.
         LookupError: the encoding is unknown.
         ValueError: the file is not text in this encoding, or a ``.gz`` file is truncated, damaged or too large. The
             message names the file, and the offset and the line if they are known.
@@ -40,9 +40,10 @@ def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
 
 
 def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -> Iterator[str]:
-    """The text of pieces of bytes, decoded with the rules of this module. The last piece must be empty.
+    """Yield the text of each piece of bytes, decoded with the rules of this module.
 
     Args:
+        pieces: the bytes. The last piece must be empty: it marks the end, where an incomplete character is an error.
         name: the name of the file or stream in messages.
 
     Raises:
@@ -57,7 +58,7 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeError as error:
-            # Python 3.13 has a UnicodeDecodeError for a missing byte order mark, older versions have a UnicodeError.
+            # For a missing byte order mark, Python 3.13 raises UnicodeDecodeError, and older versions UnicodeError.
             if not isinstance(error, UnicodeDecodeError) or "BOM" in error.reason:
                 raise ValueError(f"{name} is not {encoding} text: it does not begin with a byte order mark") from error
             start = offset - len(error.object) + error.start
@@ -76,7 +77,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is empty, damaged, too large when decompressed, or not UTF-8. In the last case, the message
-            names the first invalid byte.
+            has the first invalid byte and its offset.
     """
     text = "".join(text_chunks(path))
     if not text:
@@ -85,7 +86,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """The lines of a file, numbered from 1, without the line ends ("\\n" or "\\r\\n").
+    """Yield (number, line) for each line of a file. Numbers begin at 1. Line ends ("\\n", "\\r\\n") are removed.
 
     Raises:
         FileNotFoundError, LookupError, ValueError: as in :func:`text_chunks`.
@@ -94,9 +95,9 @@ def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int,
 
 
 def split_lines(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The lines of a text that is given in pieces, numbered from 1, without the line ends ("\\n" or "\\r\\n")."""
+    """Yield (number, line) for each line of a text that is given in pieces, as in :func:`read_lines`."""
     number = 1
-    pieces: list[str] = []  # the pieces of the current line, which may continue in the next chunk
+    pieces: list[str] = []  # the pieces of the current line, which may continue in the next text
     for text in texts:
         first, *others = text.split("\n")
         pieces.append(first)
@@ -128,7 +129,7 @@ def one_field(text: str) -> str:
 
 
 def check_no_surrogate(text: str, name: str) -> None:
-    """Raise ``ValueError`` as :func:`utf8_bytes`."""
+    """Raise the ``ValueError`` of :func:`utf8_bytes` if the text has a surrogate."""
     utf8_bytes(text, name)
 
 
@@ -139,7 +140,7 @@ def utf8_bytes(text: str, name: str) -> bytes:
         name: the name of the text in the message.
 
     Raises:
-        ValueError: the text has a surrogate: half of a pair of UTF-16 codes, which is not a character.
+        ValueError: the text has a surrogate. A surrogate is half of a pair of UTF-16 codes, and is not a character.
     """
     try:
         return text.encode("utf-8")
@@ -150,7 +151,7 @@ def utf8_bytes(text: str, name: str) -> bytes:
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
-    """The decompressed content of a file in pieces. The last piece is empty, to mark the end."""
+    """Yield the decompressed content of a file in pieces. The last piece is empty, to mark the end."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"{path} is not a file")
     is_compressed = path.suffix.lower() == ".gz"

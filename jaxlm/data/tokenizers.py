@@ -1,6 +1,6 @@
 """Tokenizers convert text to ids and back.
 
-This module has their interface, the byte, character and pretrained tokenizers, and :func:`load_tokenizer`.
+This module defines their interface, the byte, character and pretrained tokenizers, and :func:`load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
-"""Files of a published tokenizer that ``save`` writes back. Only ``tokenizer_config.json`` may get further fields."""
+"""Files that ``save`` copies from a published tokenizer. Only ``tokenizer_config.json`` may get further fields."""
 TOKENIZER_FILES = (JAXLM_FILE, "tokenizer.json", *_COPIED_FILES)
-"""Names of the files of a saved tokenizer. ``save`` first removes those of an earlier tokenizer."""
+"""Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
 """The entry of ``tokenizer_config.json`` for models without token types."""
 
@@ -56,7 +56,7 @@ class SpecialIds:
     Attributes:
         pad: padding of batch rows.
         unk: replaces a word or character that is not in the vocabulary.
-        bos, eos: begin and end a document or a target.
+        bos, eos: begin and end a document, or the target text of a sequence-to-sequence model.
         cls: the token whose hidden state a classifier reads.
         sep: ends a text, or each text of a pair.
         mask: replaces a token that the model must predict.
@@ -95,21 +95,21 @@ class Tokenizer(Protocol):
         ...
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
-        """The text, or the pair, with the special tokens of the tokenizer's template."""
+        """The encoding of the text, or of the pair, with the special tokens of the tokenizer's template."""
         ...
 
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """Apply ``encode_inputs`` to each text (and its pair). This is faster than one call per text."""
+        """The result of ``encode_inputs`` for each text (and its pair). This is faster than one call per text."""
         ...
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
-        """The windows of a context, each with the whole question."""
+        """The encodings of overlapping windows of the context, each with the whole question."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The text of ids ``[tokens]``. Raises ``ValueError`` for an array that is not 1-D, or an unknown id."""
+        """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -120,7 +120,7 @@ class Tokenizer(Protocol):
 class EncodeInputsMixin:
     """Mixin that implements ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows``.
 
-    A subclass defines ``encode`` and ``_offsets``, or overrides ``_encodings``.
+    A subclass defines ``encode``. It also defines ``_offsets``, or overrides ``_encodings``.
     """
 
     _context_first = False
@@ -133,39 +133,40 @@ class EncodeInputsMixin:
         """The ids of a text, int32 ``[tokens]``. No special tokens are added."""
 
     def _offsets(self, text: str) -> np.ndarray:
-        """The first and the last character (exclusive) of each token of ``encode(text)``, ``[tokens, 2]``."""
+        """The offsets of each token of ``encode(text)``, int ``[tokens, 2]``, as in :class:`Encoding`."""
         raise NotImplementedError
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        """The encoding of each text (and its pair) with the template, without truncation. Default: no template."""
+        """The encoding of each text (and its pair), without truncation. This default adds no special tokens."""
         rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
         return [encodings.concatenate([(self.encode(text), self._offsets(text)) for text in row]) for row in rows]
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
-        """The text, or the pair, with the special tokens of the tokenizer's template.
+        """The encoding of the text, or of the pair, with the special tokens of the tokenizer's template.
 
         BERT: ``[CLS] text [SEP] pair [SEP]``. T5: ``text </s>``. Chess moves: ``<bos> text``. GPT-2, bytes and
         characters: no special tokens.
 
         Args:
-            max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a text
-                (from its start, if the files of the tokenizer set ``truncation_side`` to "left"); in a pair, first
-                from the longer text. None: the texts are not truncated.
+            max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a text,
+                or from its start if the files of the tokenizer set ``truncation_side`` to "left". In a pair, tokens are
+                first removed from the longer text. None: the texts are not truncated.
 
         Raises:
             TypeError: ``text`` or ``pair`` is not a string.
-            ValueError: ``max_length`` is too small for one token of each text.
+            ValueError: ``max_length`` is too small for the special tokens and one token of each text, or a text cannot
+                be encoded, as in ``encode``.
         """
         return self.encode_inputs_batch([text], None if pair is None else [pair], max_length=max_length)[0]
 
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """Apply ``encode_inputs`` to each text (and its pair). This is faster than one call per text.
+        """The result of ``encode_inputs`` for each text (and its pair). This is faster than one call per text.
 
         Raises:
             TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
-            ValueError: the numbers of texts and pairs differ, or ``max_length`` is too small.
+            ValueError: the numbers of texts and pairs differ, or as in ``encode_inputs``.
         """
         for name, values in (("texts", texts), ("pairs", pairs or ())):
             if isinstance(values, str):
@@ -181,7 +182,7 @@ class EncodeInputsMixin:
         return [encodings.truncate(encoding, max_length, self._truncation_side) for encoding in encoded]
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
-        """Overlapping windows of the context, each with the whole question, as for SQuAD.
+        """The encodings of overlapping windows of the context, each with the whole question, as for SQuAD.
 
         In every window, ``sequence_ids`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens
         are positions in the whole context. If the template ends with the classifier token (XLNet), the context is
@@ -194,8 +195,8 @@ class EncodeInputsMixin:
 
         Raises:
             TypeError: the question or the context is not a string.
-            ValueError: the question or the context has no tokens; ``stride`` is negative; or the context does not fit,
-                and ``max_length`` leaves at most ``stride`` tokens for it.
+            ValueError: the question or the context has no tokens, or cannot be encoded. ``stride`` is negative. The
+                context does not fit, and ``max_length`` leaves at most ``stride`` tokens for it.
 
         Example:
             >>> [w.ids.tolist() for w in ByteTokenizer().encode_windows("a", "bcdef", max_length=4, stride=1)]
@@ -214,12 +215,13 @@ class EncodeInputsMixin:
 def encode_truncated(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None, name: str
 ) -> list[Encoding]:
-    """The encoding of each text (and its pair), truncated to ``max_length`` tokens. None: no truncation.
+    """The encoding of each text (and its pair), truncated to ``max_length`` tokens.
 
-    Long texts are encoded twice (the second time with ``max_length``), because only the tokenizer knows from which side
+    Long texts are encoded twice, the second time with ``max_length``, because only the tokenizer knows from which side
     to remove tokens. The logger "jaxlm" warns with the number of truncated encodings.
 
     Args:
+        max_length: maximum number of tokens. None: no truncation.
         name: what the texts are, for the warning, for example ``texts of train.tsv``.
     """
     encoded = tokenizer.encode_inputs_batch(texts, pairs)
@@ -236,10 +238,10 @@ def encode_truncated(
 
 
 def num_required_ids(tokenizer: Tokenizer) -> int:
-    """The number of ids that a model needs for this tokenizer. Special tokens without a role do not count.
+    """The vocabulary size that a model needs for this tokenizer: the largest id that a model must have, plus 1.
 
-    Such a token is added to the vocabulary, for example ``<image_soft_token>`` of Gemma 3, but the text models have no
-    id for it. It occurs only in texts that contain its name.
+    A model need not have the ids of added special tokens without a role, such as ``<image_soft_token>`` of Gemma 3:
+    text models have no embedding for this token. Such an id occurs only in the encoding of a text with its token.
     """
     if not isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer.vocab_size
@@ -272,7 +274,7 @@ class ByteTokenizer(EncodeInputsMixin):
     """A tokenizer of UTF-8 bytes: ids 0-255 are bytes, and id 256 is the end of a document.
 
     ``encode`` raises ``ValueError`` for a surrogate, which has no UTF-8 bytes. ``decode`` replaces bytes that are not
-    valid UTF-8 by U+FFFD. Id 256 has no text.
+    valid UTF-8 by U+FFFD.
 
     Example:
         >>> ByteTokenizer().encode("né").tolist()
@@ -369,13 +371,13 @@ def _code_points(text: str) -> np.ndarray:
 class PretrainedTokenizer(EncodeInputsMixin):
     """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
-    ``encode`` adds no special tokens, but encodes a special token in the text as its id. It raises ``ValueError`` for a
-    surrogate, which has no UTF-8 bytes. ``decode`` writes special tokens as text, unless ``skip_special_tokens`` is
-    True.
+    ``encode`` adds no special tokens. If the text contains a special token, ``encode`` returns the id of this token.
+    ``encode`` raises ``ValueError`` for a surrogate, which has no UTF-8 bytes. ``decode`` writes special tokens as
+    text, unless ``skip_special_tokens`` is True.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off. ``save`` writes their original
-            settings.
+        backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object. ``save``
+            writes the original settings.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
@@ -387,7 +389,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
             vocabulary.
 
     Attributes:
-        special_tokens: role -> special token, for the roles that the tokenizer has.
+        backend: the ``tokenizers.Tokenizer``, without padding and truncation.
+        special_tokens: role -> special token, for the roles that have a token.
     """
 
     def __init__(
@@ -414,7 +417,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
         if side not in ("right", "left"):
             raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
         self._truncation_side = side
-        # The padding and truncation of tokenizer.json would change the number of ids, so turn them off.
+        # The padding and truncation of tokenizer.json would change the number of ids. So keep their settings for
+        # ``save``, and turn them off.
         self._padding_and_truncation: dict[str, Any] = {"padding": None, "truncation": None}
         if backend.padding is not None or backend.truncation is not None:
             content = json.loads(backend.to_str())
@@ -428,19 +432,22 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
         """The tokenizer of ``tokenizer.json``, or of GPT-2's ``vocab.json`` and ``merges.txt`` (byte-level BPE).
 
-        The special token of a role comes from the first of these sources that has the role: ``tokenizer_config.json``,
-        ``special_tokens_map.json``, the ids of special tokens in ``config.json``, a BERT or RoBERTa template in
-        ``tokenizer.json`` (only cls and sep), and the tokens that published vocabularies use. In the first two, null
-        means that the role has no token. ``save`` copies the other files of the tokenizer.
+        The special token of a role comes from the first of these sources that has the role:
+
+        1. ``tokenizer_config.json``, then ``special_tokens_map.json``. Null means that the role has no token.
+        2. The ids in ``config.json``, such as ``eos_token_id``, if they are ids of special tokens in the backend.
+        3. A BERT or RoBERTa template in ``tokenizer.json`` (only cls and sep).
+        4. The tokens that published vocabularies use.
 
         Without ``tokenizer.json``, the tokens that ``special_tokens_map.json``, ``tokenizer_config.json`` and
-        ``added_tokens.json`` declare are not split, as in transformers.
+        ``added_tokens.json`` declare are not split, as in transformers. ``save`` copies the other files of the
+        tokenizer.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
             ValueError: a file cannot be parsed, has an empty vocabulary or an unknown ``truncation_side``, names a
-                token that is not in the vocabulary, or gives two tokens the same id; or there is no
-                ``tokenizer.json``, and the other files are not those of GPT-2.
+                token that is not in the vocabulary, or gives two tokens the same id. There is no ``tokenizer.json``,
+                and the other files are not those of GPT-2.
         """
         directory = Path(directory)
         backend = _read_backend(directory)
@@ -465,9 +472,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
 
-        Only the decoder in ``tokenizer.json`` changes spaces (WordPiece with ``cleanup`` removes spaces before
-        punctuation and in contractions). ``clean_up_tokenization_spaces`` in ``tokenizer_config.json``, which
-        transformers also applies, has no effect.
+        Only the decoder in ``tokenizer.json`` changes spaces. For example, WordPiece with ``cleanup`` removes spaces
+        before punctuation and in contractions. ``clean_up_tokenization_spaces`` in ``tokenizer_config.json`` has no
+        effect here, unlike in transformers.
 
         Args:
             skip_special_tokens: True removes special tokens. False writes them as text.
@@ -477,11 +484,12 @@ class PretrainedTokenizer(EncodeInputsMixin):
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and the copied files of a published tokenizer.
 
-        transformers and ``load_tokenizer`` read them. Files of an earlier tokenizer are removed. A special token that
-        cannot be read from the copied files, such as the token of an id in ``config.json``, is added to
-        ``tokenizer_config.json``. If this file has no ``tokenizer_class``, the class and further missing fields are
-        also added. Otherwise, transformers would choose a class by the ``model_type`` in ``config.json``, and the class
-        may add other special tokens. All other copied files are unchanged.
+        transformers and ``load_tokenizer`` read these files. Files of an earlier tokenizer in the directory are
+        removed. A special token that cannot be read from the written files, such as the token of an id in
+        ``config.json``, is added to ``tokenizer_config.json``. If this file has no ``tokenizer_class``, the class
+        ``PreTrainedTokenizerFast`` and further missing fields are added: without the class, transformers would choose
+        one by the ``model_type`` in ``config.json``, and this class may add other special tokens. All other copied
+        files are unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -508,23 +516,26 @@ class PretrainedTokenizer(EncodeInputsMixin):
         """The fields of ``tokenizer_config.json`` for a tokenizer that has no such file, or a file without a class."""
         template = self.backend.encode("", "")
         # BERT and XLNet end the second text with a special token of type 1 or 2. In the template of Llama, the first
-        # special token of type 1 is the BOS token of the second text, but its models have no token types.
+        # special token of type 1 is the BOS token of the second text, but Llama models have no token types.
         later = (number for number, kind in zip(template.ids, template.type_ids, strict=True) if kind > 0)
         has_token_types = next(later, self.special_ids.bos) != self.special_ids.bos
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **({} if has_token_types else NO_TOKEN_TYPES),
-            **({"padding_side": "left"} if self._context_first else {}),  # XLNet reads the last token
-            # Null says that a role has no token. For a missing role, usual tokens would be looked up in the vocabulary.
+            **({"padding_side": "left"} if self._context_first else {}),  # XLNet classifies by the last token
+            # Null says that a role has no token. For a missing role, a reader would look up the usual tokens.
             **{f"{role}_token": self.special_tokens.get(role) for role in ROLES},
         }
 
 
 def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, str]:
-    """The token of each role: the given token, or else the first known token that is in the vocabulary.
+    """Role -> token: the given token, or else the first token of ``_KNOWN_TOKENS`` that is in the vocabulary.
 
     A role that has no token, or whose given token is None, is left out.
+
+    Raises:
+        ValueError: a given role is unknown, or a given token is not in the vocabulary.
     """
     unknown = [role for role in given if role not in ROLES]
     if unknown:
@@ -542,7 +553,7 @@ def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, 
 
 
 def _special_token(backend: Any, role: str, given: Mapping[str, str | None]) -> str | None:
-    """The given token of a role, or else the first known token that is in the vocabulary. None: there is no token."""
+    """The given token of a role, or else its first token of ``_KNOWN_TOKENS`` that is in the vocabulary, or None."""
     known = (token for token in _KNOWN_TOKENS[role] if backend.token_to_id(token) is not None)
     return given[role] if role in given else next(known, None)
 
@@ -579,11 +590,11 @@ def _read_backend(directory: Path) -> Any:
 def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless ``vocab.json`` and ``merges.txt`` describe the whole tokenizer, as they do for GPT-2.
 
-    Tokenizers of other classes have a template, other special tokens, or another splitting into words.
+    Tokenizers of other classes have a template, other special tokens, or another rule that splits a text into words.
     """
     settings, config = (_read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    model_type = config.get("model_type") or "gpt2"  # names with "jaxlm-" are models without a published tokenizer
+    model_type = config.get("model_type") or "gpt2"  # "jaxlm-..." is a model without a published tokenizer
     if name not in (None, *_GPT2_CLASSES):
         reason = f"tokenizer_class={name!r}"
     elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
@@ -606,12 +617,12 @@ _ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
-    """The tokens that GPT-2's files declare in addition to ``vocab.json``. They are not split, as in transformers.
+    """The tokens that are declared in other files than ``vocab.json``. They are not split, as in transformers.
 
     Returns:
-        Token -> the name of the file that declares it, and its options of ``tokenizers.AddedToken``.
+        Token -> the name of the last file that declares it, and its options of ``tokenizers.AddedToken``.
     """
-    declared: list[tuple[str, Any, bool]] = []  # file name, token, whether it has a role
+    declared: list[tuple[str, Any, bool]] = []  # file name, token, whether the field that has it makes it special
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = _read_if_exists(directory / name)
         for key, kind in (("additional_special_tokens", list), ("added_tokens_decoder", dict)):
@@ -623,13 +634,13 @@ def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
     name = "added_tokens.json"
     declared += [(name, token, False) for token in _read_if_exists(directory / name)]
     found: dict[str, tuple[str, dict[str, bool]]] = {}
-    for name, token, has_role in declared:
+    for name, token, makes_special in declared:
         fields = token if isinstance(token, dict) else {"content": token}
         text = fields.get("content")
         if not isinstance(text, str):
             raise ValueError(f"{directory / name}: the token {token!r} must be a string")
         _, options = found.get(text, (name, {}))
-        is_special = has_role or text == "<|endoftext|>" or options.get("special") or fields.get("special", False)
+        is_special = makes_special or text == "<|endoftext|>" or options.get("special") or fields.get("special", False)
         options |= {option: fields[option] for option in _ADDED_TOKEN_OPTIONS if option in fields}
         found[text] = name, {**options, "special": is_special}
     return found
@@ -655,7 +666,7 @@ def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -
     """Role -> special token, as declared in the files of a directory. None: a file declares that there is no token.
 
     Args:
-        config: the content of ``config.json``.
+        config: the content of ``config.json``, or an empty mapping.
     """
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -683,7 +694,7 @@ def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -
 
 
 def _as_encoding(encoding: Any) -> Encoding:
-    """The arrays of a ``tokenizers.Encoding``."""
+    """The :class:`Encoding` with the content of a ``tokenizers.Encoding``."""
     sequence_ids = [encodings.SPECIAL if number is None else number for number in encoding.sequence_ids]
     return Encoding(
         ids=np.asarray(encoding.ids, np.int32),
@@ -730,7 +741,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
-    """Save a tokenizer whose only file is ``jaxlm_tokenizer.json``, and remove the files of an earlier tokenizer."""
+    """Write ``jaxlm_tokenizer.json``, the only file of a tokenizer, and remove the files of an earlier tokenizer."""
     remove_tokenizer_files(Path(directory))
     write_json(Path(directory) / JAXLM_FILE, content)
 

@@ -1,4 +1,4 @@
-"""Token files: ``.npy`` files with one array of ids, written in chunks and read as a memory map."""
+"""Token files: ``.npy`` files with one 1-D array of token ids, written in chunks and read as a memory map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 TOKEN_FIELDS = ("tokens", "source", "target")
-"""The fields of encoded examples that have token ids. Other integers, such as labels, may be outside the vocabulary."""
+"""The fields of encoded examples that contain token ids. Integers in other fields, such as labels, are not ids."""
 _CHUNK = 1 << 22  # number of ids that are checked at a time, to limit the memory of a check
 
 
@@ -33,13 +33,13 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first: int = 0) -> None:
-    """Raise ``ValueError`` if :func:`check_ids_1d` raises, or if an id is outside the vocabulary.
+    """Raise ``ValueError`` if ``ids`` fails :func:`check_ids_1d`, or if an id is not in [0, ``vocab_size``).
 
     The function reads all ids, one chunk at a time.
 
     Args:
         name: the name of the ids in messages, for example the name of a file.
-        first: the position of ``ids[0]`` in the data set, for messages.
+        first: the position of ``ids[0]`` in the data set. The message adds it to the index of the id.
     """
     check_ids_1d(ids, min_length, name)
     for start in range(0, len(ids), _CHUNK):
@@ -48,21 +48,24 @@ def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: st
             index = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             raise ValueError(
                 f"{name}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
-                f"{vocab_size} ids; use the tokenizer that wrote them, or a model with a larger vocab_size"
+                f"{vocab_size} ids; use the tokenizer that made these ids, or a model with a larger vocab_size"
             )
 
 
 def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int) -> int:
     """Write ids to a token file. Returns the number of ids.
 
-    The function writes a temporary file and renames it at the end, so an incomplete file never has this path.
+    The function writes a temporary file in the directory of ``path`` and renames it to ``path`` at the end. So ``path``
+    is never an incomplete file.
 
     Args:
-        ids: one array, or an iterable of arrays. Only one of these arrays is in memory at a time.
+        ids: one 1-D array, or an iterable of 1-D arrays, which the file concatenates. The function keeps only one of
+            these arrays in memory.
+        vocab_size: number of ids of the vocabulary. It selects the dtype of the file (:func:`token_dtype`).
 
     Raises:
         ValueError: an id is outside the vocabulary, there are no ids, or an element of ``ids`` is not a 1-D array of
-            integers. No file is created in this case.
+            integers. Then no file is written, and an existing file stays as it is.
 
     Example:
         >>> write_tokens("train.npy", (tokenizer.encode(text) for text in texts), tokenizer.vocab_size)
@@ -72,7 +75,7 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
     dtype, total = token_dtype(vocab_size), 0
     try:
         with open(partial, "wb") as file:
-            # numpy pads the header, so the header with the final count will have the same size.
+            # At the end, a header with the final count replaces this header. NumPy pads both to the same size.
             _write_header(file, dtype, 0)
             header_size = file.tell()
             for chunk in [ids] if isinstance(ids, np.ndarray) else ids:
@@ -102,7 +105,7 @@ def _write_header(file: object, dtype: np.dtype, count: int) -> None:
 
 
 def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
-    """The ids ``[tokens]`` of a token file, memory-mapped and read-only, after a check of every id.
+    """The ids ``[tokens]`` of a token file, as a read-only memory map. The function checks every id.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -110,7 +113,7 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
             outside the vocabulary.
     """
     with open(path, "rb") as file:
-        if file.read(2) == b"PK":  # np.load would read an .npz file
+        if file.read(2) == b"PK":  # the first bytes of a zip file; np.load would accept an .npz file
             raise ValueError(f"{path} is an archive of arrays (.npz), not a token file (.npy)")
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -121,14 +124,14 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def split_tokens(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``tokens`` into two views (training, validation). The validation split is the end of the tokens.
+    """Two views of ``tokens``: the training tokens, and the last ``validation_fraction`` of the tokens for validation.
 
     Raises:
-        ValueError: ``validation_fraction`` is not between 0 and 1, or a view is empty.
+        ValueError: ``validation_fraction`` is not between 0 and 1 (both excluded), or a view would be empty.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    # The small number corrects rounding errors: 10 * (1 - 0.9) is 0.9999999999999998.
+    # Without 1e-15, a rounding error could make the boundary too small by 1: 10 * (1 - 0.9) is 0.9999999999999998.
     boundary = int(len(tokens) * (1 - validation_fraction + 1e-15))
     if boundary in (0, len(tokens)):
         raise ValueError(
@@ -139,6 +142,6 @@ def split_tokens(tokens: np.ndarray, validation_fraction: float) -> tuple[np.nda
 
 
 def split_documents(tokens: np.ndarray, end_id: int) -> list[np.ndarray]:
-    """Views of the documents in ``tokens``. Each document ends with ``end_id``, except possibly the last document."""
+    """Views of the documents in ``tokens``. Each document ends with ``end_id``; only the last may end without it."""
     boundaries = np.flatnonzero(tokens == end_id) + 1
     return [document for document in np.split(tokens, boundaries) if len(document)]

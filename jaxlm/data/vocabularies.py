@@ -1,11 +1,12 @@
-"""Training of tokenizers: subwords (BPE, unigram), words and characters. Training needs the extra ``tokenizers``.
+"""Training of tokenizers: subwords (BPE, unigram), words and characters. Training needs the package ``tokenizers``.
 
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
-    tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
+    tokenizer.save("directory")             # load_tokenizer and transformers' AutoTokenizer can read it
 
-Subwords are built from the 256 bytes, so every text can be encoded. Decoding is exact, except for texts with special
-tokens and with ``lowercase``. A subword tokenizer adds a space before each text, so that the first word has the same
-ids as elsewhere in a text. Decoding removes the added space.
+Subwords are sequences of bytes, and the vocabulary contains all 256 bytes. So a subword tokenizer can encode every
+text. ``decode`` returns exactly this text, unless the text contains a special token or ``lowercase`` is set. A subword
+tokenizer adds a space before each text. So the first word of a text has the same ids as the same word after a space.
+``decode`` removes the added space.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _SUBWORDS = ("bpe", "unigram")
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """The special tokens of a template, and their positions in the encoding of a text or a pair.
+    """The special tokens of a template, and their positions in the encoding of a text or of a pair of texts.
 
     Attributes:
         tokens: role (``"pad"``, ``"eos"``, ...) -> token, in the order of the ids.
-        single, pair: the template for a text and for a pair, in the syntax of ``tokenizers``.
+        single, pair: the template for one text and for a pair, in the syntax of ``TemplateProcessing`` in the package
+            ``tokenizers``: ``$A`` and ``$B`` are the texts, and ``:1`` sets the token type 1.
         config: further entries of ``tokenizer_config.json``.
     """
 
@@ -42,7 +44,8 @@ class _Template:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The tokens have the order of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad id 1.
+# The special tokens have the order of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad
+# id 1, because it numbers positions from the pad id plus 1.
 _TEMPLATES: dict[str, _Template] = {
     "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", NO_TOKEN_TYPES),
     "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", NO_TOKEN_TYPES),
@@ -81,40 +84,41 @@ def train_tokenizer(
     min_frequency: int = 1,
     extra_tokens: Sequence[str] = (),
 ) -> PretrainedTokenizer:
-    """A tokenizer with a vocabulary that is trained on ``texts``.
+    """A tokenizer whose vocabulary is learned from ``texts``.
 
     The same texts in the same order give the same vocabulary. Special tokens have the first ids. For translation, pass
     the texts of both languages.
 
     Args:
-        texts: the training texts; they are read once.
-        kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes, with
-            ``decode(encode(x)) == x`` for texts without special tokens and without ``lowercase``. ``"word"`` splits at
-            white space, and decoding puts one space between words. ``"character"`` has one id per character, and
-            decoding adds no spaces. Words and characters outside the vocabulary are encoded as the unknown token.
+        texts: the training texts. The function iterates over them once.
+        kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes. For them,
+            ``decode(encode(x)) == x`` if ``x`` contains no special token and ``lowercase`` is False. ``"word"`` splits
+            at white space, and ``decode`` puts one space between words. ``"character"`` has one id per character, and
+            ``decode`` adds no spaces. A word or character outside the vocabulary is encoded as the unknown token.
         vocab_size: maximum number of ids, including special tokens. Short training texts give fewer ids.
-        template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
+        template: the special tokens that ``encode_inputs`` adds to a text or a pair of texts. The columns are the
+            template, the encoding of a pair ``a``, ``b``, the models that use the template, and the ids:
 
-            ===========  ============================  ==================  ==============================
-            ``none``     ``a b``                       language models     ids: pad 0, eos 1, unk 2
-            ``eos``      ``a </s> b </s>``             encoder-decoders    same ids (as in T5)
-            ``bos_eos``  ``<s> a </s> </s> b </s>``    RoBERTa             bos 0, pad 1, eos 2, unk 3, mask 4
-            ``cls_sep``  ``[CLS] a [SEP] b [SEP]``     BERT                pad 0, unk 1, cls 2, sep 3, mask 4
-            ``sep_cls``  ``a <sep> b <sep> <cls>``     XLNet               unk 0, bos, eos, cls, sep, pad 5, mask 6
-            ===========  ============================  ==================  ==============================
+            ===========  ==========================  ================  ================================================
+            ``none``     ``a b``                     language models   pad 0, eos 1, unk 2
+            ``eos``      ``a </s> b </s>``           encoder-decoders  pad 0, eos 1, unk 2 (as in T5)
+            ``bos_eos``  ``<s> a </s> </s> b </s>``  RoBERTa           bos 0, pad 1, eos 2, unk 3, mask 4
+            ``cls_sep``  ``[CLS] a [SEP] b [SEP]``   BERT              pad 0, unk 1, cls 2, sep 3, mask 4
+            ``sep_cls``  ``a <sep> b <sep> <cls>``   XLNet             unk 0, bos 1, eos 2, cls 3, sep 4, pad 5, mask 6
+            ===========  ==========================  ================  ================================================
 
-        lowercase: texts are lowercased first, in training and in ``encode``.
-        min_frequency: how often a word, a character or a BPE merge must occur in ``texts`` to be in the vocabulary; at
-            least 1. Values above 1 are invalid for unigram.
+        lowercase: convert texts to lower case, in training and in ``encode``.
+        min_frequency: the vocabulary contains only the words, characters or BPE merges that occur at least this often
+            in ``texts``; at least 1. For ``"unigram"``, it must be 1.
         extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow the ids of the
             template tokens.
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
-        ValueError: there are no texts (for unigram: or only texts of white space and special tokens), the kind or
-            template is unknown, ``min_frequency`` is invalid, or ``vocab_size`` is too small for the special tokens and
-            one entry (for subwords: the 256 bytes).
+        ValueError: there are no texts; the kind is ``"unigram"``, and all texts consist of white space and special
+            tokens; the kind or template is unknown; ``min_frequency`` is invalid; ``extra_tokens`` contains an empty
+            string; or ``vocab_size`` is too small for the special tokens and one more id (for subwords: 256 more ids).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
@@ -141,7 +145,7 @@ def train_tokenizer(
         pair=template_spec.pair,
         special_tokens=[(t, backend.token_to_id(t)) for t in specials],
     )
-    # trim_offsets excludes the leading space of a subword from its offsets, because the added space is not in the text.
+    # trim_offsets: the offsets of a subword exclude its leading space, because the added space is not in the text.
     byte_level = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     backend.post_processor = (
         tokenizers.processors.Sequence([byte_level, add_template]) if kind in _SUBWORDS else add_template
@@ -170,7 +174,7 @@ def _check(
     if isinstance(extra_tokens, str):
         raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
     if "" in extra_tokens:
-        raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: leave it out")
+        raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: remove it")
     check_min(1, min_frequency=min_frequency)
     if min_frequency > 1 and kind == "unigram":
         raise ValueError(f"min_frequency={min_frequency} has no effect for kind='unigram': do not set it")
@@ -187,13 +191,13 @@ def _check(
 def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) -> Iterator[str]:
     """Yield the parts of the texts between special tokens.
 
-    ``encode`` splits texts in the same way. Without the split, a trainer for words would count a special token of a
-    text as a word, and would give it a second id.
+    ``encode`` splits texts in the same way. Without this split, the trainer for words would count a special token in a
+    text as a word, and would give this token a second id.
 
     Raises:
         TypeError: a text is not a string.
-        ValueError: there are no texts; or all have only white space and special tokens, which a unigram model does not
-            support.
+        ValueError: there are no texts; or the kind is ``"unigram"``, and all texts consist of white space and special
+            tokens.
     """
     position, is_empty = -1, True
     special_pattern = re.compile("|".join(map(re.escape, specials)))
@@ -260,11 +264,12 @@ def _word_or_character_backend(
 
 
 def _make_reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) -> Any:
-    """The trained unigram model with reproducible scores and order.
+    """The trained unigram model, with scores and an order that are equal in every training on the same texts.
 
-    The trainer sums scores in the order of a hash table, so the last digits vary. Bytes that do not occur in the texts
-    get the lowest score plus 0, 1, 2, ... times 0.0001, also in hash table order. This function rounds the scores,
-    gives all these bytes the lowest score, and sorts the pieces by score and text.
+    The trainer of ``tokenizers`` iterates over a hash table, whose order varies. It sums scores in this order, so the
+    last digits of the scores vary. In the same order, it gives the bytes that do not occur in the texts the lowest
+    score plus 0, 1, 2, ... times 0.0001. This function rounds all scores, gives all bytes that do not occur the lowest
+    score, and sorts the pieces by score and text.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]

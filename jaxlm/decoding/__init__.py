@@ -1,7 +1,9 @@
 """Decoding: sampling, beam search, scoring and text generation, for every family with a model state.
 
+A model state is what a model keeps of the tokens that it has read: a key-value cache, a recurrent state or a memory.
 Decoding calls the methods ``apply``, ``logits``, ``state_specs``, ``init_state``, ``init_decode_state`` and
-``rollback`` of a model. It reorders and resizes a model state by the axis names in the specs of the state.
+``rollback`` of a model. The specs of a state name its axes (``batch``, ``slots``). By these names, decoding finds the
+axes along which it reorders and resizes the state.
 """
 
 from jaxlm.decoding.beam import BeamConfig, Beams, beam_search

@@ -1,6 +1,6 @@
-"""Batches with few distinct shapes: rows are sorted by length, split into batches, and padded to bucket lengths.
+"""Batches with few distinct shapes. Rows are sorted by length, split into batches, and padded to bucket lengths.
 
-Shapes: B batch rows, T time.
+A bucket length is a length from a fixed list (:func:`bucket_length`). Shapes: B batch rows, T time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ SMALLEST_BUCKET = 16
 
 
 def bucket_length(length: int, limit: int | None = None) -> int:
-    """The smallest bucket length that is at least ``length``, or ``limit`` if that is smaller.
+    """The smallest bucket length that is at least ``length``; ``limit`` if this bucket length exceeds ``limit``.
 
     The bucket lengths are 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, ... From 32 on, there are two bucket lengths per
-    power of two, so at most one third of a row with more than 32 tokens is padding.
+    power of two. So if ``length`` is more than 32, at most one third of the padded row is padding.
 
     Raises:
         ValueError: ``length`` is below 1 or above ``limit``.
@@ -34,10 +34,10 @@ def bucket_length(length: int, limit: int | None = None) -> int:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[np.ndarray]:
-    """The row numbers [B] of each batch. The longest rows are in the first batch.
+    """Yield the row numbers [B] of each batch. The longest rows are in the first batch.
 
-    Every batch has ``batch_size`` rows, or all rows if there are fewer. The last batch repeats its last row until it is
-    full.
+    All batches have the same number of rows B: ``batch_size``, or the number of all rows if this is smaller. The last
+    batch repeats its last row until it has B rows.
 
     Args:
         lengths: the length of each row.
@@ -58,7 +58,7 @@ def pad_rows(rows: Sequence[np.ndarray], length: int, *, left: bool = False) -> 
     """Rows padded with id 0 to ``length``, and their segment ids (1 for tokens, 0 for padding); both [B, T] int32.
 
     Args:
-        rows: the token ids of each row, at most ``length`` per row.
+        rows: the token ids of each row, at most ``length`` ids per row.
         left: pad on the left instead of on the right.
     """
     tokens, segment_ids = np.zeros((2, len(rows), length), np.int32)

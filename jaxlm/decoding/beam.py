@@ -1,6 +1,6 @@
 """Beam search: the best hypotheses for each prompt, with one jitted loop per cache size.
 
-The specs of a model state name its ``batch`` axis. Beam search reorders the state along this axis, in every family.
+The specs of a model state name its ``batch`` axis. Beam search gathers the rows of the state along this axis.
 Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N new tokens, V ids that may be generated,
 C candidates of a step.
 """
@@ -28,10 +28,8 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
-"""A cache with more than twice this number of slots, and more than twice the prompt length, grows in stages.
-
-:func:`_cache_sizes` lists the exceptions.
-"""
+"""If a search needs more than twice this number of cache slots, and more than twice as many slots as the prompt has
+tokens, its cache starts smaller and grows in stages. :func:`_cache_sizes` lists the exceptions."""
 
 
 @struct.dataclass
@@ -39,11 +37,12 @@ class Beams:
     """The hypotheses for each prompt, best first.
 
     Attributes:
-        tokens: [B, K, N] int32; after the end, the first end id is repeated (0 if there is no end id).
+        tokens: [B, K, N] int32, the new tokens. The columns after the end of a hypothesis contain the first of the end
+            ids (0 if there is no end id).
         lengths: [B, K] int32, number of new tokens of each hypothesis, including its end token.
         scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. If fewer than K hypotheses
-            exist, the remaining entries have score -inf and length 0.
-        finite: [B] bool, whether all logits of the row's live hypotheses are finite.
+            were finished, the remaining entries have score -inf and length 0.
+        finite: [B] bool, whether all logits that were used to extend the hypotheses of the row are finite.
     """
 
     tokens: jax.Array
@@ -61,16 +60,17 @@ class BeamConfig:
     """
 
     num_beams: int
-    """Number of live hypotheses per prompt, and of finished hypotheses that are kept."""
+    """K, the number of live hypotheses per prompt, which the search extends, and the number of finished hypotheses per
+    prompt that it keeps."""
     length_penalty: float = 1.0
     """The score is the sum of log-probabilities divided by ``length ** length_penalty``. The length includes the end
-    token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
-    7) use another formula."""
+    token. 0 favors short hypotheses, 1 gives the mean, larger values favor long hypotheses. Wu et al. (2016, section 7)
+    use another formula."""
     early_stopping: EarlyStopping = "never"
-    """When the search of a row ends. The search always continues until ``num_beams`` hypotheses are finished or no
-    hypothesis is live. True: the search ends at this point. False (the default of Hugging Face): it ends when no live
-    hypothesis has a better current score than the worst finished hypothesis. "never": it ends when no continuation of a
-    live hypothesis can have a better score than the worst finished hypothesis."""
+    """When the search of a row ends. If no hypothesis is live, the search always ends. Otherwise it continues at least
+    until ``num_beams`` hypotheses are finished. True: it ends then. False (the default of Hugging Face): it ends when
+    no live hypothesis has a better score at its current length than the worst finished hypothesis. "never": it ends
+    when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
         check_min(1, num_beams=self.num_beams)
@@ -93,18 +93,22 @@ def beam_search(
 ) -> Beams:
     """The best continuations of each prompt that a beam search finds.
 
-    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis that
-    is not among the ``num_beams`` best candidates of its step is discarded. Of the others, the ``num_beams`` best are
-    kept. Hugging Face's ``generate`` has the same rules.
+    A step extends every live hypothesis by every id. The results are the candidates of the step. A candidate is
+    finished if it ends with ``end_id`` or has ``max_new_tokens`` tokens. If a finished candidate is not among the
+    ``num_beams`` candidates of its step with the largest sums of log-probabilities, it is discarded. Of the other
+    finished candidates of all steps, the ``num_beams`` with the best scores are kept. The ``num_beams`` best candidates
+    that are not finished are the next live hypotheses. Hugging Face's ``generate`` has the same rules.
 
     Args:
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
-        max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
+        max_new_tokens: maximum number of new tokens. Either one number for all rows, or [B] with one number per row.
+        beams: the settings of the search.
 
     Raises:
         TypeError: the family has no model state, ``beams`` is not a ``BeamConfig``, or ``max_new_tokens`` is not an
             integer or an array of integers.
-        ValueError: as in :func:`jaxlm.decoding.generate`, or ``max_new_tokens`` has a number below 1 or another shape.
+        ValueError: as in :func:`jaxlm.decoding.generate`, or ``max_new_tokens`` is an array that does not have the
+            shape [B] or has a number below 1.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
@@ -123,29 +127,33 @@ def beam_search(
         max_new_tokens=largest_limit, end_id=end_id, allowed_ids=allowed_ids, state=state,
     )  # fmt: skip
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    rules = _Rules(
+    settings = _Settings(
         limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, end_ids_of(end_id), num_ids,
         active(),
     )  # fmt: skip
     length = prompts.shape[1]
     sizes = _cache_sizes(model, state, length, slots)
     search = _start_search(
-        model, params, prompts, segment_ids, state, rules,
+        model, params, prompts, segment_ids, state, settings,
         max_new_tokens=largest_limit, slots=slots, first_slots=sizes[0],
     )  # fmt: skip
     for size in sizes:
-        # During tracing the flags have no values. Then every stage is called, and its loop may run zero iterations.
+        # During tracing the flags have no values, so every stage is traced. Its loop may then run zero iterations.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
-            search = _continue_search(model, params, search, rules, slots=size, prompt_length=length)
+            search = _continue_search(model, params, search, settings, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
     return search.finished
 
 
 def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: int) -> list[int]:
-    """The number of cache slots in each stage of the search.
+    """The number of cache slots in each stage of the search, in increasing order.
 
-    Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, if
-    the given state may already hold tokens, or if the cache of this state does not have ``slots`` slots.
+    Most texts end early, so a search starts with a small cache. Each stage has about twice the slots of the stage
+    before. There is only one stage in these cases:
+
+    - The family has no key-value cache.
+    - The caller passed a state of a model without encoder. It may already contain tokens.
+    - The caller passed a state whose cache does not have ``slots`` slots.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))
     current_slots = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
@@ -158,16 +166,16 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
 
 
 @struct.dataclass
-class _Rules:
-    """The settings of a search. All fields except the first two are static: a new value needs a new compilation.
+class _Settings:
+    """The settings of a search. The first two fields are arrays. A new value of another field causes a compilation.
 
     Attributes:
         limits_B: [B] int32, maximum number of new tokens of each row.
         length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
         end_ids: ids that finish a hypothesis.
         num_ids: only ids below this number are generated.
-        sharding: the active sharding, which ``constrain`` reads during tracing. Nothing reads this field. It is static,
-            so that ``jit`` traces again if the sharding changes.
+        sharding: the active sharding. Nothing reads this field. It is here so that ``jit`` traces again if the active
+            sharding changes, because ``jaxlm.sharding.constrain`` reads the active sharding during tracing.
     """
 
     limits_B: jax.Array
@@ -184,10 +192,11 @@ class _Search:
     """The live hypotheses, each with ``step`` tokens, and the best finished hypotheses.
 
     Attributes:
-        state: the model state of the live hypotheses, without the encoded source; R rows.
+        state: the model state after all tokens except the newest token of each hypothesis, without the encoded source;
+            R rows. Its rows are not yet in the order of the live hypotheses (``parents``).
         source: the encoded source of an encoder-decoder, B rows. All hypotheses of a row use the same source.
-        parents: [R] int32, the row of ``state`` that each live hypothesis continues.
-        step: int32, number of new tokens.
+        parents: [R] int32, for each live hypothesis the row of ``state`` that it continues.
+        step: int32, number of new tokens of each live hypothesis.
         live_tokens: [B, K, N] int32, the new tokens of the live hypotheses.
         live_totals: [B, K] float32, the sum of log-probabilities of each live hypothesis.
         finished: the best finished hypotheses.
@@ -211,23 +220,24 @@ def _start_search(
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     state: State | None,
-    rules: _Rules,
+    settings: _Settings,
     *,
     max_new_tokens: int,
     slots: int,
     first_slots: int,
 ) -> _Search:
-    """The search after it has read the prompts and selected the first new token. Its cache has ``first_slots`` slots.
+    """The search after it has read the prompts and selected the first new token of each hypothesis.
 
     Args:
         slots: number of cache slots for the prompts and all new tokens.
+        first_slots: number of cache slots of the returned search.
     """
-    B, K, N = prompts_BT.shape[0], rules.num_beams, max_new_tokens
+    B, K, N = prompts_BT.shape[0], settings.num_beams, max_new_tokens
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     row_state, source = _split_source(model, state)
     row_state_specs, _ = _split_source(model, model.state_specs(B, slots))
     parents = jnp.repeat(jnp.arange(B), K)
-    tokens_BKN = jnp.full((B, K, N), rules.end_ids[0] if rules.end_ids else 0, jnp.int32)
+    tokens_BKN = jnp.full((B, K, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32)
     search = _Search(
         state=spec.take_rows(row_state_specs, cache.resize(row_state_specs, row_state, first_slots), parents),
         source=source,
@@ -239,14 +249,14 @@ def _start_search(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
     )
-    return _select(search, logits_BV[parents, : rules.num_ids], rules)
+    return _select(search, logits_BV[parents, : settings.num_ids], settings)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "prompt_length"))
 def _continue_search(
-    model: Model, params: Params, search: _Search, rules: _Rules, *, slots: int, prompt_length: int
+    model: Model, params: Params, search: _Search, settings: _Settings, *, slots: int, prompt_length: int
 ) -> _Search:
-    """The search after it has ended or has filled a cache of ``slots`` slots."""
+    """The search at its end, or when it has filled a cache of ``slots`` slots, whichever comes first."""
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
@@ -260,15 +270,16 @@ def _continue_search(
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)
         search = dataclasses.replace(search, state=row_state)
-        return _select(search, logits[:, : rules.num_ids], rules)
+        return _select(search, logits[:, : settings.num_ids], settings)
 
     return jax.lax.while_loop(unfinished, extend, search)
 
 
 def _split_source(model: Model, state: State) -> tuple[Any, Any]:
-    """A state in two parts: the state of the hypotheses (R rows), and the encoded source (B rows).
+    """A model state (or its specs) in two parts: the encoded source, which is the second part, and all other entries.
 
-    All hypotheses of a row use the same source. The second part is empty if the family has no source.
+    Beam search repeats only the rows of the first part, because all hypotheses of a row use the same source. The second
+    part is empty if the model is not an encoder-decoder.
     """
     source_names = ("source",) if model.reads_source else ()
     return (
@@ -278,22 +289,26 @@ def _split_source(model: Model, state: State) -> tuple[Any, Any]:
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
-    """The scores of hypotheses of this length with these sums of log-probabilities."""
+    """The scores of hypotheses that have ``length`` tokens and the sums of log-probabilities ``totals``."""
     return totals / length.astype(jnp.float32) ** length_penalty
 
 
-def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
+def _select(search: _Search, logits: jax.Array, settings: _Settings) -> _Search:
     """The search after every live hypothesis is extended by every id and the best candidates are kept.
 
-    Before the maximum length, at most K * E candidates end with E end ids (one per beam and end id). So at least K of
-    the best K * (1 + E) candidates continue.
+    With E end ids, at most K * E candidates end with an end id, because each beam has one candidate for each end id. So
+    at least K of the best K * (1 + E) candidates are not finished, if the row has not reached its maximum length.
+
+    Args:
+        logits: [R, V], the logits of the next token of each live hypothesis.
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
-    num_candidates = K * (1 + max(1, len(rules.end_ids)))
-    # Select the best ids of each hypothesis first. The other logits are needed only for the normalizer.
+    num_candidates = K * (1 + max(1, len(settings.end_ids)))
+    # Select the best ids of each hypothesis first. Only the normalizer of the softmax needs the other logits.
     best_RC, ids_RC = jax.lax.top_k(logits, min(num_candidates, V))
-    # Do not use best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits (280 ms instead of 3 ms).
+    # Do not use best_RC[:, :1] as the maximum in logsumexp. XLA's CPU compiler would then sort all logits, which takes
+    # 280 ms instead of 3 ms.
     log_normalizer_R1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     candidates_BKC = search.live_totals[:, :, None] + (best_RC - log_normalizer_R1).reshape(B, K, -1)
     totals_BC, flat_BC = jax.lax.top_k(candidates_BKC.reshape(B, -1), min(num_candidates, K * V))
@@ -301,17 +316,18 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
-    ends_BC = is_end(token_BC, rules.end_ids) | (length >= rules.limits_B)[:, None]
+    ends_BC = is_end(token_BC, settings.end_ids) | (length >= settings.limits_B)[:, None]
 
     among_best_C = jnp.arange(totals_BC.shape[1]) < K  # top_k sorts the candidates
     scores_BC = jnp.where(
         ends_BC & among_best_C[None, :] & search.searching[:, None],
-        _score(totals_BC, length, rules.length_penalty),
+        _score(totals_BC, length, settings.length_penalty),
         -jnp.inf,
     )
     earlier = search.finished
     finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
-    # For equal scores, top_k selects the first entry. So earlier hypotheses are kept, and unused entries keep length 0.
+    # For equal scores, top_k selects the entry with the lower index. So earlier hypotheses have priority, and an unused
+    # entry (score -inf) keeps its length 0.
     scores_BK, chosen_finished_BK = jax.lax.top_k(jnp.concatenate([earlier.scores, scores_BC], axis=1), K)
     lengths = jnp.concatenate([earlier.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
     finished = Beams(
@@ -324,14 +340,14 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     live_totals_BK, chosen_live_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
     parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_live_BK)
     bound_length: jax.Array = length
-    if rules.early_stopping == "never":
-        # A sum of log-probabilities never increases. So the bound for the score of a live hypothesis is its current sum
-        # with the best possible length: the maximum length for a positive penalty, otherwise the next length.
-        bound_length = jnp.where(rules.length_penalty > 0, rules.limits_B, length + 1)
-    best_B = _score(jnp.max(live_totals_BK, axis=1), bound_length, rules.length_penalty)
+    if settings.early_stopping == "never":
+        # A sum of log-probabilities is at most 0 and never increases. So the score of a continuation is at most the
+        # current sum with the best length: the maximum length for a positive penalty, otherwise the next length.
+        bound_length = jnp.where(settings.length_penalty > 0, settings.limits_B, length + 1)
+    best_B = _score(jnp.max(live_totals_BK, axis=1), bound_length, settings.length_penalty)
     worst_B = jnp.min(finished.scores, axis=1)
     searching_B = search.searching & (best_B > worst_B)
-    if rules.early_stopping is True:
+    if settings.early_stopping is True:
         searching_B &= worst_B == -jnp.inf
     return dataclasses.replace(
         search,
@@ -345,5 +361,5 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
 
 
 def _pick(x: jax.Array, indices_BK: jax.Array) -> jax.Array:
-    """``x[b, indices[b, k]]`` for each row b."""
+    """``x[b, indices[b, k]]`` for each b and k: [B, K, ...]."""
     return jax.vmap(lambda row, indices: row[indices])(x, indices_BK)

@@ -1,4 +1,4 @@
-"""``GenerationConfig``: the settings of text generation. The files of the model set their defaults."""
+"""``GenerationConfig``: the settings of text generation, with defaults from the files of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EarlyStopping = bool | Literal["never"]
 
 
 def check_early_stopping(value: EarlyStopping) -> None:
-    """Raise ``ValueError`` if the value is not True, False or "never". 1 and 0 are refused too."""
+    """Raise ``ValueError`` if the value is not True, False or "never". The numbers 1 and 0 are not accepted."""
     if not isinstance(value, bool) and value != "never":
         raise ValueError(f"early_stopping={value!r} must be True, False or 'never'")
 
@@ -29,35 +29,37 @@ def check_early_stopping(value: EarlyStopping) -> None:
 class GenerationConfig:
     """Settings of text generation. Hashable.
 
-    None means that a field is not set (except for ``batch_size``). For such a field, :meth:`resolve` uses the value in
-    ``generation_config.json`` of the directory from which the model was loaded. If the directory has no such file,
-    ``resolve`` uses the value in ``config.json``, unless it is the default of transformers. If there is no such value,
-    ``resolve`` uses the default below. ``batch_size`` and ``ignored_fields`` are never read from a file.
+    A field that is None is not set; only ``batch_size=None`` is a value. For a field that is not set, :meth:`resolve`
+    reads ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such
+    file, ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
+    not set the field, ``resolve`` uses the default below. ``batch_size`` and ``ignored_fields`` are never read from a
+    file.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
         sampling: how the next token is drawn; beam search requires ``GREEDY``. Default: ``GREEDY``. If this field is
             set, the file's ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``
             have no effect.
-        num_beams: number of hypotheses that beam search continues at each step. 1: no beam search. Default: 1.
-        length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
+        num_beams: number of hypotheses that beam search extends at each step. 1: no beam search. Default: 1.
+        length_penalty: exponent of the length in the score of a hypothesis, see :class:`jaxlm.decoding.BeamConfig`.
             Default: 1.
-        stop: the text ends before the first complete occurrence of one of these strings. Default: none.
+        stop: stop strings. The text ends before the stop string that is complete first. Default: none.
         batch_size: number of texts that are generated together. None: all texts. Default: 32.
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
-            its start token. Set either ``max_length`` or ``max_new_tokens``.
-        early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
-        end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if it has none. If
+            its start token. At most one of ``max_length`` and ``max_new_tokens`` may be set.
+        early_stopping: when a beam search ends, see :class:`jaxlm.decoding.BeamConfig`. Default: "never".
+        end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if the tokenizer has none. If
             ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the default also
-            has the other ids of the list that are in the vocabulary.
-        ignored_fields: names of fields of the file to ignore, for example ``("no_repeat_ngram_size",)``. A field that
-            jaxlm does not support is an error if its value changes the text, unless it is ignored.
+            contains the other ids of the list that are in the vocabulary.
+        ignored_fields: names of fields of the file that :meth:`resolve` ignores, for example
+            ``("no_repeat_ngram_size",)``. If the file contains a field that jaxlm does not support, with a value that
+            changes the text, and ``ignored_fields`` does not name it, ``resolve`` raises an error.
 
     Raises:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
-        ValueError: a value is outside its range, a stop string is empty, both ``max_length`` and ``max_new_tokens`` are
-            set, ``num_beams`` above 1 is combined with a ``sampling`` other than ``GREEDY``, or ``num_beams=1`` with a
-            ``length_penalty`` other than 1 or ``early_stopping=True``.
+        ValueError: a value is outside its range; a stop string is empty; ``max_length`` and ``max_new_tokens`` are both
+            set; ``num_beams`` is above 1, and ``sampling`` is set to a value other than ``GREEDY``; or ``num_beams`` is
+            1, and ``length_penalty`` is set to a value other than 1 or ``early_stopping`` is True.
     """
 
     max_new_tokens: int | None = None
@@ -110,33 +112,35 @@ class GenerationConfig:
         default: GenerationConfig | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> GenerationConfig:
-        """The config with every field set, except that only one of ``max_new_tokens`` and ``max_length`` is set.
+        """A config in which every field is set. Of ``max_new_tokens`` and ``max_length``, only one is set.
 
         The value of a field comes from the first of these sources that sets the field: this config, the file,
-        ``default``, the defaults of the class. ``batch_size`` and ``ignored_fields`` are those of this config.
+        ``default``, the defaults of the class. ``max_new_tokens`` and ``max_length`` count as one field.
+        ``batch_size`` and ``ignored_fields`` always come from this config.
 
         The file is ``generation_config.json`` (``model.metadata.generation_config``). If there is no such file, it is
-        ``config.json`` (``model.metadata.config``). In old files, ``config.json`` has all fields, most of them with the
-        defaults of transformers, such as ``max_length`` 20. So a field of ``config.json`` is set only if it differs
-        from this default.
+        ``config.json`` (``model.metadata.config``). Old versions of transformers wrote all generation fields into
+        ``config.json``, most of them with their default, such as ``max_length`` 20. So a field of ``config.json``
+        counts as set only if its value differs from the default of transformers.
 
         As in transformers, fields of a decoding method that is not used have no effect. Without beam search, the file's
         ``length_penalty`` and ``early_stopping`` have no effect. With greedy decoding, the file's ``temperature``,
-        ``top_k``, ``top_p`` and ``min_p`` are ignored. If the file turns on sampling (``do_sample``), fields of
-        sampling that the file does not set have the defaults of transformers, such as ``top_k`` 50. If the file turns
-        on beam search (``num_beams``), a missing ``early_stopping`` is False.
+        ``top_k``, ``top_p`` and ``min_p`` have no effect. If the file has ``do_sample=True``, the sampling fields that
+        the file does not set have the defaults of transformers, such as ``top_k`` 50. If the file has ``num_beams``
+        above 1 and no ``early_stopping``, the file's ``early_stopping`` is False, the default of transformers.
 
         Args:
-            default: defaults of the calling program.
-            sampling: ``do_sample`` and fields of :class:`Sampling` that override the file. They are used only if
-                ``self.sampling`` is not set. If this mapping has a ``temperature``, its ``do_sample`` has no effect. As
-                in transformers, 0 turns ``top_k`` and ``min_p`` off, and 1 turns ``top_p`` off.
+            default: defaults of the calling program, which replace those of the class.
+            sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. This
+                argument is used only if ``self.sampling`` is None. If the mapping has a ``temperature``, its
+                ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and ``min_p`` off, and 1 turns
+                ``top_p`` off.
 
         Raises:
-            ValueError: the file has an unsupported field with a value that changes the text, or a value of the wrong
-                type or outside its range (the message names the field); ``num_beams`` is above the number of ids that
-                may be generated; the resolved values exclude each other, for example beams and random sampling; or a
-                name in ``ignored_fields`` is not a field.
+            ValueError: the file has an unsupported field with a value that changes the text; the file has a value of
+                the wrong type or outside its range (the message names the field); ``num_beams`` is above the number of
+                ids that may be generated; two of the resolved values exclude each other, for example beam search and
+                random sampling; or a name in ``ignored_fields`` is not the name of a field.
 
         Example:
             >>> GenerationConfig(num_beams=4).resolve(model, tokenizer).max_new_tokens   # doctest: +SKIP
@@ -160,7 +164,7 @@ class GenerationConfig:
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            resolved_sampling = _sampling(file_fields, file, fallback, sampling or {}, num_beams, ids)
+            resolved_sampling = _resolve_sampling(file_fields, file, fallback, sampling or {}, num_beams, ids)
         try:
             return GenerationConfig(
                 max_new_tokens=length_config.max_new_tokens,
@@ -175,14 +179,18 @@ class GenerationConfig:
                 ignored_fields=self.ignored_fields,
             )
         except ValueError as error:
-            raise ValueError(f"{error}{_from_file(file)}" if file_fields else error) from error
+            raise ValueError(f"{error}{_file_hint(file)}" if file_fields else error) from error
 
 
 _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
 
 
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end id of the tokenizer, and further ids if ``config.json`` has a list of end ids that contains it."""
+    """The default of ``end_ids``: the end id of the tokenizer, and further ids from ``config.json``.
+
+    If ``eos_token_id`` in ``config.json`` is a list that contains this end id, the ids of the list that may be
+    generated are end ids too.
+    """
     metadata = getattr(model, "metadata", None)
     listed = None if metadata is None else metadata.config.get("eos_token_id")
     if isinstance(listed, list) and tokenizer.end_id in listed:
@@ -192,7 +200,7 @@ def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def num_ids(model: Model, tokenizer: Tokenizer) -> int:
-    """The number of ids that may be generated: the ids that both the model and the tokenizer have."""
+    """The number of ids that may be generated. These are the ids that both the model and the tokenizer have."""
     return min(tokenizer.vocab_size, model.config.vocab_size)
 
 
@@ -200,13 +208,13 @@ def num_ids(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def settings_file(model: Model) -> str:
-    """The file with the generation settings: ``generation_config.json``, or ``config.json`` if it does not exist."""
+    """The name of the file with the generation settings: ``config.json`` if there is no ``generation_config.json``."""
     metadata = getattr(model, "metadata", None)
     in_config = metadata is not None and metadata.generation_config is None and metadata.config
     return CONFIG_FILE if in_config else GENERATION_CONFIG_FILE
 
 
-def _from_file(file: str) -> str:
+def _file_hint(file: str) -> str:
     return f" (fields that you do not set are read from {file})"
 
 
@@ -226,11 +234,11 @@ _SUPPORTED: dict[str, tuple[type, ...]] = {
     "min_p": (int, float),
     "repetition_penalty": (int, float),
 }
-"""The supported fields and the types of their values."""
+"""Supported field of the file -> types of its value."""
 
 _NO_EFFECT = {
-    # transformers starts an empty prompt with bos_token_id; jaxlm rejects empty prompts. pad_token_id fills rows
-    # after their end.
+    # transformers starts an empty prompt with bos_token_id, but jaxlm rejects empty prompts. pad_token_id fills a row
+    # after its end.
     "bos_token_id", "pad_token_id",
     # Options for speed and for additional return values.
     "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size", "compile_config",
@@ -241,18 +249,21 @@ _NO_EFFECT = {
     # Metadata of the file.
     "transformers_version", "_from_model_config", "_commit_hash", "trust_remote_code",
 }  # fmt: skip
-"""Fields that do not change the text."""
+"""Unsupported fields that do not change the text, whatever their value is."""
 
 _NEUTRAL_VALUES: dict[str, Any] = {
     **{name: value for name, value in GENERATION_DEFAULTS.items() if name not in _SUPPORTED},
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
 }
-"""For each unsupported field, the value that does not change the text. For fields that are not listed, it is null."""
+"""Unsupported field -> the value that does not change the text. For an unlisted field, it is None (null in JSON)."""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
-    """The supported fields of the file (:func:`settings_file`), after a check."""
+    """The supported fields that the file (:func:`settings_file`) sets, after a check of all fields of the file.
+
+    Fields with the value None and the fields in ``ignored`` are left out.
+    """
     metadata, file = getattr(model, "metadata", None), settings_file(model)
     content: Mapping[str, Any] = {}
     if metadata is not None:
@@ -268,8 +279,8 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     if unsupported:
         settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
         raise ValueError(
-            f"{file} sets {settings}, which jaxlm does not support: to generate without it, remove "
-            f"it from the file or pass GenerationConfig(ignored_fields={tuple(unsupported)!r})"
+            f"{file} sets {settings}, which jaxlm does not support: to ignore this, remove it from the file or pass "
+            f"GenerationConfig(ignored_fields={tuple(unsupported)!r})"
         )
     fields = {name: value for name, value in values.items() if name in _SUPPORTED}
     for name, value in fields.items():
@@ -286,14 +297,14 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _file_config(file_fields: Mapping[str, Any], file: str) -> GenerationConfig:
-    """The fields of the file as a config, without the sampling fields."""
+    """The fields of the file as a config in which ``sampling`` is not set."""
     end, stop, num_beams = (file_fields.get(name) for name in ("eos_token_id", "stop_strings", "num_beams"))
     max_new_tokens = file_fields.get("max_new_tokens")
     try:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            # With num_beams=1, GenerationConfig would reject the file's fields of beam search, which have no effect. So
-            # the 1 is left out here, and `resolve` reads it from the file.
+            # A config with num_beams=1 must not set length_penalty and early_stopping, but a file may: they have no
+            # effect then. So num_beams=1 is left out here, and `resolve` reads it from the fields of the file.
             num_beams=None if num_beams == 1 else num_beams,
             length_penalty=file_fields.get("length_penalty"),
             stop=(stop,) if isinstance(stop, str) else stop,
@@ -309,7 +320,7 @@ def _file_config(file_fields: Mapping[str, Any], file: str) -> GenerationConfig:
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
-def _sampling(
+def _resolve_sampling(
     file_fields: Mapping[str, Any],
     file: str,
     fallback: Sampling,
@@ -319,8 +330,12 @@ def _sampling(
 ) -> Sampling:
     """The sampling settings. A field comes from the first of ``overrides``, the file and ``fallback`` that sets it.
 
-    If the file sets ``do_sample=True``, the defaults of transformers replace ``fallback``. If tokens are not drawn at
-    random, only the repetition penalty is read from the file, and ``GREEDY`` replaces ``fallback``.
+    If tokens are drawn at random and the file has ``do_sample=True``, the defaults of transformers replace
+    ``fallback``. If tokens are not drawn at random, only the repetition penalty is read from the file, and ``GREEDY``
+    replaces ``fallback``.
+
+    Args:
+        vocab_size: number of ids that may be generated.
     """
     fields = {name: file_fields[name] for name in _SAMPLING_FIELDS if name in file_fields}
     if "temperature" in overrides:
@@ -334,7 +349,7 @@ def _sampling(
     if is_random:
         base = Sampling(top_k=50) if file_fields.get("do_sample") else fallback
         top_k = fields.get("top_k", base.top_k)
-        # In the file, a top_k of 0 or of at least the number of ids turns the filter off.
+        # A top_k of 0 (in the file), or of at least the number of ids, turns the filter off.
         fields["top_k"] = top_k if top_k is not None and 0 < top_k < vocab_size else None
         fields["min_p"] = fields.get("min_p", base.min_p) or None  # in the file, 0 turns the filter off
     else:
@@ -345,4 +360,4 @@ def _sampling(
     try:
         return dataclasses.replace(base, **{**fields, **given})
     except ValueError as error:
-        raise ValueError(f"{error}{_from_file(file)}" if fields else error) from error
+        raise ValueError(f"{error}{_file_hint(file)}" if fields else error) from error

@@ -1,4 +1,4 @@
-"""Descriptions of models in words, for error messages."""
+"""Names of the families and heads of models, for error messages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def describe(model: Model) -> str:
 
 
 def require_task(model: Model, tasks: Sequence[str], problem: str, remedy: str) -> None:
-    """Raise ``ValueError`` if the model's head is not for one of ``tasks``.
+    """Raise ``ValueError`` if ``model.task`` is not one of ``tasks``.
 
     Args:
         problem: a clause about the missing ability, for example "it cannot classify texts".

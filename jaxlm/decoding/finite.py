@@ -1,6 +1,7 @@
 """The check that logits are finite. Code inside ``jit`` computes one flag per row, and the host reads the flags.
 
-If a row is not finite, the check searches the parameters, and then the model state, for values that are not finite.
+If the logits of a row are not finite, the check searches the parameters for values that are not finite. If all
+parameters are finite, it searches the model state. The error names what it found.
 Shapes: B rows, V vocabulary.
 """
 
@@ -19,16 +20,16 @@ from jaxlm.models import Model
 from jaxlm.spec import Params, State
 
 MAX_NAMED = 3
-"""Maximum number of parameters, and of rows, that an error message names. The message counts the others."""
+"""Maximum number of arrays, and of rows, that an error message names. The message counts the others."""
 
 
 class NotFiniteError(ValueError):
-    """The error for logits that are NaN or infinite. No prediction can be made from them.
+    """The error for logits that are NaN or infinite. Such logits give no predictions.
 
     Attributes:
-        what: the noun for the entries of ``rows``, for example "row" or "prompt".
-        rows: the numbers of the rows, prompts, sources or windows with such logits.
-        cause: the parameters that are not finite, or another possible cause.
+        what: what ``rows`` counts: "row", "prompt", "source" or "window".
+        rows: the indices of the rows (or prompts, sources, windows) with such logits.
+        cause: text that names the parameters that are not finite, or another possible cause.
     """
 
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:
@@ -37,7 +38,7 @@ class NotFiniteError(ValueError):
         self.what, self.rows, self.cause = what, list(rows), cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The class and its arguments. By default, unpickling would pass only the message."""
+        """The class and its arguments. By default, unpickling would pass only the message to ``__init__``."""
         return type(self), (self.what, self.rows, self.cause)
 
 
@@ -47,10 +48,11 @@ def rows_finite(logits: jax.Array) -> jax.Array:
 
 
 def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State | None = None) -> None:
-    """Raise :class:`NotFiniteError` if a flag of :func:`rows_finite` is False. During tracing nothing is checked.
+    """Raise :class:`NotFiniteError` if a flag in ``finite_B`` is False. During tracing the flags are not checked.
 
     Args:
-        state: the model state that the caller passed. If all parameters are finite, the state is searched.
+        finite_B: flags of :func:`rows_finite`.
+        state: the initial model state, which the error may name as the cause.
     """
     if isinstance(finite_B, jax.core.Tracer):
         return
@@ -61,7 +63,7 @@ def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State
 
 @contextlib.contextmanager
 def rename_rows_in_errors(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]:
-    """Context manager: the message of a :class:`NotFiniteError` has "``what`` ``numbers[n]``" instead of "row n"."""
+    """Context manager that changes "row n" to "``what`` ``numbers[n]``" in the message of a :class:`NotFiniteError`."""
     try:
         yield
     except NotFiniteError as error:
@@ -70,7 +72,7 @@ def rename_rows_in_errors(what: str, numbers: Sequence[int] | np.ndarray) -> Ite
 
 
 def _cause(model: Model, params: Params, state: State | None) -> str:
-    """Text for an error message: the arrays that are not finite, and the fix."""
+    """Text for an error message: the arrays that are not finite, or another possible cause, and the fix."""
     found, largest = _not_finite(params)
     if found:
         return f"{_not_finite_text(found, 'parameter')}. Load the weights again, or take an older checkpoint"
@@ -79,20 +81,20 @@ def _cause(model: Model, params: Params, state: State | None) -> str:
     dtype = getattr(model.config, "dtype", "float32")
     fix = "" if dtype == "float32" else f"compute in float32 instead of dtype={dtype!r}, or "
     return (
-        f"all parameters are finite, so an activation overflows. The largest parameter is {largest}: {fix}check "
-        "that these are the weights of this model"
+        f"all parameters are finite, so probably an activation overflows. The largest parameter is {largest}: {fix}"
+        "check that these are the weights of this model"
     )
 
 
 def _not_finite_text(found: Sequence[str], what: str) -> str:
-    """Text that says which arrays are not finite: their number and their first names."""
+    """Text with the number of arrays that are not finite and the first of their names."""
     more = "" if len(found) <= MAX_NAMED else f", and {len(found) - MAX_NAMED} more"
     subject = f"1 {what} is" if len(found) == 1 else f"{len(found)} {what}s are"
     return f"{subject} not finite: {', '.join(found[:MAX_NAMED])}{more}"
 
 
 def _not_finite(tree: Any) -> tuple[list[str], str]:
-    """The arrays with values that are not finite, and the largest absolute finite value, both as text."""
+    """One text for each array with values that are not finite, and one text for the largest absolute finite value."""
     arrays = {name: x for name, x in spec.flatten(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     counts, maxima = jax.device_get(_statistics(arrays))
     found = [f"{name} ({counts[name]} of {x.size} values)" for name, x in arrays.items() if counts[name]]

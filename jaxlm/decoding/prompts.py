@@ -22,14 +22,14 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
-"""The tasks whose head predicts the next token."""
+"""The values of ``Model.task`` for which the head of the model predicts the next token."""
 
 EndId = int | Sequence[int] | None
 """The token id or token ids that end a row. None: no id ends a row."""
 
 
 def end_ids_of(end_id: EndId) -> tuple[int, ...]:
-    """The ids that end a row, without duplicates."""
+    """The ids in ``end_id`` as a tuple without duplicates; empty for None."""
     if end_id is None:
         return ()
     return tuple(dict.fromkeys([end_id] if isinstance(end_id, int | np.integer) else map(int, end_id)))
@@ -42,7 +42,7 @@ def is_end(tokens: jax.Array, end_ids: tuple[int, ...]) -> jax.Array:
 
 
 def check_sharding(sharding: Sharding | None) -> None:
-    """Raise ``ValueError`` if ``sharding`` splits the axis ``seq``, which has the size 1 in a decoding step."""
+    """Raise ``ValueError`` if ``sharding`` splits the axis ``seq``. In a decoding step, this axis has the size 1."""
     if sharding is None or sharding.num_shards(("seq",)) == 1:
         return
     sizes, rule = sharding.mesh.shape, dict(sharding.rules.table)["seq"]
@@ -64,16 +64,16 @@ def check_prompts(
     allowed_ids: int | None,
     state: State | None = None,
 ) -> tuple[int, int]:
-    """The number of ids that may be generated, and the number of cache slots, after a check of all arguments.
+    """The number of ids that may be generated, and the number of cache slots that the tokens need.
 
-    Values are checked on the host. The values of traced arrays are not checked.
+    The function checks all arguments. It checks values on the host, so it does not check the values of traced arrays.
 
     Raises:
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
-        ValueError: a head that does not predict the next token, an encoder-decoder without ``state``, a ``state`` of
-            another model, with another number of rows or with too few free cache slots, wrong shapes, dtypes, ids or
-            counts, an end id that cannot be generated, an empty prompt or padding inside a prompt, more tokens than the
-            model has positions, or an active sharding that splits the axis ``seq``.
+        ValueError: the head does not predict the next token; the model is an encoder-decoder, and ``state`` is None;
+            ``state`` belongs to another model, has another number of rows, or has too few free cache slots; a shape,
+            dtype, id or count is wrong; an end id cannot be generated; a prompt is empty or has padding inside; there
+            are more tokens than the model has positions; or the active sharding splits the axis ``seq``.
     """
     check_sharding(active())
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
@@ -105,9 +105,9 @@ def check_prompts(
 
 
 def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
-    """Raise ``ValueError`` if ``state`` has another structure than ``specs``, or another number of rows than ``batch``.
+    """Raise ``ValueError`` if ``state`` does not have the arrays of ``specs``, or does not have ``batch`` rows.
 
-    The sizes of the other axes may differ.
+    The number of axes of each array must agree with ``specs``. The sizes of axes other than ``batch`` may differ.
     """
     if spec.flatten(state).keys() != spec.flatten(specs).keys():
         raise ValueError("this is not a state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
@@ -144,12 +144,14 @@ def check_free_slots(state: State, num_new: int) -> None:
 
 
 def check_memory_slots(model: Model, state: State, num_new: int) -> None:
-    """Raise ``ValueError`` if ``state`` of a target model is a rolling memory that is too short for ``num_new`` tokens.
+    """Raise ``ValueError`` if ``state`` has a rolling memory that is too short for ``num_new`` more tokens.
 
-    After a memory has dropped a token that later tokens may attend to, a call of several tokens has other results than
-    calls of one token. ``Model.state_specs`` gives the number of slots that is enough: if tokens attend only to a
-    window, it does not grow beyond the window. The slots are those of the leaf ``segment_ids``, as in
-    ``nn.attention.memory``. Inside ``jit``, the number of used slots is unknown and counts as 0.
+    Speculative decoding calls this function for the state of the target model. A rolling memory
+    (``jaxlm.nn.attention.memory``) that is full drops its oldest token for each new token. If a later token may attend
+    to a dropped token, one call with several tokens gives other results than several calls with one token.
+    ``Model.state_specs`` gives the number of slots with which no such token is dropped. If tokens attend only to a
+    window, this number is at most the size of the window. The array ``segment_ids`` of a memory has one entry per slot.
+    Inside ``jit``, the number of used slots is unknown and counts as 0.
     """
     if "length" in state:  # a key-value cache (check_free_slots)
         return
@@ -164,27 +166,33 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
         if slots < needed:
             raise ValueError(
                 f"the state of the target model ({model.family}) has {slots} memory slots, {used} of them used, but "
-                f"needs {needed}, so that it drops no token while it reads the prompts and the new and proposed tokens "
-                f"({num_new}): make a state with a length of at least {used + num_new}, and "
-                "read the text before the prompts again"
+                f"needs {needed}, because the memory must not drop a token while the model reads {num_new} more tokens "
+                "(the prompts, the new tokens and the proposed tokens). Make a state with a length of at least "
+                f"{used + num_new}, and read the text before the prompts again"
             )
 
 
 def source_vocab_size(model: Model) -> int:
-    """The vocabulary size of the encoder in an encoder-decoder. In other families, the vocabulary size of the model."""
+    """The vocabulary size of the source of an encoder-decoder. For other families, the vocabulary size of the model."""
     return getattr(model.config, "source_vocab_size", None) or model.config.vocab_size
 
 
 def check_ids(
     model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str, *, vocab_size: int | None = None
 ) -> None:
-    """Raise an error unless both arrays are integers [B, T] of one shape, not empty, with all ids in the vocabulary.
+    """Raise an error if the arrays are not valid ids and segment ids.
 
-    The ids of padding tokens are checked too, because the model embeds them. The ids of traced arrays are not checked.
+    The arrays must have an integer dtype and the same shape [B, T], without an axis of size 0. All ids must be in the
+    vocabulary. The ids of padding are checked too, because the model embeds them. The ids of traced arrays are not
+    checked.
 
     Args:
         what: the name of the ids in messages.
-        vocab_size: None: the vocabulary size of the model.
+        vocab_size: number of valid ids. None: the vocabulary size of the model.
+
+    Raises:
+        TypeError: an argument is not an array.
+        ValueError: an array has a wrong dtype, shape or id.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
@@ -253,7 +261,7 @@ def read_tokens(
     """The model state after one more token in each row, and the logits [B, V] of the next token.
 
     Args:
-        reads_token_B: bool, whether the row reads its token. The other rows read padding. Default: all rows read their
+        reads_token_B: [B] bool, whether the row reads its token. The other rows read padding. None: all rows read their
             token.
     """
     segment_ids_B1 = None if reads_token_B is None else reads_token_B.astype(jnp.int32)[:, None]

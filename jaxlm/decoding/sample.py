@@ -1,8 +1,8 @@
-"""Sampling: autoregressive generation, with the whole loop inside one ``jit``.
+"""Sampling and greedy decoding: autoregressive generation with jitted loops.
 
 :func:`prefill` reads the prompts and draws the first token. :func:`advance` generates more tokens. :func:`generate`
-runs both in one ``jit``. To stream tokens, call :func:`advance` several times: the tokens are bitwise
-those of :func:`generate`.
+runs both in one ``jit``. To stream tokens, call :func:`prefill` once and :func:`advance` several times. The tokens are
+equal to those of :func:`generate`.
 
 Shapes: B batch, T prompt length, N new tokens, V ids that may be generated.
 """
@@ -27,11 +27,11 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
-"""Minimum of a temperature that is not 0. The quotient of logits and a smaller temperature may exceed float32."""
+"""The smallest temperature above 0. With a smaller temperature, logits / temperature may overflow in float32."""
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ``ValueError`` unless the temperature is 0, or finite and at least ``MIN_TEMPERATURE``."""
+    """Raise ``ValueError`` if the temperature is neither 0 nor a finite number of at least ``MIN_TEMPERATURE``."""
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be finite and at least 0 (0 is greedy)")
     if 0.0 < temperature < MIN_TEMPERATURE:
@@ -43,11 +43,11 @@ def check_temperature(temperature: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Hashable. None turns a filter off.
+    """How the next token is drawn. Hashable. A filter (``top_k``, ``top_p``, ``min_p``) that is None is off.
 
     Attributes:
-        temperature: divisor of the logits, at least 1e-30. 0 selects the most likely token after the repetition
-            penalty; the filters ``top_k``, ``top_p`` and ``min_p`` then have no effect.
+        temperature: divisor of the logits; 0, or at least 1e-30. With 0, the most likely token after the repetition
+            penalty is selected, and the filters have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
         min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
@@ -80,18 +80,19 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always selects the most likely token. Of several equally likely tokens, the lowest id is selected."""
+"""Greedy decoding: the most likely token is selected. Of several equally likely tokens, the lowest id is selected."""
 
 
 def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
     """The logits [B, V] of the distribution from which a token is drawn; -inf for removed tokens.
 
-    The order is the same as in Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p. The
-    output of each step is the input of the next step. Top-k and top-p also keep all tokens with the same logit as the
-    least likely token that they keep. With temperature 0 the logits are not divided.
+    The steps have the same order as in Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p,
+    min-p. The output of each step is the input of the next step. Top-k and top-p also keep all tokens with the same
+    logit as the least likely token that they keep. With temperature 0 the logits are not divided.
 
     Args:
-        seen_BV: bool, whether each id occurs in the prompt or the output; required for a repetition penalty.
+        logits_BV: [B, V], the logits of the model.
+        seen_BV: [B, V] bool, whether each id occurs in the prompt or the output; required for a repetition penalty.
 
     Raises:
         ValueError: ``top_k`` exceeds V, or a repetition penalty is given without ``seen_BV``.
@@ -103,8 +104,8 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
                 f"repetition_penalty={sampling.repetition_penalty} needs seen_BV, bool [batch, vocabulary]"
             )
         penalty = sampling.repetition_penalty
-        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+        penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature > 0.0:
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
@@ -114,7 +115,7 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
     if sampling.top_p is not None and sampling.top_p < 1.0:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        # Keep a token if the total probability of the more likely tokens is below p. Always keep the most likely token.
+        # Keep a token if the more likely tokens together have a probability below p. Always keep the first token.
         keep_BV = jnp.pad(cumulative_BV[:, :-1] < sampling.top_p, ((0, 0), (1, 0)), constant_values=True)
         threshold_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
@@ -140,13 +141,14 @@ class Progress:
     """An unfinished generation, with everything that :func:`advance` needs to continue it.
 
     Attributes:
-        state: the model state after all tokens except the newest token of each row.
-        tokens: [B, N] int32; the first ``step`` columns contain the generated tokens.
+        state: the model state after the prompt and all generated tokens except the newest token of each row.
+        tokens: [B, N] int32; the first ``step`` columns contain the generated tokens. The entries after the end of a
+            row contain the first of ``end_ids`` (0 if there is none).
         log_probs: [B, N] float32, see :class:`Generation`.
         lengths: [B] int32, number of generated tokens in each row, including its end token.
         ended: [B] bool, whether the row has ended.
         step: int32, number of generated tokens in the longest row.
-        finite: [B] bool, whether all logits that were used to draw tokens of the row are finite.
+        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite.
         seen: [B, V] bool, whether an id occurs in the prompt or the output; None without a repetition penalty.
         keys: one random key per row; None for greedy decoding.
         sampling: how tokens are drawn.
@@ -173,11 +175,12 @@ class Generation:
     """Generated tokens.
 
     Attributes:
-        tokens: [B, N] int32; after the end of a row, the (first) end id is repeated.
-        lengths: [B] int32, number of tokens in each row, including the end token.
-        log_probs: [B, N] float32, log-probability of each token under the model, normalised over the ids that may be
-            generated, before penalty, temperature and filters; 0 after the end.
-        finite: [B] bool, whether all logits that were used to draw tokens of the row are finite. If not, the tokens of
+        tokens: [B, N] int32. The entries after the end of a row contain the first of the end ids.
+        lengths: [B] int32, number of generated tokens in each row, including the end token.
+        log_probs: [B, N] float32, log-probability of each token under the model in nats; 0 after the end. It is
+            computed from the logits before penalty, temperature and filters. It is normalized over the ids that may be
+            generated.
+        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite. If not, the tokens of
             the row are meaningless.
     """
 
@@ -200,29 +203,29 @@ def generate(
     allowed_ids: int | None = None,
     state: State | None = None,
 ) -> Generation:
-    """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends with ``end_id``.
+    """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends at its first ``end_id``.
 
-    The loop stops when all rows have ended or have ``max_new_tokens`` tokens. The random draw of a token depends only
-    on ``key``, the index of the row and the index of the token. So padding and the other rows do not change the result
-    of a row.
+    The loop stops when each row has ended or has ``max_new_tokens`` tokens. The random number for a token depends only
+    on ``key``, the index of the row and the index of the token. So padding and the other rows do not change the random
+    numbers of a row.
 
-    Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
-    transformation the function cannot raise this error; check ``finite`` of the result instead.
+    If logits are not finite, the function raises an error. For this check it waits until the result is computed. Inside
+    ``jit`` or another transformation it cannot raise this error; check ``finite`` of the result instead.
 
     Args:
-        prompts: [B, T] integer ids, padded on either side to one length.
+        prompts: [B, T] integer ids. Each row may be padded on the left or on the right.
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
-        key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
-            keys [B], one for each row. With one key per row, the draws of a row depend neither on the other rows nor
-            on its index. A key that is not a threefry key (such as rbg) is first replaced by a threefry
-            key that is drawn from it.
+        key: the random key; None only for greedy decoding. Either one key, which is folded with the index of each row,
+            or typed keys [B] (``jax.random.key``), one for each row. With one key per row, the random numbers of a row
+            depend neither on the other rows nor on the index of the row. If a key is not a threefry key but, for
+            example, an rbg key, a threefry key is drawn from it and replaces it.
         end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary. None: all ids of the model's vocabulary.
-        state: the initial model state, with B rows: the state of an encoder-decoder with an encoded source
-            (``model.init_decode_state``; ``prompts`` then begin with the decoder's start id), or the state of a model
-            after earlier tokens. It needs cache slots for the prompt and all new tokens except the last. Default: an
-            empty state; required for an encoder-decoder.
+        state: the initial model state, with B rows. For an encoder-decoder, it is required: the state with the encoded
+            source (``model.init_decode_state``); each prompt then begins with the decoder's start id. For other
+            models, it is the state after earlier tokens; default: an empty state. A state needs cache slots for the
+            prompt and all new tokens except the last.
 
     Raises:
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
@@ -232,7 +235,8 @@ def generate(
             or ``max_new_tokens`` is outside its range; a key is missing or there is a wrong number of keys; shapes are
             wrong; there are more tokens than the model has positions (padding included); or the function is called in a
             ``Sharding.scope`` whose mesh splits the axis ``seq``.
-        NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
+        NotFiniteError: logits are not finite. The message names the rows, and the parameters that are not finite or
+            another possible cause.
 
     Example:
         >>> from jaxlm import get_model
@@ -264,11 +268,12 @@ def prefill(
 ) -> Progress:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
-    The arguments and errors are those of :func:`generate`, and in addition:
+    The arguments and errors of :func:`generate` apply here too. In addition:
 
     Args:
-        seen: [B, V] bool, ids to which the repetition penalty applies in addition to those of the prompts, for
-            example ``Progress.seen`` of an earlier part of the text. None: no other ids.
+        seen: [B, V] bool, whether the repetition penalty applies to an id even if the prompt does not contain it. An
+            example is ``Progress.seen`` of an earlier part of the text. None: it applies only to the ids in the prompt
+            and the output.
 
     Raises:
         ValueError: ``seen`` has another shape, or is given without a repetition penalty.
@@ -288,7 +293,8 @@ def prefill(
 def advance(model: Model, params: Params, progress: Progress, steps: int | jax.Array) -> Progress:
     """The generation after up to ``steps`` more tokens in every row that has not ended.
 
-    The buffers of ``progress`` are donated, so ``progress`` must not be used afterwards.
+    A row has at most ``max_new_tokens`` tokens (see :func:`prefill`). The buffers of ``progress`` are donated, so
+    ``progress`` must not be used afterwards.
 
     Raises:
         ValueError: the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
@@ -302,12 +308,15 @@ def advance(model: Model, params: Params, progress: Progress, steps: int | jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The static arguments of a generation: a new value needs a new compilation.
+    """The static arguments of a generation. A new value causes a compilation.
 
     Attributes:
+        max_new_tokens, sampling: as in :func:`generate`.
+        end_ids: the ids that end a row.
         num_ids: only ids below this number are generated.
-        slots: number of cache slots.
-        sharding: the active sharding, because ``constrain`` reads it during tracing.
+        slots: number of cache slots of a new state.
+        sharding: the active sharding. It is here so that ``jit`` traces again if the active sharding changes, because
+            ``jaxlm.sharding.constrain`` reads the active sharding during tracing.
     """
 
     max_new_tokens: int
@@ -329,7 +338,7 @@ def settings_of(
     allowed_ids: int | None,
     state: State | None,
 ) -> Settings:
-    """The static arguments of a generation. Checks all arguments."""
+    """The :class:`Settings` for arguments of :func:`generate`. The function checks these arguments."""
     num_ids, slots = check_prompts(
         model, prompts, segment_ids,
         max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
@@ -345,7 +354,7 @@ def settings_of(
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
-    """Random keys [B]: ``key`` folded with the number of each row."""
+    """Threefry keys [B]: ``key`` folded with each of the row numbers ``rows_B``."""
     key = spec.threefry_keys(spec.typed_key(key))
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
@@ -396,7 +405,7 @@ def _prefill(
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
     if sampling.repetition_penalty != 1.0:
         seen_BT = prompts_BT
-        if segment_ids_BT is not None:  # padding becomes the id `num_ids`, which mode="drop" ignores
+        if segment_ids_BT is not None:  # padding gets the id `num_ids`, which mode="drop" ignores below
             seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
         seen_BV = jnp.zeros((B, num_ids), bool) if seen_BV is None else seen_BV
         seen_BV = seen_BV.at[rows_B[:, None], seen_BT].set(True, mode="drop")

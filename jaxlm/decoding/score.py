@@ -34,10 +34,12 @@ CHUNK_LOGITS = 2**22
 class TokenScores(NamedTuple):
     """The scores of tokens given the tokens before them.
 
+    Tokens that are not predicted are padding and first tokens of documents.
+
     Attributes:
         log_probs: [B, T] float32, log-probability of each token in nats; 0 for tokens that are not predicted.
-        greedy: [B, T] bool, whether each token is the most likely token (of several equally likely tokens, the token
-            with the lowest id); True for tokens that are not predicted.
+        greedy: [B, T] bool, whether greedy decoding would select the token: the most likely token, or of several
+            equally likely tokens the one with the lowest id. True for tokens that are not predicted.
     """
 
     log_probs: jax.Array
@@ -47,23 +49,24 @@ class TokenScores(NamedTuple):
 def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
-    The value is 0 if the next token is padding or begins another document. Logits are computed in chunks of time steps
-    with at most ``CHUNK_LOGITS`` logits (at least one time step).
+    The value is 0 if ``tokens[:, t + 1]`` is padding or begins another document. Logits are computed in chunks of time
+    steps. A chunk has at most ``CHUNK_LOGITS`` logits, but at least one time step.
 
-    Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
-    transformation the function cannot raise this error.
+    If logits are not finite, the function raises an error. For this check it waits until the result is computed. Inside
+    ``jit`` or another transformation it cannot raise this error.
 
     Args:
         tokens: [B, T] integer ids.
-        segment_ids: [B, T] int32, 0 for padding and 1, 2, ... for documents. Tokens of one document do not attend to
-            other documents. Default: one document.
+        segment_ids: [B, T] int32, 0 for padding and 1, 2, ... for documents. The tokens of a document do not attend to
+            other documents. None: each row is one document without padding.
 
     Raises:
         TypeError: ``tokens`` or ``segment_ids`` is not an array.
-        ValueError: a model that does not predict each token from the tokens before it, no rows, fewer than 2 columns,
-            ids outside the vocabulary, wrong shapes, or a document with more tokens than the model has positions. (The
-            last column is not read, so it needs no position.)
-        NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
+        ValueError: the model does not predict each token from the tokens before it; there are no rows or fewer than 2
+            columns; an id is outside the vocabulary; a shape is wrong; or a document has more tokens than the model has
+            positions. (The model does not read the last column, so the last column needs no position.)
+        NotFiniteError: logits are not finite. The message names the rows, and the parameters that are not finite or
+            another possible cause.
 
     Example:
         >>> log_likelihood(model, params, tokens).sum(axis=1)   # one value per row   # doctest: +SKIP
@@ -125,7 +128,7 @@ def target_log_likelihood(
 
     Raises:
         TypeError: the model is not an encoder-decoder, or the ids or segment ids are not an array.
-        ValueError: ids outside the vocabulary (including ``start_id``), empty arrays, or wrong shapes.
+        ValueError: an id (or ``start_id``) is outside the vocabulary, an array is empty, or a shape is wrong.
         NotFiniteError: as in :func:`log_likelihood`.
     """
     return target_token_scores(
@@ -179,9 +182,11 @@ def _token_scores(
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 
     Args:
-        tokens_BT: the tokens that the model reads. If there are no targets, each token is a target of the tokens before
-            it in its document, and the last token is not read.
-        inputs: the other inputs of ``model.apply``. The logits of targets with segment id 0 are ignored.
+        tokens_BT: the tokens that the model reads.
+        targets_BT: the tokens that are scored. None: the targets are ``tokens_BT[:, 1:]``, and the model reads
+            ``tokens_BT[:, :-1]``. Then T is one less than in ``tokens_BT``, and the first token of each document is
+            not predicted.
+        inputs: the other inputs of ``model.apply``. Targets with segment id 0 are not predicted.
     """
     segment_ids_BT = inputs["segment_ids"]
     is_predicted_BT = None if segment_ids_BT is None else segment_ids_BT > 0
@@ -228,7 +233,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """``exp(nats_per_token)``: the number of equally likely tokens that gives the same negative log-likelihood."""
+        """``exp(nats_per_token)``. A uniform distribution over this many tokens has the same ``nats_per_token``."""
         return perplexity_of(self.nats_per_token)
 
 
@@ -237,24 +242,25 @@ def perplexity(
 ) -> Perplexity:
     """The perplexity of a long text, scored in overlapping windows of ``window`` tokens.
 
-    A window begins every ``stride`` tokens, except that the last window ends with the text. Each window scores only the
-    tokens that no earlier window has scored. So every token except the first is scored once. After the first window,
-    each token has at least ``window - stride`` tokens of context. A smaller stride gives more context and usually a
-    lower perplexity, at a higher cost. A text that is not longer than ``window`` is scored in one window.
+    A window begins every ``stride`` tokens. The last window may begin earlier, so that it ends with the text. Each
+    window scores only the tokens that no earlier window has scored. So every token except the first is scored once.
+    After the first window, each token is predicted from at least ``window - stride`` tokens. A smaller stride gives
+    more context and usually a lower perplexity, at a higher cost. If the text is not longer than ``window``, there is
+    one window.
 
     Args:
         ids: [tokens] integer ids.
-        window: number of tokens in a window, at least 2. The first token is not predicted; the model reads
-            ``window - 1`` tokens.
+        window: number of tokens in a window, at least 2. The first token of a window is not predicted, and the model
+            does not read the last token. So the model needs ``window - 1`` positions.
         stride: distance between window starts, from 1 to ``window - 1``.
         batch_size: number of windows that are scored together.
 
     Raises:
-        ValueError: a model that does not predict each token from the tokens before it, ``ids`` that are not integers
-            [tokens] with at least 2 entries, ids outside the vocabulary, windows for which the model has too few
-            positions, a number outside its range, or several windows for a model that needs the whole text
+        ValueError: the model does not predict each token from the tokens before it; ``ids`` is not a 1-D array of at
+            least 2 integers; an id is outside the vocabulary; the model has fewer positions than a window needs; a
+            number is outside its range; or the text needs several windows, but the model needs the whole text
             (``Model.needs_whole_text``).
-        NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
+        NotFiniteError: as in :func:`log_likelihood`. The message has the indices of windows instead of rows.
     """
     _check_predicts_next_token(model)
     ids = np.asarray(ids)

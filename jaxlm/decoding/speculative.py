@@ -1,16 +1,18 @@
 """Speculative decoding: a small draft model proposes tokens, and the target model reads all of them in one call.
 
 The generated tokens have exactly the distribution of the target model (Leviathan et al. 2023, "Fast Inference from
-Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding, they are the tokens of
-:func:`jaxlm.decoding.generate`, up to rounding. Both models may be of any family with a model state. The target model
-must not have a ``capacity_factor``, because its logits then depend on the number of tokens that it reads in one call.
+Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding, the tokens are those of
+:func:`jaxlm.decoding.generate` for the target model, up to rounding. Both models may be of any family with a model
+state. The target model must not be a mixture of experts with a ``capacity_factor``, because the logits of such a model
+depend on the number of tokens that it reads in one call.
 
-In each round, the draft model draws K tokens one by one. Then the target model reads the newest token and these K
-tokens in one call. This call gives the target distributions p of the K proposed tokens and of the token after them. A
-token x that was drawn from the draft distribution q is accepted with probability ``min(1, p(x) / q(x))``. The first
-rejected token is replaced by a token drawn from ``max(p - q, 0)``, normalised, and the proposals after it are
-discarded. If all proposals are accepted, one more token is drawn from p. So a round generates 1 to K + 1 tokens.
-``Model.rollback`` then removes the rejected tokens from both model states.
+In each round, the draft model draws K tokens one by one, the proposals. Then the target model reads the newest token
+and the K proposals in one call. This call gives the target distributions p of the K proposals and of the token after
+the last proposal. A proposal x that was drawn from the draft distribution q is accepted with probability
+``min(1, p(x) / q(x))``. The first rejected proposal is replaced by a token that is drawn from the normalized
+``max(p - q, 0)``. The proposals after it are discarded. If all proposals are accepted, one more token is drawn from p.
+So a round generates 1 to K + 1 tokens. At its end, ``Model.rollback`` removes the rejected and discarded proposals from
+both model states.
 
 Shapes: B batch, T prompt length, N new tokens, K proposed tokens per round, V ids that may be generated.
 """
@@ -41,8 +43,8 @@ class SpeculativeModels:
     Attributes:
         target, target_params: the model that defines the distribution of the generated tokens.
         draft, draft_params: a smaller model, which proposes tokens.
-        num_proposed: K, number of tokens that the draft model proposes in each round. The best value increases with the
-            acceptance rate and with the speed of the draft model.
+        num_proposed: K, number of tokens that the draft model proposes in each round. The best value is larger for a
+            higher acceptance rate and for a faster draft model.
     """
 
     target: Model = struct.field(pytree_node=False)
@@ -62,13 +64,13 @@ class SpeculativeGeneration:
     """Generated tokens, and how many proposals were accepted.
 
     Attributes:
-        generation: the tokens, as from :func:`jaxlm.decoding.generate`.
-        rounds: [B] int32, number of rounds until the row ended. A round is one call of the target model. The call for
-            the prompt is not a round.
+        generation: the tokens, in the format of :func:`jaxlm.decoding.generate`.
+        rounds: [B] int32, number of rounds until the row ended. A round has one call of the target model. The call that
+            reads the prompt is not part of a round.
         accepted: [B] int32, number of proposals that became part of the text. The acceptance rate is
             ``accepted / (rounds * K)``.
-        draft_finite: [B] bool, whether the logits of the draft model are finite. The logits after a rejected token are
-            not checked.
+        draft_finite: [B] bool, whether the logits from which the draft model drew the proposals are finite. The logits
+            after the first rejected proposal of a round are not checked.
     """
 
     generation: Generation
@@ -91,21 +93,23 @@ def speculative_generate(
 ) -> SpeculativeGeneration:
     """Up to ``max_new_tokens`` new tokens for each prompt, with the distribution of the target model.
 
-    The arguments are as in :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. As in ``generate``,
-    the random draws of a row depend only on ``key`` and the index of the row.
+    The other arguments are those of :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. As in
+    ``generate``, the random numbers of a row depend only on ``key`` and the index of the row.
 
     Args:
-        states: the initial states of the target model and of the draft model; required if a model is an
-            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed - 1`` tokens. The
-            rolling memory of a draft model may be shorter; this changes only the proposals.
+        models: the two models, and the number of proposals of a round.
+        states: the initial states of the target model and of the draft model. A state may be None, except for an
+            encoder-decoder. Each key-value cache or memory needs slots for the prompt and ``max_new_tokens +
+            num_proposed - 1`` more tokens. The rolling memory of a draft model (``jaxlm.nn.attention.memory``) may have
+            fewer slots: other tokens are then proposed, but the distribution of the generated tokens is the same.
 
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
             ``num_proposed`` more positions than in ``generate``.
-        ValueError: the models have different vocabulary sizes and ``allowed_ids`` is None, ``num_proposed`` is below 1,
-            ``sampling`` has a repetition penalty, the target model has a ``capacity_factor``, or its state is a rolling
-            memory that is too short for all tokens.
-        NotFiniteError: logits of a model are not finite.
+        ValueError: the models have different vocabulary sizes, and ``allowed_ids`` is None; ``num_proposed`` is below
+            1; ``sampling`` has a repetition penalty; the target model has a ``capacity_factor``; or the state of the
+            target model has a rolling memory that is too short for all tokens.
+        NotFiniteError: logits of the target model or of the draft model are not finite.
 
     Example:
         >>> from jaxlm import get_model
@@ -130,8 +134,8 @@ def speculative_generate(
     capacity_factor = getattr(models.target.config, "capacity_factor", None)
     if capacity_factor is not None:
         raise ValueError(
-            f"the target model has capacity_factor={capacity_factor}: its logits depend on the number of tokens that "
-            "it reads in one call, so speculative decoding changes the distribution: set capacity_factor=None, or "
+            f"the target model has capacity_factor={capacity_factor}. Its logits depend on the number of tokens that "
+            "it reads in one call, so speculative decoding would change the distribution: set capacity_factor=None, or "
             "generate without a draft model"
         )
     target_state, draft_state = (None, None) if states is None else states
@@ -165,8 +169,8 @@ class _Progress:
     """The values that the loop updates in each round.
 
     Attributes:
-        states: the states of the target model and of the draft model. For a row that has not ended, they contain all
-            tokens except the newest.
+        states: the states of the target model and of the draft model. For a row that has not ended, both states contain
+            all tokens except the newest.
         newest: [B], the newest token of each row that has not ended.
         ended: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
         keys: [B], the random key of each row; None for greedy decoding.
@@ -226,7 +230,7 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
         drawn_B = _draw(settings, progress.keys, lengths_B + step, q_BV)
         return (state, drawn_B), (drawn_B, q_BV, rows_finite(logits_BV[:, : settings.num_ids]))
 
-    # Step K + 1 only reads the last proposal; after it, the draft state contains the same tokens as the target state.
+    # Step K + 1 only reads the last proposal, so that the draft state contains the same tokens as the target state.
     (draft_after, _), drawn = jax.lax.scan(propose, (draft_state, progress.newest), jnp.arange(K + 1))
     proposed_BK, q_BKV, draft_finite_BK = (jnp.swapaxes(x, 0, 1)[:, :K] for x in drawn)
     inputs_BT = jnp.concatenate([progress.newest[:, None], proposed_BK], axis=1)  # T = K + 1
@@ -248,8 +252,8 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     index_T = jnp.arange(K + 1)[None, :]
     new_BT = jnp.where(index_T < accepted_B[:, None], jnp.pad(proposed_BK, ((0, 0), (0, 1))), last_B[:, None])
     ends_BT = is_end(new_BT, settings.end_ids)
-    # A token is new if it is an accepted proposal or the last token of the round, and if neither an end token nor
-    # max_new_tokens tokens precede it.
+    # The new tokens are the accepted proposals and the last token of the round, up to the first end token and up to
+    # max_new_tokens tokens in the row.
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
@@ -257,7 +261,7 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     draft_finite_or_unused_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
     result, generation = progress.result, progress.result.generation
     B, N = generation.tokens.shape
-    new_slots = jnp.arange(B)[:, None], jnp.where(is_new_BT, lengths_B[:, None] + index_T, N)  # index N is dropped
+    new_slots = jnp.arange(B)[:, None], jnp.where(is_new_BT, lengths_B[:, None] + index_T, N)  # "drop" ignores index N
     log_probs_BT = _log_probs_of_tokens(jax.nn.log_softmax(logits_BTV), new_BT)
     result = SpeculativeGeneration(
         Generation(
@@ -283,7 +287,10 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
 
 
 def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
-    """The log-probabilities of the sampling distribution. Greedy: 0 for the most likely token, -inf for the others."""
+    """The log-probabilities of the distribution from which tokens are drawn.
+
+    For greedy decoding, they are 0 for the most likely token and -inf for all other tokens.
+    """
     filtered_BV = filter_logits(settings.sampling, logits_BV)
     if settings.sampling.temperature > 0.0:
         return jax.nn.log_softmax(filtered_BV)
@@ -294,7 +301,7 @@ def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
 def _draw(
     settings: Settings, keys_B: jax.Array | None, index_B: jax.Array, log_probs_BV: jax.Array, purpose: int = 0
 ) -> jax.Array:
-    """One token for each row. ``index_B`` is the index of the token in its row; it selects the random key."""
+    """One token for each row. ``index_B`` (the index of the token in its row) and ``purpose`` select the random key."""
     if keys_B is None:
         return argmax(log_probs_BV)
     drawn_B = jax.vmap(jax.random.categorical)(_token_keys(keys_B, index_B, purpose), log_probs_BV)
@@ -302,7 +309,12 @@ def _draw(
 
 
 def _token_keys(keys_B: jax.Array, index_B: jax.Array, purpose: int) -> jax.Array:
-    """Random keys [B]. ``purpose`` is 0 to draw a proposal, 1 to accept it, 2 to draw the last token of a round."""
+    """Random keys [B], different for each purpose.
+
+    Args:
+        purpose: 0 to draw a proposal or the first new token, 1 to accept a proposal, 2 to draw the last token of a
+            round.
+    """
     return jax.vmap(lambda key, index: jax.random.fold_in(jax.random.fold_in(key, index), purpose))(keys_B, index_B)
 
 
@@ -313,7 +325,7 @@ def _is_accepted(
     p_BKV: jax.Array,
     q_BKV: jax.Array,
 ) -> jax.Array:
-    """Whether each proposal is accepted if all proposals before it are accepted, bool [B, K]."""
+    """Whether each proposal passes the acceptance test, bool [B, K]. The first one that does not pass is rejected."""
     log_ratio_BK = _log_probs_of_tokens(p_BKV, proposed_BK) - _log_probs_of_tokens(q_BKV, proposed_BK)
     if keys_B is None:
         return log_ratio_BK >= 0.0  # True if the proposal is also the target model's most likely token
@@ -326,11 +338,15 @@ def _is_accepted(
 
 
 def _residual(settings: Settings, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
-    """``log(max(p - q, 0))``, not normalised, from the log-probabilities of p and q; greedy: ``log(p)``."""
+    """``log(max(p - q, 0))``, not normalized; for greedy decoding ``log(p)``.
+
+    Args:
+        p_BV, q_BV: log(p) and log(q).
+    """
     if settings.sampling.temperature == 0.0:
         return p_BV
     residual_BV = jnp.maximum(jnp.exp(p_BV) - jnp.exp(q_BV), 0.0)
-    # If p = q, the residual is 0. A token is then rejected only because of rounding, and p replaces the residual.
+    # If p = q, the residual is 0. Then only rounding can cause a rejection, and p replaces the residual.
     is_empty_B1 = jnp.sum(residual_BV, axis=-1, keepdims=True) <= 0.0
     return jnp.where(is_empty_B1, p_BV, jnp.log(residual_BV))
 

@@ -1,8 +1,8 @@
 """Text generation for every generative family: continuations of prompts, or outputs for sources.
 
-Between calls of the jitted loop, every ``CHUNK`` tokens, the decoded text is searched for stop strings. With beam
-search or speculative decoding, only the complete text is searched. Tokens after a stop string are discarded, so the
-text does not depend on ``CHUNK``.
+If there are stop strings, each call of the jitted loop generates ``CHUNK`` tokens, and the decoded text is searched for
+stop strings after each call. With beam search or speculative decoding, only the complete text is searched. Tokens after
+a stop string are discarded, so the text does not depend on ``CHUNK``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ CHUNK = 8
 """Number of tokens between two searches for stop strings; the default of ``chunk`` in :func:`stream_text`."""
 
 REPLACEMENT = "\ufffd"
-"""The character that tokenizers write for bytes that are not UTF-8."""
+"""U+FFFD, the replacement character. Tokenizers decode bytes that are not valid UTF-8 as this character."""
 
 UNSET_CONFIG = GenerationConfig()
-"""A config in which only ``batch_size`` is set, so that :meth:`GenerationConfig.resolve` sets all other fields."""
+"""The config with the default ``batch_size``. :meth:`GenerationConfig.resolve` sets the other fields."""
 
 
 def generate_text(
@@ -54,33 +54,37 @@ def generate_text(
 ) -> list[str]:
     """The generated text for each item of ``texts``, in order, without the end token and the stop string.
 
-    ``texts`` are prompts, or sources for an encoder-decoder (translation, summarization). Prompts are encoded without
-    special tokens, and special tokens in their continuations are kept. Sources are encoded with
+    An item of ``texts`` is a prompt, or for an encoder-decoder a source (translation, summarization). Prompts are
+    encoded without special tokens, and special tokens in their continuations are kept. Sources are encoded with
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
-    texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD. A
-    character that begins in a prompt and ends in its continuation belongs to the continuation.
+    texts as token ids (int32 NumPy arrays [tokens]). An incomplete UTF-8 character at the end of a text is decoded as
+    U+FFFD. A character that begins in a prompt and ends in its continuation belongs to the continuation.
 
     Texts are sorted by length, batched, and padded to one of a few lengths. Each new combination of batch size, padded
-    length, number of new tokens and sampling settings compiles the loop again. The random draws for a text depend on
-    ``key`` and the index of the text, and not on its batch if the batch fits into the model's context. Without beam
-    search and without a draft model, a prompt and its continuation may be longer than the context. A batch needs the
-    length of its longest prompt plus its largest number of new tokens. When it fills the context, generation continues
-    with the last ``max_positions // 2`` tokens of each row as its new prompt, and the draws begin again with other
-    keys. To make a short text independent of longer texts in its batch, use ``batch_size=1``.
+    length, number of new tokens and sampling settings compiles the loop again.
 
-    A model that needs the whole text (``Model.needs_whole_text``) raises an error instead: before any generation if no
-    end token and no stop string can end the text earlier, otherwise when a text has filled the context and has not
-    ended. The second error discards all texts of the call; :func:`stream_text` yields the text before this error.
+    The context of a model has ``max_positions`` tokens. A batch fits into the context if the length of its longest
+    prompt plus its largest number of new tokens is at most ``max_positions + 1``, because the last new token is not
+    read. The random numbers for a text then depend only on ``key`` and the index of the text. If a batch does not fit,
+    it fills the context before all tokens are generated. Then the last ``max_positions // 2`` tokens of each row become
+    its new prompt, and the random numbers come from other keys. So a long text may change the other texts in its batch;
+    to prevent this, use ``batch_size=1``. In beam search and speculative decoding, each text must fit into the context.
+
+    A model that needs the whole text (``Model.needs_whole_text``) cannot continue with a new prompt, and an error is
+    raised. If a text may exceed the context and there are no end ids and no stop strings, the error is raised before
+    any generation. Otherwise it is raised when a text has filled the context and has not ended. In this case, all texts
+    of the call are lost; :func:`stream_text` yields the text before this error.
 
     Args:
-        config: fields that are not set are read from ``generation_config.json`` (without this file: ``config.json``) in
-            the directory of the model, see :meth:`GenerationConfig.resolve`.
-        key: required unless sampling is greedy.
+        texts: all prompts or sources, as strings or as token ids.
+        config: the settings. Fields that are not set are read from ``generation_config.json`` (without this file:
+            ``config.json``) in the directory of the model, see :meth:`GenerationConfig.resolve`.
+        key: the random key; None only for greedy decoding or beam search.
         draft: a smaller model with the same tokenizer, and its parameters. The texts are then generated by
-            :func:`jaxlm.decoding.speculative_generate`. They have the distribution of ``model``; with greedy sampling
+            :func:`jaxlm.decoding.speculative_generate`. They have the distribution of ``model``. With greedy decoding
             they are the same as without a draft model, up to rounding. Both models need positions for the prompt, the
-            new tokens and ``num_proposed - 1`` more tokens. Stop strings do not end the generation early; the text is
-            cut afterwards.
+            new tokens and ``num_proposed - 1`` more tokens. A stop string does not end the generation early, but the
+            returned text ends before it.
         num_proposed: number of tokens that the draft model proposes in each round. None: 4. Only with ``draft``.
 
     Raises:
@@ -93,7 +97,8 @@ def generate_text(
             too few positions; or an argument is invalid for :meth:`GenerationConfig.resolve`,
             :func:`jaxlm.decoding.generate`, :func:`jaxlm.decoding.beam_search` or
             :func:`jaxlm.decoding.speculative_generate`.
-        NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
+        NotFiniteError: logits are not finite. The message names the prompts or sources, and the parameters that are not
+            finite or another possible cause.
 
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
@@ -129,19 +134,20 @@ def stream_text(
     key: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> Iterator[str]:
-    """The text that :func:`generate_text` returns for one prompt or source, as an iterator of pieces.
+    """An iterator over pieces of the text that :func:`generate_text` returns for one prompt or source.
 
-    After each ``chunk`` of tokens, the iterator yields the new part of the text that later tokens cannot change. It
-    does not yet yield an incomplete character or a possible beginning of a stop string at the end.
+    After the first token, and then after each call of the jitted loop, the iterator yields the part of the text that is
+    new and that later tokens cannot change. If the text ends with an incomplete character or with a possible beginning
+    of a stop string, the iterator yields this end only when later tokens show that it belongs to the text.
 
     Args:
         chunk: number of tokens in each call of the jitted loop.
 
     Raises:
-        The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. The call
-        raises all errors in its arguments, and a ``NotFiniteError`` of the first new token. The iterator raises a
-        ``NotFiniteError`` of later tokens, and the error of a model that needs the whole text when a text fills its
-        context.
+        TypeError, ValueError, NotFiniteError: the errors of :func:`generate_text`. The call raises all errors in its
+            arguments, and a ``NotFiniteError`` for the first new token. The iterator raises a ``NotFiniteError`` for
+            later tokens, and the ``ValueError`` for a model that needs the whole text, when the text fills the context.
+        ValueError: the config requests beam search, or ``chunk`` is below 1.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -165,7 +171,9 @@ def stream_text(
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder reads: ``decoder_start_id`` of the config, otherwise the tokenizer's bos token.
+    """The id of the first token that the decoder reads.
+
+    It is ``decoder_start_id`` of the model config. If this field is None or missing, it is the id of the bos token.
 
     Raises:
         ValueError: the config has no ``decoder_start_id`` and the tokenizer has no bos token.
@@ -178,10 +186,10 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder reads in text generation.
+    """The id of the first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. If the caller
-    passed another id to ``load_pretrained``, that id is used.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. If the caller of
+    ``load_pretrained`` passed an id that is not the id in ``config.json``, the caller's id is used.
     """
     metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
     file_id = (metadata.generation_config or {}).get("decoder_start_token_id")
@@ -191,7 +199,7 @@ def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
 
 
 class _TextGenerator:
-    """Generates the texts of a request with a model and a tokenizer."""
+    """The implementation of :func:`generate_text` and :func:`stream_text` for one call, with the resolved config."""
 
     def __init__(
         self, model: Model, params: Params, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
@@ -283,11 +291,14 @@ class _TextGenerator:
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
     def _positions_needed(self, prompts: Sequence[np.ndarray]) -> int:
-        """The number of positions of a batch without early ends. The model does not read the last new tokens."""
+        """The number of positions that a batch needs if its longest row does not end early.
+
+        The model does not read the last new token, so this token needs no position.
+        """
         return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1
 
     def _needs_second_window(self, prompts: Sequence[np.ndarray]) -> bool:
-        """Whether rows that do not end early fill the context of a model that needs the whole text."""
+        """Whether the model needs the whole text, and rows that do not end early exceed its context."""
         limit = self._request.max_positions
         if not self._model.needs_whole_text or self._model.reads_source or limit is None:
             return False
@@ -412,54 +423,57 @@ class _TextGenerator:
                 windows.advance(ended, chunk)
 
     def _decoded_ids(self, ids: np.ndarray, prompt_length: int) -> np.ndarray:
-        """The ids of a row that are decoded: without its end token and the start id of an encoder-decoder."""
+        """The ids of a row, without the end token and without the start id of an encoder-decoder."""
         if ids.size > prompt_length and ids[-1] in self._request.end_ids:
             ids = ids[:-1]
         return ids if self._start is None else ids[prompt_length:]
 
     def _new_text(self, prompt: np.ndarray) -> _NewText:
-        """The text after a prompt, or the output of an encoder-decoder."""
+        """The :class:`_NewText` for a continuation of ``prompt``, or for the output of an encoder-decoder."""
         if self._start is None:
             return _NewText(self._tokenizer.decode, prompt)
         return _NewText(functools.partial(self._tokenizer.decode, skip_special_tokens=True), prompt[:0])
 
 
 class _NewText:
-    """The text of the tokens after a prompt, in parts that later tokens do not change.
+    """Decodes the tokens after a prompt step by step, so that later tokens do not change earlier text.
 
-    A part has one or more tokens. It ends at the first token after which its text does not end with U+FFFD, because
-    U+FFFD at the end may be the beginning of a character. So the text does not depend on the numbers of tokens that
-    :meth:`read` gets, and wrong bytes do not change the characters before them. (Tokenizers with byte fallback decode
-    all bytes between two other tokens as U+FFFD if one of these bytes is wrong.)
+    The tokens are decoded in parts of one or more tokens. A part ends at the first token after which its text does not
+    end with U+FFFD, because U+FFFD at the end may stand for the first bytes of a character. So the text does not depend
+    on how the tokens are split into calls of :meth:`read`. Bytes that are not valid UTF-8 do not change the characters
+    before them. (Tokenizers with byte fallback decode all bytes between two other tokens as U+FFFD if one of these
+    bytes is not valid.)
 
     A character that begins in the prompt and ends after it belongs to the new text.
 
     Args:
-        decode: the text of ids.
+        decode: function from ids to text.
         prompt: the ids of the prompt.
     """
 
     def __init__(self, decode: Callable[[np.ndarray], str], prompt: np.ndarray) -> None:
         self._decode, self._prompt_length = decode, prompt.size
-        start = prompt.size  # moved to the left of all tokens that may be bytes of an incomplete character
+        start = prompt.size  # the loop moves it to the left of tokens that may be bytes of an incomplete character
         while start > 0 and REPLACEMENT in decode(prompt[start - 1 : start]):
             start -= 1
-        # Ids before `start` are decoded, and ids before `end` have been read. The ids from `context` to `start` are
-        # decoded again with the next part, because some tokenizers treat the beginning of a text differently.
+        # Ids before `start` are in finished parts, and `read` has seen the ids before `end`. The ids from `context` to
+        # `start` are decoded again with the next part, because some tokenizers treat the beginning of a text in another
+        # way, for example by removing a space.
         self._context, self._start, self._end = 0, start, start
         self._text = self._prompt_end_text = ""
         self.read(prompt, is_complete=False)
-        # Bytes at the end of the prompt are new text only if new tokens complete their character.
+        # If new tokens complete a character whose first bytes end the prompt, the character is new text. Otherwise the
+        # text of these bytes (`_prompt_end_text`) is not new, and `read` removes it.
         self._text, self._prompt_end_text = "", self._part(prompt)
 
     def read(self, ids: np.ndarray, *, is_complete: bool) -> str:
         """The part of the new text that later tokens cannot change.
 
         Args:
-            ids: the prompt and all new tokens.
-            is_complete: whether there are no later tokens. An incomplete character is then part of the text.
+            ids: the ids of the prompt and of all new tokens so far.
+            is_complete: whether there are no later tokens. An incomplete character at the end is then part of the text.
         """
-        is_valid = REPLACEMENT not in self._part(ids)  # then all parts can be decoded together
+        is_valid = REPLACEMENT not in self._part(ids)  # then the new ids can be decoded as one part
         for end in [ids.size] if is_valid else range(self._end + 1, ids.size + 1):
             part = self._part(ids[:end])
             if part.endswith(REPLACEMENT):
@@ -471,7 +485,7 @@ class _NewText:
         return (self._text + rest).removeprefix(self._prompt_end_text)
 
     def _part(self, ids: np.ndarray) -> str:
-        """The text of the ids from ``start`` on."""
+        """The text of ``ids[start:]``, decoded after ``ids[context:start]``."""
         before, text = self._decode(ids[self._context : self._start]), self._decode(ids[self._context :])
         return text[len(before) :] if text.startswith(before) else self._decode(ids[self._start :])
 
@@ -501,7 +515,7 @@ def _check_draft(
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raise ``ValueError`` if an id is negative, or ``vocab_size`` or more."""
+    """Raise ``ValueError`` if an id is not in [0, ``vocab_size``)."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise ValueError(
@@ -515,7 +529,7 @@ def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[s
     Args:
         is_complete: whether there are no later tokens.
     """
-    # The stop string whose last character comes first ends the text.
+    # The stop string that is complete first ends the text.
     found = [(start + len(string), start) for string in stop if (start := text.find(string)) >= 0]
     if found:
         return text[: min(found)[1]], True

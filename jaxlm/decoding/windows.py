@@ -1,7 +1,9 @@
-"""The generation loop for a batch of texts. Each jitted call generates a few tokens.
+"""The generation loop for a batch of texts. Each jitted call generates several tokens.
 
-In a model without encoder, a prompt and its continuation may become longer than the context of the model. Generation
-then continues in a new window. Shapes: B batch, S source time, T prompt time.
+If the model has no encoder, a prompt and its continuation may become longer than the context of the model
+(``Model.max_positions``). Generation then continues in a new window: the last tokens of each row are the new prompt.
+
+Shapes: B batch, S source time, T prompt time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jaxlm.spec import Params, State
 
 @dataclasses.dataclass(frozen=True)
 class TokenRequest:
-    """The model and the settings that all batches share.
+    """The model and the settings that all batches of one call share.
 
     Attributes:
         model: the model.
@@ -52,12 +54,13 @@ class TokenRequest:
 def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts padded on the left, and their segment ids; both [B, T].
 
-    T is the bucket length of the longest prompt, but at most the number of positions that ``new_tokens`` leaves. If the
-    longest prompt is longer than this maximum, T is the length of the longest prompt. If all prompts have one token,
-    such as the start id of an encoder-decoder, T is 1.
+    T is the bucket length of the longest prompt (:func:`bucket_length`), but at most the number of positions that the
+    new tokens leave, ``limit - new_tokens + 1``. If the longest prompt is longer than this maximum, T is the length of
+    the longest prompt. If all prompts have one token, such as the start id of an encoder-decoder, T is 1.
 
     Args:
         limit: the number of positions of the model. None: there is no limit.
+        new_tokens: maximum number of new tokens of a row.
     """
     longest = max(ids.size for ids in prompts)
     max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last new token
@@ -66,22 +69,22 @@ def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: in
 
 
 def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
-    """The error for a text whose generation needs a second window, although the model needs the whole text.
+    """The error for a text that needs a second window, for a model that must read a text from its first token.
 
     Args:
         what: name of the prompt in the message.
-        num_tokens: number of tokens of the text that the model must read.
+        num_tokens: number of tokens of the prompt and its continuation that the model must read.
     """
     return ValueError(
         f"{what}: the model must read {num_tokens} tokens of the prompt and its continuation, but "
         f"max_positions={model.max_positions}, and {model.family} must read a text from its first token, so it cannot "
-        "continue in a new window: reduce the number of new tokens, or, if no parameter depends on max_positions, use "
-        "model.with_fields(max_positions=...)"
+        "continue in a new window: reduce the number of new tokens, or, if the shape of no parameter depends on "
+        "max_positions, use model.with_fields(max_positions=...)"
     )
 
 
 def read_sources(request: TokenRequest, sources: Sequence[np.ndarray], length: int) -> Any:
-    """The state of an encoder-decoder with encoded ``sources`` and cache slots for ``length`` tokens."""
+    """The initial state of an encoder-decoder, with the encoded ``sources`` and cache slots for ``length`` tokens."""
     check_sharding(active())
     longest = max(ids.size for ids in sources)
     source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, request.max_positions))
@@ -104,19 +107,19 @@ def _read_sources(
 class WindowedGeneration:
     """Generation of a batch in one or more windows.
 
-    When a window is full, the last ``max_positions // 2`` tokens of each row are the prompt of the next window.
-    Encoder-decoders, models without ``max_positions`` and models that need the whole text (``Model.needs_whole_text``)
-    have one window.
+    A window is one generation with at most ``max_positions`` positions. When a window is full, the last
+    ``max_positions // 2`` tokens of each row are the prompt of the next window. Encoder-decoders, models without
+    ``max_positions`` and models that need the whole text (``Model.needs_whole_text``) have only one window.
 
     Args:
         request: the model and the settings that all batches share.
         prompts: token ids of each prompt; for an encoder-decoder, the start id.
-        numbers: [B] number of each row, which is folded into the random key of the row.
+        numbers: [B] index of each text. The random key of a row is ``request.key`` folded with this index.
         max_new_tokens: maximum number of new tokens in each row.
         sources: token ids of each source, for an encoder-decoder.
 
     Attributes:
-        rows: token ids of each row, including the prompt, without the tokens that the current window has generated.
+        rows: token ids of each row: the prompt and the tokens of earlier windows, but not of the current window.
         progress: the generation in the current window.
     """
 
@@ -141,7 +144,7 @@ class WindowedGeneration:
 
         Args:
             state: the state of an encoder-decoder; None for other models.
-            seen: ``Progress.seen`` of the window before; None in the first window.
+            seen: ``Progress.seen`` of the previous window; None in the first window.
         """
         request, limit = self._request, self._request.max_positions
         tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
@@ -149,7 +152,8 @@ class WindowedGeneration:
         key = request.key
         if key is not None:
             # The first window uses the key of the request unchanged, so that its tokens equal those of `generate`.
-            # Later windows have other keys.
+            # Later windows need other keys, because the number that is folded into the key for each token begins again
+            # at 0.
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
         return prefill(
             request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,
@@ -159,21 +163,22 @@ class WindowedGeneration:
 
     @property
     def is_full(self) -> bool:
-        """Whether the current window has no space for more tokens."""
+        """Whether the longest row has all tokens that the current window can contain."""
         return int(self.progress.step) == self.progress.tokens.shape[1]
 
     @property
     def is_finished(self) -> bool:
-        """Whether all requested tokens have been generated."""
+        """Whether the current window is the last one and is full, so that the longest row has all requested tokens."""
         return self.is_full and self.progress.tokens.shape[1] == self._remaining
 
     def advance(self, ended: np.ndarray, chunk: int) -> None:
         """Generate up to ``chunk`` more tokens for each row that has not ended.
 
-        If the current window is full, open the next window instead, which generates one token.
+        If the current window is full, this method opens the next window instead and generates one token for each row.
 
         Args:
-            ended: bool [B], rows that need no more tokens.
+            ended: [B] bool, whether the row needs no more tokens.
+            chunk: maximum number of tokens in this call.
 
         Raises:
             ValueError: the next window is needed, but the model needs the whole text.
@@ -192,7 +197,7 @@ class WindowedGeneration:
         self._remaining -= self.progress.tokens.shape[1]
         self._window += 1
         prompts = [ids[-max(limit // 2, 1) :] for ids in self.rows]
-        progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty needs the ids of all windows
-        # Prefill draws a token for every row. Discard the tokens of rows that have ended.
+        progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty applies to all windows
+        # `prefill` draws a token for every row. Discard the tokens of rows that have ended.
         lengths = jnp.where(jnp.asarray(ended), 0, progress.lengths)
         self.progress = dataclasses.replace(progress, ended=progress.ended | jnp.asarray(ended), lengths=lengths)

@@ -1,9 +1,11 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
-``Model.metadata`` contains the loaded files. When a model is saved in the format in which it was loaded, a loaded field
-that jaxlm does not set is written back unchanged, unless it contradicts a changed field (:func:`_merge_loaded`). A
-field that describes the model is replaced only if its value has changed since loading, or if the file would otherwise
-describe another model.
+``Model.metadata`` contains the contents of the loaded files. If a model is saved in the format in which it was loaded,
+the new ``config.json`` is made from the loaded one (:func:`_merge_loaded`):
+
+- A loaded field that jaxlm does not set is kept. It is dropped only if it contradicts a changed field.
+- A field that describes the model is replaced if its value has changed since loading. All fields that describe the
+  model are replaced if the file would otherwise describe another model.
 
 In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
@@ -28,12 +30,12 @@ from jaxlm.models.registry import FAMILIES, family, family_names
 _LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
-"""Overrides that may select a different head from the head in the files."""
+"""Overrides with which the head of the model may differ from the head in the files."""
 _FORMER_ARCHITECTURES = {
     "T5WithLMHeadModel": "T5ForConditionalGeneration",
     "LLaMAForCausalLM": "LlamaForCausalLM",
 }
-"""Former name of a class, which old files contain -> its present name, which is written."""
+"""Name of a class in old files -> present name of the class, which new files get."""
 GENERATION_DEFAULTS: dict[str, Any] = {
     "max_length": 20, "max_new_tokens": None, "min_length": 0, "min_new_tokens": None, "max_time": None,
     "stop_strings": None, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1,
@@ -46,8 +48,8 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "guidance_scale": None, "watermarking_config": None, "penalty_alpha": None, "dola_layers": None,
     "token_healing": False,
 }  # fmt: skip
-"""Generation setting that changes the text -> its default in transformers. The pad, BOS, EOS and decoder start ids are
-not among the settings."""
+"""Generation setting that changes the generated text -> its default in transformers. The padding, BOS, EOS and decoder
+start ids are not in this dict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Description:
 
     Attributes:
         model: the model with the overrides. Its metadata has no generation config.
-        format: the format of the files, which contains the tensor names.
-        saved_model: the model in the files, without the overrides, if the overrides select a head. In this case, the
-            head of ``model`` may be missing in the files, and the files may have another head. None: the files must
-            have exactly the parameters of ``model``.
+        format: the format of the files, with the names of their tensors and config fields.
+        saved_model: the model that ``config.json`` describes without the overrides, if ``task`` or ``num_labels`` is
+            overridden. The files may then lack the head of ``model``, and may have another head. None: neither is
+            overridden, so the files must have all parameters of ``model``.
     """
 
     model: Model
@@ -68,14 +70,15 @@ class Description:
 
 
 def format_of(model: Model) -> Format:
-    """The format in which a model is saved.
+    """The format in which a model is saved. It is the first of these formats:
 
-    This is the loaded format if it can represent the model, otherwise the first published format that can represent the
-    model. It is jaxlm's own format if the family has no published format. It is also jaxlm's own format if no published
-    format can represent the model, and one of ``formats.unpublished_fields`` does not have its default value.
+    1. the published format from which the model was loaded, if it can represent the model;
+    2. the first published format of the family that can represent the model;
+    3. jaxlm's own format, if the family has no published format, or if one of ``formats.unpublished_fields`` does not
+       have its default value.
 
     Raises:
-        ValueError: no format of the family can represent the model.
+        ValueError: the result would be none of these formats.
     """
     choices = formats.of(model.family)
     loaded = model.metadata.config.get("model_type")
@@ -100,7 +103,7 @@ def format_of(model: Model) -> Format:
 
 
 def _fixed_fields(table: Format) -> dict[str, Any]:
-    """The fields that have the same value in all models of this format, because ``config.json`` cannot express them."""
+    """The config fields that have the same value in all models of this format, which has no HF fields for them."""
     return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
@@ -109,7 +112,10 @@ def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
 
 
 def _native_format(model: Model) -> Format:
-    """jaxlm's own format, for a model without a published format. The parameter paths are the tensor names."""
+    """jaxlm's own format, for a model without a published format.
+
+    The name of a tensor is the path of the parameter with dots, such as ``layers.3.mlp.up.weight``.
+    """
 
     def name(path: str, *, is_layer: bool) -> str:
         return ".".join(f"{key}.{{layer}}" if key == spec.LAYERS and is_layer else key for key in path.split("/"))
@@ -173,7 +179,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
 def _check_task(name: str, task: Any) -> None:
     """Raise ``ValueError`` if the family lacks both the field ``num_labels`` and the task.
 
-    Without this check, the error would be about ``num_labels``, which is less clear.
+    Without this check, the error would say that ``num_labels`` is unknown, although the task is the cause.
     """
     config_class = family(name).Config
     if hasattr(config_class, "num_labels"):
@@ -186,7 +192,7 @@ def _check_task(name: str, task: Any) -> None:
 def _native_fields(config: dict[str, Any], name: str) -> dict[str, Any]:
     """The ``Config`` fields of the family ``name``, from a ``config.json`` in jaxlm's own format."""
     content = config.get("config", {})
-    if isinstance(content, dict) and content.get("task") == "tagging":  # the name of the task in jaxlm 0.1
+    if isinstance(content, dict) and content.get("task") == "tagging":  # jaxlm 0.1's name of token_classification
         content = {**content, "task": "token_classification"}
     native = config_lib.from_json(family(name).Config, content)
     return {field.name: getattr(native, field.name) for field in dataclasses.fields(native)}
@@ -203,14 +209,15 @@ def _find_format(config: dict[str, Any], overrides: dict[str, Any]) -> tuple[str
     candidates = [(name, table) for name, table in known if table.model_type == model_type]
     if not candidates:
         raise ValueError(f"model_type={model_type!r} is not supported: {supported}")
-    # A config that was saved without a model has no architectures. Then the last format of the model type is used,
-    # because it is the most general format.
+    # A config that was saved without a model has no architectures. Then the first class of the last format of the model
+    # type is used. For most model types, this format has the most classes.
     architectures = _architectures(config) or list(candidates[-1][1].architectures)
     architecture = architectures[0] if isinstance(architectures, list) else architectures
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    # A base model can be loaded alone only if its tensor names have a prefix, which the names of the head lack.
+    # A base model can be loaded without the head only if its tensor names have a prefix, which the names of the head
+    # lack.
     with_base_model = [(name, table) for name, table in candidates if table.prefix]
     if with_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
         return *with_base_model[-1], {"task": "none"}
@@ -227,7 +234,11 @@ def _architectures(config: Mapping[str, Any]) -> Any:
 
 
 def _published_fields(config: dict[str, Any], table: Format, config_class: type) -> dict[str, Any]:
-    """The ``Config`` fields of a family with a published format, from ``config.json``."""
+    """The ``Config`` fields in ``table.hf_name_of_field``, from a ``config.json`` in a published format.
+
+    Raises:
+        ValueError: a field in ``config.json`` has a value that is not supported.
+    """
     for field, value in table.required.items():
         if config.get(field, value) != value:
             raise ValueError(f"{field}={config[field]!r} is not supported: it must be {value!r}")
@@ -260,7 +271,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
 def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The generation settings in ``config.json`` that differ from the defaults of transformers.
 
-    The pad, BOS, EOS and decoder start ids are not among them.
+    The result contains no fields that are null, and no padding, BOS, EOS and decoder start ids.
     """
     return {name: config[name] for name, value in GENERATION_DEFAULTS.items() if config.get(name) not in (None, value)}
 
@@ -285,10 +296,10 @@ def _token_ids(model: Model, table: Format, config: Mapping[str, Any], path: Pat
 
 
 def token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a config whose names end with ``_token_id``, which contain special token ids.
+    """The special token ids in a config: the fields whose names end with ``_token_id``.
 
     Args:
-        path: the path of the file of the config, for error messages.
+        path: the path of the file that contains the config, for error messages.
 
     Raises:
         ValueError: a value is not an integer, a list of integers or null.
@@ -307,11 +318,12 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     """The contents of ``config.json`` for saving a model.
 
     Args:
-        dtype: dtype of the parameters; if they have several, the dtype of most of their entries.
-        tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
-            published models if there is no loaded config. An id of the published models is null if it is outside the
-            vocabulary. If the loaded config has another model type, only its padding, BOS and EOS ids are written,
-            because they describe the vocabulary. Its other fields that jaxlm does not set are dropped.
+        dtype: dtype of the parameters. If they have several dtypes, the dtype of the largest number of entries.
+        tokenizer: its special token ids are written. None: the ids of the loaded config are written. If there is no
+            loaded config, the ids of the published models are written (null for an id outside the vocabulary).
+
+    If the loaded config has another model type than the new config, only its padding, BOS and EOS ids are kept, because
+    they describe the vocabulary.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
@@ -328,7 +340,8 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     if tokenizer is not None:
         result |= _tokenizer_fields(model, table, tokenizer, result)
     if loaded and not _describes(result, model_fields):
-        # The meaning of a loaded field, or the default of an omitted field, depends on the changed fields.
+        # The meaning of a loaded field, or the default of an omitted field, depends on a changed field. So all fields
+        # that describe the model are written.
         result.pop("rope_parameters", None)
         result |= model_fields
     if not table.is_native:
@@ -363,16 +376,19 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
 
 
 _ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "head_dim")
-"""If one of these fields changes, all of them are written."""
+"""If the value of one of these fields has changed since loading, all of these fields are written."""
 
 
 def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``config.json``: the loaded config, in which the fields that changed since loading are replaced.
 
-    A field is unchanged if ``_model_fields`` gives the same value for the loaded model. An unchanged field keeps its
-    loaded value, and is omitted if the loaded config omits it. Loaded fields that jaxlm does not set are kept, except
-    fields that contradict a changed field (``rope_parameters``, ``scale_decoder_outputs``, ``num_labels``) or describe
-    a replaced head (``problem_type``). Aliases get the new values. A class gets its present name.
+    - A field of ``model_fields`` is unchanged if ``_model_fields`` gives the same value for the loaded config. An
+      unchanged field keeps its loaded value. If the loaded config omits it, the result omits it too.
+    - Loaded fields that jaxlm does not set are kept. But ``rope_parameters``, ``scale_decoder_outputs`` and
+      ``num_labels`` are dropped if they would contradict a changed field, and ``problem_type`` is dropped if the model
+      has a new head.
+    - Loaded aliases (``Format.aliases``) get the values of their fields.
+    - Former names of classes are replaced by their present names.
     """
     if not loaded:
         return dict(model_fields)
@@ -381,7 +397,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     result = {**loaded, **model_fields}
     try:
         description = describe(dict(loaded), Path("config.json"), {})
-    except ValueError:  # jaxlm does not support the loaded class; the override ``task`` replaced its head
+    except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
         return result
     previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
@@ -400,7 +416,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
             result[alias] = result[field]
     if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
         result.pop("scale_decoder_outputs", None)  # in transformers 5, it takes precedence over tie_word_embeddings
-    if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
+    if model_fields.get("id2label") != previous.get("id2label"):  # num_labels may contradict the new labels
         result.pop("num_labels", None)
     if model.metadata.initialized:
         result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
@@ -408,7 +424,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
 
 
 def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
-    """Whether the model that ``config`` describes has these ``_model_fields``."""
+    """Whether ``config`` is supported, and ``_model_fields`` gives ``model_fields`` for the model that it describes."""
     try:
         description = describe(dict(config), Path("config.json"), {})
         return _model_fields(description.model, description.format) == model_fields
@@ -419,7 +435,9 @@ def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
 def _new_token_fields(model: Model, table: Format) -> dict[str, Any]:
     """The special token ids for ``config.json`` of a model that was not loaded, or was loaded from another model type.
 
-    An id that the loaded config omits has the default of the loaded model type.
+    The padding, BOS and EOS ids of the loaded config are kept. If the loaded config omits an id, it gets the default of
+    the loaded model type. If no model was loaded, all ids get the defaults of the new model type. A default outside the
+    vocabulary is not used: the id is then null or missing.
     """
     loaded = model.metadata.config
     fields: dict[str, Any] = dict.fromkeys(table.token_ids)
@@ -436,11 +454,11 @@ def _tokenizer_fields(
 ) -> dict[str, int | None]:
     """The fields of ``config.json`` with the special token ids of a tokenizer.
 
-    If the tokenizer has no token for a role, the field keeps its loaded value, or is null. A loaded list that contains
-    the id of the tokenizer is kept, too.
+    If the tokenizer has no token for a role, the field keeps its loaded value, or is null without a loaded value. If
+    the loaded value is a list that contains the id of the tokenizer, the field keeps this list.
 
     Raises:
-        ValueError: the tokenizer needs more ids than the model has, or has another id than the format requires.
+        ValueError: the tokenizer needs more ids than the model has, or an id is not the id that the format requires.
     """
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
@@ -484,8 +502,9 @@ def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
 def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
     """The contents of ``generation_config.json`` for saving a model; None if the directory does not need this file.
 
-    Without this file, transformers and jaxlm use the special token ids and the generation settings in ``config.json``.
-    So a new file contains them.
+    transformers and jaxlm read the generation settings in ``config.json`` only if there is no
+    ``generation_config.json``. So if the model was loaded without this file, a new file repeats the settings and the
+    special token ids of the loaded ``config.json``.
     """
     loaded = model.metadata.generation_config
     generates = model.task in _GENERATION_TASKS
@@ -517,5 +536,5 @@ def _loaded_decoder_start_id(model: Model) -> int | None:
     loaded = model.metadata.config
     try:
         return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
-    except ValueError:  # jaxlm does not support the loaded class; the override ``task`` replaced its head
+    except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
         return loaded.get("decoder_start_token_id")

@@ -1,7 +1,4 @@
-"""Paths of the files in a Hugging Face directory, and writing of JSON files.
-
-Files outside the directory are not read, except in the cache of the Hugging Face hub (:func:`path_inside`).
-"""
+"""Names and paths of the files in a Hugging Face directory, and a function that writes JSON files."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def path_inside(directory: Path, name: str) -> Path:
-    """The resolved path of the file ``name`` in ``directory``.
+    """The path of the file ``name`` in ``directory``, with symbolic links resolved.
 
-    A link must point to a file inside the directory. There is one exception: in the cache of the Hugging Face hub,
-    ``snapshots/<revision>/<name>`` is a link to a file in ``blobs/``. So in this cache, a link may point to any file of
-    the model's folder.
+    A symbolic link must point to a file inside the directory. There is one exception: in the cache of the Hugging Face
+    hub, ``<model>/snapshots/<revision>/<name>`` is a link to a file in ``<model>/blobs/``. So if ``directory`` is
+    ``<model>/snapshots/<revision>``, a link may point to any file in ``<model>``.
 
     Raises:
         ValueError: ``name`` is not a plain file name, or the file is a link to a file outside the directory.
@@ -35,7 +32,7 @@ def path_inside(directory: Path, name: str) -> Path:
     is_in_hub_cache = root.parent.name == "snapshots" and (hub_folder / "blobs").is_dir()
     allowed_root = hub_folder if is_in_hub_cache else root
     if not path.is_relative_to(allowed_root):
-        raise ValueError(f"{directory / name} is a link out of the directory, to {path}: copy the file into it instead")
+        raise ValueError(f"{directory / name} is a link out of the directory, to {path}: replace the link by a copy")
     if not path.is_file():
         raise FileNotFoundError(f"{directory / name} is missing or not a regular file")
     return path

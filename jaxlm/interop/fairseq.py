@@ -1,7 +1,7 @@
-"""Import RoBERTa checkpoints of fairseq from arrays. Neither fairseq nor torch is imported.
+"""Convert RoBERTa checkpoints of fairseq, given as arrays, to jaxlm. This module does not need fairseq or torch.
 
-A fairseq checkpoint is a pickle file. Loading a pickle can run any code, so jaxlm does not open it. If you trust the
-file, convert it to arrays with torch:
+A fairseq checkpoint is a pickle file. Loading a pickle can run any code, so jaxlm does not open pickle files. If you
+trust the file, load its arrays with torch, which must be installed:
 
     >>> checkpoint = torch.load("roberta.base/model.pt", weights_only=False)                     # doctest: +SKIP
     >>> weights = {name: x.float().numpy() for name, x in checkpoint["model"].items()}           # doctest: +SKIP
@@ -9,7 +9,7 @@ file, convert it to arrays with torch:
     >>> save_pretrained("roberta-base", model, params)                                           # doctest: +SKIP
 
 The token ids are the ids of fairseq's dictionary: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, then the lines of
-``dict.txt``, then ``<mask>``. Checkpoints of XLM-RoBERTa have the same format.
+``dict.txt``, then ``<mask>``. Checkpoints of XLM-RoBERTa (base and large) have the same format.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def roberta_from_fairseq(
 ) -> tuple[Model, spec.Tree]:
     """The model and the parameters of a fairseq RoBERTa checkpoint.
 
-    fairseq's RoBERTa has no token types, so the embedding of jaxlm's only token type is zero.
+    fairseq's RoBERTa has no token types. So the model has one token type, and its embedding is zero.
     ``model.metadata.unused_tensors`` lists the tensors of heads that the model does not have.
 
     Args:
         weights: the arrays of the checkpoint, by fairseq's names.
-        num_heads: ``encoder_attention_heads`` in the arguments of the checkpoint. The number cannot be inferred from
-            shapes.
+        num_heads: number of attention heads, ``encoder_attention_heads`` in the arguments of the checkpoint. The shapes
+            of the arrays do not determine it.
         head: name of a classification head, such as "mnli". The task of the model is then "classification". None: the
             task is "masked".
         overrides: fields of the family's ``Config``, such as ``dtype="bfloat16"``.
@@ -109,7 +109,10 @@ def roberta_from_fairseq(
 
 
 def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by their names in Hugging Face files. Arrays of classification heads keep their fairseq names."""
+    """The arrays by their names in Hugging Face files. Arrays of classification heads keep their fairseq names.
+
+    The fused query, key and value matrices of old checkpoints are split. Buffers that are not parameters are left out.
+    """
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         if _IGNORED.search(name):

@@ -1,8 +1,8 @@
 """A model as a Flax module, ``linen`` or ``nnx``, for code that needs a Flax module.
 
-The parameters of the module have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call
-returns the result of ``model.apply``, and takes its arguments except ``params`` and ``key``. Convert
-parameters from jaxlm to Flax (left) and back (right) as follows:
+The parameters of the module have the tree structure of ``model.init``; nnx wraps each leaf in ``nnx.Param``. A call of
+the module takes the arguments of ``model.apply`` without ``params`` and ``key``, and returns the same result. These
+statements convert parameters from jaxlm to Flax (left) and from Flax to jaxlm (right):
 
     linen   variables = {"params": params}                       params = variables["params"]
     nnx     module = as_nnx(model, params=params)                params = module.parameters()
@@ -53,8 +53,8 @@ def _init_entry(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
 def as_linen(model: Model) -> LinenModel:
     """The model as a ``flax.linen.Module`` with the methods ``__call__``, ``logits`` and ``pool``.
 
-    ``init`` samples from the same distributions as ``model.init``. The values differ because linen derives other keys.
-    Dropout is active if ``apply`` gets a key for "dropout".
+    ``init`` samples from the same distributions as ``model.init``. The values differ, because linen derives other keys
+    from the given key. Dropout is active if the argument ``rngs`` of ``apply`` has a key "dropout".
 
     Example:
         >>> module = as_linen(model)
@@ -91,12 +91,12 @@ def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | No
     Dropout is active if a call gets ``rngs``.
 
     Args:
-        rngs: random keys for new parameters, ``model.init(rngs.params())``.
+        rngs: random keys for new parameters. The new parameters are ``model.init(rngs.params())``.
         params: existing parameters of the model. Pass exactly one of ``rngs`` and ``params``.
 
     Raises:
-        ValueError: both or none of ``rngs`` and ``params`` are given, or the names or shapes of ``params`` do not match
-            the model.
+        ValueError: both ``rngs`` and ``params`` are given, or neither is given; or the names or shapes of ``params`` do
+            not match the model.
 
     Example:
         >>> module = as_nnx(model, nnx.Rngs(0))

@@ -1,13 +1,14 @@
 """Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
-All families use the same code. The formats of the families are tables of names (``jaxlm.interop.formats``). A model
-that no table describes is saved in jaxlm's own format: in ``config.json``, ``model_type`` is ``jaxlm-<family>`` and
-``config`` contains the fields of the family's config. The name of a tensor is its path, such as
+All families use the same code. The published formats of the families are tables of names (``jaxlm.interop.formats``).
+jaxlm's own format is used for families without a published format, and for models with a config field that no published
+format can represent. In this format, ``model_type`` in ``config.json`` is ``jaxlm-<family>``, and ``config`` contains
+the fields of the family's config. The name of a tensor is the path of its parameter, such as
 ``layers.3.mlp.up.weight``.
 
-Loading checks the checksums (if there is a file ``checksums.json``), the config, and then the name, shape and dtype of
-every tensor in the file headers. After these checks, loading reads the tensors of one parameter at a time. Loading
-downloads nothing and never opens pickle files, because a pickle can run arbitrary code.
+Loading first checks the checksums (if there is a file ``checksums.json``), then the config, and then the name, shape
+and dtype of every tensor in the file headers. After these checks, loading reads the tensors of one parameter at a time.
+Loading downloads nothing. It never opens pickle files, because a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -75,23 +76,29 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    With the overrides ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then
-    parameters that the files do not contain are initialised as in ``model.init``, and tensors of other heads are not
-    loaded. ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the
-    tensors that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain
-    exactly the tensors of the model. They may also contain copies of tied tensors, which must be equal, tensors
-    that are not parameters, such as masks in old files, and a pooler or a next-sentence head that the model does not
-    have (many published files of BERT and RoBERTa), which are not loaded.
+    Without the overrides ``task`` and ``num_labels``, the files must contain all tensors of the model. They may contain
+    only these other tensors, which are not loaded:
 
-    Apart from the result, host memory holds only one loaded parameter at a time (all layers of a stacked parameter),
-    and the initialised parameters.
+    - copies of tied tensors, which must be equal to the loaded tensor;
+    - tensors that are not parameters, such as masks in old files;
+    - a pooler or a next-sentence head that the model does not have, as in many published files of BERT and RoBERTa.
+
+    With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
+    head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
+    loaded. A head for another task or with another number of labels is always initialized.
+
+    ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
+    of poolers and heads that are not loaded. The logger "jaxlm" reports both.
+
+    In addition to the result, host memory holds the initialized parameters, and one loaded parameter at a time (with
+    all its layers if it is stacked).
 
     Args:
         directory: contains ``config.json`` and either ``model.safetensors`` or shards with an index file.
-        param_dtype: dtype of the parameters; None: the dtype in the files. It is required if a parameter has several
-            dtypes or float64 in the files.
+        param_dtype: dtype of the parameters; None: the dtype in the files. This argument is required if the tensors of
+            a parameter are float64 or have several dtypes.
         sharding: the shardings of the parameters; None: all parameters are on the default device.
-        seed: random seed for parameters that the files do not contain.
+        seed: random seed for the initialized parameters.
         overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"`` (dtype of
             activations), or ``vocab_multiple=8``, which pads the token embedding with rows of zeros.
 
@@ -104,8 +111,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: the directory, ``config.json`` or a safetensors file does not exist.
         ValueError: the architecture, a setting, an override or ``param_dtype`` is not supported; a file is damaged or
-            does not match ``checksums.json``; the path of a file is outside of the directory; the directory has only
-            pickle files, or both ``model.safetensors`` and an index file; or a tensor is missing, is not in the model,
+            does not match ``checksums.json``; a file is outside the directory; the directory has only pickle
+            files, or both ``model.safetensors`` and an index file; or a tensor is missing, is not in the model,
             has a wrong shape or dtype, or differs from a tensor that must be equal.
     """
     if param_dtype not in (None, *_DTYPES.values()):
@@ -116,8 +123,8 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
-        # This check comes before the specs are built: with a wrong, huge number of layers, the specs would fill memory.
-        # The number of experts is not limited if each tensor contains all experts of a layer.
+        # This check comes before the specs and the tensor names are built, because they would fill memory with a wrong,
+        # huge number of layers or experts. The number of experts is checked only if each expert has its own tensors.
         has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
         for what in ("layers", "experts") if has_expert_tensors else ("layers",):
             number = getattr(model.config, f"num_{what}", None) or 0
@@ -161,10 +168,11 @@ def save_pretrained(
     the exact bits of the parameters. A tied head and vocabulary padding are not saved. If the model was loaded from a
     directory of the same format, the config fields that jaxlm does not set keep their loaded values.
 
-    All files are first written to a temporary directory and then moved. Files of an earlier save that were not replaced
-    are removed last. So a mixture of two models in the directory can never be loaded. ``checksums.json`` contains the
-    SHA-256 of all saved files, and :func:`load_pretrained` verifies them. Host memory holds at most the tensors of one
-    file and one parameter at a time.
+    All files are first written to a temporary directory and then moved. ``checksums.json``, which contains the SHA-256
+    of all saved files, is moved first. So if the process is killed before the last move, :func:`load_pretrained`
+    rejects the mixture of old and new files. Files of an earlier save that were not replaced are removed last.
+
+    Host memory holds at most the tensors of one file and one parameter at a time.
 
     Args:
         directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)
@@ -173,12 +181,12 @@ def save_pretrained(
             sharded over several processes, all processes must call this function; the first process writes the files.
         tokenizer: saved in the same directory. Its special token ids are written to ``config.json`` and
             ``generation_config.json``.
-        max_shard_bytes: maximum size of a weight file. A larger tensor has its own file.
+        max_shard_bytes: maximum size in bytes of the tensors in one weight file. A larger tensor has its own file.
 
     Raises:
         OSError: the disk is full, or the directory or a file is not writable. The message says whether files have
             changed, and names them.
-        ValueError: the directory contains an adapter; the format of the family cannot represent the config; the
+        ValueError: the directory contains an adapter; no format of the family can represent the config; the
             parameters do not match the model or have another dtype; the tokenizer does not match the model; or
             ``max_shard_bytes`` is below 1.
     """
@@ -215,7 +223,7 @@ def save_pretrained(
         other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
-        # Shards are moved one by one. The old index is deleted first: then a mixture of old and new shards has no index
+        # Shards are moved one by one. The old index is deleted first. So a mixture of old and new shards has no index,
         # and cannot be loaded.
         integrity.install_files(temporary, directory, written, delete_first=[INDEX] if INDEX in weights else [])
     for file in os.listdir(directory):
@@ -229,7 +237,10 @@ def save_pretrained(
 
 
 def _write_weights(directory: Path, model: Model, params: Params, max_shard_bytes: int) -> list[str]:
-    """Write ``params`` to files, and return the file names. With several files, the last name is the index file."""
+    """Write the parameters to weight files, and return the file names.
+
+    If there are several weight files, the last name is the name of the index file.
+    """
     flat = spec.flatten(params)
     table = format_of(model)
     locations = locations_of(model, table)
@@ -262,7 +273,7 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
 def _with_copies(
     tensors: Iterator[tuple[str, np.ndarray]], sources: dict[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All pairs of ``tensors``, then a pair for each copy. ``sources`` maps names of copies to names of tensors."""
+    """The pairs of ``tensors``, and then a pair for each copy. ``sources`` maps names of copies to names of tensors."""
     kept = {}
     for name, tensor in tensors:
         if name in sources.values():
@@ -273,9 +284,10 @@ def _with_copies(
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Pairs ``(name, tensor)`` as in Hugging Face files, for all leaves of ``tree``.
+    """An iterator over pairs ``(name, tensor)`` as in Hugging Face files, for all leaves of ``tree``.
 
-    ``tree`` has the structure and shapes of the parameters. For example, it contains parameters or gradients.
+    ``tree`` has the structure and shapes of the parameters. For example, it contains parameters or gradients. If its
+    leaves are sharded over several processes, all processes must iterate over all pairs.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -292,9 +304,9 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
 
 
 def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
-    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`.
+    """The parameters of the model from a mapping ``{name: tensor}``. This is the inverse of :func:`named_tensors`.
 
-    Dtypes do not change, but JAX converts float64 to float32 by default. Vocabulary padding is 0.
+    Dtypes do not change, but JAX converts float64 to float32 by default. The entries of vocabulary padding are 0.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape.
@@ -318,7 +330,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
 
 
 def _read_description(directory: Path, overrides: dict[str, Any]) -> Description:
-    """The description of the model, from ``config.json``, ``generation_config.json`` and the overrides."""
+    """The model that ``config.json``, ``generation_config.json`` and the overrides describe."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first, for example with "
@@ -338,7 +350,7 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor in an open file. Its shape and dtype come from the file header. The values have not been read."""
+    """A tensor in an open file, with the shape and dtype from the file header. :meth:`read` reads the values."""
 
     file: Any
     name: str
@@ -350,7 +362,7 @@ class _Tensor:
 
 
 def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """All tensors in the directory, by name. ``stack`` keeps the files open and closes them on exit."""
+    """All tensors in the directory, by name. The files stay open until ``stack`` closes them."""
     tensors: dict[str, _Tensor] = {}
     file_of: dict[str, str] = {}
     index = _read_index(directory)
@@ -410,7 +422,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
 
 
 def _split_into_shards(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
-    """The tensor names of each shard, from pairs of a name and its bytes. The order of the names does not change.
+    """The tensor names of each shard, in the order of ``sizes``, which contains pairs (tensor name, number of bytes).
 
     A shard has at most ``max_bytes``. A larger tensor has its own shard.
     """
@@ -449,8 +461,8 @@ class _Match:
     Attributes:
         locations: the locations of the parameters that the files contain, by path.
         initialized: paths of the parameters that the files do not contain.
-        unused: names of the tensors of a pooler or a next-sentence head that the model does not have, and, if the
-            overrides select a head, of the tensors that belong only to another head.
+        unused: names of the tensors of a pooler or a next-sentence head that the model does not have. If the override
+            ``task`` or ``num_labels`` is given, also names of the tensors that belong only to another head.
     """
 
     locations: dict[str, Location]
@@ -461,8 +473,7 @@ class _Match:
 def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
-    If the overrides select a head, ``description.saved_model`` is the model without the overrides. The files may then
-    lack the head of the model, and may have other heads.
+    If ``description.saved_model`` is not None, the files may lack the head of the model, and may have other heads.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape; or two tensors that must be equal
@@ -501,7 +512,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
         removed = name in stored_path_of and stored_path_of[name] not in locations
         return outside_base_model or name in table.tied_tensors or removed
 
-    # Published files of BERT and RoBERTa contain these parts also for classes that do not use them.
+    # Published files of BERT and RoBERTa contain a pooler or a next-sentence head even for classes that do not use it.
     optional = {prefix + name for path, name in table.tensors.items() if path.startswith("pooler/")}
     optional |= {name for path, name in table.unprefixed_tensors.items() if path.startswith("next_sentence/")}
     unused = [name for name in extra if name in optional or (stored and belongs_to_another_head(name))]
@@ -524,12 +535,15 @@ def _missing_paths(
     stored: dict[str, Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
-    """Paths of the head and pooler parameters that must be initialised.
+    """Paths of the head and pooler parameters that must be initialized.
 
-    Either all parameters of a head are initialised, or all are loaded. A head is initialised if the files contain none
-    of its parameters, if the head in the files has another number of labels, or if the override ``task`` selects a head
-    of another task. Otherwise, it is loaded: if the files contain only some of its parameters, the check of the tensors
-    reports the missing parameters.
+    Either all parameters of a head are initialized, or all are loaded. A head is initialized in three cases:
+
+    - the files contain none of its parameters;
+    - the head in the files has another number of labels;
+    - the override ``task`` selects a head of another task.
+
+    If the files contain only some parameters of a head that is loaded, a later check reports the missing parameters.
     """
     assert description.saved_model is not None
     config, stored_config = description.model.config, description.saved_model.config
@@ -564,7 +578,8 @@ def _missing_paths(
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
     """The model with ``initialized`` and ``unused_tensors`` in its metadata, and without label names for a new head.
 
-    The logger reports initialised parameters as a warning, because they must be trained, and unused tensors as info.
+    The logger reports initialized parameters as a warning, because they must be trained. It reports unused tensors with
+    the level info.
     """
     metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
     if any(path.partition("/")[0] in HEADS.values() for path in match.initialized):
@@ -577,7 +592,7 @@ def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
 
 
 def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
-    """Whether two tensors are bitwise equal. The tensors are read in blocks of rows."""
+    """Whether two tensors have the same shape, dtype and bytes. The tensors are read in blocks of rows."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     step, num_rows = 4096, a.shape[0]
@@ -586,7 +601,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, by path. A parameter has the same dtype in all layers."""
+    """The dtype of each parameter, by path. The result is the same for all layers of a parameter."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names

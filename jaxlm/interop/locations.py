@@ -1,4 +1,4 @@
-"""The names and layouts of a model's parameters in files."""
+"""The tensor names and layouts of a model's parameters, in Hugging Face files and in jaxlm's own format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from jaxlm.models.model import Model
 class Location:
     """The tensor names and the layout of one parameter in files.
 
-    A parameter with a leading axis of layers is a stack with one entry per layer, and files have one tensor per entry.
-    A leading axis of experts also belongs to the stack if files have one tensor for each expert. An entry is called a
-    matrix here, whatever its number of axes.
+    A parameter with a leading axis of layers is a stack with one entry per layer. If files have one tensor for each
+    expert, the axis of experts also belongs to the stack. Files have one tensor per entry. An entry is called a matrix
+    here, whatever its number of axes. A parameter that is not a stack has one matrix. A row of a tensor is an index of
+    its first axis.
 
     Attributes:
         names: the tensor name of each matrix, in the order of the stack; a single name if the parameter is not a stack.
@@ -29,7 +30,8 @@ class Location:
         model_shape: shape of one matrix in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
         first_row: index of the parameter's first row in the tensor.
-        num_rows: number of rows of a tensor with several parameters; None: the tensor contains only this parameter.
+        num_rows: number of rows of the tensor if it also contains other parameters. None: the tensor contains only this
+            parameter.
     """
 
     names: tuple[str, ...]
@@ -41,12 +43,12 @@ class Location:
 
     @property
     def shape_in_file(self) -> tuple[int, ...]:
-        """Shape of the parameter in each tensor in the files."""
+        """Shape of one matrix in the files, without the rows of other parameters in the same tensor."""
         return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the files."""
+        """Shape of each tensor in the files, including the rows of other parameters."""
         shape = self.shape_in_file
         return shape if self.num_rows is None else (self.num_rows, *shape[1:])
 
@@ -62,21 +64,25 @@ class Location:
         return [axis for group in self.layout for axis in group]
 
     def matrices(self, array: np.ndarray) -> np.ndarray:
-        """A view of the parameter ``array`` as a stack with one leading axis: one matrix for each of :attr:`names`."""
+        """A view of the parameter ``array`` whose first axis is the stack: one matrix for each of :attr:`names`."""
         return array.reshape(len(self.names), *array.shape[len(self.stack) :])
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """A matrix of :meth:`matrices` in the layout of files, without vocabulary padding."""
+        """One matrix of :meth:`matrices`, converted to the layout of files, without vocabulary padding."""
         array = array[tuple(slice(size) for size in self.model_shape)]
         return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`to_file`: a matrix in the layout of the model, without vocabulary padding."""
+        """The inverse of :meth:`to_file`: one matrix in the layout of the model, without vocabulary padding."""
         sizes = [self.model_shape[axis] for axis in self._file_axis_order]
         return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 
     def to_parameter(self, shape: tuple[int, ...], dtype: DTypeLike, tensors: Iterable[np.ndarray]) -> np.ndarray:
-        """The parameter with this shape and dtype, from the :attr:`rows` of each tensor. Vocabulary padding is 0."""
+        """The parameter with this shape and dtype. Vocabulary padding is 0.
+
+        Args:
+            tensors: the :attr:`rows` of the tensor of each of :attr:`names`, read by the caller.
+        """
         array = np.zeros(shape, dtype)
         for matrix, tensor in zip(self.matrices(array), tensors, strict=True):
             matrix[tuple(slice(size) for size in self.model_shape)] = self.to_model(tensor)
@@ -87,7 +93,9 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
     """The location of every parameter of the model, by path, in the order of the specs.
 
     Args:
-        prefix: name prefix of the base model's tensors; None: the prefix in transformers classes with a head.
+        table: the format of the files.
+        prefix: name prefix of the base model's tensors; None: ``table.prefix``, the prefix in files of classes with a
+            head.
 
     Raises:
         ValueError: the format has no tensor for a parameter of the model.
@@ -124,7 +132,7 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
 
 
 def _torch_layout(path: str, leaf: spec.ArraySpec, num_axes: int) -> Layout:
-    """The layout of a parameter without an entry in ``Format.layouts``, which describes this layout.
+    """The default layout of a parameter, for parameters without an entry in ``Format.layouts`` (described there).
 
     Args:
         path: the path without a layer number.
@@ -140,7 +148,7 @@ def _torch_layout(path: str, leaf: spec.ArraySpec, num_axes: int) -> Layout:
 def copies_of(
     model: Model, table: Format, locations: Mapping[str, Location], prefix: str | None = None
 ) -> dict[str, str]:
-    """``{tensor name: path}`` of the tensors in each layer that are copies of one parameter (``Format.layer_copies``).
+    """``{tensor name: path}`` of the tensors that every layer has as copies of one parameter (``Format.layer_copies``).
 
     Args:
         locations: the locations of the parameters of the model.

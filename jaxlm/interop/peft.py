@@ -7,8 +7,8 @@ The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
 An adapter contains the LoRA factors (``jaxlm.adapt.LoRA``) and the parameters that are trained in full (PEFT's
-``modules_to_save``). PEFT's tensor names contain the module names of a torch class. So only models with a published
-format are supported (``jaxlm.interop.formats``).
+``modules_to_save``). PEFT's tensor names contain the module names of a transformers class. So only models with a
+published format are supported (``jaxlm.interop.formats``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ _PEFT_TASKS = {
     "token_classification": "TOKEN_CLS",
     "span_qa": "QUESTION_ANS",
 }
-"""PEFT's task type of a model with a head, by jaxlm's task. A model without a head has the type FEATURE_EXTRACTION."""
+"""PEFT's task type of a model with a head, by jaxlm's task. PEFT has no type for other tasks, such as masked.
+
+A model without a head has the type FEATURE_EXTRACTION.
+"""
 _PEFT_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -64,7 +67,8 @@ _PEFT_HEADS = {
 }
 """The modules that PEFT adds to ``modules_to_save``, by task type."""
 _READ_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
-# These options only describe how the adapter was trained, or follow from the names of its tensors.
+# These options do not change the result of the adapter: they describe its training or its base model, or they follow
+# from the names of its tensors.
 _IGNORED_OPTIONS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
@@ -72,15 +76,15 @@ _IGNORED_OPTIONS = (
 )  # fmt: skip
 _INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that do not change the base weights."""
-_TYPES_WITHOUT_OUT_PROJ = ("mamba2", "falcon_h1")
+_TYPES_WITH_REJECTED_OUT_PROJ = ("mamba2", "falcon_h1")
 """The model types for which PEFT rejects LoRA factors of modules with the name ``out_proj``."""
 
 
 def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA, spec.Tree]:
     """The :class:`~jaxlm.adapt.LoRA` and its trained parameters, loaded from a PEFT directory.
 
-    The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout. So the function warns if
-    ``lora_dropout`` is above 0. Dropout matters only for further training.
+    The trained parameters are converted to float32. If ``lora_dropout`` is not 0, the function warns that further
+    training has no dropout, because :class:`~jaxlm.adapt.LoRA` has none.
 
     Args:
         directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -88,10 +92,15 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: the directory or a file does not exist.
-        ValueError: a file is damaged or does not match ``checksums.json``; the weights are only in a pickle file; the
-            model has no published format; the adapter is not a LoRA adapter, has no LoRA factors or has an unsupported
-            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, has a
-            wrong shape, does not belong to the model, or belongs to a parameter that :func:`save_adapter` rejects.
+        ValueError: one of these conditions holds:
+
+            - A file is damaged or does not match ``checksums.json``, or the weights are only in a pickle file.
+            - The model has no published format.
+            - The adapter is not a LoRA adapter or has no LoRA factors.
+            - An option is invalid or not supported (DoRA, different ranks or scales per module, trained biases, ...).
+            - A tensor is missing (also if only some layers have an adapter), has a wrong shape or does not belong to
+              the model.
+            - A tensor belongs to a parameter that :func:`save_adapter` rejects.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -162,8 +171,8 @@ def save_adapter(
     """Save an adapter in a directory that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` can load.
 
     Args:
-        directory: created if it does not exist. Other files in it are not changed, except ``checksums.json``, which
-            then lists only the adapter.
+        directory: created if it does not exist. ``checksums.json`` is replaced and then lists only the two files of the
+            adapter. Other files are not changed.
         model: the base model.
         lora: the LoRA settings with which ``trained`` was created.
         trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``. They are saved as float32.
@@ -172,19 +181,25 @@ def save_adapter(
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the directory contains a model; the model has no published format; ``trained`` does not match the
-            specs; a weight with LoRA factors is not the weight of a linear module in the transformers class (for
-            example a token embedding), or PEFT rejects its module (``out_proj`` of Mamba-2 and Falcon-H1); the tensor
-            of a weight that is trained in full also contains other parameters, or is used twice by the transformers
-            class (the token embedding of a model with a tied head, and of T5); only some parameters of a module are
-            trained in full; or PEFT would confuse a module that is trained in full with another module, because it
-            compares only the ends of their names.
+        ValueError: one of these conditions holds:
+
+            - The directory contains a model, or ``model`` has no published format.
+            - ``trained`` does not match the specs.
+            - A weight with LoRA factors is not the weight of a linear module in the transformers class. For example, it
+              is a token embedding.
+            - PEFT rejects the module of a weight with LoRA factors (``out_proj`` of Mamba-2 and Falcon-H1).
+            - The tensor of a parameter that is trained in full also contains other parameters.
+            - The transformers class uses the tensor of a parameter that is trained in full twice (the token embedding
+              of a model with a tied head, and of T5).
+            - Only some parameters of a module are trained in full.
+            - The name of another module ends with the name of a module that is trained in full. PEFT compares only the
+              ends of names, so it would confuse these modules.
     """
     _require_no_model(Path(directory))
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     table = format_of(model)
-    # A model with a next-sentence head has task="none".
+    # A model with task="none" has a head if it has next_sentence=True.
     head_paths = table.unprefixed_tensors.keys() & spec.flatten(model.specs).keys()
     has_head = model.task != "none" or bool(head_paths)
     weights = _weights(model, with_prefix=has_head)
@@ -195,7 +210,7 @@ def save_adapter(
     lora_paths = lora.target_paths(model.specs)
     lora_weights = [weight for weight in weights.values() if weight.path_without_layer in lora_paths]
     for weight in lora_weights:
-        if table.model_type in _TYPES_WITHOUT_OUT_PROJ and weight.names[0].endswith(".out_proj.weight"):
+        if table.model_type in _TYPES_WITH_REJECTED_OUT_PROJ and weight.names[0].endswith(".out_proj.weight"):
             raise ValueError(
                 f"{weight.path_without_layer} ({weight.names[0]}) has LoRA factors, but PEFT rejects LoRA factors of "
                 f"out_proj in models of type {table.model_type!r}: use other LoRA.targets, or save the merged "
@@ -208,7 +223,7 @@ def save_adapter(
         tensors |= weights[path].full_weight_to_peft(flat[path])
     task = _PEFT_TASKS.get(model.task) if has_head else "FEATURE_EXTRACTION"
     # PEFT fails if the file lacks a tensor of a module that PEFT adds to `modules_to_save`. So the task is saved only
-    # if these modules are trained completely.
+    # if all parameters of these modules are trained in full.
     heads = _PEFT_HEADS.get(task or "", ())
     in_heads = {path for path, weight in weights.items() if weight.names[0].split(".")[0] in heads}
     if not in_heads.issubset(fully_trained):
@@ -262,12 +277,12 @@ class _Weight:
 
     Attributes:
         path: path of the parameter in the model.
-        location: its names and its layout in the files of a transformers class.
+        location: its tensor names and its layout in the files of the transformers class.
         padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
         num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
             ``jaxlm.adapt.num_row_axes``); None: the parameter is not a weight matrix, for example a bias.
         is_table: whether the parameter is an embedding table or an output head.
-        tied_names: the names of the other tensors of the transformers class that are the same parameter.
+        tied_names: the names of additional tensors that the transformers class ties to this parameter.
     """
 
     path: str
@@ -305,7 +320,7 @@ class _Weight:
         return (axes[: self.num_row_axes], axes[self.num_row_axes :])
 
     def require_linear(self) -> None:
-        """Raise ``ValueError`` unless the parameter is the weight of a linear module in the transformers class."""
+        """Raise ``ValueError`` unless this is the whole weight of a linear module in the transformers class."""
         is_head = self.is_table and self.path.split("/")[0] == "head"
         matrix_layouts = () if self.num_row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
         if (
@@ -367,14 +382,15 @@ class _Weight:
         return self.location.to_parameter((*self.location.stack, *self.padded_shape), np.float32, tensors)
 
     def _require_own_tensor(self) -> None:
-        """Raise ``ValueError`` if the tensor also contains other parameters, or transformers uses it twice."""
+        """Raise ``ValueError`` if the tensor has other parameters too, or the transformers class uses it twice."""
         if self.location.num_rows is not None:
             raise ValueError(
                 f"{self.path_without_layer} is a part of {self.names[0]} in the transformers class, so it cannot be "
                 "saved or loaded in PEFT's format"
             )
         module = self.names[0].rpartition(".")[0]
-        # PEFT copies a module with all its tensors. So only a tensor of another module is a second copy.
+        # PEFT copies a module with its submodules, including tied tensors inside of it. A tied tensor outside of the
+        # module would keep its old value.
         second_name = next((name for name in self.tied_names if not name.startswith(f"{module}.")), None)
         if second_name is not None:
             raise ValueError(
@@ -420,10 +436,10 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
 
 
 def _tied_names(model: Model, table: Format, locations: dict[str, Location]) -> dict[str, str]:
-    """``{name: path}`` of the tensors of the transformers class that are the same tensor as a parameter's own tensor.
+    """``{name: path}`` of the tensors that the transformers class ties to the tensor of a parameter.
 
-    For example, a tied head is a tied name of the token embedding. A class with a head for labels, or without a head,
-    has no tied head.
+    For example, the name of a tied head has the path of the token embedding. A class with a head for labels, or
+    without a head, has no tied head.
     """
     own_names = {name for location in locations.values() for name in location.names}
     base_modules = {(table.prefix + name).split(".")[0] for name in table.tensors.values()}
@@ -442,7 +458,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     """The ``rank`` and ``alpha`` of :class:`~jaxlm.adapt.LoRA`, from a PEFT config.
 
     Raises:
-        ValueError: an option of the config is not supported.
+        ValueError: an option of the config is invalid or not supported.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported: only 'LORA' is supported")
@@ -484,7 +500,8 @@ def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory:
     """The name of a tensor's weight, and the suffix of a LoRA factor (``""`` if the tensor is the weight itself).
 
     Raises:
-        ValueError: the tensor does not belong to the model, or the weight cannot have LoRA factors.
+        ValueError: the tensor does not belong to the model, is a weight of the base model, or is a LoRA factor of a
+            weight that cannot have LoRA factors in PEFT's format.
     """
     for suffix in (_A_SUFFIX, _B_SUFFIX):
         weight_name = name.removesuffix(suffix) + ".weight"
@@ -512,10 +529,12 @@ def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], heads: tuple[str, ...]) -> list[str]:
-    """The names of the modules that are trained in full (PEFT's ``modules_to_save``), without modules inside of them.
+    """The names of the modules that are trained in full (PEFT's ``modules_to_save``).
+
+    If a module is inside another one, only the outer module is listed.
 
     Args:
-        heads: modules that PEFT adds itself. Modules inside of them are not listed.
+        heads: names of the modules that PEFT adds itself. They count as outer modules.
 
     Raises:
         ValueError: only some parameters of a module are trained (PEFT saves only complete modules), or the name of
@@ -523,7 +542,7 @@ def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], head
     """
     trained_names = {name: path for path in fully_trained for name in weights[path].names}
     candidates = {*heads, *(name.rpartition(".")[0] for name in trained_names)}
-    modules: dict[str, str] = {}  # with the path of one of its parameters
+    modules: dict[str, str] = {}  # module name -> path of one of its trained parameters
     for name, path in trained_names.items():
         outermost = next(module for module in _modules_of(name) if module in candidates)
         modules.setdefault(outermost, weights[path].path_without_layer)

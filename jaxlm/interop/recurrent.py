@@ -8,18 +8,20 @@ The number of gates G decides whether a layer is an LSTM (4) or a GRU (3). D is 
 the state. The libraries differ in the order of the gates, the layout of a weight, and the biases:
 
     jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU with reset='after': also bias_hidden
-    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases: import adds them; export: bias_hh is 0
-    Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
+    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases, bias_ih and bias_hh
+    Keras                i, f, c, o        z, r, h    [D, G * H]    one bias; GRU with reset_after: two, [2, G * H]
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
-``bias_hidden`` is the bias of n that the reset gate multiplies. An import does not add it to the other bias, and an
-export keeps it. ``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 2 store a gate's input weight in an array of shape
-[D, H], but the entries are in the row-major order of the transposed matrix [H, D], as in cuDNN. These layers store a
-gate's hidden weight as [out, in]. The shape [2 * G * H] of the bias distinguishes these layers from the other Keras
-layers.
+If a layer has two biases, an import adds them, and an export sets the second bias to 0. Gate n of a GRU with
+reset='after' is an exception, because the reset gate multiplies its second bias: an import stores this bias as
+``bias_hidden``, and an export writes it back.
 
-Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so the import changes the
-outputs of such layers.
+``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 2 store a gate's input weight in an array of shape [D, H], but the entries are
+in the row-major order of the transposed matrix [H, D], as in cuDNN. They store a gate's hidden weight as [out, in]. An
+import recognizes these two layers by the shape [2 * G * H] of their bias.
+
+Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so a layer with
+``hard_sigmoid`` gates has other outputs after the import.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
 def to_torch(params: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> dict[str, np.ndarray]:
     """The arrays of one layer of a ``torch.nn.LSTM`` or ``torch.nn.GRU``, by torch's names.
 
+    Args:
+        layer: index of the layer in the names.
+        reverse: whether the names are those of the backward direction.
+
     Raises:
         ValueError: a GRU with ``reset="before"``, which torch does not have.
     """
@@ -91,8 +97,8 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 
     Args:
         weights: ``get_weights()`` of the layer: [kernel, recurrent_kernel], and the bias if ``use_bias`` is True.
-        reset: "after" if ``reset_after`` is True, otherwise "before". Required for a GRU without a bias. Otherwise
-            ignored, because the shape of a bias determines ``reset_after``.
+        reset: "after" if ``reset_after`` is True, otherwise "before". Required for a GRU without a bias. Ignored for a
+            GRU with a bias, whose shape determines ``reset_after``, and for an LSTM.
 
     Raises:
         ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing or
@@ -138,7 +144,10 @@ def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def _from_cudnn(matrix: np.ndarray, num_gates: int) -> np.ndarray:
-    """The weight [D, G * H] from a CuDNN layer, which stores each gate [D, H] with the memory layout of [H, D]."""
+    """The weight [D, G * H], from the weight of a CuDNN layer (see the module docstring).
+
+    The hidden weight has D = H.
+    """
     gate_matrices = [gate.reshape(gate.shape[::-1]).T for gate in np.split(matrix, num_gates, axis=1)]
     return np.concatenate(gate_matrices, axis=1)
 
@@ -190,6 +199,6 @@ def _flat(weight_DGH: np.ndarray) -> np.ndarray:
 
 
 def _swap_reset_and_update_gates(name: str, x: np.ndarray) -> np.ndarray:
-    """Exchange the first two gates: Keras has z, r, h, jaxlm has r, z, n."""
+    """The parameter with its first two gates exchanged: Keras has z, r, h, and jaxlm has r, z, n."""
     order = [1, 0, 2]
     return x if name == "bias_hidden" else x[order] if name == "bias" else x[:, order]

@@ -1,6 +1,6 @@
 """The model families, one module each, and ``get_model``, which makes a model of a family or variant by name.
 
-A family is a module with ``Config``, ``specs``, ``apply`` and ``logits``. Other entries are optional, such as
+A family is a module with ``Config``, ``specs``, ``apply`` and ``logits``. Other attributes are optional, such as
 ``VARIANTS``, ``state_specs`` (for a family that carries state between calls) and ``pool`` (for a family that classifies
 texts). ``register_family`` adds a family of another package.
 """

@@ -1,17 +1,17 @@
 """Convolutional networks over characters (Zhang et al. 2015): a classifier, and a causal language model.
 
 By default, both networks have six convolutions, with max pooling after the first, the second and the last convolution,
-and two hidden layers with dropout. The classifier reads ``max_positions`` characters: the text from its last character
-to its first, then zeros. The padding tokens of a row (segment 0) are removed first, so they do not change the result. A
-row of the classifier must contain only one text; a row with several documents gives NaN.
+and two hidden layers with dropout. The classifier reads ``max_positions`` characters: by default, the text from its
+last character to its first, then zero vectors. The padding tokens of a row (segment 0) are removed first, so they do
+not change the result. A row of the classifier must contain only one text; a row with several documents gives NaN.
 
-The published input is a one-hot vector. So the token table is an identity matrix that is not trained. The rows of
-characters outside the alphabet, with ids of at least ``embed_dim``, are zero. With ``embedding="learned"``, the table
-is trained; its initial values are Gaussian.
+The published input is a one-hot vector. So the token table is an identity matrix that is not trained. Ids of at least
+``embed_dim``, for characters outside the alphabet, have zero rows. With ``embedding="learned"``, the table is trained;
+its initial values are Gaussian.
 
-The convolutions of the language model are causal. For each pooling of the classifier with stride 3, the language model
-pools with stride 1 and multiplies the dilation of all later layers by 3 (the a trous algorithm, Holschneider et al.
-1989), so that the receptive field stays the same. The hidden layers of the language model are applied to each position
+The convolutions of the language model are causal. Where the classifier pools with stride s, the language model pools
+with stride 1 and multiplies the dilation of all later layers by s (the a trous algorithm, Holschneider et al. 1989), so
+that the receptive field stays the same. The hidden layers of the language model are applied to each position
 separately.
 
 Shapes: B batch, T time, S length of the classifier's features, C channels, V vocabulary.
@@ -41,10 +41,10 @@ Embedding = Literal["one_hot", "learned"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of a character-level network. The defaults are the small published classifier."""
+    """Shape and behavior of a character-level network. The defaults are the small published classifier."""
 
     vocab_size: int = 71
-    """Number of ids: one per character of the alphabet, and one for all others (including space, as published)."""
+    """Number of ids: one per character of the alphabet, and one for all others (also the space, as published)."""
     max_positions: int = 1014
     """Length to which a classifier pads every text; longer texts are an error. A language model has no limit."""
     embed_dim: int = 70
@@ -60,7 +60,7 @@ class Config(common.ModelConfig):
     pools: tuple[int, ...] = (3, 3, 1, 1, 1, 3)
     """Window and stride of the pooling after each convolution; 1 means no pooling."""
     fc_dim: int = 1024
-    """Width of the two hidden layers."""
+    """Width of the two hidden (fully connected) layers."""
     dropout: float = 0.5
     """Dropout rate after each hidden layer."""
     init_stddev: float = 0.05
@@ -95,7 +95,7 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """The hidden states of a language model, [B, T, fc_dim], and the new state (None without a state).
 
-    A classifier instead returns the features of the text, [B, S, C], and None.
+    A classifier, or a model with the task none, instead returns the features of the text, [B, S, C], and None.
 
     Args:
         tokens: [B, T] integer ids; T at most ``max_positions`` for a classifier. An id outside the vocabulary
@@ -131,7 +131,7 @@ def _text_features(
         x = jax.nn.relu(convolution(params[f"layer_{layer}"], x, padding="valid"))
         if window > 1:
             x = max_pool(x, window, padding="valid", stride=window)
-        x = constrain(x, ("batch", None, "activation_embed"))  # not over "seq": the mesh may not divide these lengths
+        x = constrain(x, ("batch", None, "activation_embed"))  # not "seq": the mesh may not divide the length
     return x
 
 
@@ -176,9 +176,10 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, fc_dim]: the hidden layers applied to all features, with dropout if there is a ``key``.
+    """The pooled output, [B, 1, fc_dim]: the output of the hidden layers for the concatenated features of a row.
 
-    ``segment_ids`` has no effect, because :func:`apply` has already replaced the padding by zeros.
+    With a ``key``, dropout is applied. ``segment_ids`` has no effect, because :func:`apply` has already replaced the
+    padding by zeros.
 
     Raises:
         ValueError: the task is not classification.

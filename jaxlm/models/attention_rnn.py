@@ -1,13 +1,13 @@
 """Recurrent encoder-decoders with attention: Bahdanau et al. 2015 ("RNNsearch") and Luong et al. 2015.
 
-``jaxlm.models.bahdanau`` and ``jaxlm.models.luong`` have the encoder, the decoder step and the initial state of the two
-forms. This module has the shared code: the loop over target tokens, attention, copying, the head and the state.
+``jaxlm.models.bahdanau`` and ``jaxlm.models.luong`` define the encoder, the decoder step and the initial state of the
+two forms. This module has the shared code: the loop over target tokens, attention, copying, the head and the state.
 
 Initial weights are uniform in both forms, as in Luong et al. Layers and heads have biases; attention scores have none.
 Luong's best models read the source backwards. To do the same, reverse the source before the call.
 
-With ``copy``, both forms can also copy source tokens (``jaxlm.nn.copying``). Copying needs one vocabulary for source
-and target. ``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the
+With ``copy``, both forms can also copy source tokens (``jaxlm.nn.copying``). Source and target must share their ids.
+With ``copy``, ``apply`` returns the concatenation [features D; gate 1; copied V]: the features, the logit of the
 generation probability, and the distribution of copied tokens. ``logits`` computes the mixture from this concatenation.
 
 Shapes: B batch, T target time, S source time, E embedding, C encoder width (bahdanau 2H, luong H), G gates, H hidden
@@ -42,7 +42,7 @@ Task = Literal["seq2seq", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of a recurrent encoder-decoder. The defaults are RNNsearch of Bahdanau et al. 2015."""
+    """Shape and behavior of a recurrent encoder-decoder. The defaults are RNNsearch of Bahdanau et al. 2015."""
 
     vocab_size: int = 30000
     """Number of target token ids."""
@@ -53,7 +53,7 @@ class Config(common.ModelConfig):
     score: Score = "concat"
     """Attention score: dot, general or concat; bahdanau needs concat (its additive score)."""
     window: int | None = None
-    """Maximum distance of attended source positions from a predicted centre (local-p, Luong 2015); None: no limit."""
+    """Maximum distance of attended source positions from a predicted center (local-p, Luong 2015); None: no limit."""
     num_layers: int = 1
     """Number of layers of encoder and of decoder; bahdanau has one."""
     embed_dim: int = 620
@@ -61,7 +61,7 @@ class Config(common.ModelConfig):
     hidden_dim: int = 1000
     """Width of each layer (of each direction in bahdanau's encoder)."""
     attention_dim: int | None = None
-    """Width of the concat score; None means hidden_dim."""
+    """Hidden width of the concat score; None means hidden_dim."""
     output_dim: int = 500
     """Width of the head's input: maxout units (bahdanau) or the attentional state h~ (luong)."""
     copy: bool = False

@@ -48,7 +48,7 @@ Task = Literal["causal", "classification"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of an LSTM with self-attention."""
+    """Shape and behavior of an LSTM with self-attention."""
 
     vocab_size: int = 10000
     """Number of token ids."""
@@ -138,7 +138,7 @@ def _attend(
     old_memory: Any,
     segments_BT: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """The inputs of the head, tanh(W_r r + W_x p), [B, T, K], and the new memory.
+    """The inputs of the head, tanh(W_r r + W_x p), [B, T, K], and the new memory (None without ``old_memory``).
 
     The memory contains the projected keys and the values of previous outputs, concatenated.
     """
@@ -192,6 +192,8 @@ def pool(
 ) -> jax.Array:
     """The pooled output, [B, 1, R * 2H]: the weighted means of a row's hidden states, one mean per hop, concatenated.
 
+    ``key`` has no effect.
+
     Raises:
         ValueError: the task is not classification.
     """
@@ -217,7 +219,7 @@ def attention_weights(
 
 
 def redundancy(weights_BRT: jax.Array) -> jax.Array:
-    """The penalty ``|W W' - I|^2`` (Frobenius norm) of each row, [B] float32 (Lin et al. 2017, eq. 8).
+    """The penalty ``|W W^T - I|^2`` (Frobenius norm) of each row, [B] float32 (Lin et al. 2017, eq. 8).
 
     W is ``weights_BRT`` of a row (A in the paper). If this penalty is added to the loss, the hops learn to attend to
     different tokens.

@@ -1,13 +1,13 @@
 """The Bahdanau form of ``jaxlm.models.attention_rnn``: RNNsearch (Bahdanau et al. 2015).
 
-A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token, s[t-1]. The
-context vector is an input of the GRU. A maxout layer reads s[t-1], the embedding and the context vector; the head reads
-the output of the maxout layer. The initial state is tanh(W h), where h is the backward encoder's state at the first
-source token.
+The encoder is a bidirectional GRU, and the decoder is a GRU. The decoder attends with the state *before* the token,
+s[t-1]. The context vector is an input of the decoder's GRU. A maxout layer reads s[t-1], the embedding and the context
+vector; the head reads the output of the maxout layer. The decoder's initial state is tanh(W h), where h is the state of
+the backward encoder at the first source token.
 
 The maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code (GroundHog).
-The GRU's reset gate is applied before the recurrent matmul, as in the paper. The GRU's update gate z is the weight of
-the old state, as in ``jaxlm.nn.recurrence``.
+The reset gate of both GRUs is applied before the recurrent matmul, as in the paper. The update gate z is the weight of
+the old state, as in ``jaxlm.nn.recurrence``. In the paper, z is the weight of the new state.
 
 Shapes: B batch, T target time, S source time, E embedding, C = 2H encoder width, G gates, H hidden width, D width of
 the head's input.

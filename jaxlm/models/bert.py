@@ -33,7 +33,7 @@ Task = Literal["masked", "classification", "token_classification", "span_qa", "n
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a BERT. The defaults are the published base model, uncased."""
+    """Shape and behavior of a BERT. The defaults are the published base model, uncased."""
 
     first_position: ClassVar[int] = 0
     """Row of the position table for the first token of a document."""
@@ -63,7 +63,7 @@ class Config(common.TransformerConfig):
     attention_dropout: float = 0.1
     """Dropout rate on attention probabilities."""
     classifier_dropout: float | None = None
-    """Dropout rate on the input of the (token) classifier; None means hidden_dropout."""
+    """Dropout rate on the input of the head for classification or token_classification; None means hidden_dropout."""
     task: Task = "masked"
     """Output head: masked, classification, token_classification (label of each token), span_qa (answer span), or
     none."""
@@ -107,7 +107,7 @@ def apply(
 
     Raises:
         ValueError: ``state`` is not None; the inputs are not integers of the same shape; or there are more tokens than
-            ``max_positions``, but neither segment ids nor positions.
+            ``max_positions``, and neither ``segment_ids`` nor ``positions`` is given.
     """
     if state is not None:
         raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state=None")
@@ -182,8 +182,9 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of the task's head for hidden states [B, P, D], float32: [B, P, V], or logits of labels.
 
-    For task masked, V is padded (``vocab_multiple``); in training, pass only the masked positions. For the shapes of
-    the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output of :func:`pool`.
+    For task masked, V is padded (``vocab_multiple``). In training, pass only the hidden states of the masked positions.
+    For the shapes of the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output
+    of :func:`pool`.
 
     Raises:
         ValueError: the task is none.
@@ -225,7 +226,7 @@ def pool(
 def next_sentence_logits(
     cfg: Config, params: Params, hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """The logits of the next-sentence head, [B, 2] float32: the second sentence follows the first (0), or not (1).
+    """The next-sentence logits, [B, 2] float32. Index 0: the second sentence follows the first. Index 1: it does not.
 
     Raises:
         ValueError: the model has no next-sentence head.
@@ -237,7 +238,7 @@ def next_sentence_logits(
 
 
 def classifier_dropout(cfg: Config) -> float:
-    """The dropout rate on the input of the (token) classifier."""
+    """The dropout rate on the input of the head for classification or token_classification."""
     return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
 
 

@@ -27,18 +27,18 @@ MAX_LAYERS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Base class for the ``Config`` of a family, with the fields that the families share and checks of their values.
+    """Base class for the ``Config`` of a family: the fields that all families share, and checks of field values.
 
-    An integer field must be at least 1, or the ``minimum`` in the metadata of its ``dataclasses.field``. A field whose
-    name ends in ``dropout`` is a rate in [0, 1). A field may also be None if its type allows None.
+    An integer field must be at least the ``minimum`` in the metadata of its ``dataclasses.field`` (default: 1). A field
+    whose name ends in ``dropout`` is a rate in [0, 1). A field may also be None if its type allows None.
     """
 
     vocab_multiple: int = 1
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
     """Compute dtype of activations, key-value caches and memories of earlier tokens. Parameters have their own dtype.
-    Recurrent states are float32. The residual stream of T5 is float32 if dtype is float16, and that of Mamba-2 is
-    float32 by default."""
+    Recurrent states are float32. The residual stream of T5 is float32 if dtype is float16. The residual stream of
+    Mamba-2 is float32 by default."""
 
     def __post_init__(self) -> None:
         types = config_lib.field_types(type(self))
@@ -206,7 +206,7 @@ def gather_weights(specs: Any, params: Params) -> Any:
 
     Call this function for weights that a loop over time uses. Without the call, XLA gathers the weights in each step of
     the loop. The call is also needed for correctness. If weights in a loop are sharded over ``fsdp``, XLA computes
-    wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU; the test of the sharded step in
+    wrong gradients on the mesh data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU; the test of the sharded step in
     jaxlm/testing/contract.py detects this).
     """
 
@@ -217,10 +217,10 @@ def gather_weights(specs: Any, params: Params) -> Any:
 
 
 def seq_axis(length: int, num_tokens: int) -> str | None:
-    """The logical axis of an array of ``length`` positions that contains ``num_tokens`` new tokens: ``seq``, or None.
+    """The name of a time axis with ``length`` positions, of which ``num_tokens`` are new tokens: ``seq``, or None.
 
-    None: the devices that split the tokens evenly may not split the array evenly, because it also contains a memory or
-    a query stream.
+    The other positions are a memory or a query stream. None: ``length`` is not a multiple of ``num_tokens``, so devices
+    that split the tokens evenly may not split this axis evenly.
     """
     return "seq" if length % num_tokens == 0 else None
 

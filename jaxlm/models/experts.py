@@ -37,11 +37,12 @@ class ExpertsConfig(common.TransformerConfig):
     expert_interval: int = 1
     """Only every expert_interval-th layer has experts. The other layers have MLPs."""
     dense_layers: tuple[int, ...] = ()
-    """Indices, from 0, of additional layers that have an MLP instead of experts."""
+    """Indices, from 0, of layers that have an MLP instead of experts, whatever expert_interval is."""
     capacity_factor: float | None = None
-    """In each row, an expert accepts at most this multiple of the mean number of tokens per expert. It adds 0 to the
-    outputs of all other tokens. None: experts accept all tokens. This option is for training, and Hugging Face files do
-    not contain it. Cached decoding gives different results, because a call does not see the whole row."""
+    """In each row, an expert accepts at most this multiple of the mean number of tokens per expert, earlier tokens
+    first. It adds 0 to the output of a token that it does not accept. None: experts accept all tokens. This option is
+    for training, and Hugging Face files do not contain it. Cached decoding gives other results than one call for the
+    whole row, because the limit depends on the number of tokens of a call."""
     experts_implementation: Implementation | None = None
     """Name of the implementation if capacity_factor is None; None selects one for the device and the shapes."""
 
@@ -101,7 +102,7 @@ def mlp(
     """The output of the experts or of the MLP of a layer, [B, T, D], and the router statistics (None for an MLP).
 
     Args:
-        segment_ids_BT: 0 for padding. The router statistics ignore padding. None: no padding.
+        segment_ids_BT: 0 for padding. The router statistics and the capacities ignore padding. None: no padding.
         activation: the activation function of the gate of an MLP. Experts always use SiLU.
     """
     if "mlp" in weights:

@@ -1,13 +1,16 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), and its hybrid with gated attention: Qwen3-Next (Qwen team 2025).
 
-A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
-attention. The queries, keys and values of the delta rule pass through a short convolution. Then the queries and keys
-are L2-normalized. Attention normalizes queries and keys, applies rotary positions to only a part of each head, and
-has an output gate (Qiu et al. 2025). After the mixer, a block has a SwiGLU MLP or, in Qwen3-Next, a mixture of experts
-(SwiGLU MLPs) and a gated shared expert.
+A causal model with pre-norm blocks. Each block has a mixer and then an MLP. A mixer is a gated delta rule or attention.
+
+- Delta rule: The queries, keys and values pass through a short convolution and SiLU. Then the queries and keys are
+  L2-normalized. The output is RMS-normalized and gated. The state has the same size for texts of all lengths.
+- Attention: Queries and keys are RMS-normalized. Rotary positions rotate only a part of each head. The output is gated
+  (Qiu et al. 2025).
+
+The MLP is a SwiGLU MLP. In Qwen3-Next, it is a mixture of experts (SwiGLU MLPs) with a gated shared expert.
 
 Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
-K width of queries and keys, V width of values, C channels of the convolution.
+K width of queries and keys, V width of values (in ``specs``: vocabulary), C channels of the convolution.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ L2_EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Config(experts.ExpertsConfig):
-    """Shape and behaviour of a Gated DeltaNet. The defaults are Qwen3-Next with MLPs instead of experts."""
+    """Shape and behavior of a Gated DeltaNet.
+
+    The defaults are those of ``Qwen3NextConfig`` in transformers, but with MLPs instead of experts.
+    """
 
     vocab_size: int = 151936
     """Number of token ids."""
@@ -56,11 +62,11 @@ class Config(experts.ExpertsConfig):
     mlp_dim: int = 5632
     """Hidden width of the MLP."""
     shared_expert_dim: int | None = None
-    """Hidden width of the shared expert, which layers with experts add to their output; None: no shared expert."""
+    """Hidden width of the shared expert of layers with experts, which processes every token; None: no shared expert."""
     delta_key_heads: int = 16
     """Query and key heads of the delta rule, each shared by delta_value_heads / delta_key_heads value heads."""
     delta_value_heads: int = 32
-    """Value heads of the delta rule. Each value head has its own state, decay and beta."""
+    """Value heads of the delta rule. Each value head has its own state, decay and beta (the weight of a new value)."""
     delta_key_dim: int = 128
     """Width of a query or key of the delta rule."""
     delta_value_dim: int = 128
@@ -68,8 +74,8 @@ class Config(experts.ExpertsConfig):
     conv_width: int = dataclasses.field(default=4, metadata={"minimum": 2})
     """Number of tokens that the convolution before the delta rule reads, the current token included."""
     negative_eigenvalues: bool = False
-    """Beta is in [0, 2] instead of [0, 1], so that the state transition matrix can have negative eigenvalues (Grazzi et
-    al. 2025)."""
+    """Whether beta is in [0, 2] instead of [0, 1]. The state transition matrix can then have negative eigenvalues
+    (Grazzi et al. 2025)."""
     num_heads: int = 16
     """Query heads of attention."""
     num_kv_heads: int = 2
@@ -120,8 +126,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, a row whose
-            tokens do not fit into the cache gives NaN.
+        state: the state that the previous call returned, or the initial state (``state_specs``). If the model has
+            attention, a row whose tokens do not fit into the cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -173,7 +179,7 @@ def apply_with_routing(
 def _delta_rule(
     cfg: Config, weights: Params, x: jax.Array, state: State | None, layout: TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
-    """The output of a gated delta rule, [B, T, D], and its new state."""
+    """The output of a gated delta rule, [B, T, D], and its new state (None without a state)."""
     (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
     K, V, R = cfg.delta_key_dim, cfg.delta_value_dim, H // G
     projected = constrain(linear(weights["query_key_value_gate"], x), ("batch", "seq", "heads", "kv"))
@@ -198,7 +204,7 @@ def _delta_rule(
 def _attention(
     cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, angles: Any
 ) -> tuple[jax.Array, Any]:
-    """The output of gated attention, [B, T, D], and its new cache."""
+    """The output of gated attention, [B, T, D], and its new cache (None without a state)."""
     query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))
     q, gate = query_gate[:, :, :, 0], query_gate[:, :, :, 1]
     k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
@@ -218,7 +224,10 @@ def conv_channels(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. The convolution, ``A_log`` and ``dt_bias`` have the authors' initial values.
+    """The specs of all parameters.
+
+    The convolution, ``A_log`` and ``dt_bias`` have the initial values of the code of Yang et al., with one exception:
+    ``exp(A_log)`` is uniform from 1e-3 to 16 instead of 0 to 16, so that ``A_log`` is finite.
 
     For each key head, ``query_key_value_gate`` computes a query, a key, R values and R output gates, and ``beta_decay``
     computes R betas and R decays.
@@ -273,7 +282,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
     A layer with a delta rule has the state of the delta rule (``memory``) and the last inputs of the convolution
-    (``tail``). The sizes of both do not depend on ``length``. A layer with attention has a key-value cache.
+    (``tail``). The sizes of both do not depend on ``length``. A layer with attention has a key-value cache. ``past``
+    are the segment ids of the last ``conv_width - 1`` real tokens.
     """
     dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
@@ -288,10 +298,10 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
+    """The ``length`` that training passes to :func:`state_specs`; None: training does not carry the state.
 
-    Any ``length`` gives the same state. The result is None if a layer has attention: training then does not carry the
-    state, because the cache has a limited size.
+    Without attention, every ``length`` gives the same state. If a layer has attention, the result is None, because its
+    key-value cache has room for only ``length`` tokens.
     """
     return None if "attention" in common.mixers(cfg) else 1
 

@@ -3,8 +3,8 @@
 GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefore without a final norm. The field
 ``norm_position`` selects between the two.
 
-The code follows the published weights: tanh-GELU, epsilon 1e-5, no scale on the embeddings. The projections of GPT-2
-into the residual stream are initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
+As in the published models, the activation is tanh-GELU, epsilon is 1e-5, and the embeddings are not scaled. In GPT-2,
+the projections into the residual stream have the initial standard deviation ``init_stddev / sqrt(2 * num_layers)``.
 
 Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
 """
@@ -35,7 +35,7 @@ Task = Literal["causal", "classification", "token_classification", "span_qa", "n
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a GPT. The defaults are the published 124M model of GPT-2."""
+    """Shape and behavior of a GPT. The defaults are the published 124M model of GPT-2."""
 
     vocab_size: int = 50257
     """Number of token ids."""
@@ -89,13 +89,13 @@ def apply(
         state: key-value cache of the tokens before ``tokens`` (``state_specs``). A row whose tokens do not fit into the
             cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document. A position of ``max_positions`` or more
-            gives NaN.
+        positions: [B, T] int32. Default: the position within the document. A position outside [0, max_positions) gives
+            NaN, also for other tokens of the row.
         key: random key for dropout; None: no dropout.
 
     Raises:
-        ValueError: the inputs are not integers of the same shape; there are more tokens than ``max_positions``, but
-            neither segment ids nor positions; or there are more tokens than slots in the state.
+        ValueError: the inputs are not integers of the same shape; T exceeds ``max_positions``, and neither segment ids
+            nor positions are given; or T exceeds the number of slots in the state.
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     dtype = jnp.dtype(cfg.dtype)

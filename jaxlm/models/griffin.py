@@ -1,12 +1,12 @@
 """Griffin and Hawk (De et al. 2024), and RecurrentGemma (Botev et al. 2024), which is a Griffin.
 
-A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
-recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
-blocks. As in RecurrentGemma, token embeddings are multiplied by sqrt(D) and logits are soft-capped. The models of De et
-al. 2024 have neither of the two.
+A causal decoder. Each layer has a temporal-mixing block and then a gated MLP, both with a norm before them (pre-norm).
+The temporal-mixing block is a recurrent block (RG-LRU) or local attention with rotary positions. The field ``pattern``
+selects it for each layer. Hawk has only recurrent blocks. As in RecurrentGemma, token embeddings are multiplied by
+sqrt(D), and logits are soft-capped. The models of De et al. 2024 have neither the factor nor the soft cap.
 
-Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
-G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
+Shapes: B batch, T time, D model width, W width of the RG-LRU, H query heads (also the number of diagonal blocks in each
+gate matrix of an RG-LRU), G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ Mixer = Literal["recurrent", "attention"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a Griffin. The defaults are RecurrentGemma-2B."""
+    """Shape and behavior of a Griffin. The defaults are RecurrentGemma-2B."""
 
     vocab_size: int = 256000
     """Number of token ids."""
     num_layers: int = 26
     """Number of layers."""
     pattern: tuple[Mixer, ...] = ("recurrent", "recurrent", "attention")
-    """Temporal-mixing blocks of the layers. The pattern repeats, and the last repetition may be incomplete."""
+    """Temporal-mixing blocks of the first layers: recurrent or attention. The other layers repeat the pattern. The last
+    repetition may be incomplete."""
     num_heads: int = 10
-    """Number of query heads of an attention block, and of diagonal blocks in each gate matrix of an RG-LRU."""
+    """Number of query heads of attention, and of diagonal blocks in each gate matrix of an RG-LRU."""
     num_kv_heads: int = 1
     """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
     embed_dim: int = 2560
@@ -85,7 +86,7 @@ class Config(common.TransformerConfig):
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
-                "rotary positions rotate pairs in half of each head"
+                "rotary positions rotate pairs in half of each head, so change embed_dim or num_heads"
             )
         if self.logits_soft_cap <= 0.0:
             raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive")
@@ -104,13 +105,13 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    is_first, keep = None, None  # one document in each row
+    is_first, keep = None, None  # None: each row is one document without padding
     if layout.segment_ids is not None:
         last_segment = None if state is None else state["segment_ids"][:, -1]
         is_first, keep, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
@@ -118,7 +119,7 @@ def apply(
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    # RecurrentGemma was trained with this factor in bfloat16.
+    # RecurrentGemma was trained with this factor, rounded to bfloat16.
     x = x * jnp.asarray(embedding_multiplier(cfg), jnp.bfloat16).astype(x.dtype)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
@@ -144,7 +145,7 @@ def apply(
 def _recurrent(
     weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, keep: Any
 ) -> tuple[jax.Array, Any]:
-    """The output of a recurrent block, [B, T, D], and its new state."""
+    """The output of a recurrent block, [B, T, D], and its new state (None without a state)."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
     x, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
@@ -162,9 +163,9 @@ def _attention(
     angles: tuple[jax.Array, jax.Array],
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    """The output of local attention, [B, T, D], and its new cache."""
+    """The output of local attention, [B, T, D], and its new cache (None without a state)."""
     q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
-    q = constrain(q, ("batch", "seq", "heads", "kv"))  # the few key-value heads are not sharded
+    q = constrain(q, ("batch", "seq", "heads", "kv"))  # k and v are not sharded: they have few heads
     q, k = rotate(q, angles), rotate(k, angles)  # the angles rotate only the first half of each head
     kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
     x = attention(
@@ -182,7 +183,7 @@ def lru_width(cfg: Config) -> int:
 
 
 def embedding_multiplier(cfg: Config) -> float:
-    """The factor by which token embeddings are multiplied before the first layer."""
+    """The factor by which token embeddings are multiplied before the first layer; ``apply`` rounds it to bfloat16."""
     return cfg.embed_dim**0.5
 
 
@@ -230,7 +231,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows. The state has the same size for every ``length``.
 
     A recurrent block has the state of its RG-LRU (``hidden``) and the last inputs of its convolution (``tail``). An
-    attention block has the keys and values of the last ``window`` tokens.
+    attention block has the keys and values of the last ``window`` tokens. ``segment_ids`` are those of the last
+    ``conv_width - 1`` real tokens.
     """
     dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
     layer_specs = {

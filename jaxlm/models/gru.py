@@ -1,11 +1,12 @@
-"""GRU language model and bidirectional GRU encoder (Cho et al. 2014; as a language model, Chung et al. 2014).
+"""GRU language model and bidirectional GRU encoder (cell: Cho et al. 2014; sequence models: Chung et al. 2014).
 
 The model is that of ``jaxlm.models.lstm`` with a GRU cell instead of an LSTM cell. The update is
-``h' = (1 - z) * n + z * h`` as in torch and cuDNN; Chung et al. exchange the roles of z and 1 - z. The gates r and z
+``h' = (1 - z) * n + z * h``, as in Cho et al., torch and cuDNN. Chung et al. exchange z and 1 - z. The gates r and z
 have one bias each (torch has two, which act as their sum). With ``reset="after"``, n has two biases, as in torch. All
-biases are initialised with 0.
+biases are initially 0.
 
-Shapes: B batch, T time, D width of the last layer (twice this width for both directions), V vocabulary.
+Shapes: B batch, T time, D width of the output (the width of the last layer; with both directions, twice this width),
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from jaxlm.nn.recurrence import GRUReset, gru, gru_specs, gru_state_specs
 
 @dataclasses.dataclass(frozen=True)
 class Config(recurrent.RecurrentConfig):
-    """Shape and behaviour of a GRU. The defaults have the widths of Zaremba's medium LSTM (2014), with a tied head."""
+    """Shape and behavior of a GRU. By default, the number and the widths of the layers are those of the medium LSTM of
+    Zaremba et al. 2014. The other defaults are those of ``RecurrentConfig``.
+    """
 
     num_layers: int = 2
     """Number of layers."""
     embed_dim: int = 650
-    """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
+    """Width of the embeddings, and of the last layer if tie_embeddings is True and the direction is forward."""
     hidden_dim: int = 650
     """Width of each direction of a layer. The last layer has the width embed_dim instead if tie_embeddings is True and
     the direction is forward."""

@@ -1,11 +1,12 @@
-"""Output heads for labels, the next-token head of decoders, and pooling functions, which several families share.
+"""Code that several families share: output heads for labels, the next-token head of decoders, and pooling functions.
 
 The config field ``task`` selects the head of a model. A task is the name of an objective in ``jaxlm.objectives``, or
-"none". Other heads over the vocabulary are in the modules of the families. The heads for labels are linear layers:
+"none" for a model without a head. The other heads that predict tokens are in the modules of their families. The heads
+for labels are linear layers, which compute logits:
 
-    classification        ``classifier``: one label per row, from the pooled output (``pool``) [B, 1, D]
-    token_classification  ``token_classifier``: one label per token
-    span_qa               ``span``: two logits per token, for the first and the last token of an answer
+    classification        ``classifier``: the label of each row, from the pooled output (``pool``) [B, 1, D]
+    token_classification  ``token_classifier``: the label of each token
+    span_qa               ``span``: for each token, the logits that it is the first and the last token of an answer
 
 Shapes: B batch, T time, D width of hidden states.
 """
@@ -40,7 +41,7 @@ def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def require_pooled_output(task: str, params: Params, name: str) -> None:
-    """Raise ``ValueError`` if the model has no layer ``name``, which only the task classification has."""
+    """Raise ``ValueError`` if ``params`` do not contain ``name``, a layer that only task classification has."""
     if name not in params:
         raise ValueError(f"a model with task={task!r} has no pooled output: set task='classification'")
 
@@ -48,9 +49,10 @@ def require_pooled_output(task: str, params: Params, name: str) -> None:
 def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    The head for the next token is ``head``, or ``token_embedding`` if the config has a field ``tie_embeddings`` that is
-    True. A config field ``logits_soft_cap`` bounds these logits, see ``jaxlm.nn.embedding.unembed``. For labels, see
-    :func:`head_logits`. For task classification, ``hidden`` is the output of the family's ``pool``.
+    The table of the next-token head is ``params["token_embedding"]`` if the config has ``tie_embeddings=True``, and
+    otherwise ``params["head"]``. If the config has a field ``logits_soft_cap``, it bounds these logits
+    (``jaxlm.nn.embedding.unembed``). For labels, see :func:`head_logits`. For task classification, ``hidden`` is the
+    output of the family's ``pool``.
 
     Raises:
         ValueError: the task has no head.

@@ -34,7 +34,7 @@ class AttentionConfig(common.TransformerConfig):
     attention_bias: bool = False
     """Whether queries, keys, values and the output of attention have biases."""
     rotary_fraction: float = 0.5
-    """Fraction of the entries of a head that are rotated by rotary position embeddings."""
+    """Fraction of the entries of a head that rotary positions rotate."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
@@ -53,11 +53,11 @@ class AttentionConfig(common.TransformerConfig):
 
 
 def attention_specs(cfg: Any, input_init: Initializer, output_init: Initializer) -> dict[str, Any]:
-    """The specs of a layer's attention.
+    """The specs of the attention of one layer: ``query``, ``key``, ``value`` and ``output``.
 
     Args:
-        input_init: initializer of the weights of queries, keys and values.
-        output_init: initializer of the weight of the output layer.
+        input_init: initializer of the weights of ``query``, ``key`` and ``value``.
+        output_init: initializer of the weight of ``output``.
     """
     D, H, G, K = cfg.embed_dim, cfg.attention_heads, cfg.attention_kv_heads, cfg.attention_head_dim
     bias = cfg.attention_bias
@@ -81,7 +81,7 @@ def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
 
 
 def attention_angles(cfg: Any, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary angles, for all layers with attention (``rotary_angles``)."""
+    """Cosine and sine of the rotary angles for all layers with attention, each [B, T, number of rotated pairs]."""
     width = rotary_width(cfg.attention_head_dim, cfg.rotary_fraction)
     return rotary_angles(positions_BT, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
 
@@ -89,7 +89,7 @@ def attention_angles(cfg: Any, positions_BT: jax.Array) -> tuple[jax.Array, jax.
 def attend(
     cfg: Any, weights: Params, x_BTD: jax.Array, state: Any, context: cache.Context, angles: Any
 ) -> tuple[jax.Array, Any]:
-    """The output of a layer's attention, [B, T, D], and the new state of the layer (None without a state).
+    """The output of the attention of one layer, [B, T, D], and the new state of the layer (None without a state).
 
     Args:
         state: the state of the layer, with ``key`` and ``value`` of the cache. Its other entries are returned
@@ -141,11 +141,12 @@ class Multipliers:
 
 
 def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
-    """The parameters with all multipliers folded into the weights, except those of the embeddings and of the logits.
+    """The parameters with all multipliers except ``embedding`` and ``head`` folded into the weights.
 
-    These two are not folded, because scaling the token table would copy it, and the head may be the token table. Each
-    other multiplier applies to the input or to the output of a linear layer. A multiplier of the input scales the
-    weight of this layer. A multiplier of the output scales the weight and the bias.
+    ``embedding`` and ``head`` are not folded, because a scaled token table would be a second copy of a large array, and
+    a tied head would need another scale. Each other multiplier belongs to the input or to the output of a linear layer.
+    A multiplier of the input scales the weight of this layer. A multiplier of the output scales the weight and the
+    bias.
     """
 
     def scale(layer: Params, output_factor: Any, input_factor: float = 1.0) -> dict[str, Any]:

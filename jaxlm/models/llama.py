@@ -7,8 +7,7 @@ have a mixture of experts (SwiGLU MLPs) instead of the MLP. In SmolLM3, every fo
 Gemma 3 (Gemma team 2025), five of six layers have a window, and the blocks differ from those of Llama
 (``block="gemma"``).
 
-Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
-width of the MLP, V vocabulary.
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ Task = Literal["causal", "classification", "token_classification", "span_qa", "n
 
 @dataclasses.dataclass(frozen=True)
 class Config(experts.ExpertsConfig):
-    """Shape and behaviour of a Llama. The defaults are the first published version with 6.7B parameters."""
+    """Shape and behavior of a Llama. The defaults are Llama 1 with 6.7B parameters."""
 
     vocab_size: int = 32000
     """Number of token ids."""
     max_positions: int = 2048
-    """Maximum length of a sequence. You may raise it, but published models were trained on shorter sequences. Dynamic
-    rotary scaling depends on this field, so with this scaling, another value may change the outputs for all lengths."""
+    """Maximum length of a sequence. No parameter depends on this field, so you may raise it, but published models were
+    not trained on longer sequences. With dynamic rotary scaling, another value may change all outputs."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32
@@ -66,9 +65,9 @@ class Config(experts.ExpertsConfig):
     """Number of tokens that a token attends to in layers with a window, itself included (Mistral, Gemma 3); None means
     that no layer has a window."""
     pattern: tuple[LayerKind, ...] | None = None
-    """Attention of the first layers: to all earlier tokens (full), within the window (window; Gemma 3), or to all
-    earlier tokens without rotary positions (no_positions; SmolLM3). The other layers repeat the pattern. None: the kind
-    of all layers is window if the field ``window`` is set, and otherwise full."""
+    """Kinds of attention of the first layers: full (to all earlier tokens), window (to the tokens in the window; Gemma
+    3), or no_positions (to all earlier tokens, without rotary positions; SmolLM3). The other layers repeat the pattern.
+    None: all layers are of kind window if the field ``window`` is set, and otherwise of kind full."""
     window_rotary_base: float | None = None
     """Base of rotary positions in layers with a window, without scaling (Gemma 3); None means ``rotary_base`` with
     ``rotary_scaling``."""
@@ -80,7 +79,7 @@ class Config(experts.ExpertsConfig):
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
-    """Scaling of rotary positions for sequences that are longer than in pretraining; None means no scaling."""
+    """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     init_stddev: float = 0.02
@@ -128,8 +127,8 @@ def apply(
         key: random key for dropout; None: no dropout.
 
     Raises:
-        ValueError: the inputs are not integers of the same shape; there are more tokens than ``max_positions``, but
-            neither segment ids nor positions; or there are more tokens than slots in the state.
+        ValueError: the inputs are not integers of the same shape; T exceeds ``max_positions``, and neither segment ids
+            nor positions are given; or T exceeds the number of slots in the state.
     """
     hidden, state, _ = apply_with_routing(
         cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key
@@ -205,7 +204,7 @@ def _attention(
 def _attention_inputs(
     cfg: Config, kind: LayerKind, context: cache.Context, state: State | None
 ) -> tuple[cache.Context, tuple[jax.Array, jax.Array] | None]:
-    """The context with the attention mask of layers of this kind, and their rotary angles (None for no_positions)."""
+    """For layers of one kind: the context with their attention mask, and the rotary angles (None for no_positions)."""
     base, scaling = cfg.rotary_base, cfg.rotary_scaling
     if kind == "window":
         assert cfg.window is not None

@@ -1,8 +1,8 @@
 """LSTM language model with the regularization of AWD-LSTM (Merity et al. 2017), and bidirectional LSTM encoder.
 
-Where the published code of AWD-LSTM differs from the paper, this module follows the code: ``recurrent.regularization``
-has means instead of norms, and the output head has a bias. Each gate has one bias, initialised with 0 (torch has two,
-which act as their sum). The state has constant size.
+Where the published code of AWD-LSTM differs from the paper, this model follows the code: ``recurrent.regularization``
+computes means of squares instead of L2 norms, and the output head has a bias. Each gate has one bias, which is
+initially 0 (torch has two, which act as their sum). The size of the state does not depend on the length of the text.
 
 Shapes: B batch, T time, D width of the output (the width of the last layer; with both directions, twice this width),
 V vocabulary.
@@ -18,7 +18,7 @@ from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 
 @dataclasses.dataclass(frozen=True)
 class Config(recurrent.RecurrentConfig):
-    """Shape and behaviour of an LSTM. The defaults are AWD-LSTM on the Penn Treebank (24M parameters)."""
+    """Shape and behavior of an LSTM. The defaults are AWD-LSTM on the Penn Treebank (24M parameters)."""
 
     @property
     def cell(self) -> recurrent.Cell:

@@ -1,8 +1,8 @@
 """The Luong form of ``jaxlm.models.attention_rnn``: stacked LSTMs with attention (Luong et al. 2015).
 
-The initial states of the decoder are the final states of the encoder. The decoder attends with the state *after* the
-token, h[t]. The head reads the attentional state h~[t] = tanh(W [c; h]). The first layer of the decoder reads h~[t] at
-the next token (input feeding).
+The initial states of the decoder are the final states of the encoder. The query of attention is the state of the last
+decoder layer *after* token t, h[t]. The result is the context vector c[t]. The head reads the attentional state
+h~[t] = tanh(W_c [c[t]; h[t]]). The first layer of the decoder also reads h~[t], at token t + 1 (input feeding).
 
 Shapes: B batch, T target time, S source time, E embedding, C = H encoder width, G gates, H hidden width, D width of the
 head's input.
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, key: jax.Array | None) -> dict[str, Any]:
-    """The hidden state of the last layer, ``encoded`` [B, S, H], and the ``states`` of all layers at each token."""
+    """A dict with ``encoded``, the hidden states of the last layer [B, S, H], and ``states``, the states of all layers.
+
+    The states of a layer are ``hidden`` and ``cell`` after each token, [B, S, H] float32.
+    """
     reset, keep, _ = segment_boundaries(segments_BS)
     states: dict[str, Any] = {}
     for name in _layer_names(cfg):
@@ -42,7 +45,11 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    The state contains the encoder's states at the last source token of the document, and zeros for ``feed``.
+    The state contains the encoder's states after the last source token of the document, and zeros for ``feed``.
+
+    Args:
+        source: the result of :func:`encode`.
+        in_document_BTS: whether each source token belongs to the document of each target position.
     """
     last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
     states = jax.tree.map(
@@ -59,7 +66,12 @@ def step(
     state: State,
     key: jax.Array | None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The next state, and the outputs of the step: h[t], c[t], the attention weights and h~[t] (section 3)."""
+    """The next state, and the outputs of the step: h[t], c[t], the attention weights and h~[t] (section 3).
+
+    Args:
+        attend: a function from a query [B, H] to the context vector [B, C] and the attention weights [B, S].
+        projected_BGH: the contribution of the token's embedding to the gates of the first layer.
+    """
     weights, output, dtype = params["decoder"], params["output"], projected_BGH.dtype
     projected_BGH = projected_BGH + linear(weights["feed"], state["feed"].astype(dtype))
     new_state = {"layer_0": recurrence.lstm_cell(weights["layer_0"], projected_BGH, state["layer_0"])}
@@ -101,7 +113,11 @@ def encoder_width(cfg: Config) -> int:
 def state_specs(
     cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The specs of the decoder's state, and of ``states``, which this form adds to the source state."""
+    """The specs of the decoder's state, and ``{"states": specs}``, the entry that this form adds to the source state.
+
+    Args:
+        source_spec: a function ``(width, dtype)`` that returns the spec of an array [B, S, width].
+    """
     decoder: dict[str, Any] = {
         name: recurrence.lstm_state_specs(batch, cfg.hidden_dim) for name in _layer_names(cfg)
     }  # fmt: skip

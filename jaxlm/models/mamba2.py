@@ -7,11 +7,11 @@ or the mixer and attention in parallel: both read the same input, and their outp
 2025). Each block of these hybrids also has a SwiGLU MLP. Falcon-H1 multiplies activations by constants
 (``multipliers``).
 
-The code uses the names of the paper: z is the gate, x the input of the state space model, B its input weights,
-C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
+Arrays have the names of the paper: z is the gate, x the input of the state space model, B its input weights, C its
+output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
 
-Shapes: B batch, T time, D model width, I width of the mixer, H heads, P width of a head, G groups of
-heads, N state size, K taps of the convolution, V vocabulary.
+In shapes, the letters mean: B batch, T time, D model width, I width of the mixer, H heads, P width of a head, G groups
+of heads, N state size, K taps of the convolution, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Task = Literal["causal", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(hybrid.AttentionConfig):
-    """Shape and behaviour of a Mamba-2. The defaults are the published model with 130M parameters."""
+    """Shape and behavior of a Mamba-2. The defaults are the published model with 130M parameters."""
 
     vocab_size: int = 50288
     """Number of token ids. The published models have 50277 ids, padded to a multiple of 16."""
     num_layers: int = 24
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("mamba2",)
-    """Mixers of the first blocks: mamba2, attention or parallel (a Mamba-2 mixer and attention; outputs are added).
+    """Kinds of the first blocks: mamba2, attention or parallel (a Mamba-2 mixer and attention; outputs are added).
     The other blocks repeat the pattern. The last repetition may be incomplete."""
     embed_dim: int = 768
     """Model width."""
@@ -69,12 +69,12 @@ class Config(hybrid.AttentionConfig):
     dt_limit_max: float | None = None
     """Upper limit of the step sizes dt; None means no limit."""
     negative_eigenvalues: bool = False
-    """Decays are in [-1, 1] instead of [0, 1]: 2 * exp(A * dt) - 1 instead of exp(A * dt) (Grazzi et al. 2025)."""
+    """Whether decays are 2 * exp(A * dt) - 1, in [-1, 1], instead of exp(A * dt), in [0, 1] (Grazzi et al. 2025)."""
     norm_before_gate: bool = False
     """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
     norm(y * silu(z)) if False."""
     norm_groups: int | None = 1
-    """Number of parts of the mixer's output that its norm normalizes separately; None: the mixer has no norm."""
+    """Number of equal parts of a mixer's output that its norm normalizes separately; None: the mixer has no norm."""
     linear_bias: bool = False
     """Whether the linear layers of Mamba-2 mixers have biases."""
     conv_bias: bool = True
@@ -84,7 +84,7 @@ class Config(hybrid.AttentionConfig):
     multipliers: hybrid.Multipliers | None = None
     """Constants by which a Falcon-H1 multiplies activations; None: all are 1."""
     residual_in_float32: bool = True
-    """Whether the residual stream is float32 for every compute dtype."""
+    """Whether the residual stream is float32 for every compute dtype; otherwise, it has the compute dtype."""
     tie_embeddings: bool = True
     """Use the token table as the output head."""
     init_stddev: float = 0.02
@@ -132,8 +132,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``). If the model has attention, a row whose
-            tokens do not fit into the cache gives NaN.
+        state: the state that the previous call returned, or the initial state (``state_specs``). If the model has
+            attention, a row whose tokens do not fit into the cache gives NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -195,7 +195,7 @@ def _mixer(
         x_BTHP, dt, -jnp.exp(weights["A_log"].astype(jnp.float32)), BC[:, :, 0], BC[:, :, 1], hidden,
         negative_eigenvalues=cfg.negative_eigenvalues, **masks,
     )  # fmt: skip
-    # A TPU pads an axis of head_dim entries to 128. So elementwise operations use arrays without this axis.
+    # A TPU pads a last axis of head_dim entries to 128. So the elementwise operations below use the shape [B, T, I].
     y = y.reshape(z.shape) + jnp.repeat(weights["D"].astype(x.dtype), cfg.head_dim)[None, None] * x
 
     gate = jax.nn.silu(z)
@@ -210,7 +210,7 @@ def _mixer(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded). Raises ``ValueError`` if there is no head."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``); task none: ``ValueError``."""
     if cfg.task == "none":
         raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
     hidden = hidden if cfg.multipliers is None else hidden * cfg.multipliers.head
@@ -239,11 +239,11 @@ def specs(cfg: Config) -> dict[str, Any]:
     input_init, conv_init, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
 
     def output_init(size: int) -> Uniform:
-        """The initializer of an output projection: its bound shrinks with the depth of the model."""
+        """The initializer of an output projection with ``size`` inputs; deeper models get smaller weights."""
         return Uniform((size * cfg.num_layers * (1 if cfg.mlp_dim is None else 2)) ** -0.5)
 
     mixer = {
-        # B and C are not sharded like the heads, because several heads share them.
+        # The axis of B and C is not sharded, because several heads share B and C.
         "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), input_init, bias=cfg.linear_bias),
         "BC": linear_specs((D, BC), ("embed", None), input_init, bias=cfg.linear_bias),
         "dt": linear_specs((D, H), ("embed", "heads"), input_init, bias=cfg.linear_bias),
@@ -274,7 +274,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
     ``hidden`` [B, H, N, P] is the state of a Mamba-2 mixer. ``x`` and ``BC`` are the last K - 1 inputs of its
     convolutions. The sizes of these arrays do not depend on ``length``. A block with attention has a key-value cache.
-    ``past`` are the segment ids of the last K - 1 tokens.
+    ``past`` are the segment ids of the last K - 1 real tokens.
     """
     reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
     mixer = {
@@ -290,16 +290,16 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
-    """The specs of all layers, from the specs of a layer with each mixer."""
+    """The specs of all layers, from the specs of a mamba2 and of an attention layer. A parallel layer has both."""
     specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
     return spec.layers((specs_of[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` that training passes to :func:`state_specs` if it carries the state between batches.
+    """The ``length`` that training passes to :func:`state_specs`; None: training does not carry the state.
 
-    Any ``length`` gives the same state. The result is None if a block has attention: training then does not carry the
-    state, because the cache has a limited size.
+    Without attention, every ``length`` gives the same state. If a block has attention, the result is None, because its
+    key-value cache has room for only ``length`` tokens.
     """
     return None if has_attention(cfg) else 1
 

@@ -1,6 +1,6 @@
 """``Model`` (a family with a config), and ``get_model``, which makes a model by name.
 
-The methods of a model call the functions of its family with the config.
+A family is a module such as ``jaxlm.models.gpt``. The methods of a model call the functions of this module.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A family and a config. A model is hashable, so it may be a static argument of ``jax.jit``.
+    """The name of a family (a module such as ``jaxlm.models.gpt``) and a config. A model contains no parameters.
 
-    Equality and hash ignore ``metadata``, so models that differ only in their metadata share compiled functions.
+    A model is hashable, so it may be a static argument of ``jax.jit``. Equality and hash ignore ``metadata``, so models
+    that differ only in their metadata share compiled functions.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -72,7 +73,7 @@ class Model:
 
     @property
     def module(self) -> Any:
-        """The family's module."""
+        """The module of the family, or the object that ``register_family`` registered."""
         return family(self.family)
 
     @property
@@ -111,12 +112,12 @@ class Model:
 
     @property
     def specs(self) -> spec.Tree:
-        """The specs of the parameters."""
+        """The specs of the parameters, a tree of ``jaxlm.spec.ArraySpec``."""
         return self.module.specs(self.config)
 
     @property
     def num_parameters(self) -> int:
-        """The number of parameters."""
+        """The number of parameters. Padding of the vocabulary and running statistics of batch norms are included."""
         return spec.count(self.specs)
 
     def with_fields(self, **values: Any) -> Model:
@@ -148,22 +149,23 @@ class Model:
 
     @property
     def zero_dropout(self) -> dict[str, float]:
-        """The value 0 for each dropout rate of the config, for ``model.with_fields(**model.zero_dropout)``."""
+        """A dict with the value 0 for each dropout rate of the config: ``model.with_fields(**model.zero_dropout)``."""
         return {field.name: 0.0 for field in dataclasses.fields(self.config) if field.name.endswith("dropout")}
 
     def init(self, key: jax.Array) -> spec.Tree:
-        """Newly initialised parameters."""
+        """Newly initialized parameters."""
         return spec.init(self.specs, key)
 
     def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
         """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
-        ``xlnet`` with the argument ``targets`` (P positions) returns [B, P, D]. Classifiers of ``alexnet`` and
-        ``resnet`` return the features of the text, [B, S, C]: C channels at S positions, where S does not depend on T.
-        In training, the new state of ``resnet`` contains the new running statistics.
+        ``xlnet`` with the argument ``targets`` (P positions) returns [B, P, D]. ``attention_rnn`` with ``copy=True``
+        appends other inputs of its head to the D features. Classifiers of ``alexnet`` and ``resnet`` return the
+        features of the text, [B, S, C]: C channels at S positions, where S does not depend on T. In training, the
+        new state of ``resnet`` contains the new running statistics.
 
-        For an empty batch (B or T is 0), the hidden states are empty, gradients are 0, and a given state or the running
-        statistics in ``params`` are returned unchanged.
+        For an empty batch (B or T is 0), the hidden states are empty and gradients are 0. The new state is then the
+        given state, or in training of ``resnet`` the running statistics in ``params``.
 
         Raises:
             ValueError: the family does not accept the value of an input; the source is empty but the tokens are not; or
@@ -177,7 +179,7 @@ class Model:
 
     @property
     def has_experts(self) -> bool:
-        """Whether layers of the model are mixtures of experts."""
+        """Whether the model has layers with a mixture of experts."""
         return getattr(self.config, "num_experts", None) is not None and hasattr(self.module, "apply_with_routing")
 
     def apply_with_routing(
@@ -220,7 +222,7 @@ class Model:
     def _eval_shape(self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any]) -> Any:
         """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by 1.
 
-        The function is only traced, so that it checks its inputs without any computation.
+        JAX only traces the function, so the function checks its inputs, but computes nothing.
         """
 
         def is_array(value: Any) -> bool:
@@ -259,11 +261,11 @@ class Model:
         *,
         label_smoothing: float = 0.0,
     ) -> jax.Array:
-        """The loss ``sum(weights * -log p(target))`` in nats, float32, for hidden states [B, T, D].
+        """The loss ``sum(weights * -log p(target))`` in nats, a float32 scalar, for hidden states [B, T, D].
 
         Logits are computed in chunks, so that no array [B, T, V] is stored. A family that can compute its loss without
         all logits has its own ``cross_entropy``. If ``targets`` is empty, the loss is 0, as in torch with
-        ``reduction="sum"``. A caller that divides it by the number of targets then gets 0 / 0 = NaN.
+        ``reduction="sum"``. The mean over the targets is then 0 / 0 = NaN.
 
         Args:
             targets: [B, T].
@@ -284,7 +286,13 @@ class Model:
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def pool(self, params: Params, hidden: jax.Array, **inputs: Any) -> jax.Array:
-        """The pooled output of each row, [B, 1, D']; pass it to :meth:`logits` for the logits of the labels.
+        """The pooled output of each row, [B, 1, D'], where D' is the width of the classifier's input.
+
+        :meth:`logits` computes the logits of the labels from this output.
+
+        Args:
+            hidden: the hidden states from :meth:`apply`.
+            inputs: ``segment_ids`` [B, T], as for :meth:`apply`, and ``key``, a random key for dropout.
 
         Raises:
             TypeError: the family has no classifier.
@@ -300,25 +308,26 @@ class Model:
         return self.module.pool(self.config, params, hidden, **inputs)
 
     def attention_weights(self, params: Params, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
-        """The attention weights of each layer with attention, [B, H, T, S] float32, for T queries and S keys.
+        """A dict of lists: the attention weights of each layer with attention, [B, H, T, S] float32.
 
-        The result has one list per type of attention, by name: "self", or for an encoder-decoder "encoder", "decoder"
-        and "cross". A type that the family does not have is missing. If a classifier pools by attention, there is also
-        the type "pool", with T = 1. H is then the number of weighted sums of the tokens (hops, Lin et al. 2017).
-        XLNet with the task permutation has two entries per layer, for its content stream and its query stream. Dropout
-        is off unless ``inputs`` contain a random ``key``.
+        T is the number of queries, and S is the number of keys. With a state, the keys in the state are included. The
+        dict has one list per type of attention: "self", or for an encoder-decoder "encoder", "decoder" and "cross". A
+        type that the family does not have is missing. A classifier that pools by attention also has the type "pool",
+        where T is 1 and H is the number of weighted sums of the tokens (hops, Lin et al. 2017). XLNet with the task
+        permutation has two entries per layer, for its content stream and its query stream. Dropout is off unless
+        ``inputs`` contain a random ``key``.
 
         The weights of a query sum to 1, with two exceptions. The weights of a query without visible keys are 0. If the
         config of ``attention_rnn`` has a ``window``, the sum may be below 1. Some families (Transformer-XL, Griffin,
-        Gated DeltaNet, and Mamba-2 with attention) move the padding of a call to the end of each row, so its rows and
-        columns come last in their weights.
+        Gated DeltaNet, and Mamba-2 with attention) move the padding of a call to the end of each row. In their weights,
+        the rows and columns of this padding come last.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
 
         Raises:
             NoAttentionWeightsError: the family has no attention that can be recorded.
-            ValueError: there are no tokens, or as in :meth:`apply`.
+            ValueError: there are no tokens; or see :meth:`apply`.
         """
         if 0 in jnp.shape(tokens):
             raise ValueError(f"tokens {list(jnp.shape(tokens))} are empty: give at least one row of at least one token")
@@ -426,19 +435,19 @@ class Model:
         count: jax.Array,
         segment_ids: jax.Array | None = None,
     ) -> spec.Tree:
-        """The state as if the last call had read only the first ``count`` tokens of each row.
+        """The state after only the first ``count`` tokens of each row of the last call.
 
-        Later calls give the same results as after a call with only these tokens. If the family has a function
-        ``rollback(after, dropped)`` (as in ``gpt`` and ``t5``), it frees the cache slots of the last ``dropped`` tokens
-        of each row. Otherwise the model starts from ``before`` and reads the tokens again, with all but the first
-        ``count`` tokens as padding. If the state has a key-value cache, the slots of this padding are freed.
+        Later calls give the same results as if the last call had read only these tokens. If the family has a function
+        ``rollback(after, dropped)`` (as in ``gpt`` and ``t5``), this function frees the cache slots of the last
+        ``dropped`` tokens of each row. Otherwise, the model reads the tokens again, starting from ``before``. The
+        tokens after the first ``count`` tokens are then padding. If the state has a key-value cache, the slots of this
+        padding are freed. If the last call exceeded the cache, the result is not defined.
 
         Args:
             before: the state before the last call.
             tokens: [B, T], the tokens of the last call.
             after: the state that the last call returned.
-            count: [B], from 0 to T, the number of tokens that each row keeps, padding included. If the last call
-                exceeded the cache, the result is not defined.
+            count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
             segment_ids: [B, T], the segment ids of the last call. Default: all tokens belong to document 1.
 
         Raises:
@@ -468,7 +477,7 @@ class Model:
 
     @property
     def carried_state_length(self) -> int | None:
-        """The ``length`` for :meth:`state_specs` if training carries the state between batches.
+        """The ``length`` that training passes to :meth:`state_specs`, to carry the state between batches.
 
         None: training reads independent windows and carries no state.
         """
@@ -497,6 +506,8 @@ def _with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
 
 def get_model(name: str, /, **overrides: Any) -> Model:
     """The model of the family or variant ``name``, with the config fields in ``overrides`` changed.
+
+    The name of a family stands for the default values of its ``Config``.
 
     Example:
         >>> get_model("gpt2", num_layers=2).num_parameters

@@ -3,8 +3,8 @@
 ``lstm.py`` and ``gru.py`` have the configs and the variants. A config chooses the cell (:attr:`RecurrentConfig.cell`).
 
 Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models") drop recurrent weights (``weight_dropout``,
-DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps of a row
-(``input_dropout``, ``hidden_dropout``, ``output_dropout``). This module follows the code of Merity et al.
+DropConnect), the embeddings of whole token ids (``embedding_dropout``), and activations with one mask for all steps of
+a row (``input_dropout``, ``hidden_dropout``, ``output_dropout``). This module follows the code of Merity et al.
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -47,24 +47,24 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentConfig(common.ModelConfig, abc.ABC):
-    """Base class of the ``Config`` of both families. The defaults are AWD-LSTM on the Penn Treebank."""
+    """Base class of the ``Config`` of ``lstm`` and ``gru``. The defaults are AWD-LSTM on the Penn Treebank."""
 
     vocab_size: int = 10000
     """Number of token ids."""
     num_layers: int = 3
     """Number of layers."""
     embed_dim: int = 400
-    """Width of the embeddings. With tie_embeddings and the direction forward, also of the last layer."""
+    """Width of the embeddings, and of the last layer if tie_embeddings is True and the direction is forward."""
     hidden_dim: int = 1150
     """Width of each direction of a layer. The last layer has the width embed_dim instead if tie_embeddings is True and
     the direction is forward."""
     direction: Direction = "forward"
-    """Read forward, or in both directions with concatenated outputs (an encoder)."""
+    """Read forward (forward), or in both directions with concatenated outputs (both; an encoder)."""
     tie_embeddings: bool = True
     """Use the token table as output head (task causal). If True and the direction is forward, the last layer has the
     width embed_dim for every task, so that a language model can be fine-tuned for another task."""
     embedding_dropout: float = 0.1
-    """Dropout rate on whole word types in the embeddings."""
+    """Dropout rate on whole token embeddings: all occurrences of a token id in a batch are dropped together."""
     input_dropout: float = 0.4
     """Dropout rate on the embedded tokens."""
     hidden_dropout: float = 0.25
@@ -109,7 +109,7 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for later tokens of its document
             (direction both: for all tokens of its document).
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
 
@@ -140,7 +140,7 @@ def apply_with_outputs(
     layer = cfg.cell.layer
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     if key is not None and cfg.embedding_dropout > 0.0:
-        # All occurrences of a word in the batch share one entry of the mask.
+        # All occurrences of a token id in the batch share one entry of the mask.
         ones_V1 = jnp.ones((params["token_embedding"].shape[0], 1))
         x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_name(key, "words")), tokens, x.dtype)
     x = constrain(_dropout(cfg, x, cfg.input_dropout, fold_name(key, "input")), ("batch", "seq", "activation_embed"))
@@ -195,7 +195,7 @@ def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array
     For the logits of labels, see ``heads.head_logits``. For classification, ``hidden`` comes from :func:`pool`.
 
     Raises:
-        ValueError: the task is none, so there is no head.
+        ValueError: the task is none.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -233,8 +233,8 @@ def regularization(
     """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 4.6):
     ``activation_weight * mean(dropped ** 2) + slowness_weight * mean((raw[t + 1] - raw[t]) ** 2)``.
 
-    As in the published code, these are means instead of norms. The first mean is over real tokens, the second mean over
-    pairs of adjacent tokens of the same document.
+    As in the published code, these are means of squares. The paper has L2 norms. The first mean is over real tokens,
+    the second mean over pairs of adjacent tokens of the same document.
 
     Args:
         dropped_BTD, raw_BTD: outputs of the last layer after and before dropout, from ``apply_with_outputs``.
@@ -282,7 +282,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
 
 
 def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]:
-    """The specs of the state for any ``length``: the state of each layer, and the last segment id of each row.
+    """The specs of the state: the state of each layer, and the last segment id of each row; ``length`` is not used.
 
     Raises:
         TypeError: the model reads in both directions.

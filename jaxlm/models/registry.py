@@ -39,7 +39,8 @@ def register_family(name: str, module: Any) -> None:
             ``Config``, ``specs``, ``apply`` and ``logits`` are required, ``VARIANTS`` is optional.
 
     Raises:
-        ValueError: the name is not an identifier, or the name or a variant's name is taken.
+        ValueError: the name is not an identifier, or another family or variant already has this name or the name of one
+            of the variants.
         TypeError: the module lacks a required attribute, its ``Config`` is not a frozen dataclass, or a variant is not
             an instance of ``Config``.
     """
@@ -99,12 +100,15 @@ def family_names() -> tuple[str, ...]:
 
 
 def variant_names() -> dict[str, str]:
-    """A dict from the name of every variant to its family. This function loads all families."""
+    """A dict from the name of every variant to the name of its family. This function loads all families."""
     return {variant: name for name in family_names() for variant in _variants(name)}
 
 
 def family_of_variant(variant: str) -> str | None:
-    """The family of a variant, or None. Installed packages are loaded only if no other family has the variant."""
+    """The name of the family of a variant, or None if no family has this variant.
+
+    Families of installed packages come last, so they are loaded only if no other family has the variant.
+    """
     return next((name for name in family_names() if variant in _variants(name)), None)
 
 

@@ -1,9 +1,9 @@
 """VDCNN (Conneau et al. 2017): a very deep convolutional network over characters that classifies texts.
 
-The layers are: an embedding and one convolution; blocks of two convolutions with batch normalisation; k-max pooling,
-which keeps the k largest entries of each channel in their order (by default, k is 8); two hidden layers. The blocks
-form groups. From one group to the next, the length is halved and the number of channels is doubled (three times with
-four groups). Convolutions before a batch norm have no bias, because the norm would subtract it.
+The model has an embedding, one convolution, and blocks of two convolutions with batch normalization. Then k-max pooling
+keeps the k largest entries of each channel in their order (by default, k is 8). Two hidden layers and the head follow.
+The blocks form groups. From one group to the next, the length is halved and the number of channels is doubled (three
+times with four groups). Convolutions before a batch norm have no bias, because the norm would subtract it.
 
 The published model reads texts of exactly 1024 characters. Shorter texts are padded with a symbol whose embedding is
 zero. Here, the padding tokens of a row (segment 0) are moved to the end of the row, and the row is padded to
@@ -38,12 +38,12 @@ Task = Literal["classification", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of a VDCNN. The defaults are the published model with 29 layers."""
+    """Shape and behavior of a VDCNN. The defaults are the published model with 29 layers."""
 
     vocab_size: int = 69
     """Number of character ids, including padding and unknown."""
     max_positions: int = 1024
-    """Length to which every text is padded; longer texts are an error."""
+    """Number of tokens to which every text is padded; a longer text is an error."""
     embed_dim: int = 16
     """Width of the character embeddings."""
     channels: int = 64
@@ -51,7 +51,8 @@ class Config(common.ModelConfig):
     blocks: tuple[int, ...] = (5, 5, 2, 2)
     """Number of blocks in each group; the length is halved between groups."""
     shortcut: bool = False
-    """Add a block's input to its output, as in a ResNet; the input is projected if the number of channels changes."""
+    """Whether the input of a block is added to its output, as in a ResNet. If the number of channels changes, a linear
+    projection of the input is added."""
     downsample: Downsample = "max_pool"
     """How to halve the length: max_pool (window 3, stride 2), k_max_pool (keep the larger half of the entries of each
     channel) or convolution (stride 2)."""
@@ -92,19 +93,24 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The features of the text, [B, S, C], and the new running statistics in training, else None.
+    """The features of the text, [B, S, C], and the new running statistics (None without a ``key``).
 
-    S is ``max_positions / 2 ** (len(blocks) - 1)``, for every T.
+    For n groups of blocks, S is ``max_positions / 2 ** (n - 1)``, for every T, and C is ``channels * 2 ** (n - 1)``.
 
     Args:
-        tokens: [B, T] integer ids, T at most ``max_positions``. A row with an id outside the vocabulary gives NaN. In
-            training, such a row gives NaN for the whole batch and for the running statistics.
+        tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN for all features
+            whose receptive field contains it, and so for the pooled output of the row. In training, such an id gives
+            NaN for the whole batch and for the running statistics.
         state: None; the model has no state.
         segment_ids: [B, T] int32, 0 for padding. A row with several documents gives NaN. In training, such a row gives
             NaN for the whole batch and for the running statistics. Default: no padding.
         key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the
-            statistics of the batch. The second output ``{"statistics": ...}`` then contains the updated running
+            statistics of the batch. The second output is then ``{"statistics": ...}`` with the updated running
             statistics, which the caller writes into ``params``.
+
+    Raises:
+        ValueError: ``state`` is not None, the inputs are not integers of the same shape, or T exceeds
+            ``max_positions``.
     """
     if state is not None:
         raise ValueError("a classifier of whole texts carries no state: leave state=None")
@@ -129,7 +135,7 @@ def _block(
     """The output of a block (two convolutions; figure 2 of the paper), and its new running statistics.
 
     Args:
-        halve: whether the block halves the length first.
+        halve: whether the block halves the length, before or in its first convolution.
     """
     stride, new_statistics = 1, {}
     if halve and cfg.downsample == "convolution":
@@ -160,7 +166,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output, [B, 1, fc_dim]: hidden layers applied to the ``k_max`` largest entries of each channel.
+    """The pooled output, [B, 1, fc_dim]: the two hidden layers applied to the ``k_max`` largest entries per channel.
 
     ``segment_ids`` and ``key`` have no effect, because padding counts as part of the text and there is no dropout.
 

@@ -1,10 +1,11 @@
 """GCNN (Dauphin et al. 2017): a causal language model with gated convolutions and residual connections.
 
-Each block applies a causal convolution with twice its channels, and multiplies the first half of the output by the
-sigmoid of the second half (GLU). Then the block may add a residual: its own input or the input of an earlier block. The
-sum is scaled by sqrt(0.5). Every convolution and linear layer except the head is weight-normalised. There are no
-position embeddings. The output for a token depends only on the tokens of its document in the receptive field, not on
-padding. The code follows fairseq's ``fconv_lm``, except that the head is a linear layer instead of an adaptive softmax.
+A block with C channels applies a causal convolution with 2C outputs, and multiplies the first half of the outputs by
+the sigmoid of the second half (GLU). Then the block may add a residual, which is its own input or the input of an
+earlier block, and scale the sum by sqrt(0.5). All convolutions and linear layers are weight-normalized, but not the
+head. There are no position embeddings. The output for a token depends only on the tokens of its document in the
+receptive field, not on padding. The code follows fairseq's ``fconv_lm``, but the head is a linear layer without bias
+instead of an adaptive softmax.
 
 Shapes: B batch, T time, C channels, V vocabulary.
 """
@@ -39,7 +40,7 @@ def _wikitext_103_blocks() -> tuple[Block, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of a GCNN. The defaults are the published model for WikiText-103."""
+    """Shape and behavior of a GCNN. The defaults are the published model for WikiText-103."""
 
     vocab_size: int = 267744
     """Number of token ids."""
@@ -49,7 +50,7 @@ class Config(common.ModelConfig):
     """Channels, kernel size and residual of each block (``Block``). For example, a bottleneck has three blocks, and
     residual 3 in its last block adds the input of its first block."""
     dropout: float = 0.1
-    """Dropout rate on embeddings and block inputs; the scale of the initial weights depends on this rate."""
+    """Dropout rate on embeddings and block inputs. The scale of the initial weights depends on this rate."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
 
@@ -79,7 +80,7 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for the later tokens of its document
             whose receptive field contains it.
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -112,7 +113,7 @@ logits = heads.decoder_logits
 
 
 def _widths(cfg: Config) -> list[int]:
-    """The channels of each block's input, and of the last block's output."""
+    """The number of channels of each block's input, and of the last block's output."""
     return [cfg.blocks[0][0], *(channels for channels, _, _ in cfg.blocks)]
 
 
@@ -143,9 +144,9 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The specs of the state: the last inputs of each block, and the last segment ids.
+    """The specs of the state, which has the same size for every ``length``.
 
-    The state has the same size for every ``length``.
+    The state contains the last ``kernel size - 1`` inputs of each block, and the segment ids of the last tokens.
     """
     widths, dtype = _widths(cfg), jnp.dtype(cfg.dtype)
     tail_lengths = [kernel - 1 for _, kernel, _ in cfg.blocks]
@@ -161,23 +162,24 @@ def _bottleneck(narrow: int, wide: int) -> tuple[Block, ...]:
     return (narrow, 1, 0), (narrow, 5, 0), (wide, 1, 3)
 
 
-_8_BOTTLENECK = (
+_GCNN_8B_BLOCKS = (
     *((512, 1, 1), *_bottleneck(128, 512) * 3, *_bottleneck(256, 512) * 3),
     *((1024, 1, 0), (1024, 1, 0), (2048, 1, 3)),
 )
-_14_BOTTLENECK = (
+_GCNN_14B_BLOCKS = (
     *((512, 5, 1), *_bottleneck(128, 512) * 3, *_bottleneck(512, 1024) * 3),
     *(*_bottleneck(1024, 2048) * 6, *_bottleneck(1024, 4096)),
 )
 
 LIMITED_CONTEXT = True
-"""The output at a position depends only on the inputs in its receptive field."""
+"""Convolutions read only nearby tokens, so the contract tests do not expect that every output position depends on every
+earlier token."""
 
 VARIANTS = {
     "gcnn-14": Config(),
     # Published models for the Google Billion Word benchmark.
     "gcnn-13": Config(vocab_size=793471, embed_dim=128, blocks=((1268, 4, 1),) * 13),
-    "gcnn-8b": Config(vocab_size=793471, embed_dim=128, blocks=_8_BOTTLENECK),
-    "gcnn-14b": Config(vocab_size=793471, embed_dim=128, blocks=_14_BOTTLENECK),
+    "gcnn-8b": Config(vocab_size=793471, embed_dim=128, blocks=_GCNN_8B_BLOCKS),
+    "gcnn-14b": Config(vocab_size=793471, embed_dim=128, blocks=_GCNN_14B_BLOCKS),
     "resnet-lm-tiny": Config(vocab_size=128, embed_dim=16, blocks=((16, 6, 1), (8, 1, 0), (8, 4, 0), (24, 1, 3))),
 }

@@ -1,9 +1,8 @@
 """RoBERTa (Liu et al. 2019): BERT trained longer on more text, with new masks in each epoch and no next-sentence head.
 
 The encoder is the same as in :mod:`jaxlm.models.bert`, with these differences. By default, there is one token type, and
-epsilon is 1e-5. The first token of a document uses row 2 of the position table, and rows 0 and 1 are unused, because
-the authors number positions from the padding id (1) plus 1. The classifier has its own dense layer instead of the
-pooler.
+epsilon is 1e-5. The first token of a document has row 2 of the position table, and rows 0 and 1 are not used: the
+authors' positions begin at 2, the padding id (1) plus 1. The classifier has its own dense layer instead of the pooler.
 
 Shapes: as in ``bert``.
 """
@@ -27,14 +26,14 @@ FIRST_POSITION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Config(bert.Config):
-    """Shape and behaviour of a RoBERTa. The defaults are the published base model."""
+    """Shape and behavior of a RoBERTa. The defaults are the published base model."""
 
     first_position: ClassVar[int] = FIRST_POSITION
 
     vocab_size: int = 50265
     """Number of token ids."""
     num_token_types: int = 1
-    """Number of token types: RoBERTa marks sentences with separators only."""
+    """Number of token types. RoBERTa has only one type, because separators mark the sentences."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
 
@@ -57,8 +56,8 @@ def pool(
 ) -> jax.Array:
     """The pooled output [B, 1, D], from the hidden state h of each row's first token, <s>.
 
-    For task classification, the pooled output is ``tanh(dense(h))`` with the classifier's own dense layer, and with a
-    ``key``, dropout before and after this layer. For other tasks, see :func:`bert.pool`.
+    For task classification, the pooled output is ``tanh(dense(h))`` with the classifier's own dense layer. With a
+    ``key``, dropout is applied to ``h`` and to the pooled output. For other tasks, see :func:`bert.pool`.
     """
     if cfg.task != "classification":
         return bert.pool(cfg, params, hidden, segment_ids, key)

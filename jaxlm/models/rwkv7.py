@@ -1,9 +1,9 @@
-"""RWKV-7 "Goose" (Peng et al. 2025).
+"""RWKV-7 "Goose" (Peng et al. 2025): a causal recurrent model without attention and without position embeddings.
 
-A causal model without attention and without position embeddings. Each block has a time mix, whose state is a matrix for
-each head (generalized delta rule), and a channel mix, an MLP with squared ReLU. Both mixes first interpolate each token
-with the token before it (token shift). From the second block on, the values of the time mix are interpolated with the
-values of the first block (value residual). The size of the state does not depend on the length of the text.
+Each block has a time mix and a channel mix. A time mix is a generalized delta rule, whose state is a matrix for each
+head. A channel mix is an MLP with squared ReLU. Both first interpolate the input at each token with the input at the
+token before it (token shift). From the second block on, the values of the time mix are interpolated with the values of
+the first block (value residual). The size of the state does not depend on the length of the text.
 
 Names in this module, with the symbols of the paper and of published files: receptance (r, the query), decay (w), rate
 (a, the in-context learning rate), removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
@@ -45,7 +45,7 @@ L2_EPSILON = 1e-24
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.LayeredConfig):
-    """Shape and behaviour of an RWKV-7. The defaults are the published model with 191M parameters ("0.1B")."""
+    """Shape and behavior of an RWKV-7. The defaults are the published model with 191M parameters ("0.1B")."""
 
     vocab_size: int = 65536
     """Number of token ids."""
@@ -90,7 +90,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -179,7 +179,7 @@ logits = heads.decoder_logits
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """Initial values ``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D.
+    """Initial values ``offset + slope * (i / (D - 1)) ** power + zigzag * z`` for channel i of D (all axes, flattened).
 
     z is ``y * abs(y)``, where y increases linearly from -1 to 1 along the last axis.
     """
@@ -264,7 +264,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state. The state has the same size for every ``length``.
 
     ``memory`` [B, H, K, K] is the state of the delta rule. The tails are the last inputs of the two token shifts.
-    ``segment_ids`` is the segment id of the last token.
+    ``segment_ids`` [B, 1] is the segment id of the last real token.
     """
     tail = tail_specs(batch, 1, cfg.embed_dim, jnp.dtype(cfg.dtype))
     shape = (batch, cfg.embed_dim // cfg.head_dim, cfg.head_dim, cfg.head_dim)

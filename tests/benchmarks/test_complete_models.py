@@ -111,7 +111,7 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
         "torch": "b",
     }
     assert "flax: no model of the family xlnet" in capsys.readouterr().out
-    with pytest.raises(Failure, match="family 'gru' is not measured here: choose a model of gpt, llama"):
+    with pytest.raises(Failure, match="this benchmark cannot measure family 'gru': choose a model of gpt, llama"):
         harness.with_class(targets, "gru", complete_models.CLASSES, complete_models.SIZES)
     assert training.main(["--batch", "0"]) == 2
     assert "--batch 0 must be from 1 to" in capsys.readouterr().err

@@ -177,7 +177,7 @@ IDS = np.arange(1, 3)
     ("data", "options", "message"),
     [
         ([], {}, "no examples"),
-        ([{"label": 1}], {}, "the examples have no array, only label: encode their texts"),
+        ([{"label": 1}], {}, r"the examples have no array \(fields: label\): encode their texts"),
         ([{"a": IDS}, {"b": IDS}], {}, r"example 1 has the fields \['b'\]"),
         ([{"a": IDS}, {"a": IDS[:0]}], {}, "a of example 1 must be a 1-D array with at least one integer"),
         ([{"a": IDS}], {"num_buckets": 0}, "num_buckets=0 must be at least 1"),

@@ -116,7 +116,7 @@ def test_a_loaded_tokenizer_equals_the_saved_one(kind, tmp_path):
         ({"texts": []}, ValueError, "no texts to train a tokenizer on"),
         ({"texts": ["", " "], "kind": "unigram"}, ValueError, "all texts have only white space and special tokens"),
         ({"extra_tokens": "<b>"}, TypeError, r"got one string: pass \['<b>'\]"),
-        ({"extra_tokens": ["<b>", ""]}, ValueError, r"extra_tokens=\['<b>', ''\] has an empty string: leave it out"),
+        ({"extra_tokens": ["<b>", ""]}, ValueError, r"extra_tokens=\['<b>', ''\] has an empty string: remove it"),
         ({"min_frequency": 0}, ValueError, "min_frequency=0 must be at least 1"),
         ({"min_frequency": 2, "kind": "unigram"}, ValueError, "min_frequency=2 has no effect for kind='unigram'"),
     ],

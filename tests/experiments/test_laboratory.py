@@ -230,7 +230,7 @@ def test_page_compares_losses_at_equal_flops_and_parameters(tmp_path):
     assert f"| lstm | 9 | -0.050 ± 0.000 | {15.0 * (2**0.5 * 1e9 * 128**2) ** -0.05:.3f} [" in text
     assert "loss at 16,384 parameters" in text
     assert "| gru | 1 |" not in text
-    assert "selected by validation for each model" in text
+    assert "of which validation selects one for each model" in text
     assert (tmp_path / "pictures/laboratory_scaling.png").stat().st_size > 5000
 
 
@@ -318,4 +318,4 @@ def test_unknown_names_are_refused(capsys):
     assert "recall: no experiment has the cases, widths and models that you" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--quick", "--page"])
-    assert "--quick --page needs a directory" in capsys.readouterr().err
+    assert "--quick --page needs another directory" in capsys.readouterr().err

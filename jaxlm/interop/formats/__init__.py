@@ -1,10 +1,12 @@
 """The published formats of the families: the names of parameters and config fields in Hugging Face files.
 
-The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
-such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
-(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``. A module or a registered family may have a
-tuple ``UNPUBLISHED_FIELDS`` with the config fields that no published format has. ``save_pretrained`` also writes
-jaxlm's own names if one of these fields does not have its default value.
+A published format has the tensor names of published files, which are in most cases the names in transformers. The
+module ``jaxlm.interop.formats.NAME`` has the published formats of the family NAME in a tuple ``FORMATS``. A registered
+family (``jaxlm.register_family``) has its published formats in an attribute ``FORMATS``. The module or the registered
+family may also have a tuple ``UNPUBLISHED_FIELDS`` with the config fields that no published format can represent.
+
+``save_pretrained`` writes jaxlm's own names if the family has no published format, or if no published format can
+represent the model because a field in ``UNPUBLISHED_FIELDS`` does not have its default value.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ __all__ = ["Format", "Layout", "of", "unpublished_fields"]
 
 @functools.cache
 def of(family: str) -> tuple[Format, ...]:
-    """The published formats of a family, in the order in which they are tried; empty if the family has no format.
+    """The published formats of a family, in the order in which ``save_pretrained`` tries them; empty if there are none.
 
     Example:
         >>> [table.model_type for table in of("gpt")]
@@ -33,12 +35,12 @@ def of(family: str) -> tuple[Format, ...]:
 
 
 def unpublished_fields(family: str) -> tuple[str, ...]:
-    """The config fields that no published format of the family has; ``()`` if there are none."""
+    """The config fields that no published format of the family can represent; empty if there are none."""
     return tuple(getattr(_module(family), "UNPUBLISHED_FIELDS", ()))
 
 
 def _module(family: str) -> Any:
-    """The module or object with the formats of a family; None if it has no published format."""
+    """The module, or the registered object, with the formats of a family; None if there is no such module."""
     if family not in FAMILIES:
         return family_module(family)
     name = f"{__name__}.{family}"

@@ -1,4 +1,4 @@
-"""Mixtures of experts in config files and weights of Qwen models (Qwen3-MoE, Qwen3-Next)."""
+"""The names of mixtures of experts in files of Qwen3-MoE and Qwen3-Next, and of SwiGLU matrices in many files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HF_NAME_OF_FIELD = {
     "experts_per_token": "num_experts_per_tok",
     "renormalize_experts": "norm_topk_prob",
 }
-"""``Format.hf_name_of_field`` of the fields that are copied without a computation."""
+"""``Format.hf_name_of_field`` of the fields about experts that need no computation."""
 
 SWIGLU = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-"""Name of a SwiGLU matrix -> its name in files."""
+"""Name of a SwiGLU matrix in jaxlm -> its name in files."""
 
 TENSORS = {
     "layers/experts/router/weight": "layers.{layer}.mlp.gate.weight",
@@ -31,15 +31,16 @@ TENSORS = {
 def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -> dict[str, Any]:
     """The jaxlm config fields ``num_experts``, ``expert_interval`` and ``dense_layers``, from ``config.json``.
 
-    If no layer has experts, ``num_experts`` is None, and all fields about experts have their default values.
+    If no layer has experts, the result contains these fields and the fields in :data:`HF_NAME_OF_FIELD`, all with the
+    default values of ``ExpertsConfig``. The default of ``num_experts`` is None.
 
     Args:
         config: the contents of ``config.json``.
         num_layers: the number of layers.
-        num_experts: the number of experts if ``config`` does not have the field.
+        num_experts: the value of the HF field ``num_experts`` if ``config`` lacks it.
 
     Raises:
-        ValueError: a field has a wrong type or is out of range.
+        ValueError: ``num_experts``, ``decoder_sparse_step`` or ``mlp_only_layers`` has a wrong type or is out of range.
     """
     experts = integer(config, "num_experts", num_experts)
     interval = integer(config, "decoder_sparse_step", 1)
@@ -56,7 +57,7 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
 
 
 def write_experts(cfg: Any) -> dict[str, Any]:
-    """The fields of ``config.json`` for :func:`read_experts`, and the hidden width of an expert."""
+    """The fields of ``config.json`` that :func:`read_experts` reads, and ``moe_intermediate_size``."""
     fields = {"moe_intermediate_size": cfg.mlp_dim if cfg.expert_dim is None else cfg.expert_dim}
     if cfg.num_experts is None:
         return {**fields, "num_experts": 0, "mlp_only_layers": list(range(cfg.num_layers))}

@@ -14,10 +14,12 @@ from jaxlm.config import check_value
 T = TypeVar("T")
 
 Layout = tuple[tuple[int, ...], ...]
-"""For each axis of an HF tensor, in order, the axes of the jaxlm parameter that are merged into this axis.
+"""For each axis of an HF tensor, in order, the axes of the jaxlm parameter that are merged into this axis. An empty
+tuple stands for an axis of size 1.
 
 Example: a jaxlm weight of one layer has the shape [D, H, K]. The layout is ((0,), (1, 2)) if the HF tensor has the
-shape [D, H * K], and ((1, 2), (0,)) if the HF tensor has the shape [H * K, D].
+shape [D, H * K], ((1, 2), (0,)) if it has the shape [H * K, D], and ((1, 2), (), (0,)) if it has the shape
+[H * K, 1, D].
 """
 
 NATIVE_PREFIX = "jaxlm-"
@@ -26,50 +28,55 @@ NATIVE_PREFIX = "jaxlm-"
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The names of one HF ``model_type``. A family has a tuple of formats.
+    """The names of tensors and config fields in the HF files of one ``model_type``.
 
-    If ``config.json`` lacks a field, the field gets its value in ``default_fields`` or, if it has no value there, the
-    default of jaxlm's ``Config``. So these values must be equal to the HF defaults.
+    A family has a tuple of formats. If the tensor names of the classes of a ``model_type`` have different
+    prefixes, there is a format for each prefix.
+
+    If ``config.json`` lacks a field, the field gets its value in ``default_fields``. If it has no value there, it gets
+    the default of jaxlm's ``Config``. So this value must be equal to the default in transformers.
 
     Attributes:
         architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
-            ``task``. A model is saved with the first class whose fields have the values of the model. Classes that are
-            not listed are not supported.
+            ``task``. A model is saved with the first class whose implied fields equal the fields of the model. Classes
+            that are not listed are not supported.
         model_type: ``model_type`` in ``config.json``.
-        prefix: the name prefix of all tensors of the base model, in files of classes with a head.
+        prefix: the prefix of all tensor names of the base model, in files of classes with a head.
         hf_name_of_field: jaxlm config field -> HF config field. The two fields have the same value, except for the
             fields in ``value_of_hf_value``.
-        default_fields: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set
-            it (through ``hf_name_of_field``). The entries that are not in ``hf_name_of_field`` also select the format
-            for saving: the first format of the family for which these entries equal the fields of the model.
-        read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
-            function raises a ``ValueError``, the caller adds the path of the file to the message.
+        default_fields: jaxlm config field -> its value if ``config.json`` lacks the field. A field of this mapping that
+            is not in ``hf_name_of_field`` has this value in all models of the format. So the format can represent a
+            model only if the model has these values.
+        read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. Its
+            result replaces entries of ``default_fields``. If the function raises a ``ValueError``, the caller adds the
+            path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
-        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the index of the layer, and
-            ``{expert}`` the index of the expert, if files have one tensor for each expert. If a model has no parameter
-            with this path, its files do not contain the tensor. If several parameters of a model have the same tensor,
-            the tensor is their concatenation along the first axis, in the order of this mapping.
+        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` stands for the index of the layer. If
+            files have one tensor for each expert, ``{expert}`` stands for the index of the expert. If a model has no
+            parameter with this path, its files do not contain the tensor. If several parameters of a model have the
+            same tensor, the tensor is their concatenation along the first axis, in the order of this mapping.
         value_of_hf_value: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values
-            have different names in HF and jaxlm.
+            have different names in HF and jaxlm. If several HF values have the same jaxlm value, the first is written.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
-        aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
-            the field is also present with the same value. The reason: transformers derives other values from the
-            field before it applies the alias.
-        token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
-            vocabulary.
+        aliases: other name of an HF config field -> the name that jaxlm reads and writes. An alias is accepted only if
+            the field is also present with the same value, because transformers derives other values from the field
+            before it applies the alias.
+        token_ids: HF config field of a special token id -> the id if ``config.json`` lacks the field. New files contain
+            these fields, with null for an id outside the vocabulary.
         unprefixed_tensors: a mapping like ``tensors``, for tensors whose names never have the ``prefix``.
-        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer and expert, for parameters that are not as in
-            torch. By default, a parameter ``weight`` is a matrix [out, in] in files, a ``bias`` has one axis, and any
-            other tensor has the axes of the parameter. ``jaxlm.adapt.num_row_axes`` defines which axes of a weight are
-            its inputs. A block-diagonal weight needs an entry.
+        layouts: path of a jaxlm parameter -> :data:`Layout` of its part for one layer (and one expert). An entry is
+            needed only for layouts that differ from these defaults. A ``weight`` is a matrix [out, in] in files, as in
+            torch (``jaxlm.adapt.num_row_axes`` defines which axes are the inputs). A ``bias`` has one axis. Any other
+            tensor has the axes of the parameter. A block-diagonal weight needs an entry.
         tied_tensors: full name of an additional tensor that a file may contain -> path of the jaxlm parameter that must
             be equal to the tensor. The ``prefix`` is not added to the name.
         layer_copies: name of an HF tensor of each layer, with ``{layer}`` -> path of the jaxlm parameter that all
-            layers share. The copies are written, because transformers does not tie them. A file may lack them. If it
-            has them, they must be equal to the parameter.
+            layers share. A copy is written for each layer, because transformers does not tie the tensors of the layers.
+            A file that is read may lack copies. Copies in a file must be equal to the parameter.
         renamed: suffix of a tensor name in old files -> suffix of the current name.
-        ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
+        ignored: regular expressions for the names (without ``prefix``) of tensors that are not parameters. Files may
+            contain these tensors; they are not loaded.
     """
 
     architectures: Mapping[str, Mapping[str, Any]]
@@ -106,7 +113,7 @@ DECODER_HEADS = {
     "span/weight": "qa_outputs.weight",
     "span/bias": "qa_outputs.bias",
 }
-"""``unprefixed_tensors`` of the heads that most decoders of transformers have."""
+"""``Format.unprefixed_tensors`` of the heads of most decoders in transformers."""
 
 
 def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
@@ -117,10 +124,13 @@ def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
 
 
 def integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
-    """The value of a field of ``config.json``, checked to be an integer; ``default`` if it is missing.
+    """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:
-        nullable: whether the value may be null.
+        nullable: whether the value may also be null (None).
+
+    Raises:
+        ValueError: the value is not an integer, or the field is missing and has no default (unless ``nullable``).
     """
     value = config.get(name, default)
     check_value(int | None if nullable else int, value, name)

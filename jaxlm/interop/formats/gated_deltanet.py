@@ -13,8 +13,8 @@ from jaxlm.models.common import mixers
 from jaxlm.models.gated_deltanet import Config, Mixer
 
 UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Config fields that no Hugging Face format has. A model in which such a field differs from its default is saved with
-jaxlm's own names."""
+"""Config fields that no published format can represent. Models with negative eigenvalues are saved with jaxlm's own
+names."""
 
 _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
 
@@ -37,7 +37,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
         types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(name in _LAYER_TYPES for name in types):
         raise ValueError(
-            f"layer_types={types!r} must name the mixer of each of num_hidden_layers={num_layers} layers: "
+            f"layer_types={types!r} must name the mixer of each of num_hidden_layers={num_layers} layers: choose from "
             f"{', '.join(_LAYER_TYPES)}"
         )
     return shortest_pattern([_LAYER_TYPES[name] for name in types])

@@ -80,15 +80,15 @@ _GPT2 = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
-    # GPT-2's Conv1D stores weights as [in, out]. So the weights in layers are not transposed; only axes are merged.
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
+    # GPT-2's Conv1D stores weights as [in, out]. So these weights are not transposed; only axes are merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
         "layers/attention/output/weight": ((0, 1), (2,)),
         "layers/mlp/up/weight": ((0,), (1,)),
         "layers/mlp/down/weight": ((0,), (1,)),
     },
-    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # old files: causal mask, score of masked keys
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # in old files: the causal mask, and the score of masked keys
 )
 _GPT1 = dataclasses.replace(
     _GPT2,

@@ -13,7 +13,8 @@ from jaxlm.models.griffin import Config, Mixer, lru_width
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     num_heads, embed_dim = config.get("num_attention_heads", 10), config.get("hidden_size", 2560)
     kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
-    # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for gate and up
+    # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for the gate and
+    # the up projection.
     mlp_dim = integer(config, "intermediate_size", 7680)
     if mlp_dim < 2:
         raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
@@ -39,7 +40,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 _LAYER = "layers.{layer}"
 _RECURRENT = f"{_LAYER}.temporal_block"
-_WEIGHTS_WITH_BIAS = {  # path of a weight and its bias in a layer -> module name in transformers
+_WEIGHTS_WITH_BIAS = {  # path of a linear layer or convolution with a bias -> its name in transformers
     "recurrent/gate": "temporal_block.linear_y",
     "recurrent/input": "temporal_block.linear_x",
     "recurrent/output": "temporal_block.linear_out",

@@ -34,7 +34,7 @@ def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
     fields = {**_write_fields(cfg), "sliding_window": cfg.window}
-    if cfg.rotary_scaling is not None:  # a missing head_dim is null in these classes, and some kinds of scaling read it
+    if cfg.rotary_scaling is not None:  # head_dim is null by default, but some kinds of scaling in transformers read it
         fields["head_dim"] = head_sizes(cfg)[2]
     return fields
 
@@ -68,8 +68,8 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
-    # These fields are also written for a model without a window. Otherwise, saving would keep the window fields of a
-    # loaded config.
+    # use_sliding_window and layer_types are also written for a model without a window. Otherwise, saving would keep
+    # these fields of a loaded config with a window.
     kind = "full_attention" if cfg.window is None else "sliding_attention"
     fields = {
         **_write_fields(cfg),
@@ -179,8 +179,8 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
         raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
     if "window" in kinds and cfg.window_rotary_base is None:
         raise ValueError(
-            "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (this changes the layers with a "
-            "window if the model has rotary_scaling)"
+            "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (rotary_scaling, if any, then no "
+            "longer applies to the layers with a window)"
         )
     fields: dict[str, Any] = {
         "head_dim": width,

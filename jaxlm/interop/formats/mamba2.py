@@ -15,10 +15,11 @@ from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.mamba2 import Config, Mixer, mixer_width, num_heads
 
 UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Models with negative eigenvalues are saved with jaxlm's own names."""
+"""Config fields that no published format can represent. Models with negative eigenvalues are saved with jaxlm's own
+names."""
 
 _INFINITY = {"__float__": "Infinity"}
-"""How transformers 5 writes infinity in ``config.json``. Older versions write ``Infinity``, which is not valid JSON."""
+"""The JSON value that transformers 5 writes for infinity. Older versions write ``Infinity``, which JSON forbids."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,10 +46,10 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     indices = config.get("attn_layer_indices")
     if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
         raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
-    kinds: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
+    mixer_of_layer: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
     expand = integer(config, "mamba_expand", 2)
     return {
-        "pattern": shortest_pattern(kinds), "expand": expand, "head_dim": _head_dim(config, expand * width),
+        "pattern": shortest_pattern(mixer_of_layer), "expand": expand, "head_dim": _head_dim(config, expand * width),
         **_read_attention(config), **read_rotary(config, None),
     }  # fmt: skip
 
@@ -90,7 +91,7 @@ def _write_bamba_fields(cfg: Config) -> dict[str, Any]:
 
 def _write_hybrid_fields(cfg: Config) -> dict[str, Any]:
     if cfg.mlp_dim is None:
-        raise ValueError("mlp_dim=None: the blocks of model_type='bamba' and 'falcon_h1' have MLPs")
+        raise ValueError("mlp_dim=None: the blocks of model_type='bamba' and 'falcon_h1' have MLPs, so set mlp_dim")
     return {
         "mamba_n_heads": num_heads(cfg), "mamba_d_head": cfg.head_dim, "num_key_value_heads": cfg.attention_kv_heads,
         "head_dim": cfg.attention_head_dim, **write_rotary(cfg.rotary_scaling, cfg.max_positions),
@@ -102,8 +103,11 @@ _MULTIPLIERS = {
     "mixer_output": "ssm_out_multiplier", "attention_input": "attention_in_multiplier", "key": "key_multiplier",
     "attention_output": "attention_out_multiplier",
 }  # fmt: skip
-_NOT_NULL = ("embedding_multiplier", "lm_head_multiplier")
+"""Field of ``Multipliers`` -> HF config field."""
+_NOT_NULL_MULTIPLIERS = ("embedding_multiplier", "lm_head_multiplier")
+"""HF config fields that must not be null. Null in another field of a multiplier means 1."""
 _MULTIPLIER_LISTS = {"ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output")}
+"""HF config field that contains a list -> the fields of ``Multipliers`` in the order of the list."""
 
 
 def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
@@ -112,7 +116,7 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
     fields: dict[str, float] = {}
     for hf_name, names in names_of.items():
         value = config.get(hf_name)
-        if value is None and (hf_name not in config or hf_name not in _NOT_NULL):
+        if value is None and (hf_name not in config or hf_name not in _NOT_NULL_MULTIPLIERS):
             continue  # the multiplier is 1
         numbers = value if hf_name in _MULTIPLIER_LISTS else [value]
         if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
@@ -157,9 +161,9 @@ def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
 
 
 def _mixer_tensors(module: str) -> dict[str, str]:
-    """``{jaxlm path: HF tensor name}`` of a mixer.
+    """``Format.tensors`` of a mixer, which is called ``module`` in transformers.
 
-    The rows of ``in_proj`` are z, x, B, C and dt in this order; the channels of ``conv1d`` are x, B and C.
+    The rows of ``in_proj`` are z, x, B, C and dt, in this order. The channels of ``conv1d`` are x, B and C, in order.
     """
     prefix = f"layers.{{layer}}.{module}."
     return {
@@ -244,7 +248,7 @@ _FALCON_H1 = Format(
     token_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     tensors=_HYBRID_TENSORS,
     unprefixed_tensors={"head": "lm_head.weight"},
-    tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     layouts=_LAYOUTS,
 )
 _BAMBA = dataclasses.replace(
@@ -313,7 +317,7 @@ FORMATS = (
             "final_norm/scale": "norm_f.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
+        tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
         layouts=_LAYOUTS,
         renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
     ),

@@ -34,11 +34,11 @@ _ROBERTA = dataclasses.replace(
     model_type="roberta",
     prefix="roberta.",
     hf_name_of_field={name: hf_name for name, hf_name in BERT.hf_name_of_field.items() if name != "max_positions"},
-    # Defaults of transformers' config class. No published model has these values.
+    # The defaults of transformers' config class. The published models have norm_epsilon=1e-5 and num_token_types=1.
     default_fields={**BERT.default_fields, "norm_epsilon": 1e-12, "num_token_types": 2},
     read_fields=_read_fields,
     write_fields=_write_fields,
-    value_of_hf_value={"hidden_act": {"gelu": "gelu"}},  # only gelu, because the head in transformers always uses it
+    value_of_hf_value={"hidden_act": {"gelu": "gelu"}},  # only gelu, because the head in transformers always uses gelu
     required={**BERT.required, "pad_token_id": FIRST_POSITION - 1},
     token_ids={"bos_token_id": 0, "eos_token_id": 2},
     unprefixed_tensors={

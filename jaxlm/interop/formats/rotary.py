@@ -21,17 +21,19 @@ _SCALING = {
 
 
 def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, Any]:
-    """The fields ``rotary_base``, ``rotary_fraction`` and ``rotary_scaling`` of jaxlm's config.
+    """The jaxlm config fields ``rotary_base``, ``rotary_fraction`` and ``rotary_scaling``, from ``config.json``.
 
-    The fields are read from the JSON object ``rope_parameters`` (transformers 5) or ``rope_scaling``. Fields that this
-    object does not set are not in the result.
+    The fields are read from the JSON object ``rope_parameters`` (transformers 5). If it is missing or empty, they are
+    read from ``rope_scaling``. Fields that the object does not set are not in the result.
 
     Args:
-        fraction: the fraction of the head width that the family rotates; None: the family has the config field
+        config: the contents of ``config.json``.
+        fraction: the fraction of the head width that the family rotates. None: the family has the config field
             ``rotary_fraction``, so any fraction is allowed.
 
     Raises:
-        ValueError: the kind of scaling, one of its fields or the fraction is not supported.
+        ValueError: the kind of scaling, one of its fields or the fraction is not supported, or a required field is
+            missing.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -89,10 +91,10 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
 
 
 def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> dict[str, Any]:
-    """``{"rope_scaling": ...}`` for a Hugging Face config; an empty dict without scaling.
+    """The dict ``{"rope_scaling": ...}`` for a Hugging Face config; an empty dict if ``scaling`` is None.
 
     Raises:
-        ValueError: the scaling is dynamic, and its ``original_positions`` are not ``max_positions``.
+        ValueError: the scaling is dynamic, and its ``original_positions`` differ from ``max_positions``.
     """
     if scaling is None:
         return {}

@@ -16,7 +16,7 @@ _NORMS = {"time_mix_norm": "ln1", "channel_mix_norm": "ln2"}
 _NORM_PARAMETERS = {"scale": "weight", "bias": "bias"}
 
 _VECTOR: Layout = ((), (), (0,))  # [D] is [1, 1, D] in files
-_HEADS: Layout = ((), (), (0, 1))  # [H, K] is [1, 1, D] in files
+_HEADS: Layout = ((), (), (0, 1))  # [H, K] is [1, 1, H * K] in files
 
 FORMATS = (
     Format(

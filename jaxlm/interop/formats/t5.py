@@ -10,7 +10,7 @@ from jaxlm.models.t5 import Config
 
 
 def _stack_names(stack: str, mlp: int) -> dict[str, str]:
-    """``{jaxlm path: HF tensor name}`` for one stack, whose MLP is the sublayer with index ``mlp``."""
+    """``Format.tensors`` of one stack, "encoder" or "decoder". ``mlp`` is the index of the MLP among the sublayers."""
     block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
     names = {
         f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -27,7 +27,7 @@ def _stack_names(stack: str, mlp: int) -> dict[str, str]:
     return names
 
 
-# Files may contain these copies of the token embedding; ``lm_head`` is a copy only if the head is tied.
+# Files may contain these copies of the token embedding. ``lm_head.weight`` is a copy only if the head is tied.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 _TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
 
@@ -47,7 +47,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 
 def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """The function ``read_fields`` of a format. ``default`` replaces a missing ``feed_forward_proj``."""
+    """The function ``Format.read_fields``. ``default`` is the value of a missing field ``feed_forward_proj``."""
 
     def read(config: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -55,7 +55,8 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         defaults = {name: (activation, is_gated) for name, activation, is_gated in _MLPS.values()}
         if projection not in list(defaults):
             raise ValueError(f"feed_forward_proj={projection!r} is not supported: choose from {', '.join(defaults)}")
-        # transformers derives these two fields from feed_forward_proj, but values in the config take precedence.
+        # transformers derives dense_act_fn and is_gated_act from feed_forward_proj, but values in the config take
+        # precedence.
         default_activation, default_is_gated = defaults[projection]
         activation = config.get("dense_act_fn", default_activation)
         is_gated = config.get("is_gated_act", default_is_gated)
@@ -67,8 +68,8 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
                 "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
-        # transformers 5 writes tie_word_embeddings=True for all models. If the head is not tied,
-        # scale_decoder_outputs is False.
+        # transformers 5 writes tie_word_embeddings=True for all models. The head is tied if scale_decoder_outputs is
+        # true.
         scale_outputs = config.get("scale_decoder_outputs")
         if isinstance(scale_outputs, bool):
             fields["tie_embeddings"] = scale_outputs
@@ -85,7 +86,11 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
-    """The format of a ``model_type``. ``mlp`` is the config field ``mlp`` if ``feed_forward_proj`` is missing."""
+    """The format of a ``model_type``.
+
+    Args:
+        mlp: value of the jaxlm config field ``mlp`` if ``config.json`` lacks ``feed_forward_proj``.
+    """
     return Format(
         architectures={
             f"{class_prefix}ForConditionalGeneration": {"task": "seq2seq"},
@@ -113,13 +118,13 @@ def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], 
         tensors=_TENSORS,
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors=dict.fromkeys(_COPIES, "token_embedding"),
-        # Files of v1.0 contain this unused embedding.
+        # Files of T5 v1.0 contain this embedding, which no layer uses.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )  # fmt: skip
 
 
 _MULTILINGUAL = {"tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250112}
-"""The defaults of mT5's config class. The defaults of umT5 differ in ``tie_embeddings``."""
+"""The defaults of mT5's config class that differ from T5's. umT5 has the same defaults, but a tied head."""
 
 FORMATS = (
     _format("t5", "T5", {"bias_per_layer": False}, mlp="relu"),

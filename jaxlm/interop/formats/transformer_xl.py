@@ -19,7 +19,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if "clamp_len" in config:
         fields["clamp_length"] = clamp if clamp > 0 else None
     if not isinstance(config.get("tie_projs", []), list | None):
-        raise ValueError(f"tie_projs={config['tie_projs']!r} must be a list of true and false")
+        raise ValueError(f"tie_projs={config['tie_projs']!r} must be a list of booleans, or null")
     tied = config.get("tie_projs") or [False, config.get("proj_share_all_but_first", True)]
     if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
         raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
@@ -118,7 +118,7 @@ FORMATS = (
             **{f"head/tails/cluster_{i}/projection": f"crit.out_projs.{i}" for i in _CLUSTERS},
             "classifier/weight": "score.weight",
         },
-        tied_tensors={  # in files of tied models
+        tied_tensors={  # in some files of models with tied embeddings or projections
             "crit.out_layers.0.weight": "token_embedding",
             **{f"crit.out_layers.{i}.weight": f"tails/cluster_{i}/embedding" for i in _CLUSTERS},
             **{f"crit.out_projs.{i}": f"tails/cluster_{i}/projection" for i in _CLUSTERS},

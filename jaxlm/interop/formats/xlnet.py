@@ -14,7 +14,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
     d_head = integer(config, "d_head", 0)
     if "d_head" in config and d_head * num_heads != width:
-        raise ValueError(f"d_head={d_head} is not d_model / n_head = {width} / {num_heads}")
+        raise ValueError(f"d_head={d_head} must be d_model / n_head = {width} / {num_heads}")
     return {"clamp_length": clamp if clamp > 0 else None}
 
 
@@ -54,7 +54,7 @@ FORMATS = (
         read_fields=_read_fields,
         write_fields=_write_fields,
         value_of_hf_value={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
-        # The family supports only these values. Any other value is an error. Instead of bi_data, pass
+        # The family supports only these values. Any other value is an error. For the effect of bi_data=True, pass
         # ``right_to_left`` to ``xlnet.apply``.
         required={
             "attn_type": "bi",

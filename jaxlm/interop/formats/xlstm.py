@@ -1,4 +1,4 @@
-"""Format of :mod:`jaxlm.models.xlstm`: xLSTM 7B. transformers has no sLSTM layers."""
+"""Format of :mod:`jaxlm.models.xlstm`: xLSTM 7B, which has only mLSTM layers. transformers has no sLSTM layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxlm.interop.formats.format import Format
 from jaxlm.models.xlstm import Config
 
 UNPUBLISHED_FIELDS = ("pattern",)
-"""Config fields that the format of transformers lacks. Models with sLSTM layers are saved with jaxlm's own names."""
+"""Config fields that no published format can represent. Models with sLSTM layers are saved with jaxlm's own names."""
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 """HF field -> HF field with the same meaning. transformers reads both fields, so their values must be equal."""
@@ -44,15 +44,17 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         "num_blocks": cfg.num_layers,
         "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
         "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
-        # The MLP width depends on these two fields. Both are written, so that neither keeps its value from the
-        # ``config.json`` from which the model was loaded.
+        # The width of the MLP depends on both of these fields. So both are written, and neither keeps its loaded value.
         "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
         "ffn_round_up_to_multiple_of": cfg.mlp_dim,
     }
 
 
 def _factor(width: int, embed_dim: int) -> float:
-    """The factor with ``int(embed_dim * factor) == width``. Rounding can make the quotient slightly too small."""
+    """A factor with ``int(embed_dim * factor) == width``.
+
+    The rounded quotient ``width / embed_dim`` can be slightly too small. The result is then the next larger float.
+    """
     factor = width / embed_dim
     return factor if int(embed_dim * factor) == width else math.nextafter(factor, math.inf)
 
@@ -104,6 +106,6 @@ FORMATS = (
             "final_norm/scale": "out_norm.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},
-        tied_tensors={"lm_head.weight": "token_embedding"},  # files of models with a tied head may contain it
+        tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     ),
 )
