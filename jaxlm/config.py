@@ -281,12 +281,12 @@ def parse_assignments_as_text(option: str, texts: Sequence[str], example: str = 
         example: a valid text, for error messages.
 
     Raises:
-        ValueError: a text has no ``=``, or a name occurs twice.
+        ValueError: a text has no name or no ``=``, or a name occurs twice.
     """
     values: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not (name and equals):
             raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example {example}")
         if name in values:
             raise ValueError(f"--{option} has {name} twice: {name}={values[name]} and {text}")
@@ -303,7 +303,7 @@ def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
         option: name of the command-line option, for error messages.
 
     Raises:
-        ValueError: a text has no ``=``, or a name occurs twice.
+        ValueError: a text has no name or no ``=``, or a name occurs twice.
     """
     values: dict[str, Any] = {}
     for name, value in parse_assignments_as_text(option, texts).items():

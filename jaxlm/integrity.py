@@ -244,12 +244,15 @@ def _read_checksums(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        checksums = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "sha256" not in content:
+            raise ValueError("it has no entry sha256")
+        checksums = content["sha256"]
         if not all(isinstance(value, str) and len(value) == 64 for value in checksums.values()):
             raise ValueError("a value is not a SHA-256")
         if outside := [name for name in checksums if Path(name).name != name]:
             raise ValueError(f"{outside[0]!r} is not the name of a file in the directory")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it if you trust the other files") from error
     return checksums
 

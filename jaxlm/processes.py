@@ -1,17 +1,17 @@
 """Communication between the processes of a multi-process run. With one process, these functions do not communicate.
 
 In a run with several processes, for example on a TPU slice with several hosts, all processes run the same program and
-must call these functions in the same order. The first process writes the files of the run. All processes write the
-arrays of checkpoints.
+must call these functions in the same order. Only :func:`is_first`, :func:`is_joined` and :func:`request_end` may be
+called by any process at any time. The first process writes the files of the run, but all processes write the arrays of
+checkpoints.
 
-:func:`run` joins the processes and ensures that they end together, in three ways:
+:func:`run` joins the processes and ensures that they end together. There are three cases:
 
 - If a process is killed, stopped or unreachable, ``jax.distributed`` misses its heartbeats and aborts every other
   process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of this abort with one line.
-- If a process fails, or ends after a signal without waiting for the end of a step, it first writes the cause to the
-  key-value store of ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second. It
-  ends its process if another process has failed, even while the main thread waits for other processes inside a
-  collective operation.
+- If a process fails, or if a signal ends it before the end of a step, it first writes the cause to the key-value store
+  of ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second. The thread ends its
+  process if another process has failed, even while the main thread waits in a collective operation.
 - A process that is done waits for the others. If another process fails meanwhile, the waiting process also ends with
   an error.
 """
@@ -53,7 +53,7 @@ _OUTCOME_PREFIX = "jaxlm/ended/"  # the key ends with the process index; the val
 _DONE = "done"
 _USER_ERROR = 2  # exit status after a user error
 _POLL_SECONDS = 1.0  # seconds between two reads of the key-value store
-_GRACE_SECONDS = 1.0  # seconds after a signal in which the main thread may end by itself
+_GRACE_SECONDS = 1.0  # seconds that the main thread has to end by itself after a signal
 # Process 0 serves the key-value store. After a failure, process 0 waits up to this number of seconds before it ends, so
 # that the other processes can read the store. The same limit applies to a write to the store.
 _ACKNOWLEDGE_SECONDS = 5.0
@@ -63,22 +63,22 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _multihost_utils() -> Any:
-    """The module ``multihost_utils``. It is imported here because ``import jaxlm`` must not import it."""
+    """The module ``multihost_utils``. It is imported here, so that ``import jaxlm`` does not load this module."""
     from jax.experimental import multihost_utils
 
     return multihost_utils
 
 
 def is_first() -> bool:
-    """Whether this is the first process (index 0), which prints and writes all files but the arrays of checkpoints."""
+    """Whether this is the first process (index 0). It prints, and writes all files except the arrays of checkpoints."""
     return jax.process_index() == 0
 
 
 def call_in_first_process(make: Callable[[], str | None]) -> str:
     """Call ``make`` in the first process only, and return its result in every process ("" for None).
 
-    Use it for actions that must happen once (to create a directory) and for values that must be equal in all processes
-    (a name with the time).
+    Use it for an action that must happen once, such as the creation of a directory. Also use it for a value that must
+    be equal in all processes, such as a file name that contains the time.
 
     Raises:
         Exception: in the first process, the error that ``make`` raised.
@@ -106,14 +106,18 @@ def call_in_first_process(make: Callable[[], str | None]) -> str:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has called this function. ``name`` must be equal in all processes; errors contain
-    ``name``."""
+    """Wait until every process has called this function.
+
+    ``name`` must be equal in all processes. It appears in error messages.
+    """
     if jax.process_count() > 1:
         _multihost_utils().sync_global_devices(name)
 
 
 def request_end() -> None:
-    """Request that all processes end after the same step (:func:`end_now`). Signal handlers call it.
+    """Request that all processes end after the same step: :func:`end_now` then returns True in all processes.
+
+    Signal handlers call this function.
 
     Raises:
         RuntimeError: there is only one process.
@@ -130,11 +134,11 @@ _sync_points = itertools.count(1)
 
 
 def end_now() -> bool:
-    """Whether all processes end now, because one process called :func:`request_end` or received SIGTERM.
+    """Whether all processes must end now, because one process called :func:`request_end` or received SIGTERM.
 
-    JAX's preemption service ensures that the same call returns True in all processes. In a run with several processes,
-    call this function after every step. JAX needs a number that increases with every call. This function counts its
-    calls, because the step number decreases after a rollback.
+    In a run with several processes, call this function after every step. JAX's preemption service chooses one call, the
+    same in all processes. Only this call returns True. JAX needs a number that increases with every call. This function
+    counts its calls for this purpose, because the step number decreases after a rollback.
     """
     end = bool(_multihost_utils().reached_preemption_sync_point(next(_sync_points)))
     if end and _watch is not None:
@@ -143,9 +147,9 @@ def end_now() -> bool:
 
 
 def require_shared_directory(directory: Path) -> None:
-    """Check that ``directory``, which exists in the first process, is the same directory in all processes.
+    """Check that all processes see the same ``directory``. It must exist on the host of the first process.
 
-    Later messages about lost processes propose to resume from ``directory``.
+    Later messages about lost or failed processes propose to resume from ``directory``.
 
     Raises:
         ValueError: a process does not see the files of the first process in ``directory``.
@@ -196,7 +200,7 @@ def run(
     If a process fails, all processes end with a non-zero status and print one line that names the process and the
     cause. They end with ``os._exit``, because the main thread may wait for a process that has ended. If a process is
     lost, JAX aborts the others, and ``jaxlm.stderr_relay`` prints the line. With one process, the function
-    calls ``program`` and raises its errors.
+    calls ``program``, and an error of ``program`` is raised.
 
     Args:
         coordinator: ``host:port`` of process 0, equal in all processes. None: JAX detects the coordinator, ``count``
@@ -207,8 +211,9 @@ def run(
         join_within: seconds to wait for all processes at the start.
 
     Raises:
-        SystemExit: ``coordinator`` is not an address or its port is in use, or the processes could not be joined
-            (status 2); or all processes ended after a signal (128 + the signal number).
+        SystemExit: with status 2, if ``coordinator`` is not an address, process 0 cannot open its port, or JAX raises
+            an error when it joins the processes. With status 128 + the signal number, if all processes ended after
+            the same step because of a signal.
     """
     global _watch
     process_name = "this process" if index is None else f"process {index} of {count}"
@@ -266,9 +271,9 @@ def run(
 
 
 def _check_coordinator(coordinator: str, *, serve: bool) -> None:
-    """End with status 2 and one line if ``coordinator`` is not an address or process 0 cannot open its port.
+    """Print a line and exit with status 2 if ``coordinator`` is not an address, or if its port cannot be opened.
 
-    Without this check, JAX crashes.
+    Without this check, JAX would crash. ``serve``: whether this is process 0, which opens the port.
     """
     host, _, port = coordinator.rpartition(":")
     problem = ""
@@ -300,9 +305,9 @@ def _is_consequence(error: BaseException | None) -> bool:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Whether to log a record: False for errors that the end of another process caused.
+    """Whether to log a record: False for an error that the end of another process may have caused.
 
-    Without this filter, orbax logs their traceback while JAX ends this process.
+    Without this filter, orbax would log the traceback of such an error while JAX ends this process.
     """
     return not record.exc_info or not _is_consequence(record.exc_info[1])
 
@@ -322,7 +327,7 @@ class _Stderr(io.TextIOWrapper):
 
     @property
     def last_line(self) -> str:
-        """The last line that is not empty. It may not have its end yet."""
+        """The last line that is not empty, without escape sequences. The line may be incomplete."""
         return _ESCAPES.sub("", self._begun_line).strip() or self._complete_line
 
     def write(self, text: str) -> int:
@@ -351,15 +356,15 @@ class _Relay:
         self.stderr = _Stderr(os.fdopen(direct, "wb"), encoding="utf-8", errors="replace", write_through=True)
 
     def set_abort_line(self, line: str) -> None:
-        """Set the line to print if JAX aborts this process; an empty line prints nothing."""
+        """Set the line that the relay prints if JAX aborts this process. If it is empty, the relay prints nothing."""
         os.write(2, f"\0{line}\n".encode())
 
 
 class _Watch:
     """A thread that ends this process when another process has failed, or after a signal.
 
-    It reads signals from a file descriptor, because Python's signal handlers run only in the main thread, which may be
-    waiting in C++.
+    The thread reads signals from a file descriptor. Python's signal handlers are not sufficient, because they run only
+    in the main thread, which may be waiting in C++.
     """
 
     def __init__(self, client: Any, index: int, count: int, lost_after: int, relay: _Relay) -> None:
@@ -386,17 +391,23 @@ class _Watch:
         self._set_abort_message()
 
     def request_end(self) -> None:
-        """Request the end of all processes from JAX's preemption service."""
+        """Notify JAX's preemption service that all processes must end after the same step."""
         self._end_requested = True
         self._notify_jax(signal.SIGTERM)
 
     def ended_by_agreement(self, status: int) -> bool:
-        """Whether ``status`` shows that one signal ended the run in all processes after the same step."""
+        """Whether all processes end after the same step because of a signal: ``status`` is that of SIGINT or SIGTERM.
+
+        False after a second signal to this process.
+        """
         one_signal = len(self._received_signals) < 2
         return self.end_agreed and one_signal and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
     def wait_for_all(self) -> None:
-        """Wait until all processes are done. If another process fails or is lost meanwhile, this process ends."""
+        """Wait until all processes are done.
+
+        If another process fails or is lost meanwhile, the watch thread or JAX ends this process.
+        """
         self._publish_outcome(_DONE)
         while len(self._outcomes) < self._count:
             time.sleep(_POLL_SECONDS / 10)
@@ -405,10 +416,10 @@ class _Watch:
         self._relay.set_abort_line("")
 
     def wait_for_cause(self) -> None:
-        """Sleep until the watch thread or JAX ends this process, because another process has failed.
+        """Sleep, so that the watch thread or JAX can end this process if another process has failed or is lost.
 
-        If no other process has failed, return after the time in which a lost process is detected. After a signal,
-        return at once.
+        If neither ends this process, return after the time in which a lost process is detected. After a signal, return
+        at once.
         """
         if not self._received_signals:
             time.sleep(self._lost_after + 2 * _POLL_SECONDS)
@@ -442,9 +453,9 @@ class _Watch:
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
         self._received_signals.append(signal.Signals(number))
-        # The handler of the training loop requests the end of all processes and then removes itself. If the main thread
-        # waits in C++, the handler has not been called yet. So a first signal needs no other action if this handler is
-        # installed, or if it has made its request.
+        # The signal handler of the training loop calls request_end and then removes itself. While the main thread waits
+        # in C++, Python cannot call this handler. So for a first signal, this thread makes the same request, if the
+        # handler is installed or has already made it. Otherwise, this thread sets a deadline for the main thread.
         handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._end_requested
         if len(self._received_signals) == 1 and handled:
             self.request_end()
@@ -469,9 +480,9 @@ class _Watch:
             try:
                 self._client.key_value_set(f"{_OUTCOME_PREFIX}{self._index}", value, allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
-                return  # process 0 has ended or is stopped, as in _read_outcomes
+                return  # process 0 has ended or is stopped, so JAX will end this process
 
-        # Use a thread, because the call never returns if process 0 is stopped.
+        # Use a thread, because key_value_set never returns if process 0 is stopped (SIGSTOP).
         thread = threading.Thread(target=set_value, daemon=True)
         thread.start()
         thread.join(timeout=_ACKNOWLEDGE_SECONDS)
@@ -499,8 +510,8 @@ _watch: _Watch | None = None
 def _take_signal_from_jax(number: int) -> Callable[[int], Any]:
     """Replace JAX's C handler of a signal with the default handler, and return JAX's handler.
 
-    A call of the returned handler notifies JAX's preemption service. ctypes reads the handler, because Python cannot
-    return a handler that was set from C.
+    A call of the returned handler notifies JAX's preemption service. ctypes reads the handler, because
+    ``signal.getsignal`` returns None for a handler that was set from C.
     """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)

@@ -1,9 +1,8 @@
-"""Sharding: maps logical axis names to mesh axes. Other modules name only logical axes; they create a mesh, use its
-devices, or pass it to ``shard_map``.
+"""Sharding: maps the logical axes of arrays to the axes of a mesh.
 
-Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
-axes split each logical axis. Data, tensor, sequence and expert parallelism and fully sharded parameters are five such
-tables. For example:
+Models and other modules name only the logical axes of an array (``batch seq embed heads kv mlp vocab layers ...``). A
+:class:`Rules` table says which mesh axes split each logical axis. Five such tables are predefined: data, tensor,
+sequence and expert parallelism, and fully sharded parameters. :data:`DEFAULT_RULES` contains all five. For example:
 
     >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
     >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
@@ -11,7 +10,7 @@ tables. For example:
 The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Full
 sharding needs both names: it splits the width of parameters and the batch of activations over the same mesh axis, so
 this mesh axis cannot also split the width of activations. If an array has an axis ``expert``, its batch axis is called
-``expert_batch``. This axis is split over the mesh axes of ``batch``, except those that split ``expert``.
+``expert_batch``. This axis is split over the mesh axes of ``batch`` that do not split ``expert``.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Rules:
     """A table of the mesh axes that split each logical axis: ``((logical axis, (mesh axis, ...)), ...)``.
 
     Rules are hashable. :meth:`of` creates them. A logical axis without a rule is not split. A rule may name mesh axes
-    that the mesh does not have. Such mesh axes are ignored, so that one table works for every mesh. A mesh axis that no
-    rule names is an error (:class:`Sharding`).
+    that the mesh does not have. Such mesh axes are ignored, so that one table works for many meshes. But every axis of
+    the mesh must occur in a rule: otherwise, :class:`Sharding` raises an error.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
@@ -142,9 +141,10 @@ def make_mesh(
 
     Args:
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
-        axis_type: ``Auto`` lets the compiler propagate shardings. ``Explicit`` is for ``jax.set_mesh`` without
-            :class:`Sharding`. Models, losses and their gradients then run with a copy of the parameters on each device
-            and a batch whose rows are split over the mesh. The Pallas kernels for TPUs do not run on such a mesh.
+        axis_type: ``Auto`` lets the compiler propagate shardings. :class:`Sharding` needs this type. ``Explicit`` is
+            for ``jax.set_mesh`` without :class:`Sharding`. On an Explicit mesh, models, losses and their gradients
+            support parameters with a full copy on each device, and a batch whose rows are split over the mesh. The
+            Pallas kernels for TPUs do not run on an Explicit mesh.
 
     Raises:
         ValueError: the text cannot be read (:func:`parse_mesh`), or the product of the sizes is not the number of
@@ -176,10 +176,10 @@ def _entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A mesh and the rules that map logical axes to it.
+    """A mesh and the rules that map logical axes to its axes.
 
     Raises:
-        ValueError: the mesh has an axis that is not Auto, or an axis that no rule names.
+        ValueError: the mesh has an axis whose type is not ``Auto``, or an axis that no rule names.
     """
 
     mesh: Mesh
@@ -209,8 +209,7 @@ class Sharding:
             what: the name of the array in error messages.
 
         Raises:
-            ValueError: a size is not divisible by the number of shards of its axis, or an error of
-                :meth:`Rules.partition`.
+            ValueError: a size is not divisible by the number of shards of its axis; or as in :meth:`Rules.partition`.
         """
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
@@ -250,9 +249,10 @@ class Sharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def local_rows(self, batch_size: int) -> list[int]:
-        """The sorted indices of the batch rows on the devices of this process; with one process, all rows.
+        """The sorted indices of the rows of the batch that are on the devices of this process.
 
-        If tensor parallelism spans processes, several processes hold the same rows.
+        With one process, these are all rows. If tensor parallelism spans processes, several processes have the same
+        rows.
 
         Raises:
             ValueError: ``batch_size`` is not divisible by the number of shards of the batch axis.
@@ -263,9 +263,10 @@ class Sharding:
         return [block * block_size + row for block in local_blocks for row in range(block_size)]
 
     def from_rows(self, local: np.ndarray) -> jax.Array:
-        """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`local_rows`).
+        """The global array [B, ...], sharded over rows.
 
-        ``local`` is a host array with these rows.
+        Args:
+            local: host array with the rows of this process, in the order of :meth:`local_rows`.
         """
         num_blocks, local_blocks = self._blocks()
         shape = (local.shape[0] * num_blocks // len(local_blocks), *local.shape[1:])
@@ -289,8 +290,8 @@ class Sharding:
     def scope(self) -> Iterator[None]:
         """A context manager in which :func:`constrain` applies this sharding.
 
-        Enter the context INSIDE the jitted function. Otherwise, ``jit`` would use one cached trace for two shardings of
-        the same model.
+        Enter the context INSIDE the jitted function. Otherwise, ``jit`` can reuse a cached trace in which
+        :func:`constrain` has applied another sharding.
         """
         token = _active.set(self)
         try:
@@ -314,17 +315,20 @@ def num_shards(axes: Axes) -> int:
 
 
 def platform() -> str:
-    """The platform that JAX compiles for: ``cpu``, ``gpu`` or ``tpu``."""
+    """The platform that JAX compiles for: ``cpu``, ``gpu`` or ``tpu``.
+
+    In a :meth:`Sharding.scope`, this is the platform of the mesh. Outside a scope, it is that of JAX's default device.
+    """
     return _device().platform
 
 
 def device_kind() -> str:
-    """The ``jax.Device.device_kind`` of the device that :func:`platform` describes, for example ``TPU v5 lite``."""
+    """The ``device_kind`` of the ``jax.Device`` that JAX compiles for (:func:`platform`), such as ``TPU v5 lite``."""
     return _device().device_kind
 
 
 def compute_capability() -> str | None:
-    """The compute capability of the GPU that :func:`platform` describes, for example ``9.0``; None if it has none."""
+    """The compute capability of the GPU that JAX compiles for (:func:`platform`), such as ``9.0``. None: not a GPU."""
     return getattr(_device(), "compute_capability", None)
 
 
@@ -332,7 +336,7 @@ def _device() -> jax.Device:
     sharding = _active.get()
     if sharding is not None:
         return sharding.mesh.devices.flat[0]
-    # A device, the name of a platform, or None.
+    # The value is a device, the name of a platform, or None.
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]
@@ -352,18 +356,19 @@ def map_shards(
 ) -> Callable[..., Any]:
     """A function that applies ``function`` on each device to the shards of the arguments (``shard_map``).
 
-    Outside a :meth:`Sharding.scope`, the result is ``function`` itself. ``function`` runs outside of any scope, so
-    :func:`constrain` does nothing in it.
+    Outside a :meth:`Sharding.scope`, the result is ``function`` itself. No scope is active inside ``function``, so
+    :func:`constrain` has no effect there.
 
     Args:
         in_axes: the logical axes of each argument.
         out_axes: the logical axes of the result; if the result is a tuple, a list with the axes of each array.
-        sum_over: logical axes of the arguments that ``function`` sums over. The results of the shards of these axes are
-            added (``psum``).
+        sum_over: logical axes of the arguments that ``function`` sums over. ``psum`` adds the results of the shards of
+            these axes.
 
     Raises:
-        ValueError: the rules map two of the axes of an array to one mesh axis, or an axis of a result and an axis of
-            ``sum_over``. In the second case, ``psum`` would add different parts of the result.
+        ValueError: the rules map two axes of one array to the same mesh axis; or the rules map an axis of a result and
+            an axis of ``sum_over`` to the same mesh axis, so that ``psum`` would add different parts of the result. A
+            call of the returned function also raises the errors of :meth:`Sharding.named_sharding` for its arguments.
     """
     sharding = _active.get()
     if sharding is None:
@@ -408,14 +413,14 @@ def has_explicit_axes(x: jax.Array) -> bool:
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """``x`` with the sharding of ``other``, an array of the same shape; unchanged unless the mesh has Explicit axes."""
+    """``x`` with the sharding of ``other``, an array of equal shape; unchanged if the mesh has no Explicit axes."""
     return jax.sharding.reshard(x, jax.typeof(other).sharding) if has_explicit_axes(other) else x
 
 
 def gather_sharding(ids: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of ``table.at[ids].get(...)``: the sharding of ``ids``, and an unsharded last axis.
 
-    None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for Explicit axes.
+    None if the mesh has no Explicit axes: JAX then needs no ``out_sharding``.
     """
     if not has_explicit_axes(ids):
         return None
@@ -426,8 +431,8 @@ def gather_sharding(ids: jax.Array) -> NamedSharding | None:
 def row_sharding(x: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of a reshape of ``x`` that keeps its first axis.
 
-    The first axis keeps its sharding, and all other axes are unsharded. None unless the mesh has Explicit axes, as in
-    :func:`gather_sharding`.
+    The first axis keeps its sharding, and all other axes are unsharded. None if the mesh has no Explicit axes: JAX then
+    needs no ``out_sharding``.
     """
     if not has_explicit_axes(x):
         return None

@@ -1,9 +1,10 @@
-"""Specs: descriptions of all arrays of a model, created before any array exists.  READ THIS FIRST.
+"""Specs: descriptions of all arrays of a model, created before any array exists. Read this module first.
 
-A family describes its parameters, and the state that it carries between calls, as a nested dict of :class:`ArraySpec`.
-Other libraries trace the model to get the shapes. In jaxlm, the tree of specs determines initial values, abstract
-shapes, shardings (``jaxlm.sharding``), weight-decay masks, parameter counts, checkpoint targets, and
-operations on a named axis. For example, beam search and state resets need the ``batch`` axis.
+Each model family (a module such as ``jaxlm.models.gpt``) describes its parameters, and the state that it carries
+between calls, as a tree of :class:`ArraySpec`. Other libraries trace the model to get the shapes. In jaxlm, the tree of
+specs determines initial values, abstract shapes, shardings (``jaxlm.sharding``), weight-decay masks, parameter counts
+and checkpoint targets. It also names the axes of each array: for example, beam search and state resets need the axis
+``batch``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 Tree = Any
-"""A pytree (nested dicts) of arrays or of specs."""
+"""A pytree of arrays or of specs: nested dicts, in which the layers may be a tuple."""
 
 Array = jax.Array | np.ndarray
 """An array on a device or on the host."""
@@ -36,7 +37,7 @@ LayerTrees = tuple[dict[str, Any], ...] | dict[str, Any]
 leading layer axis."""
 
 State = dict[str, Any]
-"""A model state between two calls: nested dicts of arrays with the structure of ``state_specs``."""
+"""A model state between two calls: a tree of arrays with the structure of ``Model.state_specs``."""
 
 # --------------------------------------------------------------------------------------------- initializers
 # Initializers are frozen dataclasses instead of closures, so that a spec is hashable and compares by value.
@@ -44,7 +45,7 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Gaussian with mean 0 and standard deviation ``stddev``."""
+    """A Gaussian with mean 0 and standard deviation ``stddev``."""
 
     stddev: float
 
@@ -54,7 +55,7 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Uniform on [-bound, bound)."""
+    """A uniform distribution on [-bound, bound)."""
 
     bound: float
 
@@ -64,7 +65,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """Every entry equal to ``value``; needs no random key."""
+    """An array whose entries all equal ``value``. It needs no random key."""
 
     value: float = 0.0
 
@@ -83,7 +84,7 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class LogOfUniform:
-    """The logarithm of a number that is uniform on [low, high)."""
+    """The logarithm of a number that is uniform on [low, high), as for ``A_log`` of Mamba-2 (Dao and Gu 2024)."""
 
     low: float
     high: float
@@ -94,7 +95,10 @@ class LogOfUniform:
 
 @dataclasses.dataclass(frozen=True)
 class InverseSoftplus:
-    """The inverse softplus of ``max(y, minimum)``, where log(y) is uniform on [log(low), log(high))."""
+    """The inverse softplus of ``max(y, minimum)``, where log(y) is uniform on [log(low), log(high)).
+
+    The published code of Mamba (Gu and Dao 2023) initializes the bias of its time steps ``dt`` in this way.
+    """
 
     low: float
     high: float
@@ -109,7 +113,7 @@ class InverseSoftplus:
 Initializer = Callable[[Any, tuple[int, ...], Any], jax.Array]
 """A function ``(key, shape, dtype)`` that returns an array.
 
-Use an instance of a frozen dataclass, so that specs can be compared.
+Use an instance of a frozen dataclass and not a closure, so that specs can be compared and hashed.
 """
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
@@ -118,7 +122,7 @@ LAYERS = "layers"
 """The dict key of the layers of a model, and the name of the axis that :func:`stack` adds."""
 
 EXPERT = "expert"
-"""The name of the axis of the experts. Each index of this axis has its own matrix, as for ``layers``."""
+"""The name of the axis over the experts of a layer. As on the axis ``layers``, each index has its own weight matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +182,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """``{path name: leaf}`` in tree order. Empty nodes are left out."""
+    """A dict from path names (:func:`path_name`) to leaves, in the order of ``jax.tree.leaves``."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
@@ -202,24 +206,25 @@ def join_layer(name: str, layer: int) -> str:
 def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
-    The result depends only on ``key`` and ``name``, so a new name does not change the random numbers of other names.
+    The result depends only on ``key`` and ``name``. So the random numbers of one name do not depend on other names.
     """
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 THREEFRY = "threefry2x32"
-"""JAX's default implementation of random keys."""
+"""The name of JAX's default implementation of random keys."""
 
 
 def typed_key(key: jax.Array) -> jax.Array:
-    """A key of ``jax.random.PRNGKey`` as a key of ``jax.random.key``. A key of ``jax.random.key`` is unchanged."""
+    """The typed key (``jax.random.key``) of a raw uint32 key (``jax.random.PRNGKey``). A typed key is unchanged."""
     return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def threefry_keys(keys: jax.Array) -> jax.Array:
     """Threefry keys, each drawn from one of ``keys`` (one key, or [B]). Threefry keys are returned unchanged.
 
-    Under ``vmap``, the other implementations (rbg) draw all rows from one key, so a draw depends on the other rows.
+    Use this function before draws under ``vmap``. There, the other implementations (rbg) draw all rows from one key, so
+    a row depends on the other rows.
     """
     if jax.random.key_impl(keys) == THREEFRY:
         return keys
@@ -236,18 +241,19 @@ def threefry_keys(keys: jax.Array) -> jax.Array:
 def layers(specs: Iterable[Tree], *, stacked: bool) -> Tree:
     """Specs of all layers of a model, for the key ``layers`` of its parameters or of its state.
 
-    The config field ``scan_layers`` selects one of two layouts (``jaxlm.models.common.run_layers``):
+    There are two layouts (``jaxlm.models.common.run_layers``):
 
     - stacked: one tree, whose arrays have a leading ``layers`` axis. ``lax.scan`` runs the layers.
     - per-layer: a tuple with one tree per layer. A Python loop runs the layers.
 
-    Initial values, shardings, optimizer states and checkpoints have the layout of the specs.
+    Parameters, shardings, optimizer states and checkpoints have the layout of the specs.
 
     Args:
         specs: the specs of each layer: ``[block] * num_layers`` if all layers are equal.
+        stacked: whether the layout is stacked. Families pass the config field ``scan_layers``.
 
     Raises:
-        ValueError: if ``stacked`` is True and the layers are not equal.
+        ValueError: ``stacked`` is True and the layers are not equal.
     """
     specs = tuple(specs)
     if not stacked:
@@ -270,8 +276,8 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` in the per-layer layout: the value of each key ``layers`` becomes a tuple with one tree per layer.
 
-    Use it for files whose layout differs from the layout of the model (checkpoints, adapters) and in tools that inspect
-    single layers.
+    Use it to read or write files (checkpoints, adapters) whose layout differs from that of the model, and in tools that
+    inspect single layers.
 
     Args:
         tree: parameters, or a tree that contains trees of the same structure (optimizer moments, ``TrainState``);
@@ -293,7 +299,7 @@ def unstack(tree: Tree) -> Tree:
 def restack(tree: Tree) -> Tree:
     """``tree`` in the stacked layout: the inverse of :func:`unstack`.
 
-    Layers of different kinds (as in ``griffin``) have no stacked layout. They stay per-layer.
+    Layers whose trees have different structures (as in ``griffin``) have no stacked layout. They stay per-layer.
     """
 
     def stack_leaves(*leaves: Any) -> Any:
@@ -323,12 +329,12 @@ def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 
-    The key of a leaf is ``key``, folded with the path of the leaf and with the index of its layer. So the values of a
-    leaf do not depend on other leaves, on the number of layers, or on their layout (stacked or per-layer). Under jit
-    with ``out_shardings``, the values do not depend on the number of devices.
+    The key of a leaf is ``key``, folded with the path name of the leaf (without its layer number) and with the index of
+    its layer. So the values of a leaf do not depend on other leaves, on the number of layers, or on the layout (stacked
+    or per-layer). Under jit with ``out_shardings``, the values do not depend on the number of devices.
 
     Args:
-        key: a key of any implementation. Keys that are not threefry are replaced by threefry keys drawn from them.
+        key: a key of any implementation. If it is not a threefry key, a threefry key that is drawn from it is used.
 
     Raises:
         ValueError: ``key`` is None and a leaf has an initializer other than ``Constant``.
@@ -350,8 +356,9 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
 MAX_GROUPED_ENTRIES = 2**20
 """Maximum number of entries (per layer) of an array that :func:`init` draws together with other arrays.
 
-Arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then several times
-smaller than with one operation per array. Each larger array is drawn in its own operation, which needs less memory.
+Up to this size, arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then
+several times smaller than with one operation per array. Each larger array is drawn in its own operation, because this
+needs less memory.
 """
 
 
@@ -375,8 +382,10 @@ def _draw(specs: dict[str, ArraySpec], key: jax.Array) -> dict[str, jax.Array]:
 
 
 def _leaf_keys(specs: dict[str, ArraySpec], key: jax.Array) -> jax.Array:
-    """One array with the random keys of all leaves in order. A stacked leaf has one key per layer, any other leaf
-    one key."""
+    """One array with the random keys of all leaves, in the order of ``specs``.
+
+    A stacked leaf has one key per layer. Any other leaf has one key.
+    """
     hashes: list[int] = []
     layer_numbers: list[int | None] = []
     for path, spec in specs.items():
@@ -390,17 +399,20 @@ def _leaf_keys(specs: dict[str, ArraySpec], key: jax.Array) -> jax.Array:
 
 
 def abstract(specs: Tree) -> Tree:
-    """A tree of ``jax.ShapeDtypeStruct``, equal to ``jax.eval_shape(partial(init, specs), key)``, without tracing."""
+    """The shapes and dtypes of the arrays of ``specs``, as a tree of ``jax.ShapeDtypeStruct``.
+
+    The result equals ``jax.eval_shape(partial(init, specs), key)``, but nothing is traced.
+    """
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 
 def decay_mask(specs: Tree) -> Tree:
-    """A tree of bools: whether weight decay applies to each leaf, for ``optax.add_decayed_weights(mask=...)``."""
+    """A tree of bools: True if weight decay applies to the leaf. Use it as ``optax.add_decayed_weights(mask=...)``."""
     return jax.tree.map(lambda spec: spec.decay, specs)
 
 
 def count(specs: Tree) -> int:
-    """Number of parameters."""
+    """Number of parameters: the sum of the sizes of all arrays."""
     return sum(spec.size for spec in jax.tree.leaves(specs))
 
 
@@ -413,9 +425,10 @@ def _describe(leaf: Any) -> str:
 
 
 def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
-    """One line for each leaf that is missing, extra, or of another shape or dtype; an empty list if the trees agree.
+    """A list with one line for each leaf of ``actual`` that is missing, extra, or of another shape or dtype.
 
-    Leaves may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`. ``dtypes=False`` compares only shapes.
+    The list is empty if the trees agree. Leaves may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
+    ``dtypes=False`` compares only paths and shapes.
     """
     want, have = flatten(expected), flatten(actual)
     lines = [f"missing: {name} {_describe(want[name])}" for name in want if name not in have]
@@ -434,7 +447,7 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 
     Args:
         what: name of the compared trees in the error message, for example ``"parameters of gpt"``.
-        max_shown: maximum number of differences in the error message. The message counts the others.
+        max_shown: maximum number of differences in the error message. Of the other differences, it states the number.
 
     Raises:
         ValueError: the trees differ. The message lists the differences (:func:`diff`).
@@ -472,15 +485,22 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
 
 
 def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
+    """``tree`` with each leaf gathered at ``indices`` [rows] of the axis with the name ``axis``.
 
-    Indices out of range are clipped without an error.
+    Beam search uses this function to reorder a model state. Indices out of range are clipped without an error.
     """
     return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 
 
 def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with the initial values of ``specs`` in all rows whose entry in ``rows`` [size of ``axis``] is True."""
+    """``tree`` with the initial values of ``specs`` in all rows of ``axis`` whose entry in ``rows`` is True.
+
+    Args:
+        rows: bool [size of ``axis``].
+
+    Raises:
+        ValueError: a leaf has no such axis, or has an initializer other than ``Constant``.
+    """
 
     def reset_leaf(leaf: jax.Array, initial: jax.Array, dim: int) -> jax.Array:
         shape = [1] * leaf.ndim

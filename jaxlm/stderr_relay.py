@@ -1,9 +1,10 @@
 """Copies the output of a process on file descriptor 2, and replaces JAX's report of a lost process with one line.
 
-When a process of a run is lost, JAX aborts the other processes from C++: JAX prints a message and a stack trace to file
+When a process of a run is lost, JAX aborts the other processes from C++. It prints a message and a stack trace to file
 descriptor 2, and no Python code runs. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2.
-A line that begins with a zero byte is not copied. Its remaining text is the line to print if JAX aborts the process.
-In the printed line, ``{lost}`` is replaced with the indices of the lost processes.
+
+A line that begins with a zero byte is not copied. It sets the text that this program prints if JAX aborts the process.
+In this text, ``{lost}`` is replaced with the indices of the lost processes.
 
 This file is run by its path and imports nothing from jaxlm, so that it starts quickly.
 """
@@ -18,15 +19,15 @@ ABORT = b"Terminating process because the JAX distributed service detected fatal
 CONSEQUENCES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
-"""Matches the first line of each message that follows the loss of a process. The further lines of such a message match
-``CONTINUED``. These messages are not copied."""
+"""Matches the first line of each message that JAX's coordination and preemption services log. They log such messages
+after the loss of a process. The other lines of a message match ``CONTINUED``. These messages are not copied."""
 CONTINUED = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 
 def lost(report: bytes) -> str:
-    """The indices of the lost processes in JAX's report; "0" if it names none.
+    """The indices of the lost processes in JAX's report, as text such as "1, 3"; "0" if the report names no process.
 
-    Process 0 detects the loss of the other processes. If process 0 itself was lost, JAX names no process.
+    Process 0 detects the loss of the other processes. If process 0 itself was lost, the report names no process.
     """
     named = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s+)+)", report)
     return ", ".join(named[1].decode().split()) if named else "0"

@@ -150,6 +150,8 @@ def test_values_of_settings():
     }  # fmt: skip
     with pytest.raises(ValueError, match="cannot read --xla 'a': write name=value, for example b=1"):
         config_lib.parse_assignments_as_text("xla", ["a"], "b=1")
+    with pytest.raises(ValueError, match="cannot read --xla '=3': write name=value"):
+        config_lib.parse_assignments_as_text("xla", ["=3"], "b=1")
 
 
 def test_a_setting_must_not_be_given_twice():
@@ -242,6 +244,10 @@ class _Ranges(ModelConfig):
         ("size", 0, "size=0 must be at least 1"),
         ("size", np.int64(-3), "size=-3 must be at least 1"),
         ("size", None, "size=None must be a whole number"),
+        ("size", 2.5, "size=2.5 must be a whole number"),
+        ("size", True, "size=True must be a whole number"),
+        ("scale", None, "scale=None must be a finite number"),
+        ("scale", float("nan"), "scale=nan must be a finite number"),
         ("window", 0, "window=0 must be at least 1"),
         ("start_id", -1, "start_id=-1 must be at least 0"),
         ("vocab_multiple", 0, "vocab_multiple=0 must be at least 1"),
@@ -249,7 +255,7 @@ class _Ranges(ModelConfig):
         ("output_dropout", -0.1, r"output_dropout=-0.1 must be in \[0, 1\)"),
     ],
 )
-def test_the_base_class_checks_integers_and_rates(field, value, message):
+def test_the_base_class_checks_types_and_ranges(field, value, message):
     valid = {"size": 2, "window": 1, "start_id": 3, "input_dropout": 0.5, "output_dropout": 0.0}
     assert _Ranges(**valid).start_id == 3
     with pytest.raises(ValueError, match=message):

@@ -128,6 +128,12 @@ def replace(directory, **options):
         install_files(temporary, directory, NAMES, **options)
 
 
+def test_checksums_without_an_entry_are_damaged(old):
+    (old / CHECKSUMS).write_text("{}")
+    with pytest.raises(ValueError, match="is damaged .it has no entry sha256.: delete it"):
+        verify_checksums(old)
+
+
 def test_install_replaces_all_files_and_keeps_others(old):
     (old / ".saving-of-a-killed-process").mkdir()
     (old / ".saving-of-a-killed-process" / "weights").write_text("half")

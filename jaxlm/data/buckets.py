@@ -9,7 +9,6 @@ length of the longest array. The result with less padding is used. Rows without 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -111,6 +110,7 @@ class Bucketed:
     max_length: int | None = None
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
     _scalar_dtypes: dict[str, np.dtype] = dataclasses.field(init=False, repr=False, compare=False)
+    _epochs: dict[int, list[tuple[int, np.ndarray]]] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, length_multiple=self.length_multiple)
@@ -162,8 +162,17 @@ class Bucketed:
         padded = sum(bucket.steps * bucket.rows * sum(bucket.lengths.values()) for bucket in self.buckets)
         return real / padded
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the cache keeps self in memory, which a run needs anyway)
     def _epoch_batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """The result of :meth:`_make_epoch`. Two epochs are kept, because prefetched batches may be of the next one."""
+        batches = self._epochs.get(epoch)
+        if batches is None:
+            batches = self._make_epoch(epoch)
+            for old in list(self._epochs)[:-1]:
+                self._epochs.pop(old, None)
+            self._epochs[epoch] = batches
+        return batches
+
+    def _make_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The batches of an epoch, each as (bucket number, example indices [rows]). Index -1 means no example."""
         rng = np.random.default_rng([self.seed, epoch])
         batches = []

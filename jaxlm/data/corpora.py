@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 
+from jaxlm.config import check_min
 from jaxlm.data.examples import Examples
 from jaxlm.data.text_files import read_text
 
@@ -47,7 +48,11 @@ def play_passages(words: int = 60) -> Examples:
     A passage consists of consecutive lines. It ends with the line that brings it to ``words`` words. Lines with the
     name of a speaker (in capitals, with a colon) are removed, because the names identify the play. The last lines of a
     play are dropped if they have fewer than ``words`` words.
+
+    Raises:
+        ValueError: ``words`` is below 1.
     """
+    check_min(1, words=words)
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]
     rows = []

@@ -81,9 +81,11 @@ def group_similar(
 def trigrams(text: str) -> set[str]:
     """The word trigrams of a text, in lower case and without punctuation.
 
-    A text with fewer than 3 words gives one string with all its words.
+    A text with one or two words gives one string with all its words. A text without words gives the text itself.
     """
     words = re.findall(r"\w+", text.lower())
+    if not words:
+        return {text}
     return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 
 

@@ -223,13 +223,13 @@ def save_pretrained(
         other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
+        old_settings = {GENERATION_CONFIG, *(TOKENIZER_FILES if tokenizer is not None else ())} - set(written)
         # Shards are moved one by one. The old index is deleted first. So a mixture of old and new shards has no index,
-        # and cannot be loaded.
-        integrity.install_files(temporary, directory, written, delete_first=[INDEX] if INDEX in weights else [])
+        # and cannot be loaded. The new checksums.json does not list old settings, so they must not remain either.
+        delete_first = sorted(old_settings | ({INDEX} & set(weights)))
+        integrity.install_files(temporary, directory, written, delete_first=delete_first)
     for file in os.listdir(directory):
-        is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
-        is_tokenizer_file = tokenizer is not None and file in TOKENIZER_FILES
-        if (is_model_file or is_tokenizer_file) and file not in written:
+        if (file == INDEX or _WEIGHTS_OR_SHARD.fullmatch(file)) and file not in written:
             (directory / file).unlink()
     integrity.sync(directory)
     if is_distributed:

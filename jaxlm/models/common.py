@@ -29,8 +29,8 @@ MAX_LAYERS = 10_000
 class ModelConfig:
     """Base class for the ``Config`` of a family: the fields that all families share, and checks of field values.
 
-    An integer field must be at least the ``minimum`` in the metadata of its ``dataclasses.field`` (default: 1). A field
-    whose name ends in ``dropout`` is a rate in [0, 1). A field may also be None if its type allows None.
+    A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
+    ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1).
     """
 
     vocab_multiple: int = 1
@@ -47,9 +47,8 @@ class ModelConfig:
             if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
                 value = value.item()
                 object.__setattr__(self, name, value)
+            config_lib.check_value(types[name], value, name, choices=False)
             if value is None:
-                if types[name] is int:
-                    raise ValueError(f"{name}=None must be a whole number")
                 continue
             minimum = field.metadata.get("minimum", 1)
             if types[name] in (int, int | None) and value < minimum:

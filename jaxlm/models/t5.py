@@ -6,8 +6,8 @@ FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases
 the layers of the encoder share one table, and the layers of the decoder share another. Attention scores are not scaled
 by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
 
-The head of v1.1 is initialised with standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x. Hugging Face
-uses another value.
+The initial weights of the v1.1 head have standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x. Hugging
+Face's code uses 1 instead.
 
 Shapes: B batch, T target time, S source time, D model width, H heads, K head width (H * K may differ from D), F hidden
 width of the MLP, V vocabulary.
@@ -44,7 +44,7 @@ Mlp = Literal["relu", "gated_gelu"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a T5. The defaults are the published v1.0 model with 60M parameters."""
+    """Shape and behavior of a T5. The defaults are the published v1.0 model with 60M parameters."""
 
     vocab_size: int = 32128
     """Number of token ids."""
@@ -65,9 +65,9 @@ class Config(common.TransformerConfig):
     tie_embeddings: bool = True
     """Use the token table as the output head, and scale its inputs by 1 / sqrt(embed_dim), as in v1.0."""
     num_buckets: int = 32
-    """Number of distance buckets: the rows of a table of relative position biases."""
+    """Number of distance buckets, which is the number of rows of a table of relative position biases."""
     max_distance: int = 128
-    """All distances of at least this length share a bucket (in the encoder, one bucket for each direction)."""
+    """All distances of at least this length are in the last bucket (in the encoder, the last bucket of a direction)."""
     bias_per_layer: bool = False
     """Whether each layer has its own table of position biases (umT5). False: encoder and decoder have a table each."""
     norm_epsilon: float = 1e-6
@@ -97,7 +97,7 @@ def encode(
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Padding inside a
-            document counts in the distances of its tokens. Default: one document.
+            document counts in the distances between the document's tokens. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, None, None, name="source")
@@ -134,9 +134,9 @@ def apply(
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
-            row whose tokens do not fit into the cache gives NaN. Several rows may share a source.
+            row whose tokens do not fit into the cache gives NaN. Row b reads source ``b // (B / N)`` of the N sources.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position in the document. Without a state, padding inside it is counted.
+        positions: [B, T] int32. Default: positions in the document. Without a state, they count padding inside it.
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -209,7 +209,7 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: j
     else:
         x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
     x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
-    # This matmul has the dtype of the residual stream, because it is the first matmul that overflows in float16.
+    # With compute dtype float16, this matmul is float32, because its result would overflow with published weights.
     return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
 
 
@@ -218,7 +218,7 @@ def _norm(cfg: Config, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
-    # With compute dtype float16, the residual stream is float32, because published weights would overflow in float16.
+    # With compute dtype float16, the residual stream is float32: with published weights, float16 would overflow.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     return constrain(dropout(x, cfg.dropout, fold_name(key, "embedding")), ("batch", "seq", "activation_embed"))
@@ -227,7 +227,7 @@ def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None
 def _bias_fn(
     cfg: Config, params: Params, length: int, positions: Any, *, bidirectional: bool
 ) -> Callable[[Any], AttentionBias]:
-    """A function from the weights of a layer to its position bias.
+    """A function from the weights of a layer to the position bias of this layer.
 
     Args:
         params: the parameters of the encoder or of the decoder, with the shared table of position biases, if any.
@@ -274,9 +274,9 @@ def init_decode_state(
 
 
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
-    """The specs of the decode state: a cache of ``length`` target tokens per row, and keys and values of the source.
+    """The specs of the decode state, for ``length`` target tokens and ``source_length`` source tokens per row.
 
-    The initial values are the state of a row without a source; :func:`init_decode_state` returns a state with a source.
+    The initial values are a state without a source. :func:`init_decode_state` returns a state with a source.
 
     Raises:
         ValueError: the model has no decoder.

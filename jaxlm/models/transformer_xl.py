@@ -1,10 +1,12 @@
 """Transformer-XL (Dai et al. 2019): a causal transformer with a memory of earlier segments and relative positions.
 
 The memory of a layer contains the inputs of this layer at earlier tokens (``jaxlm.nn.attention.memory``). The layer
-also attends to the memory, but no gradient flows into the memory. So training on the next segment of a text continues
-from the previous segment. The code follows the PyTorch code of Dai et al. and of Hugging Face, which have one dropout
-rate for everything but attention. The memory starts empty, as in the code of Dai et al.; in Hugging Face's code, it
-starts with zeros.
+also attends to the memory, but no gradient flows into the memory. To train on a long text, split it into segments, and
+pass the memory that the call for one segment returns to the call for the next segment.
+
+The code follows the PyTorch code of Dai et al. and of Hugging Face, which have one dropout rate for everything except
+attention probabilities. The memory starts empty, as in the code of Dai et al. In Hugging Face's code, it starts with
+zeros, and tokens attend to these zeros.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
@@ -35,15 +37,15 @@ from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a Transformer-XL. The defaults are the published model on WikiText-103."""
+    """Shape and behavior of a Transformer-XL. The defaults are the published model on WikiText-103."""
 
     vocab_size: int = 267735
     """Number of token ids. The ids are sorted by descending frequency."""
     cutoffs: tuple[int, ...] = (20000, 40000, 200000)
-    """First id of each rare cluster of the adaptive softmax; () means an ordinary softmax."""
+    """First id of each cluster of the adaptive softmax after the first cluster; () means an ordinary softmax."""
     embedding_divisor: int = 4
-    """Each cluster's token vectors are narrower by this factor than those of the cluster before. With 1, all clusters
-    share one table."""
+    """Width of the token vectors of a cluster, divided by the width in the next cluster. With 1, all clusters share
+    one table."""
     num_layers: int = 18
     """Number of blocks."""
     num_heads: int = 16
@@ -57,8 +59,8 @@ class Config(common.TransformerConfig):
     mlp_dim: int = 4096
     """Hidden width of the MLP."""
     memory_length: int = 1600
-    """Number of tokens in the memory; pass it as ``length`` to ``state_specs``. With same_length, also the number of
-    tokens that a token attends to."""
+    """Number of tokens in the memory; pass it as ``length`` to ``state_specs``. With same_length, also the maximum
+    number of tokens that a token attends to."""
     same_length: bool = True
     """Let every token attend to at most the last memory_length tokens, itself included."""
     clamp_length: int | None = 1000
@@ -76,10 +78,10 @@ class Config(common.TransformerConfig):
     tie_embeddings: bool = True
     """Use the token embeddings of the input as weights of the softmax."""
     tie_projections: bool = True
-    """Use the projections of the input embeddings also in the softmax, in all clusters but the first."""
+    """For all clusters except the first, use the projection of the input embeddings also in the softmax."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers, and the output of
-    the last block."""
+    """Dropout rate on embeddings, encodings of distances, hidden layers of MLPs, outputs of sublayers, and the output
+    of the last block."""
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
     task: Literal["causal", "classification", "none"] = "causal"
@@ -117,9 +119,9 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     order_BT = None
     if segment_ids is not None:
-        # Padding of the new tokens is moved to the end of each row. Empty slots and padding of the memory are at the
-        # beginning. So the real tokens are adjacent. Then the distance of two tokens is the difference of their
-        # indices, and the bias needs no gather (``distance_bias``).
+        # Move the padding of the new tokens to the end of each row. The memory has its empty slots and its padding at
+        # its start. So the real tokens of the memory and the new real tokens are adjacent. Then the distance of two
+        # tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
         order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
         tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
     memory_context, state = memory.make_context(
@@ -160,7 +162,10 @@ def _attention(
     cfg: Config, weights: Params, biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
     mask: Any, key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """The output of the attention sublayer, [B, T, D]. Keys come from ``context`` [B, S, D], which ends with ``x``."""
+    """The output of the attention sublayer, [B, T, D].
+
+    Keys and values come from ``context`` [B, S, D], whose last T entries are ``x``.
+    """
     attention_weights, norm, T, S = weights["attention"], weights["attention_norm"], x.shape[1], context.shape[1]
     if cfg.pre_norm:
         context = layer_norm(norm, context, cfg.norm_epsilon)
@@ -202,15 +207,16 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """The outputs of the task's head, float32: log-probabilities of the next token [B, T, V], or label logits.
 
-    The log-probabilities are normalised. For label logits, see ``heads.head_logits``; ``hidden`` then comes from
-    :func:`pool`.
+    The log-probabilities are normalized, and V is ``vocab_size``, without padding. For label logits, see
+    ``heads.head_logits``; ``hidden`` is then the output of :func:`pool`.
 
     Raises:
         ValueError: the task is none, so there is no head.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
-    return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, "vocab"))
+    vocab_axis = "vocab" if cfg.vocab_size % cfg.vocab_multiple == 0 else None  # the result has no padding to shard
+    return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, vocab_axis))
 
 
 def cross_entropy(cfg: Config, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -268,7 +274,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of a memory for the last ``length`` tokens of each of ``batch`` rows. The memory drops older tokens.
 
-    To train on consecutive segments, use ``cfg.memory_length``. If the memory is long enough for all tokens, several
+    To train on consecutive segments, pass ``cfg.memory_length``. If the memory is long enough for all tokens, several
     calls give the same results as one call. With ``same_length``, ``cfg.memory_length`` slots are always enough, so the
     memory has ``min(length, memory_length)`` slots.
     """

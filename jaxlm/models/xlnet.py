@@ -6,12 +6,12 @@ position, so that the head can predict this token from the query stream. Both st
 content stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that
 attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
-The code follows the code of Yang et al. and the weights of Hugging Face. The published weights were trained with the
-tanh approximation of GELU, and the published ``VARIANTS`` use this approximation. The published files of Hugging Face
-select the exact GELU, and a model that is loaded from files has the activation of its ``config.json``.
+The code follows the code of Yang et al. The published weights were trained with the tanh approximation of GELU, which
+the published ``VARIANTS`` use. Hugging Face's ``config.json`` for these weights selects the exact GELU. A model that is
+loaded from files has the activation of its ``config.json``.
 
-Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
-width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
+Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
+slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Task = Literal["permutation", "classification", "token_classification", "span_qa
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of an XLNet. The defaults are the published large model with the GELU of Hugging Face."""
+    """Shape and behavior of an XLNet. The defaults are the published large model, but with the exact GELU."""
 
     vocab_size: int = 32000
     """Number of token ids."""
@@ -99,7 +99,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias, not even the bias of equal types.
+            depends on whether their types are equal. Default: no such bias (equal types would give a bias).
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -165,7 +165,7 @@ def _attention(
 
     Args:
         memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
-        encoded_RD: the encodings of the distances from S down to the lowest distance that occurs.
+        encoded_RD: the encodings of the distances, from distance S down to the lowest distance that occurs.
     """
     q = constrain(linear(weights["query"], x_BQD), ("batch", common.seq_axis(x_BQD.shape[1], T), "heads", "kv"))
     inputs_BSD = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
@@ -298,7 +298,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "value": projection,
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
-            # These biases are added to the queries before their products with keys, distance encodings, type_embedding.
+            # Added to the queries for their products with keys, distance encodings and type_embedding, respectively.
             "content_bias": score_bias,
             "position_bias": score_bias,
             "type_bias": score_bias,

@@ -8,7 +8,7 @@ its input and forget gates read the output of a convolution, its matrices are bl
 head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
-P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix).
+P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix), G gates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Mixer = Literal["mlstm", "slstm"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of an xLSTM. The defaults are xLSTM 7B."""
+    """Shape and behavior of an xLSTM. The defaults are xLSTM 7B."""
 
     vocab_size: int = 50304
     """Number of token ids."""
@@ -152,7 +152,7 @@ def _slstm(
     B, T, D = x.shape
     tail = None if state is None else state["tail"]
     convolved, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
-    projected = [  # gates i and f read the output of the convolution; z and o read its input
+    projected = [  # i and f read the output of the convolution after SiLU; z and o read the convolution's input
         jnp.einsum("BTHP,HPGQ->BTHGQ", y.reshape(B, T, cfg.num_heads, -1), weights[name]["weight"].astype(y.dtype))
         for name, y in (("input_forget", jax.nn.silu(convolved)), ("cell_output", x))
     ]
@@ -189,10 +189,11 @@ class ForgetBias:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters, with initial values as in transformers.
+    """The specs of all parameters.
 
-    Output gates and MLP gates are an exception: their weights are random here and zeros in transformers. The initial
-    biases of an sLSTM, which transformers does not have, are as in the authors' code with the option ``small_init``.
+    The initial values are those of Hugging Face's ``transformers``, with one exception: the weights of output gates and
+    MLP gates are random here, and zeros in ``transformers``. There is no sLSTM in ``transformers``. The initial biases
+    of an sLSTM are those of the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P, padded_vocab = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
@@ -241,8 +242,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows: the states of the recurrent layers and the last segment ids (``past``).
 
-    The state has the same size for every ``length``. An sLSTM layer also has the last inputs of its convolution
-    (``tail``).
+    The size of the state does not depend on ``length``. The state of an sLSTM layer includes the last inputs of its
+    convolution (``tail``).
     """
     H, reach = cfg.num_heads, cfg.conv_width - 1
     layer_specs = {

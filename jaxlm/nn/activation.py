@@ -1,4 +1,4 @@
-"""Activation functions by name, so that a config can contain the name."""
+"""Activation functions by name, so that a config can contain the name, and a soft cap."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
 
 @_exact_gelu.defjvp
 def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The derivative is the normal distribution function plus ``x`` times the normal density.
+    """``gelu(x)`` and its tangent. The derivative is the normal distribution function plus ``x`` times the density.
 
-    JAX 0.12 cannot differentiate erf in ``jax.shard_map`` with its default arguments.
+    This rule exists because JAX 0.12 cannot differentiate erf in a ``jax.shard_map`` with default arguments.
     """
     (x,), (dx,) = primals, tangents
     distribution = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
@@ -52,6 +52,8 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """``cap * tanh(x / cap)``, which is close to ``x`` for small ``x`` and always between -cap and cap; ``x`` if
-    ``cap`` is None."""
+    """``cap * tanh(x / cap)``, or ``x`` if ``cap`` is None.
+
+    The result is between -cap and cap, and close to ``x`` if ``|x|`` is much smaller than ``cap``.
+    """
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -2,16 +2,17 @@
 
 :func:`pooling_weights` is attention without a query, for classifiers.
 
-``jaxlm.nn.attention`` computes all queries at once. A recurrent decoder cannot do this, because each query depends on
-the context vector of the previous step. So the part of the score that does not depend on the query,
-:func:`alignment_keys`, is computed once, before the loop. The score function follows from the parameters that are
-present:
+``jaxlm.nn.attention`` computes the outputs of all queries at once. A recurrent decoder cannot do this, because each
+query depends on the context vector of the previous step. So the part of the score that does not depend on the query
+(:func:`alignment_keys`) is computed once, before the loop over steps. The names of the parameters determine the score
+function (q query, h source vector):
 
     dot      q . h                               (Luong; no parameters)
     general  q . W h                             (Luong)
     concat   v . tanh(W q + U h)                 (Bahdanau, "additive"; Luong writes [W U] as one matrix)
 
-Shapes: B batch, S source time, Q query width, C source width, A hidden width of the concat score, R hops.
+Shapes: B batch, S source time, Q query width, C source width, A hidden width of the concat score, R hops (rows of
+weights in :func:`pooling_weights`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def alignment_specs(
     Args:
         query, source: the widths Q and C.
         width: A, for the concat score.
-        local: add the parameters of local attention, which predict the centre of the window.
+        local: add the parameters of local-p attention (argument ``window`` of :func:`align`).
 
     Raises:
         ValueError: an unknown score, or a dot product of vectors with different widths.
@@ -85,9 +86,10 @@ def align(
         keys_BSA: from :func:`alignment_keys`.
         keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
         window: D of local-p attention (Luong et al. 2015, eq. 9 and 10), which needs parameters with the specs of
-            ``local=True``. The query predicts a source position p. Masked positions are not counted in p.
-            Only positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian around p with
-            standard deviation D / 2, so the weights of a row no longer sum to 1. None: no local attention.
+            ``local=True``. The query predicts p, a position (not rounded) among the source positions that are not
+            masked. Only positions within D of p get a nonzero weight. After the softmax, the weights are multiplied
+            by a Gaussian around p with standard deviation D / 2, so the weights of a row no longer sum to 1. None: no
+            local attention.
 
     Raises:
         ValueError: ``window`` is below 1.
@@ -102,11 +104,11 @@ def align(
         return masked_softmax(scores_BS, keep_BS)
     if keep_BS is None:
         keep_BS = jnp.ones(scores_BS.shape, bool)
-    centre_params = params["place"]
-    hidden_BQ = jnp.tanh(linear(centre_params["hidden"], query_BQ))
-    centre_B = jax.nn.sigmoid(linear({"weight": centre_params["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
-    centre_B = centre_B * jnp.sum(keep_BS, axis=1)
-    distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - centre_B[:, None]  # positions count from 0 within the document
+    center_params = params["place"]
+    hidden_BQ = jnp.tanh(linear(center_params["hidden"], query_BQ))
+    center_B = jax.nn.sigmoid(linear({"weight": center_params["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
+    center_B = center_B * jnp.sum(keep_BS, axis=1)
+    distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - center_B[:, None]  # kept positions are numbered from 0
     weights_BS = masked_softmax(scores_BS, keep_BS & (jnp.abs(distance_BS) <= window))
     return weights_BS * jnp.exp(-2.0 * jnp.square(distance_BS / window))
 
@@ -138,7 +140,7 @@ def pooling_weights(params: Params, source_BSC: jax.Array, keep_BS: jax.Array | 
     """Attention weights without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
 
     One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6). Several hops give the attention of Lin et al.
-    2017 (eq. 6), with the bias b in addition.
+    2017 (eq. 6), which has no bias b. For ``keep_BS``, see :func:`align`.
     """
     scores_BSR = linear(params["score"], jnp.tanh(linear(params["key"], source_BSC)))
     keep_B1S = None if keep_BS is None else keep_BS[:, None, :]
@@ -146,7 +148,7 @@ def pooling_weights(params: Params, source_BSC: jax.Array, keep_BS: jax.Array | 
 
 
 def masked_softmax(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """Softmax over the last axis, in float32. Masked entries (``keep`` False) are exactly 0, even if all are masked.
+    """Softmax over the last axis, in float32. Masked entries (``keep`` False) are 0, also if all entries are masked.
 
     Example:
         >>> masked_softmax(jnp.array([[1.0, 1.0, 9.0]]), jnp.array([[True, True, False]])).tolist()

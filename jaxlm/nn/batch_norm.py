@@ -1,6 +1,6 @@
-"""Batch normalisation (Ioffe and Szegedy 2015); the running statistics are passed in and returned.
+"""Batch normalization (Ioffe and Szegedy 2015). The running statistics are an argument and a result.
 
-The running statistics are part of a model's parameters, under the key ``statistics``. They get no gradient and no
+The parameters of a model contain the running statistics under the key ``statistics``. They get no gradient and no
 weight decay. During training, ``apply`` of the model returns the updated statistics, and the training step writes them
 into the parameters.
 """
@@ -17,12 +17,12 @@ from jaxlm.spec import ONES, ZEROS, ArraySpec, Params
 
 
 def batch_norm_specs(width: int) -> dict[str, ArraySpec]:
-    """Specs of ``scale`` [width], initialized with ones, and ``bias`` [width], initialized with zeros."""
+    """Specs of ``scale`` [width], initially ones, and ``bias`` [width], initially zeros."""
     return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
 
 
 def statistics_specs(width: int) -> dict[str, ArraySpec]:
-    """Specs of the running ``mean`` [width], initialized with zeros, and ``variance`` [width], with ones."""
+    """Specs of the running ``mean`` [width], initially zeros, and the running ``variance`` [width], initially ones."""
     return {"mean": ArraySpec((width,), ("norm",), ZEROS), "variance": ArraySpec((width,), ("norm",), ONES)}
 
 
@@ -35,17 +35,21 @@ def batch_norm(
     training: bool,
     momentum: float = 0.1,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """``x`` normalised per channel (last axis), scaled and shifted, and the running statistics.
+    """``x`` normalized per channel (last axis), scaled and shifted, in the dtype of ``x``; and the running statistics.
 
-    Statistics are float32; the result keeps the dtype of ``x``.
+    Statistics are computed in float32.
 
     Args:
-        training: if True, normalise with the mean and the (biased) variance of ``x`` over all other axes, and return
-            the running statistics ``(1 - momentum) * old + momentum * new``, whose variance is unbiased. If False,
-            normalise with the running statistics and return them unchanged.
+        params: ``scale`` and ``bias``, as in :func:`batch_norm_specs`.
+        statistics: the running ``mean`` and ``variance``, as in :func:`statistics_specs`.
+        epsilon: added to the variance.
+        training: True: normalize with the mean and the biased variance of ``x`` over all axes except the last. The
+            returned statistics are ``(1 - momentum) * old + momentum * new``, where ``new`` has the mean and the
+            unbiased variance of ``x``. False: normalize with the running statistics and return them unchanged.
+        momentum: weight of the statistics of ``x`` in the returned statistics.
 
     Raises:
-        ValueError: training with one entry per channel, which has no variance.
+        ValueError: training with fewer than 2 entries per channel, which have no unbiased variance.
     """
     x32 = x.astype(jnp.float32)
     reduced_axes = tuple(range(x.ndim - 1))

@@ -1,8 +1,8 @@
 """Choices of implementations and block sizes by platform, sharding and shape, with the measurements that justify them.
 
-Most functions of ``jaxlm.nn`` have a reference implementation and faster implementations. This module chooses the
-implementation if the caller does not. No other module of ``jaxlm.nn`` and ``jaxlm.models`` makes choices by platform.
-Estimates of the TPU compiler are in docs/labbook.md.
+Many functions of ``jaxlm.nn`` have a reference implementation and faster implementations. If the caller does not choose
+an implementation, this module chooses it. No other module of ``jaxlm.nn`` or ``jaxlm.models`` makes choices by
+platform. docs/labbook.md has the estimates of the TPU compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 
 
 def wrong_platform(implementation: str | None) -> str | None:
-    """Why the implementation cannot run on the platform, as a part of an error message; None if it can run."""
+    """Why the implementation cannot run on the current platform (``sharding.platform``), as a part of an error message;
+    None if it can run."""
     platform = sharding.platform()
     needed = PLATFORM.get(implementation or "", platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
@@ -36,10 +37,11 @@ def check_implementation(
     """Check that an implementation exists and that it supports the arguments and the platform.
 
     Args:
-        function: the name of the function.
-        implementation: None (the fastest known one) is always accepted.
+        function: the name of the function in error messages.
+        implementation: the name of the implementation. None (the fastest known one) is always accepted.
         names: the ``Literal`` of all implementations.
-        reasons: for some implementations, why they do not support the arguments; None if they support them.
+        reasons: for an implementation, why it does not support the arguments, or None if it supports them. An
+            implementation without an entry supports them.
 
     Raises:
         ValueError: the implementation is unknown, or it does not support the arguments or the platform.
@@ -56,8 +58,11 @@ def check_implementation(
 
 
 def _is_single_cpu() -> bool:
-    """Whether the computation runs on a single CPU device. Several devices need operations that keep the sharding of
-    arrays."""
+    """Whether the computation runs on a single CPU device: with neither a ``Sharding.scope`` nor a mesh with Explicit
+    axes.
+
+    Computations on several devices need operations that keep the sharding of arrays.
+    """
     return sharding.platform() == "cpu" and sharding.active() is None and not sharding.is_explicit()
 
 
@@ -65,14 +70,15 @@ def _is_single_cpu() -> bool:
 
 MIN_BLOCKWISE_QUERIES = 256
 """Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn``. With fewer queries, ``reference``
-is faster. Two cases have another minimum: a single CPU device without biases (``MIN_BLOCKWISE_QUERIES_CPU``), and
-``pallas`` with biases (``MIN_BIASED_PALLAS_QUERIES``). The value must be at most 1024, because jaxlm guarantees O(T)
-memory for T >= 1024."""
+is faster. Two cases have another minimum: attention without biases on a single CPU device
+(``MIN_BLOCKWISE_QUERIES_CPU``), and ``pallas`` with biases (``MIN_BIASED_PALLAS_QUERIES``). The value must be at most
+1024, because jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_BLOCKWISE_QUERIES_CPU = 128
 """Minimum number of queries for ``blockwise`` on one CPU device, without biases.
 
-CPU time in ms, ``reference`` and ``blockwise`` (16,384 queries, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib
-0.10.2, median of 7). The rows "both" are the forward and the backward pass together:
+CPU time in ms (16,384 queries in all rows, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib 0.10.2, median of 7).
+In each pair of numbers, the first is for ``reference`` and the second for ``blockwise``. The rows "both" are the
+forward and the backward pass together:
 
     queries per row          64            128           256
     forward, 1 core     13.0    8.5    26.4   11.2   55.2   17.2
@@ -84,13 +90,13 @@ MIN_BIASED_PALLAS_QUERIES = 64
 """Minimum number of queries for which attention with biases uses ``pallas`` on a TPU. The kernel pads queries to a
 multiple of 128."""
 MAX_WHOLE_ROW_KEYS = 1024
-"""Maximum number of keys for which ``pallas``, which computes whole rows of scores, is faster than ``splash`` (TPU
-compiler's estimate). With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
+"""Maximum number of keys for which ``pallas`` is faster than ``splash`` (TPU compiler's estimate). ``pallas`` computes
+whole rows of scores. With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
 MAX_DECODE_QUERIES = 8
 """Maximum number of queries for which ``decode`` is chosen."""
 MIN_DECODE_SLOTS = 128
-"""``decode`` reads at least this number of cache slots (all slots if there are fewer). It compiles several branches,
-each of which reads about twice as many slots as the branch before it."""
+"""Minimum number of cache slots that ``decode`` reads. If the cache has fewer slots, ``decode`` reads all of them.
+``decode`` compiles several branches, each of which reads about twice as many slots as the branch before it."""
 
 AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
@@ -123,19 +129,19 @@ def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str |
 def loop_over_heads() -> bool:
     """Whether ``blockwise`` attention computes one head after the other.
 
-    The result is True on a single CPU device: the matmuls are then two-dimensional, and the temporaries stay in the
-    cache. On other devices, all heads are computed together.
+    The result is True on a single CPU device, because the matmuls are then two-dimensional and the temporaries stay in
+    the CPU cache. Otherwise, all heads are computed together.
     """
     return _is_single_cpu()
 
 
 MAX_SHARED_MASK_QUERIES = 256
-"""Maximum number of queries for which the heads share the mask of a block in ``blockwise`` attention that loops over
-heads.
+"""Maximum number of queries for which the heads share the mask of a block, in ``blockwise`` attention with a loop over
+heads (:func:`share_mask_between_heads`).
 
-CPU time in ms of the forward and the backward pass, with a mask for each head and with a shared mask (causal, heads of
-width 64; AMD EPYC (Zen 4), one core, jaxlib 0.10.2, fastest of 6). "documents": three documents per row, with segment
-ids. "no segments": without segment ids.
+CPU time in ms of the forward and the backward pass together, with a mask for each head and with a shared mask (causal,
+heads of width 64; AMD EPYC (Zen 4), one core, jaxlib 0.10.2, fastest of 6). "documents": three documents per row, with
+segment ids. "no segments": without segment ids.
 
     rows, queries, heads               8, 256, 12    4, 512, 8    2, 1024, 12
     documents, a mask for each head           117          108            150
@@ -143,17 +149,18 @@ ids. "no segments": without segment ids.
     no segments, a mask for each head          79           79            211
     no segments, a shared mask                 92           78            217
 
-With jaxlib 0.12 and 512 queries, a shared mask takes 98 ms instead of 116 (documents), but 94 instead of 80 (no
-segments) and 120 instead of 102 (documents, not causal).
+With jaxlib 0.12 and 512 queries, attention with a shared mask takes 98 ms instead of 116 (documents), but 94 instead of
+80 (no segments) and 120 instead of 102 (documents, not causal).
 """
 
 
 def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
-    """Whether all heads use one stored mask per block; the loop over heads is then inside the loop over blocks.
+    """Whether all heads share one mask per block, in ``blockwise`` attention with a loop over heads.
 
-    XLA computes the mask in each operation that reads the scores, and without vector instructions if it depends on
-    arrays of integers. The loop over heads computes it once. But a block then reads and updates arrays of all heads,
-    which do not fit into the cache if there are many queries.
+    Without a shared mask, XLA computes the mask again in each operation that reads the scores. It uses no vector
+    instructions for this if the mask depends on arrays of integers. A shared mask is computed once per block, before a
+    loop over the heads. But each block then reads and updates arrays of all heads. With many queries, these arrays do
+    not fit into the CPU cache.
 
     Args:
         has_integers: whether the mask depends on arrays of integers (segments or orders).
@@ -163,15 +170,17 @@ def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
 
 DecodeProducts = Literal["sums", "merged", "reference"]
 DECODE_LANES = 8
-"""Products of a query and a key that ``sums`` keeps apart, so that XLA uses vector instructions; a matmul adds them."""
+"""Number of partial sums into which ``sums`` splits each product of a query and a key. Elementwise operations compute
+the partial sums with vector instructions, then a matmul adds them."""
 
 
 def decode_products(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: DTypeLike, shards: int
 ) -> DecodeProducts:
-    """How ``decode`` computes the products of queries, keys and values (``jaxlm.nn.attention.decode``).
+    """How ``decode`` computes the products of queries, keys and values.
 
-    Time in ms of ``merged`` and ``sums`` (one core of an AMD EPYC, Zen 4), for one query per row:
+    ``jaxlm.nn.attention.decode`` describes the three ways. Time in ms of ``merged`` and ``sums``, for one query per row
+    (one core of an AMD EPYC, Zen 4):
 
         rows  slots  heads  width  dtype       jaxlib 0.10.2   jaxlib 0.12
         2     96     8      64     float32     0.069, 0.073    0.075, 0.080
@@ -183,12 +192,13 @@ def decode_products(
         8     300    4      20     float32     0.083, 0.136    0.096, 0.146
         8     576    12     64     bfloat16    2.6, 4.4        2.6, 4.5
 
-    With one row, XLA of jaxlib 0.10 does not use vector instructions for the sums of values: 4.4 ms for 1,023 slots,
-    instead of 0.27.
+    With one row, XLA of jaxlib 0.10 does not use vector instructions for the weighted sums of the values: ``sums`` then
+    takes 4.4 ms for 1,023 slots, and ``merged`` 0.27.
 
     Args:
         q_shape: [B, T, H, K].
-        k_shape: [B, E, G, K].
+        k_shape: [B, E, G, K], where E is the number of slots that are read.
+        dtype: dtype of the keys.
         shards: number of devices that split the heads. ``sums`` needs 1, ``merged`` needs a divisor of G.
     """
     (B, T, H, _), G = q_shape, k_shape[2]
@@ -198,16 +208,17 @@ def decode_products(
 
 
 def lane_padding(width: int) -> int:
-    """The number of entries that pad an axis of a cache from ``width`` to a multiple of LANES on a TPU; otherwise 0.
+    """The number of entries that pad an axis of size ``width`` to a multiple of LANES on a TPU; 0 on other platforms.
 
-    Without padding, the TPU compiler transposes the whole cache in every layer, to make the slots the last axis instead
-    of the heads.
+    ``decode`` pads the last axis of keys and values, which has all heads of a slot. Without padding, the TPU compiler
+    transposes the whole cache in every layer, so that the slots are the last axis instead of the heads.
     """
     return -width % LANES if sharding.platform() == "tpu" else 0
 
 
 def shift_rows_by_reshape() -> bool:
-    """Whether the relative shift of scores (Dai et al. 2019, appendix B) is a reshape instead of one slice per row.
+    """Whether the relative shift of scores (Dai et al. 2019, appendix B) is computed by a reshape, not by a slice of
+    each row.
 
     On a CPU, the gradient of the reshape takes 3 times as long as the gradient of the slices.
     """
@@ -224,12 +235,16 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
 
     Absorbed attention (``jaxlm.nn.attention.memory``) computes scores, the weighted mean and the bias of relative
     positions, with ``B T S H D`` multiplications each. Otherwise, the layer projects keys, values and the embeddings of
-    relative positions, with about ``B S D H K`` multiplications each.
+    relative positions, with about ``B S D H K`` multiplications each. So absorbed attention needs fewer multiplications
+    if T < K. It is chosen if 4 T <= K and if there are enough keys (``MIN_ABSORBED_CONTEXT``).
+
+    Absorbed attention does not support dropout, and it does not record attention weights. So the result is False with
+    dropout, and while attention weights are recorded.
 
     Args:
-        q_BTHK, context_BSD: the queries, and the inputs of keys and values.
-        dropout, key: dropout rate and random key. Absorbed attention does not support dropout, and its weights are not
-            recorded. So the result is False with dropout and while attention weights are recorded.
+        q_BTHK: the queries.
+        context_BSD: the inputs from which keys and values are projected.
+        dropout, key: dropout rate and random key. A key of None means no dropout.
     """
     if is_recording() or (key is not None and dropout > 0.0):
         return False
@@ -240,7 +255,8 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
 def fused_qkv() -> bool:
     """Whether one matmul computes queries, keys and values.
 
-    Attention kernels of accelerators need separate arrays, so slicing the output of a single matmul would copy it.
+    The result is True on a CPU. Attention kernels of accelerators need separate arrays for queries, keys and values, so
+    slices of the output of one matmul would be copies.
     """
     return sharding.platform() == "cpu"
 
@@ -248,9 +264,10 @@ def fused_qkv() -> bool:
 # ---------------------------------------------------------------------------------- recurrence, scans, convolutions
 
 CHUNK_ROWS = 512
-"""Number of rows (steps times batch size) of the matmuls in a chunk of a recurrent layer on a CPU.
+"""Number of rows (steps times batch size) of the matmuls in a chunk of a recurrent layer on a single CPU device.
 
-CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Zen 5):
+CPU time in ms of an LSTM with T steps, batch size B and hidden width H, forward / forward and backward together (jaxlib
+0.10.2, AMD Zen 5):
 
     rows              128      256      512      1024     all
     T128 B32 H512     103/344  98/311   92/312   91/306   109/326
@@ -265,16 +282,18 @@ def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "p
 
     Args:
         unsupported: why ``pallas`` does not support the arguments; None if it supports them.
+        remat: whether the backward pass recomputes the gates, which only ``chunked`` supports.
     """
     use_pallas = sharding.platform() == "tpu" and unsupported is None and not remat
     return "pallas" if use_pallas else "chunked"
 
 
 def recurrence_chunk(batch: int, steps: int) -> int:
-    """The number of steps of a chunk of an LSTM, GRU or sLSTM layer: all steps, or fewer on a single CPU device.
+    """The number of steps of a chunk of an LSTM, GRU or sLSTM layer.
 
-    On a CPU, the arrays of a chunk should fit into the cache, and allocating large arrays is slow (0.4 ms/MB for arrays
-    over 32 MB).
+    On a single CPU device, a chunk has ``CHUNK_ROWS`` rows, so the result may exceed ``steps``. The arrays of a chunk
+    should fit into the CPU cache, and allocating large arrays is slow (0.4 ms/MB for arrays over 32 MB). Otherwise, one
+    chunk has all steps.
     """
     return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
@@ -282,8 +301,8 @@ def recurrence_chunk(batch: int, steps: int) -> int:
 def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pallas"]:
     """The implementation of ``linear_scan``.
 
-    On a CPU, it is ``sequential``. On a TPU, it is ``pallas`` if ``pallas`` supports the arguments. Otherwise it is
-    ``chunked``, because a GPU runs a loop of many steps slowly.
+    On a CPU, it is ``sequential``. On a TPU, it is ``pallas`` if ``pallas`` supports the arguments, otherwise
+    ``chunked``. On a GPU, it is ``chunked``, because a GPU runs a loop of many steps slowly.
 
     Args:
         unsupported: why ``pallas`` does not support the arguments; None if it supports them.
@@ -295,9 +314,10 @@ def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pa
 
 
 MIN_CHUNKED_STEPS = 8
-"""Minimum number of steps for which ``linear_attention``, ``mlstm`` and the delta rules run in chunks."""
+"""Minimum number of steps for which the functions of :func:`matrix_scan` run in chunks."""
 LINEAR_ATTENTION_CHUNK = {"cpu": 32}
-"""Steps of a chunk of ``linear_attention``, by platform. The matrix units of other platforms need more rows."""
+"""Steps of a chunk of ``linear_attention`` and ``ssd``, by platform. Platforms without an entry have
+``LINEAR_ATTENTION_CHUNK_ACCELERATOR`` steps, because their matrix units need more rows."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 
 
@@ -318,11 +338,12 @@ def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "ch
 
 
 MAX_LOOP_STATE = 2**16
-"""Maximum number of entries B * H * K * V of the state for which ``linear_attention`` with one decay per head loops.
+"""Maximum number of entries B * H * K * V of the state for which ``linear_attention`` with one decay per head runs as a
+loop over steps. This holds on a CPU, without a gradient, and for K >= 64.
 
-With one decay per channel, and for ``generalized_delta_rule``, every size loops. This holds only without a gradient.
-Time in ms without a gradient, loop / chunks (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 4; one decay per head, or one
-per channel of the keys):
+Without a gradient, ``linear_attention`` with one decay per channel and ``generalized_delta_rule`` run as a loop for
+every size of the state (:func:`loops_without_gradient`). Time in ms without a gradient, loop / chunks (jaxlib 0.10.2,
+two cores of an AMD EPYC, Zen 4; one decay per head, or one per channel of the keys):
 
     B  T     H   K    V      entries    per head         per channel      generalized_delta_rule
     1  64    4   64   64     2**14      0.14 / 0.25      0.18 / 0.31      0.29 / 0.73
@@ -339,9 +360,9 @@ def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool
     """Whether ``linear_attention`` or ``generalized_delta_rule`` runs as a loop over steps if it is not differentiated.
 
     Args:
-        key_width: K.
-        state_size: B * H * K * V.
-        per_channel: whether there is one decay per channel, not one per head.
+        key_width: K, the width of the keys of a head.
+        state_size: B * H * K * V, the number of entries of the state.
+        per_channel: whether there is one decay per channel of the keys, not one per head.
     """
     if sharding.platform() != "cpu":
         return False
@@ -354,26 +375,29 @@ def kernel_chunk(steps: int) -> int:
 
 
 def linear_attention_chunk() -> int:
-    """The number of steps of a chunk of ``linear_attention``."""
+    """The number of steps of a chunk of ``linear_attention`` and ``ssd`` outside the TPU kernels."""
     return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
 
 
 GATED_DELTA_RULE_CHUNK = {"cpu": 32}
-"""Steps of a chunk of ``gated_delta_rule``, by platform."""
+"""Steps of a chunk of ``gated_delta_rule``, by platform. Platforms without an entry have
+``GATED_DELTA_RULE_CHUNK_ACCELERATOR`` steps."""
 GATED_DELTA_RULE_CHUNK_ACCELERATOR = 64
-"""The chunk size of the paper (Yang, Kautz and Hatamizadeh 2024). The triangular system of a chunk makes larger
-chunks more expensive than in ``linear_attention``."""
+"""The chunk size of the paper (Yang, Kautz and Hatamizadeh 2024). Large chunks are more expensive than in
+``linear_attention``, because each chunk solves a triangular system."""
 
 
 def gated_delta_rule_chunk() -> int:
-    """The number of steps of a chunk of ``gated_delta_rule``."""
+    """The number of steps of a chunk of ``gated_delta_rule`` outside the TPU kernels."""
     return GATED_DELTA_RULE_CHUNK.get(sharding.platform(), GATED_DELTA_RULE_CHUNK_ACCELERATOR)
 
 
 GENERALIZED_DELTA_RULE_CHUNK = 16
-"""Steps of a chunk of ``generalized_delta_rule``. The decays of each channel make larger chunks more expensive.
+"""Steps of a chunk of ``generalized_delta_rule``. Larger chunks are more expensive, because each channel has its own
+decays.
 
-CPU time in ms, forward / forward and backward (B 1, T 512, H 8, K 64; jaxlib 0.10.2, two busy cores; best of six):
+CPU time in ms, forward / forward and backward together (B 1, T 512, H 8, K 64; jaxlib 0.10.2, two busy cores; best of
+six):
 
     reference    chunk 8    chunk 16    chunk 32
     11/2140      36/228     38/216      59/240
@@ -381,16 +405,18 @@ CPU time in ms, forward / forward and backward (B 1, T 512, H 8, K 64; jaxlib 0.
 
 
 def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:
-    """The implementation of ``depthwise_convolution``: ``shifts`` on a CPU or if there are segments, which only
-    ``shifts`` supports; otherwise ``reference``."""
+    """The implementation of ``depthwise_convolution``.
+
+    It is ``shifts`` on a CPU, or if there are segment ids, which only ``shifts`` supports; otherwise ``reference``.
+    """
     return "shifts" if sharding.platform() == "cpu" or segment_ids is not None else "reference"
 
 
 def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
-    """Whether the gradient of depthwise weights is summed over blocks of time: on a single CPU device with at least 2
-    blocks.
+    """Whether the gradient of depthwise weights is summed over blocks of time.
 
-    One sum per tap over the whole input would read the input once per tap, which is slow on a CPU.
+    The result is True on a single CPU device with at least 2 blocks. One sum per tap over the whole input would read
+    the input once per tap, which is slow on a CPU.
     """
     return _is_single_cpu() and blocks >= 2
 
@@ -399,11 +425,13 @@ def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
 
 ExpertsImplementation = Literal["reference", "ragged_dot", "blocks"]
 MIN_BLOCKS_MULTIPLICATIONS = 2**20
-"""On a CPU, experts with fewer multiplications (tokens * E * D * F) use ``reference``, whose program is smaller.
+"""Minimum number of multiplications (tokens * E * D * F) for ``blocks`` on a CPU. With fewer multiplications,
+``reference`` is used, because its program is smaller.
 
-Time in ms, forward / forward and backward (jaxlib 0.10.2, 2 cores of a shared machine). A CPU computes ``ragged_dot``
-as a matmul of every row with every expert. N is the number of experts per token, and ``capacity 1.25`` is the
-implementation with a capacity factor of 1.25, for comparison:
+CPU time in ms, forward / forward and backward together (jaxlib 0.10.2, 2 cores of a shared machine). E is the number of
+experts, N the number of experts per token, D the model width, and F the hidden width of an expert. A CPU computes
+``ragged_dot`` as a matmul of every row with every expert. ``capacity 1.25`` is the implementation with a capacity
+factor of 1.25, for comparison:
 
     tokens  E   N  D    F    reference   ragged_dot  blocks     capacity 1.25
     1       8   2  256  512  1.1/10      2.7/12      0.3/2      0.4/10
@@ -432,8 +460,8 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
     """The number of rows of a block of the experts' matmuls (``blocks``).
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
-    so that it fits into the cache. With fewer than 4 assignments per expert, such as in decoding, a block has one row,
-    so that only the selected experts are read.
+    so that it fits into the CPU cache. With fewer than 4 assignments per expert, such as in decoding, a block has one
+    row. Then no block is empty, so only the weights of selected experts are read.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.
@@ -445,12 +473,12 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
 
 
 def bias_gradient_by_matmul(bias: jax.Array) -> bool:
-    """Whether the gradient of a bias is a matmul with rows of ones.
+    """Whether the gradient of a bias is computed as a matmul with rows of ones.
 
-    A bias with several axes belongs to a projection to attention heads. On a TPU, an attention kernel computes the
-    gradient of the projection's output. The gradient of the bias is a sum of this gradient over rows, which XLA cannot
-    fuse into the kernel. The matrix unit computes the sum faster than the vector unit, which needs a separate pass
-    (GPT-2, by the TPU compiler's estimate: 0.09 instead of 0.35 M cycles).
+    The result is True on a TPU for a bias with several axes, which belongs to a projection to attention heads. On a
+    TPU, an attention kernel computes the gradient of the projection's output. The gradient of the bias is the sum of
+    this gradient over rows. XLA cannot fuse the sum into the kernel, so the vector unit would need a separate pass. The
+    matrix unit computes the sum faster (GPT-2, by the TPU compiler's estimate: 0.09 instead of 0.35 M cycles).
     """
     return bias.ndim > 1 and sharding.platform() == "tpu"
 
@@ -459,7 +487,8 @@ def separate_weight_gradient() -> bool:
     """Whether the gradient of a weight is computed separately from the operations that follow it, such as a transpose.
 
     XLA merges a transpose into the matmul before it. On a CPU, a matmul is slow if its result has few columns and many
-    rows. GFLOP/s on one core of an AMD EPYC (Zen 4) for 4,096 rows, jaxlib 0.10.2 (two cores: the same ratios):
+    rows. GFLOP/s of weight gradients with and without this merge, for 4,096 rows (one core of an AMD EPYC (Zen 4),
+    jaxlib 0.10.2; the ratios are the same on two cores):
 
         inputs, outputs     256, 64    512, 128    1024, 256    2048, 512    8192, 64    8192, 128
         merged                 52         53          66           84           30          47
@@ -471,53 +500,58 @@ def separate_weight_gradient() -> bool:
 MAX_FEW_ROWS = 32
 """Maximum number of rows for which a float32 product with a table of embeddings has the table as its first operand.
 
-ms of four products with tables of 10,000 x 650, two cores of an AMD EPYC (Zen 4), jaxlib 0.10.2:
+CPU time in ms of four products with tables of 10,000 x 650 (two cores of an AMD EPYC (Zen 4), jaxlib 0.10.2):
 
     rows                       1      2      8     16     32     64
     hidden @ table.T         4.4   10.1   15.6   19.3   28.6   41.1
     (table @ hidden.T).T     6.4    8.0    9.7   12.9   20.8   39.4
 """
 MAX_FUSED_VECTOR_BYTES = 2**14
-"""On a CPU, XLA fuses the transpose of a table into the product of the table and a vector if the vector has fewer bytes
-than this number."""
+"""If a vector has fewer bytes than this number, XLA on a CPU fuses the transpose of a table into the product of the
+table and the vector."""
 
 
 def table_first(rows: int, width: int) -> bool:
-    """Whether float32 logits are ``(table @ hidden.T).T`` instead of ``hidden @ table.T``.
+    """Whether float32 logits are computed as ``(table @ hidden.T).T`` instead of ``hidden @ table.T``.
 
-    For one wide row, ``hidden @ table.T`` transposes the whole table first: 139 ms instead of 9.6 for a table of
-    16,000 x 4,096, on one core of an AMD EPYC (Zen 4).
+    For one wide row (``MAX_FUSED_VECTOR_BYTES``), ``hidden @ table.T`` transposes the whole table first: 139 ms instead
+    of 9.6 for a table of 16,000 x 4,096, on one core of an AMD EPYC (Zen 4).
+
+    Args:
+        rows: number of hidden states.
+        width: width of a hidden state.
     """
     is_one_narrow_row = rows == 1 and 4 * width < MAX_FUSED_VECTOR_BYTES
     return _is_single_cpu() and rows <= MAX_FEW_ROWS and not is_one_narrow_row
 
 
 def separate_logits(rows: int) -> bool:
-    """Whether the logits of one row are computed separately from the operations that follow, such as adding a bias.
+    """Whether the logits are computed separately from the operations that follow, such as adding a bias.
 
-    On a CPU, XLA merges a bias into the product of a matrix and a vector, and then transposes the whole table first.
-    The four products of ``MAX_FEW_ROWS`` then take 46 ms instead of 4.5.
+    The result is True for one row on a single CPU device. XLA would merge the bias into the product of the table and
+    the row, and would then transpose the whole table first. With a bias, the four products of ``MAX_FEW_ROWS`` would
+    take 46 ms instead of 4.5.
     """
     return _is_single_cpu() and rows == 1
 
 
 def argmax_by_maximum() -> bool:
-    """Whether the argmax of logits is the first index of the maximum, instead of ``jnp.argmax``.
+    """Whether the argmax of logits is computed from the maximum, as the first index with this value.
 
-    On one core of an AMD EPYC (Zen 4), jaxlib 0.10.2, ``jnp.argmax`` of 8 x 50,257 logits takes 1.8 ms, and the other
-    form 0.24.
+    Otherwise, ``jnp.argmax`` is used. On one core of an AMD EPYC (Zen 4), jaxlib 0.10.2, ``jnp.argmax`` of 8 x 50,257
+    logits takes 1.8 ms, and the computation from the maximum takes 0.24 ms.
     """
     return sharding.platform() == "cpu"
 
 
 MAX_LOGITS = {"cpu": 2**24}
-"""Maximum number of logits that exist at the same time on a CPU device: 64 MiB in float32. With fewer logits the
-matmuls have too few rows; with more, allocating new memory is slow. The number is doubled if the process keeps its
-freed memory (``host.keep_freed_memory``)."""
+"""Maximum number of logits that exist at the same time on a CPU device: 64 MiB in float32. With fewer logits, the
+matmuls have too few rows. With more, allocating new memory is slow. If the process keeps its freed memory
+(``host.keep_freed_memory``), :func:`max_logits` doubles the number."""
 MAX_LOGITS_ACCELERATOR = 2**27
-"""The same limit for an accelerator: 512 MiB in float32. Each chunk reads and writes the gradient of all output
-weights, so many chunks are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the
-step."""
+"""The same limit for an accelerator: 512 MiB in float32. Each chunk of a loss reads and writes the gradient of all
+output weights, so many chunks are slow. For example, with a limit of 2**24 logits, the 98 chunks of a GPT-2 step took
+as long as the rest of the step."""
 
 
 def max_logits() -> int:
@@ -529,10 +563,10 @@ def max_logits() -> int:
 
 
 def loss_chunk(steps: int, longest: int) -> int:
-    """The number of steps of a chunk of a loss, at most ``longest``; all steps if one chunk is enough.
+    """The number of steps of a chunk of a loss: all steps if ``longest`` allows it, otherwise at most ``longest``.
 
     On a CPU, all chunks have about the same length. On an accelerator, the length is a multiple of ``LANES`` or a power
-    of two less than ``LANES``: by the TPU compiler's estimate, chunks of 147 steps take a sixth more time than chunks
+    of two less than ``LANES``. By the TPU compiler's estimate, chunks of 147 steps take a sixth more time than chunks
     of 128.
     """
     if longest >= steps:
@@ -543,12 +577,12 @@ def loss_chunk(steps: int, longest: int) -> int:
 
 
 TARGET_LOSS_BLOCKS = 16
-"""Number of blocks of ``selected_cross_entropy`` if all weights are nonzero and there are many rows. With few rows,
-there are fewer blocks (``MIN_LOSS_BLOCK_ROWS``). If blocks would exceed ``max_logits``, there are more blocks. The last
-block is padded, so small blocks waste less work on padding."""
+"""Number of blocks of ``selected_cross_entropy`` if all weights are nonzero and there are many rows (one row for each
+position). With few rows, there are fewer blocks (``MIN_LOSS_BLOCK_ROWS``). If the logits of a block would exceed
+``max_logits``, there are more blocks. The last block is padded, so small blocks waste less work on padding."""
 MIN_LOSS_BLOCK_ROWS = {"cpu": 32}
-"""Minimum number of rows per device of a block of ``selected_cross_entropy``, by platform. Matmuls with fewer rows are
-slow."""
+"""Minimum number of rows per device of a block of ``selected_cross_entropy``, by platform. Platforms without an entry
+have ``MIN_LOSS_BLOCK_ROWS_ACCELERATOR`` rows. Matmuls with fewer rows are slow."""
 MIN_LOSS_BLOCK_ROWS_ACCELERATOR = LANES
 
 
@@ -567,7 +601,11 @@ def prevent_cse_in_remat(*, unrolled: bool) -> bool:
     """The argument ``prevent_cse`` of ``jax.checkpoint`` for the layers of a model.
 
     In an unrolled loop over layers, XLA may merge the recomputation with the original computation (common subexpression
-    elimination, CSE). On a CPU, CSE is not prevented: XLA reorders an unrolled loop there, so recomputation would take
-    time and save no memory (docs/labbook.md).
+    elimination, CSE), so CSE is prevented. In a scan over layers, it need not be prevented. On a CPU, CSE is not
+    prevented either, because XLA reorders an unrolled loop there: recomputation would take time and save no memory
+    (docs/labbook.md).
+
+    Args:
+        unrolled: whether the layers run in an unrolled loop instead of a scan.
     """
     return unrolled and sharding.platform() != "cpu"

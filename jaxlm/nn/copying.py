@@ -1,9 +1,10 @@
 """Copying of source tokens: pointer-generator networks (See et al. 2017, eq. 8 and 9).
 
-The next token is generated with probability sigmoid(w_s s + w_x x + w_c c + b), for the decoder state s, the embedding
-x and the context c. Otherwise it is copied from source position i, with the attention weight of i as the probability.
+The next token is generated with probability sigmoid(w_s s + w_x x + w_c c + b). Here, s is the state of the decoder, x
+the embedding of its input token, and c the context (the weighted mean of the source states). Otherwise, the token is
+copied from a source position, and the probability of a position is its attention weight.
 
-Shapes: B batch, T target time, S source time, H width of s, E of x, C of c, V vocabulary.
+Shapes: B batch, T target time, S source time, H width of s, E width of x, C width of c, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from jaxlm.spec import ArraySpec, Constant, Initializer, Params
 
 
 def copy_gate_specs(state: int, embedding: int, context: int, init: Initializer) -> dict[str, Any]:
-    """Specs of the parameters of :func:`copy_gate` for the widths of its inputs."""
+    """Specs of the parameters of :func:`copy_gate`.
+
+    ``state``, ``embedding`` and ``context`` are the widths H, E and C of its inputs.
+    """
     widths = {"state": state, "embedding": embedding, "context": context}
     weights = {name: linear_specs((width, 1), ("embed", None), init, bias=False) for name, width in widths.items()}
-    # The initial bias favours generation, because untrained attention rarely copies the correct token.
+    # The initial bias favors generation, because untrained attention rarely copies the correct token.
     return {**weights, "bias": ArraySpec((1,), (None,), Constant(1.0))}
 
 
@@ -48,7 +52,7 @@ def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int)
     ids_BS = jnp.where(in_vocabulary_BS, source_BS, 0)
 
     def sum_weights_by_id(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
-        # On a CPU this is six times as fast as a scatter with an index for each (t, s).
+        # One index adds a whole column. On a CPU, this is six times as fast as a scatter with an index for each (t, s).
         return jnp.zeros((weights_TS.shape[0], vocab_size)).at[:, ids_S].add(weights_TS)
 
     return jax.vmap(sum_weights_by_id)(weights_BTS, ids_BS)
@@ -59,6 +63,11 @@ def mix_copied(logits_BTV: jax.Array, gate_BT1: jax.Array, copied_BTV: jax.Array
 
     See et al. 2017, eq. 9. The sum is computed from logarithms (``logaddexp``), so the result is finite even for an
     unlikely token that is not in the source.
+
+    Args:
+        logits_BTV: the logits of generated tokens.
+        gate_BT1: from :func:`copy_gate`.
+        copied_BTV: the copy distribution, from :func:`copied_tokens`.
     """
     gate_BT1, copied_BTV = gate_BT1.astype(jnp.float32), copied_BTV.astype(jnp.float32)
     generated_BTV = jax.nn.log_sigmoid(gate_BT1) + jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)

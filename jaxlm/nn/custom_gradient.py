@@ -13,18 +13,19 @@ from jaxlm import sharding
 
 
 class custom_vjp:
-    """``jax.custom_vjp`` for functions that also run in ``jax.shard_map`` and under a mesh with Explicit axes.
+    """``jax.custom_vjp`` for functions that also run in ``jax.shard_map`` and on a mesh with Explicit axes.
 
-    In ``shard_map``, JAX tracks for each array over which mesh axes it varies. The gradient of weights that vary over
-    fewer axes than the inputs must be summed over the other axes, and JAX expects this sum from the backward rule of
-    ``jax.custom_vjp``. Here, all arguments are first cast to vary over the same axes, outside of the rule. The gradient
-    of this cast is the sum.
+    In ``shard_map``, JAX tracks over which mesh axes each array varies. If weights vary over fewer axes than the
+    inputs, their gradient must be summed over the other axes. JAX expects this sum from the backward rule of
+    ``jax.custom_vjp``. This class casts all arguments to vary over the same axes before it calls the function. The
+    gradient of this cast is the sum, so the backward rule needs none.
 
-    With Explicit axes, JAX needs to be told the sharding of the result of each matmul that sums over a sharded axis. So
-    the backward rule runs with Auto axes, for which the compiler chooses the shardings. Then each gradient gets the
-    sharding of its argument.
+    With Explicit axes, JAX requires the sharding of the result of each matmul that sums over a sharded axis. The
+    backward rule does not know these shardings. So it runs with Auto axes, for which the compiler chooses the
+    shardings. Then each gradient gets the sharding of its argument.
 
     Args:
+        function: the function; it is called with positional arguments only.
         nondiff_argnums: as in ``jax.custom_vjp``.
     """
 
@@ -37,7 +38,7 @@ class custom_vjp:
     def from_rules(
         cls, forward: Callable[..., Any], backward: Callable[..., Any], nondiff_argnums: Sequence[int] = ()
     ) -> custom_vjp:
-        """The function whose value is the first result of ``forward``, its forward rule."""
+        """The function with these forward and backward rules. Its value is the first result of ``forward``."""
         function = cls(functools.wraps(forward)(lambda *arguments: forward(*arguments)[0]), nondiff_argnums)
         function.defvjp(forward, backward)
         return function
@@ -59,14 +60,15 @@ class custom_vjp:
 
 
 def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """The backward rule with Auto axes. ``arguments``: the differentiable arguments of the function."""
+    """The backward rule, run with Auto axes. ``arguments`` are the differentiable arguments of the function."""
     shardings = tuple(jax.tree.map(lambda x: jax.typeof(x).sharding, argument) for argument in arguments)
 
     def backward_with_auto_axes(*rule_arguments: Any) -> Any:
         *nondiff, saved, cotangent = rule_arguments
 
         def gradients(saved: Any, cotangent: Any) -> Any:
-            # The tree of a gradient must be the tree of its shardings, even if the gradient is None.
+            # ``auto_axes`` needs a gradient with the same tree as its shardings. So a gradient of None becomes this
+            # tree with None at each leaf.
             return tuple(
                 jax.tree.map(lambda _: None, tree) if gradient is None else gradient
                 for gradient, tree in zip(backward(*nondiff, saved, cotangent), shardings, strict=True)

@@ -1,4 +1,4 @@
-"""Inverted dropout (Srivastava et al. 2014): kept entries are scaled up, so that evaluation needs no scaling."""
+"""Inverted dropout (Srivastava et al. 2014): training scales up the kept entries, so evaluation needs no scaling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jax import lax
 from jaxlm.sharding import sharded_like
 
 _BITS = 16
-"""Random bits per mask entry. Threefry generates 32 bits at a time, so one call serves two entries. The calls of
-Threefry are most of the cost of dropout on a CPU."""
+"""Random bits per mask entry. Threefry generates words of 32 bits, so one word is enough for two entries. On a CPU, the
+generation of random bits takes most of the time of dropout."""
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -29,10 +29,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """A boolean array of ``shape`` that is True with probability ``1 - rate``, rounded to a multiple of 2^-16.
+    """A boolean array of ``shape`` whose entries are True (keep) with probability ``1 - rate``.
 
-    For one-dimensional masks with the same key, a longer mask starts with the shorter mask. Attention over blocks of
-    keys relies on this property, which does not hold with ``jax_threefry_partitionable=False`` (not JAX's default).
+    The probability is rounded to a multiple of 2^-16. If two one-dimensional masks have the same key, the longer mask
+    starts with the shorter mask. Attention over blocks of keys relies on this property. It does not hold if
+    ``jax_threefry_partitionable`` is False (JAX's default is True).
     """
     *batch, length = shape
     words = jax.random.bits(key, (*batch, -(-length * _BITS // 32)), jnp.uint32)
@@ -42,13 +43,14 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 
 
 def keep_rows(key: jax.Array, rows: jax.Array, length: int, rate: float) -> jax.Array:
-    """The dropout mask of some rows of a matrix, [R, length]; True: keep.
+    """The dropout mask of some rows of a matrix, bool [R, length]; True: keep.
 
-    Entry (row, s) depends only on the random key, the index of the row in the matrix and s. With keys of the
-    implementation ``rbg``, it also depends on ``rows``, because JAX then draws all rows of a ``vmap`` from one key.
+    Entry s of a row depends only on the random key, the index of the row in the matrix, and s. With a random key of the
+    implementation ``rbg``, it also depends on all of ``rows``, because JAX then draws all rows of a ``vmap`` from one
+    key.
 
     Args:
-        rows: [R], the indices of the rows.
+        rows: [R], the indices of the rows in the matrix.
     """
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     return jax.vmap(lambda row_key: keep_mask(row_key, rate, (length,)))(row_keys)

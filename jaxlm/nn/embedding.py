@@ -22,9 +22,10 @@ def embed(
 
     Args:
         rows: logical name of the table's first axis.
-        size: number of ids. The rows of the table after ``size`` are padding, and their ids give NaN. None: all rows.
+        size: number of valid ids. The rows of the table from ``size`` on are padding, and their ids give NaN. None: the
+            table has no padding.
     """
-    # All-gather the width: fully sharded parameters split the width over devices, but activations split the batch.
+    # All-gather the width of the table: full sharding splits the width of parameters and the batch of activations.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
     ids_BT = widen_ids(ids_BT)
     if size is not None and size < table_VD.shape[0]:
@@ -36,7 +37,10 @@ def embed(
 
 
 def widen_ids(ids: ArrayLike) -> jax.Array:
-    """The ids with at least 32 bits: smaller integers would wrap in comparisons with the size of a vocabulary."""
+    """The ids as integers of at least 32 bits.
+
+    The size of a vocabulary may not fit into a smaller dtype. Then a comparison of the ids with the size is wrong.
+    """
     ids = jnp.asarray(ids)
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
@@ -44,8 +48,8 @@ def widen_ids(ids: ArrayLike) -> jax.Array:
 def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft_cap: float | None = None) -> jax.Array:
     """Logits ``hidden @ table.T``, [B, T, V] float32.
 
-    The rows of the table after ``vocab_size`` are padding, so that the table can be split over devices. Their logits
-    are the lowest float32 number, so that their probability is 0.
+    The rows of the table from ``vocab_size`` on are padding, which makes the number of rows divisible by the number of
+    devices that split the table. The logits of the padding are the lowest float32 number, so that its probability is 0.
 
     Args:
         soft_cap: bound c of the logits: each logit becomes ``c * tanh(logit / c)``. None: no bound.
@@ -68,23 +72,26 @@ def _product_with_table(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array
     if choices.table_first(rows, table_VD.shape[1]):
         logits_BTV = jnp.einsum("VD,BTD->VBT", table_VD, hidden_BTD).transpose(1, 2, 0)
     else:
-        logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # faster gradient than einsum on a CPU
+        logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # on a CPU, its gradient is faster than that of einsum
     return lax.optimization_barrier(logits_BTV) if choices.separate_logits(rows) else logits_BTV
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """The id with the largest logit, [...] int32, from logits [..., V]. If several ids have this logit: the smallest of
-    these ids. If a logit is NaN, the result has no meaning and may be V.
+    """The id with the largest logit, [...] int32, from logits [..., V].
+
+    If several ids have the largest logit, the result is the smallest of these ids. If a logit is NaN, the result has no
+    meaning and may be V.
     """
     if not choices.argmax_by_maximum():
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     V = logits.shape[-1]
-    # Without the barrier, XLA could compute the logits twice with different rounding, and find no equal logit.
+    # Without the barrier, XLA could compute the logits twice with different rounding. Then no logit might be equal to
+    # the maximum.
     logits = lax.optimization_barrier(logits)
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.min(jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), ids, V), axis=-1)
 
 
 def round_up(vocab_size: int, multiple: int) -> int:
-    """The number of rows of the table: ``vocab_size`` rounded up to a multiple of ``multiple``."""
+    """The number of rows of a table: ``vocab_size`` rounded up to a multiple of ``multiple``."""
     return -(-vocab_size // multiple) * multiple

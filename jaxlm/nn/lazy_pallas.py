@@ -1,4 +1,4 @@
-"""Pallas, imported at the first use (its import takes half a second), and parts that several TPU kernels share."""
+"""Pallas, imported at its first use because the import takes half a second, and functions that TPU kernels share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 
 INTERPRET = False
-"""Whether the kernels run in Pallas's interpreter, on any device. Tests set it."""
+"""Whether the kernels run in Pallas's interpreter, which works on any device. Tests set this to True."""
 
 OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 """Prefixes of the device kinds of TPUs before v5, which some kernels do not support."""
 
 
 class _Lazy:
-    """A module that is imported when an attribute of it is read."""
+    """A module that is imported when one of its attributes is read."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,10 +31,13 @@ pl, pltpu = _Lazy("jax.experimental.pallas"), _Lazy("jax.experimental.pallas.tpu
 def call_with_carry(
     kernel: Callable[..., None], name: str, grid: tuple[int, int, int], carry_shape: tuple[int, ...], **arguments: Any
 ) -> Callable[..., Any]:
-    """A function that runs the kernel on the grid: it gets the input arrays and returns the outputs.
+    """A function that runs the kernel on the grid. It gets the input arrays and returns the outputs.
 
-    The last argument of the kernel is the carry, a float32 array. Its value is kept from one step of the last axis of
-    the grid to the next one.
+    The last argument of the kernel is the carry, a float32 array in VMEM. It keeps its value from one step of the last
+    axis of the grid to the next step.
+
+    Args:
+        arguments: further arguments of ``pl.pallas_call``, such as ``in_specs`` and ``out_shape``.
     """
     return pl.pallas_call(
         kernel, name=name, grid=grid, interpret=INTERPRET, scratch_shapes=[pltpu.VMEM(carry_shape, jnp.float32)],
@@ -43,7 +46,10 @@ def call_with_carry(
 
 
 def largest_divisor(size: int, multiple: int, maximum: int) -> int:
-    """The largest divisor of ``size`` that is a multiple of ``multiple`` and at most ``maximum``."""
+    """The largest divisor of ``size`` that is a multiple of ``multiple`` and at most ``maximum``.
+
+    ``size`` must be a multiple of ``multiple``.
+    """
     return max(x for x in range(multiple, min(size, maximum) + 1, multiple) if size % x == 0)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers over one or several axes."""
+"""Linear layers, with one or several input axes and output axes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def linear_specs(
 
 
 def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Array:
-    """``x @ weight + bias`` over the last ``num_input_axes`` axes of ``x`` [..., in...], as [..., out...].
+    """``x @ weight + bias``, [..., out...].
 
-    The parameters are cast to the dtype of ``x``, which is also the dtype of the result.
+    The product contracts the last ``num_input_axes`` axes of ``x`` [..., in...]. The parameters are cast to the dtype
+    of ``x``, which is also the dtype of the result.
     """
     weight = params["weight"].astype(x.dtype)
     y = _product(x, weight, num_input_axes)
@@ -57,7 +58,7 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of ``y`` and ``bias``; that of ``bias`` is a matmul with ones."""
+    """The gradients of ``y`` and ``bias``. The gradient of ``bias`` is a matmul with ones."""
     row_axes = tuple(range(dy.ndim - bias.ndim))
     # With one row of ones, the TPU compiler would turn the matmul into a sum.
     ones = jnp.ones((*(dy.shape[axis] for axis in row_axes), SUBLANES), dy.dtype)
@@ -69,7 +70,7 @@ _add_with_matmul_vjp = custom_vjp.from_rules(lambda y, bias: (_add(y, bias), bia
 
 
 def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
-    # The axes are not merged by a reshape, because it would lose the sharding of `heads`. XLA merges them without cost.
+    # A reshape that merges the axes would lose the sharding of the axis ``heads``. XLA merges the axes without cost.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ()))), (x, weight)
 
@@ -77,9 +78,10 @@ def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tu
 def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of ``x`` and ``weight``.
 
-    The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``. XLA
-    would undo this choice, because it merges the transpose into the matmul. So on a CPU, the matmul is
-    computed separately from the operations that follow (``choices.separate_weight_gradient``).
+    The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``,
+    because a result with few columns is slow on a CPU. XLA would undo this choice, because it merges the transpose into
+    the matmul. So on a CPU, the matmul is computed separately from the operations that follow
+    (``choices.separate_weight_gradient``).
     """
     x, weight = saved
     row_axes = tuple(range(x.ndim - num_input_axes))

@@ -1,6 +1,8 @@
 """Positions and segments. A position is the index of a token in its document; a segment id identifies the document.
 
-In all modules, segment 0 is padding, and segments 1, 2, ... are documents. Shapes: B batch, T new tokens.
+In all modules, segment 0 is padding, and segments 1, 2, ... are documents.
+
+Shapes: B batch, T new tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ def positions_in_segments(
 ) -> jax.Array:
     """The position of each token in its document, [B, T] int32, starting at 0; padding gets 0 and is not counted.
 
-    The last two arguments continue a document from an earlier call. Tokens of segment ``last_segment_B`` count from
-    ``next_position_B`` on. So the positions of a prompt do not depend on padding, nor on the number of calls in which
-    the model reads the prompt.
+    The last two arguments continue a document from an earlier call. If a row begins with tokens of segment
+    ``last_segment_B``, their positions are ``next_position_B``, ``next_position_B + 1``, and so on. So the positions of
+    a prompt depend neither on padding nor on the number of calls in which the model reads the prompt.
 
     Args:
-        last_segment_B: the segment of each row's last token in the earlier call; None: no earlier call.
-        next_position_B: the position that follows that token; None: 0.
+        last_segment_B: the segment of each row's last real token in the earlier calls; None: no earlier call.
+        next_position_B: the position of that token plus 1; None: 0.
 
     Example:
         >>> positions_in_segments(jnp.array([[0, 0, 1, 1, 1, 2]])).tolist()
@@ -50,14 +52,14 @@ def segment_boundaries(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
-    The last segment is the segment of the real token that is read last. In a row without real tokens, it is the last
-    segment of the previous call, or 0. ``reset_BT`` is True at the first token of a document that follows another
-    document. ``keep_BT`` is True at real tokens. A document continues after padding. It also continues in the next call
-    if that call gets the last segment.
+    ``reset_BT`` [B, T] is True at the first token of a document that follows another document. ``keep_BT`` [B, T] is
+    True at real tokens, which are tokens that are not padding. The last segment is the segment of the real token that
+    is read last. In a row without real tokens, it is the last segment of the previous call, or 0. A document continues
+    after padding. It also continues in the next call if that call gets the last segment as ``last_segment_B``.
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
-        last_segment_B: the last segment of the previous call, 0 for none. None: 0 for all rows.
+        last_segment_B: the last segment of the previous call, or 0 for a row without one. None: 0 for all rows.
         reverse: whether the masks are for a layer that reads from the last token to the first.
         include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 
@@ -83,7 +85,7 @@ def segment_boundaries(
 
 
 def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
-    """The number of the document of each token, 1, 2, ... in each row, and 0 at padding; int32.
+    """The number of each token's document in its row, [B, T] int32: 1, 2, ... for documents, 0 for padding.
 
     As in :func:`segment_boundaries`, a change of the segment id starts a document, even if the id occurred before.
 
@@ -99,8 +101,8 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
     """Check that each mask is None or a boolean array of the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array with this
-            shape.
+        ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array whose first
+            two axes have the sizes B and T.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):
@@ -124,7 +126,7 @@ def check_state(state: State, specs: Mapping[str, ArraySpec]) -> None:
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     """``jnp.where(condition, x, y)`` for trees of arrays.
 
-    The shape of ``condition`` is the first part of the shape of each array, for example [B] or [B, T].
+    The shape of each array begins with the shape of ``condition``, for example [B] or [B, T].
     """
 
     def select(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -134,20 +136,28 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
 
 
 def reset_state(masks: Any, state: Any) -> Any:
-    """The state with zeros where ``reset`` of the masks ``(reset, keep)`` of a step is True. ``masks`` None: unchanged.
+    """The state of a step with zeros where ``reset`` is True.
 
-    Shapes are as in :func:`select_state`.
+    Args:
+        masks: ``(reset, keep)`` of the step, with shapes as in :func:`select_state`. None: the state is unchanged.
     """
     return state if masks is None else select_state(masks[0], jax.tree.map(jnp.zeros_like, state), state)
 
 
 def keep_state(masks: Any, new: Any, old: Any) -> Any:
-    """``new`` where ``keep`` of the masks ``(reset, keep)`` of a step is True, otherwise ``old``. None: ``new``."""
+    """The state ``new`` where ``keep`` is True, and the state ``old`` elsewhere.
+
+    Args:
+        masks: ``(reset, keep)`` of the step, with shapes as in :func:`select_state`. None: ``new`` everywhere.
+    """
     return new if masks is None else select_state(masks[1], new, old)
 
 
 def complete_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
-    """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None."""
+    """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None.
+
+    A missing ``reset_BT`` is False everywhere, and a missing ``keep_BT`` is True everywhere.
+    """
     if reset_BT is None and keep_BT is None:
         return None
     keep_BT = jnp.ones(shape, bool) if keep_BT is None else keep_BT

@@ -12,7 +12,7 @@ from jax import lax
 
 
 def mean_pooled(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-    """The mean over each row's real tokens, scaled to L2 norm 1, [B, D] float32.
+    """The mean of the hidden states of each row's real tokens, scaled to L2 norm 1, [B, D] float32.
 
     The dot product of two such vectors is their cosine similarity. A row that contains only padding gives zeros.
 

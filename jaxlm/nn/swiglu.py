@@ -1,4 +1,4 @@
-"""Gated MLPs (Shazeer 2020): SwiGLU ``(silu(x @ gate) * (x @ up)) @ down``, and GeGLU with another activation."""
+"""Gated MLPs (Shazeer 2020): SwiGLU ``(silu(x @ gate) * (x @ up)) @ down``, and GeGLU with GELU instead of SiLU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def swiglu_specs(width: int, hidden: int, init: Initializer, down_init: Initiali
     """The specs of ``gate`` and ``up``, [width, hidden], and ``down``, [hidden, width].
 
     Args:
-        down_init: the initial values of ``down``; None: those of ``gate`` and ``up``.
+        init: the initializer of ``gate`` and ``up``.
+        down_init: the initializer of ``down``; None: ``init``.
     """
     return {
         "gate": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
@@ -26,6 +27,6 @@ def swiglu_specs(width: int, hidden: int, init: Initializer, down_init: Initiali
 
 
 def swiglu(params: Params, x_BTD: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu) -> jax.Array:
-    """The output of the MLP, [B, T, D]. ``activation`` is applied to the gate."""
+    """The output of the gated MLP, [B, T, D]. ``activation`` is applied to ``x @ gate``."""
     gate, up = (constrain(linear(params[name], x_BTD), ("batch", "seq", "mlp")) for name in ("gate", "up"))
     return linear(params["down"], activation(gate) * up)

@@ -1,4 +1,7 @@
-"""Recording of attention weights, for plots and analysis; used by ``Model.attention_weights``."""
+"""Recording of attention weights, for plots and analysis. ``Model.attention_weights`` uses it.
+
+Shapes: B batch, H heads, T queries, S keys.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,21 @@ from typing import Literal, NamedTuple
 import jax
 
 Kind = Literal["causal", "bidirectional", "source", "pool"]
-"""``causal``: queries attend to no later key. ``bidirectional``: queries attend to all keys, of their own text or of a
-source. ``source``: weights of a recurrent decoder over its source. ``pool``: weights that pool the tokens of a text."""
+"""The kind of attention.
+
+``causal``: queries attend to no later key. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask, such as
+self-attention of an encoder or of XLNet, and cross-attention. ``source``: attention of a recurrent decoder to its
+source. ``pool``: a classifier pools the tokens of a text with these weights; H is the number of pooled vectors, T is 1.
+"""
 
 
 class RecordedWeights(NamedTuple):
     """The attention weights of one call of attention.
 
     Attributes:
-        weights: [B, H, T, S] float32. The weights of each query sum to 1, to 0 if the query may not attend to any key,
-            and to less than 1 in local attention (argument ``window`` of ``jaxlm.nn.alignment.align``).
+        weights: [B, H, T, S] float32. The weights of each query sum to 1. There are two exceptions: the sum is 0 if the
+            query may not attend to any key, and it may be below 1 in local attention (argument ``window`` of
+            ``jaxlm.nn.alignment.align``).
         kind: the kind of attention.
     """
 
@@ -33,7 +41,7 @@ _RECORD: contextvars.ContextVar[list[RecordedWeights] | None] = contextvars.Cont
 
 
 def is_recording() -> bool:
-    """Whether attention weights are being recorded, so that attention must compute them as an array."""
+    """Whether attention weights are being recorded. If so, attention must compute them as an array."""
     return _RECORD.get() is not None
 
 
@@ -46,10 +54,11 @@ def record(weights_BHTS: jax.Array, kind: Kind) -> None:
 
 @contextlib.contextmanager
 def recorded_weights() -> Iterator[list[RecordedWeights]]:
-    """A context manager that gives a list. Each call of attention in the context appends its weights to the list.
+    """A context manager whose ``as`` target is a list. Each call of attention in the context appends its weights to it.
 
-    A function under ``jax.jit`` must enter the context and return the weights itself. Loops over layers must be Python
-    loops: weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be leaked tracers.
+    In a function under ``jax.jit``, the function must enter the context and return the weights. Layers must run in a
+    Python loop without ``jax.checkpoint``: weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be leaked
+    tracers.
     """
     recorded: list[RecordedWeights] = []
     token = _RECORD.set(recorded)

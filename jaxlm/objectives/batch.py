@@ -1,6 +1,9 @@
-""":class:`Batch`, which all objectives use, and losses and an accuracy for a token or label at each target position.
+"""The class :class:`Batch`, which all objectives use, and the losses and the accuracy that several objectives share.
 
-Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects positions).
+These losses and the accuracy are for objectives whose targets are one token or one label at each target position.
+
+Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects positions), D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ class LossWithTerms:
 
     Attributes:
         names: names of the terms.
-        function: returns ``(total, weight, state, terms)``. The first three values are the results of a loss. ``terms``
-            is a dict from the names to totals; the mean of a term is its total divided by ``weight``.
+        function: has the arguments of a loss and returns ``(total, weight, state, terms)``. The first three values are
+            the results of a loss. ``terms`` is a dict from each name to a total. The reported mean of a term is its
+            total divided by ``weight``.
     """
 
     names: tuple[str, ...]
@@ -47,7 +51,7 @@ class LossWithTerms:
 def loss_and_terms(
     loss: Loss, *arguments: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
-    """The results of ``loss(*arguments, **options)`` and a dict of its terms; ``{}`` for a loss without terms.
+    """The results of ``loss(*arguments, **options)``, and a dict of its terms, which is empty for a loss without terms.
 
     Raises:
         ValueError: the names of the returned terms are not ``loss.names``.
@@ -90,9 +94,10 @@ class Batch:
 
 
 def count(batch: Batch) -> tuple[int, int]:
-    """The number of examples and the number of tokens in a batch of numpy arrays.
+    """The number of examples and the number of tokens in a batch of NumPy arrays.
 
-    An example is a row with at least one target of positive weight. Tokens of a source are counted, padding is not.
+    An example is a row with at least one target of positive weight. Tokens of sources are counted. Padding (segment 0)
+    is not counted.
     """
     examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
     token_arrays = [(batch.tokens, batch.segment_ids)]
@@ -105,7 +110,7 @@ def count(batch: Batch) -> tuple[int, int]:
 def hidden_states(
     model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
-    """The hidden states of ``model.apply``, and the new model state. See ``Model.apply`` for the shape.
+    """The hidden states and the new state from ``model.apply`` for the batch. See ``Model.apply`` for the shapes.
 
     No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
     """
@@ -119,7 +124,7 @@ def _inputs(batch: Batch, key: jax.Array | None, state: State | None) -> dict[st
 
 
 def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
-    """The hidden states at the target positions, [B, P, D]."""
+    """The hidden states at the target positions, [B, P, D]; NaN for a position of at least T."""
     if batch.target_positions is None:
         return hidden
     return jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
@@ -153,8 +158,8 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
         label_smoothing: fraction of the target probability that is spread over the vocabulary.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1); or the loss function is called with a ``label_smoothing``
-            above 0 and a model whose family has its own loss (``transformer_xl``).
+        ValueError: ``label_smoothing`` is outside [0, 1). The loss function also raises it if ``label_smoothing`` is
+            above 0 and the family of the model has its own ``cross_entropy`` (``transformer_xl``).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -162,24 +167,24 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
 
 
 def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0.0) -> LossWithTerms:
-    """Make a loss function like :func:`token_loss` for a model with experts, with losses of their routers.
+    """Make a loss function for models with experts: :func:`token_loss` plus the losses of the routers.
 
-    The mean loss, ``total / weight``, is the mean negative log-likelihood plus ``coefficient`` times the load-balance
-    loss and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The router losses are computed over all
-    tokens of the batch except padding. With gradient accumulation or ``pmap``, they are computed over each part of the
-    batch.
+    The mean loss, ``total / weight``, is the sum of three numbers: the mean negative log-likelihood, ``coefficient``
+    times the load-balance loss, and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The router losses
+    are means over all tokens of the batch except padding. With gradient accumulation or ``pmap``, they are computed for
+    each part of the batch separately.
 
-    The terms ``load_balance_loss`` and ``router_z_loss`` are the losses of the routers without their coefficients. The
-    terms are also reported if the coefficients are 0.
+    The terms ``load_balance_loss`` and ``router_z_loss`` (:class:`LossWithTerms`) are the losses of the routers without
+    their coefficients. They are also reported if the coefficients are 0.
 
     Args:
-        coefficient: weight of the load-balance loss. If each token selects N experts and the router is uniform, this
-            loss is N. Fedus et al. 2022 use 0.01 with N = 1.
+        coefficient: weight of the load-balance loss. This loss is N if each token selects N experts and the router
+            selects all experts equally often. Fedus et al. 2022 use 0.01 with N = 1.
         z_coefficient: weight of the z-loss. Zoph et al. 2022 use 0.001.
 
     Raises:
         ValueError: a coefficient is negative or not finite.
-        TypeError: the loss function is called with a model without experts.
+        TypeError: the loss function raises it for a model without experts.
 
     Example:
         >>> model = get_model("mixtral-tiny")                                              # doctest: +SKIP
@@ -207,8 +212,8 @@ def token_accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of targets that have the highest logit, the sum of the weights, and the new model state.
 
-    This function is an evaluation metric with the signature of a loss. Logits are computed in chunks, so no array
-    [B, P, V] is stored.
+    This function is an evaluation metric with the signature of a loss. The accuracy is the first result divided by the
+    second. Logits are computed in chunks, so no array [B, P, V] is stored.
     """
     hidden, state = predicted_states(model, params, batch, key, state)
     predictions = chunked_argmax(model.logits, params, hidden)  # logits of vocabulary padding are never the highest

@@ -23,22 +23,26 @@ def training_loss(model: Model) -> Loss:
 
 
 def evaluation_loss(model: Model) -> Loss:
-    """The loss for evaluating a model: ``loss``. If the model has experts, the router losses are reported as terms."""
+    """The loss for evaluating a model: the negative log-likelihood of ``loss``.
+
+    If the model has experts, the losses of the routers are reported as terms but do not count in the total.
+    """
     return _EVALUATION_LOSS_WITH_EXPERTS if model.has_experts else loss
 
 
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.ndarray | None = None) -> Batch:
-    """A batch from windows [B, T + 1]: the first T tokens are the inputs, the last T tokens the targets.
+    """A batch from windows [B, T + 1]: the first T tokens are the inputs, and the last T tokens are the targets.
 
-    A target has weight 1 if it and the token before it belong to the same document, and otherwise weight 0. So padding,
-    the first token of a document and a token after padding have weight 0. Without ``segment_ids``, all weights are 1.
+    A target has weight 1 if it and the token directly before it belong to the same document. Otherwise it has weight 0.
+    So padding, the first token of a document and a token directly after padding have weight 0. Without ``segment_ids``,
+    all weights are 1.
 
     Args:
         segment_ids: [B, T + 1], 0 for padding and n for document n.
         reset: as in :class:`~jaxlm.objectives.batch.Batch`.
 
     Raises:
-        ValueError: ``tokens`` or ``segment_ids`` are not integers [B, T + 1], or T is 0.
+        ValueError: ``tokens`` or ``segment_ids`` are not integers of shape [B, T + 1], or T is 0.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if tokens.shape[1] < 2:

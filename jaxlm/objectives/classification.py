@@ -1,4 +1,4 @@
-"""Classification: one label per row, predicted from the pooled output of the row (``Model.pool``).
+"""Classification: each row has one label, which is predicted from the pooled output of the row (``Model.pool``).
 
 Shapes: B batch, T time, D' width of the pooled output.
 """
@@ -29,7 +29,7 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens [B, T] with one label per row, [B]. A row labelled ``IGNORED_LABEL`` has weight 0.
+    """A batch of tokens [B, T] with one label per row, [B]. A row with the label ``IGNORED_LABEL`` has weight 0.
 
     Args:
         num_labels: number of labels. Labels are in [0, num_labels).
@@ -46,7 +46,7 @@ def batch(
 
 
 def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The targets (int32) and weights (float32) for labels. Target and weight are 0 for the label ``IGNORED_LABEL``.
+    """The targets (int32) and weights (float32) for labels of any shape. ``IGNORED_LABEL`` gives target 0 and weight 0.
 
     Raises:
         ValueError: labels are not integers, or a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
@@ -64,16 +64,18 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
 def problem_type(model: Model) -> str | None:
     """The ``problem_type`` in the ``config.json`` from which the model was loaded.
 
-    None: the model was not loaded, the field is missing, or some parameters were not loaded, so the head may be new.
+    The result is None if the model was not loaded from files or if the field is missing. It is also None if some
+    parameters were initialized instead of loaded, because the head may then be new.
     """
     metadata = getattr(model, "metadata", None)
     return None if metadata is None or metadata.initialized else metadata.config.get("problem_type")
 
 
 def check_problem_type(model: Model) -> None:
-    """Raise ``ValueError`` if the files of the model say that a text may have several labels, or scores as labels.
+    """Raise ``ValueError`` if the ``config.json`` of the model has a problem type other than one label per text.
 
-    ``save_pretrained`` keeps ``problem_type``, so programs that load the model would not apply softmax.
+    The other types are several labels per text and regression. ``save_pretrained`` keeps ``problem_type``. So a program
+    that loads the trained model would apply no softmax to its logits.
     """
     problem = problem_type(model)
     if problem not in (None, "single_label_classification"):
@@ -98,13 +100,14 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     Args:
         label_smoothing: fraction of the target probability that is spread over all labels (Szegedy et al. 2016,
             section 7).
-        class_weights: one weight per label; the loss of a row is multiplied by the weight of its label. Without label
-            smoothing, this equals ``weight`` of ``torch.nn.CrossEntropyLoss``. None: equal weights.
+        class_weights: one weight per label. The weight of a row is multiplied by the weight of its label, in both
+            ``total`` and ``weight``. Without label smoothing, this equals ``weight`` of ``torch.nn.CrossEntropyLoss``.
+            None: equal weights.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1); a class weight is not positive; or the loss function is
-            called with a model that has another number of labels, or another ``problem_type`` in its files than
-            "single_label_classification".
+        ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive. The loss function also
+            raises it if the number of class weights is not the number of labels of the model, or if
+            :func:`check_problem_type` rejects the model.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -138,7 +141,8 @@ def accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of rows whose label has the highest logit, the sum of the weights, and the new model state.
 
-    This function is an evaluation metric with the signature of a loss.
+    This function is an evaluation metric with the signature of a loss. The accuracy is the first result divided by the
+    second.
     """
     pooled_B1D, state = pooled_states(model, params, batch, key, state)
     is_correct = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets

@@ -1,21 +1,25 @@
-"""Masked language modelling (Devlin et al. 2019, section 3.1): masked tokens are predicted from both sides.
+"""Masked language modeling (Devlin et al. 2019, section 3.1): masked tokens are predicted from both sides.
 
-A fraction ``rate`` of the tokens is selected as targets. In the input, a selected token has by default a probability of
+A fraction ``rate`` of the tokens is selected as targets. In the input, by default,
 
-    80 %  to be replaced by the mask token       10 %  to be replaced by a random id       10 %  to be unchanged
+    80 %  of them are replaced by the mask token    10 %  are replaced by a random id    10 %  are unchanged
 
-By default, tokens (or words) are selected independently of each other, as in ``transformers``. With ``num_predict``, up
-to this number of tokens is selected in each row. Then logits and their gradients are computed only at the selected
-positions, typically 15 % of all positions. A word that has more tokens than are left to select is skipped, so long
-words are selected less often. The tokens of a word are selected together and replaced independently, as in BERT's
-published code. In that code, the masking rate also limits the number of selected tokens of a short row. Here, a short
-row also has up to ``num_predict`` selected tokens, so give rows of full length.
+There are two ways to select:
+
+- With ``rate``, the default, tokens (or words) are selected independently of each other, as in ``transformers``.
+- With ``num_predict``, at most this number of tokens is selected in each row, as in BERT's published code. Then logits
+  and their gradients are computed only at these positions, typically 15 % of all positions. If a word has more tokens
+  than the row may still select, it is not selected. So long words are selected less often. The published code also
+  limits the number of tokens in a short row to ``rate`` times its length. This module has no such limit, so give rows
+  of full length.
+
+The tokens of a word are selected together, but replaced independently of each other, as in BERT's published code.
 
 For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
 4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
-epoch. If this function seeds the generator with the tokens (``zlib.crc32(token_batch.tokens.tobytes())``), a resumed
-run has the same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so
-a run with another number of processes has other masks.
+epoch. It can seed its random generator with ``zlib.crc32(token_batch.tokens.tobytes())``. Then a resumed run has the
+same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so a run with
+another number of processes has other masks.
 
 Shapes: B batch, T time, P target positions.
 """
@@ -39,22 +43,23 @@ class MaskingConfig:
     """The settings of :func:`batch`.
 
     Raises:
-        ValueError: an id is outside the vocabulary; a fraction is out of range; or ``num_predict`` and another ``rate``
-            than the default are given.
+        ValueError: an id is outside the vocabulary; a fraction is out of range; or both ``num_predict`` and a ``rate``
+            other than the default are given.
     """
 
     mask_id: int
     """The id of the mask token."""
     vocab_size: int
-    """Random ids are below ``vocab_size``. As in the published code, they may be special ids."""
+    """Number of ids in the vocabulary. Random ids are below this number. As in the published code, they may be special
+    ids."""
     special_ids: Sequence[int] = ()
     """Ids that are never selected, such as ``[CLS]`` and ``[SEP]``. The mask token and padding (segment 0) are never
     selected either."""
     rate: float = 0.15
     """Fraction of the tokens that are selected."""
     num_predict: int | None = None
-    """P, the number of tokens to select in each row, instead of ``rate``. The batch then has ``target_positions``. If
-    fewer tokens are selected in a row, the other positions have weight 0."""
+    """P, the maximum number of tokens to select in each row. It replaces ``rate``. The batch then has
+    ``target_positions`` [B, P]. If fewer tokens are selected in a row, the other target positions have weight 0."""
     mask_fraction: float = 0.8
     """Fraction of the selected tokens that are replaced by the mask token."""
     random_fraction: float = 0.1
@@ -97,12 +102,14 @@ def batch(
     Tokens and targets of the batch are int32.
 
     Args:
+        segment_ids: [B, T], 0 for padding. None: no padding.
         word_ids: [B, T] integers. Adjacent tokens of a document with equal word ids form a word, which is selected as a
             whole. Special tokens do not belong to words. None: every token is a word.
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, an id is outside the vocabulary, or ``num_predict`` is not from 1 to T.
+        ValueError: the shapes do not match, tokens are not integers, an id is outside the vocabulary, or
+            ``num_predict`` is not from 1 to T.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if word_ids is not None and word_ids.shape != tokens.shape:
@@ -111,7 +118,7 @@ def batch(
     num_predict, length = config.num_predict, tokens.shape[1]
     if num_predict is not None and not 1 <= num_predict <= length:
         raise ValueError(f"num_predict={num_predict} must be from 1 to the {length} tokens of a row")
-    # A smaller dtype of the tokens may not represent the mask token and the random ids.
+    # The mask token and the random ids may not fit into a smaller dtype of the tokens.
     tokens = np.asarray(tokens).astype(np.int32, casting="same_kind", copy=False)
 
     is_special = np.isin(tokens, [config.mask_id, *config.special_ids])
@@ -146,8 +153,11 @@ def _word_indices(is_special: np.ndarray, segment_ids: np.ndarray | None, word_i
 
 
 def _select_words(is_special: np.ndarray, words: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Which tokens are selected, [B, T] bool. Words are drawn in random order; a word that would exceed ``limit``
-    tokens in its row is skipped."""
+    """A mask of the selected tokens, [B, T] bool, with at most ``limit`` tokens in each row.
+
+    Words are drawn in random order. A word with which the row would have more than ``limit`` selected tokens is
+    skipped.
+    """
     selected = np.zeros(is_special.shape, bool)
     for row, (row_special, row_words) in enumerate(zip(is_special, words, strict=True)):
         sizes, remaining = np.bincount(row_words, ~row_special).astype(int), limit

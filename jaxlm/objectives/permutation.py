@@ -1,22 +1,22 @@
-"""Permutation language modelling (Yang et al. 2019): some tokens of a row are predicted in a random order.
+"""Permutation language modeling (Yang et al. 2019): some tokens of a row are predicted in a random order.
 
     row        [text | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
     targets    spans of 1 to 5 tokens in each of the two parts, by default one token in six, never <sep> or <cls>
-    order      the rank of a token in the random order of its part; context tokens (not in a span, not separators, not
-               <cls>) have the lowest order of their part
+    order      the rank of a token in the random order of its part. Context tokens are all tokens that are not in a
+               span, except <sep> and <cls>. They have the lowest order of their part.
 
-The two parts of a row are ``reuse_length`` tokens of a text, and two texts A and B with separators. A continues the
-first part. B continues A. If another row is read in the same direction (``right_to_left``), B is, with probability 0.5,
-a text from such a row instead.
+A row has two parts. The first part has ``reuse_length`` tokens of a text. The second part has two texts A and B with
+special tokens. A continues the first part, and B continues A. If the batch has other rows of the same direction
+(``right_to_left``), B is with probability 0.5 a text from one of these rows instead.
 
 The code follows ``data_utils.py`` of Yang et al., because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
 than all tokens of the first part. So the first part does not depend on the second part, and the model can store the
-first part in its memory. The next window of a text begins ``reuse_length`` tokens later. The authors take a random B
-from anywhere in the text; here, a random B comes from another row of the batch. All functions except ``loss`` run on
-the host, and draw random numbers only from the argument ``rng``.
+first part in its memory. The next window of a text begins ``reuse_length`` tokens later. If B does not continue A, the
+authors take it from anywhere in the text; this module takes it from another row of the batch. All functions except
+``loss`` run on the host. They draw random numbers only from the argument ``rng``.
 
-Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
+Shapes: B batch, N tokens of a window, T tokens of a row (N + 3) or of a part of a row.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CLS_ID, SEP_ID = 3, 4
 FIRST_TYPE, SECOND_TYPE, CLS_TYPE = 0, 1, 2
 """Token types of the first sentence, the second sentence (both with their separator) and ``<cls>``."""
 CONTEXT_ORDER = -1
-"""The order of context tokens, which are visible to all tokens of their part. In the second part, ``reuse_length + 1``
-is added to all orders."""
+"""The order of context tokens in the first part. All tokens of a part attend to its context tokens. In the second part,
+``reuse_length + 1`` is added to all orders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class PermutationConfig:
     permutation_length: int = 256
     """Number of tokens that are permuted together. It must divide the lengths of both parts."""
     num_predict: int = 85
-    """Number of targets per row, half of them in each part (if the number is odd, one more in the first part).
-    ``<sep>`` and ``<cls>`` in a span are not predicted; targets of weight 0 replace them."""
+    """Number of targets per row. Each part has half of them; if the number is odd, the first part has one more. A
+    ``<sep>`` or ``<cls>`` in a span is not predicted. For each of them, the row has a target of weight 0 instead."""
     alpha: int = 6
-    """A span of n tokens has a context of ``n * alpha // beta`` other tokens. The number of tokens in spans depends
-    only on ``num_predict``: single tokens are added after the last span."""
+    """A span of n tokens has a context of at least ``n * alpha // beta`` other tokens (fewer at the end of a part). If
+    the spans together have fewer tokens than the part has targets, single tokens at random positions are added."""
     beta: int = 1
     """See ``alpha``."""
     max_span_length: int = 5
@@ -67,8 +67,9 @@ class PermutationConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def check_window(self, length: int) -> None:
-        """Raise ``ValueError`` if a part of a window of ``length`` tokens is too short, or not a multiple of
-        ``permutation_length``.
+        """Raise ``ValueError`` if a window of ``length`` tokens cannot be split into two parts.
+
+        The second part must have at least 5 tokens, and ``permutation_length`` must divide the lengths of both parts.
         """
         first, second = self.reuse_length, length + 3 - self.reuse_length
         if second < 5:
@@ -92,23 +93,24 @@ def batch(
     right_to_left: np.ndarray | None = None,
     reset: np.ndarray | None = None,
 ) -> Batch:
-    """A batch of rows [B, N + 3] from windows [B, N] of a text.
+    """A batch of rows [B, N + 3] from windows [B, N] of texts.
 
     Each row has ``num_predict`` targets. Some of them may have weight 0 (:class:`PermutationConfig`).
 
     Args:
-        rng: random generator, used for one row after the other.
-        word_starts: [B, N] bool, True for the first token of each word in reading order (in a reversed row, this is the
-            last column of the word). Predicted spans begin at these tokens. None: spans begin at any token.
-        sentences: [B, N] integers that change at the start of each sentence. A ends at the end of a sentence
-            if one ends after the reused part, else at a random position. None: A ends at a random position.
-        right_to_left: [B] bool, True for rows with reversed tokens. Reverse a text before it is split into windows:
-            windows that are reversed one by one do not continue each other.
+        rng: random generator. The rows draw from it one after the other.
+        word_starts: [B, N] bool, True for the first token of each word in reading order. In a reversed row, this token
+            is in the last column of the word. Predicted spans begin at these tokens. None: spans begin at any token.
+        sentences: [B, N] integers that change at the start of each sentence. A ends where a sentence ends. If no
+            sentence ends between the first part and the last token of the window, or if ``sentences`` is None, A ends
+            at a random position.
+        right_to_left: [B] bool, True for rows with reversed tokens. Reverse a text before you split it into windows,
+            because windows that are reversed one by one do not continue each other. None: no row is reversed.
         reset: as in ``Batch``.
 
     Raises:
-        ValueError: the shapes do not match; a part is too short, not a multiple of ``permutation_length``, or has fewer
-            tokens than targets; or ``beta`` is not in [1, ``alpha``].
+        ValueError: the shapes do not match; :meth:`PermutationConfig.check_window` rejects N; a part has fewer tokens
+            than targets; or ``beta`` is not in [1, ``alpha``].
     """
     _check_shapes(tokens, word_starts, sentences, right_to_left)
     B, N = tokens.shape
@@ -162,8 +164,8 @@ def _choose_sentences(
     """The locations of A and B: for each text, the index of its row and its slice of this row.
 
     A begins at ``start`` and ends at the end of a sentence, or at a random position if no sentence ends after
-    ``start``. If there are rows ``others``, B is text from one of them with probability 0.5. Otherwise, B is the text
-    after A.
+    ``start``. If ``others`` has rows, B is with probability 0.5 a text of the same length from one of these rows. In
+    all other cases, B is the text after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):
@@ -184,11 +186,11 @@ def _predicted_and_order(
     config: PermutationConfig,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of predicted tokens of a row, [T] bool, and the factorization order as ranks, [T] int32.
+    """The mask of predicted tokens of a row, [T] bool, and the order (rank) of each token, [T] int32.
 
     Args:
         parts: the slice of each part and the number of its targets.
-        direction: -1 for a reversed row, else 1. The spans of a reversed row are drawn in reading order.
+        direction: -1 for a reversed row, otherwise 1. Spans are drawn in reading order, also in a reversed row.
     """
     predicted, order = np.zeros(is_special.shape, bool), np.zeros(is_special.shape, np.int32)
     offset = 0
@@ -199,7 +201,7 @@ def _predicted_and_order(
         )[::direction]  # fmt: skip
         order[part] = offset + order_of_part(in_span | is_special[part], config.permutation_length, rng)
         predicted[part] = in_span & ~is_special[part]
-        # + 1, because context tokens of the next part have the order offset - 1. This order must exceed all orders of
+        # Context tokens of the next part have the order offset - 1. The + 1 makes this order higher than all orders of
         # this part.
         offset += part.stop - part.start + 1
     return predicted, order
@@ -216,10 +218,13 @@ def span_mask(
 ) -> np.ndarray:
     """A mask of exactly ``num_targets`` tokens, [T] bool.
 
-    The mask has spans of n tokens, each in a context of ``n * alpha // beta`` other tokens. n is drawn from 1 to
-    ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a word. As in the code of
-    Yang et al., n counts tokens instead of words, and single tokens at random positions are added at the end until the
-    mask has ``num_targets`` tokens.
+    The mask has spans of n tokens, each in a context of at least ``n * alpha // beta`` other tokens (fewer at the end).
+    n is drawn from 1 to ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a
+    word. As in the code of Yang et al., n counts tokens instead of words. After the last span, single tokens at random
+    positions are added until the mask has ``num_targets`` tokens.
+
+    Args:
+        word_starts: [T] bool, True for tokens at which a span may begin.
 
     Raises:
         ValueError: ``num_targets`` is above T, or ``beta`` is not in [1, ``alpha``].
@@ -255,9 +260,9 @@ def span_mask(
 
 
 def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """The factorization order of the tokens, [T] int32; -1 for tokens that are False in ``ordered``.
+    """The order (rank) of each token of a part, [T] int32; ``CONTEXT_ORDER`` for tokens that are False in ``ordered``.
 
-    Each block of ``length`` consecutive tokens is permuted, all blocks with the same permutation.
+    Each block of ``length`` consecutive tokens is permuted. All blocks have the same permutation.
     """
     index = np.arange(len(ordered), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
     return np.where(ordered, index.ravel(), CONTEXT_ORDER).astype(np.int32)
@@ -266,7 +271,9 @@ def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) ->
 def pair(
     first: np.ndarray, second: np.ndarray | None = None, *, cls_id: int = CLS_ID, sep_id: int = SEP_ID
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens ``A <sep> B <sep> <cls>`` (or ``A <sep> <cls>``) and their token types, as in all XLNet tasks.
+    """The tokens ``A <sep> B <sep> <cls>`` (without ``second``: ``A <sep> <cls>``) and their token types, both int32.
+
+    All tasks of XLNet have texts of this form.
 
     Example:
         >>> tokens, types = pair(np.array([20, 21]), np.array([30]))

@@ -1,4 +1,4 @@
-"""Sequence to sequence: each target token is predicted from the source and the previous target tokens.
+"""Sequence-to-sequence objective: each target token is predicted from the source and the previous target tokens.
 
 Shapes: B batch, S source time, T target time.
 """
@@ -25,12 +25,14 @@ def batch(
 ) -> Batch:
     """A batch of sources [B, S] and targets [B, T]. Both must include their end tokens.
 
-    The inputs of the decoder are the targets shifted right by one position (:func:`shift_right`). Without segment ids,
-    a row is one document without padding. Document n of the targets attends to document n of the source. Targets in
-    padding have weight 0.
+    The inputs of the decoder are the targets shifted right by one position (:func:`shift_right`). Document n of the
+    targets attends to document n of the source. Targets at padding have weight 0.
 
     Args:
         start_id: the first decoder input of every document, such as ``decoder_start_id`` of a config.
+        source_segment_ids: [B, S], 0 for padding and n for document n. None: each source is one document without
+            padding.
+        segment_ids: [B, T], the same for the targets.
 
     Raises:
         ValueError: source, targets or their segment ids are not integers [batch, time] with at least one token per row,
@@ -51,10 +53,13 @@ def batch(
 
 
 def decoder_only(batch: Batch) -> Batch:
-    """The batch for a causal model without encoder: each row is the source, followed by the inputs of the decoder.
+    """The batch for a causal model without an encoder, [B, S + T]: the source, followed by the inputs of the decoder.
 
-    Only the targets of the decoder have a weight. The first input of the decoder, ``start_id``, separates the two
-    texts. Padding may be anywhere in a row (``segment_ids`` are 0).
+    Positions of the source have weight 0. The first input of the decoder, ``start_id``, separates the two texts.
+    Padding of the source and of the targets stays where it is; its segment id is 0.
+
+    Args:
+        batch: from :func:`batch`.
 
     Raises:
         ValueError: a row has several documents.
@@ -77,7 +82,7 @@ def decoder_only(batch: Batch) -> Batch:
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
-    """The previous token of each target, [B, T] int32; ``start_id`` for the first target of each document.
+    """The token before each target, [B, T] int32, or ``start_id`` for the first target of each document.
 
     Padding and a target directly after padding also get ``start_id``.
 
@@ -98,7 +103,9 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
 
 
 def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows of unequal length on the right. Returns tokens [B, T] int32, and segment ids (1, or 0 for padding).
+    """The rows, padded on the right to the same length: tokens and segment ids (1 for tokens, 0 for padding).
+
+    Both are [B, T] int32.
 
     Args:
         length: T. None: the length of the longest row.

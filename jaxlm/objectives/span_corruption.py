@@ -1,14 +1,17 @@
-"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans, and the target contains the spans.
+"""Span corruption (Raffel et al. 2020, section 3.1.4): spans are removed from a text, and the target contains them.
+
+A sentinel token replaces each removed span:
 
     text    Thank you for inviting me to your party last week
     source  Thank you <s0> me to your party <s1> <end>
     target  <s0> for inviting <s1> last week <end>
 
-As in the published code, a text begins with a kept span and ends with a removed span. If a custom mask ends with a kept
-span, the target ends with one more sentinel, as in the figure of the paper. The numbers of removed tokens and spans
-depend only on the length of the text. So the sources and targets of texts of equal length need no padding. The loss is
-the same as in ``seq2seq``. All functions except ``loss`` run on the host, and their results depend only on the texts
-and the random generator.
+As in the published code, the random masks of :func:`noise_mask` keep the beginning of a text and remove its end. If a
+mask for :func:`corrupt` keeps the end, the target ends with one more sentinel, as in the figure of the paper. For given
+settings, the numbers of removed tokens and spans depend only on the length of the text. So texts of equal length have
+sources of equal length and targets of equal length, without padding. The loss is the same as in ``seq2seq``. All
+functions except ``loss`` run on the host. They draw random numbers only from the argument ``rng``.
+
 Shapes: B batch, N tokens of a text.
 """
 
@@ -39,21 +42,23 @@ def batch(
     mean_span: float = MEAN_SPAN,
     num_sentinels: int = 100,
 ) -> Batch:
-    """A batch for an encoder-decoder from texts [B, N], corrupted independently. :func:`text_length` helps to choose N.
+    """A batch for an encoder-decoder from texts [B, N]. Each text gets its own random mask.
+
+    :func:`text_length` gives N for a maximum length of the source.
 
     Args:
-        rng: random generator, used for one row after the other.
+        rng: random generator. The rows draw from it one after the other.
         first_sentinel: id of the first sentinel, such as 32099 in T5's vocabulary. The ids of later sentinels descend.
         end_id: id of the last token of sources and targets.
-        start_id: first input of the decoder.
+        start_id: id of the first input of the decoder.
         density: fraction of the tokens that are removed.
         mean_span: mean number of tokens of a removed span.
         num_sentinels: number of sentinels in the vocabulary.
 
     Raises:
         TypeError: the texts are not integers.
-        ValueError: there are no texts, an argument is out of range, or a text is too short, needs more sentinels or
-            contains a sentinel.
+        ValueError: there are no texts, an argument is out of range, or a text is too short, needs more than
+            ``num_sentinels`` sentinels, or contains a sentinel.
     """
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"texts must be [batch, time] with at least one row, got {list(tokens.shape)}")
@@ -71,10 +76,10 @@ def batch(
 def noise_mask(
     length: int, rng: np.random.Generator, *, density: float = DENSITY, mean_span: float = MEAN_SPAN
 ) -> np.ndarray:
-    """A random mask of removed tokens, [N] bool.
+    """A random mask of a text of ``length`` tokens, [N] bool, True for tokens to remove.
 
-    The mask begins with a kept token and ends with a removed token. All such masks with the required numbers of removed
-    tokens and spans are equally likely.
+    The mask begins with a kept token and ends with a removed token. ``length``, ``density`` and ``mean_span`` determine
+    the numbers of removed tokens and spans. All masks with these numbers are equally likely.
 
     Raises:
         ValueError: ``length`` is below 2, ``density`` is not between 0 and 1, or ``mean_span`` is below 1.
@@ -90,8 +95,12 @@ def corrupt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The source and target of a text [N], both int32.
 
-    In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each run of tokens
-    that are not masked. Both end with ``end_id``.
+    In the source, a sentinel replaces each run of removed tokens. In the target, a sentinel replaces each run of kept
+    tokens. Both end with ``end_id``.
+
+    Args:
+        mask: [N] bool, True for tokens to remove.
+        first_sentinel, end_id, num_sentinels: as in :func:`batch`.
 
     Raises:
         TypeError: the text is not integers.
@@ -167,5 +176,5 @@ def _random_partition(total: int, parts: int, rng: np.random.Generator) -> np.nd
 
 
 def _run_starts(mask: np.ndarray) -> np.ndarray:
-    """True at the first entry of each run of True."""
+    """A mask that is True at the first entry of each run of True in ``mask``."""
     return mask & ~np.concatenate([[False], mask[:-1]])

@@ -1,9 +1,11 @@
 """Extractive question answering (Devlin et al. 2019, section 4.2): an answer is a span of a text.
 
-A row is one document that contains question and text. The model predicts two distributions over the real tokens of the
-row: the first for the first token of the answer, the second for the last token. The loss does not depend on the amount
-of padding. In ``transformers``, padding tokens are also candidates, so the losses are equal only without padding. The
-target of a question without an answer is ``[CLS]`` (section 4.3).
+A row is one document that contains a question and a text. The model predicts two distributions over the real tokens of
+the row: one for the first token of the answer, and one for its last token. Padding has probability 0, so the loss does
+not depend on the amount of padding. In ``transformers``, padding tokens are also candidates, so its loss is equal only
+without padding. If a question has no answer, the target of both distributions is the position of ``[CLS]`` (section
+4.3).
+
 Shapes: B batch, T time, L maximum number of tokens of an answer.
 """
 
@@ -31,15 +33,15 @@ def batch(
 ) -> Batch:
     """A batch of tokens [B, T] with the positions of the first and the last token of each answer, [B, 2].
 
-    A row whose answer is truncated (it ends at T or later) has weight 0. In ``transformers``, the loss still includes
-    the first token if only the end of the answer is truncated.
+    If an answer is truncated (its last position is T or more), its row has weight 0. In ``transformers``, the loss
+    still includes the first token if only the end of the answer is truncated.
 
     Args:
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
         ValueError: the shapes do not match; tokens or spans are not integers; a row has several documents; an answer
-            ends before it begins or begins below 0; or the first or last token of an answer is padding.
+            ends before it begins, or begins before position 0; or the first or last token of an answer is padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)
@@ -87,12 +89,13 @@ def best_spans(
 ) -> tuple[jax.Array, jax.Array]:
     """The positions of the first and last token of each row's best answer, [B, 2] int32, and its score, [B].
 
-    The score is the sum of the two logits. Candidates are all spans of at most ``max_length`` tokens. To decide
-    whether there is an answer, compare the score with the score of ``[CLS]``. In a row without candidates, both
-    positions are 0, and the score is minus infinity.
+    The score of a span is the logit of its first token plus the logit of its last token. Candidates are all spans of at
+    most ``max_length`` tokens. To decide whether there is an answer, compare the score with the sum of the two logits
+    of ``[CLS]``. In a row without candidates, both positions are 0, and the score is minus infinity.
 
     Args:
-        segment_ids_BT: an answer begins and ends only at positions with an id above 0. Set the ids of the question to
+        logits_BT2: the logits of the first token and of the last token of the answer.
+        segment_ids_BT: an answer may begin and end only at positions with an id above 0. Set the ids of the question to
             0. None: an answer may begin and end at any position.
 
     Raises:

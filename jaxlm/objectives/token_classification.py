@@ -1,7 +1,9 @@
 """Token classification: one label per token, as in part-of-speech tagging or named entity recognition.
 
 If a word has several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels its first token and
-ignores its other tokens. Shapes: B batch, T time.
+ignores its other tokens.
+
+Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens [B, T] and their labels [B, T]. ``IGNORED_LABEL`` and labels of padding have weight 0.
+    """A batch of tokens [B, T] and their labels [B, T]. Padding and tokens with ``IGNORED_LABEL`` have weight 0.
 
     Args:
         num_labels: number of labels. Labels are in [0, num_labels).
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match, tokens or labels are not integers, or a label that is not padding is out of
-            range.
+        ValueError: the shapes do not match, tokens or labels are not integers, or the label of a token that is not
+            padding is out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:

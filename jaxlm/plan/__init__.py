@@ -1,10 +1,12 @@
-"""Plans: compile a step for accelerators that the machine does not have, and report the compiler's estimates.
+"""Plans: compile a step for accelerators that the machine may lack, and report the compiler's estimates.
 
-    fits or not · bytes per device · FLOPs · collectives · estimated step time and MFU · the most expensive operations
+A plan says whether the step fits into memory. It contains the bytes per device, the FLOPs, the collectives, the
+estimated time and MFU of the step, and its most expensive operations.
 
-The step does not run. The estimated time is a number of cycles, divided by the clock rate. The cycles are the
-compiler's estimates for the operations of the schedule (``hlo``), plus the cycles of Pallas kernels (``kernels``). The
-time does not include the communication between devices, for which a plan gives a lower bound.
+The step does not run. Its estimated time is a number of cycles divided by the clock rate. The cycles are the compiler's
+estimates for the operations of the schedule (``jaxlm.plan.hlo``) plus the cycles of Pallas kernels
+(``jaxlm.plan.kernels``). Only the compiler for TPUs estimates cycles. The time does not include the communication
+between devices. A plan gives a lower bound of the time of this communication.
 """
 
 from jaxlm.plan.planning import Plan, plan

@@ -1,7 +1,10 @@
 """Model FLOPs: the floating-point operations that a step of the model needs, independent of how it is compiled.
 
 MFU (Chowdhery et al. 2022, appendix B) is computed from model FLOPs. Operations that remat or a kernel recomputes are
-not counted. Shapes: N parameters used in matmuls, L layers, D total width of all heads, T tokens per row.
+not counted.
+
+Symbols: N parameters used in matmuls, L layers, D total width of all heads, T tokens per row, P parameters that are
+used once per row.
 """
 
 from __future__ import annotations
@@ -22,23 +25,31 @@ FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
 _LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding", "source_embedding")
 _TOKEN_TABLES = re.compile(r"token_embedding|tails/[^/]+/embedding")
-"""Paths of the tables of token embeddings. ``transformer_xl`` may have separate tables for rare tokens (``tails``)."""
+"""Paths of the tables of token embeddings. ``transformer_xl`` may have more tables for rare tokens (``tails``)."""
 _ONCE_PER_SOURCE = re.compile(r"^encoder/|cross_attention/(key|value)/|^alignment/key")
-"""Paths of parameters that an encoder-decoder uses once for each source, and not in each decoding step."""
+"""Paths of parameters that an encoder-decoder uses once for each source, before the first decoding step."""
 _ONCE_PER_ROW = re.compile(r"^(pooler|classifier_dense|classifier|next_sentence)/")
-"""Paths of parameters that are multiplied only with the pooled output of a row, and not with each token."""
+"""Paths of parameters that are multiplied only by the pooled output of a row, not by each token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """``amount``: the number of FLOPs, summed over all devices. ``formula``: a text that describes the count."""
+    """A number of FLOPs, and how they are counted.
+
+    Attributes:
+        amount: the number of FLOPs, summed over all devices.
+        formula: a text that describes the count.
+    """
 
     amount: float
     formula: str
 
 
 def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
-    """FLOPs of a training step by the closed formula of the family, or None if the family has none."""
+    """FLOPs of a training step with ``batch`` rows of ``sequence`` tokens, by the closed formula of the family.
+
+    None: the family has no closed formula (:data:`FAMILIES_WITH_FORMULA`).
+    """
     if model.family not in FAMILIES_WITH_FORMULA:
         return None
     leaves = matmul_leaves(model, decoding=False)
@@ -66,14 +77,14 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
 
 
 def _mean_keys(window: int, sequence: int) -> float:
-    """The approximate mean number of keys that a query of a causal layer with this window sees."""
+    """The approximate mean number of keys to which a query of a causal layer with this window attends."""
     return window * (1 - window / (2 * sequence))
 
 
 def decoding_flops(model: Model, batch: int) -> Flops:
-    """FLOPs of one new token in each of ``batch`` rows: two per parameter in matmuls.
+    """FLOPs of one new token in each of ``batch`` rows: two per parameter that a token uses in matmuls.
 
-    The attention to earlier tokens and the update of a recurrent state are not counted.
+    Attention to earlier tokens and the update of a recurrent state are not counted.
     """
     weights = active_matmul_parameters(model, decoding=True)
     return Flops(
@@ -83,26 +94,26 @@ def decoding_flops(model: Model, batch: int) -> Flops:
 
 
 def _weights_text(model: Model, *, decoding: bool = False) -> str:
-    """A text that describes N, the number of parameters that :func:`active_matmul_parameters` counts."""
+    """A text that describes N, the number from :func:`active_matmul_parameters`."""
     if active_fraction_of_experts(model) == 1.0:
         return "parameters in matmuls"
     return f"active of {matmul_parameters(model, decoding=decoding):,} parameters in matmuls"
 
 
 def matmul_parameters(model: Model, *, decoding: bool = False) -> int:
-    """Number of parameters without the tables that are only looked up.
+    """The number of all parameters except embedding tables that are only looked up.
 
-    A token embedding counts only if it is also the output head. Biases and norms, which are few, count too.
+    A table of token embeddings counts only if it is also the output head. Biases and norms also count; they are few.
 
     Args:
-        decoding: count only the parameters that each decoding step uses: not the encoder, nor the key and value
-            projections of the source.
+        decoding: whether to count only the parameters that each decoding step uses. The encoder, and the key and value
+            projections of the source, then do not count.
     """
     return sum(leaf.size for leaf in matmul_leaves(model, decoding=decoding).values())
 
 
 def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
-    """The parameters that :func:`matmul_parameters` counts, by path."""
+    """The specs of the parameters that :func:`matmul_parameters` counts, by path."""
     leaves, looked_up = spec.flatten(model.specs), set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
@@ -115,7 +126,7 @@ def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
 
 
 def active_matmul_parameters(model: Model, *, decoding: bool = False) -> int:
-    """The same number as :func:`matmul_parameters`, but with only the experts that a token selects."""
+    """The number from :func:`matmul_parameters`, but of the experts, only those that one token selects count."""
     leaves = matmul_leaves(model, decoding=decoding).values()
     experts = sum(leaf.size for leaf in leaves if spec.EXPERT in leaf.axes)
     return sum(leaf.size for leaf in leaves) - experts + round(experts * active_fraction_of_experts(model))
@@ -128,15 +139,15 @@ def active_fraction_of_experts(model: Model) -> float:
 
 
 def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = None) -> Flops:
-    """FLOPs of a training step, three times the counted FLOPs of its loss.
+    """FLOPs of a training step: three times the FLOPs of its loss, which are counted in the jaxpr of the loss.
 
-    The backward pass has two products for each product of the forward pass. The operations of the backward pass itself
-    are not counted, because they include recomputation, such as the chunks of a chunked scan. For the same reason, the
-    loss is counted with :func:`without_recomputation`.
+    The factor is 3 because the backward pass has two products for each product of the forward pass. The jaxpr of the
+    backward pass is not used, because it contains recomputation, such as the chunks of a chunked scan. For the same
+    reason, the model of the loss is :func:`without_recomputation`.
 
     Args:
         batch: a batch of arrays or of ``jax.ShapeDtypeStruct``.
-        state: the carried state of the model, or None.
+        state: the model state that is carried from batch to batch, or None.
     """
     model = without_recomputation(model)
     forward = counted_flops(
@@ -146,10 +157,11 @@ def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = 
 
 
 def without_recomputation(model: Model) -> Model:
-    """The same model without remat, with reference attention and, if it has no capacity, with ``ragged_dot`` experts.
+    """The same model with settings for which its jaxpr contains no recomputation of layers or of attention scores.
 
-    So counted FLOPs contain no recomputation of layers or of attention scores. With ``ragged_dot``, each expert
-    processes only the tokens that selected it. In a model with a capacity, each expert processes all its slots.
+    Remat is off, and the implementation of attention is ``reference``. The implementation of experts is ``ragged_dot``,
+    in which each expert processes only the tokens that selected it. This is not possible for a model with a
+    ``capacity_factor``. There, each expert processes all its slots, including empty ones.
     """
     if getattr(model.config, "capacity_factor", None) is None:
         model = model.with_known_fields(experts_implementation="ragged_dot")
@@ -159,9 +171,9 @@ def without_recomputation(model: Model) -> Model:
 def counted_flops(function: Any, *arguments: Any) -> Flops:
     """FLOPs of all dots, ragged dots and convolutions in the jaxpr of ``function``.
 
-    A multiplication with an addition counts as 2 FLOPs. The body of a ``scan`` counts once per iteration, the body of a
-    ``while`` once, and a conditional as its most expensive branch. A Pallas kernel counts once per grid step, and a
-    ``shard_map`` once per device. Elementwise operations are not counted.
+    A multiplication with an addition counts as 2 FLOPs. The body of a ``scan`` counts once per iteration, and the body
+    of a ``while`` once. A conditional counts as its most expensive branch. The body of a Pallas kernel counts once per
+    grid step, and the body of a ``shard_map`` once per device. Elementwise operations are not counted.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     return Flops(_count(jaxpr.jaxpr), "dots and convolutions in the jaxpr (causal attention is not halved)")
@@ -178,8 +190,8 @@ def _count_equation(equation: Any) -> float:
         shape = equation.invars[0].aval.shape
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     if name == "ragged_dot_general":
-        # Each row of the left array is multiplied by one matrix of the right array. If the ragged axis is contracted,
-        # each row belongs to one of several products instead.
+        # Each row of the left array is multiplied by one of the matrices of the right array. If the ragged axis is
+        # contracted, the groups of rows are separate products, and each row belongs to one of them.
         (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         lhs, output = equation.invars[0].aval, equation.outvars[0].aval
         if params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions[0] in contracted:
@@ -202,7 +214,7 @@ def _count_equation(equation: Any) -> float:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    """The inner jaxprs in the parameters of an equation."""
+    """The jaxprs in the parameters of an equation, such as the body of a ``scan``."""
     jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
@@ -214,7 +226,10 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
 
 
 def kernel_grids(jaxpr: Any) -> dict[str, set[int]]:
-    """``{kernel name: numbers of grid steps}`` for the Pallas kernels in a jaxpr. Kernels can have the same name."""
+    """The numbers of grid steps of the Pallas kernels in a jaxpr, by kernel name.
+
+    The value is a set, because several kernels can have the same name.
+    """
     grids: dict[str, set[int]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":

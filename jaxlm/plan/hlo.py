@@ -1,9 +1,12 @@
 """Costs of an optimized HLO program: its loops, fusions, kernels and collectives.
 
-The text of ``compiled.as_text()`` is the compiler's schedule. XLA for TPU writes ``estimated_cycles`` next to each
-operation for which XLA has a cost model. This module sums these cycles, and counts a loop body once per iteration.
-The trip count of a loop is read from ``known_trip_count`` if the backend writes this field. Otherwise the trip count is
-computed from the loop counter, which must start at a constant, increase by a constant and be compared with a constant.
+The text of ``compiled.as_text()`` lists the instructions in the order of the compiler's schedule. XLA for TPUs writes
+``estimated_cycles`` next to each operation for which it has a cost model. This module sums these cycles, and counts a
+loop body once per iteration.
+
+If the backend writes ``known_trip_count`` next to a loop, this is its number of iterations. Otherwise, the number is
+computed from the loop counter. The counter must start at a constant, increase by a constant and be compared with a
+constant. For other loops, the number is unknown.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-"""Operations between devices. An asynchronous collective has two instructions, of which only ``-start`` is counted."""
+"""Opcodes of operations between devices. An asynchronous collective has two instructions, such as ``all-reduce-start``
+and ``all-reduce-done``. Only the first one is counted."""
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2")
 """Custom-call targets of Pallas kernels."""
 
@@ -26,16 +30,20 @@ _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _INDEX = re.compile(r"index=(\d+)")
-_HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*->.*\{$")
+_COMPUTATION_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*->.*\{$")
 _REFERENCE = re.compile(r"%([\w.\-<>]+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation.
 
-    ``text`` is the text of the operands. ``attribute_text`` is the text after them: attributes, metadata, backend
-    config.
+    Attributes:
+        shape: the text of the shape of the result, such as ``f32[8,128]{1,0}``.
+        operands: names of the operands.
+        text: the text of the operands.
+        attribute_text: the text after the operands: attributes, metadata, backend config.
+        is_root: whether the result is the result of the computation.
     """
 
     name: str
@@ -54,7 +62,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The JAX operation of the instruction, such as ``jit(step)/dot_general``; if there is none, its HLO name."""
+        """The JAX name of the instruction, such as ``jit(step)/dot_general``; if there is none, its HLO name."""
         match = _NAME.search(self.attribute_text)
         return match[1] if match else self.name
 
@@ -66,14 +74,14 @@ class Instruction:
 
     @property
     def display_name(self) -> str:
-        """``op_name`` without the name of the jitted function and the inner functions of ``lax.scan``; ``while``
-        becomes ``loop``."""
+        """``op_name`` without its first scope, such as ``jit(step)``, and with ``loop`` instead of ``while``. The inner
+        scopes of ``lax.scan``, ``body`` and ``closed_call``, are also removed."""
         scopes = self.op_name.split("/")
         scopes = [scope for scope in scopes[1:] if scope not in ("closed_call", "body")] if len(scopes) > 1 else scopes
         return "/".join("loop" if scope == "while" else scope for scope in scopes)
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations that these attributes refer to."""
+        """Names of the computations in these attributes, such as ``calls`` or ``to_apply``."""
         names: list[str] = []
         for attribute in attributes:
             match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-<>]+)", self.attribute_text)
@@ -83,14 +91,19 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each in the order of its schedule, and the name of the entry computation."""
+    """The computations of an HLO module.
+
+    Attributes:
+        computations: the instructions of each computation in the order of the schedule, by name.
+        entry: the name of the entry computation.
+    """
 
     computations: dict[str, list[Instruction]]
     entry: str
 
 
 def parse(text: str) -> Program:
-    """The program in the text of an HLO module.
+    """The :class:`Program` in the text of an HLO module.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -100,10 +113,10 @@ def parse(text: str) -> Program:
     entry = ""
     for line in _joined_lines(text):
         if current is None:
-            head = _HEAD.match(line)
-            if head:
-                current = computations[head[2]] = []
-                entry = head[2] if head[1] else entry
+            header = _COMPUTATION_HEADER.match(line)
+            if header:
+                current = computations[header[2]] = []
+                entry = header[2] if header[1] else entry
         elif line == "}":
             current = None
         else:
@@ -116,7 +129,7 @@ def parse(text: str) -> Program:
 
 
 def _joined_lines(text: str) -> Iterator[str]:
-    """Lines of the module. If an instruction spans several lines, they are joined into one line."""
+    """The lines of the module. The lines of an instruction that spans several lines are joined into one."""
     statement = ""
     for line in text.splitlines():
         starts = line == "}" or line.startswith(("  %", "  ROOT ", "%", "ENTRY ", "HloModule")) or not line
@@ -159,7 +172,7 @@ def _end_of_parentheses(text: str, start: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape, without layout padding. The bytes of a tuple are the sum over its elements."""
+    """The number of bytes of an array with this shape, without layout padding; for a tuple, the sum of its elements."""
     total = 0.0
     for kind, sizes in _ARRAY.findall(shape):
         bits = re.fullmatch(r"(?:bf|f|s|u)(\d+)\w*", kind)
@@ -173,7 +186,11 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, computation: list[Instruction], loop: Instruction) -> int | None:
-    """The number of iterations of a ``while`` loop, or None if it cannot be determined from the text."""
+    """The number of iterations of a ``while`` loop, or None if it is unknown (see the module).
+
+    Args:
+        computation: the computation that contains the loop.
+    """
     stated = _TRIPS.search(loop.attribute_text)
     if stated:
         return int(stated[1])
@@ -205,7 +222,7 @@ def _instruction_named(computation: list[Instruction], name: str) -> Instruction
 
 
 def _through_copies(computation: list[Instruction], instruction: Instruction) -> Instruction:
-    """The instruction whose value reaches ``instruction`` through copies, bitcasts and conversions."""
+    """The instruction whose value ``instruction`` is, before any copies, bitcasts and conversions."""
     while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
         source = _instruction_named(computation, instruction.operands[0])
         if source is None:
@@ -215,7 +232,7 @@ def _through_copies(computation: list[Instruction], instruction: Instruction) ->
 
 
 def _element(computation: list[Instruction], value: Instruction | None, index: int) -> Instruction | None:
-    """The instruction that computes element ``index`` of a tuple, or None if it is unknown."""
+    """The instruction that computes element ``index`` of the tuple ``value``, or None if it is unknown."""
     if value is None or value.opcode != "tuple" or index >= len(value.operands):
         return None
     element = _instruction_named(computation, value.operands[index])
@@ -250,7 +267,12 @@ def _counter_step(body: list[Instruction], index: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of the schedule. ``times`` is the number of executions in one run of the program."""
+    """An operation of the schedule.
+
+    Attributes:
+        computation: the name of the computation that contains the instruction.
+        times: number of executions in one run of the program.
+    """
 
     instruction: Instruction
     computation: str
@@ -267,7 +289,8 @@ class Collective:
     """One operation between devices.
 
     Attributes:
-        bytes: size of the operands or of the result in one execution; the larger of the two numbers.
+        kind: the opcode without ``-start``, one of :data:`COLLECTIVES`.
+        bytes: size of the operands or of the result on one device in one execution; the larger of the two numbers.
         times: number of executions in one run of the program.
         group_size: number of devices in a replica group; None if unknown.
     """
@@ -284,7 +307,7 @@ class Costs:
     """The operations of a program.
 
     Attributes:
-        operations: every operation with an estimate, and every kernel.
+        operations: all operations with an estimate, and all Pallas kernels.
         collectives: operations between devices.
         unknown_loops: op names of loops whose trip count is unknown. Their bodies are counted once.
     """
@@ -295,7 +318,7 @@ class Costs:
 
     @property
     def cycles(self) -> int:
-        """Sum of the estimated cycles of all operations for which the compiler has a cost model."""
+        """Sum of the estimated cycles of all operations with an estimate."""
         return sum(operation.cycles for operation in self.operations)
 
     @property
@@ -307,9 +330,9 @@ class Costs:
 def costs(program: Program) -> Costs:
     """The costs of all operations in the schedule of a program.
 
-    A loop body counts once per iteration, a conditional counts as its most expensive branch, and a call counts as the
-    called computation. Instructions inside a fusion are part of the fusion, except collectives, which are listed
-    separately.
+    A loop counts its body and its condition once per iteration, or once if the number of iterations is unknown. A
+    conditional counts as its most expensive branch, and a call counts as the called computation. The estimate of a
+    fusion includes its instructions. Collectives inside a fusion are also listed in ``collectives``.
     """
     total = Costs([], [], [])
     _add_computation(program, program.entry, 1, total)
@@ -352,11 +375,11 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
     """Add the collectives inside a fusion to ``total``.
 
-    If a collective runs during several fusions, each of them contains a copy with the same channel id. So each channel
-    id counts once. A fusion of an all-reduce and a slice of its result counts as a reduce-scatter.
+    If a collective runs during several fusions, each of these fusions contains a copy with the same channel id. So each
+    channel id counts once. A fusion of an all-reduce and a slice of its result counts as a reduce-scatter.
 
     Args:
-        channels: channel ids that are already counted. The function adds the new ids.
+        channels: channel ids that are already counted. The function adds new ids to this set.
     """
     for name in fusion.called("calls"):
         computation = program.computations[name]
@@ -379,12 +402,12 @@ def _collective(computation: list[Instruction], instruction: Instruction, kind: 
     operands = sum(shape_bytes(other.shape) for other in computation if other.name in instruction.operands)
     result = shape_bytes(instruction.shape)
     if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
-        result = max(result - operands, 0)  # the result of a ``-start`` is a tuple of its operands and its result
+        result = max(result - operands, 0)  # the shape of a ``-start`` is a tuple of operands and result
     return Collective(kind, max(operands, result), times, _group_size(instruction.attribute_text), instruction.op_name)
 
 
 def _group_size(attribute_text: str) -> int | None:
-    """The number of devices in one replica group; None if the text does not contain this number."""
+    """The number of devices in one replica group; None if the text does not say it."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attribute_text)
     if listed:
         return len(listed[1].split(","))

@@ -1,9 +1,10 @@
-"""Static schedules of Pallas kernels on TPU: the number of VLIW bundles, counted in libtpu's dump of the kernel.
+"""Static schedules of Pallas kernels on TPUs: the numbers of VLIW bundles, counted in libtpu's dumps of the kernels.
 
-The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle, plus the time for which it waits. The
-body of the loop over the grid contains all bundles that one grid step may execute. The dump marks predicated bundles
-(``pl.when``) with ``PF`` but does not say how often they run. So for a kernel without inner loops, the product of
-bundles and grid steps is an upper bound of the cycles, apart from the cycles in which bundles wait for memory.
+The compiler estimates no cycles for Pallas kernels. A VLIW bundle is a group of instructions that start in the same
+cycle. It takes one cycle, plus the cycles in which it waits for memory. The body of the loop over the grid contains all
+bundles that one grid step may execute. The dump marks the bundles of ``pl.when`` (predicated bundles) with ``PF``, but
+does not say how often they run. So the number of bundles times the number of grid steps is an upper bound of the
+cycles without waiting. This holds for kernels without inner loops.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ _DUMP = re.compile(r"--xla_jf_dump_to=(\S+)")
 class Schedule:
     """The number of bundles of a kernel at each loop depth.
 
-    Depth 0 runs once per call and depth 1 once per grid step. Deeper bundles are in loops inside the kernel, whose trip
-    counts are unknown here.
+    Attributes:
+        bundles: entry d is the number of bundles at loop depth d. Bundles of depth 0 run once per call, and those of
+            depth 1 once per grid step. Deeper bundles are in loops inside the kernel. The dump does not contain the
+            numbers of iterations of these loops.
     """
 
     bundles: tuple[int, ...]
 
     def cycles(self, steps: int) -> int:
-        """Cycles of a call with ``steps`` grid steps: one per bundle, if all predicated bundles run and inner loops run
-        once."""
+        """Cycles of a call with ``steps`` grid steps, with one cycle per bundle.
+
+        All predicated bundles count in each grid step, and inner loops count as one iteration.
+        """
         per_call, *per_step = self.bundles
         return per_call + steps * sum(per_step)
 
 
 def dump_schedules() -> None:
-    """Set the libtpu flags that dump the schedules. Call this function before libtpu is loaded.
+    """Set the libtpu flags that dump the schedules to a temporary directory, which is deleted when the process ends.
 
-    The files are deleted when the process ends. If ``LIBTPU_INIT_ARGS`` already names a directory for dumps, nothing
-    changes.
+    Call this function before libtpu is loaded. If ``LIBTPU_INIT_ARGS`` already names a directory for dumps, the
+    function does nothing.
     """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if _DUMP.search(flags):
@@ -54,7 +59,10 @@ _dump_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def schedule_of(kernel: str) -> Schedule | None:
-    """The schedule of the custom call with this name in the last compiled program; None if there is no dump of it."""
+    """The schedule in the newest dump of a custom call with this name; None if there is no such dump.
+
+    The directory has the dumps of all programs that the process has compiled.
+    """
     flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None

@@ -1,4 +1,5 @@
-"""Compiles a step for devices that the machine may lack, and collects the compiler's estimates in a plan."""
+"""The function :func:`plan` compiles a step for devices that the machine may lack. A :class:`Plan` has the estimates of
+the compiler."""
 
 from __future__ import annotations
 
@@ -27,14 +28,15 @@ class Memory:
 
     Attributes:
         parts: bytes of the parameters, the optimizer state, the batch, ..., computed from their shapes.
-        gradients: bytes of the gradients of all parameters, which are a part of ``temporaries``; 0 for decoding.
-        arguments: bytes of all arguments of the step, including layout padding: all ``parts``, and small arrays such as
-            the step number, the random key or the tokens to decode.
+        gradients: bytes of the gradients of all parameters, computed from their shapes; 0 for decoding. Gradients are
+            temporaries.
+        arguments: bytes of all arguments of the step, including layout padding. The arguments are all ``parts``, and
+            small arrays such as the step number, the random key or the tokens to decode.
         temporaries: activations, gradients and all other arrays that exist only within a step.
         code: bytes of the compiled program.
-        total: the sum that must fit into the device's memory: arguments, outputs that do not reuse donated arguments,
-            temporaries and code.
-        limit: the device's memory; None if unknown.
+        total: the sum that must fit into the memory of the device: arguments, temporaries, code, and outputs that do
+            not reuse the memory of donated arguments.
+        limit: bytes of the memory of the device; None if unknown.
     """
 
     parts: dict[str, int]
@@ -54,8 +56,9 @@ class CollectiveStats:
         kind: such as ``all-reduce``.
         count: number of executions in a step, summed over all collectives of this kind.
         bytes: size of the operands or of the result on one device, the larger of the two, summed over all executions.
-            It is not the number of bytes that a device sends.
-        seconds: lower bound of the total time, which assumes that all links are used; None if the links are unknown.
+            This is not the number of bytes that a device sends.
+        seconds: lower bound of the total time. It assumes that a device uses all its links at the same time. None if
+            the bandwidth of the links is unknown.
     """
 
     kind: str
@@ -69,8 +72,8 @@ class OperationStats:
     """All operations with the same JAX name.
 
     Attributes:
-        op_name: the JAX name without ``jit(...)/``; the body of a scan appears in it as ``loop``.
-        cycles: estimated cycles in a step.
+        op_name: the JAX name without ``jit(...)/``. A ``while`` or ``scan`` appears in it as ``loop``.
+        cycles: estimated cycles in a step, summed over the operations with this name.
         share: share of all cycles of the step, including kernel cycles.
         count: the largest number of executions in a step among the operations with this name.
     """
@@ -88,11 +91,11 @@ class KernelStats:
     Attributes:
         calls: number of calls in a step.
         grid: grid steps per call; None if unknown.
-        bundles: number of VLIW instruction bundles (one per cycle) at each loop depth (see ``plan.kernels``); None if
-            there is no schedule.
+        bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
+            is no dump of the schedule.
         cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. The number
-            includes instructions that a grid step does not execute (``pl.when``), and one iteration of each inner loop.
-            It does not include the time that the kernel waits for memory.
+            includes instructions that a grid step skips (``pl.when``), and one iteration of each inner loop. It does
+            not include the time for which the kernel waits for memory.
     """
 
     name: str
@@ -107,24 +110,30 @@ class Plan:
     """The estimates for a step that has not run.
 
     Attributes:
-        objective: what is trained or decoded, as a text.
+        objective: a text that says what is trained or decoded.
         tokens: number of tokens that a step reads (training) or generates (decoding).
         flops: model FLOPs of a step, summed over all devices; ``flops_formula`` describes how they are counted.
         fits: True if the step fits into the memory of the device, or if the memory of the device is unknown. If False,
             ``reason`` gives the numbers.
         memory: None if the compiler rejected the step because it does not fit. Then the plan has no
             estimates of the compiler.
-        seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
-            None if the cycles or the clock are unknown.
-        communication: lower bound of the total seconds of the collectives, which assumes that all links are used; 0
-            without collectives; None if there are collectives and the links are unknown.
+        cycles: estimated cycles of all operations, including Pallas kernels; None if the compiler estimates no cycles
+            or the cycles of a kernel are unknown.
+        seconds: estimated time of the computation without communication, ``cycles`` / clock rate; None if one of them
+            is unknown.
+        communication: lower bound of the total seconds of the collectives (:class:`CollectiveStats`); 0 without
+            collectives; None if there are collectives and the bandwidth of the links is unknown.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             ``seconds`` or the peak rate is unknown.
         mfu_with_communication: the MFU if the step takes ``seconds + communication``; None if one of them or the peak
             rate is unknown.
-        min_memory_seconds: seconds to read the state and the parameters once, a lower bound of the step time. In a
-            mixture of experts, only the experts that one token uses are read. None for training or an unknown device.
+        min_memory_seconds: lower bound of the time of a decoding step: the seconds to read the state and the parameters
+            once. Of a mixture of experts, only the experts that one token selects are included. None for training or
+            an unknown device.
+        most_expensive: the operations with the most cycles, at most ``NUM_TOP_OPERATIONS``. Pallas kernels are not
+            included.
         notes: costs that the numbers omit or overestimate.
+        compile_seconds: time to trace and compile the step.
     """
 
     model: str
@@ -168,25 +177,27 @@ def plan(
     param_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan of a model's training step (with ``decode``, of a decoding step), compiled for a topology.
+    """The plan of a model's training step, or of a decoding step if ``decode`` is True, compiled for a topology.
 
     Args:
-        topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``; ``local``: the devices of this
+        topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2`` or ``h100:8``; ``local`` for the devices of this
             machine.
         mesh: axes over the devices of the topology, such as ``data=4,fsdp=4``.
         batch: rows, summed over all devices.
-        decode: plan a decoding step instead of a training step.
-        optimizer: the optimizer of the training step.
-        grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``).
-        sequence: tokens per row; for an encoder-decoder, tokens per source. None: the model's ``max_positions`` (512 if
-            there is no limit), at most 1024. For decoding, the number of slots of the cache, the new token included.
-        param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
+        sequence: tokens per row; for an encoder-decoder, tokens per source. For decoding, this is also the number of
+            slots of the cache, including the slot of the new token. None: the model's ``max_positions`` (512 if there
+            is no limit), at most 1024.
+        decode: whether to plan a decoding step instead of a training step.
+        optimizer: the optimizer of the training step. Unused for decoding.
+        grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``). Unused for decoding.
+        param_dtype: dtype of the parameters for decoding. Unused for training, which has float32 parameters.
         compiler_options: such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
-        ValueError: the topology, the dtype or a compiler option is unknown, a number is below 1, the mesh has another
-            number of devices than the topology, the size of an array axis is not divisible by the size of its mesh
-            axes, no objective trains the task of the model, or ``sequence`` is longer than the model allows.
+        ValueError: the topology, the dtype or a compiler option is unknown; a number is below 1; the mesh has another
+            number of devices than the topology; the size of an array axis is not divisible by the size of its mesh
+            axes; ``grad_accum_steps`` does not divide ``batch``; no objective trains the task of the model; or
+            ``sequence`` is longer than the model allows.
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
@@ -299,7 +310,7 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
     totals_of_kind: dict[str, list[float]] = {}
     for op in costs.collectives:
         group = op.group_size or 2
-        ring = (group - 1) / group  # the share of an array that a device sends in one pass around a ring
+        ring = (group - 1) / group  # the fraction of an array that a device sends in one pass around a ring
         sent_share = {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring)
         sent = sent_share * op.bytes
         totals = totals_of_kind.setdefault(op.kind, [0, 0, 0.0])
@@ -330,7 +341,7 @@ def _kernels(costs: hlo.Costs, grids: dict[str, set[int]]) -> list[KernelStats]:
     for operation in costs.kernels:
         name = operation.instruction.name
         base_name = re.sub(r"(\.\d+)*$", "", name)
-        # libtpu compiles equal kernels once, under the name of the first kernel.
+        # libtpu compiles equal kernels once, so there is a dump only for the name of the first one.
         key = base_name, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
         steps = grids.get(base_name, set())

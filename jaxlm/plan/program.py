@@ -1,6 +1,6 @@
-"""The training or decoding step that ``jaxlm.plan`` compiles. Its arguments are shapes, not arrays.
+"""The training or decoding step that ``jaxlm.plan`` compiles. The step gets shapes, not arrays.
 
-Shapes: B batch, T tokens per row, S tokens per source, P predicted positions.
+Shapes: B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from jaxlm.training.trainer import Trainer, carry_size_of
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step to compile.
+    """A jitted training or decoding step, and the shapes of its arguments.
 
     Attributes:
-        function: the jitted step; lower it with ``arguments``.
-        arguments: shapes with shardings.
-        parts: the arguments as named trees. The plan reports the bytes of each tree.
-        flops: model FLOPs of the step.
+        function: the jitted step. ``function.lower(*arguments)`` lowers it.
+        arguments: trees of ``jax.ShapeDtypeStruct`` with shardings.
+        parts: the large arguments by name, for example ``parameters``. The plan reports the bytes of each part.
+        flops: model FLOPs of the step, summed over all devices.
         tokens: tokens that the step reads (training) or generates (decoding).
-        objective: a text that says what is trained or decoded.
+        objective: a text that says what is trained or decoded, for example ``train, causal``.
     """
 
     function: Any
@@ -59,13 +59,13 @@ def device_bytes(tree: Any) -> int:
 
 
 def bytes_read_by_a_token(model: Model, params: Params) -> float:
-    """Lower bound of the bytes of parameters that each device reads to decode one token.
+    """A lower bound of the number of parameter bytes that each device reads to decode one token.
 
-    It counts the parameters in ``flops.matmul_leaves``. Of the experts, it counts only the fraction that one token
-    selects.
+    The bound counts the parameters in ``flops.matmul_leaves``. Of the experts, it counts only the fraction that one
+    token selects.
 
     Args:
-        params: a tree of ``jax.ShapeDtypeStruct`` with shardings, with the structure of :attr:`Model.specs`.
+        params: ``jax.ShapeDtypeStruct`` with shardings, in the tree structure of :attr:`Model.specs`.
     """
     fraction, leaves = flops_lib.active_fraction_of_experts(model), spec.flatten(params)
     return sum(
@@ -82,10 +82,12 @@ def default_sequence(model: Model) -> int:
 def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:
     """Shapes of the batch that the model's objective (``jaxlm.objectives``) makes from texts of ``sequence`` tokens.
 
-    For encoder-decoders, ``sequence`` is the length of the source, and span corruption determines the target length.
+    The leaves are ``jax.ShapeDtypeStruct`` with shardings. For encoder-decoders, ``sequence`` is the length of the
+    source, and span corruption determines the length of the target.
 
     Raises:
-        ValueError: the batch is not divisible by its mesh axes, or no objective trains the task.
+        ValueError: ``batch`` is not divisible by the number of shards of the batch axis, or no objective trains the
+            task.
     """
     task = model.task
     objective(task)  # raises ValueError if no objective trains the task
@@ -120,14 +122,15 @@ def training_step(
     optimizer: OptimizerConfig,
     grad_accum_steps: int = 1,
 ) -> Step:
-    """The step that ``jaxlm.training.loop.train`` runs: the state is donated and sharded by the rules of ``sharding``.
+    """The training step that ``jaxlm.training.loop.train`` runs. It donates its state, which ``sharding`` shards.
 
     Raises:
-        ValueError: a size is not divisible by its mesh axes, no objective trains the task, or the model cannot read the
-            batch.
+        ValueError: the size of an array axis is not divisible by the size of its mesh axes, no objective trains the
+            task, or the model cannot read the batch.
     """
     task = model.task
-    # The plan depends only on the kind of the schedule, not on its numbers of steps.
+    # The numbers of steps of the schedule do not change the plan. One warm-up step replaces all warm-up and hold steps,
+    # because the schedule "inverse_square_root" needs at least one such step.
     has_warmup = optimizer.warmup_steps > 0 or optimizer.hold_steps > 0
     schedule = dataclasses.replace(optimizer, warmup_steps=int(has_warmup), hold_steps=0)
     update = make_optimizer(schedule, model.specs, steps=1000)
@@ -161,14 +164,15 @@ def decoding_step(
     *,
     param_dtype: str = "float32",
 ) -> Step:
-    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row. The cache has ``sequence``
-    slots (if there is a cache), and the step decodes the last of ``sequence`` tokens. An encoder-decoder also has a
-    source of ``sequence`` tokens.
+    """The step inside the loop of ``jaxlm.decoding.generate``. It generates one token per row by argmax.
+
+    The cache, if the model has one, has ``sequence`` slots, including the slot of the new token. An encoder-decoder
+    also has a source of ``sequence`` tokens.
 
     Raises:
         TypeError: the family has no state, so it cannot decode.
-        ValueError: a size is not divisible by its mesh axes, the mesh splits the axis ``seq``, or the state is longer
-            than the model allows.
+        ValueError: the size of an array axis is not divisible by the size of its mesh axes, the mesh splits the axis
+            ``seq``, or ``sequence`` is longer than the model allows.
     """
     check_sharding(sharding)
     sizes = {"source_length": sequence} if model.reads_source else {}

@@ -16,6 +16,10 @@ def show(plans: Sequence[Plan], console: Console) -> None:
     """Print plans as a table with one row per quantity and one column per plan, then the details of each plan.
 
     The details are: why the step does not fit, the most expensive operations, the kernels, and notes.
+
+    Args:
+        plans: at least one plan. All must be plans of the same model and the same kind of step, because the heading
+            and the formula of the FLOPs are those of the first plan.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(plans[0].model)

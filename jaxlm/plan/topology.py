@@ -1,6 +1,7 @@
-"""Topologies: devices to compile for. The machine may lack them.
+"""Topologies: the devices that a plan compiles for. This machine need not have these devices.
 
-The extra ``tpu`` of the package installs the TPU compiler (libtpu), which needs no TPU.
+The extra ``tpu`` of the package installs the TPU compiler (libtpu), which needs no TPU. The extra ``cuda13`` installs
+the GPU compiler, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ TPUS = {
     "v6e": ", ".join(TPU_SHAPES["v6e"][1:]),
     "tpu7x": "2x2x1, 2x2x2",
 }
-"""TPU generations that a plan supports, and their usual shapes. libtpu accepts some other shapes too."""
+"""The TPU generations that a plan supports, and the usual shapes of each. libtpu accepts some other shapes too."""
 GPUS = ("h100",)
 LOCAL = "local"
-"""The name of the topology with the devices of this machine (of all machines, if there are several processes)."""
+"""The name of the topology with the devices of this machine. In a run with several processes, it has the devices of
+all processes."""
 
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for an answer of the cloud's metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a TPU, so several processes may plan at the same time
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for an answer from the metadata server of Google Cloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allows several processes to plan at the same time; none of them uses a TPU
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
@@ -38,10 +40,11 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """The devices that a plan compiles for.
 
     Attributes:
-        device: the peak performance of each device (FLOP/s, memory, bandwidths); None if ``jaxlm.devices`` does not
+        devices: all devices of the topology. They are of one kind.
+        device: the peak performance of one device (FLOP/s, memory, bandwidths); None if ``jaxlm.devices`` does not
             list this kind of device.
     """
 
@@ -50,11 +53,11 @@ class Topology:
 
 
 def prepare() -> None:
-    """Set the environment variables for planning. A call after the start of JAX and libtpu has no effect.
+    """Set the environment variables for planning. They have no effect if libtpu is already loaded.
 
-    ``jaxlm plan`` and :func:`get_topology` call this function, except for the topology ``local``. The function also
-    selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is set), so that the process does not use the
-    accelerators of the machine.
+    If ``JAX_PLATFORMS`` is not set, the function also selects the CPU as JAX's platform, so that the process does not
+    use the accelerators of the machine. This has no effect if JAX has already initialized a backend. ``jaxlm plan`` and
+    :func:`get_topology` call this function, but not for the topology ``local``.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -70,10 +73,10 @@ def known() -> str:
 
 
 def get_topology(name: str) -> Topology:
-    """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``, or ``local``.
+    """The topology called ``name``, such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``, or ``local``.
 
     Raises:
-        ValueError: there is no such topology, or its shape is wrong.
+        ValueError: there is no such topology, or the compiler rejects its shape.
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
     if name == LOCAL:
@@ -99,7 +102,7 @@ def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")
     prepare()
-    config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
+    config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100_TARGET_CONFIG}
     return Topology(_devices_of(name, "cuda", **config), by_name(kind))
 
 
@@ -113,7 +116,7 @@ def _devices_of(name: str, platform: str, **arguments: Any) -> tuple[jax.Device,
         raise ValueError(f"the compiler rejects topology {name!r} ({reason}): known are {known()}") from error
 
 
-_H100 = """
+_H100_TARGET_CONFIG = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -138,4 +141,4 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""A ``GpuTargetConfigProto``. XLA's GPU compiler needs this description to compile without the device."""
+"""A ``GpuTargetConfigProto`` of an H100 SXM. XLA's GPU compiler needs it to compile without the GPU."""

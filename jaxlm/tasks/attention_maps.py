@@ -1,4 +1,7 @@
-"""Attention maps of texts: attention weights between tokens averaged over layers and heads, or weights of pooling hops.
+"""Attention maps: the attention weights with which a model reads given texts.
+
+A map has the weights between tokens, averaged over layers and heads. For a classifier with attention pooling, it has
+the weights of each hop. A hop is one weighted sum of the tokens (Lin et al. 2017).
 
 Shapes: L layers, B batch, H heads (hops, for attention pooling), T queries, S keys.
 """
@@ -46,10 +49,10 @@ def write_attention_maps(
     max_tokens: int | None = None,
     output_special_tokens: bool = True,
 ) -> None:
-    """Write the :func:`attention_maps` of the texts to ``attention.json`` of a run. The report shows them.
+    """Write the :func:`attention_maps` of the texts to ``attention.json`` in the directory ``run``.
 
-    The function does nothing if there are no texts, or if :func:`has_attention_maps` is False. The arguments and errors
-    are the same as for :func:`attention_maps`.
+    The HTML report of the run shows the maps. The function does nothing if there are no texts, or if
+    :func:`has_attention_maps` is False. The other arguments and the errors are those of :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
         maps = attention_maps(
@@ -70,25 +73,28 @@ def attention_maps(
     max_tokens: int | None = None,
     output_special_tokens: bool = True,
 ) -> list[AttentionMap]:
-    """The attention map of each text: its attention weights, averaged over layers and heads.
+    """A list with one attention map per text: the attention weights, averaged over layers and heads.
 
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
     ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For a classifier with attention
-    pooling, the rows are the hops of the pooling, which are not averaged, and the columns are the tokens of the text.
-    For other models, rows and columns are the tokens of the text. A text whose output has no tokens has no map.
+    pooling, each row is a hop of the pooling, and the columns are the tokens of the text. The hops are not averaged.
+    For other models, rows and columns are the tokens of the text. For XLNet with the task ``permutation``, the average
+    also includes both streams (content and query). The list has no map for a text whose output has no tokens.
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.
         pairs: the second text of each pair of texts, for models that read pairs.
-        max_tokens: maximum number of tokens of a text, a pair or an output, including special tokens. Longer ones are
-            truncated. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no truncation.
+        max_tokens: maximum number of tokens of a text, a pair or an output, including special tokens. Longer inputs are
+            truncated. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no truncation,
+            so the inputs must not be longer than ``max_positions``.
         output_special_tokens: True adds the special tokens of the tokenizer's template to the outputs. Use True if the
             targets of the training had these tokens.
 
     Raises:
         TypeError: the model cannot record attention weights, or ``texts`` is a single string.
         ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
-            length than ``texts``; ``pairs`` has a different length than ``texts``; or a text has no tokens.
+            length than ``texts``; ``pairs`` has a different length than ``texts``; or a text has no tokens or more
+            tokens than the model has positions.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
@@ -108,6 +114,8 @@ def attention_maps(
     if empty:
         raise ValueError(f"text {empty[0]} is {texts[empty[0]]!r}, which has no tokens: pass at least one character")
     longest = max(encoding.ids.size for encoding in encoded)
+    if positions is not None and longest > positions:
+        raise ValueError(f"a text has {longest} tokens, but the model has max_positions={positions}: set max_tokens")
     tokens, segment_ids = (jnp.asarray(x) for x in pad_rows([encoding.ids for encoding in encoded], longest))
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
     columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
@@ -137,7 +145,8 @@ def attention_maps(
             row_names, map_TS = [f"hop {hop + 1}" for hop in range(mean_HTS.shape[0])], mean_HTS[:, 0]
         else:
             row_names, map_TS = rows[n], mean_HTS.mean(axis=0)
-        # In families with a memory, the first keys are memory keys. The memory is empty here, so drop these columns.
+        # In families with a memory (Transformer-XL), the first keys are those of the memory. The memory is empty here,
+        # so drop these columns.
         map_TS = map_TS[:, map_TS.shape[1] - tokens.shape[1] :]
         map_TS = map_TS[: len(row_names), : len(column_names)]
         maps.append(AttentionMap(texts[n], row_names, column_names, np.clip(map_TS, 0.0, 1.0)))

@@ -1,4 +1,4 @@
-"""Metrics of language models that play chess. Also exports names of other chess modules (``__all__``).
+"""Metrics of language models that play chess. The module also exports names of other chess modules (``__all__``).
 
     tokenizer = MoveTokenizer("uci")
     accuracy = next_move_accuracy(model, params, tokenizer, games)
@@ -63,7 +63,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class NextMoveScores:
-    """Scores of next-move predictions in recorded games. The model reads the true moves before each predicted move.
+    """Scores of next-move predictions in recorded games.
+
+    The true move is the move that was played. The model reads all true moves before the predicted one.
 
     Attributes:
         top_1: fraction of true moves that are the most probable token.
@@ -81,13 +83,13 @@ def next_move_accuracy(
 ) -> NextMoveScores:
     """The accuracy and the legality of the model's next-move predictions in ``games``. Illegal moves are not masked.
 
-    Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
-    wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
-    The confidence intervals are percentile bootstrap intervals over games. If a score is 0 or 1, its interval is
-    instead the Wilson interval of a proportion with one trial per game.
+    Every move of every game counts once. The end token does not count. If a true move is outside the SAN vocabulary,
+    its prediction counts as wrong. If the true move and other tokens have the same probability, the true move ranks
+    last among them. The confidence intervals are percentile bootstrap intervals over games. If a score is 0 or 1, its
+    interval is instead the Wilson interval of a proportion with one trial per game.
 
-    An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the
-    number of moves per game.
+    An encoder-decoder reads a separate source for each move. So it is slower than a causal model by a factor of about
+    the number of moves per game.
 
     Args:
         games: one line of moves per game, in the tokenizer's notation. All moves must be legal.
@@ -120,8 +122,8 @@ class LegalMoveRate:
     """The fractions of legal moves and legal games among games that a model generated.
 
     Attributes:
-        moves: fraction of sampled moves that are legal. A game ends with its first illegal move, which is one of the
-            sampled moves. 0 if no move was sampled.
+        moves: fraction of sampled moves that are legal. The first illegal move of a game counts as a sampled move and
+            ends the game. The fraction is 0 if no move was sampled.
         games: fraction of games without an illegal move.
         lines: the legal moves of each game, in the tokenizer's notation.
     """
@@ -145,6 +147,11 @@ def legal_move_rate(
 
     A game ends with its first illegal move, with the end token, or after ``max_moves`` moves. The end token does not
     count as a move. Other special tokens count as illegal moves. Every move after checkmate or stalemate is illegal.
+
+    Args:
+        games: number of games.
+        temperature: each move is drawn from ``softmax(logits / temperature)``. 0 selects the most probable token.
+        seed: seed of the draws.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -182,11 +189,19 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """The positions of ``games`` in which the player to move can give checkmate, in order.
+    """The positions in ``games`` in which the player to move can give checkmate, in the order of the games.
 
     Each position is returned as the line of moves that leads to it. The position after the last move of a game is not
-    searched. About one in a hundred master games has such a position. The search takes about 14 ms per game.
+    searched. About one in a hundred master games has a mate in one. The search takes about 14 ms per game.
+
+    Args:
+        games: one line of UCI or SAN moves per game.
+
+    Raises:
+        TypeError: ``games`` is one string.
+        ValueError: there are no games, or a move is illegal or unreadable (``board_after``).
     """
+    check_games("games", games, 1)
     found = []
     for line in games:
         board, words = import_chess().Board(), line.split()
@@ -202,9 +217,8 @@ def mate_in_one_accuracy(
 ) -> Score:
     """The fraction of ``positions`` in which the model's most probable legal move gives checkmate.
 
-    Every move that gives checkmate is correct, not only the move of the game. If the tokenizer uses SAN and its
-    vocabulary has none of the legal moves of a position, the position counts as wrong. The confidence interval is a
-    Wilson interval.
+    Every move that gives checkmate is correct, not only the move of the game. If the tokenizer's vocabulary has none of
+    the legal moves of a position, the position counts as wrong. The confidence interval is a Wilson interval.
 
     Args:
         positions: lines of moves after which a mate in one is possible, for example from :func:`mates_in_one`.
@@ -236,12 +250,12 @@ def mate_in_one_accuracy(
 
 
 def _ratio_over_games(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
-    """``sum(hits) / sum(counts)`` with its percentile bootstrap interval over games, or 0 if all counts are 0.
+    """``sum(hits) / sum(counts)``, or 0 if all counts are 0, with its percentile bootstrap interval over games.
 
-    If the fraction is 0 or 1, the interval is a Wilson interval.
+    If the fraction is 0 or 1, the interval is the Wilson interval of a proportion with one trial per game.
 
     Args:
-        hits, counts: [games].
+        hits, counts: integers [games].
     """
     total, hit = int(counts.sum()), int(hits.sum())
     if hit in (0, total):  # the bootstrap interval would have width 0

@@ -2,12 +2,13 @@
 
 The vector of a move is its token embedding plus an embedding of the board after the move. The blocks are those of
 ``jaxlm.models.llama``. The model computes the boards from the moves, so its inputs are the same as those of a Llama,
-and it does not have to learn where the pieces are. It has no rules: it must learn which moves are legal.
+and it does not have to learn where the pieces are. It does not know which moves are legal: it must learn this.
 
-The model state has the board after each move of the cache. The board changes at every real token; padding keeps it, and
-the first token of a document resets it.
+The model state has the board after each token in the cache. A move changes the board. Padding and other tokens that are
+not moves keep it. Before the first token of a document, the board is reset to the initial board.
 
-Shapes: B batch, T time, S slots of the cache, D model width, E entries of a board (64 squares, then the side to move).
+Shapes: B batch, T time, D model width, E entries of a board (64 squares, then the side to move), S squares, R rows of
+the table of board embeddings, K rows of this table for one square (side to move and piece).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def _square(name: str) -> int:
 
 
 _TOKENIZER = MoveTokenizer("uci")
-# For each move of the vocabulary: the square it leaves, the square it reaches, and the kind of a promoted piece (0 = no
-# promotion, because a pawn cannot become a pawn).
+# For each move of the vocabulary: the origin square, the target square, and the index in KINDS of the promoted piece.
+# The index 0 (pawn) means no promotion.
 _MOVES = np.array(
     [(_square(move), _square(move[2:]), KINDS.index(move[4:] or "p")) for move in _TOKENIZER.moves], np.int32
 )  # fmt: skip
@@ -55,7 +56,7 @@ _MOVES = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Config(llama.Config):
-    """Shape and behaviour of a Llama that reads the chess board. The fields are those of a Llama."""
+    """Shape and behavior of a Llama that reads the chess board. The fields are those of a Llama."""
 
     vocab_size: int = _TOKENIZER.vocab_size
     """Number of token ids. The ids are those of ``MoveTokenizer("uci")``."""
@@ -104,14 +105,15 @@ def apply_with_routing(
 
 
 def embed_boards(table_RD: jax.Array, boards_BTE: jax.Array) -> jax.Array:
-    """The sum of the vectors of all pieces of each board, [B, T, D].
+    """The embedding of each board, [B, T, D]: the sum of the vectors of its pieces.
 
     Args:
         table_RD: one row for each square, side to move and piece: 64 * 2 * 12 rows, in this order.
+        boards_BTE: boards as in :data:`INITIAL_BOARD`, int8.
     """
     pieces_BTS, side_BT1 = boards_BTE[..., :SIDE], boards_BTE[..., SIDE:]
     index_BTS = jnp.where(pieces_BTS > 0, 12 * side_BT1 + pieces_BTS - 1, -1)
-    # A product with zeros and ones is faster than the sum of up to 32 gathered rows, also in the backward pass.
+    # A matmul with zeros and ones is faster than a gather and sum of up to 32 rows, also in the backward pass.
     rows_BTSK = jax.nn.one_hot(index_BTS, 24, dtype=table_RD.dtype)  # -1 gives zeros
     rows_BTR = rows_BTSK.reshape(*boards_BTE.shape[:2], -1)
     return constrain(rows_BTR @ table_RD, ("batch", "seq", "activation_embed"))
@@ -126,14 +128,15 @@ def boards_after(
 ) -> jax.Array:
     """The board after each token, int8 [B, T, E].
 
-    A token that is not a move does not change the board. A move is made whether it is legal or not. If its origin
-    square is empty, its target square becomes empty.
+    A token that is not a move does not change the board. Illegal moves are made too. If the origin square of a move is
+    empty, its target square becomes empty.
 
     Args:
         tokens_BT: ids of ``MoveTokenizer("uci")``.
-        board_BE: the boards before the first token. None: initial boards.
-        reset_BT: True at the first token of each game, before which the board is the initial one. None: no game begins.
-        keep_BT: False at tokens to skip (padding). None: there is no padding.
+        board_BE: the boards before the first token, int8. None: initial boards.
+        reset_BT: True at the first token of each game. The board is reset to the initial board before this token. None:
+            no game begins.
+        keep_BT: False at padding, which does not change the board. None: there is no padding.
 
     Example:
         >>> from jaxlm.data import MoveTokenizer
@@ -164,8 +167,10 @@ def boards_after(
 
 
 def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
-    """The boards after one move each. A king's move of two files, from file e along a rank, is castling: a rook moves,
-    too."""
+    """The boards [B, E] after one move on each board.
+
+    If a king on file e moves by two squares along its rank, the move is castling, and a rook moves too.
+    """
     origin_B1, target_B1, promoted_B1 = (move_B3[:, index, None] for index in range(3))
     index_1E = jnp.arange(SIDE + 1)[None]
     piece_B1 = jnp.take_along_axis(board_BE, origin_B1, axis=1)
@@ -191,7 +196,7 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
 
 
 def _read_boards(tokens_BT: jax.Array, segment_ids: jax.Array | None, state: State | None) -> jax.Array:
-    """The board after each new token, [B, T, E]. A document of the last call continues from its last board."""
+    """The board after each new token, [B, T, E]. If a document continues from an earlier call, so does its board."""
     segments_BT = common.segment_ids_or_ones(tokens_BT, segment_ids)
     last_segment_B = board_BE = None
     if state is not None:
@@ -205,7 +210,8 @@ logits = llama.logits
 rollback = llama.rollback
 embedding_multiplier = llama.embedding_multiplier
 NEEDS_WHOLE_TEXT = True
-"""The model must read a game from its first move: in a later window, it would start from the initial board."""
+"""The model must read a game from its first move. In a window that begins later, the boards would be wrong, because the
+first board is always the initial board."""
 
 
 def specs(cfg: Config) -> dict[str, Any]:
@@ -215,7 +221,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The specs of the key-value cache of a Llama, with the board after each token."""
+    """The specs of the model state: the key-value cache of a Llama, and the board after each token in the cache."""
     boards = ArraySpec((batch, length, SIDE + 1), ("batch", "slots", None), dtype=jnp.int8)
     return {**llama.state_specs(cfg, batch, length), "boards": boards}
 

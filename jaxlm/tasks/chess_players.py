@@ -33,22 +33,23 @@ if TYPE_CHECKING:
 
 
 MAX_OPENING_MOVES = 200
-"""Maximum number of random moves at the beginning of a game. If an opening ends the game, another opening
-replaces it. Of 400 games with random moves, 87 % had more than 200 moves, 35 % more than 400, and 3 % more than 600."""
+"""Maximum number of random moves in the opening of a game. If the game ends within the opening, another random opening
+replaces it. With this limit, few openings are replaced: of 400 games with random moves, 87 % had more than 200 moves,
+35 % more than 400, and 3 % more than 600."""
 
 
 class Player(Protocol):
     """The interface of a player. A player selects moves for several boards in one call.
 
     Attributes:
-        max_moves: the player selects a move only on boards with at most this number of earlier moves. None: no limit.
+        max_moves: largest number of earlier moves on a board for which the player can select a move. None: no limit.
     """
 
     @property
     def max_moves(self) -> int | None: ...
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        """The move for each board. It is the player's turn on all boards. None or an illegal move loses the game.
+        """The move for each board. On all boards, it is the player's turn. None or an illegal move loses the game.
 
         The method does not change the boards. Random choices use ``rng``.
         """
@@ -69,10 +70,10 @@ class ModelPlayer:
 
     Args:
         temperature: the move is drawn from ``softmax(logits / temperature)``. 0 selects the most probable move.
-        masked: select only legal moves. If the SAN vocabulary has no legal move of a position, the player selects a
+        masked: True: select only legal moves. If the vocabulary has no legal move of a position, the player selects a
             random legal move. False: the player can select any token, and an illegal move loses the game.
-        search: search one move ahead with the rules: give checkmate if a legal move does so, and do not select moves
-            that end in stalemate or repeat a position, unless all moves do.
+        search: search one move ahead with the rules of chess. The player gives checkmate if it can. It selects a move
+            that ends in stalemate or repeats a position only if no other move of the vocabulary is legal.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -112,7 +113,10 @@ class ModelPlayer:
         ]
 
     def _candidates(self, board: chess.Board) -> dict[int, chess.Move]:
-        """The legal moves by id. With ``search``, without moves that end in stalemate or repeat a position."""
+        """A dict from ids to the legal moves that the player considers.
+
+        With ``search``, moves that end in stalemate or repeat a position are left out, if other moves remain.
+        """
         moves = self._legal.ids(board)
         if not self.search:
             return moves
@@ -125,8 +129,8 @@ class MaterialPlayer:
     The player gives checkmate if it can. Otherwise it selects the move with the largest score, in pawns: the value of
     the captured piece (pawn 1, knight and bishop 3, rook 5, queen 9) and the gain of a promotion, minus the largest
     loss that the opponent's next capture can cause. The loss of an attacked piece is its value or, if it is protected,
-    its value minus that of the least valuable attacker. Smaller terms of the score favour pawn moves that end near
-    promotion, and moves that leave the opponent few replies. Moves that draw by stalemate or repeat a position have the
+    its value minus that of the least valuable attacker. Smaller terms of the score favor pawn moves that end near
+    promotion, and moves that leave the opponent few replies. Moves that end in stalemate or repeat a position have the
     lowest scores. The player makes no random choices.
     """
 
@@ -145,8 +149,8 @@ class EnginePlayer:
 
     Args:
         command: the engine's executable. None: ``stockfish`` on the PATH or in /usr/games.
-        skill_level: the engine's option "Skill Level", 0 to 20 for Stockfish. None: the option is not set, so the
-            engine has full strength.
+        skill_level: the engine's option "Skill Level", 0 to 20 for Stockfish. None: the option is not set. Stockfish
+            then has full strength.
         nodes: number of positions that the engine searches for each move.
 
     Raises:
@@ -197,7 +201,7 @@ class EnginePlayer:
 
 @dataclasses.dataclass(frozen=True)
 class MatchResult:
-    """The result of a match for its first player.
+    """The result of a match, seen from its first player (the argument ``player`` of :func:`play_match`).
 
     Attributes:
         wins, draws, losses: numbers of games that the first player won, drew and lost.
@@ -222,7 +226,7 @@ class MatchResult:
         return proportion("score", self.wins + self.draws / 2, self.wins + self.draws + self.losses)
 
     def scores(self, opponent: str) -> list[Score]:
-        """The share of the games that the first player won, and the score, with the opponent's name."""
+        """Two scores, whose names contain ``opponent``: the share of games that were won, and :attr:`score`."""
         games = self.wins + self.draws + self.losses
         won = proportion(f"wins against {opponent}", self.wins, games)
         return [won, dataclasses.replace(self.score, name=f"score against {opponent}")]
@@ -237,12 +241,12 @@ class MatchResult:
 def opponents(
     *, random: int, engine: int, opening_moves: int, report: Callable[[str], None]
 ) -> Iterator[tuple[str, Player, int, int]]:
-    """Yield the name, player, number of games and number of random opening moves of each match of a test.
+    """Yield ``(name, player, number of games, number of random opening moves)`` for each opponent in an evaluation.
 
     Args:
-        random: number of games against random legal moves; 0: no match.
-        engine: number of games against Stockfish at skill level 0; 0: no match. There is also no match if Stockfish is
-            not installed or does not start.
+        random: number of games against random legal moves; 0: no such opponent.
+        engine: number of games against Stockfish at skill level 0; 0: no such opponent. If Stockfish is not installed
+            or does not start, it is left out.
         opening_moves: number of random moves at the beginning of each game against Stockfish.
         report: a function, for example ``print``. It gets a message if Stockfish is not installed or does not start.
     """
@@ -260,7 +264,7 @@ def check_opening_moves(name: str, opening_moves: int, max_moves: int) -> None:
     """Raise ``ValueError`` if games of ``max_moves`` moves cannot begin with ``opening_moves`` random moves.
 
     Args:
-        name: name of the number in the error message.
+        name: name of the argument ``opening_moves`` in the error message.
     """
     if opening_moves < 0:
         raise ValueError(f"{name}={opening_moves} must be at least 0")
@@ -289,7 +293,7 @@ def play_match(
     Args:
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
             Without random openings, deterministic players repeat the same game. At most :data:`MAX_OPENING_MOVES`.
-        seed: an argument of ``np.random.default_rng``: the seed of all random choices except those of an engine.
+        seed: seed of all random choices except those of an engine (as for ``np.random.default_rng``).
 
     Raises:
         ValueError: ``games`` or ``max_moves`` is below 1; :func:`check_opening_moves` does not accept
@@ -411,7 +415,7 @@ def _material_score(board: chess.Board, move: chess.Move) -> float:
 
 
 def _largest_loss(board: chess.Board, color: bool) -> int:
-    """The largest loss of ``color`` by one capture of the opponent, in pawns. One recapture reduces the loss."""
+    """The largest loss of ``color`` by one capture of the opponent and, if possible, one recapture, in pawns."""
     largest = 0
     for piece_type in range(1, 6):
         for square in board.pieces(piece_type, color):
@@ -420,7 +424,8 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 continue
             loss = _PIECE_VALUES[piece_type]
             if board.is_attacked_by(color, square):
-                # A king cannot capture a protected piece. So replace the king's value 0, so that the loss is 0.
+                # A king cannot capture a protected piece, so the loss is 0 if only the king attacks. For this, the
+                # value of the king (0 in _PIECE_VALUES) is replaced with the value of the piece.
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest

@@ -4,7 +4,7 @@ A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one t
 these tokens as its source, and its target is the next move. The first token of its decoder input is
 ``jaxlm.decoding.decoder_start_id``.
 
-Shapes: B games or boards, T tokens of a game, V tokens of the tokenizer.
+Shapes: B games or boards, T tokens of a game, V token ids of the tokenizer (in jitted functions: of the model).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ MIN_CAPACITY = 128
 class LegalMoves:
     """Converts the legal moves of positions to ids of a tokenizer and back.
 
-    A SAN vocabulary may lack a legal move. Such a move has no id, so a model cannot select it.
+    A vocabulary of SAN moves, or of selected UCI moves, may lack a legal move. Such a move has no id, so a model cannot
+    select it.
     """
 
     def __init__(self, tokenizer: MoveTokenizer) -> None:
@@ -66,7 +67,7 @@ class LegalMoves:
         """The legal move with this id. None: the move is illegal or ambiguous, or the id is a special token.
 
         In SAN, a move with a needless origin is legal, for example ``Ngf3`` if only one knight can move to f3. A move
-        with a wrong capture sign is illegal, for example ``Nxf3`` if f3 is empty.
+        with a wrong or missing capture sign is illegal, for example ``Nxf3`` if f3 is empty.
         """
         if not self.tokenizer.is_move(id):
             return None
@@ -81,7 +82,7 @@ class LegalMoves:
         return move if move.uci() == text else None  # python-chess also reads e1h1, the castling of Chess960
 
     def text(self, board: chess.Board, move: chess.Move) -> str:
-        """The text of a move in the notation of the tokenizer."""
+        """The text of a legal move in the notation of the tokenizer, without the signs for check and mate."""
         return move.uci() if self.tokenizer.notation == "uci" else san_without_check_signs(board, move)
 
 
@@ -136,7 +137,7 @@ def board_after(line: str) -> chess.Board:
 
 
 def push_move(board: chess.Board, word: str) -> chess.Move:
-    """Play a UCI or SAN move on ``board`` and return it. Raises ``ValueError`` as :func:`board_after`."""
+    """Play a UCI or SAN move on ``board`` and return the move. Raises ``ValueError`` as :func:`board_after`."""
     move = board.parse_uci(word) if UCI_MOVE.fullmatch(word) else board.parse_san(word)
     if not move:
         raise ValueError(f"{word!r} is a null move")
@@ -173,9 +174,10 @@ def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator)
 class MoveReader:
     """Computes the logits of the next move for several boards, and reuses the model state of the previous call.
 
-    The model reads only the new moves if each board continues a board of the previous call, in the same order. Some
-    boards of the previous call may be missing. Otherwise, and when the new moves exceed the capacity of the model
-    state, the model reads all games from the beginning. An encoder-decoder always reads whole games.
+    If each board continues a board of the previous call, in the same order, the model reads only the new moves. Some
+    boards of the previous call may be missing. The model reads all games from the beginning if a board does not
+    continue an earlier one, or if the new moves exceed the capacity of the model state. An encoder-decoder always reads
+    whole games.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -208,8 +210,8 @@ class MoveReader:
         """The logits of the next token for each board, float32 [B, V].
 
         Raises:
-            ValueError: there are no boards, a game did not start from the initial position, a game is too long, or the
-                logits are NaN.
+            ValueError: there are no boards, a game did not start from the initial position, a game is too long, a UCI
+                vocabulary does not have a move of a game, or the logits are NaN.
         """
         if not boards:
             raise ValueError("logits needs at least one board")
@@ -254,7 +256,7 @@ class MoveReader:
         return self._logits[indices]
 
     def _find_rows(self, boards: Sequence[chess.Board]) -> list[int] | None:
-        """The index of the row that each board continues. None: a board does not continue any row."""
+        """The index of the row that each board continues, in increasing order. None: a board continues no row."""
         found: list[int] = []
         for board in boards:
             start, moves = (found[-1] + 1 if found else 0), board.move_stack
@@ -265,7 +267,7 @@ class MoveReader:
         return found
 
     def _reset(self, boards: Sequence[chess.Board]) -> None:
-        """Replace the rows by an empty row for each board, and drop the model state."""
+        """Replace the rows with one empty row per board, and drop the model state."""
         self._rows = [_Row([], []) for _ in boards]
         self._state, self._used, self._capacity = None, 0, 0
         # The batch size is a power of two, so that matches of different sizes can use the same compiled function.
@@ -306,7 +308,7 @@ class MoveReader:
         return length
 
     def _read(self, new_ids: list[list[int]], length: int) -> None:
-        """Let the model read the new ids of each row, padded to ``length``. Updates the model state and the logits."""
+        """Let the model read the new ids of each row, padded to ``length``. Update the model state and the logits."""
         tokens, segment_ids = pad_games([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
         self._state, logits = _read_moves(
             self.model, self.params, self._state, tokens, segment_ids, sharding=active()
@@ -320,7 +322,7 @@ class MoveReader:
 class _Row:
     """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS.
 
-    ``dropped``: the model state no longer has the moves, because a new state was created without this row.
+    ``dropped`` is True if the model state no longer has the moves, because a new state was created without this row.
     """
 
     moves: list[chess.Move]
@@ -328,7 +330,7 @@ class _Row:
     dropped: bool = False
 
     def is_prefix_of(self, moves: list[chess.Move]) -> bool:
-        """Whether the state has the moves of this row and they are a prefix of ``moves``."""
+        """Whether the model state still has this row, and the moves of the row are a prefix of ``moves``."""
         return not self.dropped and moves[: len(self.moves)] == self.moves
 
 
@@ -368,7 +370,9 @@ def _last_logits(
 def next_logits(
     model: Model, params: Params, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield the logits of the token that follows each row, [rows, V] per batch, in the order of the rows.
+    """Yield the logits of the token that follows each row: one array [rows of the batch, V] per batch, in order.
+
+    ``rows`` are the ids of each game. An encoder-decoder reads them as its source.
 
     Raises:
         ValueError: a row has more tokens than the model has positions, or the logits are NaN.
@@ -393,12 +397,15 @@ def _check_not_nan(logits: np.ndarray) -> np.ndarray:
 
 
 def pad_games(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded on the right, and segment ids (1 for tokens, 0 for padding and unused rows); both [batch, length]."""
+    """Rows padded on the right, and segment ids (1 for tokens, 0 for padding); both int32 [batch, length].
+
+    If there are fewer rows than ``batch``, the other rows contain only padding.
+    """
     return pad_rows([*rows, *[np.zeros(0, np.int32)] * (batch - len(rows))], length)
 
 
 def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
-    """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, but at most the model's ``max_positions``."""
+    """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, but at most ``max_positions`` of the model."""
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return min(length, model.max_positions or length)
@@ -408,7 +415,7 @@ def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
     """Check the games that a function reads in batches.
 
     Args:
-        name: name of the argument ``games`` in messages.
+        name: name of the argument ``games`` in error messages.
 
     Raises:
         TypeError: ``games`` is one string.

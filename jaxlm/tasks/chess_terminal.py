@@ -22,6 +22,9 @@ HELP = "a move (e4, Nf3, O-O, e7e8q), or: moves, board, undo, resign, quit"
 def draw_board(board: chess.Board, *, white_below: bool = True) -> str:
     """The position as ten lines of text with Unicode pieces. Brackets mark the two squares of the last move.
 
+    Args:
+        white_below: whether rank 1 is at the bottom. False: the board is turned, as Black sees it.
+
     Example:
         >>> print(draw_board(chess.Board()).splitlines()[0])   # doctest: +SKIP
         8  ♜  ♞  ♝  ♛  ♚  ♝  ♞  ♜
@@ -59,8 +62,9 @@ def play_on_terminal(
     """Play a game of a person against a model. Returns ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` if the person quits.
 
     The person types a SAN or UCI move, or one of these commands: ``moves`` lists the legal moves, ``board`` draws the
-    board, ``undo`` takes back the last move of both players, ``resign`` and ``quit`` end the game. For any other input,
-    a one-line message is shown. The model plays only legal moves. A game that is too long for the model is a draw.
+    board, ``undo`` takes back the last move of each player, and ``resign`` and ``quit`` end the game. After any other
+    input, a one-line message is shown. The model plays only legal moves. A game that is too long for the model is a
+    draw.
 
     Args:
         ask: a function that shows a prompt and returns the line that the person types. ``EOFError`` means ``quit``.
@@ -156,7 +160,7 @@ def _read_line(
 
 
 def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess.Move | None:
-    """The legal move that ``line`` describes. None: the line is invalid. A message then tells the person the reason."""
+    """The legal move that ``line`` describes. If there is no such move, tell the person why and return None."""
     chess = import_chess()
     for parse in (board.parse_san, board.parse_uci):
         try:
@@ -178,9 +182,9 @@ def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess
 
 
 def _completions(board: chess.Board, line: str) -> list[str]:
-    """The legal moves that ``line`` describes incompletely, if there are several.
+    """The SAN of the legal moves that ``line`` describes incompletely; an empty list if there are fewer than two.
 
-    The line lacks the origin square of the piece, or the piece of a promotion.
+    An incomplete line lacks the origin square of the piece, or the piece of a promotion.
     """
     incomplete, completions = line.rstrip("+#"), []
     origin = incomplete[1:-2].rstrip("x-")  # the file, the rank, or both, of the piece's square

@@ -1,4 +1,4 @@
-"""Batches of chess games, extra and generated games, and the boards and samples for the report of a chess model."""
+"""Training data and report files of a chess model: batches of games, additional games, boards and samples."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from jaxlm.training.report import Board, write_samples
 MAP_TOKENS = 40
 """Maximum number of tokens, including BOS, in the attention map of a game."""
 _GAMES_PER_MATCH = 500
-"""Number of generated games that are played in parallel. More games need more memory."""
+"""Maximum number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
-"""First element of the seed of generated games, so that their random moves differ from the moves of a match."""
+"""First element of the seed of generated games. It makes their random moves differ from those of a match with the same
+seed."""
 
 
 def game_batches(
@@ -41,25 +42,26 @@ def game_batches(
     target_length: int = 8,
     seed: int = 0,
 ) -> tuple[Source, Callable[[Any], Batch], str]:
-    """A source of training data, a function that converts its items to batches of the objective, and a description.
+    """A source of training data, a function that converts its batches to ``Batch``, and a description of the data.
 
-    A causal model reads games that are packed into rows. For an encoder-decoder, each game is cut at several positions:
-    the source is the game up to the position, and the target is the following tokens, at most ``target_length``.
+    For a causal model, games are packed into rows. For an encoder-decoder, each game is cut at several positions. The
+    source has the tokens before the position. The target has the next tokens, at most ``target_length``.
 
     Args:
         games: one line of moves per game, in the tokenizer's notation.
-        length: number of tokens of a row. The rest of a longer game is dropped, because a model cannot know the board
-            position at which the rest begins. For an encoder-decoder: maximum number of tokens of a source.
+        length: number of tokens that the model reads per row. Only the first ``length`` moves of a longer game are
+            used, because the model cannot know the board at which the rest begins. For an encoder-decoder: maximum
+            number of tokens of a source, including BOS.
         positions_per_game: for an encoder-decoder, number of positions at which each game is cut. They are drawn
-            uniformly with replacement.
+            uniformly with replacement from 1 to ``length`` (for a shorter game, to its last token).
         target_length: maximum number of tokens of a target.
-        seed: seed of the order of the data and of the positions.
+        seed: seed of the order of the data and of the drawn positions.
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
         ValueError: there are no games; ``batch_size``, ``length``, ``positions_per_game`` or ``target_length`` is below
-            1; ``length`` is larger than ``max_positions`` of the model; a game has a word that is not a move; or the
-            model cannot use the tokenizer (``check_model``).
+            1; ``seed`` is negative; ``length`` is larger than ``max_positions`` of the model; a game has a word that is
+            not a move of the tokenizer; or the model cannot use the tokenizer (``check_model``).
     """
     check_min(1, length=length, positions_per_game=positions_per_game, target_length=target_length)
     check_model(model, tokenizer)
@@ -85,10 +87,14 @@ def game_batches(
 def extra_games(
     path: Path | None, notation: Notation, held_out: Collection[str], *, report: Callable[[str], None] = print
 ) -> tuple[str, ...]:
-    """The games of a file that are not in ``held_out``, the validation and test games. None: no games.
+    """The games of a file that are not in ``held_out``, one line of moves per game.
 
     Args:
-        report: a function that gets the report of the file and the number of games that are left out.
+        path: the file. None: the result is empty.
+        notation: the notation of the returned games and of ``held_out``.
+        held_out: the validation and test games.
+        report: a function that prints a text. It gets :meth:`Games.report` of the file. If games are left out, it also
+            gets their number.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as in :func:`jaxlm.data.read_games`.
@@ -107,14 +113,14 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
     """``count`` games of ``MaterialPlayer`` against ``RandomPlayer``. A game takes about 0.08 s on one core.
 
     Nearly all of these games end with a checkmate. Master games seldom end with a checkmate, because players resign.
-    ``MaterialPlayer`` has white in every second game.
+    ``MaterialPlayer`` has white in games 0, 2, 4, ...
 
     Args:
-        seed: seed of the random moves.
+        seed: seed of the moves of ``RandomPlayer``.
 
     Raises:
         ImportError: the package ``chess`` is not installed.
-        ValueError: the notation is unknown, or ``count`` is negative.
+        ValueError: the notation is unknown, or ``count`` or ``seed`` is negative.
     """
     check_notation(notation)
     check_min(0, count=count)
@@ -130,12 +136,13 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
 
 
 def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
-    """Yield boards of the first won, drawn and lost game of a match for the report.
+    """Yield boards for the report, from the first game that the model won, the first draw and the first lost game.
 
-    Each of these games gives the board after the first player's most valuable capture (if there is one), and the last
-    board.
+    Of each of these games, the function yields the board after the model's most valuable capture (if there is one), and
+    the last board. Games without moves are skipped.
 
     Args:
+        match: the result of a match whose first player is the model.
         name: name of the opponent, for the titles.
     """
     shown_results = set()
@@ -154,11 +161,12 @@ def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number (from 1) of the move that is a player's most valuable capture. None: there is no capture.
+    """The number (from 1) of the move with which a player captures the most valuable piece. None: no capture.
 
-    Of captures with equal value, the first is returned.
+    The order of value is pawn, knight, bishop, rook, queen. Of captures of equal pieces, the first is returned.
 
     Args:
+        words: the UCI moves of the game.
         first: index of the player's first move, 0 for white and 1 for black.
     """
     pawn = import_chess().PAWN
@@ -166,7 +174,7 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
     board, best, best_piece = board_after(""), None, 0
     for index, word in enumerate(words):
         move = board.parse_uci(word)
-        captured = board.piece_type_at(move.to_square) or pawn  # the target square is empty in a capture en passant
+        captured = board.piece_type_at(move.to_square) or pawn  # an en passant capture moves to an empty square
         if index % 2 == first and captured > best_piece and board.is_capture(move):
             best, best_piece = index + 1, captured
         board.push_uci(word)
@@ -182,14 +190,14 @@ def write_test(
     *,
     target_length: int = 8,
 ) -> None:
-    """Write the :func:`move_samples` of the games to ``samples.jsonl``, and an attention map of the first game.
+    """Write ``samples.jsonl`` with the :func:`move_samples` of the games, and an attention map of the first game.
 
-    The map has the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, the columns are
-    at most the first half of the game, and the rows are the next moves, at most ``target_length``. Families without
-    attention have no map.
+    The map has BOS and the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, these
+    tokens are the columns, and they end at the middle of the game at the latest. The rows are the next moves, at most
+    ``target_length``. For families without attention, no map is written.
 
     Raises:
-        ValueError: there are no games, or one of the first 20 games has no moves.
+        ValueError: as in :func:`move_samples`.
     """
     write_samples(run, move_samples(model, params, tokenizer, games))
     words, limit = games[0].split(), model.max_positions
@@ -198,7 +206,7 @@ def write_test(
     if model.reads_source:
         length = min(length, len(words) // 2)
         outputs = [" ".join(words[length : length + target_length])]
-    # The targets of the training are moves without BOS (game_batches).
+    # Targets in training have no BOS (see game_batches), so the outputs must have none either.
     write_attention_maps(
         run, model, params, tokenizer, [" ".join(words[:length])], outputs, output_special_tokens=False
     )  # fmt: skip
@@ -207,10 +215,14 @@ def write_test(
 def move_samples(
     model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
-    """Yield the five most probable tokens in the middle of the first ``count`` games, as rows for ``write_samples``.
+    """Yield a row for ``write_samples`` for each of the first ``count`` games.
+
+    A row has the first half of the moves (``source``), the next move (``reference``), and the five most probable next
+    tokens with their probabilities (``output``).
 
     Raises:
-        ValueError: there are no games, or a game has no moves.
+        ValueError: there are no games, one of these games has no moves, or as in
+            :func:`jaxlm.tasks.chess_reading.next_move_probabilities`.
     """
     games_words = [line.split() for line in games[:count]]
     if not games_words:

@@ -1,6 +1,6 @@
 """Text classification: encoded examples, batches, predictions, and test results of a classifier.
 
-Shapes: B batch, T time.
+Shapes: N examples, L labels.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ from jaxlm.training.report import read_results, write_confusion, write_results, 
 def encode(
     examples: Examples, tokenizer: Tokenizer, labels: Sequence[str], model: Model, *, max_length: int | None = None
 ) -> list[Encoded]:
-    """The ``tokens``, ``token_types`` (if the model reads them) and ``label`` id of each example.
+    """The encoded examples, each with ``tokens``, ``label`` (an id), and ``token_types`` if the model reads them.
 
     Args:
         examples: examples with ``text`` and ``label``, and with ``pair`` (the second text) for a task of text pairs.
         labels: the label names, in the order of the model's outputs.
-        max_length: maximum number of tokens. Longer texts are truncated. None: texts are not truncated.
+        max_length: maximum number of tokens, including special tokens. Longer texts are truncated. None: texts are not
+            truncated.
 
     Raises:
-        ValueError: there are fewer than two labels or no examples; or an example lacks a field, or has an unknown
-            label, no tokens, more tokens than the model has positions, or an id that the model does not have.
+        ValueError: There are fewer than two labels, or no examples. An example lacks a field or has an unknown label.
+            A text has no tokens, more tokens than the model has positions, or an id that the model does not have.
+            ``max_length`` is too small for the special tokens and one token of each text.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
     if not len(examples):
         raise ValueError(f"{examples.name} must have at least one example, got none")
     texts = examples.column("text")
-    pairs = examples.column("pair") if "pair" in examples[0] else None
+    pairs = examples.column("pair") if any("pair" in example for example in examples) else None
     label_numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = model.max_positions
     encoded: list[Encoded] = []
@@ -62,7 +64,10 @@ def encode(
 
 
 def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
-    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.classification``."""
+    """A function that converts a batch of encoded examples to a batch of ``jaxlm.objectives.classification``.
+
+    Rows without an example have weight 0.
+    """
 
     def make(rows: BucketBatch) -> Batch:
         segment_ids = rows.segment_ids("tokens")
@@ -79,10 +84,12 @@ def batches(
     """The batches for an evaluation, in the order of the bucket lengths. Every example occurs once.
 
     Args:
-        max_length: maximum number of tokens of a row, for example the model's ``max_positions``. None: no limit.
+        max_length: maximum number of tokens of a row, for example the model's ``max_positions``. None: no limit. The
+            length of a batch is rounded up to a multiple of 8, but not above ``max_length``.
 
     Raises:
-        ValueError: there are no examples, or an example has more than ``max_length`` tokens.
+        ValueError: there are no examples, an example is not valid (:func:`jaxlm.data.buckets.check_examples`), or an
+            example has more than ``max_length`` tokens.
     """
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
     make = to_batch(num_labels)
@@ -90,14 +97,15 @@ def batches(
 
 
 def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
-    """The label probabilities of N encoded examples, float32 [N, labels].
+    """The label probabilities of N encoded examples, float32 [N, L].
 
-    The probabilities are the same as from :func:`jaxlm.tasks.predict.classify`.
+    For the same tokens, they equal the probabilities of :func:`jaxlm.tasks.predict.classify`.
 
     Raises:
-        ValueError: an example is not valid (:func:`jaxlm.data.buckets.check_examples`) or is longer than the model; or
-            the outputs of the model are regression scores, as in ``classify``.
-        NotFiniteError: logits are not finite. The message names the examples, as in ``classify``.
+        ValueError: An example is not valid (:func:`jaxlm.data.buckets.check_examples`), has more tokens than the model
+            has positions, or has a token type that the model does not have. The outputs of the model are regression
+            scores, as in ``classify``.
+        NotFiniteError: logits are not finite. The message names the examples.
     """
     if len(encoded):
         check_examples(encoded, model.max_positions)
@@ -107,9 +115,13 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:
-    """The accuracy of predicted label ids [N]. Writes the confusion matrix and the samples for the report of a run.
+    """The accuracy of the predicted label ids [N]. Also writes ``confusion.json`` and ``samples.jsonl`` of a run.
 
     The samples are the first wrong predictions and the first correct predictions, at most 20 of each.
+
+    Args:
+        directory: the directory of the run.
+        predicted: the predicted label id of each example, int [N].
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
@@ -130,7 +142,7 @@ def write_folds(directory: Path, scores: Sequence[Score]) -> Score:
 
     Args:
         directory: the parent of the run directories of the folds, ``fold-0``, ``fold-1``, ...
-        scores: the accuracy of each fold.
+        scores: the accuracy of each fold; at least two folds.
     """
     results = [read_results(directory / f"fold-{fold}") for fold in range(len(scores))]
     counts = [score.count or 0 for score in scores]
@@ -154,29 +166,34 @@ def convolution_fields(
     max_length: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, int | tuple[int, ...]]:
-    """The config fields of alexnet or resnet that depend on the longest input: ``max_positions`` and ``pools``.
+    """The config fields of an alexnet or resnet classifier that depend on the longest text.
 
-    The inputs of these families have a fixed length: the length of the longest input, but at least 32 tokens. For
-    resnet, the length is at least the minimum for its blocks, and it is rounded up to a multiple of 8, or of a larger
-    power of 2 if the model halves the length more than three times. ``pools`` is set only for an alexnet with one
-    convolution: its max pooling covers the whole text, as in the model of Kim (2014), and the inputs are at least as
-    long as the kernel.
+    A classifier of these families pads every text to ``max_positions`` tokens. The returned ``max_positions`` is the
+    number of tokens of the longest text, but at least 32.
+
+    A resnet halves the length between its groups of blocks. So its ``max_positions`` is rounded up to a multiple of 8
+    and of ``2 ** (number of groups - 1)``. It is at least ``k_max * 2 ** (number of groups - 1)``.
+
+    For an alexnet, ``pools`` is also returned if ``changes`` has ``kernels`` with one entry. The max pooling then
+    covers the whole text, as in the model of Kim (2014), and ``max_positions`` is at least the kernel size.
 
     Args:
-        max_length: maximum number of tokens, to which the caller truncates longer inputs; None: no truncation.
-        changes: config fields that the caller sets. Only ``kernels`` (alexnet), ``blocks`` and ``k_max`` (resnet) are
-            used.
+        family: "alexnet" or "resnet".
+        texts: the texts for training and evaluation.
+        max_length: maximum number of tokens, to which the caller truncates longer texts. None: no truncation.
+        changes: config fields that the caller sets. Only ``kernels`` (alexnet), ``blocks`` and ``k_max`` (resnet) have
+            an effect.
     """
     changes = changes or {}
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
     length = max(32, longest if max_length is None else min(longest, max_length))
     kernels, blocks = changes.get("kernels"), changes.get("blocks", resnet.Config.blocks)
     if family == "resnet" and isinstance(blocks, tuple):
-        divisor = 2 ** max(0, len(blocks) - 1)  # the length is halved between the groups of blocks
+        divisor = 2 ** max(0, len(blocks) - 1)  # the model halves the length between groups
         k_max = changes.get("k_max", resnet.Config.k_max)
-        length = max(length, divisor * k_max if type(k_max) is int else 0)  # the config reports a wrong type
+        length = max(length, divisor * k_max if type(k_max) is int else 0)  # the config raises for a wrong type
         length += -length % max(8, divisor)
-    elif family == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1:
+    elif family == "alexnet" and isinstance(kernels, tuple) and len(kernels) == 1 and type(kernels[0]) is int:
         length = max(length, kernels[0])
         return {"max_positions": length, "pools": (length - kernels[0] + 1,)}
     return {"max_positions": length}

@@ -1,4 +1,4 @@
-"""The interface of jaxlm models for EleutherAI's lm-evaluation-harness (Gao et al. 2021).
+"""The class with which EleutherAI's lm-evaluation-harness (Gao et al. 2021) evaluates jaxlm models.
 
 Importing this module registers the model type ``jaxlm`` with the harness. The module needs the packages of
 the extra ``eval``.
@@ -31,8 +31,8 @@ class HarnessModel(LM):
     """The harness's ``LM`` interface for a model of any generative family.
 
     Args:
-        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. The
-            documentation of that class explains the truncation.
+        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. The methods
+            of ``TextRequests`` describe how long texts are truncated.
 
     Raises:
         ValueError: as in ``TextRequests``. The method :meth:`apply_chat_template` always raises it.
@@ -51,6 +51,7 @@ class HarnessModel(LM):
         """The ``HarnessModel`` of a run directory, or of a directory in Hugging Face layout.
 
         Args:
+            pretrained: the directory. If it has a subdirectory ``model``, the model is read from this subdirectory.
             dtype: compute dtype, for example bfloat16. None: the ``dtype`` field of the model's config.
             options: the keyword arguments of ``TextRequests``.
         """
@@ -67,16 +68,17 @@ class HarnessModel(LM):
         """The ``HarnessModel`` for ``model_args``, a dictionary with the arguments of :meth:`from_pretrained`.
 
         Args:
-            additional_config: ``batch_size``, ``max_batch_size`` and ``device`` of the harness. ``batch_size`` (a
-                number, or a number as text) is used unless it is None or ``arg_dict`` has a ``batch_size``. The two
-                others are not used: JAX selects the device, and the batch size does not change during a run.
+            additional_config: ``batch_size``, ``max_batch_size`` and ``device`` of the harness. ``batch_size`` is a
+                number, a number as text, or None (not set). A ``batch_size`` in ``arg_dict`` overrides it. ``device``
+                is not used, because JAX selects the device. ``max_batch_size`` is not used, because the batch size does
+                not change during a run.
 
         Raises:
             ValueError: ``pretrained`` is missing, or an argument is unknown or invalid.
         """
         unused = ("device", "max_batch_size")
         additional = {
-            name: int(value) if isinstance(value, str) and value.isdecimal() else value  # the command line gives text
+            name: int(value) if isinstance(value, str) and value.isdecimal() else value  # a command line gives text
             for name, value in (additional_config or {}).items()
             if value is not None and name not in unused
         }
@@ -118,7 +120,7 @@ class HarnessModel(LM):
         raise ValueError("jaxlm does not support chat templates: evaluate with apply_chat_template=False")
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model's family and size, and the numbers of truncated requests.
+        """The model's family, size and maximum length, and the numbers of truncated requests.
 
         The harness adds this dictionary to ``results["config"]``.
         """

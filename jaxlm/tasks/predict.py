@@ -1,7 +1,7 @@
 """Predictions of a trained model for texts: labels of texts, labels of words, and log-likelihoods.
 
 Texts are sorted by length, split into batches and padded to bucket lengths, so that XLA compiles only a few shapes.
-Shapes: N texts, B batch rows, T time, S source time, L labels.
+Shapes: N texts, B batch rows, T time, S source time, L labels, D model width.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Predictions:
     """The predicted labels of texts.
 
     Attributes:
-        probabilities: [N, L] float32, the probability of each label. The probabilities of a text sum to 1, except for
-            a model with ``problem_type="multi_label_classification"`` in its files, whose labels are independent.
+        probabilities: [N, L] float32, the probability of each label. The probabilities of a text sum to 1. Exception:
+            if the files of the model have ``problem_type="multi_label_classification"``, the labels are independent.
         names: the label names. None: the model has no label names.
     """
 
@@ -70,7 +70,7 @@ def classify(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> Predictions:
-    """The label probabilities of each text, for every family with task "classification".
+    """The label probabilities of each text, for a model with task "classification".
 
     Args:
         pairs: for a task of text pairs, the second text of each pair.
@@ -78,11 +78,13 @@ def classify(
 
     Raises:
         TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
-        ValueError: the model is not a classifier, or its outputs are regression scores (``problem_type="regression"``
-            in its files, or a single output without ``problem_type="multi_label_classification"``); there are no texts,
-            or the numbers of texts and pairs differ; or a text has no tokens (for a pair: both texts have none), more
-            tokens than the model's positions, or ids or token types that the model does not have.
-        NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
+        ValueError: The model is not a classifier. Its outputs are regression scores: its files have
+            ``problem_type="regression"``, or it has a single output without
+            ``problem_type="multi_label_classification"``. There are no texts, or the numbers of texts and pairs differ.
+            A text (or both texts of a pair) has no tokens. A text or pair has more tokens than the model has positions,
+            or ids or token types that the model does not have. ``batch_size`` is below 1.
+        NotFiniteError: logits are not finite. The message names the texts, and the parameters that are not finite or
+            another possible cause.
 
     Example:
         >>> classify(model, params, tokenizer, ["a fine film", "what a bore"]).labels   # doctest: +SKIP
@@ -125,13 +127,14 @@ def label_words(
     unit: Literal["word", "token"] = "word",
     batch_size: int = BATCH_SIZE,
 ) -> list[list[TokenLabel]]:
-    """The labels of the words of each text, for every family with task "token_classification".
+    """The labels of the words of each text, for a model with task "token_classification".
 
     Words are separated by white space. The label of a word is the label of its first token (Devlin et al. 2019, section
-    5.3). A word without tokens is left out.
+    5.3). A word without tokens gets no label.
 
     Args:
-        unit: "word": one label per word. "token": one label per token. A token of a character tokenizer is a character.
+        unit: "word": one label per word. "token": one label per token, for example per character with a character
+            tokenizer. Special tokens get no label.
         batch_size: number of texts in a batch.
 
     Raises:
@@ -161,9 +164,9 @@ def label_words(
 
 
 def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int, int]]:
-    """Yield (position of the first token, start, end) for each word ``text[start:end]``.
+    """Yield (position of the first token, start, end) for each word ``text[start:end]`` that has a token.
 
-    With unit "token", yield these numbers for each token, without special tokens.
+    With unit "token", yield (position of the token, start, end) for each token that is not a special token.
     """
     text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)
     starts, ends = encoding.offsets[text_positions].T
@@ -235,9 +238,10 @@ def score_texts(
 ) -> TextScores:
     """The log-likelihood of each text. An encoder-decoder scores each text as the target of a source.
 
-    For an encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``, and the end token (if the tokenizer has
-    one) is predicted too. For other families, texts are encoded without special tokens, and the first token is not
-    predicted.
+    For an encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``. If the tokenizer has an end token, each
+    text ends with it, and it is predicted too. For other families, texts are encoded without special tokens, and the
+    first token is not predicted. For a text that exceeds the positions of such a model, use
+    :func:`jaxlm.decoding.perplexity`.
 
     Args:
         sources: for an encoder-decoder, the source of each text.
@@ -245,11 +249,11 @@ def score_texts(
 
     Raises:
         TypeError: ``texts`` or ``sources`` is a single string, or has an element that is not a string.
-        ValueError: the model does not predict next tokens; there are no texts; sources are missing for an
-            encoder-decoder (or their number is wrong), or given for another family; a source has no tokens; a text has
-            no tokens and the tokenizer has no end token (for another family: a text has fewer than 2 tokens); or a text
-            or source has ids outside the vocabulary or more tokens than the model's positions. For long texts of a
-            model that is not an encoder-decoder, use :func:`jaxlm.decoding.perplexity`.
+        ValueError: The model does not predict next tokens. There are no texts. ``batch_size`` is below 1. A text or
+            source has an id outside the vocabulary, or more tokens than the model has positions. For an
+            encoder-decoder: there is not one source for each text, a source has no tokens, a text has no tokens and the
+            tokenizer has no end token, or there is no start token (:func:`jaxlm.decoding.decoder_start_id`). For other
+            families: sources are given, or a text has fewer than 2 tokens.
         NotFiniteError: as in :func:`classify`.
     """
     _require_next_token_task(model)
@@ -326,11 +330,11 @@ def score_ids(
         batch_size: number of continuations in a batch.
 
     Raises:
-        ValueError: the model does not predict next tokens; there are no continuations; the numbers of contexts and
-            continuations differ; ``start_id`` is missing for an encoder-decoder, or given for another family; or a
-            context or continuation has no ids, ids outside the vocabulary, or more ids than the model has positions. A
-            model that is not an encoder-decoder needs a position for each id of the context and the continuation,
-            except the last id.
+        ValueError: The model does not predict next tokens. There are no continuations, or the numbers of contexts and
+            continuations differ. ``batch_size`` is below 1. ``start_id`` is missing for an encoder-decoder, or given
+            for another family. A context or continuation has no ids, an id outside the vocabulary, or more ids than the
+            model has positions. A model that is not an encoder-decoder needs a position for each id of the context and
+            of the continuation together, but not for the last id, because it does not read the last id.
         NotFiniteError: as in :func:`classify`.
     """
     _require_next_token_task(model)
@@ -370,7 +374,7 @@ def score_ids(
             with rename_rows_in_errors("text", numbers):
                 scores = token_scores(model, params, tokens_BT, segment_ids_BT)
         else:
-            # Sources and targets are padded to the same length, because two bucket lengths would give too many shapes.
+            # Sources and targets are padded to one length. With two, each pair of bucket lengths would be compiled.
             length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
             source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
             targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
@@ -396,9 +400,9 @@ class InputBatch:
     """The encoded texts of one batch.
 
     Attributes:
-        numbers: [B], the index of the text of each row. Rows may have the same text.
+        numbers: [B], the index of the text of each row. The last batch may have its last text in several rows.
         tokens, segment_ids: [B, T] int32.
-        inputs: further inputs of ``apply``, [B, T].
+        inputs: further keyword arguments of ``apply``: empty, or ``token_types`` [B, T].
     """
 
     numbers: np.ndarray
@@ -434,10 +438,13 @@ def input_batches(
     """Yield batches of texts, padded on the right to bucket lengths.
 
     Args:
-        ids, token_types: the token ids and the token types of each text, [T]. No token types: all are 0.
+        ids: the token ids of each text, [T].
+        token_types: the token types of each text, [T]. An empty sequence means that all token types are 0. They are
+            ignored if the model does not read token types.
 
     Raises:
-        ValueError: the model has no embedding for a token type.
+        ValueError: the model has no embedding for a token type, a text has no tokens or more tokens than the model has
+            positions, or ``batch_size`` is below 1.
     """
     for numbers in length_batches([row.size for row in ids], batch_size):
         length = bucket_length(max(ids[number].size for number in numbers), model.max_positions)
@@ -492,7 +499,7 @@ def label_probabilities(
         what: the name of a text in messages.
 
     Raises:
-        ValueError: the outputs of the model are regression scores, or it has no embedding for a token type.
+        ValueError: the outputs of the model are regression scores, or as in :func:`input_batches`.
         NotFiniteError: the logits of a text are not finite.
     """
     independent = _labels_are_independent(model)
@@ -506,12 +513,14 @@ def label_probabilities(
 def _checked_probabilities(
     model: Model, params: Params, batch: InputBatch, *, pool: bool, independent: bool = False, what: str = "text"
 ) -> np.ndarray:
-    """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
+    """The label probabilities of each row, [B, 1, L] float32 (``pool=True``), or of each token, [B, T, L].
 
-    The probability of each label is computed separately if the labels are ``independent``.
+    Args:
+        independent: True: the probability of each label is the sigmoid of its logit. False: the probabilities are the
+            softmax of the logits.
 
     Raises:
-        NotFiniteError: the logits of a token that is not padding (with ``pool``, of a row) are not finite.
+        NotFiniteError: the logits of a row are not finite. With ``pool=False``, the logits of padding are ignored.
     """
     probabilities, finite_B = _label_probabilities(
         model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool,
@@ -534,7 +543,7 @@ def _label_probabilities(
     independent: bool,
     sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The label probabilities, and whether the logits of each row are finite, bool [B]."""
+    """The probabilities of :func:`_checked_probabilities`, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     if pool:
         hidden_BTD = model.pool(params, hidden_BTD, segment_ids=segment_ids_BT)
@@ -547,10 +556,14 @@ def _label_probabilities(
 
 
 def check_texts(texts: Sequence[str], name: str = "text") -> None:
-    """Raise an error if ``texts`` are not strings (``TypeError``), or if there are none (``ValueError``).
+    """Check that ``texts`` is a sequence of at least one string.
 
     Args:
         name: the name of a text in messages.
+
+    Raises:
+        TypeError: ``texts`` is a single string, or an element is not a string.
+        ValueError: there are no texts.
     """
     if isinstance(texts, str):
         raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts!r}]")

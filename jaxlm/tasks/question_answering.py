@@ -1,8 +1,9 @@
 """Extractive question answering: training windows, and answers of a trained model (task "span_qa").
 
 A long context is split into overlapping windows. Each window also has the whole question (Devlin et al. 2019, section
-4.2). If a window does not contain the whole answer, its target is "no answer": the span of only the classifier token
-(``[CLS]`` for BERT, ``<cls>`` for XLNet), or of only the first token if the tokenizer has no classifier token.
+4.2). If a window does not contain the whole answer, its target is "no answer". This is the span that has only the
+classifier token (``[CLS]`` for BERT, ``<cls>`` for XLNet). If the tokenizer has no classifier token, it is the span
+that has only the first token of the window.
 
 Shapes: W windows, B batch rows, T time, D model width.
 """
@@ -55,8 +56,8 @@ def training_windows(
 
     Each window has ``tokens`` [T], ``token_types`` [T] (if the model reads them), and the positions ``first`` and
     ``last`` of the answer's first and last token. If an example has several answers, the target is the most frequent
-    answer, and the first of equally frequent ones. If an example has no answer, all its windows have the target "no
-    answer".
+    answer. Of equally frequent answers, it is the first. If an example has no answer, all its windows have the target
+    "no answer".
 
     Args:
         examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as returned by
@@ -65,10 +66,12 @@ def training_windows(
         stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
 
     Raises:
-        ValueError: the model is not for task "span_qa"; ``max_length`` is below 1 or exceeds the model's positions;
-            ``stride`` is negative or not below ``max_length``; or the model has no embedding for a token type. Also,
-            with the example's id in the message: a text has no tokens or ids outside the vocabulary, ``max_length`` is
-            too small for the question, or no window has the whole answer.
+        ValueError: The model is not for task "span_qa". ``max_length`` is below 1 or exceeds the model's positions.
+            ``stride`` is negative or not below ``max_length``. The model has no embedding for a token type. For the
+            following errors, the message has the example's id: the question, the context or the answer has no tokens,
+            an id is outside the vocabulary, no window has the whole answer, or ``max_length`` is too small. It is too
+            small if the texts need several windows, and the question and the special tokens leave at most ``stride``
+            tokens of a window for the context.
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
@@ -90,23 +93,23 @@ def check_questions(model: Model, tokenizer: Tokenizer, examples: Examples, **wi
     """Raise ``ValueError`` if the model cannot read a question, for example because the question is too long.
 
     Args:
-        examples: as for :func:`training_windows`; the answers are not used.
+        examples: as for :func:`training_windows`, but the answers are not used.
         window_size: ``max_length`` and ``stride``, as for :func:`training_windows`.
     """
-    try:  # without answers, because an answer to a test question may have no tokens or be in no window
+    try:  # without the answers: a test needs no targets, so an answer may have no tokens or be in no window
         training_windows(model, tokenizer, ({**example, "answers": []} for example in examples), **window_size)
     except ValueError as error:
         raise ValueError(f"{examples.name}: {error}") from error
 
 
 def to_batch(rows: BucketBatch) -> Batch:
-    """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`training_windows`.
+    """The batch of ``jaxlm.objectives.span_qa`` for a batch of :func:`training_windows`.
 
-    Rows without an example have weight 0.
+    Rows without a window have weight 0.
     """
     tokens = rows.fields["tokens"]
     spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
-    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span outside the row has weight 0
+    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span outside the row gets weight 0
     inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
     return span_qa.batch(tokens, spans, rows.segment_ids("tokens"), inputs=inputs)
 
@@ -123,7 +126,7 @@ def batches(
             not above ``max_length``.
 
     Raises:
-        ValueError: a window is longer than ``max_length``.
+        ValueError: there are no windows, or a window is longer than ``max_length``.
     """
     source = Bucketed(windows, batch_size, num_buckets, shuffle=False, max_length=max_length)
     return [to_batch(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
@@ -171,11 +174,11 @@ class Answer:
 
     Attributes:
         text: ``context[start:end]``. Empty if ``score`` is not above the ``no_answer_threshold`` of :func:`answer`.
-        score: the logit of the best span minus the logit of "no answer". The logit of a span is the sum of the logits
-            of its first and last token. For several windows, the logit of the best span is the maximum over windows,
-            and the logit of "no answer" is the minimum over windows. If ``text`` is empty, the score is still that of
-            the best span.
-        start, end: character positions of the answer in the context; 0 and 0 if ``text`` is empty.
+        score: the logit of the best span minus the logit of "no answer". The logit of a span is the start logit of its
+            first token plus the end logit of its last token. For several windows, the logit of the best span is the
+            maximum over windows, and the logit of "no answer" is the minimum over windows. An empty answer also has
+            the score of the best span.
+        start, end: character positions of the answer in the context. Both are 0 for an empty answer.
     """
 
     text: str
@@ -211,12 +214,13 @@ def answer(
 
     Raises:
         TypeError: ``questions`` or ``contexts`` is a single string, or has an element that is not a string.
-        ValueError: the model is not for task "span_qa"; there are no questions, or the numbers of questions and
-            contexts differ; a question or context has no tokens, or ids or token types that the model does not have;
-            ``max_length`` is below 1, exceeds the model's positions or is too small for a question; ``stride`` is
-            negative or not below ``max_length``; or ``max_answer_tokens`` is below 1.
+        ValueError: The model is not for task "span_qa". There are no questions, or the numbers of questions and
+            contexts differ. A question or context has no tokens, or ids or token types that the model does not have.
+            ``max_length`` is below 1, exceeds the model's positions, or is too small for a question (as in
+            :func:`training_windows`). ``stride`` is negative or not below ``max_length``. ``max_answer_tokens`` or
+            ``batch_size`` is below 1.
         NotFiniteError: logits are not finite. The message names the questions with such logits, and the parameters
-            that are not finite.
+            that are not finite or another possible cause.
 
     Example:
         >>> answer(model, params, tokenizer, ["Who has it?"], ["Mary took the ball."])[0].text   # doctest: +SKIP
@@ -254,7 +258,7 @@ def answer(
 
 
 def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
-    """The exact match and the F1 of the answers, computed as in the official evaluation script of SQuAD.
+    """The exact match and the F1 of the answers, both in [0, 100], as in the official evaluation script of SQuAD.
 
     Args:
         references: the accepted answers to each question, empty for a question without an answer.
@@ -277,8 +281,8 @@ def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) ->
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
     """The ``no_answer_threshold`` that gives the largest F1.
 
-    The candidates are the ``score`` of each answer, and a number below all scores. Use answers to the questions of a
-    validation set, not of the test set.
+    The candidates are the ``score`` of each answer, and a number below all scores. With this number, every question
+    gets an answer. Use the questions of a validation set, not of the test set.
 
     Args:
         answers: the result of ``answer(..., no_answer_threshold=None)``.
@@ -355,6 +359,10 @@ def _best_spans(
     """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and a flag [B] for finite logits.
 
     The flag is True if all logits of the row's tokens are finite. It ignores the logits of padding.
+
+    Args:
+        in_context_BT: 1 for tokens of the context, 0 for all others. A span begins and ends in the context.
+        no_answer_B: the position of the classifier token (:func:`_no_answer_position`).
     """
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
@@ -370,10 +378,13 @@ def _best_spans(
 def _windows(
     model: Model, tokenizer: Tokenizer, question: str, context: str, max_length: int, stride: int, what: str
 ) -> list[Encoding]:
-    """The windows of a context. Raises ``ValueError`` if the texts cannot be split, or an id is not in the vocabulary.
+    """The windows of a question and its context (``encode_windows``).
 
     Args:
         what: the name of the question in messages.
+
+    Raises:
+        ValueError: as in ``encode_windows``, or an id is not in the vocabulary.
     """
     try:
         windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
@@ -392,7 +403,7 @@ def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
 
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
-    """The maximum length and the stride of windows. Sets defaults, and raises ``ValueError`` for invalid values."""
+    """``max_length`` and ``stride``, with defaults instead of None. Raises ``ValueError`` for invalid values."""
     limit = model.max_positions
     if max_length is None:
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)

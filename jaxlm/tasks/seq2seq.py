@@ -1,7 +1,4 @@
-"""Sequence-to-sequence tasks (translation, summarization): batches of text pairs, and test results of a run.
-
-Shapes: B batch, S source time, T target time.
-"""
+"""Sequence-to-sequence tasks (translation, summarization): batches of text pairs, and test results of a run."""
 
 from __future__ import annotations
 
@@ -39,12 +36,15 @@ def encode(
     The template must add the EOS token at the end of a text.
 
     Args:
-        max_source: maximum number of tokens of a source. Longer sources are truncated. None: sources are not truncated.
-        max_target: maximum number of tokens of a target. Longer targets are truncated. None: targets are not truncated.
+        max_source: maximum number of tokens of a source, including special tokens. Longer sources are truncated. None:
+            sources are not truncated.
+        max_target: maximum number of tokens of a target, including special tokens. Longer targets are truncated. None:
+            targets are not truncated.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, its template does not add the EOS token at the end of a text, or an
-            example has no ``source`` or ``target``.
+        ValueError: the tokenizer has no EOS token, its template does not add the EOS token at the end of a text, an
+            example has no ``source`` or ``target``, or ``max_source`` or ``max_target`` is too small for the special
+            tokens and one more token.
     """
     eos_id = tokenizer.special_ids.eos
     if eos_id is None:
@@ -61,7 +61,7 @@ def encode(
 def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     """Raise ``ValueError`` if a ``source`` has no tokens, because no text can be generated from it.
 
-    Call this function with the test split before the training.
+    Call this function with the test split before the training, because generation would fail after the training.
     """
     sources = examples.column("source")
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
@@ -73,9 +73,13 @@ def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:
-    """A function that converts rows of encoded examples to a batch of ``jaxlm.objectives.seq2seq``.
+    """A function that converts a batch of encoded examples to a batch of ``jaxlm.objectives.seq2seq``.
 
-    The function raises ``ValueError`` if a row has an id that the model does not have.
+    Rows without an example have weight 0. The function raises ``ValueError`` if a row has an id that the model does not
+    have.
+
+    Raises:
+        ValueError: there is no start token (:func:`jaxlm.decoding.decoder_start_id`).
     """
     start_id = decoder_start_id(model, tokenizer)
     vocab_sizes = {"source": source_vocab_size(model), "target": model.config.vocab_size}
@@ -99,7 +103,8 @@ def batches(
     """The batches for an evaluation, in the order of the bucket lengths. Every example occurs once.
 
     Raises:
-        ValueError: a source or a target has more tokens than the model has positions.
+        ValueError: there are no examples, a source or a target has no tokens or more tokens than the model has
+            positions, or as in :func:`to_batch`.
     """
     limit = model.max_positions
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
@@ -115,9 +120,14 @@ def write_test(
     run: Path, model: Model, params: Params, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write up to 40 outputs to ``samples.jsonl`` of a run, and the attention maps of the first four non-empty ones.
+    """Write ``samples.jsonl`` of a run with at most 40 outputs, and the attention maps of four of these outputs.
 
-    The outputs are a random selection with a fixed seed. Families without attention have no maps.
+    The outputs are selected at random with a fixed seed. The maps are those of the first four outputs that are not
+    empty. For families without attention, no maps are written.
+
+    Args:
+        run: the directory of the run.
+        sources, references, outputs: the source, the reference and the generated text of each test example.
     """
     chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
     write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])

@@ -1,16 +1,17 @@
 """Synthetic tasks on which architectures get different results, as defined in the cited papers.
 
     recall              multi-query associative recall (Arora et al. 2024, "Zoology")
-    FORMAL_LANGUAGES    length generalization on formal languages (Deletang et al. 2023)
+    formal_language     length generalization on formal languages (Deletang et al. 2023)
     word_problem        products of group elements: state tracking (Merrill et al. 2024; Grazzi et al. 2025)
     copying             repeat a string after a separator (Jelassi et al. 2024)
     induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
     needle              recall a number that replaces a part of a text (not from a paper)
 
-Each function draws a batch with a numpy generator, so equal generators give equal batches. The batches are for causal
-models. The loss and the metrics count only ``target_positions``.
+Each of these functions draws a batch of ``rows`` rows with a numpy generator, so equal generators give equal batches.
+The batches are for causal models. Only the positions in ``Batch.target_positions`` have targets, so the loss and the
+metrics ignore all other positions.
 
-Shapes: N rows, L length of an input, T tokens of a row, P targets of a row.
+Shapes: N rows, P targets of a row, G elements of a group, S tokens of a text.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ def recall(
     """A batch of multi-query associative recall, [N, length] tokens with ``pairs`` targets per row.
 
     A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query, and the
-    target at this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, and values are ids of the upper
-    half of the vocabulary. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gaps g of a row are drawn
-    without replacement, in proportion to g ** (power - 1) for g = 1, 2, ... All other tokens are random ids (Arora et
-    al. 2024, appendix E.1, and the code of these authors).
+    target at this position is its value. Keys are ids from 1 to vocab_size // 2 - 1, and values are ids from
+    vocab_size // 2 to vocab_size - 1. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gaps g of a row
+    are drawn without replacement from 1 to length / 2 - pairs, with probabilities proportional to g ** (power - 1). All
+    other tokens are random ids (Arora et al. 2024, appendix E.1, and the code of these authors).
 
     Args:
-        length: number of tokens, even and at least 4 * pairs.
+        length: number of tokens of a row, even and at least 4 * pairs.
+        pairs: number of key-value pairs of a row.
         vocab_size: number of token ids; more than ``length``.
-        power: the parameter of the distribution of the gaps. 1: all gaps are equally probable. Below 1: small gaps, and
-            so early queries, are more probable.
+        power: the parameter of the distribution of the gaps. 1: all gaps are equally probable. Below 1: small gaps are
+            more probable, so early queries are more probable.
 
     Raises:
         ValueError: the length is odd or too small for the pairs, or the vocabulary is too small.
@@ -63,8 +65,9 @@ def recall(
 
 
 def _distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
-    """``count`` distinct indices per row, [rows, count], drawn without replacement in proportion to ``weights``."""
-    # The largest perturbed log-weights are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
+    """``count`` distinct indices per row, [N, count], drawn without replacement in proportion to ``weights``."""
+    # The largest log-weights with Gumbel noise are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
+    # The values are negated, because argpartition and argsort put the smallest values first.
     noisy = -np.log(weights) - rng.gumbel(size=(rows, len(weights)))
     chosen = np.argpartition(noisy, count - 1, axis=1)[:, :count]
     order = np.argsort(np.take_along_axis(noisy, chosen, axis=1), axis=1)
@@ -80,9 +83,10 @@ class FormalLanguage(NamedTuple):
     Attributes:
         sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P]. For modular
             arithmetic, an even length is reduced by one.
-        num_symbols: number of input symbols. The id ``num_symbols`` is the placeholder at each position of the answer.
-        num_answers: number of answer symbols; a uniformly random guess has the accuracy 1 / num_answers.
-        level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
+        num_symbols: number of different input symbols. Their ids are 0 to num_symbols - 1. The id ``num_symbols`` is
+            the placeholder that the model reads instead of each symbol of the answer.
+        num_answers: number of different answer symbols. A uniformly random guess has the accuracy 1 / num_answers.
+        level: level in the Chomsky hierarchy: "regular", "dcf" (deterministic context-free), "cs" (context-sensitive).
         answer_has_input_length: True if the answer has as many symbols as the input, False if it has one symbol.
     """
 
@@ -155,13 +159,14 @@ FORMAL_LANGUAGES = {
 def formal_language(name: str, rng: np.random.Generator, rows: int, length: int, padded_length: int) -> Batch:
     """A batch of a formal language: inputs of one length, each followed by one placeholder for each answer symbol.
 
-    The placeholders are equal tokens, so the model does not read symbols of the answer, as in the paper. Rows are
-    padded on the right. So batches of several lengths can have the same shape.
+    As in the paper, the model reads placeholders instead of the symbols of the answer. Rows are padded on the right, so
+    batches with inputs of different lengths can have the same shape.
 
     Args:
         name: a key of :data:`FORMAL_LANGUAGES`.
         length: number of symbols of the input. For modular arithmetic, an even length is reduced by one.
-        padded_length: rows are padded to the length of a row whose input has ``padded_length`` symbols.
+        padded_length: rows are padded to the length of a row whose input has ``padded_length`` symbols: 2 *
+            padded_length tokens if the answer has the length of the input, otherwise padded_length + 1 tokens.
 
     Raises:
         ValueError: the name is unknown, or ``length`` is below 1 or above ``padded_length``.
@@ -195,9 +200,9 @@ GROUPS = ("S5", "A5", "Z60", "Z2")
 
 @functools.cache
 def multiplication_table(group: str) -> np.ndarray:
-    """The products of all pairs of elements of a group, [G, G]; element 0 is the identity.
+    """The products of all pairs of elements of a group, [G, G] ids of elements. Id 0 is the identity.
 
-    The entry [a, b] is the product that applies a first, then b.
+    The entry [a, b] is the product of a and b. For permutations, it applies a first, then b.
 
     Raises:
         ValueError: the group is unknown.
@@ -264,8 +269,9 @@ def word_problem(
 def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 27) -> Batch:
     """A batch of rows with a random string of ``length`` symbols, a separator, and the string again.
 
-    The tokens are [N, 2 * length], because the last symbol is only a target. The separator has the id vocab_size - 1.
-    The targets are the symbols of the second string. The model also reads the earlier symbols of the second string.
+    The separator has the id vocab_size - 1. The targets are the symbols of the second string. To predict a symbol, the
+    model also reads the earlier symbols of the second string. The last symbol is only a target, so the tokens are
+    [N, 2 * length].
 
     Raises:
         ValueError: the length is less than 1, or ``vocab_size`` is less than 2.
@@ -296,13 +302,13 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
 def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *, vocab_size: int) -> Batch:
     """A batch of windows of a text, [N, length]. The model must recall a number that replaces a part of the window.
 
-    A marker and a number of four digits replace five tokens at a random position. A second marker and the first three
-    digits replace the last four tokens. The targets at these four positions are the digits of the number.
+    A marker and a number of four random digits replace five tokens at a random position. The same marker and the first
+    three digits replace the last four tokens. The targets at these four positions are the four digits.
 
     Args:
         text: tokens of the text, ids in [0, vocab_size), shape [S] with S > length.
-        vocab_size: number of ids of the text. The digits have the ids from vocab_size to vocab_size + 9, the marker has
-            the id vocab_size + 10.
+        vocab_size: number of ids of the text. The digits have the ids from vocab_size to vocab_size + 9, and the marker
+            has the id vocab_size + 10. So the model needs vocab_size + 11 ids.
 
     Raises:
         ValueError: the length is less than 9, or the text is not longer than the length.

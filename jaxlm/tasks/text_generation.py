@@ -5,10 +5,12 @@
     ...                                                                 # train
     scores(model, params, corpus, "validation", length=96)
 
-If training carries a model state from batch to batch (``Model.carried_state_length`` is not None, for example for LSTM,
-GRU and Transformer-XL), a split is divided into contiguous columns, one per batch row. Each batch continues the columns
-of the previous batch. Other models (for example GPT, Llama and gated convolutions) read windows in random order,
-without a state.
+Some models (for example LSTM, GRU and Transformer-XL) carry a state from batch to batch in training. Their
+``Model.carried_state_length`` is not None. For these models, a split is divided into contiguous columns, one per batch
+row. Each batch continues the columns of the previous batch. Other models (for example GPT, Llama and gated
+convolutions) read windows in random order, without a state.
+
+Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -37,22 +39,22 @@ from jaxlm.training.report import write_samples
 from jaxlm.training.trainer import carry_size_of
 
 NUM_COLUMNS = 8
-"""Number of contiguous columns in which a model with a state scores a split.
+"""Number of contiguous columns into which :func:`scores` divides a split for a model whose training carries a state.
 
 Only the first tokens of a column are scored with little context."""
 
 MAP_TOKENS = 40
-"""Maximum number of tokens in the attention map of a passage."""
+"""Maximum number of tokens, including special tokens, in the attention map of a passage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The ids of a text, split into consecutive parts.
+    """The ids of a text, divided into consecutive splits.
 
     Attributes:
         name: name of the text, for messages.
-        parts: the ids [tokens] of each split: ``training``, ``validation`` and optionally ``test``.
-        num_characters: number of characters of each split.
+        parts: name of a split (``training``, ``validation`` and optionally ``test``) -> its ids [tokens].
+        num_characters: name of a split -> its number of characters.
     """
 
     name: str
@@ -66,13 +68,19 @@ class Corpus:
     ) -> Corpus:  # fmt: skip
         """The corpus of a text: first the training split, then the validation split, and last the test split.
 
+        Args:
+            validation_fraction: fraction of the tokens in the validation split, above 0 and below 1.
+            test_fraction: fraction of the tokens in the test split, at least 0 and below 1. 0: no test split.
+            name: name of the text, for messages.
+
         Raises:
-            ValueError: a fraction is outside its range, the fractions leave a part empty, or the tokenizer cannot
-                encode a character of the text.
+            ValueError: a fraction is outside its range, a split would be empty, or the tokenizer cannot encode a
+                character of the text.
         """
-        for option, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
-            if not 0.0 <= fraction < 1.0:
-                raise ValueError(f"{option}={fraction} must be at least 0 and less than 1")
+        if not 0.0 < validation_fraction < 1.0:
+            raise ValueError(f"validation_fraction={validation_fraction} must be above 0 and less than 1")
+        if not 0.0 <= test_fraction < 1.0:
+            raise ValueError(f"test_fraction={test_fraction} must be at least 0 and less than 1")
         if validation_fraction + test_fraction >= 1.0:
             raise ValueError(
                 f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave nothing to train on"
@@ -91,9 +99,15 @@ class Corpus:
     def batches(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
     ) -> ContiguousStreams | RandomWindows:
-        """The batches of a split: contiguous columns if training carries a state, else windows in random order.
+        """A source of batches of a split: contiguous columns if training carries a state, else windows in random order.
 
-        Windows of the training split can start at any token. The inputs of windows of the other splits do not overlap.
+        Windows of the training split can start at any token. In the other splits, the inputs of windows do not overlap.
+
+        Args:
+            part: name of the split.
+            length: number of input tokens of a row.
+            batch_size: number of rows in a batch.
+            seed: seed of the order of the windows.
 
         Raises:
             ValueError: the split is too short, or has ids outside the vocabulary of the model.
@@ -131,7 +145,13 @@ def check_family(model: Model) -> None:
 def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
     """Batches [rows, length] along contiguous columns. Every token except the first is a target exactly once.
 
-    The last column can end with padding, which has weight 0. In a short text, some columns have only padding.
+    The last column can end with padding, whose targets have weight 0. If the text is short, several columns have only
+    padding.
+
+    Args:
+        ids: [tokens].
+        rows: number of columns, which is the number of rows in a batch.
+        length: number of input tokens of a row.
     """
     steps = -(-(ids.size - 1) // (rows * length))
     width = steps * length
@@ -145,15 +165,17 @@ def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
 def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int) -> list[Score]:
     """Nats per character, bits per character, and perplexity per token, over all tokens of a split except the first.
 
-    A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state. Other
-    models read windows of ``length`` tokens that overlap by half. After the first window, each scored token has at
-    least half a window of context.
+    A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state along
+    them. Other models read windows of ``length`` tokens that overlap by half. Each token is scored once. After the
+    first window, each scored token has at least half a window of context.
 
     Args:
-        length: number of tokens of a row that the model reads in one call.
+        part: name of the split.
+        length: number of input tokens of a row in one call of the model.
 
     Raises:
-        ValueError: the split has fewer than 2 tokens, or the model has fewer positions than ``length``.
+        ValueError: the split has fewer than 2 tokens, the model has fewer positions than ``length``, or the model needs
+            the whole text (``Model.needs_whole_text``) and the split needs several windows.
     """
     ids = corpus.parts[part]
     if model.carried_state_length is not None:
@@ -179,7 +201,7 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
 def print_passage(
     model: Model, params: Params, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, *, key: jax.Array
 ) -> str:
-    """Generate a passage, print it during generation, and return it. It begins with the prompt."""
+    """Generate a continuation of the prompt and print it during generation. Returns the prompt and the continuation."""
     passage, started = prompt, time.perf_counter()
     sys.stdout.write(f"\n{prompt}")
     for piece in stream_text(model, params, tokenizer, prompt, config, key=key):
@@ -194,9 +216,11 @@ def print_passage(
 def write_sample(run: Path, model: Model, params: Params, tokenizer: Tokenizer, prompt: str, passage: str) -> None:
     """Write a generated passage to ``sample.txt`` and ``samples.jsonl`` of a run, and its attention map.
 
-    The attention map has the first :data:`MAP_TOKENS` tokens of the passage. Families without attention have no map.
+    The attention map has the first :data:`MAP_TOKENS` tokens of the passage. For families without attention, no map is
+    written.
 
     Args:
+        run: the directory of the run.
         passage: the prompt and its continuation.
     """
     (run / "sample.txt").write_text(passage, encoding="utf-8")

@@ -1,14 +1,16 @@
 """Answers to the three kinds of requests of evaluation harnesses, for every generative family.
 
-The requests ask for log-likelihoods of continuations, log-likelihoods of whole texts, and generated text. Special
-tokens, truncation and windows are the same as for the model type ``hf`` of EleutherAI's lm-evaluation-harness, so
-results are comparable.
+The requests ask for log-likelihoods of continuations, log-likelihoods of whole texts, and generated texts. Special
+tokens, truncation and windows are the same as for the model type ``hf`` of EleutherAI's lm-evaluation-harness, so that
+results can be compared.
 
 A causal model reads a context with the special tokens that the tokenizer adds before a text (for example Llama's
-``<|begin_of_text|>``), but without the special tokens that it adds after a text. An encoder-decoder reads the context
-with all special tokens as its source. The continuation is its target, without an end token. Two kinds of contexts get
-no special tokens: a text that begins with the prefix token, and an empty context, which is replaced by the prefix
-token. In ``generate``, the source of an encoder-decoder for an empty context has only the special tokens.
+``<|begin_of_text|>``), but without the special tokens that the tokenizer adds after a text. An encoder-decoder reads
+the context with all special tokens as its source. The continuation is its target, without an end token.
+
+By default, the prefix token is the BOS token (see ``prefix_token_id`` of :class:`TextRequests`). A context that begins
+with the text of the prefix token gets no special tokens. The prefix token replaces an empty context. Exception: in
+:meth:`TextRequests.generate`, an encoder-decoder reads only the special tokens as the source for an empty context.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 _FILTERS = ("top_k", "top_p", "min_p")
 _BEAMS = ("num_beams", "length_penalty", "early_stopping")
 _TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
-"""The values that transformers uses for fields that neither the request nor the file sets."""
+"""The defaults of transformers for fields that neither the request nor the files of the model set."""
 _OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)
 
 
@@ -49,16 +51,17 @@ class TextRequests:
         params: the parameters of the model.
         tokenizer: the tokenizer of the model.
         batch_size: number of rows in a batch.
-        max_length: maximum number of tokens that the model reads. Default: the model's ``max_positions``, or no limit
-            if the family has no maximum.
-        prefix_token_id: the token that the model reads as context if a request has no context. Default: the tokenizer's
-            BOS token, or its end token if it has no BOS token.
-        max_gen_toks: default for the maximum number of new tokens of a request.
+        max_length: maximum number of tokens that the model reads. None: the model's ``max_positions``, or no limit if
+            the model has none.
+        prefix_token_id: the id of the token that replaces an empty context. None: the tokenizer's BOS token, or its end
+            token if it has no BOS token.
+        max_gen_toks: maximum number of new tokens of a :meth:`generate` request that sets no maximum.
         seed: seed of random sampling.
 
     Attributes:
-        truncated: a count for each of the three methods. ``log_likelihoods`` and ``generate``: number of requests with
-            a truncated context. ``rolling_log_likelihoods``: number of texts that were scored in several windows.
+        truncated: name of a method -> a count over all its calls. ``log_likelihoods`` and ``generate``: the number of
+            requests with a truncated context. ``rolling_log_likelihoods``: the number of texts that were scored in
+            several windows.
 
     For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
     truncating a context or scoring a text in several windows. The message names the request.
@@ -112,14 +115,15 @@ class TextRequests:
         """The log-likelihood of each continuation in nats, and whether greedy decoding generates it.
 
         The beginning of a long context is removed. For an encoder-decoder, ``max_length`` limits the context. For a
-        causal model, it limits the context and the continuation together, without the last token.
+        causal model, it limits the context and the continuation together. The last token of the continuation does not
+        count, because the model does not read it.
 
         Args:
             pairs: (context, continuation) of each request. A context may be empty.
 
         Raises:
-            ValueError: a continuation has no tokens or exceeds ``max_length`` (the message names the request), or a
-                context has no tokens and there is no prefix token.
+            ValueError: a continuation has no tokens or has more than ``max_length`` tokens (the message names the
+                request), or a context has no tokens and there is no prefix token.
         """
         if not pairs:
             return []
@@ -147,14 +151,15 @@ class TextRequests:
         """The log-likelihood of each text in nats, given the prefix token. A text without tokens has log-likelihood 0.
 
         The special tokens that the tokenizer adds before a text are also scored. For an encoder-decoder, the special
-        tokens after the text are scored, too, so an empty text has tokens if the tokenizer adds special tokens.
+        tokens after the text are scored, too. So an empty text of an encoder-decoder can have tokens.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
-        once. The last window also reads previous tokens as context, up to ``max_length`` tokens. An encoder-decoder
-        reads the context of each window as its source.
+        once. The context of a window is the token before it. If the last window is shorter, its context has more
+        tokens, so that the model reads ``max_length`` tokens. An encoder-decoder reads the context of each window as
+        its source.
 
         Raises:
-            ValueError: there is no prefix token, and a text has tokens.
+            ValueError: a text has tokens, and there is no prefix token.
         """
         windows: list[tuple[np.ndarray, np.ndarray]] = []
         text_numbers: list[int] = []  # the text of each window
@@ -176,24 +181,27 @@ class TextRequests:
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """The generated text for each (context, options). It ends before the end token or a string of ``until``.
 
-        Special tokens are removed from the text: for an encoder-decoder before the search for ``until``, for other
-        models after it.
+        Special tokens are removed from the text. For an encoder-decoder, this happens before the search for ``until``.
+        For other models, it happens after the search.
 
-        ``until`` is a string or a sequence of strings. ``max_gen_toks`` (or ``max_new_tokens``, ``max_tokens``,
-        ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
-        transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-        ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if ``do_sample`` is False, or if it
-        is not set and ``temperature`` is 0 or not set. The default of ``until`` is no stop string, and the default
-        maximum is ``max_gen_toks`` of the constructor. Other options that are not set are read from the model's
-        ``generation_config.json`` or ``config.json`` (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        Options:
 
-        If a context and the new tokens together (for an encoder-decoder: the context) have more than ``max_length``
-        tokens, the beginning of the context is removed.
+        - ``until``: the stop strings, a string or a sequence of strings. Default: no stop string.
+        - ``max_gen_toks`` (or ``max_new_tokens``, ``max_tokens``, ``max_completion_tokens``): maximum number of new
+          tokens. Default: ``max_gen_toks`` of the constructor.
+        - ``do_sample``: whether to sample. Default: True if ``temperature`` is set and not 0. Without sampling,
+          ``temperature``, ``top_k``, ``top_p`` and ``min_p`` have no effect.
+        - ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``length_penalty``,
+          ``early_stopping``: as in transformers. Default: the value in the model's ``generation_config.json`` or
+          ``config.json`` (:meth:`jaxlm.decoding.GenerationConfig.resolve`), otherwise the default of transformers.
+
+        For a causal model, ``max_length`` limits the context and the maximum number of new tokens together. For an
+        encoder-decoder, it limits the context. The beginning of a longer context is removed.
 
         Raises:
-            ValueError: an option is not supported or invalid, two options are inconsistent, or the number of new tokens
-                leaves no space for a context (the message names the option); or a context has no tokens and there is no
-                prefix token.
+            ValueError: An option is not supported or invalid, or two options are inconsistent. The new tokens leave no
+                space for a context. In these cases, the message names the option. A context has no tokens, and there is
+                no prefix token.
         """
         groups: dict[GenerationConfig, list[int]] = {}
         for number, (_, options) in enumerate(requests):
@@ -277,10 +285,11 @@ class TextRequests:
         return self.max_length - (0 if self.model.reads_source else config.max_new_tokens)
 
     def _check_truncation(self, what: str, num_tokens: int, limit: int) -> None:
-        """Raise ``ValueError`` if the model needs the whole text, because this text must be truncated or split.
+        """Raise ``ValueError`` for a text that would be truncated or split, if the model needs the whole text.
 
         Args:
-            what: the text that is too long.
+            what: the name of the text in the message.
+            num_tokens: number of tokens of the text.
             limit: number of tokens for which there is space.
         """
         if self.model.needs_whole_text:
@@ -304,7 +313,12 @@ class TextRequests:
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     def _report(self, method: str, count: int, total: int, what: str) -> None:
-        """Add ``count`` to ``truncated[method]``, and log a warning if ``count`` is not 0."""
+        """Add ``count`` to ``truncated[method]``, and log a warning if ``count`` is not 0.
+
+        Args:
+            count, total: number of truncated or split texts, and number of all texts.
+            what: what happened to the texts, for the warning.
+        """
         self.truncated[method] += count
         if count:
             _LOG.warning("%d of %d requests %s: the model reads at most %d tokens", count, total, what, self.max_length)
@@ -319,14 +333,14 @@ class TextRequests:
         return self._prefix_id
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, with its special tokens.
+        """The ids of each text, with special tokens (for a causal model, only those before the text).
 
-        An empty text has no ids for a causal model, and only special tokens for an encoder-decoder.
+        For a causal model, an empty text has no ids. For an encoder-decoder, it has only special tokens.
         """
         return [ids for ids, _ in self._encode_with_num_special(texts)]
 
     def _encode_with_num_special(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """The ids of each text, with its special tokens, and the number of special tokens before the text.
+        """The ids of each text as in :meth:`_encode`, and the number of special tokens before the text.
 
         A text that begins with the text of the prefix token gets no special tokens.
         """
@@ -357,7 +371,7 @@ class TextRequests:
         rows = []
         for number, (context_ids, (ids, num_special)) in enumerate(zip(contexts, encoded, strict=True)):
             context, continuation = pairs[number]
-            if context == "":  # the context is the prefix token, without other special tokens
+            if context == "":  # the prefix token is the context, without other special tokens
                 ids = self.tokenizer.encode(continuation)
                 has_prefix = int(ids[:1].tolist() == [self._prefix_id])
                 context_ids, ids = ids[:has_prefix], ids[has_prefix:]
@@ -375,8 +389,9 @@ def rolling_windows(ids: np.ndarray, prefix_id: int, length: int) -> list[tuple[
 
     Args:
         ids: [tokens].
-        prefix_id: the context of the first token.
-        length: maximum number of tokens that the model reads in a window. The last scored token is not read.
+        prefix_id: the id of the token that is the context of the first token.
+        length: maximum number of scored tokens of a window. The context of a window and its scored tokens, without the
+            last one, also have at most ``length`` tokens. These are the tokens that a causal model reads.
 
     Example:
         >>> [(c.tolist(), t.tolist()) for c, t in rolling_windows(np.arange(1, 8), 0, 4)]

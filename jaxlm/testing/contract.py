@@ -9,11 +9,13 @@ A test module imports all names of this module and sets ``FAMILIES`` to the name
     jaxlm.register_family("hawk", hawk)
     FAMILIES = ("hawk",)
 
-The tests run on the variants of these families whose name ends in ``-tiny``. The checks depend on the variant: a
-model with a state must be causal and support decoding, a model without a state must be bidirectional, and an
-encoder-decoder gets a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
+The tests run on the variants of these families whose name ends in ``-tiny``. The checks depend on the variant. A model
+with a state must be causal and support decoding. A model without a state must be bidirectional. An encoder-decoder gets
+a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
 ``conftest.py`` to see the values of failed assertions.
+
+Shapes: T time, S source time, D model width.
 """
 
 import dataclasses
@@ -56,7 +58,7 @@ from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 
 TOLERANCE = 2e-5  # float32; only the order of summation differs
-STEP_TOLERANCE = 1e-4  # after an Adam step, which amplifies rounding errors because it divides by the gradient's size
+STEP_TOLERANCE = 1e-4  # Adam divides by the size of the gradient, so it amplifies rounding errors of small gradients
 
 
 REPRESENTATIVES = ("gpt2-tiny", "t5-tiny", "xlnet-tiny", "lstm-tiny", "mamba2-tiny", "resnet-tiny")
@@ -66,10 +68,11 @@ packages."""
 
 
 def for_variants(condition, *, package_variants=None):
-    """A decorator that runs a test for the tiny variants whose model satisfies ``condition(model)``.
+    """A decorator for a test that runs on all tiny variants for which ``condition(model)`` is True.
 
     Args:
-        package_variants: the variants of this package on which the test runs. None: all of them.
+        package_variants: the variants of this package on which the test runs if the condition is True. None: all.
+            Variants of other packages do not depend on this argument.
     """
 
     def set_condition(test):
@@ -105,13 +108,16 @@ def pytest_generate_tests(metafunc):
 
 
 def setup(name, batch=2, length=24, **overrides):
-    """The tiny model, noisy parameters and random tokens. Overrides of fields that the config lacks are ignored."""
+    """The tiny model, initial parameters with noise, and random tokens [batch, length].
+
+    ``overrides`` are values of config fields. Those of fields that the config does not have are ignored.
+    """
     model = tiny_model(name).with_known_fields(**overrides)
     return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 def hidden_of(model, params, tokens, **inputs):
-    """Hidden states of the tokens. For an encoder-decoder, the default source is ``source_inputs``."""
+    """Hidden states of the tokens. An encoder-decoder reads ``source_inputs`` if ``inputs`` has no source."""
     return apply(model, params, tokens, **{**source_inputs(model, len(tokens)), **inputs})[0]
 
 
@@ -148,8 +154,8 @@ def test_config_is_frozen_and_hashable(name):
 
 
 def test_every_config_field_has_a_docstring(family_name):
-    # A config may inherit fields, so the source of each base class is read, up to the first method: an argument of a
-    # method looks like a field.
+    # A config may inherit fields, so the code of each base class is searched. The search ends at the first method,
+    # because an argument of a method looks like a field.
     bodies = [inspect.getsource(owner).split("    def ")[0] for owner in family(family_name).Config.__mro__[:-1]]
     for field in dataclasses.fields(family(family_name).Config):
         docstrings = [body.split(f"\n    {field.name}:")[1] for body in bodies if f"\n    {field.name}:" in body]
@@ -173,7 +179,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     model = tiny_model(name)
     flat = spec.flatten(model.specs)
     expected = {}
-    for start in (0, 1):  # each half of the leaves is initialized without the other half
+    for start in (0, 1):  # initialize every second leaf without the other leaves
         half = dict(list(flat.items())[start::2])
         expected |= jax.jit(functools.partial(spec.init, half))(jax.random.key(0))
     assert_trees_equal(spec.flatten(jax.jit(model.init)(jax.random.key(0))), {path: expected[path] for path in flat})
@@ -242,7 +248,7 @@ def test_stacked_and_per_layer_models_agree(name):
 def test_every_dropout_rate_acts_only_with_a_key(name):
     config = tiny_model(name).config
     fields = [field for field in dataclasses.fields(config) if field.name.endswith("dropout")]
-    # A rate whose default is None belongs to a head that this variant may not have.
+    # A rate whose default is None belongs to a head that this variant may not have, so it is not tested.
     rates = {field.name: 0.2 for field in fields if field.default is not None}
     model, params, tokens = setup(name, batch=8, **rates)
     batch = batch_of(model, tokens)
@@ -256,7 +262,7 @@ def test_every_dropout_rate_acts_only_with_a_key(name):
     assert_trees_equal(first, repeated)
     assert (relative_error(first, different) > 1e-6) == bool(rates)
     if has_statistics(model):
-        return  # with a key, the model also normalizes with the statistics of the batch
+        return  # batch normalization uses the statistics of the batch if there is a key, so the loss changes anyway
     assert (relative_error(first, without_dropout) > 1e-6) == bool(rates)
     for rate in rates:
         single_rate = tiny_model(name, **{rate: 0.2})
@@ -272,7 +278,7 @@ def has_statistics(model):
 
 @every_decoder
 def test_decoding_steps_compile_once(name):
-    """Four decoding steps with one token each are compiled only once."""
+    """Four decoding steps of one token compile the step only once."""
     model, params, tokens = setup(name)
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     state = initial_state(model, params, 2, 16)
@@ -322,12 +328,13 @@ def test_bfloat16_parameters_give_the_same_results_as_the_same_values_in_float32
 def test_each_position_depends_on_exactly_the_visible_positions(name):
     """In a causal model, d hidden[t] / d embedding[s] is exactly 0 for s > t and nonzero otherwise.
 
-    In other models, this derivative is nonzero for all pairs of positions.
+    In other models, this derivative is nonzero for all t and s. In an encoder-decoder, the derivative with respect to
+    the embedding of each source token is also nonzero.
     """
     model, params, _ = setup(name)
     if not has_full_context(model):
-        return  # the tests of the convolutional families check their receptive fields
-    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each embedding row belongs to one position
+        return  # separate tests check the receptive fields of the convolutional families
+    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each row of the table belongs to one position
     source = {"source": np.arange(9, 14, dtype=np.int32)[None]} if model.reads_source else {}
 
     def hidden(table):
@@ -345,12 +352,15 @@ def test_each_position_depends_on_exactly_the_visible_positions(name):
 
 
 def has_full_context(model):
-    """Whether a position depends on all positions that it may read. Convolutions have a limited context."""
+    """Whether each position depends on all positions (in a causal model: on all positions up to itself).
+
+    False for convolutions, whose receptive fields are limited.
+    """
     return not getattr(model.module, "LIMITED_CONTEXT", False)
 
 
 def downsamples(model):
-    """Whether the model downsamples a text, so that hidden states have fewer positions than tokens."""
+    """Whether the model downsamples a text: the hidden states of 24 tokens have another number of positions."""
     tokens = np.zeros((1, 24), np.int32)
     hidden, _ = jax.eval_shape(lambda p: model.apply(p, tokens, **source_inputs(model, 1)), spec.abstract(model.specs))
     return hidden.shape[1] != tokens.shape[1]
@@ -388,28 +398,28 @@ def test_packed_documents_equal_separate_documents(name):
     for number, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False), start=1):
         segments[:, start:stop] = number
     inputs = {"segment_ids": segments}
-    if model.reads_source:  # document n of the target reads document n of the source
+    if model.reads_source:  # the target with segment id n reads the source with segment id n
         source = source_inputs(model, 1)["source"]
         inputs |= {"source": np.tile(source, 3), "source_segment_ids": np.repeat([[1, 2, 3]], source.shape[1], axis=1)}
     packed = hidden_of(model, params, tokens, **inputs)
     if downsamples(model):
-        assert np.isnan(np.asarray(packed)).all()  # these models do not support packing
+        assert np.isnan(np.asarray(packed)).all()  # models that downsample do not support packing
         return
     for start, stop in zip(boundaries, boundaries[1:], strict=False):
         assert relative_error(packed[0, start:stop], hidden_of_row(model, params, tokens, 0, start, stop)) < TOLERANCE
     if model.task != "causal":
         return
     weights = batch_of(model, tokens, segments).weights[0]
-    assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # last tokens of documents, padding
+    assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # the last token of each document, and padding
 
 
 @every_variant
 def test_a_segment_id_that_occurs_again_starts_a_document(name):
-    """If a segment id returns after another id, it starts a new document, also in a later call with a state."""
+    """If a segment id occurs again after another id, a new document begins, also in a later call with a state."""
     model, params, tokens = setup(name, batch=1, length=12)
     again, unique = (np.repeat([ids], 3, axis=1).astype(np.int32) for ids in ([1, 2, 1, 2], [1, 2, 3, 4]))
     if downsamples(model) or model.reads_source:
-        return  # no packing, or a segment id of the target selects a document of the source
+        return  # no support for packing, or the segment id selects the document of the source, so it may occur again
     expected = hidden_of(model, params, tokens, segment_ids=unique)
     assert relative_error(hidden_of(model, params, tokens, segment_ids=again), expected) < TOLERANCE
     if not decodes(model):
@@ -484,7 +494,7 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     tokens[:, :5] = tokens[0, :5]
     source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_inputs(model, 1).items()}
     expected = hidden_of(model, params, tokens, **source)
-    # The state has only 11 slots per row, so this works only if the slots of undone tokens are free again.
+    # The state has only 11 slots per row. So the last step works only if the rollback frees the slots of undone tokens.
     _, prefix = step_of(model, params, tokens[:1, :5], initial_state(model, params, 1, 11))
     before = spec.take_rows(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
     hidden, after = step_of(model, params, tokens[:, 5:11], before)
@@ -534,13 +544,13 @@ def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
 
 
 def has_unlimited_state(model):
-    """Whether a state accepts any number of tokens, because it has a fixed size or drops the oldest tokens."""
+    """Whether a state accepts any number of tokens. It then has a fixed size, or it drops the oldest tokens."""
     return "length" not in model.state_specs(1, 2)  # only a key-value cache of fixed capacity has this entry
 
 
 @every_variant
 def test_a_token_id_outside_the_vocabulary_gives_nan(name):
-    # The padding rows of the token table are also outside the vocabulary.
+    # vocab_multiple=48 adds padding rows to the token table. The ids of these rows are also outside the vocabulary.
     model, params, tokens = setup(name, vocab_multiple=48)
     for bad_id in (model.config.vocab_size, -1):
         bad_tokens = tokens.copy()
@@ -572,7 +582,7 @@ def test_errors_name_the_bad_input(name):
 @pytest.mark.thorough
 @every_variant
 def test_loss_and_decoding_need_no_implicit_dtype_promotion(name):
-    """JAX can trace sampling and the gradient of the loss with ``jax_numpy_dtype_promotion="strict"``."""
+    """JAX can trace generation and the gradient of the loss with ``jax_numpy_dtype_promotion="strict"``."""
     model, params, tokens = setup(name, length=9)
     batch, key = batch_of(model, tokens), jax.random.key(0)
     sampling = Sampling(temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.1)
@@ -593,7 +603,10 @@ def test_loss_and_decoding_need_no_implicit_dtype_promotion(name):
 
 @every_variant
 def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
-    """Without rows or without tokens: empty hidden states, loss 0, gradients 0, and an unchanged state."""
+    """A batch without rows or tokens gives empty hidden states, loss 0, gradients 0, and an unchanged state.
+
+    Models that downsample, and the pooling of classifiers, raise an error for rows without tokens.
+    """
     model = tiny_model(name)
     params = initial_params(model)
     task_objective = objective(model.task)
@@ -665,17 +678,19 @@ def training_setup(name, batch=16):
 
 
 def optimizer_of(model):
-    # The gradients of key biases are only rounding errors. With a large epsilon, Adam does not amplify them.
+    # The true gradients of key biases are 0, so the computed ones are rounding errors. With a large epsilon, Adam does
+    # not amplify these errors.
     return make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
 
 
 @functools.cache
 def single_step(name):
-    """The compiled step on one device: (step, function that makes a new state, result of the first step)."""
+    """The training step on one device: (jitted step, function that makes a new state, result of the first step)."""
     model, optimizer, batch = training_setup(name)
     trainer = Trainer(model, optimizer, loss_function(model))
     step = trainer.jit_step()
-    # With key 0, the input of one ReLU of T5 is 0 up to rounding. Its gradient then depends on the order of summation.
+    # Not key 0: the input of one ReLU of T5 would be 0 up to rounding, and its gradient would depend on the order of
+    # summation.
     host_state = jax.device_get(trainer.init(jax.random.key(1)).replace(key=None))
 
     def new_state():
@@ -694,9 +709,9 @@ def run_one_step(step, state, batch):
 
 
 def assert_steps_close(got, want):
-    """Compare parameters, optimizer state and metrics.
+    """Assert that the floating-point values of two results of ``run_one_step`` are equal up to ``STEP_TOLERANCE``.
 
-    The ``floor`` of ``assert_trees_close`` excludes gradients that are only rounding errors.
+    With ``floor``, values that are only rounding errors, such as the moments of key biases, do not fail.
     """
     for got_part, want_part in zip(got, want, strict=True):
         floats = [
@@ -722,7 +737,12 @@ def test_sharded_step_equals_single_device_step(name):
 
 
 def check_sharded_step(name, mesh, *, scan_layers=False):
-    """Check the metrics, new parameters and optimizer state against a step on one device."""
+    """Compare the new parameters, optimizer state and metrics of a step on a mesh with those of a step on one device.
+
+    Args:
+        mesh: the axes of the mesh, for ``make_mesh``.
+        scan_layers: True: the model on the mesh has stacked layers.
+    """
     model, _, batch = training_setup(name)
     model = with_stacked_layers(model) if scan_layers else model
     _, new_state, want = single_step(name)
@@ -762,7 +782,7 @@ def test_pmap_step_equals_single_device_step(name):
     model, optimizer, batch = training_setup(name)
     _, new_state, want = single_step(name)
     rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(2, 8, *x.shape[1:]), 0, 1), batch)
-    if has_statistics(model):  # each device normalizes over its own rows, like each micro-batch
+    if has_statistics(model):  # each device normalizes over its own rows, so compare with one micro-batch per device
         accumulating = Trainer(model, optimizer, loss_function(model), grad_accum_steps=8)
         want = run_one_step(accumulating.jit_step(), new_state(), batch)
     step = Trainer(model, optimizer, loss_function(model)).pmap_step()
@@ -775,8 +795,9 @@ def test_pmap_step_equals_single_device_step(name):
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
 
-    Gradients are only traced, which checks that they have the types of the parameters. Under an Explicit mesh, the
-    gradient is that of the loss with dropout."""
+    The gradients are only traced. Tracing fails if the type of a gradient, such as its sharding, is wrong. In
+    ``shard_map``, the gradient is that of the sum of the hidden states. Under an Explicit mesh, it is that of the loss
+    with dropout."""
     model, params, tokens = setup(name, batch=8)
     want, source = hidden_of(model, params, tokens), source_inputs(model, 8)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
@@ -828,6 +849,6 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
     )
     assert losses[0] == pytest.approx(
         np.log(outputs), abs=0.7
-    )  # large, because the published initialization of T5 gives logits of variance 1
+    )  # a large tolerance, because the published initialization of T5 gives logits of variance 1
     assert losses[-1] < 0.8 * losses[0]
     assert step._cache_size() == max(num_compiled, 1)

@@ -1,4 +1,4 @@
-"""Functions and constants that several test modules use."""
+"""Functions and constants for tests: tiny models, their inputs and parameters, and comparisons of arrays."""
 
 import functools
 from collections.abc import Sequence
@@ -32,7 +32,10 @@ FIRST_VARIANTS = tuple(next(variant for variant in TINY if variant in family(nam
 
 
 def variant_params(names: Any = TINY) -> list[Any]:
-    """Arguments of ``pytest.mark.parametrize``, with the mark ``thorough`` on all but the first variant of a family."""
+    """Values for ``pytest.mark.parametrize``: the names, with the mark ``thorough`` on all but :data:`FIRST_VARIANTS`.
+
+    Names of variants of other packages get no mark.
+    """
     others = set(TINY) - set(FIRST_VARIANTS)
     return [pytest.param(name, marks=pytest.mark.thorough) if name in others else name for name in names]
 
@@ -48,7 +51,7 @@ def tiny_model(name: str, **overrides: Any) -> Model:
 
 
 def with_stacked_layers(model: Model) -> Model:
-    """The model with ``scan_layers=True``; the same model if its family has no such field."""
+    """The model with ``scan_layers=True``. If its config has no such field, the same model."""
     return model.with_known_fields(scan_layers=True)
 
 
@@ -73,16 +76,19 @@ def decodes(model: Model) -> bool:
 
 
 def source_inputs(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
-    """The input ``source`` of an encoder-decoder for a batch of ``rows`` rows; empty for other models."""
+    """``{"source": ids}`` with random ids [rows, 6] for an encoder-decoder; empty for other models."""
     return {"source": random_tokens(model, rows, 6, seed)} if model.reads_source else {}
 
 
 def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
-    """A batch for the model's task from tokens [B, T + 1].
+    """A batch for the model's task. Its inputs are the first T of the tokens [B, T + 1].
 
-    The task determines the targets: the next tokens; ``(token + 1) % 7`` at every third position (masked); or labels or
-    spans computed from the tokens. Padding has weight 0 in tasks with one target per token. In tasks with one target
-    per text, all weights are 1.
+    The targets depend on the task:
+
+    - "causal", "permutation", "seq2seq": the next tokens. Weight 0: padding, and the last token of each document.
+    - "masked": ``(token + 1) % 7``. Weight 0: padding, and all positions except every third one.
+    - "token_classification": a label computed from each token. Weight 0: padding.
+    - "classification", "span_qa": a label or a span computed from the first tokens of the row. All weights are 1.
     """
     inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
     source = source_inputs(model, len(tokens))
@@ -109,7 +115,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
 
 
 def initial_params(model: Model, seed: int = 0) -> Any:
-    """The initial parameters of the model, as new arrays. Models with equal specs share one compiled program."""
+    """The initial parameters of the model, as new arrays. Models with equal specs share one compiled function."""
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(model.specs)
     return jax.tree.map(jnp.array, _host_params(tuple(named_specs), treedef, seed))
 
@@ -127,7 +133,7 @@ def _init_of(named_specs: tuple[Any, ...], treedef: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model: Model, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
-    """``model.apply``, compiled once for equal shapes. Without jit, JAX compiles each operation for each shape."""
+    """``model.apply`` in ``jit``. Equal models and shapes share one compilation, which makes the tests faster."""
     return model.apply(params, tokens, **inputs)
 
 
@@ -135,13 +141,16 @@ def apply(model: Model, params: Params, tokens: jax.Array, **inputs: Any) -> tup
 def decode_state(
     model: Model, params: Params, source: jax.Array, length: int, segment_ids: jax.Array | None = None
 ) -> State:
-    """``model.init_decode_state``, compiled once for equal shapes."""
+    """``model.init_decode_state`` in ``jit``."""
     return model.init_decode_state(params, source, length, segment_ids=segment_ids)
 
 
 def add_noise(params: Params) -> Any:
-    """The parameters plus noise. At initial values (biases 0, scales 1), a test could miss a wrong sign or term."""
-    rng = np.random.default_rng(99)  # NumPy: JAX would compile a program for each shape
+    """The parameters plus Gaussian noise with standard deviation 0.1.
+
+    With the initial values (biases 0, scales 1), a test could miss a wrong sign or term.
+    """
+    rng = np.random.default_rng(99)  # NumPy, because JAX would compile the noise for each shape
     return jax.tree.map(lambda x: jnp.array(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)), params)
 
 
@@ -151,7 +160,7 @@ def random_tokens(model: Model, batch: int, length: int, seed: int = 0) -> np.nd
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """``max |actual - expected| / max |expected|``; infinite if a value is not finite."""
+    """``max |actual - expected| / max |expected|``; infinity if a value is not finite. The shapes must be equal."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {actual.shape} and {expected.shape}")
@@ -162,12 +171,12 @@ def relative_error(actual: Any, expected: Any) -> float:
 def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: float = 0.0) -> None:
     """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
 
-    All expected values must be finite.
+    The relative error is the largest difference, divided by the largest absolute expected value of the leaf. All
+    expected values must be finite.
 
     Args:
-        floor: the maximum difference of a leaf is divided by the largest value of the leaf, but at least by ``floor``
-            times the largest value of the tree. So leaves that are only rounding errors do not fail. Example: the true
-            gradient of the key bias of attention is 0.
+        floor: the divisor is at least ``floor`` times the largest absolute expected value of the tree. So leaves that
+            have only rounding errors do not fail. For example, the true gradient of the key bias of attention is 0.
     """
     expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(actual)[0]]

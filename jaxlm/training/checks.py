@@ -1,8 +1,8 @@
-"""Checks before the training of an experiment, so that a wrong setting fails within seconds.
+"""Checks of an experiment. They run before the first training step, so that a wrong setting does not fail later.
 
-``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before it reads data.
-``experiment.prepare_run`` calls :func:`check_output` again and all other checks directly before training. Config
-classes check the ranges of their own fields.
+``jaxlm.training.experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before any data is
+read. ``jaxlm.training.experiment.prepare_run`` runs directly before training. It calls :func:`check_output` again, and
+all other checks of this module except :func:`check_settings`. Config classes check the ranges of their own fields.
 """
 
 from __future__ import annotations
@@ -39,25 +39,28 @@ MINIMUMS = {
     "stories": 1, "sentences": 1, "largest_group": 1, "positions_per_game": 1, "target_length": 1, "folds": 2,
     "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""Minimum of experiment settings, by the last part of the dotted name. :func:`check_settings` also checks fractions,
-``similarity`` and ``epochs``. The config classes check the settings of ``training`` and ``optimizer``. Other settings
-have no minimum."""
+"""The minimum of each setting. A key is the last part of a dotted name: ``largest_group`` for ``data.largest_group``.
+
+:func:`check_settings` checks these minimums and the ranges of fractions, ``similarity`` and ``epochs``. The config
+classes check the settings of ``training`` and ``optimizer``. All other settings have no minimum."""
 
 FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
-"""Settings in [0, 1), by the last part of the dotted name."""
+"""Settings that must be in [0, 1). Each entry is the last part of a dotted name."""
 
 NONZERO_FRACTIONS = {"validation_fraction", "data.validation_fraction", "data.test_fraction"}
-"""The dotted names of the fractions that must not be 0, because their splits must not be empty."""
+"""Dotted names of fractions that must be above 0, because the split with this fraction must not be empty."""
 
 
 def check_settings(experiment: Any, initial: Any) -> None:
     """Check the settings of an experiment without reading its data.
 
     Args:
-        initial: the preset, or the configuration of the resumed run, before the command-line options changed it.
+        initial: the configuration before the command-line options changed it (``ExperimentOptions.initial``): the
+            preset, or the configuration of the resumed run.
 
     Raises:
-        ValueError: a number is out of its range, or an option changed a setting that has no effect.
+        ValueError: a number is out of its range, or an option changed a setting that has no effect
+            (:data:`NO_EFFECT_RULES`).
     """
     for name, value in numbers_of(experiment):
         field = name.rpartition(".")[2].partition("[")[0]
@@ -93,7 +96,9 @@ _Get = Callable[[str], Any]
 
 
 def _reads_source(get: _Get) -> bool:
-    """Whether the model of the experiment is an encoder-decoder; True with pretrained weights or an unknown family."""
+    """Whether the model of the experiment is an encoder-decoder.
+
+    The result is also True if this is not known, because the weights are pretrained or the family is unknown."""
     with contextlib.suppress(ValueError):
         return get("model.pretrained") is not None or get_model(get("model.name")).reads_source
     return True
@@ -128,23 +133,23 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     (
         "data.train data.validation data.test data.source data.target data.on_error",
         lambda get: get("data.source") is not None and get("data.directory") is None,
-        "data.directory is not set, so the verses of jaxlm are used",
+        "data.directory is not set, so the included Bible verses are used",
     ),
     (
         "data.encoding data.on_error",
         lambda get: get("data.encoding") is not None and get("data.train") is None and get("data.test") is None,
-        "data.train is not set, so the passages of jaxlm are used",
+        "data.train is not set, so the included passages of plays are used",
     ),
-    ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
+    ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, but num_beams is 1"),
     (
         "data.test_fraction", lambda get: get("data.test") is not None or get("folds") is not None,
         "data.test or folds determines the test split",
     ),
     ("data.test", lambda get: get("folds") is not None, "folds are made of data.train"),
-    ("test_fraction", lambda get: get("test") is not None, "the test split is read from the file test"),
+    ("test_fraction", lambda get: get("test") is not None, "the test split is read from the file of --test"),
     (
         "stories sentences", lambda get: get("stories") is not None and get("data") is not None,
-        "the questions are read from data",
+        "the questions are read from the file of --data",
     ),
     ("min_count", lambda get: get("notation") == "uci", "the uci vocabulary contains every move"),
     (
@@ -153,17 +158,20 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     ),
     ("tests.opening_moves", lambda get: get("tests.engine") == 0, "no game against Stockfish is played"),
 )  # fmt: skip
-"""Rules (dotted names, condition, reason): the settings have no effect if the condition is True."""
+"""Rules (names, condition, reason). ``names`` are dotted names of settings, separated by spaces. These settings have no
+effect if ``condition(get)`` is True, where ``get(name)`` returns the value of the setting with this dotted name."""
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
     """Check that a run can write to its directory.
 
-    A directory that contains only the files of a tokenizer, in ``model/``, the temporary file of ``config.json``, and
-    empty directories counts as empty. A run that was killed at its start leaves such a directory.
+    The directory of a new run must be empty or not exist. A run that was killed at its start may leave the files of a
+    tokenizer in ``model/``, the temporary file of ``config.json``, and empty directories. A directory with only these
+    entries counts as empty.
 
     Raises:
         FileExistsError: the directory of a new run is not empty.
+        NotADirectoryError: ``directory`` is a file.
         OSError: the directory, or a file in it, cannot be created.
     """
     if directory.exists() and not directory.is_dir():
@@ -184,7 +192,7 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def _is_unused(directory: Path) -> bool:
-    """Whether a directory has only a tokenizer, in ``model/``, an unfinished config, and empty directories."""
+    """Whether :func:`check_output` counts an existing directory as empty."""
     unfinished = ".config.json"  # the temporary name of config.json (integrity.replace_text)
     entries = [path for path in directory.iterdir() if path.name != unfinished]
     if not all(path.is_dir() for path in entries):
@@ -193,11 +201,14 @@ def _is_unused(directory: Path) -> bool:
 
 
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
-    """Check that a tokenizer belongs to a model. The model may have some unused ids, because vocabularies are padded.
+    """Check that the vocabulary sizes of a tokenizer and a model match.
+
+    The model may have more ids than the tokenizer, because vocabularies are padded. The ids of an encoder-decoder are
+    those of its smaller vocabulary (source or target).
 
     Raises:
-        ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or has less than 90 % of the
-            model's ids.
+        ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or the number of its ids is
+            below 90 % of the number of the model's ids.
     """
     tokenizer_ids, model_ids = tokenizer.vocab_size, min(model.config.vocab_size, source_vocab_size(model))
     if num_required_ids(tokenizer) > model_ids or tokenizer_ids < 0.9 * model_ids:
@@ -208,17 +219,18 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
 
 
 def check_task(trainer: Trainer) -> None:
-    """Raise ``ValueError`` if the loss is that of next-token prediction and the model has no next-token head.
+    """Raise ``ValueError`` if the loss is a loss of next-token prediction and the model has no next-token head.
 
-    Losses with label smoothing are not checked. The losses of the objectives ``masked``, ``permutation`` and
-    ``token_classification`` are the same function as ``causal.loss``, so this check also rejects their models.
+    These losses are ``causal.loss`` and ``causal.training_loss(model)``. Other losses, for example with label
+    smoothing, are not checked. The objectives ``masked``, ``permutation`` and ``token_classification`` use the same
+    function as ``causal.loss``, and their models have no next-token head. So their trainers are rejected.
     """
     if trainer.loss in (causal.loss, causal.training_loss(trainer.model)):
         require_task(trainer.model, ("causal", "seq2seq"), "it predicts no next tokens", "choose a family that does")
 
 
 def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
-    """Raise ``ValueError`` if the metrics of ``evaluate`` are known and ``best_metric`` is not among them."""
+    """Raise ``ValueError`` if ``best_metric`` is not in ``evaluate.names``. If ``names`` is None, check nothing."""
     if evaluate.names is not None and config.best_metric not in evaluate.names:
         raise ValueError(
             f"training.best_metric={config.best_metric!r} is not among the validation metrics "
@@ -227,10 +239,10 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
 
 
 def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None:
-    """Check that the disk has space for the exported model and, if the run saves checkpoints, one checkpoint.
+    """Check that the disk has space for the exported model and one checkpoint.
 
     Args:
-        checkpoints: whether the run saves checkpoints.
+        checkpoints: whether the run saves checkpoints. If False, no space for a checkpoint is needed.
 
     Raises:
         OSError: the disk does not have enough free space (``ENOSPC``).
@@ -246,6 +258,7 @@ def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None
 
 
 def _num_bytes(tree: Any) -> int:
+    """Number of bytes of all arrays in a tree. Each random key counts as 8 bytes (threefry)."""
     return sum(
         math.prod(leaf.shape) * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)

@@ -12,10 +12,11 @@ MISSING = "-"
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
-    """A Markdown table with one row per run, with aligned columns for reading in a terminal.
+    """A Markdown table with one row per run. Spaces align the columns, so that the table is readable in a terminal.
 
-    Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best value in
-    parentheses, and each score with its 95 % interval. A dash marks a missing value.
+    The first columns are run, family, parameters, steps and minutes. Then follow one column per validation metric (the
+    last value, and the best value in parentheses) and one column per score (the value and its 95 % interval). A dash
+    marks a missing value.
 
     Raises:
         FileNotFoundError: a directory does not exist.
@@ -40,7 +41,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
-    """Plot the validation curves of runs to a PNG file, with one panel per metric and one line per run.
+    """Plot the validation metrics of runs over steps to a PNG file, with one panel per metric and one line per run.
 
     Raises:
         FileNotFoundError: a directory does not exist.

@@ -22,16 +22,18 @@ from jaxlm.training.trainer import CarrySize, to_global_batch, to_mesh
 
 
 class Evaluator:
-    """A callable that computes named metrics from parameters. Each metric of a loss is a mean over all targets.
+    """A function of the parameters of a model that returns a dict of metrics.
 
-    The batches are kept in memory, so every evaluation uses the same batches.
+    The metric of a loss is a weighted mean over the targets of all batches: the sum of the loss, divided by the sum of
+    the weights. The batches are kept in memory, so every evaluation uses the same batches.
 
     Args:
         model: the model.
-        losses: the ``loss`` function of an objective, whose mean is reported as ``loss``; or a dict from metric names
-            to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The
-            terms of a ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
-        batches: the batches of the objective; with several processes, the rows of this process.
+        losses: the ``loss`` function of an objective, whose metric is called ``loss``; or a dict from metric names to
+            functions with the signature of a loss, for example
+            ``{"loss": classification.loss, "accuracy": classification.accuracy}``. The terms of a
+            ``jaxlm.objectives.batch.LossWithTerms`` are metrics, too.
+        batches: the batches of the objective. With several processes, each batch has only the rows of this process.
         sharding: how batches are distributed over devices; None uses one device. Parameters on other devices are copied
             to the mesh.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
@@ -39,7 +41,7 @@ class Evaluator:
             state, too. With None, no state is carried.
         extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
             are not means over batches.
-        extra_metric_names: the names of the additional metrics.
+        extra_metric_names: the names of the additional metrics, for :attr:`names`.
 
     Raises:
         ValueError: ``batches`` is empty, two metrics have the same name, or ``extra_metric_names`` are given without
@@ -99,7 +101,7 @@ class Evaluator:
         return (*self._losses, *self._terms, *self._extra_metric_names) if known else None
 
     def __call__(self, params: Params) -> dict[str, float]:
-        """A dict of the metrics of a model with these parameters.
+        """The metrics of a model with these parameters: ``{name: value}``.
 
         Raises:
             ValueError: all targets of the batches have weight 0, or ``extra_metrics`` returns a metric with the name of
@@ -124,12 +126,13 @@ class Evaluator:
 
 
 def first_epoch(data: Batches, max_batches: int) -> list[Any]:
-    """The batches of the first epoch of ``data`` for an ``Evaluator``, at most ``max_batches``.
+    """The first ``max_batches`` batches of the first epoch of ``data`` (all, if there are fewer), for an ``Evaluator``.
 
-    No row counts twice: in the last batch of an epoch, rows of the next epoch get weight 0.
+    The last batch of an epoch may also contain rows of the next epoch. The targets of these rows get weight 0, so that
+    no row counts twice.
 
     Args:
-        data: a new iterator over batches of an objective.
+        data: an iterator over batches of an objective that has not returned a batch yet.
     """
     size, num_rows = data.source.batch_size, data.source.rows_per_epoch
     batches = []
@@ -145,5 +148,10 @@ def first_epoch(data: Batches, max_batches: int) -> list[Any]:
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:
-    """Loss in bits per character, for a text of ``tokens`` tokens and ``characters`` characters."""
+    """Convert a mean loss in nats per token to bits per character.
+
+    Args:
+        tokens: number of tokens of the text.
+        characters: number of characters of the text.
+    """
     return nats_per_token / math.log(2.0) * tokens / characters

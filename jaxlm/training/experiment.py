@@ -1,4 +1,4 @@
-"""Functions shared by the experiment modules: build the model, run the command line, write the run directory."""
+"""Functions shared by the modules in ``experiments/``: build a model, run a command line, write a run directory."""
 
 from __future__ import annotations
 
@@ -67,19 +67,22 @@ class ModelConfig:
     """The model of an experiment: a family or variant with changed fields, or pretrained weights."""
 
     name: str = "gpt2"
-    """Family or variant, for example lstm or t5-small."""
+    """Name of a family, for example lstm, or of a predefined variant of a family, for example t5-small."""
     set: tuple[str, ...] = ()
     """Fields of the family's config, for example num_layers=2 hidden_dim=256. They are added to the fields of the
-    preset. If the preset sets the same field, the value given here is used. Without any field, the option removes all
+    preset. If the preset sets the same field, the value given here is used. The option without any field removes all
     fields of the preset. If name or pretrained differs from the preset, the fields of the preset are not used."""
     pretrained: Path | None = None
     """Directory of initial weights in Hugging Face layout, used instead of name."""
 
     def merge(self, preset: ModelConfig, *, set_is_given: bool) -> ModelConfig:
-        """The model of the command line: this config, with the fields of the preset that ``set`` does not name.
+        """This config with a new ``set``: the fields of the preset, updated with the fields of ``self.set``.
 
-        If ``name`` or ``pretrained`` differs from the preset, the model may have other fields, so the preset's fields
-        are not used. A message says so if the preset has fields and the command line has no ``--model.set``.
+        The preset's fields are not used in two cases:
+
+        - ``self.set`` is empty.
+        - ``name`` or ``pretrained`` differs from the preset, because the model may then have other fields. A message
+          is printed if the preset has fields and the command line has no ``--model.set``.
 
         Args:
             set_is_given: whether the command line has ``--model.set``. Otherwise, ``self.set`` comes from the preset.
@@ -95,7 +98,9 @@ class ModelConfig:
         return dataclasses.replace(self, set=tuple(f"{name}={value}" for name, value in (fields | changes).items()))
 
     def tokenizer(self, resume: Path | None, train: Callable[[], Tokenizer]) -> Tokenizer:
-        """The tokenizer of the run ``resume``, otherwise that of ``pretrained`` if it is set, otherwise ``train()``."""
+        """The saved tokenizer of the run ``resume`` or of ``pretrained``. If both are None, the result of ``train()``.
+
+        If both are set, the tokenizer of the run is used."""
         saved = resume / "model" if resume is not None else self.pretrained
         return train() if saved is None else load_tokenizer(saved)
 
@@ -108,11 +113,11 @@ class ModelConfig:
             seed: seed for initializing parameters that ``pretrained`` does not contain, such as a new head.
             tokenizer_fields: config fields that follow from the tokenizer, such as ``vocab_size``. They are not used
                 with ``pretrained``, because its config has these fields.
-            fixed: config fields that follow from the data, such as ``num_labels``. ``set`` may change neither these nor
-                ``tokenizer_fields``.
+            fixed: config fields that follow from the data, such as ``num_labels``.
 
         Raises:
-            ValueError: a name or field is unknown, or ``set`` changes a field that follows from the data.
+            ValueError: ``name`` or a field in ``set`` is unknown; or ``set`` has a field of ``tokenizer_fields`` or
+                ``fixed``, or (with ``pretrained``) an argument of ``load_pretrained`` that is not a config field.
         """
         tokenizer_fields = tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
@@ -130,7 +135,14 @@ class ModelConfig:
 def build_encoder_decoder(
     config: ModelConfig, training: Examples, vocab_size: int, seed: int, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer, which is trained on sources and targets."""
+    """The model, its initial parameters (None: random initialization), and the tokenizer.
+
+    Without ``resume`` and ``config.pretrained``, a BPE tokenizer is trained on the sources and targets of ``training``.
+
+    Args:
+        vocab_size: maximum size of the vocabulary of a new tokenizer.
+        resume: the directory of the run to resume; None for a new run.
+    """
     texts = training.column("source") + training.column("target")
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, "bpe", vocab_size, template="eos"))
     fields = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
@@ -138,10 +150,10 @@ def build_encoder_decoder(
 
 
 def read_examples(read: Callable[..., Examples], *paths: Path, **options: Any) -> Examples:
-    """The examples that ``read(*paths, **options)`` returns. Prints the lines that were left out.
+    """The examples that ``read(*paths, **options)`` returns. For each line that was left out, the reason is printed.
 
     Raises:
-        ValueError: a line is invalid; the error names the option that leaves it out.
+        ValueError: a line is invalid. The message names the option that leaves out invalid lines.
     """
     try:
         examples = read(*paths, **options)
@@ -153,7 +165,7 @@ def read_examples(read: Callable[..., Examples], *paths: Path, **options: Any) -
 
 
 def print_once(text: str) -> None:
-    """Print a line and flush; with several processes, only the first one prints."""
+    """Print a line and flush. With several processes, only the first process prints."""
     if processes.is_first():
         print(text, flush=True)
 
@@ -172,8 +184,11 @@ def command_line(
     The settings and the output directory are checked before ``run`` reads data (``jaxlm.training.checks``).
 
     Args:
-        run: a function of a configuration and the directory of the run to resume; None starts a new run.
-        description: the docstring of the module; ``--help`` shows its first line.
+        default: the configuration without ``--preset`` and ``--resume``.
+        presets: the configurations that ``--preset`` selects by name.
+        run: a function of two arguments: a configuration, and the directory of the run to resume (None: a new run).
+        description: the docstring of the module. ``--help`` shows its first line.
+        arguments: the command-line arguments; None uses those of the process.
     """
     options, debug = split_debug(arguments)
 
@@ -184,7 +199,7 @@ def command_line(
         )  # fmt: skip
         experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
-        if resume is not None:  # the fields of the preset stay valid if the path of ``pretrained`` changes
+        if resume is not None:  # the saved fields stay valid if a resumed run changes the path of ``pretrained``
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
         model = model.merge(preset, set_is_given="--model.set" in parsed.given)
         experiment = dataclasses.replace(experiment, model=model)  # type: ignore[type-var]
@@ -202,7 +217,7 @@ def command_line(
 
 
 def _describe_recipe(family: str, optimizer: OptimizerConfig) -> str:
-    """One line with the source of a recipe and the values of ``optimizer`` that differ from the recipe."""
+    """A line with the source of the recipe of ``family`` and the values of ``optimizer`` that differ from it."""
     published = dataclasses.asdict(recipe(family))
     changes = [f"{name}={value}" for name, value in dataclasses.asdict(optimizer).items() if value != published[name]]
     changed = f", changed: {' '.join(changes)}" if changes else ""
@@ -213,25 +228,28 @@ def prepare_run(
     name: str, experiment: Any, resume: Path | None, trainer: Trainer, tokenizer: Tokenizer, evaluate: Evaluator,
     request: GenerationConfig | None = None, parent: Any = None,
 ) -> Path:  # fmt: skip
-    """The directory of a run: ``resume``, or a new directory with ``config.json`` and the tokenizer in ``model/``.
+    """Check a run before its training, create its directory, and return the path of the directory.
 
-    ``experiment.output`` is the path of a new directory; None means ``runs/<name>-<time>``. All checks run first, and
-    nothing is written if one of them fails. If several new runs start in one directory, only one gets it.
+    For a resumed run, the directory is ``resume``, and no file is written. For a new run, it is ``experiment.output``
+    or, if this is None, ``runs/<name>-<time>``. The function writes ``config.json`` and the files of the tokenizer (in
+    ``model/``) to a new directory. All checks run before these files are written. If several new runs are started with
+    the same directory, only one of them gets the directory. The others raise an error.
 
     Args:
-        request: settings for generating text after the training.
-        parent: if the directory is one of several runs of an experiment, such as a fold of a cross-validation, the
-            configuration of the experiment. It is written to the parent directory first, so that ``--resume`` accepts
-            this directory even if the run is killed at its start.
+        request: settings for generating text after the training, which are checked too.
+        parent: the configuration of a larger experiment if this run is a part of it, such as a fold of a
+            cross-validation; otherwise None. It is written to the ``config.json`` of the parent directory before the
+            files of the run. So ``--resume`` accepts the parent directory even if the run is killed at its start.
 
     Raises:
         BlockingIOError: another process uses the directory of a new run.
         FileExistsError: the directory of a new run is not empty.
         ImportError: the package of ``training.tracker`` is not installed.
-        OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
-        ValueError: the model cannot be exported; the tokenizer does not belong to the model; the model has no
-            next-token head for a next-token loss; the model does not support ``request``; or ``evaluate`` does not
-            return ``training.best_metric``.
+        OSError: the directory is not writable, or its disk has no space for the exported model and, if checkpoints are
+            saved, one checkpoint.
+        ValueError: the model cannot be exported; the vocabulary sizes of tokenizer and model do not match; the loss
+            needs a next-token head that the model does not have; the model or the tokenizer does not support
+            ``request``; or ``evaluate`` does not return ``training.best_metric``.
     """
     checks.check_task(trainer)
     check_tracker(experiment.training.tracker)
@@ -261,12 +279,14 @@ def prepare_run(
 
 
 def new_directory(name: str) -> Path:
-    """Create the directory of a new run without ``--output``, and return its path (the same in all processes).
+    """Create the directory of a new run without ``--output``, and return its path, which is equal in all processes.
 
-    It is ``runs/<name>-<time>``. If it exists, because another run started in the same second, -2, -3, ... is added.
+    The path is ``runs/<name>-<time>``. If another run started in the same second, the path exists. Then -2, -3, ... is
+    added to its name.
 
     Raises:
-        NotADirectoryError: ``runs`` is not a directory.
+        NotADirectoryError: ``runs`` is a file.
+        OSError: the directory cannot be created.
     """
     return Path(processes.call_in_first_process(lambda: str(_create_directory(name))))
 
@@ -286,8 +306,10 @@ def _create_directory(name: str) -> Path:
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
     """Raise ``ValueError`` if an option changes one of ``fields``, such as ``data.train``, in a resumed run.
 
-    The name of the model, the name of the optimizer and the seed must not change either. A file or directory of data
-    may have been moved: the path may change if its last part stays the same. A message says so.
+    ``model.name``, ``optimizer.name`` and ``training.seed`` are checked too. The name of a nested config, such as
+    ``data``, stands for all its fields. A path other than ``output`` may change if its last part stays the same,
+    because a file or directory may have been moved. In this case, a message is printed. For a new run
+    (``resume`` is None), nothing is checked.
     """
     if resume is None:
         return
@@ -309,19 +331,20 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
 
 
 def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any = None) -> Run:
-    """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX.
+    """The ``Run`` of a directory, for ``jaxlm.training.loop.train``.
 
-    A resumed run writes ``config.json`` as soon as it has restored its state. So the next ``--resume`` uses the changed
-    options even if this run is killed. A start that fails before this does not change the file.
+    Its checkpoints contain the configuration and the versions of jaxlm and JAX. If ``training.tracker`` is set, the run
+    has this tracker, which is closed when the process ends.
 
-    If a resumed run trains further, its result files describe other weights than those at its end. So they are renamed
-    to ``NAME.step-N``, where N is the step from which the run continues.
+    A resumed run writes ``config.json`` after it has restored its state. So the next ``--resume`` uses the changed
+    options even if this run is killed. If the run fails before it has restored its state, the file does not change.
 
-    The tracker that ``training.tracker`` names is closed when the process ends.
+    If a resumed run has further steps, the result files in the directory (:data:`RESULT_FILES`) do not describe its
+    final weights. They are renamed to ``NAME.step-N``, where N is the step from which the run continues.
 
     Args:
-        parent: as in :func:`prepare_run`. A resumed run writes it too, and renames the result files of the parent
-            directory too.
+        parent: as in :func:`prepare_run`. A resumed run also writes the ``config.json`` of the parent directory, and
+            also renames the result files of the parent directory.
     """
     config, name = config_lib.to_json(experiment), experiment.training.tracker
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
@@ -342,9 +365,10 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
 
 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
-    """Write ``model/`` (Hugging Face layout) and the loss curves, if the run finished. Returns whether it finished.
+    """If the run finished, write ``model/`` (Hugging Face layout) and ``loss.png``. Returns whether the run finished.
 
-    Samples and attention maps of an earlier end of the run are deleted, because the next tests may not write new ones.
+    Files with samples and attention maps are deleted. They exist if the run finished before and was resumed, and they
+    would remain if the tests after this training wrote no new ones.
     """
     if result.interrupted is not None:
         return False
@@ -361,7 +385,10 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
 
 
 def with_epochs(config: TrainingConfig, epochs: float | None, steps_per_epoch: int) -> TrainingConfig:
-    """The config with the steps of ``epochs`` passes over the training split. None: the config is not changed.
+    """``config`` with the number of steps of ``epochs`` passes over the training split.
+
+    Args:
+        epochs: number of passes, which may be a fraction; None returns ``config`` unchanged.
 
     Raises:
         ValueError: the number of steps is less than 1.
@@ -386,13 +413,16 @@ def report(
 ) -> Path:
     """Write ``report.html`` and ``results.json``, print the scores, and return the path of ``report.html``.
 
-    If the run has attention maps, ``attention.png`` is written too.
+    If the run has attention maps, ``attention.png`` shows the first two of them.
 
     Args:
-        start_time: ``time.perf_counter()`` at the start of the run.
-        result: result of the training. ``results.json`` contains its last step, the step of its weights if this is
-            another one (``best_step``), its number of compilations and its speed.
+        task: name of the task, for example ``translation``.
+        start_time: ``time.perf_counter()`` at the start of the run in this process. The reported duration also contains
+            ``result.earlier_seconds``.
         scores: a sequence of ``jaxlm.metrics.Score``.
+        result: result of the training. ``results.json`` contains its last step (``steps``), its number of compilations
+            and its speed. If the weights are those of an earlier step (``restore_best``), it also contains this step
+            (``best_step``).
         details: additional values for ``results.json``.
     """
     minutes = (time.perf_counter() - start_time + result.earlier_seconds) / 60

@@ -18,16 +18,16 @@ from jaxlm.metrics import Score
 from jaxlm.training import plots, report
 
 SHOWN_SAMPLES = 20
-"""Number of visible samples; further samples are in a collapsed section."""
+"""Number of visible samples. All other samples are in a collapsed section."""
 
 MAX_UNWRAPPED_LENGTH = 20
-"""The cells of a sample column are not wrapped if the longest cell has at most this many characters."""
+"""A column of the sample table has no line breaks in its cells if its longest cell has at most this many characters."""
 
 MAX_COLUMNS_OF_LARGE_CELLS = 30
-"""Attention maps with more columns have smaller cells."""
+"""An attention map with more than this number of columns has small cells."""
 
 MAX_TITLE = 200
-"""Longest title of an attention map, in characters."""
+"""Maximum length of the title of an attention map, in characters. Longer titles are cut."""
 
 REPORT = "report.html"
 CONFIG = "config.json"
@@ -179,7 +179,7 @@ def _sample_section(run: Path) -> _Section | None:
 
 
 def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
-    """A table of samples; the cells of the ``short`` columns are not wrapped."""
+    """A table of samples. The cells of the columns in ``short`` have no line breaks."""
     header = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
     return f'<table class="samples"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
@@ -211,7 +211,7 @@ def _confusion_section(run: Path) -> _Section | None:
         for index, label in enumerate(labels)
     )
     header = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
-    caption = "Rows are labels, columns are predictions. The shade shows the fraction of the examples with this label."
+    caption = "Rows are labels, columns are predictions. The shade is the count divided by the total of the row."
     table = f'<table class="heat confusion"><thead>{header}</thead><tbody>{rows}</tbody></table>'
     return "confusion", "Confusion matrix", f'<p class="note">{caption}</p><div class="wide">{table}</div>'
 
@@ -220,7 +220,7 @@ def _attention_section(run: Path) -> _Section | None:
     maps = report.read_attention(run) if (run / report.ATTENTION).exists() else []
     if not maps:
         return None
-    caption = "Each row is a token that attends to the columns; a stronger color is a larger weight." + _SCALE
+    caption = "The token of a row attends to the tokens of the columns. A stronger color is a larger weight." + _SCALE
     figures = "".join(
         f'<figure class="wide"><figcaption>{_title(item.title)}</figcaption>{_attention_table(item)}</figure>'
         for item in maps
@@ -257,14 +257,16 @@ def _heat_cell(fraction: float, text: str, title: str) -> str:
 
 
 def _column_names(names: Sequence[str]) -> str:
-    """The column names as header cells; the text is vertical if there are many names or if a name is long."""
+    """The column names as header cells. The text is vertical if there are many names or if a name is long."""
     is_vertical = len(names) > 6 or max(map(len, names), default=0) > 14
     css_class = ' class="upright"' if is_vertical else ""
     return "".join(f'<th scope="col"{css_class}><span>{escape(name)}</span></th>' for name in names)
 
 
 def _token(token: str) -> str:
-    """A token as visible text. Without the replacements, a space or a line break would look like an empty label."""
+    """A token as visible HTML text. A line break becomes ⏎, and a token of only spaces becomes ␣ for each character.
+
+    Without these replacements, such tokens would look like empty labels."""
     text = token.replace("\n", "⏎")
     return escape(text) if text.strip() else "␣" * max(len(text), 1)
 

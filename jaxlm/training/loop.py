@@ -1,4 +1,7 @@
-"""The training loop: steps, metrics, evaluations, checkpoints and signals. All side effects of training are here."""
+"""The training loop: it runs steps and evaluations, writes metrics and checkpoints, and handles signals.
+
+The training step itself is a pure function (``jaxlm.training.trainer``).
+"""
 
 from __future__ import annotations
 
@@ -35,18 +38,22 @@ from jaxlm.training.trainer import SPIKE_WINDOW, Metrics, Trainer, TrainState, c
 METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it does not wait for a step that it has just dispatched.
 
-It waits after the first step, before each evaluation and checkpoint, and at the end.
+It reads the metrics of all dispatched steps only after the first step, before each evaluation and checkpoint, and at
+the end.
 """
 
 EARLY_STEPS = 10
-"""Number of steps after the start or a resume whose metrics are always written, regardless of ``log_every``."""
+"""Metrics of this many steps after the start or a resume are always written, regardless of ``log_every``."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
-"""Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""
+"""A function from the parameters of a model to its validation metrics, for example an ``Evaluator``.
+
+The metrics must include ``loss`` (for :attr:`Result.validation_loss`) and ``TrainingConfig.best_metric``.
+"""
 
 
 MAX_ROWS_OR_BATCHES = 2**20
-"""Maximum of ``batch_size`` and of ``evaluation_batches``. Larger numbers would use up the memory of the host."""
+"""Maximum of ``batch_size`` and of ``evaluation_batches``. With larger numbers, the host could run out of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +63,33 @@ class TrainingConfig:
     steps: int = 1000
     """Number of training steps."""
     batch_size: int = 32
-    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. ``train``
-    accepts batches of any size."""
+    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. With length
+    buckets, batches of short sequences may have more sequences. ``train`` accepts batches of any size."""
     sequence_length: int = 128
-    """Tokens per sequence. The modules in ``experiments/`` make batches of this length."""
+    """Tokens per sequence in the batches that the modules in ``experiments/`` make. Experiments with the setting
+    buckets do not use it."""
     grad_accum_steps: int = 1
-    """Micro-batches per batch, computed one after the other to save memory; their gradients are summed."""
+    """Number of micro-batches per batch. They are computed one after the other to save memory, and their gradients are
+    summed."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights. The average is evaluated and exported instead of the
     weights. None: no average."""
     evaluate_every: int = 250
-    """Steps between evaluations."""
+    """Steps between evaluations. The last step is evaluated too."""
     evaluation_batches: int = 20
-    """Maximum number of batches per evaluation."""
+    """Maximum number of batches per evaluation in the modules in ``experiments/``. Experiments with the setting buckets
+    do not use it: they evaluate on the complete validation split."""
     best_metric: str = "loss"
     """Validation metric by which the best checkpoint is selected."""
     best_mode: Literal["min", "max"] = "min"
-    """Whether a lower (min) or a higher (max) value of best_metric is better."""
+    """min: lower values of best_metric are better. max: higher values are better."""
     restore_best: bool = False
     """At the end, use the weights of the best evaluation instead of the last weights. Each new best evaluation saves a
     checkpoint."""
     patience: int | None = None
     """Stop after this many evaluations in a row without an improvement of best_metric; None never stops early."""
     checkpoint_every: int | None = 250
-    """Steps between checkpoints; the last step is saved too. None saves no checkpoints."""
+    """Steps between checkpoints. The last step is saved too. None: no checkpoints are saved."""
     keep_last: int = 2
     """Number of newest checkpoints to keep, in addition to the best checkpoint."""
     on_corrupt: Literal["stop", "previous"] = "stop"
@@ -92,16 +102,17 @@ class TrainingConfig:
     & Biases, or Trackio. The service shows a resumed run as a new run. In Python, pass trackers to ``Run``."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
-    losses; OLMo-core uses 6. None skips an update only if the loss or the gradient is not finite."""
+    losses of steps that were not skipped. The rule applies when at least 64 such losses exist. OLMo-core uses 6. None:
+    an update is skipped only if the loss or the gradient is not finite."""
     max_skipped_in_a_row: int = 10
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
     goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
-    2022, section 5.1). A checkpoint that was saved because of a signal or while steps were skipped is not a scheduled
-    one. 0 stops with an error instead."""
+    2022, section 5.1). A checkpoint is not scheduled if a signal caused it, or if its step was skipped. 0: the run
+    stops with an error instead."""
     seed: int = 0
-    """Seed of the initial weights and dropout; in the experiments, also of the order of the data."""
+    """Seed of the initial weights and of dropout. In the modules in ``experiments/``, also of the order of the data."""
 
     def __post_init__(self) -> None:
         config_lib.check_choices(self)
@@ -131,8 +142,8 @@ class TrainingConfig:
         """The ``Trainer`` with the settings of this config.
 
         Args:
-            optimizer: any Optax optimizer, or a config. With a config, the optimizer is made for ``steps`` updates of
-                the trained parameters, and the metrics contain the learning rate.
+            optimizer: any Optax optimizer, or a config. With a config, ``make_optimizer`` makes the optimizer for
+                ``steps`` updates, and the metrics contain the learning rate.
             options: further fields of ``Trainer``, for example ``sharding`` or ``adaptation``.
 
         Raises:
@@ -150,7 +161,7 @@ class TrainingConfig:
 
 
 RESERVED_KEYS = ("data", "training", "model", "evaluation", "validation")
-"""Keys of the values that the training loop adds to ``Run.meta`` in a checkpoint."""
+"""Keys of the values that the training loop saves in a checkpoint, in addition to the values in ``Run.meta``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +170,13 @@ class Run:
 
     Attributes:
         directory: the directory of ``metrics.jsonl`` and ``checkpoints/``. A string is converted to a path.
-        meta: JSON values that are saved in every checkpoint, under keys that are not in :data:`RESERVED_KEYS`.
-        resume: whether to continue from the newest checkpoint in the directory, if there is one. On the same number of
-            devices, the result is bitwise the same as without the interruption.
+        meta: JSON values that are saved in every checkpoint. No key may be in :data:`RESERVED_KEYS`.
+        resume: whether to continue from the newest checkpoint in the directory, if there is one. With the same settings
+            on the same number of devices, the result is bitwise the same as without the interruption.
         trackers: loggers that also receive the metrics.
-        on_start: a function that the first process calls once, when the state is initialized or restored and the
-            directory is locked. It is not called if the start fails. Its arguments are the step of the state, and
-            whether further steps follow.
+        on_start: ``on_start(step, trains)``, which the first process calls once, after the directory has been locked
+            and the state has been initialized or restored. It is not called if the start fails. ``step`` is the step of
+            the state. ``trains`` is True if further steps follow.
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
@@ -206,19 +217,19 @@ class Result:
         step: the step of ``state``.
         validation: metrics of the last evaluation, or of the best evaluation (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
-        seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation; NaN if
-            no step was run.
-        tokens_per_second: tokens that the model read per second, excluding the first step and the first step after each
-            evaluation or rollback; NaN if no step remains.
-        examples_per_second: examples per second, excluding the same steps; NaN if no step remains.
-        compilations: number of distinct batch shapes; the step was compiled once for each shape.
-        tokens: tokens that the model has read up to the last step, including those before a resume.
+        seconds_to_first_loss: seconds from the call of :func:`train` until the first loss is on the host, including
+            compilation; NaN if no step was run.
+        tokens_per_second: tokens that the model read per second. The first step and the first step after each
+            evaluation or rollback are excluded. The time of saving checkpoints is included. NaN if no step remains.
+        examples_per_second: examples per second, measured over the same steps; NaN if no step remains.
+        compilations: number of distinct batch shapes. The step was compiled once for each shape.
+        tokens: number of tokens that the model has read up to the last step, including the tokens before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
             from which this process continued.
         rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
-        last_step: the last step of the run; ``step`` may be an earlier one (``restore_best``).
-        signal: a signal that arrived after the last step of a run without checkpoints, or None. The run is finished
-            nevertheless, because otherwise its result would be lost. The caller should save the result and then end.
+        last_step: the last step of the run. ``step`` may be an earlier step (``restore_best``).
+        signal: a signal that arrived during or after the last step of a run without checkpoints, or None. Such a run
+            finishes, because otherwise its result would be lost. The caller should save the result and then end.
     """
 
     state: TrainState
@@ -244,7 +255,7 @@ class Result:
 
     @property
     def validation_loss(self) -> float | None:
-        """Mean validation loss in nats, or None."""
+        """The metric ``loss`` of :attr:`validation` (a mean in nats), or None if ``validation`` is None."""
         return None if self.validation is None else self.validation["loss"]
 
 
@@ -253,32 +264,34 @@ def train(
 ) -> Result:
     """Train a model, write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run, and return the result.
 
-    With several processes, every process calls this function with its own rows in ``data``. The mesh must contain the
-    devices of all processes. All processes must share the directory (without checkpoints, each process may use a
-    different directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
+    Only one run at a time may train in a directory. If a resumed run has reached its last step or has stopped early
+    (``config.patience``), the function returns the result in the run's checkpoint without further steps. If this
+    checkpoint has no validation metrics, it is evaluated.
 
-    If a resumed run has reached its last step or has stopped early, the function returns the result of the run's
-    checkpoint without further steps. If this checkpoint has no validation metrics, it is evaluated. Only one run at a
-    time may train in a directory.
+    With several processes, every process calls this function with its own rows in ``data``. The mesh must contain the
+    devices of all processes. If the run saves checkpoints, all processes must use the same directory on a shared file
+    system. The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
 
     Args:
         trainer: model, optimizer and loss (``config.trainer(...)`` creates a trainer).
         data: iterator over the batches of the objective.
         evaluate: a function that computes validation metrics from the model's parameters.
+        config: steps, evaluations, checkpoints and the reaction to divergence.
+        run: the directory, and whether to resume.
         params: initial parameters; None initializes them at random.
 
     Raises:
-        DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
-            the run has no checkpoint to go back to or has already gone back ``config.max_rollbacks`` times.
+        DivergedError: training diverged (:class:`DivergedError`), and the run could not go back to a checkpoint: it has
+            no scheduled checkpoint, or has already gone back ``config.max_rollbacks`` times.
         FileExistsError: the directory has checkpoints, ``run.resume`` is False, and ``config.checkpoint_every`` is set.
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run (with ``config.on_corrupt="previous"``: each of
             its checkpoints) is damaged, or the restored checkpoint is inconsistent.
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or its model, arrays (for example, of
-            another optimizer), ``best_metric`` or ``best_mode`` differ from those of this call; ``evaluate`` does not
-            return ``config.best_metric``; or there are several processes without ``sharding`` or without a shared
-            directory for checkpoints.
+        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or it has other data, another model,
+            other arrays (for example, those of another optimizer), or another ``best_metric`` or ``best_mode`` than
+            this call. Or ``evaluate`` does not return ``config.best_metric``. Or there are several processes without
+            ``trainer.sharding``, or several processes that save checkpoints without a shared directory.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -317,7 +330,7 @@ class _Loop:
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
         self._without_improvement = 0
-        self._validation_losses: list[float] = []  # all losses until NT-ASGD starts averaging
+        self._validation_losses: list[float] = []  # with NT-ASGD: of all evaluations until averaging starts
         self._batch_offset = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
@@ -337,7 +350,7 @@ class _Loop:
             except CorruptCheckpointError:
                 raise
             except ValueError:
-                # The arrays of another model do not match. Report the changed setting instead.
+                # The arrays do not match the target. If a setting has changed, raise the error of this setting instead.
                 self._require_same_run(self._checkpoints.meta())
                 raise
             self._require_same_run(saved)
@@ -373,12 +386,12 @@ class _Loop:
             self._records.write(self.step, event="started")
 
     def _is_complete(self) -> bool:
-        """Whether no further steps follow, because this is the last step or the run has stopped early."""
+        """Whether no further step follows, because this is the last step or the run has stopped early (patience)."""
         patience = self._config.patience
         return self.step == self._config.steps or (patience is not None and self._without_improvement >= patience)
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
-        """Check that a resumed run has the saved value of each setting that must not change."""
+        """Raise ``ValueError`` if a setting that must not change in a resumed run differs from its saved value."""
         evaluation = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
             _require_same(name, getattr(self._config, name), evaluation.get(name, getattr(self._config, name)))
@@ -439,7 +452,7 @@ class _Loop:
             bar.say("there is no checkpoint yet: the run starts from its first step")
         stop: str | None = "complete" if self._is_complete() else None
         if self._run.resume and stop is not None:
-            bar.say(f"step {self.step}: the training is complete, its result is read from the checkpoint")
+            bar.say(f"step {self.step}: the training is complete; its result is read from the checkpoint")
         while self.step < config.steps and stop is None:
             try:
                 stop = self._advance(reader, bar, signals)
@@ -451,7 +464,7 @@ class _Loop:
         return self._finish(reader, bar, signals)
 
     def _must_end(self, signals: _Signals) -> bool:
-        """Whether to end because of a signal after the last step.
+        """Whether a signal ends the run now, although no further steps follow.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
         """
@@ -504,7 +517,7 @@ class _Loop:
         """Restore the newest scheduled checkpoint, and leave out the batches since then.
 
         Raises:
-            DivergedError: no rollback is left, or there is no checkpoint.
+            DivergedError: no rollback is left, or there is no scheduled checkpoint.
         """
         allowed = self._config.max_rollbacks
         self._checkpoints.wait()
@@ -618,14 +631,14 @@ class _Loop:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
         state = self._checkpoint_state(self._state)
-        # The checkpoint must not be on the disk without the metrics before it, because a resumed run does not write
-        # them again.
+        # Flush the metrics to the disk before the checkpoint. A run that resumes from the checkpoint does not write the
+        # metrics of earlier steps again.
         self._metrics_file.sync()
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
     def _finish(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
         metric, improved = self._config.best_metric, False
-        if self._validation is None:  # a resumed run has no steps left, and its checkpoint was not evaluated
+        if self._validation is None:  # a resumed run without further steps, whose checkpoint was not evaluated
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
             if self._must_end(signals):
@@ -639,7 +652,7 @@ class _Loop:
                 bar.say(f"using the weights of step {step}, which has the best {metric} of all saved steps")
             assert self._validation is not None
             value = self._to_minimize(self._validation[metric])
-            if self._best is not None and not value <= self._best:  # also if the value is NaN
+            if self._best is not None and not value <= self._best:  # True for NaN, too
                 damaged = "; ".join(self._checkpoints.damaged().values())
                 reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
                 bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
@@ -662,7 +675,7 @@ class _Loop:
 _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|.*_implementation")
 """Fields of a model's config that a resumed run may change, because the trained weights stay valid.
 
-``dtype`` must not change if the trainer carries a state, because the saved state may have this dtype.
+``dtype`` must not change if the trainer carries a model state, because the saved model state may have this dtype.
 """
 
 
@@ -672,10 +685,10 @@ def _require_same(name: str, value: Any, saved: Any) -> None:
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
-    """Check that the arrays and the JSON metadata of a checkpoint were saved at the same step.
+    """Check that the counters in the arrays and in the JSON metadata of a checkpoint are possible and match.
 
     Raises:
-        CorruptCheckpointError: the arrays and the metadata do not match.
+        CorruptCheckpointError: a counter is impossible, or the arrays and the metadata do not match.
     """
     step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
     training, next_batch = saved.get("training"), saved["data"]["next"]
@@ -719,9 +732,9 @@ class _Records:
 
 
 class _MetricsReader:
-    """Reads metrics :data:`METRICS_LAG` steps late, writes records of them, and detects divergence.
+    """Reads the metrics of steps :data:`METRICS_LAG` steps late, writes them to the records, and detects divergence.
 
-    It writes the metrics of every step that is a multiple of ``log_every``, of the first :data:`EARLY_STEPS` steps, of
+    It writes the metrics of the steps that are multiples of ``log_every``, of the first :data:`EARLY_STEPS` steps, of
     skipped steps and of step ``TrainingConfig.steps``.
     """
 
@@ -743,12 +756,21 @@ class _MetricsReader:
         return self._examples / self._seconds if self._seconds else math.nan
 
     def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
-        """Add the metrics of a step that was just dispatched, and the numbers of examples and tokens in its batch."""
+        """Add the metrics of a step that was just dispatched, and read metrics that are old enough.
+
+        Args:
+            examples: number of examples in the batch of the step.
+            tokens: number of tokens in the batch of the step.
+
+        Raises:
+            DivergedError: training has diverged.
+        """
         self._unread.append((step, metrics, examples, tokens))
         while len(self._unread) > (METRICS_LAG if step > self._start + 1 else 0):
             self._read(*self._unread.popleft())
 
     def flush(self) -> None:
+        """Read all metrics that have not been read yet, which waits for the last step. Raises as :meth:`add`."""
         while self._unread:
             self._read(*self._unread.popleft())
 
@@ -758,7 +780,7 @@ class _MetricsReader:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last step from the training time, for example the time of an evaluation."""
+        """Exclude the time since metrics were last read from the measured speed, e.g. the time of an evaluation."""
         self._last_read = None
 
     def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
@@ -807,11 +829,11 @@ class _MetricsReader:
 
 
 class _Signals:
-    """Catches the first SIGINT or SIGTERM so that the loop ends after a complete step.
+    """A context manager that catches the first SIGINT or SIGTERM, so that the loop ends after a complete step.
 
-    A second signal has its usual effect. With several processes, a signal to one process ends all processes after the
-    same step (``processes.request_end``). If the caller connected the processes without ``processes.run``, JAX handles
-    SIGTERM, and this class catches only SIGINT.
+    The previous handlers handle a second signal. With several processes, a signal to one process ends all processes
+    after the same step (``processes.request_end``). If the caller connected the processes without ``processes.run``,
+    JAX handles SIGTERM, and this class catches only SIGINT.
     """
 
     def __init__(self) -> None:
@@ -822,7 +844,14 @@ class _Signals:
 
     @contextlib.contextmanager
     def announced(self, bar: Bar, task: str) -> Iterator[None]:
-        """A context manager. If a signal arrives inside it, a message says at once that the run ends after ``task``."""
+        """A context manager for a long task.
+
+        If a signal has arrived before the task or arrives during the task, a message says at once that the run ends
+        after the task.
+
+        Args:
+            task: a description for the message, for example "the evaluation of step 3".
+        """
 
         def announce(name: str) -> None:
             bar.say(f"{name}: the run ends after {task}; a second signal ends it now, without saving")
@@ -840,7 +869,8 @@ class _Signals:
         """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        # JAX reports the agreed step only once. If this step ends with a rollback, the run ends after the next step.
+        # end_now returns True only once. If this step ends with a rollback, its return value is lost, so it is stored
+        # here. The run then ends after the next step.
         self._agreed = self._agreed or processes.end_now()
         if self._agreed and self.caught is None:
             self.caught = signal.SIGTERM.name

@@ -5,18 +5,19 @@ learning rate of a narrow base model is close to the best learning rate of a wid
 number of steps are the same. :func:`mup` compares the specs of both models. An axis "differs" if its size is not the
 same in both models. The leading axes of a matrix are its inputs, and the other axes are its outputs
 (``jaxlm.adapt.num_row_axes``). In an output head [vocab, embed], the leading axis is the output. The table shows the
-rules for AdamW. r is the number of inputs of a matrix in the model, divided by this number in the base model.
+rules for AdamW. "base" is the value of the base model. r is the number of inputs of a matrix in the model, divided by
+the number of inputs in the base model.
 
     matrix                                 standard deviation of the initial values    learning rate
     only outputs differ (token table)      base                                        base
     inputs and outputs differ (hidden)     base / sqrt(r)                              base / r
     only inputs differ (output head)       base / r                                    base / r
 
-The rules are those of table 3 of the paper. Vectors (biases, norm scales) have the initial values and the learning rate
-of the base model, except the vectors in ``OUTPUT_VECTORS``. Some families multiply token vectors by a number that
-depends on the width. The initial values and the learning rate of their token table are divided by this number of the
-model, relative to that of the base model. Adam's ``epsilon`` must be small compared with the gradients, which become
-smaller as the width increases.
+These are the rules of table 3 of the paper. Vectors (biases, norm scales) have the initial values and the learning rate
+of the base model, except the vectors in ``OUTPUT_VECTORS``. Some families multiply the token vectors by a number that
+depends on the width (``Model.embedding_multiplier``). The initial values and the learning rate of their token table are
+divided by the ratio of this number in the model to this number in the base model. Adam's ``epsilon`` must be small
+compared with the gradients, which become smaller as the width increases.
 
     base = get_model("llama", num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384, vocab_size=V)
     model = base.with_fields(embed_dim=1024, num_heads=32, mlp_dim=3072)
@@ -40,23 +41,24 @@ from jaxlm.models import Model
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 OUTPUT_VECTORS = ("score",)
-"""Names (last key of the path) of parameters that are a vector v in a dot product ``v · h``, as in additive attention.
+"""The last keys of the paths of output vectors, i.e. vectors v in a dot product ``v · h``, as in additive attention.
 They are treated as matrices with one output."""
 
 SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
-"""Names of axes that must have equal sizes in both models."""
+"""Names of the axes that must have the same size in both models."""
 
 SAME_FIELDS = (
     "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token",
     "num_buckets", "max_distance", "memory_length", "reuse_length", "clamp_length",
 )  # fmt: skip
-"""Integer config fields that must be equal in both models. Fields that are neither integers, tuples nor None must also
-be equal, except ``dtype``, ``remat`` and the fields that select an implementation."""
+"""Integer config fields that must be equal in both models. Other fields may differ if their values are integers, tuples
+or None, because they may be widths. ``dtype``, ``remat`` and fields whose name ends with ``implementation`` may differ
+too. All fields with other values (booleans, floats, strings) must be equal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaledInit:
-    """The values of another initializer, multiplied by ``factor``."""
+    """An initializer that returns the values of the initializer ``init``, multiplied by ``factor``."""
 
     init: Initializer
     factor: float
@@ -78,7 +80,7 @@ class MuP:
     rates: spec.Tree
 
     def init(self, key: jax.Array) -> Params:
-        """Newly initialised parameters."""
+        """New parameters with the initial values of muP."""
         return spec.init(self.specs, key)
 
 
@@ -88,9 +90,10 @@ def mup(model: Model, base: Model) -> MuP:
     ``base`` may be narrower or wider. Only widths may differ. A wider model has more attention heads of the same size.
 
     Raises:
-        ValueError: the models differ in more than their widths, or muP does not support the model. It does not support
-            language models whose output head is missing or is the token table, projected token vectors, and attention
-            scores that are dot products of vectors whose size depends on the width (``score`` is not "concat").
+        ValueError: the models differ in more than their widths, or the model has a property that muP does not support:
+            a language model without an output head, an output head that is the token table, projected token vectors,
+            or attention scores other than ``score="concat"``. The other scores of attention RNNs are dot products of
+            vectors whose size depends on the width.
 
     Example:
         >>> from jaxlm import get_model

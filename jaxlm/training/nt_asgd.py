@@ -1,14 +1,14 @@
 """NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates after validation stops improving.
 
 The chain of ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` includes :func:`averaging`. After each evaluation, the
-training loop calls :func:`should_start_averaging`. When the result is True for the first time, it calls
-:func:`start_averaging`. The loop evaluates and exports :func:`mean_params`. The training steps continue from the
-parameters that are not averaged.
+training loop calls :func:`should_start_averaging`. When the result is True for the first time, the loop calls
+:func:`start_averaging`. Evaluation and export use :func:`mean_params`. The training steps use the current parameters,
+which are not averaged.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
 >>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # validation losses so far
->>> if should_start_averaging(losses):
+>>> if should_start_averaging(losses):                               # False: 3.1 is below 4.0, the best old loss
 ...     state = start_averaging(state)
 >>> evaluated = mean_params(state)                                   # before averaging: the current parameters
 """
@@ -28,24 +28,31 @@ from jaxlm.spec import Params
 
 
 class AveragingState(NamedTuple):
-    """The state of :func:`averaging`: ``mean`` is the mean of the last ``iterates`` values of the parameters.
+    """The state of :func:`averaging`.
 
-    Before averaging starts, ``iterates`` is 0 and ``mean`` has the current parameters."""
+    Attributes:
+        iterates: scalar int32, the number of iterates (values of the parameters) in the mean. Before averaging starts,
+            0.
+        mean: the mean of the last ``iterates`` values of the parameters. Before averaging starts, the current
+            parameters.
+    """
 
     iterates: jax.Array
     mean: Any
 
 
 def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
-    """Whether the newest validation loss is worse than the best of all losses that are more than ``nonmono``
-    evaluations old. False if there is no such loss.
+    """Whether the validation loss has stopped improving.
+
+    The result is True if the newest loss is worse than the best of the losses that are more than ``nonmono``
+    evaluations old (``losses[: -nonmono - 1]``). It is False if there are no such losses.
 
     Args:
-        losses: the losses of all evaluations so far, with the newest last. NaN is worse than any number.
+        losses: the validation losses of all evaluations so far, with the newest last. NaN is worse than any number.
         nonmono: the non-monotone interval, n in the paper.
 
     Raises:
-        ValueError: ``nonmono`` is not positive.
+        ValueError: ``nonmono`` is less than 1.
     """
     check_min(1, nonmono=nonmono)
     older = [math.inf if math.isnan(loss) else loss for loss in losses[: -nonmono - 1]]
@@ -53,8 +60,9 @@ def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
 
 
 def averaging() -> optax.GradientTransformation:
-    """A transformation that returns updates unchanged and keeps the mean of the parameters. It must be last in a chain.
+    """A transformation that returns updates unchanged and keeps the mean of the parameters in its state.
 
+    It must be the last transformation of a chain, because it adds its updates to the parameters to get the new values.
     The mean includes the parameters at the time of :func:`start_averaging` and after each later update, as in the
     paper's algorithm 1. (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the
     start.) The state needs as much memory as one copy of the parameters.
@@ -83,15 +91,19 @@ def has_averaging(state: Any) -> bool:
 
 
 def has_started(state: Any) -> bool:
-    """Whether averaging has started in an optimizer state; False if the state has no :func:`averaging`."""
+    """Whether averaging has started in an optimizer state. False if it has no state of :func:`averaging`.
+
+    Raises:
+        ValueError: the state has more than one state of :func:`averaging`.
+    """
     return has_averaging(state) and int(_averaging_state(state).iterates) > 0
 
 
 def start_averaging(state: Any) -> Any:
-    """The optimizer state with averaging started; the same state if averaging has already started.
+    """An optimizer state in which averaging has started. If it has already started, the result is equal to ``state``.
 
     Raises:
-        ValueError: the state has no :func:`averaging`, or more than one.
+        ValueError: ``state`` does not contain exactly one state of :func:`averaging`.
     """
     _averaging_state(state)
     return _map_averaging(state, lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)))
@@ -101,18 +113,22 @@ def mean_params(state: Any) -> Any:
     """The mean of the parameters since :func:`start_averaging`, or the current parameters if averaging has not started.
 
     Raises:
-        ValueError: the state has no :func:`averaging`, or more than one.
+        ValueError: ``state`` does not contain exactly one state of :func:`averaging`.
     """
     return _averaging_state(state).mean
 
 
 def map_mean(state: Any, change: Callable[[Any], Any]) -> Any:
-    """An optimizer state whose mean is ``change(mean)``. A state without :func:`averaging` is unchanged."""
+    """``state`` with ``change(mean)`` as the mean of :func:`averaging`. A state without a mean is returned unchanged.
+
+    Args:
+        state: an optimizer state.
+    """
     return _map_averaging(state, lambda node: node._replace(mean=change(node.mean)))
 
 
 def _map_averaging(state: Any, change: Callable[[AveragingState], AveragingState]) -> Any:
-    """An optimizer state with ``change`` of each state of :func:`averaging`."""
+    """``state`` with ``change`` applied to each state of :func:`averaging` in it."""
     return jax.tree.map(lambda node: change(node) if _is_averaging(node) else node, state, is_leaf=_is_averaging)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, built from Optax. ``jaxlm.training.recipes`` has the settings of papers."""
+"""Optimizers and learning-rate schedules, built from Optax. ``jaxlm.training.recipes`` has published settings."""
 
 from __future__ import annotations
 
@@ -29,41 +29,43 @@ Schedule = Literal["cosine", "linear", "constant", "inverse_square_root"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer with learning-rate schedule, weight decay and gradient clipping. Default: AdamW, cosine schedule."""
+    """An optimizer with learning-rate schedule, weight decay and gradient clipping.
+
+    The default is AdamW with a cosine schedule."""
 
     name: OptimizerName = "adamw"
-    """adamw: Loshchilov & Hutter 2019. adafactor: Shazeer & Stern 2018, with updates scaled by the RMS of the
-    parameters and no momentum. muon: Jordan 2024 for the hidden matrices, AdamW for all other parameters. sgd: SGD with
-    momentum beta1. nt_asgd: SGD that also keeps the mean of the parameters (Merity et al. 2017). adadelta: Zeiler
-    2012."""
+    """adamw: Loshchilov & Hutter 2019. adafactor: Shazeer & Stern 2018, without momentum; updates are scaled by the RMS
+    of the parameters. muon: Jordan 2024 for the hidden matrices, with momentum 0.95; AdamW for all other parameters.
+    sgd: SGD with momentum beta1. nt_asgd: sgd that also computes the mean of the parameters (Merity et al. 2017).
+    adadelta: Zeiler 2012."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """Decay of the learning rate after the warm-up."""
+    """Decay of the learning rate after the warm-up and hold steps."""
     warmup_steps: int | float = 100
-    """Steps over which the learning rate increases linearly to its peak. A number below 1 is a fraction of the steps of
-    the training, which is rounded to whole steps."""
+    """Number of steps over which the learning rate increases linearly to its peak. A number below 1 is a fraction of
+    all training steps. The result is rounded to whole steps."""
     hold_steps: int = 0
-    """Steps at the peak learning rate, between warm-up and decay."""
+    """Number of steps at the peak learning rate, between warm-up and decay."""
     final_fraction: float = 0.1
-    """Learning rate after the last step, as a fraction of the peak (cosine and linear)."""
+    """Learning rate after the last step, as a fraction of the peak (only with the schedules cosine and linear)."""
     beta1: float = 0.9
-    """Decay of the first moment (adamw; AdamW parameters of muon); the momentum of sgd and nt_asgd."""
+    """adamw, and AdamW in muon: decay of the first moment. sgd and nt_asgd: momentum."""
     beta2: float = 0.99
-    """Decay of the second moment (adamw; AdamW parameters of muon); rho of adadelta."""
+    """adamw, and AdamW in muon: decay of the second moment. adadelta: decay rho of both second moments."""
     nesterov: bool = False
     """Nesterov momentum (sgd and nt_asgd)."""
     epsilon: float = 1e-8
-    """Term added to the root of the second moment (adamw; AdamW parameters of muon), or to both second moments before
-    their roots (adadelta)."""
+    """adamw, and AdamW in muon: added to the square root of the second moment. adadelta: added to both second moments
+    (of the gradients and of the updates) before their square roots."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of weights and embeddings (not of biases and norm scales)."""
+    """Decoupled weight decay of weights and embeddings. Biases and norm scales have no weight decay."""
     clip_norm: float | None = 1.0
-    """Maximum global norm of the gradient; None does not clip."""
+    """Maximum global norm of the gradient. None: the gradient is not clipped."""
     layer_decay: float | None = None
-    """Learning rate of each layer, divided by the learning rate of the layer above. Heads have the factor 1, the top
-    layer has ``layer_decay``, and embeddings have the smallest factor. None: all parameters have the same learning
-    rate."""
+    """Ratio of the learning rate of a layer to the learning rate of the layer above it. With L layers, heads have the
+    factor 1, the top layer has layer_decay, and embeddings have layer_decay to the power L + 1. None: all parameters
+    have the same learning rate."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -99,11 +101,12 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
-    """The learning-rate schedule, a function of the number of updates so far.
+    """The learning-rate schedule: a function from n, the number of previous updates, to the next learning rate.
 
-    ``inverse_square_root`` (Vaswani et al. 2017, section 5.3): let k be the number of warm-up and hold steps. At an
-    update n >= k, the learning rate is ``peak * sqrt(k / n)``. ``hold_steps`` may be larger than ``steps``, because the
-    schedule has no end. The warm-up must be shorter than the training, as in all schedules.
+    Warm-up and hold steps are the first k updates. From n = k on, ``cosine`` and ``linear`` decrease from the peak to
+    ``final_fraction * peak`` at n = ``steps``, and ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is
+    ``peak * sqrt(k / n)``. The decay of ``inverse_square_root`` does not depend on ``steps``, so its ``hold_steps`` may
+    be larger than ``steps``.
 
     Args:
         steps: number of updates of the whole training.
@@ -153,7 +156,7 @@ def make_optimizer(
         specs: specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
         steps: number of updates of the whole training.
         rates: a factor of the learning rate for each parameter (``jaxlm.training.mup``). These factors do not change
-            the weight decay. None: 1 for all parameters.
+            the weight decay. None: the factor is 1 for all parameters.
 
     Raises:
         ValueError: the warm-up is too long for ``steps``, ``inverse_square_root`` has neither warm-up nor hold steps,
@@ -178,9 +181,9 @@ def optimizer_sharding(optimizer: optax.GradientTransformation, specs: spec.Tree
     """The sharding of each array of an optimizer state, for parameters with these specs.
 
     An array has the sharding of a parameter if its path contains the path of the parameter and both have the same
-    shape. All other arrays (counters, the row and column statistics of Adafactor) are replicated. This works for any
-    Optax optimizer, including masked and partitioned optimizers, whose state ``optax.tree.map_params`` cannot match
-    with the parameters.
+    shape. All other arrays (counters, the row and column statistics of Adafactor) are replicated. This rule works for
+    all Optax optimizers. ``optax.tree.map_params`` does not: it cannot match the states of masked and partitioned
+    optimizers with the parameters.
     """
     params, shardings = spec.flatten(specs), spec.flatten(sharding.tree(specs))
 
@@ -229,12 +232,16 @@ and weight decay can be reused (Liu et al. 2025, "Muon is Scalable for LLM Train
 def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
-    Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
-    scales. It does not update the LoRA factors of embeddings and heads either. ``jaxlm.adapt.num_row_axes`` defines
-    which axes are the rows of the matrix. Each index of a stack axis (``jaxlm.adapt.num_stack_axes``) has its own
-    matrix. If an output axis has a name, each index of an unnamed output axis also has its own matrix (queries, keys
-    and values of a fused projection; gates of a recurrence). The tree is also valid for
-    ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    Muon updates every hidden matrix (Jordan 2024). Hidden matrices are the weights with two or more axes (stack
+    axes do not count). Embeddings, heads, biases, scales, and the LoRA factors of embeddings and heads are not hidden
+    matrices.
+
+    ``jaxlm.adapt.num_row_axes`` defines which axes are the rows of a matrix. The other axes are the output axes. Each
+    index of a stack axis (``jaxlm.adapt.num_stack_axes``) has its own matrix. If an output axis has a name, each index
+    of an unnamed output axis also has its own matrix. Examples of such unnamed axes are the queries, keys and values of
+    a fused projection, and the gates of a recurrence.
+
+    The tree is also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -273,13 +280,13 @@ def _for_each_matrix(
 ) -> optax.GradientTransformation:
     """A transformation that updates each leaf with its own transformation ``choose(path, spec)``.
 
-    Each layer of a stacked leaf and each expert is updated separately. The state is a tree with the structure of the
-    parameters, whose leaves are the states of the transformations.
+    Each index of the stack axes (layer, expert, block of a block-diagonal matrix) is updated separately. The state is a
+    tree with the structure of the parameters. Its leaves are the states of the transformations.
 
     Args:
-        choose: a function of a path without layer number and the spec of one layer and expert; it returns a
-            transformation.
-        flatten: whether to reshape matrices to [rows, columns] and all other leaves to vectors.
+        choose: a function that returns the transformation of a leaf. Its arguments are the path of the leaf without the
+            layer number, and the spec of the leaf without the stack axes.
+        flatten: whether to reshape matrices to [rows, columns] and all other leaves to vectors for the update.
     """
     leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
     matrix_specs = {}
@@ -295,7 +302,7 @@ def _for_each_matrix(
         return x.reshape(-1) if row_axes is None else x.reshape(math.prod(x.shape[:row_axes]), -1)
 
     def map_matrices(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
-        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over layers and experts.
+        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over the stack axes.
 
         ``leaves`` are the leaves of ``like`` and ``trees`` at the path."""
         leaves_of_like = jax.tree_util.tree_leaves_with_path(like)
@@ -332,17 +339,19 @@ def _for_each_matrix(
 def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     """The learning-rate factor of each leaf: a float, or an array [layers, 1, ...] for a stacked leaf.
 
-    The rule is that of BEiT's code (Bao et al. 2021), except for a relative bias that all layers share: in BEiT's code,
-    it has the factor 1. With L layers, layer i (from 0) has ``decay ** (L - i)``,
-    embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
-    an encoder and of a decoder are counted separately; for embeddings, L is the larger of the two numbers. Layers are
-    stacked (``layers``) or numbered (``layers/0``, ``layer_0``). A parameter outside of the layers is an embedding if
-    its path contains ``embedding`` or ``relative_bias``. Other implementations differ: in ELECTRA's code, everything
-    below the head has one more factor ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
+    With L layers, layer i (from 0) has ``decay ** (L - i)``, embeddings have ``decay ** (L + 1)``, and all other
+    parameters (heads, poolers, final norms) have 1. Layers are stacked (``layers``) or numbered (``layers/0``,
+    ``layer_0``). A parameter outside of the layers is an embedding if its path contains ``embedding`` or
+    ``relative_bias``. The layers of an encoder and of a decoder are counted separately. For embeddings, L is the larger
+    of the two numbers.
 
-    Only the layers in ``specs`` are counted. Without the first layers of a stack (``Freeze(first_layers=...)``), the
-    other layers have the same factors as in the complete model, because the top layer is still next to the head.
-    Trained embeddings then have a larger factor: L is the number of trained layers.
+    This is the rule of BEiT's code (Bao et al. 2021), with one difference: in BEiT's code, a relative bias that all
+    layers share has the factor 1. Other implementations have other rules: in ELECTRA's code, everything below the head
+    has one more factor ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
+
+    Only the layers in ``specs`` are counted. If the first layers of a stack are frozen (``Freeze(first_layers=...)``),
+    the other layers have the same factors as in the complete model, because the factors are counted from the top layer.
+    Embeddings then have a larger factor than in the complete model, because L is the number of trained layers.
 
     Raises:
         ValueError: the model has no layers.
@@ -381,12 +390,13 @@ def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """A variant of ``optax.clip_by_global_norm`` that multiplies all entries by one scalar (Pascanu et al. 2013,
-    algorithm 1).
+    """Clipping by the global norm (Pascanu et al. 2013, algorithm 1): all entries are multiplied by one scalar.
 
-    Optax divides each entry. XLA writes the quotients to memory before Adam reads them, which costs an extra pass over
-    all gradients. The caller may pass a tree ``gradient`` and its norm ``gradient_norm``, as ``Trainer.step`` does. If
-    ``updates`` is the same object as ``gradient``, because no transformation has changed it, the norm is not computed
+    ``optax.clip_by_global_norm`` divides each entry by the norm. XLA then writes the quotients to memory before Adam
+    reads them, which costs an extra pass over all gradients.
+
+    The caller may pass a tree ``gradient`` and its norm ``gradient_norm`` to ``update``, as ``Trainer.step`` does. If
+    ``updates`` is the same object as ``gradient``, no transformation has changed it. Then the norm is not computed
     again.
     """
 

@@ -16,10 +16,10 @@ import numpy as np
 from jaxlm.training import report
 
 MIN_SMOOTHED_LOSSES = 60
-"""Minimum number of training losses for which their running mean is plotted too."""
+"""If there are at least this many training losses, their running mean is plotted too."""
 
 UNPLOTTED_METRICS = ("step", "time", "weight", "skipped", "skipped_in_a_row")
-"""Entries of training records that are not plotted."""
+"""Entries of the records in ``metrics.jsonl`` that are not plotted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Series:
     """One line of a panel.
 
     Attributes:
-        label: name in the legend; the empty string adds no entry.
+        label: name in the legend. If it is empty, the legend has no entry for the line.
         steps: [N] x values.
         values: [N] y values; NaN leaves a gap.
-        color: index into the palette.
+        color: index into ``Theme.palette``.
         markers: whether each point has a marker.
         faint: whether the line is thin and transparent.
     """
@@ -64,16 +64,20 @@ class Theme:
 PNG = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
 
 # `svg` replaces these colors with CSS variables, so that one figure works in the light and the dark theme of a page.
-_CSS = {
+_CSS_VARIABLES = {
     "#010101": "var(--text)",
     "#020202": "var(--line)",
     **{f"#0303{index:02x}": f"var(--series-{index})" for index in range(len(PNG.palette))},
 }
-SVG = Theme("#010101", "#020202", tuple(color for color in _CSS if color.startswith("#0303")))
+SVG = Theme("#010101", "#020202", tuple(color for color in _CSS_VARIABLES if color.startswith("#0303")))
 
 
 def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """One panel for training and validation loss, and one for each other validation metric; empty without records."""
+    """One panel for training and validation loss, and one panel for each other validation metric.
+
+    Args:
+        records: the records of ``metrics.jsonl``. The list of panels is empty if no record has such a metric.
+    """
     lines: list[Series] = []
     steps, values = report.metric_curve(records, "loss")
     if steps:
@@ -92,9 +96,12 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """One panel per metric of a training step except the loss: learning rate, gradient norm, ...
+    """One panel for each metric of the training steps: learning rate, gradient norm, ...
 
-    Metrics without a finite value and the entries of :data:`UNPLOTTED_METRICS` are left out.
+    The loss, the entries of :data:`UNPLOTTED_METRICS`, and metrics without a finite number are left out.
+
+    Args:
+        records: the records of ``metrics.jsonl``.
     """
     names = dict.fromkeys(name for record in records if "step" in record for name in record)
     panels = []
@@ -114,7 +121,7 @@ def readable_name(name: str) -> str:
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The line of the training losses. With at least :data:`MIN_SMOOTHED_LOSSES` losses, also their running mean."""
+    """The line of the training losses and, with at least :data:`MIN_SMOOTHED_LOSSES` losses, of their running mean."""
     label = f"training (last {values[-1]:.3f})"
     if len(values) < MIN_SMOOTHED_LOSSES:
         return [Series(label, steps, values)]
@@ -128,7 +135,7 @@ def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
 
 
 def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> None:
-    """Plot panels to a PNG file, in rows of ``columns`` panels.
+    """Plot panels to a PNG file, in rows of at most ``columns`` panels.
 
     Raises:
         ValueError: ``panels`` is empty.
@@ -142,7 +149,7 @@ def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> Non
 
 
 def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> None:
-    """Plot attention maps side by side to a PNG file. Rows are queries and columns are keys; a dark cell has weight 1.
+    """Plot attention maps side by side to a PNG file. Rows are queries and columns are keys. Larger weights are darker.
 
     Raises:
         ValueError: ``maps`` is empty.
@@ -170,15 +177,15 @@ def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> Non
 
 
 def _token_label(token: str) -> str:
-    """The axis label of a token: on one line, and with escaped dollar signs, which would start a formula."""
+    """The axis label of a token, on one line. Dollar signs are escaped, because matplotlib would draw a formula."""
     return token.replace("\n", "\\n").replace("$", r"\$")
 
 
 def svg(panel: Panel, identifier: str) -> str:
-    """One panel as an ``<svg>`` element without fixed size.
+    """One panel as an ``<svg>`` element without a fixed size.
 
-    Its colors are the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Its text uses the font
-    of the page.
+    The page must define its colors, the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Text
+    remains text in the element, so the page can set its font.
 
     Args:
         identifier: prefix of the ids in the element; it must be unique in the page.
@@ -186,13 +193,18 @@ def svg(panel: Panel, identifier: str) -> str:
     buffer = io.BytesIO()
     _save([panel], SVG, (4.6, 2.9), (1, 1), buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().decode()
-    for color, variable in _CSS.items():
+    for color, variable in _CSS_VARIABLES.items():
         text = text.replace(color, variable)
     return inline_svg(text, identifier, label=f"{panel.ylabel} over steps")
 
 
 def inline_svg(text: str, identifier: str, *, label: str) -> str:
-    """An SVG file as an HTML element, without XML header and fixed size, and with unique ids and an ARIA label."""
+    """The text of an SVG file as an HTML element, without the XML header and without a fixed size.
+
+    Args:
+        identifier: prefix of the ids in the element; it must be unique in the page.
+        label: the ARIA label of the element.
+    """
     text = text[text.index("<svg") :].strip()
     start_tag, rest = text.split(">", 1)
     start_tag = re.sub(r' (?:width|height)="[^"]*"', "", start_tag)
@@ -211,6 +223,7 @@ def _save(
     target: Any,
     **options: Any,
 ) -> None:
+    """Plot panels in a grid (rows, columns) of ``size`` inches to a file or buffer. ``options`` are for ``savefig``."""
     import matplotlib
     from matplotlib.figure import Figure
 

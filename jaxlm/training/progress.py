@@ -1,4 +1,4 @@
-"""Show the progress of a run: a progress bar on a terminal, or plain lines in a log file."""
+"""Progress of a training run: a progress bar on a terminal, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def device_name(count: int) -> str:
-    """The number (if it is not 1) and the kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
+    """The kind of the devices of a run, after their number if it is not 1, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
     kind = sharding.device_kind()
     return kind if count == 1 else f"{count} x {kind}"
 
 
 class Bar:
-    """Prints loss, tokens per second, remaining time and device of a run.
+    """Shows the loss, the tokens per second, the remaining time and the device of a run.
 
-    With several processes, only the first one prints, unless ``console`` is given. Without a terminal, it prints a line
-    after step 1, after step ``steps``, and when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line.
+    On a terminal, it is a progress bar. Otherwise, :meth:`update` prints a line after step 1, after step ``steps``, and
+    when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line. With several processes, only the first
+    process prints, unless ``console`` is given.
 
     Args:
         steps: number of steps of the run.
-        start: number of steps that are already done.
+        start: number of steps that were done before a resume.
         devices: number of devices of the run.
         console: where to print. None: standard error.
     """
@@ -59,7 +60,7 @@ class Bar:
         self._progress.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
-        """Show the progress after ``step`` steps."""
+        """Show the progress after ``step`` steps. If ``tokens_per_second`` is None, a dash is shown."""
         rate = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
         now = time.perf_counter()
@@ -73,5 +74,5 @@ class Bar:
             self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{remaining}")
 
     def say(self, text: Any) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,13 +3,15 @@
     >>> recipe("t5").name
     'adafactor'
 
-The option ``--recipe FAMILY`` of the experiments selects a recipe by the name of its family.
+The option ``--recipe FAMILY`` of the modules in ``experiments/`` selects a recipe by the name of its family.
 
-A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates. Where the
-paper states no value, or has a schedule that jaxlm lacks, ``source`` or ``transfer`` says so. :func:`recipe` makes the
-warm-up a fraction of the training and changes no other value. Learning rates often do not transfer. Small models need
-larger learning rates (the best peak learning rate of a Transformer is roughly proportional to the inverse of its
-width), and small batches need smaller learning rates. ``Recipe.transfer`` has notes on this.
+A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates. If the
+paper does not state a value, or has a schedule that jaxlm does not have, ``source`` or ``transfer`` says so.
+:func:`recipe` replaces the warm-up by the same fraction of the training and changes no other value.
+
+Learning rates often do not transfer to other sizes. Small models need larger learning rates: the best peak learning
+rate of a Transformer is roughly proportional to the inverse of its width. Small batches need smaller learning rates.
+``Recipe.transfer`` says what is known for each family.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ class Recipe:
     optimizer: OptimizerConfig
     """The published optimizer settings."""
     steps: int | None
-    """Number of updates of the published training; None: not published, or determined by early stopping."""
+    """Number of updates of the published training. None: not published, or determined by early stopping."""
     batch: str
     """The published batch size."""
     source: str
     """Paper and section or table, or the authors' code."""
     transfer: str
-    """Differences from the paper, and settings that do not transfer to another size or task."""
+    """Differences between the recipe and the paper, and settings that do not transfer to another size or task."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -55,17 +57,17 @@ RECIPES: dict[str, Recipe] = {
         ),
         250_000, "4 M tokens",
         "Touvron et al. 2023, section 2.3 and table 2 (7 B parameters)",
-        "The learning rate is for 7 B parameters; models with a few million parameters use ten times this value.",
+        "The learning rate is for 7 B parameters. Models of a few million parameters need about ten times this value.",
     ),
     "bert": Recipe(
         OptimizerConfig(
             learning_rate=1e-4, schedule="linear", warmup_steps=10_000, final_fraction=0.0, beta1=0.9, beta2=0.999,
             epsilon=1e-6, weight_decay=0.01, clip_norm=1.0,
         ),
-        1_000_000, "256 rows of 128, then 512 tokens",
-        "Devlin et al. 2019, appendix A.2; epsilon, clipping and no bias correction from the authors' optimization.py",
-        "jaxlm's Adam has bias correction. Fine-tuning (appendix A.3): learning rate 2e-5 to 5e-5, batch size 16 or "
-        "32, 2 to 4 epochs, with 10 % of the steps as warm-up.",
+        1_000_000, "256 rows of 128 tokens, later of 512 tokens",
+        "Devlin et al. 2019, appendix A.2; epsilon and clipping from the authors' optimization.py",
+        "The Adam of the authors' optimization.py has no bias correction; jaxlm's Adam has it. Fine-tuning (appendix "
+        "A.3): learning rate 2e-5 to 5e-5, batch size 16 or 32, 2 to 4 epochs, with 10 % of the steps as warm-up.",
     ),
     "roberta": Recipe(
         OptimizerConfig(
@@ -103,7 +105,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         200_000, "60 rows of 150 tokens",
         "Dai et al. 2019, the authors' pytorch/run_wt103_base.sh and the defaults of train.py",
-        "This model has no warm-up; the large model on WikiText-103 has 16,000 steps of warm-up (run_wt103_large.sh).",
+        "The base model (this recipe) has no warm-up. The large model on WikiText-103 has 16,000 steps of warm-up "
+        "(run_wt103_large.sh).",
     ),
     "lstm": Recipe(
         OptimizerConfig(
@@ -113,8 +116,8 @@ RECIPES: dict[str, Recipe] = {
         None, "80 rows (WikiText-2) or 40 rows (Penn Treebank) of about 70 tokens",
         "Merity et al. 2017 (AWD-LSTM), section 5; decay and clipping from the authors' main.py",
         "Averaging starts when validation stops improving (jaxlm.training.nt_asgd). The learning rate is for the mean "
-        "loss per token, the published dropout and up to 750 epochs; short trainings learn faster with AdamW. The "
-        "authors' weight decay also applies to biases.",
+        "loss per token, the published dropout and up to 750 epochs. Models learn faster with AdamW if the training is "
+        "short. The authors' weight decay also applies to biases; jaxlm's weight decay does not.",
     ),
     "gru": Recipe(
         OptimizerConfig(
@@ -133,9 +136,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         288_000, "80 sentence pairs of similar length",
         "Bahdanau et al. 2015, appendix B.2 and table 2 (RNNsearch-50)",
-        "Adadelta needs many updates before its steps are large, so trainings of a few thousand steps learn faster "
-        "with AdamW. Luong et al. 2015: SGD with learning rate 1.0, halved after each epoch from the fifth, clipping "
-        "at norm 5, batch size 128.",
+        "Adadelta's steps are small until it has made many updates, so models learn faster with AdamW if the training "
+        "has a few thousand steps. Luong et al. 2015: SGD with learning rate 1.0, halved after each epoch from the "
+        "fifth, clipping at norm 5, batch size 128.",
     ),
     "attention_rnn_lm": Recipe(
         OptimizerConfig(
@@ -162,9 +165,9 @@ RECIPES: dict[str, Recipe] = {
             weight_decay=0.0, clip_norm=0.1,
         ),
         None, "750 rows of 20 tokens (Google Billion Word)",
-        "Dauphin et al. 2017 (GCNN), section 4.2: learning rate from [1, 2]",
-        "The learning rate is for models with weight normalisation. In the paper, it decays when validation stops "
-        "improving.",
+        "Dauphin et al. 2017 (GCNN), section 4.2: a learning rate in [1, 2]",
+        "The learning rate is for models with weight normalization. In the paper, the learning rate decays when "
+        "validation stops improving.",
     ),
     "alexnet": Recipe(
         OptimizerConfig(
@@ -184,7 +187,8 @@ RECIPES: dict[str, Recipe] = {
         4_800, "0.5 M tokens",
         "Gu & Dao 2023 (Mamba), appendix E.2.1: the improved recipe, for 125 M parameters; Dao & Gu 2024 also use it",
         "The learning rate is 5 times that of GPT-3 for this size, with a cosine decay to 1e-5. The length of the "
-        "warm-up is our choice. These values have not been checked a second time against the paper.",
+        "warm-up (10 % of the training) is our choice. These values have not been checked a second time against the "
+        "paper.",
     ),
     "griffin": Recipe(
         OptimizerConfig(
@@ -194,7 +198,7 @@ RECIPES: dict[str, Recipe] = {
         None, "not published",
         "De et al. 2024, section 3.1, names AdamW and no values, so the values are those of llama, without a warm-up",
         "The paper tunes learning rate, weight decay and beta2 at small sizes and extrapolates them. Models with a few "
-        "million parameters use ten times this learning rate.",
+        "million parameters need about ten times this learning rate.",
     ),
     "gated_deltanet": Recipe(
         OptimizerConfig(
@@ -203,8 +207,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         200_000, "0.5 M tokens",
         "Yang et al. 2024, section 4 (1.3 B parameters, 100 billion tokens)",
-        "These values have not been checked a second time against the paper. The paper does not state the betas, "
-        "epsilon and the last learning rate. Small models use a larger learning rate.",
+        "These values have not been checked a second time against the paper. The paper states neither the betas nor "
+        "epsilon nor the last learning rate. Small models need a larger learning rate.",
     ),
     "xlstm": Recipe(
         OptimizerConfig(
@@ -215,7 +219,7 @@ RECIPES: dict[str, Recipe] = {
         "Beck et al. 2025 (xLSTM 7B), section on pre-training",
         "The paper decays the learning rate exponentially, by a factor of 10 in 500,000 steps, and then linearly to 0 "
         "in 7,000 steps; this recipe has a cosine decay. These values have not been checked a second time against the "
-        "paper. Small models use a larger learning rate.",
+        "paper. Small models need a larger learning rate.",
     ),
     "rwkv7": Recipe(
         OptimizerConfig(
@@ -225,21 +229,21 @@ RECIPES: dict[str, Recipe] = {
         182_889, "16 rows of 512 tokens (MiniPile)",
         "RWKV-LM, RWKV-v7/train_temp (the authors' code): demo-training-run.sh, for 191 M parameters",
         "The authors recommend a learning rate of 4e-4 for 0.4 B parameters and 3e-4 for 1.5 B. They double the "
-        "learning rate of the decay biases, which this recipe does not.",
+        "learning rate of the decay biases; this recipe does not.",
     ),
 }  # fmt: skip
-"""The recipe of each family in ``jaxlm.models.registry.FAMILIES``. ``chess_llama`` has no recipe."""
+"""The recipe of each family in ``jaxlm.models.registry.FAMILIES``. Other families (``chess_llama``) have no recipe."""
 
 
 def recipe(family: str) -> OptimizerConfig:
     """The published optimizer settings of a family, for a training of any length.
 
-    The warm-up is the same fraction of the training as in the recipe (``warmup_steps`` is below 1); all other values
-    are those of :data:`RECIPES`, including ``hold_steps``, which is a number of steps. Change values with
+    The warm-up is the same fraction of the training as in the paper (``warmup_steps`` is below 1). All other values are
+    those of :data:`RECIPES`. ``hold_steps`` remains a number of steps. Change values with
     ``dataclasses.replace(recipe(...), learning_rate=...)``.
 
     For a family without an entry in :data:`RECIPES`, such as a family of another package, the result has the default
-    settings (AdamW), with 5 % of the training as warm-up.
+    values of ``OptimizerConfig`` (AdamW), with 5 % of the training as warm-up.
 
     Raises:
         ValueError: the family is unknown.

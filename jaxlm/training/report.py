@@ -7,8 +7,8 @@
     attention.json   attention weights with the tokens of both axes               write_attention, read_attention
     boards.json      chess positions                                              write_boards, read_boards
 
-``jaxlm.training.html_report.write_report`` makes a page from these files, and ``jaxlm.training.compare`` makes a table
-of several runs. With several processes, only the first process writes.
+``jaxlm.training.html_report.write_report`` makes an HTML page from these files, and ``jaxlm.training.compare`` makes a
+table of several runs. With several processes, only the first process writes.
 """
 
 from __future__ import annotations
@@ -92,14 +92,15 @@ _NON_METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics file. An incomplete last line of a killed run is ignored.
+    """All records of a metrics file. An incomplete last line, which a killed run may leave, is ignored.
 
-    A step that was run again, after a resume or a rollback, has several records. The last record is valid.
+    After a resume or a rollback, some steps are run again. The file then has their old and their new records.
+    :func:`valid_records` selects the new records.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a complete line is not a JSON object, a value has the wrong type, or a rollback has no ``to_step``.
-            The message names the line.
+        ValueError: a complete line is not a JSON object; a step, an event, a loss or a validation metric has the wrong
+            type; or a rollback has no ``to_step``. The message names the line.
     """
     rows = _read_lines(Path(path))
     for number, row in rows.items():
@@ -114,10 +115,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def valid_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records without those of steps that a rollback or a resume discarded, and without the rollbacks themselves.
+    """The records that are still valid at the end of a file.
 
-    A rollback discards the steps after its ``to_step``, and a resume those after its ``step``. The event ``started``, a
-    new run in the directory of another run, discards all earlier records.
+    - A rollback discards all earlier records of steps after its ``to_step``. Its own record is left out, too.
+    - A resume discards all earlier records of steps after its ``step``.
+    - The event ``started`` discards all earlier records. It marks a new run in the directory of an earlier run.
     """
     valid: list[Mapping[str, Any]] = []
     for record in records:
@@ -133,19 +135,19 @@ def valid_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def metric_curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of one metric. If a step has several :func:`valid_records` with it, the last value is used.
+    """The steps, in ascending order, and the values of one metric in the :func:`valid_records`.
 
-    A value that was not finite is NaN.
+    If a step has several values, the last value is used. A value that was not finite is NaN.
     """
     points = {record["step"]: record[name] for record in valid_records(records) if name in record and "step" in record}
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
 
 def validation_metrics(*runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the metrics in the :func:`valid_records` of all runs (``validation_loss``, ...), with the loss first.
+    """Names of the validation metrics in the :func:`valid_records` of all runs, with ``validation_loss`` first.
 
     Args:
-        runs: the records of each run.
+        runs: for each run, its records (:func:`read_metrics`).
     """
     valid = [record for records in runs for record in valid_records(records)]
     names = dict.fromkeys(name for record in valid for name in record if name.startswith("validation_"))
@@ -161,7 +163,13 @@ def best_value(name: str, values: Sequence[float]) -> float:
 
 
 def draw_losses(metrics: str | Path, path: str | Path) -> None:
-    """Plot the training loss and all validation metrics over steps to a PNG file. Both losses share one panel.
+    """Plot the training loss and all validation metrics over steps to a PNG file.
+
+    The training loss and the validation loss are in one panel. Each other validation metric has its own panel.
+
+    Args:
+        metrics: path of ``metrics.jsonl``.
+        path: path of the PNG file.
 
     Raises:
         FileNotFoundError: the file ``metrics`` does not exist.
@@ -187,14 +195,16 @@ def write_results(
 ) -> None:
     """Write ``results.json`` of a finished run.
 
+    The file also has the values of :func:`machine_info`.
+
     Args:
         task: name of the task, for example ``translation``.
         family: name of the family, for example ``t5``.
         parameters: number of trained and frozen parameters.
         minutes: duration of the run in minutes.
         scores: metrics of the final model.
-        details: additional JSON values, such as ``data`` (the examples that were scored). If ``processor`` or
-            ``versions`` is given, it replaces the value of this machine.
+        details: additional JSON values, such as ``data`` (a description of the data). If ``processor`` or ``versions``
+            is given, it replaces the value of :func:`machine_info`.
 
     Raises:
         TypeError: a value or a key has a type that JSON does not have.
@@ -213,7 +223,7 @@ def write_results(
 def read_results(run: str | Path) -> dict[str, Any]:
     """The content of ``results.json``, with ``scores`` as a list of :class:`Score`.
 
-    It has the values passed to :func:`write_results` and those of :func:`machine_info`.
+    The content has the values that were passed to :func:`write_results` and the values of :func:`machine_info`.
 
     Raises:
         FileNotFoundError: the run has no such file.
@@ -229,7 +239,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
 
 
 def machine_info() -> dict[str, Any]:
-    """The processor and the package versions of this machine."""
+    """``{"processor": description, "versions": {...}}``, with the versions of jaxlm, JAX and Python on this machine."""
     import jaxlm
 
     versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "python": platform.python_version()}
@@ -251,9 +261,9 @@ def write_samples(run: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
     """Write ``samples.jsonl``, with one JSON object per line.
 
     Args:
-        rows: one dict of strings per sample. The report shows the columns ``source``, ``reference``, ``output``,
-            ``label`` and ``score`` in this order, and then all other columns. An output that differs from its ``label``
-            is marked as wrong.
+        rows: one dict of strings per sample. The report has one column per key: ``source``, ``reference``, ``output``,
+            ``label`` and ``score`` in this order, and then all other keys. If a row has a ``label`` and its ``output``
+            differs from the label, the output is marked as wrong.
 
     Raises:
         TypeError: a value is not a string.
@@ -289,7 +299,7 @@ def write_confusion(run: str | Path, labels: Sequence[str], counts: npt.ArrayLik
     """Write ``confusion.json``: names of the labels [L] and counts [L, L] (rows: labels, columns: predictions).
 
     Raises:
-        ValueError: ``labels`` are not strings, or ``counts`` are not non-negative integers [L, L].
+        ValueError: a label is not a string, or ``counts`` is not an array [L, L] of integers >= 0.
     """
     if not all(isinstance(label, str) for label in labels):
         raise ValueError(f"labels={list(labels)} must be strings: convert each label with str")
@@ -301,8 +311,8 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the file is not a JSON object with only ``labels`` and ``counts``, the labels are not strings, or
-            the counts are not non-negative integers [L, L].
+        ValueError: the file is not a JSON object with exactly the keys ``labels`` and ``counts``, a label is not a
+            string, or the counts are not integers >= 0 of shape [L, L].
     """
     path = Path(run) / CONFUSION
     content = json_files.read_object(path)
@@ -337,11 +347,11 @@ class AttentionMap:
         title: heading in the report.
         rows: [R] query tokens, for example the output of a translation.
         columns: [C] key tokens.
-        weights: [R, C] numbers in [0, 1], up to rounding.
+        weights: [R, C] numbers from 0 to 1.001, which allows rounding errors above 1.
 
     Raises:
-        ValueError: the tokens are not lists or tuples of strings, an axis has no tokens, or the weights have another
-            shape or range.
+        ValueError: ``rows`` or ``columns`` is empty or not a list or tuple of strings, or the weights have another
+            shape or are out of range.
     """
 
     title: str
@@ -385,8 +395,8 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: the file is not JSON, a field of a map is missing, unknown or of the wrong type, the weights do not
-            have the shape of the tokens, or a weight is outside [0, 1].
+        ValueError: the file is not JSON; a field of a map is missing, unknown or of the wrong type; or
+            :class:`AttentionMap` rejects the tokens or weights of a map.
     """
     path = Path(run) / ATTENTION
     return _make_entries(AttentionMap, json_files.read_value(path), str(path))
@@ -403,7 +413,7 @@ class Board:
         title: heading in the report.
         fen: the position in Forsyth-Edwards notation.
         last_move: the move that led to this position, in UCI notation such as ``e2e4``. The report highlights it.
-        text: the line below the board.
+        text: a line of text that the report shows below the board.
     """
 
     title: str
@@ -449,7 +459,7 @@ def check_run(run: str | Path) -> Path:
 def is_run(path: Path) -> bool:
     """Whether a directory has ``metrics.jsonl``, or a ``results.json`` of one run.
 
-    The ``results.json`` of several runs is a list (``experiments.families``).
+    ``experiments.families`` writes a ``results.json`` of several runs. Its content is a list instead of an object.
 
     Raises:
         ValueError: there is no ``metrics.jsonl``, and ``results.json`` is damaged.
@@ -460,7 +470,7 @@ def is_run(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """``{line number: JSON object}`` of a file with one JSON object per line."""
+    """``{line number: JSON object}`` of a file with one JSON object per line. An incomplete last line is ignored."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -1,8 +1,9 @@
 """A protocol for experiment trackers, and adapters for TensorBoard, Weights & Biases and Trackio.
 
-A tracker receives the numbers in ``metrics.jsonl``. Names of events and values that are not finite are left out. With
-several processes, only the first process should create a tracker. Any object with the methods ``log`` and ``close`` is
-a tracker; an adapter for another service needs no base class.
+The training loop passes the numbers of each record in ``metrics.jsonl`` to the trackers of the run, except numbers that
+are not finite. With several processes, only the trackers of the first process receive numbers, so create trackers only
+in the first process. Any object with the methods ``log`` and ``close`` is a tracker. So an adapter for another service
+needs no base class.
 """
 
 from __future__ import annotations
@@ -16,23 +17,37 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):
-    """An object that receives the metrics of training."""
+    """The interface of an object that receives the metrics of a training run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics of a step. Calls for the same step have metrics of different names.
+        """Record metrics of a step.
 
-        Steps decrease only after a rollback, when the run repeats steps. Then only the newest metrics of a step
-        are valid.
+        Several calls may have the same step. Their metrics have different names, for example those of the training
+        and those of the validation. The step decreases only after a rollback, when the run repeats steps. If a metric
+        of a step is recorded again, only its newest value is valid.
+
+        Args:
+            step: number of training steps so far.
+            values: ``{name: value}`` with finite values; empty for an event without numbers, such as a resume.
         """
 
     def close(self) -> None:
-        """Write buffered values and release the resources of the tracker."""
+        """Write buffered values and release the resources of the tracker.
+
+        ``jaxlm.training.loop.train`` does not call this method. Call it after the run.
+        """
 
 
 class TensorBoardTracker:
     """Writes TensorBoard event files, which ``tensorboard --logdir DIRECTORY`` displays.
 
-    It needs the package ``tensorboard``, but not torch or TensorFlow.
+    It needs the package ``tensorboard``, but neither torch nor TensorFlow.
+
+    Args:
+        directory: the directory of the event files, which is created if it does not exist.
+
+    Raises:
+        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -53,7 +68,10 @@ class TensorBoardTracker:
 
 
 class _RunTracker:
-    """Base class for Weights & Biases and Trackio. Their ``init`` returns a run with ``log`` and ``finish``."""
+    """Base class of the trackers for Weights & Biases and Trackio.
+
+    The function ``init`` of both packages returns a run with the methods ``log`` and ``finish``.
+    """
 
     _package: str
 
@@ -74,10 +92,10 @@ class _RunTracker:
 
 
 class WandbTracker(_RunTracker):
-    """Logs to Weights & Biases. Its environment variables (``WANDB_MODE=offline``, ``WANDB_DIR``, ...) also apply.
+    """Logs to Weights & Biases. The environment variables of this service also apply (``WANDB_MODE=offline``, ...).
 
-    Weights & Biases ignores metrics of a step below its newest step, so it does not show the steps that are repeated
-    after a rollback.
+    After a rollback, the run repeats steps. Weights & Biases does not show the metrics of the repetition, because it
+    ignores metrics of a step that is lower than its newest step.
 
     Args:
         project: name of the project.
@@ -92,7 +110,7 @@ class WandbTracker(_RunTracker):
 
 
 class TrackioTracker(_RunTracker):
-    """Logs to Trackio, whose database is on this machine. ``trackio show`` displays it.
+    """Logs to Trackio, which stores the metrics in a database on this machine. ``trackio show`` displays them.
 
     Args:
         project: name of the project.
@@ -107,16 +125,16 @@ class TrackioTracker(_RunTracker):
 
 
 def check_tracker(name: TrackerName | None) -> None:
-    """Raise ``ImportError`` if the package of the service is not installed."""
+    """Raise ``ImportError`` if the package of the tracker ``name`` is not installed. None needs no package."""
     if name is not None and importlib.util.find_spec(name) is None:
         raise ImportError(f"--training.tracker {name} needs the package {name}: pip install {name}")
 
 
 def make_tracker(name: TrackerName, directory: Path, config: Mapping[str, Any]) -> Tracker:
-    """A tracker for a run directory.
+    """The tracker ``name`` for the run directory ``directory``.
 
-    TensorBoard files are in ``directory/tensorboard``. In the other services, the project is ``jaxlm`` and the run has
-    the name of the directory.
+    TensorBoard files are in ``directory/tensorboard``. In Weights & Biases and Trackio, the project is ``jaxlm``, and
+    the name of the run is the name of the directory.
 
     Args:
         config: the configuration of the run, as JSON values.

@@ -1,4 +1,4 @@
-"""``Trainer``: the training step and its state, as pure functions for ``jit`` (with shardings) or ``pmap``.
+"""``Trainer``: the training step, a pure function of a state and a batch, for ``jit`` (with shardings) or ``pmap``.
 
 Shapes: B batch size; A number of micro-batches per batch (``grad_accum_steps``).
 """
@@ -26,7 +26,8 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
 
 CarrySize = tuple[int, int]
-"""Size (rows, tokens) of the model state that is carried from batch to batch, as arguments of ``Model.init_state``."""
+"""The size of the model state that training carries from batch to batch: (rows, tokens), the two arguments of
+``Model.init_state``."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
@@ -34,13 +35,13 @@ METRIC_NAMES = frozenset((
     "step", "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row", "learning_rate",
     "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
 ))  # fmt: skip
-"""Names of the metrics in a line of ``metrics.jsonl``. Terms of a loss must have other names."""
+"""Names of the metrics that ``metrics.jsonl`` has for a training step. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128
-"""Number of recent losses with which the next loss is compared to detect a spike (``Trainer.spike_deviations``)."""
+"""Number of recent losses with which a new loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
 
 def carry_size_of(model: Model, rows: int) -> CarrySize | None:
-    """The size of the model state that training carries from window to window; None if the windows are independent."""
+    """``Trainer.carry_size`` for batches of ``rows`` rows; None if training this model carries no state."""
     length = model.carried_state_length
     return None if length is None else (rows, length)
 
@@ -50,21 +51,22 @@ class TrainState:
     """The complete state of training between two steps. The next steps depend only on this state and their batches.
 
     Attributes:
-        step: number of steps, including skipped steps; the random key of a step is derived from it.
+        step: number of steps so far, including skipped steps. The random key of a step is derived from ``key`` and
+            this number.
         params: trained parameters, float32.
         optimizer: Optax state.
-        key: root key of all random numbers.
-        ema: exponential moving average of ``params``, or None.
+        key: root key of the random numbers of all steps.
+        ema: exponential moving average of ``params``; None without ``Trainer.ema_decay``.
         skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
-        model_state: model state at the end of the last batch whose step was not skipped (``model.state_specs``), or
-            None. A later skipped step empties the rows with ``batch.reset``.
-        frozen: parameters that are not trained (``Trainer.adaptation``), or None.
+        model_state: model state at the end of the last batch whose step was not skipped (``model.state_specs``). A
+            later skipped step empties the rows with ``batch.reset``. None without ``Trainer.carry_size``.
+        frozen: parameters that are not trained; None without ``Trainer.adaptation``.
         recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, with NaN in unused
             entries; None without ``Trainer.spike_deviations``.
 
-    The leaves are arrays. ``Trainer.abstract`` returns the same tree with shapes as leaves, and ``Trainer.shardings``
-    returns it with shardings as leaves.
+    The leaves are arrays. ``Trainer.abstract`` returns the same tree with ``jax.ShapeDtypeStruct`` as leaves, and
+    ``Trainer.shardings`` with shardings as leaves.
     """
 
     step: Any
@@ -96,19 +98,20 @@ class Trainer:
         model: the model.
         optimizer: any Optax transformation. It gets the loss as ``value`` (for ``optax.contrib.reduce_on_plateau``).
         loss: the ``loss`` of an objective, or a function with its signature.
-        grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other and their
-            gradients are summed. This saves memory and gives the same gradient, except for dropout, batch normalisation
-            and router losses, which are computed for each micro-batch. It must be 1 with ``carry_size``.
+        grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other, which saves
+            memory, and their gradients are summed. The sum is the gradient of the whole batch, with three exceptions:
+            dropout, batch normalization and router losses are computed for each micro-batch. A must be 1 with
+            ``carry_size``.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
-            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
-            of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have a
+            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies as soon as half of
+            this number of losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have a
             similar rule with 6 deviations. They also compare the gradient norm, and they include the losses of skipped
-            steps. None: a step is skipped only if its loss or gradient is not finite.
+            steps. None: a step is skipped only if its loss or gradient norm is not finite.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no
             state.
-        adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
-        learning_rate: the schedule, a function of the number of updates; used only for logging.
+        adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all parameters.
+        learning_rate: the learning rate as a function of the number of earlier updates. It is used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
 
     Raises:
@@ -151,12 +154,14 @@ class Trainer:
         return self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
 
     def init(self, key: jax.Array, params: Params | None = None) -> TrainState:
-        """The initial state, created with its shardings. The values do not depend on the number of devices.
+        """The initial state, created with the shardings of :meth:`shardings`.
+
+        The values do not depend on the number of devices.
 
         Args:
             key: root key of all random numbers of the training.
-            params: initial parameters of the model, which are copied; with ``sharding``, to the devices of the mesh.
-                None initializes them at random.
+            params: initial parameters of the model. The state gets a copy of them, with ``sharding`` on the devices of
+                the mesh. None initializes the parameters at random.
 
         Raises:
             ValueError: a trained parameter is not float32.
@@ -192,11 +197,11 @@ class Trainer:
         )  # fmt: skip
 
     def abstract(self, params: Params | None = None) -> TrainState:
-        """Shapes (and shardings) of the state, to restore a checkpoint or to compile the step ahead of time.
+        """Shapes, dtypes and shardings of the state, to restore a checkpoint or to compile the step ahead of time.
 
         Args:
-            params: the parameters passed to ``init``; only their shapes and dtypes are used. Frozen parameters may have
-                a dtype other than float32.
+            params: the parameters passed to ``init``; only their shapes and dtypes are used. This argument is needed if
+                a frozen parameter is not float32. None: all parameters are float32.
         """
         params = spec.abstract(self.model.specs) if params is None else params
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -226,9 +231,9 @@ class Trainer:
     def model_params(self, state: TrainState) -> Any:
         """The parameters of the model for evaluation and export, including frozen parameters.
 
-        With ``ema_decay``, the result has the moving average of the trained parameters. Otherwise, with NT-ASGD, it has
-        the mean that the optimizer computes (before averaging starts, the current parameters). In all other cases, it
-        has the current parameters.
+        With ``ema_decay``, the trained parameters are their moving average. Without ``ema_decay`` but with NT-ASGD,
+        they are the mean that the optimizer computes (before averaging starts, the current parameters). In all other
+        cases, they are the current parameters.
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
@@ -247,29 +252,30 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- step
 
     def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
-        """The state after one update, and metrics. The function is pure.
+        """The state after one step, and metrics. The function is pure.
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
         If all targets of the batch have weight 0, the loss is NaN, so the step is skipped. A skipped step changes only
         the counters, and empties the model-state rows with ``batch.reset``. Everything else stays bitwise the same.
         Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of
-        the new parameters), ``weight`` (sum of the weights of the targets), ``skipped`` and ``skipped_in_a_row``, and
-        the mean of each term of the loss (``jaxlm.objectives.batch.LossWithTerms``).
+        the trained parameters after the step), ``weight`` (sum of the weights of the targets), ``skipped`` and
+        ``skipped_in_a_row``, and the mean of each term of the loss (``jaxlm.objectives.batch.LossWithTerms``).
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
-        parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
+        parameters. ``parameter_norm`` shows this case: it is finite only if all trained parameters are finite.
 
-        If no model state is carried, the loss may return new values of some parameters, for example the running
-        statistics of batch normalisation. After the update, they overwrite the parameters with the same names, also
-        the frozen ones (``adaptation``).
+        If no model state is carried, the loss may return new values of some parameters instead of a model state, for
+        example the running statistics of batch normalization. After the update, these values overwrite the trained and
+        the frozen parameters of the same names.
 
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
-            axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap``, or inside ``jax.shard_map``
-                with ``check_vma=False``.
+            axis_name: the name of the mapped axis over which gradients are summed. Set it inside ``jax.pmap``, and
+                inside ``jax.shard_map`` with ``check_vma=False``.
 
         Raises:
-            ValueError: ``grad_accum_steps`` does not divide the number of rows, or is above 1 with a carried state.
+            ValueError: ``grad_accum_steps`` does not divide the number of rows, or it is above 1 and the trainer
+                carries a model state.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -290,7 +296,7 @@ class Trainer:
         if state.recent_losses is not None:
             accepted &= ~self._is_spike(loss, state.recent_losses)
 
-        # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, it would first copy the old
+        # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, XLA would first copy the old
         # moments (docs/labbook.md).
         trees = (state.params, state.optimizer, state.ema, model_state, state.frozen)
         trees = jax.lax.cond(
@@ -344,7 +350,10 @@ class Trainer:
     def _accumulated_gradients(
         self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any
     ) -> tuple[Any, Any]:
-        """The result of ``_gradients``, computed one micro-batch after the other."""
+        """As ``_gradients``, computed one micro-batch after the other.
+
+        If the loss returns new values of parameters, the second result is their mean over the micro-batches.
+        """
         if model_state is not None:
             raise ValueError(
                 f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: set it to 1"
@@ -367,7 +376,7 @@ class Trainer:
         params, optimizer_state, ema, model_state, frozen = trees
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # With `gradient` and `gradient_norm`, clipping need not compute the norm again. Transformations such as
+        # Clipping reads `gradient` and `gradient_norm`, so it does not compute the norm again. Transformations such as
         # optax.contrib.reduce_on_plateau read the loss (`value`). Optax drops these arguments for optimizers that do
         # not accept them.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
@@ -379,7 +388,7 @@ class Trainer:
             model_state = new_model_state
         elif new_model_state is not None:
             params, frozen = self._overwrite(params, frozen, new_model_state)
-            # Statistics are not averaged: evaluation and export use those of the last step.
+            # NT-ASGD does not average the running statistics: evaluation and export use those of the last step.
             optimizer_state = nt_asgd.map_mean(
                 optimizer_state, lambda mean: self._overwrite(mean, frozen, new_model_state)[0]
             )
@@ -389,7 +398,7 @@ class Trainer:
         return params, optimizer_state, ema, model_state, frozen
 
     def jit_step(self) -> Step:
-        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, which must not be used again."""
+        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, so do not use this state again."""
         if self.sharding is None:
             return jax.jit(self.step, donate_argnums=0)
         sharding = self.sharding
@@ -407,10 +416,10 @@ class Trainer:
         )
 
     def pmap_step(self) -> Step:
-        """:meth:`step` with data parallelism by ``jax.pmap``.
+        """:meth:`step`, compiled with ``jax.pmap`` for data parallelism.
 
-        The state (``flax.jax_utils.replicate``) and the batch have a leading device axis: the tokens of a batch are
-        [devices, B / devices, T]. The input state is donated. The field ``sharding`` is not used.
+        The state (``flax.jax_utils.replicate``), the batch and the metrics have a leading device axis: the tokens of a
+        batch are [devices, B / devices, T]. The input state is donated. The field ``sharding`` is not used.
         """
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -451,7 +460,10 @@ def _to_host_if_local(x: Any) -> Any:
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """The batch [B, ...] as [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so no row moves between devices."""
+    """The batch [B, ...] as [A, B / A, ...].
+
+    Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides their number.
+    """
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:

@@ -21,6 +21,10 @@ def test_texts_are_in_one_group_if_they_share_most_trigrams():
     assert group_similar([first, half]) == [0, 1]
 
 
+def test_texts_without_words_are_similar_only_if_they_are_equal():
+    assert group_similar(["", "?!", "a", "?!"]) == [0, 1, 2, 1]
+
+
 def test_similarity_is_the_jaccard_index_of_trigrams():
     first = random_text(60)
     changed = " ".join([*first.split()[:48], *random_text(12).split()])

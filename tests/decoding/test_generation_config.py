@@ -76,6 +76,7 @@ def test_a_list_of_end_ids_in_the_config_is_used_if_it_has_that_of_the_tokenizer
         return given.resolve(dataclasses.replace(model, metadata=metadata), TOKENIZER).end_ids
 
     assert end_ids() == end_ids(file={"max_new_tokens": 3}) == expected
+    assert end_ids(file={"eos_token_id": [3, 999]}) == (3,)  # id 999 is not in the vocabulary
     assert end_ids(file={"eos_token_id": 3}) == end_ids(GenerationConfig(end_ids=(3,))) == (3,)
     assert end_ids(GenerationConfig(ignored_fields=("eos_token_id",)), {"eos_token_id": [256, 4]}) == expected
 

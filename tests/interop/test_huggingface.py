@@ -485,6 +485,25 @@ def test_an_interrupted_save_of_shards_cannot_be_loaded(tmp_path: Path, monkeypa
         load_pretrained(tmp_path)
 
 
+def test_an_interrupted_save_leaves_no_generation_config_of_the_earlier_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    save_pretrained(tmp_path, model, params)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    install_files = integrity.install_files
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        install_files(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(integrity, "install_files", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path, model, params)
+    loaded, _ = load_pretrained(tmp_path)
+    assert loaded.metadata.generation_config is None
+
+
 def test_parameters_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
     model, params = load_pretrained(GOLDENS / "tied")
     with pytest.raises(ValueError, match=r"parameters of gpt .*\n.*missing: token_embedding"):

@@ -389,6 +389,8 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"head_dim": "8"}, "head_dim='8' must be a whole number or None"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not supported in rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters of type linear has no field factor"),
         ({"rope_theta": 0.0}, "rotary_base=0.0 must exceed 1"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear has no field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
@@ -478,6 +480,8 @@ def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
     fields = config_json.describe(config, Path("config.json"), {}).model.config
     assert (fields.rotary_base, fields.window_rotary_base) == (1e6, 2e4)
     assert fields.rotary_scaling == RotaryScaling("linear", 8.0)
+    del config["architectures"]
+    assert config_json.describe(config, Path("config.json"), {}).model.config == fields
     rope["sliding_attention"]["rope_type"] = "linear"
     with pytest.raises(ValueError, match="rope_type='linear' of sliding_attention is not supported"):
         config_json.describe(config, Path("config.json"), {})

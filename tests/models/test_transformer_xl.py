@@ -14,6 +14,7 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
+from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
     add_noise,
     apply,
@@ -232,3 +233,11 @@ def test_fields_of_hugging_face_configs():
     for tie_projs in ([True, True], [False, True, False]):
         with pytest.raises(ValueError, match="the first entry must be false, and all other entries must be equal"):
             read({"tie_projs": tie_projs})
+
+
+def test_a_mesh_may_split_a_vocabulary_that_needs_padding():
+    model, params, _ = setup(vocab_size=63, vocab_multiple=2)
+    hidden = np.random.default_rng(0).normal(size=(2, 3, model.config.embed_dim)).astype(np.float32)
+    expected = logits_of(model, params, hidden)
+    with Sharding(make_mesh({"tensor": 2}, devices=jax.devices()[:2])).scope():
+        assert relative_error(jax.jit(model.logits)(params, hidden), expected) < TOLERANCE

@@ -59,6 +59,9 @@ def test_invalid_arguments_raise_errors():
     with pytest.raises(ValueError, match="text 1 is '', which has no tokens: pass at least one character"):
         attention_maps(model, params, tokenizer, ["sun", ""])
     assert attention_maps(model, params, tokenizer, []) == []
+    limit = model.config.max_positions
+    with pytest.raises(ValueError, match=f"has {limit + 1} tokens, but the model has max_positions={limit}: set max_t"):
+        attention_maps(model, params, tokenizer, ["sun", "a" * (limit + 1)], max_tokens=None)
 
 
 def test_long_texts_are_truncated():

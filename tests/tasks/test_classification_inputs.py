@@ -159,6 +159,7 @@ def test_convolutions_get_the_length_of_the_longest_input():
     assert fields("alexnet", changes={"kernels": (5,)}, max_length=64) == {"max_positions": 64, "pools": (60,)}
     assert fields("alexnet", changes={"kernels": (80,)}) == {"max_positions": 80, "pools": (1,)}
     assert fields("alexnet", changes={"kernels": (7, 3)}) == {"max_positions": 70}
+    assert fields("alexnet", changes={"kernels": ("a",)}) == {"max_positions": 70}  # the config reports the wrong type
     assert fields("resnet") == {"max_positions": 72}
     assert fields("resnet", max_length=10) == {"max_positions": 64}
     assert fields("resnet", changes={"k_max": "a"}) == fields("resnet")  # the config reports the wrong type

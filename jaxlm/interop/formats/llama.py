@@ -437,11 +437,11 @@ FORMATS = (
     _QWEN3_MOE,
     _span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
     _SMOLLM3,
-    _GEMMA3,
     dataclasses.replace(  # in files of the base class, tensor names have no prefix
         _GEMMA3,
         architectures={"Gemma3TextModel": {"task": "none"}},
         prefix="",
         default_fields={**_GEMMA3.default_fields, "task": "none"},
     ),
+    _GEMMA3,  # the last format is the default for files without architectures
 )

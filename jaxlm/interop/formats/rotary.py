@@ -68,23 +68,23 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
         hf_scaling.pop("finetuned", None)  # a note in the files of the authors of YaRN; transformers does not read it
     if kind not in get_args(Kind):
         raise ValueError(
-            f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
+            f"rope_type={kind!r} is not supported in {name}: choose from default, {', '.join(get_args(Kind))}"
         )
-    field_of = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
+    field_of = {hf_field: field for field, (hf_field, kinds) in _SCALING.items() if kind in kinds}
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
-    for name, value in hf_scaling.items():
-        if name not in field_of or isinstance(value, str):
+    for field, value in hf_scaling.items():
+        if field not in field_of or isinstance(value, str):
             raise ValueError(
-                f"{name}={value!r} of {kind} rope_scaling is not supported: the supported fields are "
+                f"{field}={value!r} of {kind} {name} is not supported: the supported fields are "
                 f"{', '.join(field_of)}; their values must not be strings"
             )
-    scaling = {field_of[name]: value for name, value in hf_scaling.items()}
+    scaling = {field_of[field]: value for field, value in hf_scaling.items()}
     if "factor" not in scaling:
-        raise ValueError(f"rope_scaling of type {kind} has no field factor: add it")
+        raise ValueError(f"{name} of type {kind} has no field factor: add it")
     if kind in ("dynamic", "yarn"):
         if "original_positions" not in scaling and config.get("max_position_embeddings") is None:
             raise ValueError(
-                f"rope_scaling of type {kind} needs the length of the training sequences: add max_position_embeddings"
+                f"{name} of type {kind} needs the length of the training sequences: add max_position_embeddings"
             )
         scaling.setdefault("original_positions", config.get("max_position_embeddings"))
     return {**fields, "rotary_scaling": RotaryScaling(kind, **scaling)}

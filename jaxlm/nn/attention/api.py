@@ -39,17 +39,19 @@ def attention(
     """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, width of v] in ``v``'s dtype.
 
     The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
-    probabilities. Whether an entry is dropped depends only on the random key and on the indices of the entry, so
-    ``reference`` and ``blockwise`` drop the same entries.
+    probabilities. With threefry keys (JAX's default), whether an entry is dropped depends only on the random key and
+    on the indices of the entry. So ``reference`` and ``blockwise`` drop the same entries.
 
     Args:
-        k_BSGK, v_BSGK: arrays, or views of a cache (``jaxlm.nn.attention.cache``). G divides H. G = H is multi-head
-            attention, G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query
-            head h reads key head ``h // (H / G)``.
-        scale: default ``1 / sqrt(K)``.
+        q_BTHK: the queries.
+        k_BSGK, v_BSGK: the keys and values, as arrays or as views of a cache (``jaxlm.nn.attention.cache``). G divides
+            H. G = H is multi-head attention, G = 1 multi-query attention, and any other G grouped-query attention
+            (Ainslie et al. 2023). Query head h reads key head ``h // (H / G)``.
+        mask: which keys each query may attend to. Default: all keys.
+        scale: factor of the scores. Default: ``1 / sqrt(K)``.
         bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], or one or several attention
-            biases (``jaxlm.nn.attention.bias``, ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile
-            (``reference`` and ``decode``: as one dense array).
+            biases (``jaxlm.nn.attention.bias``, ``jaxlm.nn.attention.distance_bias``). ``blockwise`` and ``pallas``
+            compute attention biases tile by tile, ``reference`` and ``decode`` as dense arrays.
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
             are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is always used. The
@@ -58,12 +60,13 @@ def attention(
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.
             - ``decode``: for few queries; reads only the filled part of a cache; no dropout.
-            - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh axis over tokens.
+            - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh that splits the
+              time axis.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
-              and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh axis over tokens.
+              and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh that splits the time axis.
             - ``cudnn``: NVIDIA GPUs (Ampere and later), half precision; head widths that are multiples of 8 up to 128,
-              the same for keys and values; no biases, no dropout, no ``Mask.query_order``, no segments, no mesh axis
-              over tokens.
+              the same for keys and values; no biases, no dropout, no ``Mask.query_order``, no
+              ``Mask.query_segments``, no mesh that splits the time axis.
 
     Raises:
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
@@ -71,7 +74,7 @@ def attention(
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask)
     S = k_BSGK.shape[1]
-    biases = _split_bias(bias, q_BTHK.shape, S)
+    biases = _attention_biases(bias, q_BTHK.shape, S)
     if scale is None:
         scale = 1.0 / math.sqrt(q_BTHK.shape[3])
     key = key if dropout > 0.0 else None
@@ -105,10 +108,10 @@ def _check_shapes(q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask) -> No
         x = getattr(mask, name)
         if x is not None and (x.shape[:1] not in ((1,), (B,)) or x.shape[1:] != (length,)):
             raise ValueError(f"{name} {x.shape} must be [1 or {B}, {length}]")
-    if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
+    if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or not G or H % G:
         raise ValueError(
-            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
-            "heads of k and v must divide that of q"
+            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} do not match: for q [B, T, H, K], k must be "
+            "[B, S, G, K] and v must be [B, S, G, any width], where G divides H"
         )
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
@@ -118,8 +121,10 @@ def _choose(
     q_BTHK: jax.Array, v_BSGK: Any, mask: Mask, biases: tuple[AttentionBias, ...], key: jax.Array | None,
     implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
-    """The implementation to run: the given one, or the fastest known one if it is None; ``reference`` while attention
-    weights are recorded, and for an empty batch."""
+    """The implementation to run: ``implementation``, or the fastest known one if ``implementation`` is None.
+
+    While attention weights are recorded, and for an empty batch, it is always ``reference``.
+    """
     is_known = implementation in (None, *get_args(Implementation))
     if is_known and (is_recording() or not q_BTHK.shape[0]):
         return "reference"
@@ -134,8 +139,8 @@ def _choose(
     return implementation or choices.attention(T, S, biases=bool(biases), reasons=reasons)
 
 
-def _split_bias(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[AttentionBias, ...]:
-    """The attention biases in the argument ``bias``, after a check of their shapes. A dense array becomes one."""
+def _attention_biases(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[AttentionBias, ...]:
+    """The argument ``bias`` as a tuple of attention biases, after a check of their shapes."""
     B, T, H, _ = q_shape
     if hasattr(bias, "shape"):
         if bias.shape not in itertools.product({1, B}, {1, H}, {T}, {S}):

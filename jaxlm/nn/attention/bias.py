@@ -1,10 +1,10 @@
 """Attention biases (position biases, relative encodings) that are computed tile by tile.
 
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
-attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
-bias needs no array [H, T, S], except in the implementations ``reference`` and ``decode``, which call :func:`dense`. The
-function declares which slices of the float arrays a tile needs (``required_slices``) and gets only these slices. It
-gets integer arrays whole.
+attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
+tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
+:func:`dense`. The function declares which slices of the float arrays a tile needs (``required_slices``) and gets only
+these slices. It slices the integer arrays itself (``Tile.query_column``, ``Tile.key_row``).
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
 table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
@@ -87,9 +87,9 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
     if not choices.shift_rows_by_reshape():
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
-    # A reshape from rows of P to rows of P - 1 entries shifts each row relative to the row before (Dai et al. 2019,
-    # appendix B, where the slice starts at entry R - 1). This strip has one more column, so that the slice starts at
-    # entry R, which is usually a multiple of the vector width.
+    # A reshape from rows of P to rows of P - 1 entries shifts each row by one entry relative to the row before (Dai et
+    # al. 2019, appendix B). In the paper, the slice starts at entry R - 1. Here, ``x`` has one more column, so that the
+    # slice starts at entry R, which is usually a multiple of the vector width.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -123,8 +123,8 @@ class AttentionBias:
         bias_fn: computes the bias of a tile. It gets the arrays of one row of the batch and one head, without these two
             axes.
         floats: the differentiable arrays by name, each [1 or B, 1 or H, ...].
-        integers: integer arrays that the function needs, such as positions: ``query`` [1 or B, T], ``key`` [1 or B, S],
-            or both. None: no arrays.
+        integers: a dict of integer arrays, such as positions: ``query`` [1 or B, T], ``key`` [1 or B, S], or both.
+            None: the function needs no integer arrays.
     """
 
     bias_fn: BiasFn = struct.field(pytree_node=False)
@@ -133,7 +133,7 @@ class AttentionBias:
 
 
 def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile) -> dict[str, jax.Array]:
-    """The arrays of one row and one head, sliced for the tile (``required_slices``)."""
+    """The slices of ``floats``, the arrays of one row and one head, that the tile needs (``required_slices``)."""
     slices = bias_fn.required_slices(tile)
     return {name: lax.dynamic_slice_in_dim(x, *slices[name]) if name in slices else x for name, x in floats.items()}
 
@@ -205,5 +205,8 @@ def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
 
 
 def vmap_axes(tree: Any, axis: int) -> Any:
-    """``in_axes`` of ``jax.vmap`` for arrays after :func:`drop_unit_axes`: 0, or None if ``axis`` had size 1."""
+    """``in_axes`` of a ``jax.vmap`` over ``axis``, for arrays after :func:`drop_unit_axes`.
+
+    It is 0, or None if ``axis`` of the array in ``tree`` has size 1.
+    """
     return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)

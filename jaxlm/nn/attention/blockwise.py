@@ -1,18 +1,19 @@
-"""Attention in blocks of queries: O(T) memory, scores are recomputed in the backward pass (after Dao et al. 2022).
+"""Attention in blocks of queries, with O(T) memory. The backward pass recomputes the scores, as in Dao et al. 2022.
 
-For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. There are
-three cases:
+For each head, one matmul multiplies a block of queries with a range of keys. The range contains all visible keys, which
+are the keys that at least one query of the block may attend to. There are three cases:
 
-- The mask has ``query_order`` or segments, there are many keys, and heads are computed in a loop: the range is computed
-  at run time from the integers of the mask. Its length is rounded up to one of a few lengths.
-- Otherwise, the mask is causal by index (no ``query_order``): the range is known at trace time. It ends at the last
-  query of the block's section (:data:`MAX_SECTIONS`) and, with a window, starts at the window of the section's first
-  query.
-- Otherwise: the range contains all keys.
+- The range is computed at run time from the integers of the mask, and its length is rounded up to one of a few lengths.
+  This case has three conditions: a loop computes one head at a time (``sequential``), the mask has ``query_order`` or
+  segments, and there are at least :data:`MIN_KEYS_FOR_RANGES` keys.
+- Otherwise, if the mask is causal by index (no ``query_order``), the range is known at trace time. It ends at the last
+  query of the block's section (:data:`MAX_SECTIONS`). With a window, it starts at the first key in the window of the
+  section's first query, or up to ``ALIGN - 1`` keys before.
+- Otherwise, the range contains all keys.
 
 In a loop over heads, all heads of a row may share the mask of a block (``choices.share_mask_between_heads``).
 
-In addition to the inputs, the forward pass saves only the output and the log-sum-exp of each row.
+In addition to the inputs, the forward pass saves only the output and the log-sum-exp of the scores of each query.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, R rows of a block, E keys of a block.
 """
@@ -178,7 +179,8 @@ def _backward_block(
     """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
     gradients."""
     weights, keep = jnp.exp(block.scores(static, bias_integers) - lse_R[:, None]), block.keep
-    if static.bias_fns:  # lse is rounded if a bias is large, such as -1e9, so that the weights of a row do not sum to 1
+    if static.bias_fns:
+        # If a bias is large, such as -1e9, the rounding error of lse is large, so that a row does not sum to 1.
         total_R1 = jnp.sum(weights, axis=1, keepdims=True)
         weights = weights / jnp.where(total_R1 > 0.0, total_R1, 1.0)
     dweights = dot(dout_RK, block.v_EK, 1, 1)
@@ -207,7 +209,7 @@ def _all_bias_gradients(
     return tuple(map(gradients_of_bias, static.bias_fns, static.shared, bias_arrays, integers))
 
 
-# ----------------------------------------------------------------------------------- blocks of some heads of a row
+# ----------------------------------------------------------------------------- blocks of one or all heads of a row
 
 
 def _loop_over_blocks(
@@ -218,8 +220,8 @@ def _loop_over_blocks(
     order, _, segments, _ = integers[0]
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
     is_causal_by_index = static.causal and order is None
-    # The range is computed only in a loop over heads. Otherwise, rows of the batch may need different keys, and vmap
-    # would run all branches.
+    # The range is computed only in a loop over heads. Without the loop, vmap computes all rows of the batch together.
+    # They may need ranges of different lengths, so vmap would run all branches of the switch.
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
     )
@@ -287,7 +289,7 @@ def _heads_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """The output [T, H, V] of the heads of one row of the batch, and the log-sum-exp of their scores, [H, T].
 
-    H may be one head or all heads.
+    ``floats`` contain one head or all heads of the row, and H is their number.
 
     Args:
         first_head: index of the first head among the heads of all rows.
@@ -479,7 +481,7 @@ class _Heads(NamedTuple):
     def read(self, arrays: Any, axes: Any) -> Any:
         """The slices of arrays [1 or B, ...] for these heads, without the axis of the batch.
 
-        ``axes`` are the axes of heads. One entry may apply to a whole subtree.
+        ``axes`` are the axes of heads in the arrays. One entry may apply to a whole subtree.
         """
 
         def read(x: jax.Array, axis: int) -> jax.Array:
@@ -490,7 +492,7 @@ class _Heads(NamedTuple):
         return _map_with_axes(read, arrays, axes=axes)
 
     def write(self, arrays: Any, values: Any, axes: Any) -> Any:
-        """The arrays with ``values`` in the slices that :meth:`read` returns."""
+        """The arrays after ``values`` are written to the slices that :meth:`read` returns."""
 
         def write(x: jax.Array, value: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_update_slice(x, value[None], self._starts(x, axis))

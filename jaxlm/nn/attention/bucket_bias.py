@@ -2,10 +2,13 @@
 
     bias[head, query, key] = table[bucket(key position - query position), head]
 
-In each direction, half of the buckets (rounded down) contain one distance each. The other buckets contain ranges of
-distances, whose size grows exponentially. The last bucket of a direction contains all distances from ``max_distance``
+Bidirectional attention has N / 2 buckets for each direction. Causal attention has N buckets for one direction. Half of
+the buckets of a direction (rounded down) contain one distance each. The other buckets contain ranges of distances. The
+size of the ranges grows exponentially. The last bucket of a direction also contains all distances from ``max_distance``
 on. In bidirectional attention, bucket N / 2, the first bucket for keys after the query, is empty, because the distance
-of such keys is at least 1 (as in the published code). Shapes: H heads, N buckets.
+of such keys is at least 1 (as in the published code).
+
+Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from jaxlm.sharding import gather_sharding
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
-    """The bucket of each distance ``key position - query position`` from ``-max_distance`` to ``max_distance``, int32.
+    """The bucket of each distance from ``-max_distance`` to ``max_distance``, [2 * max_distance + 1] int32.
+
+    The distance is ``key position - query position``.
 
     The buckets are computed on the host, in float32 as in the published code, so that their boundaries do not depend on
     the rounding of a device.
 
     Args:
         buckets: N, the number of buckets.
-        max_distance: the last bucket contains all distances from this one on.
+        max_distance: all distances from this one on are in the last bucket of their direction.
         bidirectional: True: the upper half of the buckets is for keys after the query. False: such keys are in bucket
             0, because they are masked anyway.
 

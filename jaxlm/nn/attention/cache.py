@@ -1,9 +1,10 @@
 """The key-value cache: the keys and values that an attention layer keeps from one call to the next.
 
-Every array has an axis with the name ``batch``; beam search, resets and shardings find the axis by this name. Each row
-appends at its own ``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one
-token. Padding is stored too, with segment id 0, and real tokens do not attend to it. The last axis contains all heads
-of a slot (G * K), because a last axis of width K = 64 would leave half of a TPU's 128 vector lanes empty.
+Every array has an axis with the name ``batch``; beam search, resets and shardings find the axis by this name. A slot
+stores one token. ``length`` [B] is the number of used slots of each row. New tokens are appended after these slots, so
+the rows of a batch may contain different numbers of tokens. Padding is stored too, with segment id 0, and real tokens
+do not attend to padding. The last axis of keys and values contains all heads of a slot (G * K), because a last axis of
+width K = 64 would leave half of a TPU's 128 vector lanes empty.
 
 Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
@@ -190,7 +191,7 @@ class Context:
 
 
 def with_window(context: Context, window: int, state: State | None) -> Context:
-    """The context with a sliding window: a token attends to the last ``window`` tokens, itself included.
+    """The context with a sliding window: a token attends to at most the last ``window`` tokens, itself included.
 
     With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window does
     not count padding. Without a cache, the window counts indices, so it counts padding between tokens.
@@ -257,13 +258,14 @@ def make_context(
 
 
 def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids for the mask, of the new tokens [B, T] and of all slots [B, S]. Two equal ids belong to the same document.
+    """Document ids for the mask: of the new tokens [B, T], and of all slots [B, S].
 
-    0 is padding, or, for a single new token, an earlier document. A segment id that occurs again is a new document
-    (``jaxlm.nn.segments.document_numbers``).
+    Tokens of the same document have the same id. Padding has id 0. A segment id that occurs again after another segment
+    id is a new document (``jaxlm.nn.segments.document_numbers``). If T is 1, slots of earlier documents also have id 0,
+    because the new token does not attend to them.
 
     Args:
-        ids_BS: the segment ids of all slots, with those of the new tokens.
+        ids_BS: the segment ids of all slots, including the slots of the new tokens.
         new_ids_BT, slots_BT: the segment ids and the slots of the new tokens.
     """
     if new_ids_BT.shape[1] > 1:

@@ -44,7 +44,7 @@ def unsupported_reason(
 
 
 def _is_ampere_or_later(capability: str) -> bool:
-    """Whether the compute capability is high enough; False for AMD GPUs, whose "capability" is a name like gfx942."""
+    """Whether the compute capability is high enough; False for AMD GPUs, whose capability is a name such as gfx942."""
     major = capability.partition(".")[0]
     return major.isdigit() and int(major) >= MIN_COMPUTE_CAPABILITY
 
@@ -58,8 +58,10 @@ def attention(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Attention as in ``jaxlm.nn.attention.attention``. ``implementation="xla"`` gives the same result on all
-    platforms, within rounding."""
+    """Attention as in ``jaxlm.nn.attention.attention``.
+
+    ``implementation="xla"`` runs on all platforms. Its result differs only by rounding errors.
+    """
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, scale=scale, is_causal=mask.causal, local_window_size=window,

@@ -1,13 +1,14 @@
 """Attention of a few queries over a cache. The cost grows with the filled part of the cache, not with its size.
 
-Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
-is a branch of a ``lax.switch``. One matmul per head would first copy the cache into another layout. So two other ways
-to compute the products are used where they are possible (``jaxlm.nn.choices.decode_products``):
+The code reads only the slots up to the last slot that any query may attend to. Their number is rounded up to one of a
+few lengths, each of which is a branch of a ``lax.switch``. ``jaxlm.nn.choices.decode_products`` selects one of three
+ways to compute the products of queries, keys and values:
 
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
-  with zeros for the keys of other heads. This needs more arithmetic.
+  with zeros for the keys of other heads. This needs more arithmetic than one matmul per head.
 - ``sums``: elementwise products and sums, for one query per key head.
-- ``reference``: one matmul per head (``jaxlm.nn.attention.reference``), where neither of them is possible.
+- ``reference``: one matmul per head (``jaxlm.nn.attention.reference``). On a CPU or TPU, it would first copy the cache
+  into another layout, so it is used there only if devices cannot split the key heads evenly.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
 query heads of a device.
@@ -61,7 +62,7 @@ def attention(
 
 
 def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
-    """An upper bound of ``1 + i``, where i is the index of the last slot that a query may attend to.
+    """An upper bound of ``1 + i``, where i is the index of the last slot that any query of the batch may attend to.
 
     The bound may be too large, because key segments are compared only with the smallest and the largest query segment
     of the row.
@@ -78,7 +79,7 @@ def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
 def attend(
     q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
-    """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
+    """Attention over the first E of the S keys that ``mask`` describes, [B, T, H, V]; see :func:`attention`."""
     T, E = q_BTHK.shape[1], k_BEGK.shape[1]
     products = choices.decode_products(q_BTHK.shape, k_BEGK.shape, k_BEGK.dtype, sharding.num_shards(("heads",)))
     mask_E = dataclasses.replace(
@@ -106,7 +107,7 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
         sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))
         sum_lanes = np.repeat(np.eye(H, dtype=np.float32), lanes, axis=0)
         return (sums_BEHL.reshape(B, E, H * lanes) @ sum_lanes).swapaxes(1, 2)[:, :, None]
-    P = sharding.num_shards(("heads",))  # in this branch, G is the number of key heads of a device
+    P = sharding.num_shards(("heads",))  # the axis G of the einsum has the G / P key heads of a device
     q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
     block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, _reads_key_head(H, G, P).astype(q_BTHK.dtype))
     block_q = block_q.reshape(B, P, -1, T * H // P)
@@ -130,12 +131,12 @@ def _weighted_values(p_BHTE: jax.Array, v_BEGV: jax.Array, products: choices.Dec
 
 
 def _reads_key_head(H: int, G: int, P: int) -> np.ndarray:
-    """Whether a query head (second axis) reads a key head (first axis), for the heads of one device."""
+    """Whether a query head reads a key head, for the heads of one device, [key heads, query heads] bool."""
     return np.arange(G // P)[:, None] == np.arange(H // P) // (H // G)
 
 
 def _merge_heads(x_BEGK: jax.Array, shards: int) -> jax.Array:
-    """``x`` as [B, E, shards, heads of a shard * width]; on a TPU, the last axis is padded to a multiple of LANES."""
+    """``x`` as [B, E, shards, heads of a shard * width], with the last axis padded (``choices.lane_padding``)."""
     x = x_BEGK.reshape(*x_BEGK.shape[:2], shards, -1)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, choices.lane_padding(x.shape[3]))))
 

@@ -5,8 +5,7 @@
                                                       a vector r for each head and distance; XLNet uses the same
 
 The distance is ``query position - key position``. The numbers or vectors are the rows of a table, sorted by descending
-distance. The functions except :func:`sinusoids` return an ``AttentionBias``, which most implementations of
-``attention`` compute tile by tile.
+distance. All public functions except :func:`sinusoids` return an ``AttentionBias`` (``jaxlm.nn.attention.bias``).
 
 Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
 columns of a tile.
@@ -52,8 +51,8 @@ def distance_bias(
     """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
 
     Args:
-        table: [N, H] numbers if ``q_BTHK`` is None, otherwise [N, H, K] vectors. Row n is for distance ``max_distance -
-            n``. For distances outside the table, the nearest row is used.
+        table: numbers [N, 1 or H] if ``q_BTHK`` is None, otherwise vectors [N, 1 or H, K]. Row n is for distance
+            ``max_distance - n``. For distances outside the table, the nearest row is used.
         max_distance: the distance of row 0.
         queries, keys: T and S.
         query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start
@@ -75,7 +74,7 @@ def distance_bias(
 def distance_bias_at_query_positions(
     table: jax.Array, max_distance: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
 ) -> AttentionBias:
-    """The bias as in :func:`distance_bias`, for queries at any positions; the position of a key is its index.
+    """The bias as in :func:`distance_bias`, for any positions of queries. The position of a key is its index.
 
     The table must have a row for every distance that occurs: ``max_distance - N < query position - key index <=
     max_distance`` for all queries and keys. Otherwise the bias is undefined.
@@ -123,7 +122,10 @@ def type_bias(
 
 
 def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
-    """The arrays of a bias. Distances are the last axis, because matmuls with queries are then fast on a CPU."""
+    """The float arrays of a bias, by name.
+
+    Distances are the last axis of the table, because its matmul with the queries is then fast on a CPU.
+    """
     if q_BTHK is None:
         return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}
     return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}

@@ -26,7 +26,7 @@ class Mask:
         causal: a query attends only to keys with ``order(k) <= order(q)``. The default order of a query or key is its
             index.
         window: a query attends only to keys with ``order(q) - order(k) < window``. Needs ``causal``.
-        query_order / key_order: [1 or B, T] / [1 or B, S] int32; give both or neither.
+        query_order / key_order: [1 or B, T] / [1 or B, S] int32; give both or neither. Used only with ``causal``.
         query_segments / key_segments: [1 or B, T] / [1 or B, S] int32; give both or neither. 0 is padding, which
             attends only to padding.
     """
@@ -61,7 +61,10 @@ def document_mask(segment_ids: jax.Array | None, *, causal: bool = False) -> Mas
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """The dense boolean mask [B or 1, T, S], or None if nothing is masked. Only for few queries or keys."""
+    """The dense mask [B or 1, T, S], True where a query may attend to a key; None if nothing is masked.
+
+    The mask needs O(T * S) memory.
+    """
     orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
@@ -77,8 +80,8 @@ def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
 
     Args:
         mask: only ``causal`` and ``window`` are used.
-        orders: (of queries, of keys), two arrays that broadcast against each other; not used unless ``causal``.
-        segments: (of queries, of keys), which also broadcast; None: one segment.
+        orders: (of queries, of keys), two arrays that broadcast against each other; used only if ``mask.causal``.
+        segments: (of queries, of keys), two arrays that broadcast against each other; None: one segment.
     """
     visible = None if segments is None else segments[0] == segments[1]
     if mask.causal:

@@ -52,14 +52,15 @@ def memory_specs(
 
 @struct.dataclass
 class Context:
-    """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
+    """The positions and the mask of a call. The queries are the new tokens, the keys are the memory and the new tokens.
 
     Attributes:
-        query_positions: [1 or B, T]. Padding is not counted. So the distance of two tokens of a document depends
-            neither on padding nor on how the text is split into calls.
-        key_positions: [1 or B, S] of the memory and the new tokens.
+        query_positions: [1 or B, T]. Positions count the tokens from the start of the memory, without padding. So the
+            distance of two tokens of a document depends neither on padding nor on how the text is split into calls.
+        key_positions: [1 or B, S].
         mask: which of the S keys each of the T queries may attend to.
-        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`); None: the last M.
+        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None: the last M
+            keys, or there is no memory.
     """
 
     query_positions: jax.Array
@@ -115,7 +116,7 @@ def make_context(
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
-    """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows through it.
+    """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows into these arrays.
 
     Args:
         memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
@@ -131,7 +132,7 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -
 def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
     """The next memory of all layers of a state, stacked or per layer (see :func:`append`).
 
-    Call it once, after the loop over layers: a loop that carried the memories would copy them in every layer.
+    Call it once, after the loop over layers. A loop that carried the memories would copy all of them in every layer.
     """
     if isinstance(memory, tuple):
         return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
@@ -141,11 +142,11 @@ def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
 def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
     """``weight @ q`` for each head, [B, T, H, D]: the queries of absorbed attention.
 
-    The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So these queries attend to the
-    inputs themselves. The weighted mean of the inputs is then multiplied with the value weights
-    (:func:`project_heads`). The inputs in the memory are not projected again for every new token. If H * K = D, the
-    inputs need half the space of cached keys and values. ``jaxlm.nn.choices.absorbed_attention`` decides whether
-    absorbed attention is used.
+    The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So the queries ``weight @ q``
+    attend to the inputs themselves (:func:`attend`). The weighted mean of the inputs is then multiplied with the value
+    weights (:func:`project_heads`). In this way, the inputs in the memory are not projected again for every new token.
+    If H * K = D, the inputs need half the space of cached keys and values. ``jaxlm.nn.choices.absorbed_attention``
+    decides whether absorbed attention is used.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 

@@ -1,8 +1,8 @@
 """Pallas kernels for attention on TPU, with biases and ``Mask.query_order``; each block has whole rows of scores.
 
 A block of queries is multiplied with all keys at once. Its scores, with biases, stay in VMEM until they are multiplied
-with the values. Without the kernel, XLA writes each tile of the scores to HBM, and it does so several times if a
-relative bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
+with the values. Without the kernel, XLA writes each tile of the scores to HBM. It does so several times if a relative
+bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
 The backward pass recomputes the scores. A block has whole rows, so the backward pass also computes the sums over rows,
 and reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
@@ -174,7 +174,10 @@ def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
 
 
 def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
-    """Exponentials of a block's scores [R, S], and the inverse of their row sums [R, 1] (0 if no key is visible)."""
+    """``exp(scores - maximum of the row)`` of a block, [R, S], and the inverse of the row sums [R, 1].
+
+    The inverse is 0 for a query that may not attend to any key.
+    """
     visible = tile_scores.visible_keys(static, integers[0], tile)
     scores = tile_scores.scores(static, qkv[0], qkv[1], bias_arrays, integers[1], tile, visible)
     if static.keys < tile.columns:

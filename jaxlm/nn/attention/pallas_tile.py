@@ -1,10 +1,10 @@
 """Operations of attention biases on a tile of scores in the VMEM of a TPU, and their gradients.
 
-Relative biases move diagonals into columns, by rotations in the vector unit (``pltpu.roll``). The gradients are custom,
-because JAX has no gradient for these rotations.
+A bias of relative positions moves the diagonals of a matrix into columns, by rotations in the vector unit
+(``pltpu.roll``). The gradients are custom, because JAX has no gradient for ``pltpu.roll``.
 
-Shapes: R queries of a block, E keys, P = R + E entries of a strip (the slice of a table of
-distances that a tile needs), N rows of a table, K head width, Y any width.
+Shapes: R queries and E keys of a tile, P = R + E columns of a strip (the columns that a tile needs from a table with
+one column per distance), N columns of a table, K head width, Y any width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SUBLANE_BITS, LANE_BITS = 3, 7
 
 
 class Block(Tile):
-    """A tile in VMEM. Integer arrays are already sliced: a column [R, 1] for the queries, a row [1, E] for the keys."""
+    """A tile in VMEM. It contains all keys, so ``column`` is 0.
+
+    Integer arrays are already sliced: a column [R, 1] for the queries, a row [1, E] for the keys.
+    """
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         shape = self.rows, self.columns
@@ -75,8 +78,8 @@ def _append_zero_columns(x_RY: jax.Array, count: int) -> jax.Array:
 def _reverse_rows(x_RY: jax.Array) -> jax.Array:
     """The rows of ``x`` in reverse order, float32.
 
-    The function multiplies by a permutation matrix, because the vector unit cannot reverse rows. Each sum has one
-    nonzero term, so the result is exact.
+    The number of rows must be a multiple of LANES. The function multiplies by a permutation matrix, because the vector
+    unit cannot reverse rows. Each sum has one nonzero term, so the result is exact.
     """
     row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     permutation = (row + column == LANES - 1).astype(x_RY.dtype)
@@ -86,7 +89,7 @@ def _reverse_rows(x_RY: jax.Array) -> jax.Array:
 
 
 def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of q and of the table, from the gradient of their product; all have the same dtype."""
+    """The gradients of q and of the table, from the gradient of their product. All five arrays have the same dtype."""
     dq_RK, dtable_KN = dot(dproduct_RN, table_KN, 1, 1), dot(q_RK, dproduct_RN, 0, 0)
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
@@ -104,10 +107,10 @@ _product.defvjp(
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-    """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + max_shift].
+    """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + max_shift]; E is ``columns``.
 
-    ``first`` is at most ``max_shift``. The shifts by multiples of LANES come first, so that later rotations have fewer
-    columns.
+    Each ``first[i]`` must be in [0, max_shift]. The shifts by multiples of LANES come first, so that the later
+    rotations have fewer columns.
     """
     for bit in reversed(range(_vector_shift_bits(max_shift))):
         size = LANES << bit
@@ -130,7 +133,7 @@ def _gather_shifted_backward(
 
 
 def _vector_shift_bits(max_shift: int) -> int:
-    """Number of bits of the largest shift in units of LANES columns."""
+    """The number of bits of the largest shift, measured in units of LANES columns."""
     return (max_shift // LANES).bit_length()
 
 
@@ -141,7 +144,7 @@ _gather_shifted.defvjp(
 
 
 def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
-    """An array [R, E] whose entry (i, j) is entry (i, R - i + j) of ``x``."""
+    """An array [R, E] whose entry (i, j) is entry (i, R - i + j) of ``x`` [R, R + E]."""
     R, P = x_RP.shape
     return _rotate_progressively(x_RP, P - R)[:, : P - R]
 
@@ -152,8 +155,11 @@ def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
 
 
 def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of q and of the strip. Rows are reversed, because ``roll`` can only increase the shift from row to
-    row."""
+    """The gradients of q and of the strip.
+
+    Row i must be rotated by R - i, but ``pltpu.roll`` can only increase the shift from row to row. So the rows are
+    reversed first.
+    """
     q_RK, strip_KP = saved
     R, dtype = q_RK.shape[0], q_RK.dtype
     dproduct_RP = _rotate_progressively(
@@ -172,8 +178,11 @@ def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
 
 
 def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
-    """The sums along the diagonals. First, groups of SUBLANES rows are aligned and added. Then the rows of this sum are
-    aligned and added."""
+    """The gradient of the strip: the sums of ``dout`` along its diagonals.
+
+    First, groups of SUBLANES rows are shifted into alignment with each other and added. Then the SUBLANES rows of this
+    sum are shifted into alignment with each other and added.
+    """
     padded_RP = _append_zero_columns(dout_RE, R)
     groups = (pltpu.roll(padded_RP[row : row + SUBLANES], R - row, 1) for row in range(0, R, SUBLANES))
     total = functools.reduce(jnp.add, groups)

@@ -30,7 +30,8 @@ def attention(
 ) -> jax.Array:
     """Attention as in ``jaxlm.nn.attention.attention``.
 
-    If attention weights are recorded (``jaxlm.nn.weight_record``), the probabilities before dropout are appended.
+    While attention weights are recorded (``jaxlm.nn.weight_record``), this function records the probabilities before
+    dropout.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)

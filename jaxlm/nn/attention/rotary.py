@@ -1,9 +1,10 @@
 """Rotary position embeddings (Su et al. 2021), and frequency scaling for long texts.
 
-The entries of a head form pairs. Each pair is rotated by an angle that is proportional to the position, so that scores
-depend on distances only. Entry ``i`` is paired with entry ``i + P`` (as in Hugging Face's Llama), not with the next
-entry (as in the paper and in Meta's files). The two conventions differ only in the order of the entries of queries and
-keys, and so in the order of the output features of the query and key weights.
+The entries of a head form pairs. Each pair is rotated by an angle that is proportional to the position. So the score of
+a query and a key depends on their positions only through the distance between them. Entry ``i`` is paired with entry
+``i + P`` (as in Hugging Face's Llama), not with the next entry (as in the paper and in Meta's files). The two
+conventions differ only in the order of the entries of queries and keys, and so in the order of the output features of
+the query and key weights.
 
 Shapes: B batch, T time, H heads, K head width, P pairs (K / 2, or fewer if only a part of each head is rotated).
 """
@@ -27,29 +28,33 @@ class RotaryScaling:
 
     kind: Kind
     """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware) if
-    ``max_positions`` of :func:`rotary_frequencies` exceeds ``original_positions``. llama3 and yarn: divide the
-    frequencies of slow pairs by ``factor``, keep those of fast pairs, and interpolate between them."""
+    ``max_positions`` of :func:`rotary_frequencies` exceeds ``original_positions``. llama3 (Llama 3.1) and yarn (Peng et
+    al. 2023): divide low frequencies by ``factor``, keep high frequencies, and interpolate for the frequencies between
+    them."""
     factor: float
     """linear, llama3, yarn: the number by which frequencies are divided, often the ratio of the longest text length to
-    the longest training sequence. dynamic: the base is multiplied by ``(factor * r - factor + 1) ** (K / (K - 2))``,
-    where r is ``max_positions / original_positions``, at least 1."""
+    the longest training sequence. dynamic: the base is multiplied by ``(factor * r - factor + 1) ** (w / (w - 2))``.
+    r is ``max_positions / original_positions``, at least 1, and w is the number of rotated entries of a head."""
     original_positions: int | None = None
     """Length of the longest training sequence; not needed for linear scaling."""
     low_frequency_factor: float = 1.0
     """llama3: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this in
     ``original_positions`` positions."""
     high_frequency_factor: float = 4.0
-    """llama3: the frequency of a pair is unchanged if the pair makes more turns than this."""
+    """llama3: the frequency of a pair is unchanged if the pair makes more turns than this in ``original_positions``
+    positions."""
     beta_fast: float = 32.0
     """yarn: the frequency of a pair is unchanged if the pair makes more turns than this in ``original_positions``
     positions."""
     beta_slow: float = 1.0
-    """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
+    """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this in
+    ``original_positions`` positions."""
     truncate: bool = True
-    """yarn: frequencies are interpolated from the index of the pair with ``beta_fast`` turns to the index of the pair
-    with ``beta_slow`` turns. True rounds the first index down and the second index up to an integer."""
+    """yarn: the interpolation is linear in the index of the pair. It begins at the (fractional) index of a pair with
+    ``beta_fast`` turns and ends at that of a pair with ``beta_slow`` turns. True: the first index is rounded down to an
+    integer, and the second index is rounded up."""
     attention_factor: float | None = None
-    """yarn: queries and keys are multiplied by this factor; None: ``0.1 * log(factor) + 1``."""
+    """yarn: the rotated entries of queries and keys are multiplied by this factor; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -61,7 +66,7 @@ class RotaryScaling:
         if self.kind != "linear" and (self.original_positions is None or self.original_positions < 1):
             raise ValueError(
                 f"original_positions={self.original_positions} of {self.kind} rotary scaling must be at least 1: "
-                "give the length of the sequences of the original training"
+                "give the length of the longest training sequence"
             )
         if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError(
@@ -75,17 +80,18 @@ class RotaryScaling:
 def rotary_frequencies(
     width: int, base: float, scaling: RotaryScaling | None = None, max_positions: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """The rotation angle of each pair per position, [P] float32, and the factor of the cosines and sines (1 for all
-    kinds except yarn).
+    """The rotation angle of each pair per position, [P] float32, and the factor by which the cosines and sines are
+    multiplied (1 for all kinds except yarn).
 
     Args:
         width: number of entries of a head that are rotated: K, or less for partial rotation (:func:`rotary_width`).
         base: base of the geometric series of frequencies (``rope_theta``).
-        max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
-            compute the base in each call from the longest row, so cached keys and later queries may have different
-            bases. The frequencies equal those of other libraries for sequences of length ``max_positions``, and also
-            for shorter sequences if ``max_positions`` is at most ``original_positions``. Other kinds of scaling do not
-            use ``max_positions``.
+        scaling: None: the frequencies are not scaled.
+        max_positions: length of the longest sequence; only ``dynamic`` uses it. It determines one base for all calls.
+            Other libraries, such as transformers, compute a base in each call from the longest row, so that cached keys
+            and later queries may have different bases. The frequencies equal those of other libraries for sequences of
+            length ``max_positions``. If ``max_positions`` is at most ``original_positions``, they are also equal for
+            shorter sequences.
 
     Raises:
         ValueError: an odd width; or, with dynamic scaling, a width below 4 or no ``max_positions``.
@@ -133,8 +139,9 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    # ``last - first`` can be negative only if all pairs make fewer than beta_slow turns, or all make more than
-    # beta_fast turns. Then all weights are equal, as in transformers.
+    # ``last - first`` is negative only in two cases. If ``last`` is negative, all pairs make fewer than beta_slow
+    # turns, but all weights are 1. If ``first`` exceeds ``width - 1``, all pairs make more than beta_fast turns, but
+    # all weights are 0. The results are the same as in transformers.
     return 1.0 - np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
 
@@ -145,10 +152,10 @@ def check_dynamic_scaling(scaling: RotaryScaling | None, max_positions: int | No
 
 
 def rotary_width(head_dim: int, fraction: float) -> int:
-    """The number of entries of a head that rotary positions rotate: ``fraction * head_dim``, rounded down.
+    """The number of entries of a head that are rotated: ``fraction * head_dim``, rounded down.
 
     Raises:
-        ValueError: the fraction is not in (0, 1], or the number is odd or 0.
+        ValueError: the fraction is not in (0, 1], or the number of entries is odd or 0.
     """
     width = int(fraction * head_dim)
     if not 0.0 < fraction <= 1.0 or width < 2 or width % 2:
@@ -166,11 +173,12 @@ def rotary_angles(
     scaling: RotaryScaling | None = None,
     max_positions: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angle of each pair at each position, times the factor of :func:`rotary_frequencies`; both
-    are [B, T, P] float32.
+    """Cosine and sine of the angle of each pair at each position, both [B, T, P] float32.
 
-    All layers with the same base and scaling can use the same angles. Arguments and errors: see
-    :func:`rotary_frequencies`.
+    Both are multiplied by the factor that :func:`rotary_frequencies` returns.
+
+    All layers with the same base and scaling can use the same angles. See :func:`rotary_frequencies` for the arguments
+    and the errors.
     """
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
     angles_BTP = positions_BT.astype(jnp.float32)[..., None] * frequencies_P[None, None, :]
@@ -178,9 +186,10 @@ def rotary_angles(
 
 
 def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Queries or keys rotated by the angles of their positions (from :func:`rotary_angles`), in the dtype of ``x``.
+    """Queries or keys rotated by the angles of their positions, [B, T, H, K] in the dtype of ``x``.
 
-    If there are angles for fewer than K / 2 pairs, only the first 2 P entries are rotated.
+    ``angles`` are from :func:`rotary_angles`. If P is less than K / 2, only the first 2 P entries of each head are
+    rotated.
 
     Example:
         >>> angles = rotary_angles(jnp.array([[0, 5]]), 4, 10000.0)

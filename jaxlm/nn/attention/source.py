@@ -27,7 +27,7 @@ def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
 
 
 def project_once(project: SourceKV, layers: Any) -> Any:
-    """The keys and values of the source for all layers. The decode state contains them.
+    """The keys and values of the source for all layers, to be stored in the decode state.
 
     The result is a tuple with one dict per layer, whose arrays ``key`` and ``value`` are [N, S, H * K]. For L stacked
     layers, it is one dict, whose arrays are [L, N, S, H * K].
@@ -44,13 +44,16 @@ def project_once(project: SourceKV, layers: Any) -> Any:
 
 
 def read_projected(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, SourceKV]:
-    """The weights of the decoder layers, and a function from the weights of one layer to its keys and values.
+    """The weights of the decoder layers, and a function from the weights of one layer to the layer's keys and values.
 
-    The weights of a layer get an additional entry: its ``source_kv``, or, for stacked layers, the ``index`` of the
-    layer. With the index, a layer reads its slice of the stack in place; a scan over the stack would copy the slice.
+    The returned weights have one more entry per layer. For layers in a tuple, it is ``source_kv``, the keys and values
+    of the layer. For stacked layers, it is ``index``, the index of the layer. With the index, a layer reads its slice
+    of the stack in place. A scan over the stack would copy the slice.
 
     Args:
-        source_kv: from :func:`project_once`.
+        layers: the weights of all layers, as in :func:`project_once`.
+        source_kv: the keys and values from :func:`project_once`.
+        num_heads: H, the number of heads of the keys and values.
     """
     if isinstance(layers, tuple):
         layers = tuple({**layer, "source_kv": kv} for layer, kv in zip(layers, source_kv, strict=True))

@@ -27,7 +27,7 @@ from jaxlm.nn.attention.mask import Mask, keep
 
 MAX_BLOCK = 1024
 """Maximum number of queries, and of keys, of a block."""
-_PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token has them
+_PADDED_QUERY, _PADDED_KEY = -1, -2  # Segment ids of the padding to LANES. No other token has them.
 
 
 def unsupported_reason(mask: Mask, biases: Sequence[Any], key: jax.Array | None) -> str | None:
@@ -60,9 +60,12 @@ def attention(
 
 
 def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
-    """The output with zeros for queries without a visible key, for which the kernel averages masked values."""
+    """The output, with zeros for queries without a visible key.
+
+    For these queries, the kernel returns a mean of values that they may not attend to.
+    """
     if mask.query_segments is None or mask.query_segments is mask.key_segments:
-        return out_BTHK  # each query can attend at least to itself
+        return out_BTHK  # each query may attend to itself, or to all keys if nothing is masked
     visible = keep(mask, out_BTHK.shape[1], keys)
     assert visible is not None
     return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with ``any``
@@ -75,7 +78,7 @@ def _device_attention(causal: bool, window: int | None, qkv: Any, _: Any, segmen
     (q, k, v), (q_segments, k_segments) = qkv, segments
     (B, T, H), S = q.shape[:3], k.shape[1]
     padding = [-T % LANES, -S % LANES]
-    if padding[1] and q_segments is None and not causal:  # without segments, only a causal mask hides padding keys
+    if padding[1] and q_segments is None and not causal:  # only segments or a causal mask hide padding keys
         q_segments, k_segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     q, k, v = (
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, size), (0, 0), (0, 0))), 1, 2)
@@ -90,10 +93,10 @@ def _device_attention(causal: bool, window: int | None, qkv: Any, _: Any, segmen
     if q_segments is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
-        q_segments, k_segments = (x.astype(jnp.int32) for x in (q_segments, k_segments))  # ids of padding are negative
+        q_segments, k_segments = (x.astype(jnp.int32) for x in (q_segments, k_segments))  # the padding has negative ids
         q_segments = jnp.pad(q_segments, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
         k_segments = jnp.pad(k_segments, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
-        # All rows of the batch may share one row of segments.
+        # The segments may have one row for the whole batch.
         q_segments, k_segments = (jnp.broadcast_to(x, (B, x.shape[1])) for x in (q_segments, k_segments))
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=q_segments, kv=k_segments))
     return jnp.swapaxes(out, 1, 2)[:, :T]
@@ -124,5 +127,5 @@ def _kernel(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
             residual_checkpoint_name=tile_scores.SAVED,
         )  # fmt: skip
-        # NumPy arrays are not on a device, so they become constants of each compiled program.
+        # NumPy arrays belong to no device, so they can become constants of each program that uses the cached kernel.
         return jax.tree.map(np.asarray, kernel)

@@ -1,4 +1,7 @@
-"""Pallas kernels on a mesh: each device runs the kernel on its shard, because kernels have no partitioning rule."""
+"""Pallas kernels on a mesh: each device runs the kernel on its own shard.
+
+Kernels have no partitioning rule, so the compiler cannot split them over devices.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], float
     On a mesh, each device computes its shard (``shard_map``). Without a mesh, ``run`` is called directly.
 
     Args:
+        run: computes attention for the rows and heads in its arguments.
         qkv: q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V].
         floats: any tree of arrays [1 or B, 1 or H, ...].
         integers: any tree of arrays [1 or B, ...].
@@ -34,7 +38,7 @@ def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], float
         return run(qkv, floats, integers)
     q, k, v = qkv
     if k.shape[2] % active.num_shards(("heads",)):
-        # Devices cannot split the key heads evenly. So each key head is repeated for each query head that reads it.
+        # The devices cannot split the key heads evenly, so each query head gets its own copy of its key head.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
 
     def partition_spec(x: Any, names: tuple[str | None, ...], what: str) -> Any:

@@ -21,7 +21,7 @@ SAVED = "attention"
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """The static (trace-time) arguments of the scores."""
+    """The static (trace-time) arguments of the scores: those of the mask, the scale, and the function of each bias."""
 
     causal: bool
     window: int | None
@@ -36,8 +36,8 @@ def scores(
     """The masked scores of a tile, [R, E] float32, with biases.
 
     Args:
-        bias_arrays: for each bias, the slices of its arrays that the tile needs.
-        bias_integers: for each bias, its integers.
+        bias_arrays: for each bias, the slices of its float arrays that the tile needs (``slice_for_tile``).
+        bias_integers: for each bias, its integer arrays or None.
         visible_RE: the mask of the tile (:func:`visible_keys`).
     """
     scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale

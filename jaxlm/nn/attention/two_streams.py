@@ -28,19 +28,23 @@ Kind = Literal["permuted", "left_to_right", "bidirectional"]
 the position after token t. ``bidirectional``: only the content stream, without a causal mask."""
 
 _MEMORY_ORDER = -(2**30)
-"""The order of all memory slots if there is a factorization order: lower than the order of any token. Differences from
-this number do not overflow int32."""
+"""The order of all memory slots if there is a factorization order. It is lower than the order of any token, and
+differences between it and the orders of tokens do not overflow int32."""
 
 
 @struct.dataclass
 class Stream:
-    """The queries of one stream. Positions are relative to the first of the S keys.
+    """The queries of one stream.
+
+    By default, the position of a key is its index among the S keys, and ``query_indices`` or ``query_offset`` gives the
+    positions of the queries on the same scale. If ``positions`` is not None, it replaces both fields.
 
     Attributes:
         mask: which keys each query may attend to.
-        query_offset: the position of the first query, if the positions of the queries are consecutive.
-        query_indices: [1 or B, P] positions of the queries; None: the positions are consecutive.
-        positions: positions of queries [1 or B, T or P] and keys [1 or B, S]; None: the position of a key is its index.
+        query_offset: the position of the first query. The queries after it have the next positions.
+        query_indices: [1 or B, P] the position of each query; None: ``query_offset`` is used.
+        positions: the positions of queries [1 or B, T or P] and keys [1 or B, S]. Padding is not counted, and positions
+            may be negated (``right_to_left`` of :func:`make_streams`). None: the default positions.
         token_types: token types of queries [B, T or P] and keys [B, S]; None: no types.
     """
 
@@ -74,11 +78,14 @@ def make_streams(
     """The content stream and, unless ``kind`` is bidirectional, the query stream.
 
     Args:
-        state: a state as in ``memory.memory_specs``, with ``token_types`` [B, M]; None: there is no memory, and S = T.
-        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. Default: one document.
-        token_types: [B, T] integers, or None.
+        state: a state as in ``memory.memory_specs``, with ``token_types`` [B, M] if the argument ``token_types`` is
+            given; None: there is no memory, and S = T.
+        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: one document.
+        kind: see :data:`Kind`.
+        token_types: [B, T] integers; None: the streams have no token types.
         right_to_left: [B] bool, True for rows whose positions are negated; None: no rows.
-        order: [B, T] integers, the factorization order. Required for ``kind="permuted"``; None for other kinds.
+        order: [B, T] integers, the order of each token in the factorization. Required for ``kind="permuted"``; must be
+            None for other kinds.
         targets: [B, P] integers, the positions to predict. Required for ``kind="permuted"``; not used for other kinds.
     """
     B, T = tokens_BT.shape
@@ -110,8 +117,8 @@ def make_streams(
         Args:
             select: a function that gets an array with one entry per token and returns the entries of the queries.
             offset: position of a query minus position of its token.
-            order_BT: the highest order that each query may attend to. None: the index of the query if the mask is
-                causal, otherwise no limit.
+            order_BT: the highest order that each query may attend to. None: with a causal mask, a query may attend to
+                keys up to its own index; without a causal mask, to all keys.
         """
         mask = Mask(
             causal=is_causal,

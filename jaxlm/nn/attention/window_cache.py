@@ -57,8 +57,9 @@ class Context:
 def make_context(
     tokens_BT: jax.Array, state: State | None, start_BT: jax.Array | None, keep_BT: jax.Array | None, window: int
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start`` (None
-    without a state).
+    """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start``.
+
+    Without a state, the second result is None.
 
     Args:
         state: a dict with ``num_tokens`` and ``document_start``; other entries are returned unchanged. None: no
@@ -66,9 +67,9 @@ def make_context(
         start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``). None:
             each row is one document without padding; ``state`` must then be None too.
         keep_BT: False at padding. None has the meaning of ``start_BT=None``. Without a state, no padding may be between
-            two tokens of a document, because the window would count it. The indices from
-            ``jaxlm.nn.convolution.window.real_first_indices`` move padding to the end of the rows.
-        window: number of tokens that a token attends to, itself included.
+            two tokens of a document, because the window would count it. To move the padding to the end of the rows,
+            call ``jaxlm.nn.convolution.window.move_padding_last`` first.
+        window: W, the maximum number of tokens that a token attends to, itself included.
     """
     B, T = tokens_BT.shape
     if start_BT is None or keep_BT is None:
@@ -77,8 +78,8 @@ def make_context(
     before_B, document_B = (zeros_B, zeros_B) if state is None else (state["num_tokens"], state["document_start"])
     order_BT = before_B[:, None] + jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1
     first_BT = jax.lax.cummax(jnp.where(start_BT, order_BT, document_B[:, None]), axis=1)
-    # The id of a document is 1 + the index of its first token in the row, because segment ids may occur again. The id
-    # of padding is 0.
+    # The id of a document is 1 + the index of its first token among the real tokens of the row, in all calls. Segment
+    # ids cannot be used, because two documents may have the same segment id. The id of padding is 0.
     document_BT = jnp.where(keep_BT, first_BT + 1, 0)
     positions_BT = jnp.where(keep_BT, order_BT - first_BT, 0)
     if state is None:
@@ -88,7 +89,7 @@ def make_context(
     is_stored_BT = keep_BT & (order_BT >= after_B[:, None] - window)
     slots_BT = jnp.where(is_stored_BT, order_BT % window, window)
     state = {**state, "num_tokens": after_B, "document_start": first_BT[:, -1]}
-    if T == 1:  # the new token replaces the only cached token outside its window, so attention reads the updated cache
+    if T == 1:  # the new token replaces the only cached token outside its window, so the updated cache has all its keys
         key_order, key_document = _slot_contents(after_B, first_BT[:, -1], window)
     else:
         key_order, key_document = (
@@ -103,7 +104,7 @@ def make_context(
 
 
 def _slot_contents(num_tokens_B: jax.Array, document_start_B: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    """For each slot: the index of its token in the row, and the id of the token's document, both [B, W].
+    """For each slot, the index of its token among the real tokens of the row, and the id of its document; both [B, W].
 
     The id is 0 for empty slots and for tokens of earlier documents, because no new token may attend to them.
     """

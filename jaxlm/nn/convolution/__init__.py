@@ -1,4 +1,4 @@
-"""Convolutions over time (full and depthwise), their weight normalisation, and pooling."""
+"""Convolutions over time (full and depthwise), their weight normalization, and pooling."""
 
 from jaxlm.nn.convolution.depthwise import (
     causal_depthwise_convolution,

@@ -1,6 +1,6 @@
 """Depthwise convolution over time, for complete texts and for texts that are read in several calls.
 
-Shapes: B batch, T time, K taps, C channels, L steps of a block.
+Shapes: B batch, T time, T' outputs, K taps, C channels, W length of a tail, S = W + T, L steps of a block.
 """
 
 from __future__ import annotations
@@ -50,17 +50,19 @@ def depthwise_convolution(
 ) -> jax.Array:
     """``y_t = bias + sum_k weight_k * x_{t + k * dilation - before}`` for each channel separately, [B, T', C].
 
-    ``before`` is the padding at the start. See :func:`jaxlm.nn.convolution.window.windows` for ``padding`` and
-    ``dilation``.
+    ``before`` is the number of steps of padding at the start (:func:`jaxlm.nn.convolution.window.padding_and_count`).
 
     Args:
-        segment_ids: [B, T]; an output reads only its own document; inputs of other documents count as zeros. A change
-            of the id starts a document (``jaxlm.nn.segments.document_numbers``). The document of output t is that of
-            step t; for ``valid``, that of its last tap.
+        params: as in :func:`depthwise_convolution_specs`.
+        padding: see :data:`jaxlm.nn.convolution.window.Padding`.
+        dilation: number of steps from one tap to the next.
+        segment_ids: [B, T]. An output reads only its own document. Inputs of other documents count as zeros. A change
+            of the id starts a document (``jaxlm.nn.segments.document_numbers``). Output t belongs to the document of
+            step t. With ``valid`` padding, it belongs to the document of its last tap. None: each row is one document.
         implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
-            shifts and multiplies the whole input for each tap, and sums the products in one pass; its custom gradient
-            saves the input, but not the products. None chooses the fastest known: ``shifts`` on a CPU and for segments,
-            otherwise ``reference``.
+            shifts and multiplies the whole input for each tap, and sums the products in one pass. Its custom gradient
+            saves the input, but not the products. None chooses ``shifts`` on a CPU or with segment ids, otherwise
+            ``reference``.
 
     Raises:
         ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,
@@ -81,7 +83,7 @@ def _convolution(
     documents_BT: jax.Array | None,
     implementation: DepthwiseImplementation,
 ) -> jax.Array:
-    """As :func:`depthwise_convolution`, with the document of each step."""
+    """The result of :func:`depthwise_convolution`, from document numbers instead of segment ids."""
     weight_KC = params["weight"].astype(x_BTC.dtype)
     kernel, channels = weight_KC.shape
     if x_BTC.ndim != 3 or x_BTC.shape[-1] != channels:
@@ -109,7 +111,8 @@ def causal_depthwise_convolution(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal depthwise convolution over the real tokens of each row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
+    If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None. See
+    ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
     implementation = choices.depthwise_convolution(layout.segment_ids)
     if tail_BWC is None:
@@ -120,10 +123,10 @@ def causal_depthwise_convolution(
 
 @dataclasses.dataclass(frozen=True)
 class _Taps:
-    """The taps of each output.
+    """The taps of each of ``count`` outputs.
 
-    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. The document of output t
-    is that of input ``t + document_offset``.
+    Output t reads ``x[t + offset]`` for each offset in ``offsets``. Output t belongs to the document of input
+    ``t + document_offset``.
     """
 
     offsets: tuple[int, ...]
@@ -160,7 +163,8 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_docu
     float32.
 
     On a single CPU device, the gradient is summed over blocks of time, because one sum per tap over the whole input
-    would read the input once per tap. The steps at both ends that do not fill a block are summed without blocks.
+    would read the input once per tap. A block has only outputs whose taps are all inside the input. The outputs before
+    the first block and after the last block are summed without blocks.
     """
     min_offset, max_offset = min(taps.offsets), max(taps.offsets)
     begin = min(max(0, -min_offset), taps.count)

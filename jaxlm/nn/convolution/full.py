@@ -1,6 +1,6 @@
 """Convolution over time (not depthwise), for complete texts and for texts that are read in several calls.
 
-Shapes: B batch, T time, K taps, C input channels, D output channels.
+Shapes: B batch, T time, T' outputs, K taps, C input channels, D output channels, W length of a tail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def convolution_specs(
 ) -> dict[str, ArraySpec]:
     """Specs of ``weight`` [K, C, D...] and, if ``bias`` is True, ``bias`` [D...], with one or more output axes D.
 
-    ``axes`` are the logical names of C and D.
+    ``axes`` are the logical names of C and of each output axis.
 
     Example:
         >>> convolution_specs((3, 64, 128), ("embed", "mlp"), Normal(0.02))["weight"].axes
@@ -40,12 +40,12 @@ def convolution(
 ) -> jax.Array:
     """The convolution over time (a cross-correlation, as in PyTorch), [B, T', D...].
 
-    See ``jaxlm.nn.convolution.window.windows`` for the options. With ``segment_ids`` [B, T], an output reads only its
-    own segment; inputs of other segments count as zeros.
+    See ``jaxlm.nn.convolution.window.windows`` for the options and the errors. With ``segment_ids`` [B, T], an output
+    reads only its own document, and inputs of other documents count as zeros.
 
     The windows are gathered into one array and multiplied with the weights in one matmul. On a CPU, for 3 to 7 taps and
     64 to 512 channels, this is as fast as ``lax.conv``, gradients included. For a single token (T = 1), it is 3 to 7
-    times as fast. Windows can also be masked at segment boundaries, which ``lax.conv`` does not support.
+    times as fast. Windows can also be masked at document boundaries, which ``lax.conv`` does not support.
     """
 
     def convolve(params: Params, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -62,7 +62,8 @@ def causal_convolution(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The causal convolution over the real tokens of each row, [B, T, D...], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
+    If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None. See
+    ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
 
     def convolve(params: Params, layout: TokenLayout, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:

@@ -1,6 +1,7 @@
 """Max pooling and k-max pooling over time.
 
-Shapes: B batch, T time, C channels, K taps of a window or selected entries of a channel, W length of a tail.
+Shapes: B batch, T time, T' windows, C channels, K taps of a window (or selected entries of a channel), W length of a
+tail.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, wi
 def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> jax.Array:
     """The maximum of each window, for each channel, [B, T', C].
 
-    See ``jaxlm.nn.convolution.window.windows`` for the options. Padding counts as minus infinity. If several entries
-    are equal to the maximum, they share the gradient.
+    ``window`` is the number of taps. See ``jaxlm.nn.convolution.window.windows`` for the other options and the errors.
+    Padding counts as minus infinity. If several entries are equal to the maximum, they share the gradient.
     """
     windows_BTKC = windows(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
     return jnp.max(windows_BTKC, axis=2)
@@ -29,7 +30,8 @@ def causal_max_pool(
 ) -> tuple[jax.Array, Any]:
     """The maximum of each causal window over the real tokens of a row, [B, T, C], and the tail for the next call.
 
-    See ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
+    If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None. See
+    ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
     windows_BTKC, tail = causal_windows(layout, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
     return jnp.max(windows_BTKC, axis=2), tail

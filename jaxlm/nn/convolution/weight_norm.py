@@ -1,4 +1,4 @@
-"""Weight normalisation (Salimans & Kingma 2016) of the weights of a linear layer or a convolution."""
+"""Weight normalization (Salimans and Kingma 2016) of the weights of a linear layer or a convolution."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from jaxlm.spec import ArraySpec, Constant, Normal, Params
 
 
 def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
-    """Specs with ``direction`` and ``gain`` (one per output) instead of ``weight``.
+    """``specs`` with ``direction`` (in the shape of the weight) and ``gain`` (one per output) instead of ``weight``.
 
-    The initial gain is the standard deviation of the entries times the square root of the number of inputs. This is
-    about the L2 norm of a direction, so the initial weight has about the same scale as without weight normalization.
+    The initial gain is the standard deviation of the initial weight times the square root of the number of inputs. This
+    is about the L2 norm of an initial direction. So the initial weight has about the same scale as without weight
+    normalization.
 
     Args:
         specs: from ``linear_specs`` or ``convolution_specs``.
         num_input_axes: number of input axes of the weight, which come first.
 
     Raises:
-        ValueError: the weight is not initialized from a Gaussian.
+        ValueError: the initializer of the weight is not ``Normal``.
     """
     weight = specs["weight"]
     if not isinstance(weight.init, Normal):
         raise ValueError(f"weight normalisation needs a weight initialized by Normal(...), got {weight.init}")
     norm = weight.init.stddev * math.prod(weight.shape[:num_input_axes]) ** 0.5
-    # Only the gain gets weight decay. Decay of the direction would not change the weight, only the effective step size.
+    # Only the gain gets weight decay. Decay of the direction would not change the weight. It would only change the
+    # effective step size.
     return {
         "direction": ArraySpec(weight.shape, weight.axes, weight.init),
         "gain": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], Constant(norm), decay=True),
@@ -36,7 +38,7 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> di
 
 
 def weight_norm(params: Params, *, num_input_axes: int) -> dict[str, Any]:
-    """Parameters for ``linear`` or ``convolution``, with the normalised weight.
+    """The parameters for ``linear`` or ``convolution``, with the normalized weight in float32.
 
     For each output, ``weight = gain * direction / norm(direction)`` (Salimans and Kingma 2016, eq. 2).
     """

@@ -3,10 +3,11 @@
 A causal window must contain the last real tokens of its own document and must skip padding, wherever the padding is.
 So :func:`move_padding_last` moves the padding of each row to the row's end before the first layer, and
 :func:`restore_order` restores the original order after the last layer. Between these two functions, the real tokens of
-a row are adjacent, within a call of the model and across calls. A change of the segment id is a document boundary. Each
-layer passes its last real inputs, the tail, from one call to the next.
+a row are adjacent, within a call of the model and across calls. A change of the segment id starts a document. From one
+call to the next, each layer passes its tail: the inputs of the layer at the last W real tokens.
 
-Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model (at least 1).
+Shapes: B batch, T time, T' windows, C channels, K taps of a window, W length of a tail, S = W + T, P largest W of a
+model (at least 1).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from jaxlm.nn.segments import document_numbers, segment_boundaries
 from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
-"""``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
-The position of the window of output t:
+"""``same`` and ``causal`` pad the input, so that there is one output per input (with stride 1). ``valid`` does not pad,
+so there is one output per window inside the input. The position of the window of output t:
 
     valid     begins at step ``t * stride``
     causal    ends at step ``t * stride``
@@ -45,11 +46,13 @@ def windows(
     """The inputs in each window, [B, T', K, C].
 
     Args:
-        kernel: K, the number of taps of a window; taps are ``dilation`` steps apart.
-        stride: steps from one window to the next.
-        segment_ids: [B, T]; taps outside the window's document give ``fill``. A change of the id starts a document
-            (``jaxlm.nn.segments.document_numbers``). The document of a window is that of step ``t * stride``; for
-            ``valid``, that of its last tap.
+        kernel: K, the number of taps of a window.
+        padding: see :data:`Padding`.
+        stride: number of steps from one window to the next.
+        dilation: number of steps from one tap to the next.
+        segment_ids: [B, T]. Taps outside the window's document give ``fill``. A change of the id starts a document
+            (``jaxlm.nn.segments.document_numbers``). Window t belongs to the document of step ``t * stride``. With
+            ``valid`` padding, it belongs to the document of its last tap. None: each row is one document.
         fill: the value of taps outside the input or the document.
 
     Raises:
@@ -88,7 +91,10 @@ def _windows(
 def padding_and_count(
     length: int, kernel: int, *, padding: Padding, stride: int = 1, dilation: int = 1
 ) -> tuple[int, int, int]:
-    """The padding before and after ``length`` steps, and the number of windows; see :func:`windows`."""
+    """The numbers of steps of padding before and after an input of ``length`` steps, and the number of windows.
+
+    The arguments and the errors are those of :func:`windows`.
+    """
     reach = (kernel - 1) * dilation
     if padding not in ("same", "valid", "causal"):
         raise ValueError(f"padding={padding!r} is unknown: choose from 'same', 'valid', 'causal'")
@@ -111,12 +117,13 @@ class TokenLayout:
     """The segments and the order of the tokens of a call, after the padding of each row was moved to the row's end.
 
     Attributes:
-        segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
+        segment_ids: [B, T], the segment ids after reordering; None: each row is one document, and there is no state.
         original_indices: [B, T], the index of each token before reordering; None: the tokens were not reordered.
-        past_segment_ids: [B, P], segment ids of the last real tokens of earlier calls; None without a state.
-        documents: [B, P + T], the document of each of these tokens and of each token of the call
-            (``jaxlm.nn.segments.document_numbers``); P is 0 without a state. None: ``segment_ids`` is None.
-        num_real_B: number of real tokens of the call; None without segment ids and state.
+        past_segment_ids: [B, P], the segment ids of the last P real tokens of earlier calls; None without a state.
+        documents: [B, P + T], the document number (``jaxlm.nn.segments.document_numbers``) of each token of
+            ``past_segment_ids`` and then of ``segment_ids``. Without a state, it is [B, T]. None if ``segment_ids`` is
+            None.
+        num_real_B: the number of real tokens of each row in the call; None if ``segment_ids`` is None.
     """
 
     segment_ids: Any
@@ -128,7 +135,7 @@ class TokenLayout:
     def recurrence_masks(self) -> dict[str, jax.Array]:
         """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
 
-        The dict is empty without segment ids and state, because each row is then one document without padding.
+        If ``segment_ids`` is None, the dict is empty, because each row is then one document without padding.
         """
         if self.segment_ids is None:
             return {}
@@ -138,15 +145,22 @@ class TokenLayout:
 
 
 def past_segment_specs(batch: int, tail_length: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``max(tail_length, 1)`` real tokens.
+    """Spec of the segment ids of the last P real tokens, [B, P], where P is ``max(tail_length, 1)``.
 
-    Like the tails, these ids are part of the state of a model. An id of 0 means that no token was read yet.
+    Like the tails, these ids are part of the state of a model. An id of 0 means that fewer than P real tokens were
+    read.
+
+    Args:
+        tail_length: the length of the longest tail of the model.
     """
     return ArraySpec((batch, max(tail_length, 1)), ("batch", None), dtype=jnp.int32)
 
 
 def tail_specs(batch: int, tail_length: int, channels: int, dtype: DTypeLike) -> ArraySpec:
-    """Spec of a layer's last real inputs. Causal windows need ``tail_length = (kernel - 1) * dilation``."""
+    """Spec of a layer's tail, [B, W, C], where W is ``tail_length``.
+
+    Causal windows need a tail of length ``(kernel - 1) * dilation``.
+    """
     return ArraySpec((batch, tail_length, channels), ("batch", None, "activation_embed"), dtype=dtype)
 
 
@@ -156,6 +170,7 @@ def move_padding_last(
     """The tokens with each row's padding moved to the end of the row, and their :class:`TokenLayout`.
 
     Args:
+        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: all tokens belong to document 1.
         past_BP: segment ids of the tokens of earlier calls (:func:`past_segment_specs`); None without a state.
     """
     if segment_ids is None and past_BP is None:
@@ -177,8 +192,10 @@ def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def restore_order(layout: TokenLayout, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The hidden states in the original order of the tokens, and the past segment ids for the next call (None
-    without a state)."""
+    """The hidden states in the original order of the tokens, and the past segment ids for the next call.
+
+    Without a state, the second result is None.
+    """
     past = layout.past_segment_ids
     if past is not None:
         past = _last_real(jnp.concatenate([past, layout.segment_ids], axis=1), layout.num_real_B, past.shape[1])
@@ -199,7 +216,7 @@ def causal_windows(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The inputs in each causal window, [B, T, K, C], and the tail for the next call.
 
-    Without a tail (``tail_BWC`` None), the tail for the next call is None.
+    If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None.
     """
     if tail_BWC is None:
         return _windows(x_BTC, kernel, "causal", 1, dilation, layout.documents, fill), None
@@ -208,7 +225,7 @@ def causal_windows(
 
 
 def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tail followed by the new inputs [B, W + T, C], their documents, and the tail for the next call."""
+    """The tail followed by the new inputs [B, S, C], their document numbers [B, S], and the tail for the next call."""
     reach = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - reach :]

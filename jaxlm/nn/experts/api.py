@@ -1,4 +1,4 @@
-"""Mixture of experts: a router selects a few SwiGLU MLPs (experts) for each token; their weighted outputs are added.
+"""Mixture of experts: for each token, a router selects a few SwiGLU MLPs (experts). Their weighted outputs are added.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert.
 """
@@ -28,6 +28,9 @@ def expert_specs(
     """The specs of ``router`` [D, E], ``gate`` and ``up`` [E, D, F], and ``down`` [E, F, D], all without biases.
 
     Args:
+        width: D.
+        hidden: F.
+        num_experts: E.
         shared_hidden: hidden width of a shared expert, which processes every token. It adds the specs ``shared`` (a
             SwiGLU MLP) and ``shared_gate`` [D, 1]. None: no shared expert.
     """
@@ -69,9 +72,10 @@ def mixture_of_experts(
         renormalize: whether the weights of a token sum to 1; otherwise, they are its router probabilities.
         keep_BT: False at padding tokens. Their output is not defined, and the statistics ignore them. None: no padding.
         capacity_factor: in each row, an expert accepts at most this multiple of the mean number of tokens per expert
-            (``jaxlm.nn.experts.capacity``). The expert drops the other tokens that selected it, so it adds 0 to their
-            outputs. None: no limit.
-        implementation: how experts without a capacity are computed. None selects the fastest known. The choices are
+            (``jaxlm.nn.experts.capacity``). Other tokens that selected the expert are dropped: the expert adds 0 to
+            their outputs. None: no limit.
+        implementation: how experts without a capacity are computed. None chooses the fastest known one. The
+            implementations are
 
             - ``reference``: the plain definition; every expert processes every token.
             - ``ragged_dot``: tokens sorted by expert, and ``jax.lax.ragged_dot``. JAX cannot ``vmap`` it over ``x_BTD``

@@ -1,8 +1,8 @@
 """Mixture of experts with a capacity (Lepikhin et al. 2021, Fedus et al. 2022): experts have a fixed number of slots.
 
 Because the number of slots is fixed, the arrays that devices exchange have static shapes. If a mesh axis splits both
-the batch and the experts, one all-to-all moves tokens to the devices of their experts, and another one moves the
-outputs back.
+the batch and the experts, one all-to-all moves tokens to the devices of their experts, and another all-to-all moves the
+outputs back. An assignment is a pair of a token and one of its selected experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert, C slots
 of an expert in a row, A = T * N assignments of a row, P = E * C slots of a row.
@@ -27,10 +27,10 @@ def with_capacity(
     """For each token, the weighted sum of the outputs of the experts that accepted it, [B, T, D].
 
     In each row, an expert accepts at most ``factor * (real tokens of the row) * N / E`` tokens, rounded up. Earlier
-    tokens have priority. So the result for a token does not depend on the values of later tokens, but it depends on
-    their number. An expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, its
-    output is 0, and only the residual connection passes it to the next layer. Padding tokens get no slot. Their output
-    is not defined.
+    tokens have priority. So the result for a token depends on the number of later tokens, but not on their values. An
+    expert that did not accept a token adds 0 to the token's output. If no expert accepts a token, the output of the
+    token is 0, and only the residual connection passes the token to the next layer. Padding tokens get no slot, and
+    their output is not defined.
 
     Args:
         keep_BT: False at padding. None: no padding.
@@ -41,7 +41,7 @@ def with_capacity(
     limit_by_num_tokens = np.minimum(limits, T).astype(np.int32)
     C = int(limit_by_num_tokens[T])
     A, P = T * N, E * C
-    # The slot of a token depends on all earlier tokens of its row, so all tokens of a row must be on one device.
+    # The slot of a token depends on all earlier tokens of its row. So all tokens of a row must be on the same device.
     x_BTD = constrain(x_BTD, ("batch", None, "activation_embed"))
     keep_BT = jnp.ones_like(routing.experts[:, :, 0], bool) if keep_BT is None else keep_BT
     limit_B = jnp.asarray(limit_by_num_tokens)[jnp.sum(keep_BT, axis=1)]
@@ -63,8 +63,11 @@ def with_capacity(
 
 
 def _run_experts(weights: dict[str, jax.Array], x_BECD: jax.Array) -> jax.Array:
-    """The outputs of the experts: expert e processes its slots ``x[:, e]``. If one mesh axis splits the batch and the
-    experts, both resharding steps are all-to-alls."""
+    """The outputs of the experts, [B, E, C, D]: expert e processes its slots ``x[:, e]``.
+
+    The arrays are resharded before and after the experts. If one mesh axis splits both the batch and the experts, each
+    resharding is an all-to-all.
+    """
     x_BECD = constrain(x_BECD, ("batch", None, None, "activation_embed"))
     x_BECD = constrain(x_BECD, ("expert_batch", "expert", None, "activation_embed"))
 

@@ -4,8 +4,8 @@ The assignments of tokens to experts are sorted by expert. Then each of the proj
 matmul for all experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
-A = B * T * N assignments, M blocks, S rows of a block, P slots (rows of all blocks), C input and D output width of a
-matmul.
+A = B * T * N assignments, M blocks, S rows of a block, P slots (rows of all blocks). In a grouped matmul, C is the
+input width and D the output width.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ def dropless(
 ) -> jax.Array:
     """The weighted sum of the selected experts' outputs for each token, [B, T, D]; not defined at padding.
 
-    On a mesh, each device sorts its tokens. If mesh axes split the experts or their hidden width, the devices along
-    these axes get the same tokens. Each device applies its part of the experts to these tokens, and the results are
-    summed.
+    On a mesh, each device sorts its own tokens. If mesh axes split the experts or their hidden width, the devices along
+    these axes get the same tokens. Each of these devices applies its part of the experts, and the results are summed.
     """
     num_experts = weights["gate"].shape[0]
     experts_BTN = routing.experts
@@ -107,7 +106,7 @@ def _block_matmul_forward(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Arra
 
 
 def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """The gradients. That of ``w`` is summed in place, block by block."""
+    """The gradients of ``x`` and ``w``. The gradient of ``w`` is summed in place, block by block."""
     x_MSC, w_ECD, expert_M = saved
 
     def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts, and its auxiliary losses (Shazeer et al. 2017, Fedus et al. 2022).
+"""The router of a mixture of experts (Shazeer et al. 2017), and its auxiliary losses.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, L layers.
 """
@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     Attributes:
         experts: [B, T, N] int32, the experts with the highest probabilities, in descending order of probability.
         weights: [B, T, N] float32, the weight of each selected expert in the output.
-        logits: [B, T, E] float32.
+        logits: [B, T, E] float32, the logits of the router.
         probabilities: [B, T, E] float32, the softmax of the logits.
     """
 
@@ -36,7 +36,8 @@ def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: b
 
     Args:
         params: ``weight`` [D, E].
-        renormalize: divide the weights of a token by their sum (Mixtral). Otherwise, the weights are the probabilities.
+        renormalize: True: the weights of a token are divided by their sum (Mixtral). False: the weights are the
+            probabilities.
     """
     logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), params["weight"].astype(jnp.float32))
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -47,7 +48,7 @@ def route(params: Params, x_BTD: jax.Array, num_selected: int, *, renormalize: b
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over the tokens of a layer, without padding, in float32. The sums of several layers are stacked.
+    """Sums over the tokens of a layer, without padding, in float32. The sums of L layers are stacked.
 
     Attributes:
         tokens: [] or [L], the number of tokens.
@@ -84,8 +85,8 @@ def load_balance_loss(statistics: RouterStatistics) -> jax.Array:
     """``E * sum over experts of (fraction of tokens that selected the expert) * (mean probability of the expert)``.
 
     This is eq. 4 of Fedus et al. 2022 (Switch Transformer) without its coefficient. With N selected experts per token,
-    the fractions sum to N, and a uniform router has the loss N. As in Hugging Face transformers, the fractions and the
-    means are over the tokens of all layers together. Without tokens, the loss is 0. The fractions have no gradient.
+    the fractions sum to N, and the loss of a uniform router is N. As in Hugging Face transformers, the fractions and
+    the means are over the tokens of all layers together. Without tokens, the loss is 0. The fractions have no gradient.
     """
     selections, probabilities, tokens = (
         jnp.sum(x.reshape(-1, *x.shape[x.ndim - num_axes :]), axis=0)

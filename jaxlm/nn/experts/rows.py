@@ -21,9 +21,9 @@ def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> j
     """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
 
     Args:
-        index_Q: for each row of the result, its index in ``x``. No row of ``x`` occurs twice.
-        inverse_R: for each row of ``x``, its index in the result; out of range if the result does not contain it. The
-            gradient is a gather with ``inverse_R``, because the scatter that autodiff would use is slow.
+        index_Q: for each row of the result, its index in ``x``. No index in ``x`` may occur twice.
+        inverse_R: for each row of ``x``, its index in the result; out of range if the result does not contain the row.
+            The gradient is a gather with ``inverse_R``. Autodiff would use a scatter, which is slow.
     """
     return _gather_rows(x_RD, index_Q)
 
@@ -44,11 +44,11 @@ permute_rows.defvjp(_permute_forward, _permute_backward)
 
 
 class Groups(NamedTuple):
-    """The assignments, sorted by expert. The first slot of each expert is a multiple of S.
+    """The assignments, sorted by expert. The slots of each expert begin at the start of a block.
 
     Attributes:
         assignments: [P], the assignment in each slot; A for an empty slot.
-        slots: [A], the slot of each assignment; P for an assignment without an expert.
+        slots: [A], the slot of each assignment; P for an assignment without a slot (:func:`group_by_expert`).
         sizes: [E], the number of assignments of each expert.
         block_experts: [P / S], the expert of each block; the last expert for empty blocks at the end.
     """
@@ -60,10 +60,12 @@ class Groups(NamedTuple):
 
 
 def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> Groups:
-    """The assignments, sorted by expert, with ``block_rows`` slots per block.
+    """The assignments, sorted by expert, in blocks of ``block_rows`` slots.
 
     Args:
         expert_A: the expert of each assignment. An assignment whose expert is not in [0, E) gets no slot.
+        num_experts: E.
+        block_rows: S.
 
     Example:
         >>> groups = group_by_expert(jnp.array([1, 0, 1, 1]), num_experts=2, block_rows=2)

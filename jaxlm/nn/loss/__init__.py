@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary: the definition, and versions that compute the logits of few positions at a time."""
+"""Cross entropy over a vocabulary: the definition, and versions that compute the logits of some positions at a time."""
 
 from jaxlm.nn.loss.chunked import chunked_argmax, chunked_cross_entropy
 from jaxlm.nn.loss.cross_entropy import Head, cross_entropy

@@ -1,12 +1,12 @@
-"""Adaptive softmax (Grave et al. 2017) and adaptive input (Baevski & Auli 2019), tied as in Transformer-XL.
+"""Adaptive softmax (Grave et al. 2017) and adaptive input (Baevski and Auli 2019), tied as in Transformer-XL.
 
 The vocabulary is sorted by frequency and split into clusters. The first softmax has the words of cluster 0 and one
 entry for each further cluster. A word of cluster i > 0 has the probability
 ``p(word) = p(cluster i) * p(word | cluster i)``. With a ``divisor`` d > 1, the vectors of cluster i have width
-``width / d^i`` and a projection to the model's width. With d = 1 all vectors have the same width and are in one table.
+``width / d^i`` and a projection to the model's width. With d = 1, all vectors have the same width and are in one table.
 
-Parameters (E_i width of cluster i, E = E_0, n_i number of words of cluster i, C number of clusters after the first, D
-model width):
+Parameters, for i from 1 to C (E_i width of the vectors of cluster i, E = E_0, n_i number of words of cluster i, C
+number of clusters after the first, D model width, V vocabulary):
 
     token_embedding [n_0, E_0] (d = 1: [V, E]), token_projection [E_0, D] (d = 1: only if E is not D)
     tails/cluster_i/embedding [n_i, E_i], tails/cluster_i/projection [E_i, D]                           (d > 1)
@@ -16,12 +16,14 @@ model width):
 
 The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
-The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
-The other projections, if they are not tied, are ``head/tails/cluster_i/projection``. Tables that are not tied are
-``head/embedding`` and, with d > 1, ``head/tails/cluster_i/embedding``. The index of cluster i in the first softmax is
-``cutoffs[0] + i - 1``, as in the TensorFlow code of Transformer-XL and in Hugging Face's files. The PyTorch code of
-Transformer-XL numbers the clusters from the end, so the rows of its ``cluster_weight`` and ``cluster_bias`` are in
-reverse order.
+The softmax shares a tied parameter with the input. The projection of the first cluster is never tied, as in every
+published model: the softmax uses ``head/projection``. If the other projections are not tied, they are
+``head/tails/cluster_i/projection``. If the tables are not tied, they are ``head/embedding`` and, with d > 1,
+``head/tails/cluster_i/embedding``.
+
+The index of cluster i in the first softmax is ``cutoffs[0] + i - 1``, as in the TensorFlow code of Transformer-XL and
+in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the rows of its
+``cluster_weight`` and ``cluster_bias`` are in reverse order.
 
 Shapes: B batch, T time, D model, V vocabulary.
 """
@@ -46,15 +48,16 @@ class Clusters:
     """The clusters of a vocabulary, and the width of their vectors.
 
     Attributes:
+        vocab_size: V, the number of words.
         cutoffs: first id of each cluster after the first; empty: an ordinary softmax.
-        width: width of the vectors of the first cluster.
-        model_width: width of the hidden states.
-        divisor: factor by which each cluster is narrower than the cluster before it.
-        multiple: each table and its bias are padded to a multiple of this number of rows. The padding does not change
-            the probabilities.
+        width: E_0, the width of the vectors of the first cluster.
+        model_width: D, the width of the hidden states.
+        divisor: the width of the vectors is divided by this number from each cluster to the next.
+        multiple: the number of rows of each table and bias is rounded up to a multiple of this number. The padding does
+            not change the probabilities.
 
     Raises:
-        ValueError: the cutoffs do not ascend within the vocabulary, or a cluster has width 0.
+        ValueError: the cutoffs do not ascend between 0 and ``vocab_size``, or a cluster has width 0.
     """
 
     vocab_size: int
@@ -99,7 +102,10 @@ class Clusters:
 
 
 def input_specs(clusters: Clusters, init: Initializer, projection_init: Initializer) -> dict[str, Any]:
-    """Specs of the embedding: ``token_embedding``, and ``token_projection`` and ``tails`` if the clusters need them."""
+    """Specs of the parameters of :func:`embed`.
+
+    They are ``token_embedding`` and, if the clusters need them, ``token_projection`` and ``tails``.
+    """
     (first_table, *other_tables), D = clusters.tables, clusters.model_width
     specs: dict[str, Any] = {"token_embedding": _table(first_table, init)}
     if clusters.projected:
@@ -166,7 +172,7 @@ def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: DTypeLik
 
 
 def log_probabilities(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Normalised log-probabilities of the whole vocabulary, [B, T, V] float32."""
+    """The log-probabilities of the whole vocabulary, [B, T, V] float32."""
     head, *tails = map(jax.nn.log_softmax, _logits_of_clusters(clusters, params, hidden_BTD))
     head_words = clusters.ranges[0][1]
     cluster_log_p = jnp.split(head[..., head_words:], len(tails), axis=-1) if tails else []
@@ -180,8 +186,8 @@ def cross_entropy(
 
     A target outside the vocabulary gives NaN, unless its weight is 0.
 
-    The logits of each cluster after the first are computed only at the positions whose target is in the cluster, which
-    saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``.
+    To save time, the logits of each cluster after the first are computed only at the positions whose target is in the
+    cluster (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``.
     """
     targets_BT = embedding.widen_ids(targets_BT)
     head, *tails = _softmax_parameters(clusters, params)
@@ -199,8 +205,8 @@ def cross_entropy(
 def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> list[jax.Array]:
     """The result of :func:`_logits` for each cluster.
 
-    If all clusters share one table and have no projections, one matmul computes the logits of all words. Without
-    this special case, the rows of each cluster would be copied from the table before its matmul.
+    If all clusters share one table and have no projections, one matmul computes the logits of all words. One matmul per
+    cluster would first copy the rows of the cluster from the table.
     """
     if clusters.divisor > 1 or clusters.projected:
         return [_logits(cluster_params, hidden_BTD) for cluster_params in _softmax_parameters(clusters, params)]
@@ -209,13 +215,17 @@ def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Arra
     logits_BTV = _logits({"weight": table_VD, "bias": head["bias"]}, hidden_BTD)[..., : clusters.vocab_size]
     logits = jnp.split(logits_BTV, clusters.cutoffs, axis=-1)
     if clusters.cutoffs:
-        of_clusters = _logits({"weight": head["cluster_weight"], "bias": head["cluster_bias"]}, hidden_BTD)
-        logits[0] = jnp.concatenate([logits[0], of_clusters], axis=-1)
+        cluster_logits = _logits({"weight": head["cluster_weight"], "bias": head["cluster_bias"]}, hidden_BTD)
+        logits[0] = jnp.concatenate([logits[0], cluster_logits], axis=-1)
     return logits
 
 
 def _logits(cluster_params: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
-    """Logits of the words of one cluster; for the first cluster, also logits of the other clusters."""
+    """The logits of the words of one cluster, [B, T, n_i] float32.
+
+    For the first cluster, the logits of the C other clusters follow. ``cluster_params`` has the entries of an item of
+    :func:`_softmax_parameters`.
+    """
     projection, weight = cluster_params.get("projection"), cluster_params["weight"]
     x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T
     return embedding.unembed(weight, x, weight.shape[0]) + cluster_params["bias"].astype(jnp.float32)[None, None]
@@ -235,8 +245,8 @@ def _input_table_and_projection(params: Params, i: int) -> tuple[jax.Array, Any]
 def _softmax_parameters(clusters: Clusters, params: Params) -> list[dict[str, jax.Array]]:
     """``weight``, ``bias`` and (if there is one) ``projection`` of each cluster in the softmax.
 
-    Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. The first item has
-    the words of cluster 0, followed by one entry for each further cluster.
+    Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. ``weight`` and
+    ``bias`` of the first item have one row for each word of cluster 0, followed by one row for each further cluster.
     """
     head = params["head"]
     trees = [head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {}) for i in range(len(clusters.ranges))]

@@ -1,6 +1,8 @@
-"""Cross entropy and argmax in chunks of time, so that the logits of all positions never exist at once.
+"""Cross entropy and argmax of logits, computed for one chunk of time steps at a time.
 
-Shapes: B batch, T time, D model width, V vocabulary, C time steps of a chunk.
+The logits of only one chunk exist at a time.
+
+Shapes: B batch, T time, D model width, V vocabulary, C number of time steps of a chunk.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     max_chunk_logits: int | None = None,
 ) -> jax.Array:
-    """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
+    """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))``, in chunks of time.
 
     The time axis is split into chunks of at most ``max_chunk_logits`` logits (default:
-    ``jaxlm.nn.choices.max_logits``). A chunk has at least one time step, even if one step has more logits. Under
-    differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only multiplies
-    them by the cotangent of the loss. Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads;
-    not in ``weights``. Positions with weight 0 are ignored; weights may be negative.
+    ``jaxlm.nn.choices.max_logits``). If one time step has more logits than this maximum, a chunk is one time step.
+    Under differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only
+    multiplies them by the cotangent of the loss. The function is differentiable in ``hidden`` and ``params``. The
+    gradient of ``weights`` is always zeros. Positions with weight 0 are ignored; weights may be negative.
 
     Returns:
         A float32 scalar, in nats.
@@ -55,7 +57,7 @@ def chunked_cross_entropy(
     used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
     def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
-        # Leaves that the head does not read are omitted. Otherwise the loop would carry their zero gradients.
+        # Only the leaves that the head reads are arguments. For other leaves, the loop would carry gradients of zeros.
         all_leaves: list[Any] = [None] * len(leaves)
         for index, leaf in zip(used_indices, used_leaves, strict=True):
             all_leaves[index] = leaf
@@ -69,7 +71,7 @@ def chunked_cross_entropy(
 
 
 def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """The id with the largest logit at each position, [B, T] int32, without an array [B, T, V].
+    """The id with the largest logit at each position, [B, T] int32, computed in chunks of time.
 
     Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
     differentiable.
@@ -83,7 +85,7 @@ def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Arr
 
 
 def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[int]:
-    """The indices of the leaves of ``params`` that ``head`` uses, found in its jaxpr."""
+    """The indices of the leaves of ``params`` that ``head`` reads, according to the jaxpr of ``head``."""
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
     used_indices = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
     return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_indices]
@@ -104,7 +106,8 @@ def join_time(chunks: jax.Array, T: int) -> jax.Array:
 
 
 def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of time steps of a chunk: at most as many as ``max_chunk_logits`` allows, but at least 1."""
+    """C, the number of time steps of a chunk, at least 1. A chunk [B, C, V] has at most ``max_chunk_logits`` logits if
+    C is more than 1."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
@@ -127,7 +130,8 @@ def _chunked_loss(
 
     C = chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # `zeros_like` gives the sum the same varying mesh axes as the weights, which `shard_map` requires.
+    # In ``shard_map``, the first carry must vary over the same mesh axes as the later ones. ``zeros_like`` gives it the
+    # axes of the weights.
     return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
 
 
@@ -147,7 +151,7 @@ def _forward(
 
     C = chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
+    # The first chunk is computed before the loop. Its loss and gradients are the first carry, instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
     dhidden = dhidden[None]
     if hidden.shape[1] > C:

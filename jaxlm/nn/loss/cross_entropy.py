@@ -1,6 +1,6 @@
-"""Cross entropy over a vocabulary: the definition, and the loss and gradients at given positions.
+"""Cross entropy over a vocabulary: the definition, and the loss of a chunk of positions with its gradients.
 
-Shapes: B batch, T time, D model width, V vocabulary, C time steps of a chunk.
+Shapes: B batch, T time, D model width, V vocabulary, C number of time steps of a chunk.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Head = Callable[[Any, jax.Array], jax.Array]
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN.
+    """The cross entropy ``-log softmax(logits)[target]`` in nats, [B, T] float32.
 
     With ``label_smoothing`` e, the target distribution is ``(1 - e) * one_hot(target) + e * uniform`` (Szegedy et al.
-    2016, section 7). The uniform distribution excludes padding rows of the vocabulary.
+    2016, section 7). Padding rows of the vocabulary (``jaxlm.nn.embedding.unembed``) have probability 0 in ``uniform``.
+    A target that is a padding row, negative, or V or more gives NaN.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -34,27 +35,30 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
     target_logit_BT = _target_logits(logits_BTV, targets_BT)
     if label_smoothing == 0.0:
         return target_logit_BT
-    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # see nn.embedding.unembed
+    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # the logit of padding rows (unembed)
     mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(in_vocabulary_BTV, axis=-1)
     return (1.0 - label_smoothing) * target_logit_BT + label_smoothing * mean_BT
 
 
 def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    # "fill" gives NaN for an id outside the vocabulary. Negative ids are replaced by V, because JAX would count them
-    # from the end.
+    # "fill" gives NaN for the ids V, V + 1, ... Negative ids are replaced by V, because JAX would count them from the
+    # end.
     targets_BT = widen_ids(targets_BT)
     targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    # Padding rows of the vocabulary have this logit (``jaxlm.nn.embedding.unembed``).
+    # ``jaxlm.nn.embedding.unembed`` gives padding rows of the vocabulary the lowest float32 number as their logit.
     return jnp.where(target_BT == jnp.finfo(jnp.float32).min, jnp.nan, target_BT)
 
 
 def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """The weighted sum of the losses at the given positions, and its gradients for ``params`` and ``hidden``."""
-    # Set the hidden states at positions of weight 0 to zeros: a value there that is not finite would make the gradients
-    # NaN.
+    """The weighted sum of the cross entropies of a chunk, and the gradients of this sum for ``params`` and ``hidden``.
+
+    The hidden states are [B, C, D]; the targets and weights are [B, C]. Positions with weight 0 are ignored.
+    """
+    # A hidden state at a position of weight 0 may be NaN or infinite. It is set to zeros, because its product with a
+    # gradient of 0 would be NaN in the gradient of ``params``.
     hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))
     logits, head_vjp = jax.vjp(head, params, hidden)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
@@ -69,7 +73,7 @@ def _loss_and_gradient(
     exp = jnp.exp(logits - max_logit)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     losses = (max_logit + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
-    # A position with weight 0 is ignored, even if its target is invalid or its hidden state is not finite.
+    # At a position with weight 0, the target may be outside the vocabulary, so that the loss there is NaN.
     is_weighted = weights != 0
     loss = jnp.sum(jnp.where(is_weighted, losses * weights, 0.0))
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
@@ -85,5 +89,5 @@ def _loss_and_gradient(
 
 
 def scale_gradients(gradients: Any, cotangent: jax.Array) -> Any:
-    """The gradients of a loss times the cotangent of the loss, in the dtypes of the gradients."""
+    """The product of the gradients of a loss and the cotangent of the loss. Each gradient keeps its dtype."""
     return jax.tree.map(lambda gradient: (gradient * cotangent).astype(gradient.dtype), gradients)

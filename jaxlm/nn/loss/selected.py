@@ -1,6 +1,6 @@
 """Cross entropy at the positions with nonzero weight, for objectives that predict only some of the tokens.
 
-Shapes: B batch, T time, D model width, V vocabulary, N all positions, R positions of a block.
+Shapes: B batch, T time, D model width, V vocabulary, N = B * T positions, R positions of a block.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ def selected_cross_entropy(
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is not 0.
 
-    The positions are sorted so that those with nonzero weight come first. A loop then computes the loss of one block
-    of these positions at a time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in
-    ``params``, not in ``weights``. JAX cannot sort an array axis that is sharded over an Explicit mesh axis. With such
-    a mesh, this function calls ``chunked_cross_entropy``.
+    The positions are sorted: positions with nonzero weight come first. A loop then computes the loss of one block of
+    positions at a time, until it has read all positions with nonzero weight. So the number of blocks depends on the
+    weights. The function is differentiable in ``hidden`` and ``params``. The gradient of ``weights`` is always zeros.
+
+    JAX cannot sort an array axis that is sharded over an Explicit mesh axis. On a mesh with Explicit axes, this
+    function calls ``chunked_cross_entropy`` instead, which computes the logits of all positions.
 
     Returns:
         A float32 scalar, in nats.
@@ -54,17 +56,18 @@ def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array,
 def _fold_weighted_blocks(
     head: Head, params: Params, position_arrays: Any, body: Callable[[Any, Any, Any], Any], init: Any
 ) -> tuple[Any, jax.Array]:
-    """Run a loop over blocks of R positions with nonzero weight.
+    """The result of a loop over the blocks of R positions that contain the positions with nonzero weight.
 
-    Each iteration computes ``carry = body(carry, index of the block's first position in the sorted order, block)``. The
-    arrays of a block are [B', R / B', ...], where B' is the number of devices over which the batch is split.
+    The positions are sorted: nonzero weights first. Each iteration computes ``carry = body(carry, first, block)``.
+    ``first`` is the index of the first position of the block in the sorted order. A block is a tuple of hidden states,
+    targets and weights, [S, R / S, ...] each. S is the number of shards of the batch axis.
 
     Args:
         position_arrays: hidden states, targets and weights, [B, T, ...] each.
         init: the first carry.
 
     Returns:
-        The last carry, and the order of the positions in the loop: indices [B * T], nonzero weights first.
+        The last carry, and the sorted order: the indices [N] of the positions in the flattened batch.
     """
     hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in position_arrays)
     N = len(targets)
@@ -72,7 +75,7 @@ def _fold_weighted_blocks(
     R, shards = choices.loss_block_rows(N, V), sharding.num_shards(("batch",))
     is_weighted = weights != 0
     order = jnp.argsort(~is_weighted, stable=True)
-    # The last block is padded with copies of position 0 that have weight 0.
+    # If R does not divide N, the last block is padded with copies of position 0. Their weight is 0.
     padded_order = jnp.pad(order, (0, -N % R))
     sorted_weights = jnp.pad(weights[order], (0, -N % R))
 
@@ -95,12 +98,12 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
         return total + loss, dparams, dhidden
 
     N, D = targets.size, hidden.shape[-1]
-    # 2 N rows, because the last block may extend beyond row N.
     init = (
-        # `zeros_like` gives the sum the same varying mesh axes as the weights, which `shard_map` requires.
+        # In ``shard_map``, the first carry must vary over the same mesh axes as the later ones. ``zeros_like`` gives it
+        # the axes of its argument.
         jnp.zeros_like(weights, shape=()),
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
-        jnp.zeros_like(hidden, shape=(2 * N, D)),
+        jnp.zeros_like(hidden, shape=(2 * N, D)),  # 2 N rows, because the last block may end after row N
     )
     arrays = (hidden, targets, weights)
     (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)

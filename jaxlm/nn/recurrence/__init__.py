@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``), RG-LRU and sLSTM."""
+"""Recurrent layers (LSTM, GRU, RG-LRU, sLSTM), and LSTM and GRU cells (conventions: ``jaxlm.nn.recurrence.cells``)."""
 
 from jaxlm.nn.recurrence.cells import (
     GRUReset,

@@ -1,8 +1,9 @@
 """The cells of an LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and a GRU (Cho et al. 2014), and their specs.
 
-A layer first computes the contribution of the inputs to all gates (:func:`project`), then loops over a cell, which adds
-the contribution of the state. Other loops, such as a decoder with attention, can also use the cells. The conventions
-are as in torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
+A layer first computes the contribution of the inputs to all gates (:func:`project`). Then it loops over time and calls
+the cell, which adds the contribution of the hidden state, in each step. Other loops, such as the loop of a decoder with
+attention, can also use the cells. The order of the gates is as in torch and cuDNN: i, f, g, o for an LSTM and r, z, n
+for a GRU. The new state of a GRU is ``h' = (1 - z) * n + z * h``.
 
 The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width
 (K: the same width, on the output axis of a weight).
@@ -20,22 +21,33 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform
 
 GRUReset = Literal["after", "before"]
-"""The array that the reset gate multiplies. ``after``: the product of the state and the hidden weights (cuDNN, torch,
-Keras, Flax), so one matmul can serve all gates. ``before``: the state, before this product (Cho et al. 2014)."""
+"""The array that the reset gate of a GRU multiplies.
+
+``after``: the product of the state and the hidden weights of gate n, plus ``bias_hidden`` (cuDNN, torch, Keras, Flax).
+One matmul can then multiply the state with the hidden weights of all gates. ``before``: the state, before it is
+multiplied with the hidden weights of gate n (Cho et al. 2014)."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. By default, weights are uniform in ``+- 1 / sqrt(width)``, as in torch. The bias is
-    initially 0."""
+    """The specs of an LSTM layer: ``weight_input`` [D, G, H], ``weight_hidden`` [H, G, K] and ``bias`` [G, H].
+
+    Args:
+        inputs: D, the input width.
+        width: H, the hidden width.
+        init: initializer of the weights. None: uniform between ``-1 / sqrt(width)`` and ``1 / sqrt(width)``, as in
+            torch. The bias is initialized with zeros.
+    """
     return _specs(4, inputs, width, init)
 
 
 def gru_specs(
     inputs: int, width: int, init: Initializer | None = None, *, reset: GRUReset = "after"
 ) -> dict[str, ArraySpec]:
-    """The specs of one GRU layer: gates r, z, n. ``bias_hidden`` [H] of gate n exists only if ``reset`` is "after".
+    """The specs of a GRU layer: the arrays of :func:`lstm_specs`. If ``reset`` is "after", also ``bias_hidden`` [H].
 
-    By default, weights are initialized as in :func:`lstm_specs`.
+    Args:
+        inputs, width, init: see :func:`lstm_specs`. ``bias_hidden`` is initialized with zeros.
+        reset: see ``GRUReset``.
 
     Raises:
         ValueError: an unknown ``reset``.
@@ -76,7 +88,7 @@ def project(params: Params, x: jax.Array) -> jax.Array:
 
 
 def project_time_major(params: Params, x_BTD: jax.Array) -> jax.Array:
-    """The result of :func:`project` for a loop over time, [T, B, G, H]. The time axis is not sharded."""
+    """The result of :func:`project` with the time axis first, [T, B, G, H]. The time axis is not sharded."""
     return constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
 
 
@@ -92,9 +104,10 @@ def check_width(params: Params, x: jax.Array) -> None:
 
 
 def lstm_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[str, jax.Array]:
-    """The state {"hidden", "cell"} after one token; its ``hidden`` is the output.
+    """The state {"hidden", "cell"} of an LSTM after one token, [B, H] float32 each. ``hidden`` is also the output.
 
     Args:
+        params: see :func:`lstm_specs`.
         projected_BGH: the result of :func:`project` for the token.
         state: the state before the token.
     """
@@ -106,10 +119,13 @@ def lstm_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[st
 
 
 def gru_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[str, jax.Array]:
-    """The state {"hidden"} after one token; ``projected_BGH`` is the result of :func:`project` for the token.
+    """The state {"hidden"} of a GRU after one token, [B, H] float32. ``hidden`` is also the output.
 
-    The reset gate is applied after the product with the hidden weights if the parameters contain ``bias_hidden``,
-    otherwise before it.
+    Args:
+        params: see :func:`gru_specs`. If they contain ``bias_hidden``, the reset gate is applied "after" the product
+            with the hidden weights, otherwise "before" it (``GRUReset``).
+        projected_BGH: the result of :func:`project` for the token.
+        state: the state before the token.
     """
     weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
     projected_BGH = projected_BGH.astype(jnp.float32)

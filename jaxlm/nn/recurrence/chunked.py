@@ -1,15 +1,18 @@
-"""LSTM and GRU layers that run in chunks of time, with a custom gradient; the default where ``pallas`` is not used.
+"""The implementation ``chunked`` of LSTM and GRU layers: a loop over chunks of time, with a custom gradient.
 
-The forward pass of a chunk multiplies all its inputs with the weights in one matmul, then loops over its steps. The
-backward pass loops over the steps, then computes each weight gradient of the chunk in one matmul. So the matmuls are
-large, and the arrays of a chunk stay in the cache of a CPU. Unlike with autodiff, no loop over steps carries a weight
-gradient. With a single chunk, this is the usual implementation: one matmul for all inputs before the loop.
+The forward pass of a chunk multiplies all its inputs with the input weights in one matmul. Then it loops over the steps
+of the chunk. The backward pass of a chunk loops over the steps in reverse order. Then it computes the weight gradients
+of the chunk with matmuls over all its steps. So these matmuls are large, and the arrays of a chunk stay in the cache of
+a CPU. With autodiff, the loop over steps would carry the weight gradients and update them in each step; here, it does
+not. With a single chunk, this is the usual implementation: one matmul for all inputs before the loop.
 
-The backward pass needs the gates of each step (and the cell of an LSTM). With ``remat`` it recomputes the gates from
-the states before the steps. These states are known, so the gates of a chunk are computed without a loop.
+The backward pass needs the gates of each step, and the cells of an LSTM. With ``remat``, the forward pass does not
+store the gates. The backward pass recomputes them from the hidden states before the steps. The forward pass has
+returned all hidden states, so one matmul recomputes the gates of all steps of a chunk, without a loop.
 
-One ``tanh`` computes all nonlinearities of the gates of an LSTM step, or the gates r and z of a GRU step, with
-``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. XLA would recompute separate nonlinearities in every fusion that reads them.
+One ``tanh`` computes the nonlinearities of all gates of an LSTM step, or of the gates r and z of a GRU step, with
+``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. If each gate had a separate nonlinearity, XLA would compute it again in every
+fusion that reads the gate.
 
 Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K: the same width,
 on the output axis of a weight).
@@ -36,35 +39,38 @@ the reset after the product, ``bias_hidden`` [H], both float32."""
 State = tuple[jax.Array, ...]
 """``(hidden,)`` or ``(hidden, cell)``, [..., H] float32."""
 Residuals = tuple[jax.Array, ...]
-"""The gates of a step, and other values that the backward pass of the step needs. They are stored, or with ``remat``
-computed again."""
+"""The result of ``Cell.gates``: the gates of a step and, for ``GRU_AFTER``, the product of the state with the hidden
+weights of gate n, plus its bias. The backward pass reads these arrays; with ``remat``, it recomputes them."""
 Projected = Callable[[int, int], jax.Array]
-"""``projected(begin, end)``: the contribution of the inputs to the gates from ``begin`` to ``end - 1``. The shape is
-[..., end - begin, H]."""
+"""``projected(begin, end)``: the contribution of the inputs, without bias, to the gates with the indices ``begin`` to
+``end - 1``, [..., end - begin, H]."""
 Transpose = Callable[[jax.Array], jax.Array]
-"""The backward pass of a product of a state with weights: from the gradient of the product [B, G, K] to the gradient of
-the state [B, H]."""
+"""A function that multiplies with transposed weights. For the product of a state with hidden weights, it returns the
+gradient of the state [B, H] for the gradient of the product [B, G, K]."""
 
 
 class Cell(NamedTuple):
     """The functions of a recurrent cell, for arrays of one step [B, ...] or of a chunk [B, C, ...]."""
 
     products: tuple[int, ...]
-    """The number of gates in each matmul of a state with hidden weights. ``weight_hidden`` is split into one part per
-    matmul."""
+    """The number of gates of each matmul of a state with hidden weights. For example, (2, 1) means one matmul for the
+    gates r and z and another one for n. ``weight_hidden`` is split into one part per matmul."""
     gates: Callable[[Weights, Projected, jax.Array], Residuals]
-    """``gates(weights, projected, hidden)``: the gates of a step or of all steps of a chunk."""
+    """``gates(weights, projected, hidden)``: the gates of a step, or of all steps of a chunk. ``hidden`` is the hidden
+    state before each of these steps."""
     advance: Callable[[Residuals, State], State]
     """``advance(gates, before)``: the state after the step."""
     backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
-    gradient of the products of the state with the hidden weights [B, G, H], and, for some cells, more arrays that
-    ``dprojected`` needs. Here, each array in ``gates`` is [B, H]: each gate has its own."""
+    gradient of the products of the state with the hidden weights [B, G, H], and, for ``GRU_AFTER``, another array that
+    ``dprojected`` needs. ``before`` is the state before the step, and ``dafter`` is the gradient of the state after the
+    step. Here, ``gates`` has a separate array [B, H] for each gate."""
     dprojected: Callable[..., jax.Array]
-    """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs, from all results of ``backward``
-    except the first."""
+    """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs. The arguments are the results of
+    ``backward`` after the first one, for all steps of a chunk."""
     dweights: Callable[[Residuals, jax.Array, jax.Array], Weights]
-    """``dweights(gates, hidden, dproduct)``: the gradients of ``weight_hidden`` and ``bias_hidden`` for a chunk."""
+    """``dweights(gates, hidden, dproduct)``: the gradients of ``weight_hidden`` and, for ``GRU_AFTER``, of
+    ``bias_hidden``, summed over the steps of a chunk."""
 
 
 def layer(
@@ -92,7 +98,7 @@ def layer(
 
 
 Static = tuple[Cell, int, bool, bool]
-"""(cell, chunk, reverse, remat)"""
+"""The static (trace-time) arguments: (cell, chunk, reverse, remat)."""
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -108,8 +114,11 @@ def _forward(
     weights = _split_hidden(cell, weights)
 
     def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
-        """The state after the step, and the arrays to store: the output and, with ``save_residuals``, the cell before
-        the step (LSTM) and the gates (without ``remat``)."""
+        """The state after the step, and the arrays to store.
+
+        The output is always stored. With ``save_residuals``, the cell of an LSTM before the step is also stored, and,
+        without ``remat``, the gates.
+        """
         before = reset_state(mask, state)
         gates = cell.gates(weights, projected, before[0])
         after = keep_state(mask, cell.advance(gates, before), before)
@@ -136,7 +145,7 @@ def _forward(
         return step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
 
     _, output_shapes = jax.eval_shape(example_step)  # adds no operations to the program
-    # Time is the first axis of all residuals, so that a step of the backward pass reads contiguous memory.
+    # Time is the first axis of the stored cells and gates, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in output_shapes[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(output_shapes, axes, strict=True))
     last, (hidden_BTH, *residuals) = _over_chunks(T, chunk, run_chunk, (first, stored))
@@ -150,10 +159,10 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
     split_weights = _split_hidden(cell, weights)
-    # The hidden weights are copied and transposed once for all steps. For B = 1, there is no copy if the weights are
-    # float32 and not sharded. Time per step on a CPU, without and with the transposed copy: B1 H650: 41 and 56 us; B4
-    # H512: 145 and 37 us; B32 H512: 260 and 166 us. The input weights are not copied: they are multiplied once per
-    # chunk, and this matmul takes the same time with and without the copy.
+    # For B > 1, the hidden weights are transposed once for all steps; this makes a copy. For B = 1, there is no copy if
+    # the weights are float32 and not sharded. Time per step on a CPU, without and with the transposed copy: B1 H650: 41
+    # and 56 us; B4 H512: 145 and 37 us; B32 H512: 260 and 166 us. The input weights are not copied if they are float32
+    # and not sharded: there is one matmul per chunk, which takes the same time with and without the copy.
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
@@ -206,7 +215,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         return step(dlast, example_gates, first, _mask_at(masks, 0))
 
     _, output_shapes = jax.eval_shape(example_step)
-    # The first chunk of the backward pass runs before the loop, because its weight gradients initialise the sums.
+    # The first chunk of the backward pass runs before the loop, because its weight gradients initialize the sums.
     carry = run_chunk(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
     dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
     dweights = {name: x.astype(weights[name].dtype) for name, x in dweight_sums.items()}
@@ -251,7 +260,13 @@ def _lstm_backward(
 def lstm_gradients(
     gates: Sequence[jax.Array], cell: jax.Array, dafter: State
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The gradients of the cell before a step, and of the pre-activations of the gates."""
+    """The gradients of the cell before a step and of the pre-activations of the gates, [B, H] each.
+
+    Args:
+        gates: i, f, g, o of the step.
+        cell: the cell before the step.
+        dafter: the gradients of ``(hidden, cell)`` after the step.
+    """
     (i, f, g, o), (dhidden, dcell) = gates, dafter
     tanh_cell = jnp.tanh(f * cell + i * g)
     dcell = dcell + dhidden * o * (1.0 - tanh_cell**2)
@@ -298,8 +313,18 @@ def _gru_after_backward(
 def gru_gradients(
     gates: Sequence[jax.Array], before: jax.Array, dhidden: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The gradient of the hidden state before a step, without the gradient through the hidden weights; the gradients of
-    the products of the state with the weights of r, z and n, and of the contribution of the inputs to n."""
+    """Gradients of a GRU step whose reset gate is applied after the product with the hidden weights, [B, H] each.
+
+    Args:
+        gates: r, z, n, and the product of the state with the hidden weights of n, plus ``bias_hidden``.
+        before: the hidden state before the step.
+        dhidden: the gradient of the hidden state after the step.
+
+    Returns:
+        The gradient of the hidden state before the step, without its part through the hidden weights. And a tuple of
+        four gradients: of the products of the state with the hidden weights of r, z and n, and of the contribution of
+        the inputs to n.
+    """
     r, z, n, hidden_n = gates
     dn = dhidden * (1.0 - z) * (1.0 - n**2)
     dr = dn * hidden_n * r * (1.0 - r)
@@ -371,7 +396,10 @@ def _projected(projected_BCGH: jax.Array) -> Projected:
 
 
 def _projected_at(projected_BCGH: jax.Array, index: Any) -> Projected:
-    """The contribution of the inputs at one step. On a CPU, one slice of both axes is 3 times as fast as two slices."""
+    """The contribution of the inputs at one step.
+
+    One slice of the time axis and the gate axis is 3 times as fast on a CPU as two slices, one for each axis.
+    """
     B, _, _, H = projected_BCGH.shape
     return lambda begin, end: lax.dynamic_slice(projected_BCGH, (0, index, begin, 0), (B, 1, end - begin, H))[:, 0]
 
@@ -391,7 +419,10 @@ def _product(hidden: jax.Array, weight_HGK: jax.Array) -> jax.Array:
 
 
 def _split_hidden(cell: Cell, weights: Weights) -> Weights:
-    """The weights with ``weight_hidden`` split into the parts of ``cell.products``. Call it outside of loops."""
+    """The weights with ``weight_hidden`` split into a list of parts, one for each matmul (``Cell.products``).
+
+    Call it outside of loops, so that the split is not repeated in each step.
+    """
     split_points = np.cumsum(cell.products)[:-1].tolist()
     return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], split_points, axis=1)}
 
@@ -400,10 +431,10 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
     """A function that multiplies [..., G, H] with the transposed weights and returns [..., D].
 
     Args:
-        copy: False avoids a transposed copy of the weights where this is possible: for float32 without sharding.
+        copy: False means no transposed copy of float32 weights without sharding. Other weights are always copied.
     """
     if not copy and weight_DGH.dtype == jnp.float32 and sharding.active() is None:
-        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before a contraction of two axes
+        weight_DX = weight_DGH.reshape(weight_DGH.shape[0], -1)  # XLA would transpose before a sum over two axes
 
         def multiply(x: jax.Array) -> jax.Array:
             x_NX = x.reshape(-1, weight_DX.shape[1])
@@ -411,7 +442,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
             return product_ND.reshape(*x.shape[:-2], product_ND.shape[1])
 
         return multiply
-    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # otherwise XLA would transpose in each step
+    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # once, not in each step
 
     def multiply_copy(x: jax.Array) -> jax.Array:
         x = x.astype(weight_GHD.dtype)
@@ -423,7 +454,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
 def _hidden_before(
     hidden_BTH: jax.Array, first_BH: jax.Array, masks: Any, start: Any, steps: int, reverse: bool
 ) -> jax.Array:
-    """The hidden states before the steps of a chunk, after resets, [B, C, H]."""
+    """The hidden state before each step of a chunk, [B, C, H], with zeros where the state is reset."""
     T = hidden_BTH.shape[1]
     first_B1H = first_BH[:, None].astype(hidden_BTH.dtype)
 
@@ -443,7 +474,7 @@ def _hidden_before(
 
 
 def _outer(x_BCH: jax.Array, dproduct_BCGK: jax.Array) -> jax.Array:
-    # Batch and time are merged into one axis, because XLA would transpose x before it contracts two axes.
+    # Batch and time are merged into one axis, because XLA would transpose x before a sum over two axes.
     x_NH, dproduct_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dproduct_BCGK))
     return jnp.einsum("NH,NGK->HGK", x_NH, dproduct_NGK).astype(jnp.float32)
 
@@ -479,7 +510,10 @@ def _zeros(x: jax.ShapeDtypeStruct, steps: int, axis: int) -> jax.Array:
 
 
 def _gates_at(gates: Residuals, index: Any, axis: int) -> Residuals:
-    """The gates of one step, each [B, H] float32. On a CPU, one slice of both axes is 3 times as fast as two slices."""
+    """The gates of one step, each [B, H] float32.
+
+    One slice of the time axis and the gate axis is 3 times as fast on a CPU as two slices, one for each axis.
+    """
     result: list[jax.Array] = []
     for x in gates:
         if x.ndim == 3:
@@ -497,5 +531,5 @@ def _mask_at(masks: Any, index: Any) -> Any:
 
 
 def _zero_at_padding(mask: Any, dstate: State) -> State:
-    """The gradient of the state with zeros at padding, so that the gates get no gradient there."""
+    """The gradient of the state after a step, with zeros at padding, so that the gates get no gradient there."""
     return dstate if mask is None else tuple(jnp.where(mask[1], x, 0.0) for x in dstate)

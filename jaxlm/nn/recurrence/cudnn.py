@@ -22,20 +22,21 @@ def lstm(
     keep_BT: jax.Array | None,
     reverse: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The hidden states and the last state, as in ``jaxlm.nn.recurrence.lstm``."""
+    """The hidden states [B, T, H] and the last state. The arguments are those of ``jaxlm.nn.recurrence.lstm``."""
     from jax.experimental import rnn
 
     (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
     lengths_B = jnp.full((B,), T, jnp.int32)
     if keep_BT is not None:
-        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens becomes NaN below
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 without tokens: NaN, see below
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     is_real_BT = time_BT < lengths_B[:, None]
-    # cuDNN reads only forward. To read backward, reverse the tokens of each row and keep its padding at the end.
+    # cuDNN reads only from the first token to the last. For the other direction, reverse the tokens of each row. The
+    # padding stays at the end of the row.
     order_BT1 = jnp.where(is_real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
     if reverse:
         x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
-    # cuDNN takes one flat array: input weights, hidden weights, two biases; each in the order (gates, outputs, inputs).
+    # cuDNN takes one flat array: input weights and hidden weights, each [gates, outputs, inputs], and two biases.
     matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
     bias = params["bias"].astype(jnp.float32).ravel()
     weights = jnp.concatenate(
@@ -47,8 +48,8 @@ def lstm(
         hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
     hidden_BH, cell_BH = (x[0] for x in last)
     if keep_BT is not None:
-        # The output at padding is the unchanged state. In a reverse layer, padding at the end of a row comes before all
-        # tokens, so its state is the initial state.
+        # The output at padding is the unchanged hidden state. A reverse layer reads the padding at the end of a row
+        # before all tokens, so the output there is the initial state.
         padding_output_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(is_real_BT[:, :, None], hidden_BTH, padding_output_BH[:, None])
         # cuDNN supports padding only at the end of a row. A row with padding elsewhere, or without tokens, gives NaN.

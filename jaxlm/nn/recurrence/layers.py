@@ -1,7 +1,8 @@
 """LSTM and GRU layers. The cells and their conventions are in ``jaxlm.nn.recurrence.cells``.
 
-The state is reset to zeros before the first token of a document, and padding does not change it. Shapes: B batch, T
-time, D input width, G gates (LSTM 4, GRU 3), H hidden width.
+Two masks describe the documents of a row. ``reset_BT`` marks the tokens before which the state is reset to zeros.
+``keep_BT`` marks the real tokens; padding does not change the state. Shapes: B batch, T time, D input width, G gates
+(LSTM 4, GRU 3), H hidden width.
 """
 
 from __future__ import annotations
@@ -50,22 +51,24 @@ def lstm(
     """The hidden state of an LSTM layer after each token, [B, T, H] in the dtype of ``x``, and the last state.
 
     Args:
-        params: parameters as in ``jaxlm.nn.recurrence.lstm_specs``. For DropConnect, apply dropout to ``weight_hidden``
-            first.
+        params: see ``jaxlm.nn.recurrence.lstm_specs``. For DropConnect, apply dropout to ``weight_hidden`` before the
+            call.
         state: {"hidden", "cell"}, [B, H] float32 each; None: zeros.
         reset_BT: True where the state is reset to zeros before the token (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
-        keep_BT: False for padding: the state does not change, and the output is the unchanged state. None: no padding.
-        reverse: read from the last token to the first; each output keeps the index of its token.
-        implementation: ``reference`` (gradient by autodiff); ``chunked`` (custom gradient); ``pallas`` (a TPU kernel
-            with custom gradient; hidden weights stay in VMEM; no second derivatives); ``cudnn`` (float32 on an NVIDIA
-            GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None, which chooses
-            ``pallas`` or ``chunked``.
-        remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
+        keep_BT: False at padding. There, the state does not change, and the output is the unchanged hidden state. None:
+            no padding.
+        reverse: read from the last token to the first. Output t still belongs to token t.
+        implementation: ``reference`` is a loop over the steps, differentiated by autodiff. ``chunked`` is a loop over
+            chunks of steps with a custom gradient. ``pallas`` is a TPU kernel with a custom gradient; it has no second
+            derivatives. ``cudnn`` is for float32 on an NVIDIA GPU, without resets; a row without tokens, or with
+            padding before a token, gives NaN. None chooses ``pallas`` on a TPU if ``pallas`` supports the arguments,
+            otherwise ``chunked``.
+        remat: True recomputes the gates in the backward pass instead of storing them. Only ``chunked`` supports it.
 
     Raises:
-        ValueError: the shapes do not match, there are no steps, a mask is not boolean, or the implementation is unknown
-            or does not support the arguments.
+        ValueError: the shapes do not match, there are no steps, a mask is not boolean, the implementation is unknown,
+            or the implementation does not support the arguments or the platform.
     """
     reasons = {"cudnn": cudnn.unsupported_reason(x_BTD, reset_BT)}
     _check("lstm", params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
@@ -78,8 +81,8 @@ def lstm(
 def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array) -> dict[str, jax.Array]:
     """The state of an LSTM layer after each token: ``hidden`` and ``cell``, [B, T, H] float32.
 
-    :func:`lstm` is faster, but it returns only the last cell. The masks are as in :func:`lstm`, but None is not
-    allowed. The state before the first token is 0.
+    :func:`lstm` is faster, but it returns the cell only after the last token. The masks are as in :func:`lstm`, but
+    None is not allowed. The state before the first token is zeros.
     """
     masks = reset_BT & keep_BT, keep_BT
     x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
@@ -104,9 +107,9 @@ def gru(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
 
-    The arguments and errors are as in :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. If the
-    parameters contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights, otherwise
-    before it; ``pallas`` supports only the first case.
+    The arguments and errors are as in :func:`lstm`, but ``cudnn`` is not supported, because JAX has no GRU of cuDNN. If
+    the parameters contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights,
+    otherwise before it (``GRUReset``). ``pallas`` supports only parameters with ``bias_hidden``.
     """
     reasons = {"cudnn": "supports only an LSTM"}
     _check("gru", params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
@@ -142,13 +145,13 @@ def _check(
 
 
 class _Cell(NamedTuple):
-    """The implementations of a cell.
+    """What the implementations of a layer need of its cell.
 
     Attributes:
-        state: the names of the arrays of its state.
-        step: the function for one step in ``reference``.
-        chunked: the functions for ``chunked``.
-        kind: the name of the kernel of ``pallas``.
+        state: the names of the arrays of the state.
+        step: for ``reference``, the function that computes one step.
+        chunked: for ``chunked``, the functions of the cell.
+        kind: for ``pallas``, the kind of the kernel. Error messages also use it as the name of the layer.
     """
 
     state: tuple[str, ...]
@@ -173,8 +176,8 @@ def _layer(
     remat: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     B, T, _ = x_BTD.shape
-    x_BTD = constrain(x_BTD, ("batch", None, None))  # the time axis is not sharded: steps are sequential
-    # Fully sharded weights are gathered once before the loop instead of in every step.
+    x_BTD = constrain(x_BTD, ("batch", None, None))  # the time axis is not sharded, because steps are sequential
+    # Fully sharded weights are gathered once before the loop, not in every step.
     weights = {
         name: constrain(params[name].astype(x_BTD.dtype), ("activation_embed", None, "mlp"))
         for name in ("weight_input", "weight_hidden")
@@ -204,9 +207,9 @@ def _scan_cell(
     step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, output: Callable[[State], Any],
     reverse: bool = False,
 ) -> tuple[Any, dict[str, jax.Array]]:  # fmt: skip
-    """The ``output(state)`` after each token [B, T, ...], and the last state, by a ``lax.scan`` over the cell.
+    """``output(state)`` of the state after each token, [B, T, ...], and the last state.
 
-    Autodiff computes the gradient.
+    A ``lax.scan`` calls ``step`` for each token. Autodiff computes the gradient.
     """
 
     def scan_step(state: State, inputs: Any) -> Any:

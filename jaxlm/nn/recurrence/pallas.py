@@ -1,12 +1,12 @@
 """Pallas kernels for LSTM and GRU layers on TPU: one kernel runs all steps, and the hidden weights stay in VMEM.
 
 Without the kernel, XLA runs several operations per step, and each of them reads its arguments from HBM and writes its
-results to HBM. The kernel keeps the state and the gates of a step in VMEM. The matmuls that do not depend on the state
-of the previous step are outside the kernel, each as one matmul over all steps: the contribution of the inputs to the
-gates, and the gradients of the weights and of the inputs.
+results to HBM. The kernel keeps the state and the gates of a step in VMEM. Some results need no loop over steps: the
+contribution of the inputs to the gates, the gradients of the weights and the gradient of the inputs. Matmuls over all
+steps compute them outside the kernel.
 
-In the kernels, the last two axes of arrays are the rows of the batch and the hidden width, because a TPU stores the
-last two axes in tiles of 8 x 128. A second derivative of the layer is not supported.
+In the kernels, the last two axes of states and gates are the rows of the batch and the hidden width, because a TPU
+stores the last two axes in tiles (float32: 8 x 128, bfloat16: 16 x 128). Second derivatives are not supported.
 
 Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of a weight), R
 rows and C steps of a block.
@@ -31,30 +31,32 @@ from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.recurrence.chunked import State, Weights, gru_gradients, lstm_gradients
 
 MAX_WEIGHT_BYTES = 32 * 2**20
-"""Maximum size of the hidden weights. They must fit into VMEM beside the other arrays."""
+"""Maximum number of bytes of the hidden weights. They must fit into VMEM together with the other arrays."""
 MIN_STEPS = 8
-"""Minimum number of steps. For fewer steps, such as in decoding, the transpose of the weights takes longer than the
-steps."""
+"""Minimum number of steps. With fewer steps, such as in decoding, the transpose of the hidden weights before the kernel
+takes longer than the steps."""
 MAX_BLOCK_STEPS = 4
 """Maximum number of steps of a block."""
 MAX_BLOCK_WEIGHTS = 2**24
-"""Maximum of the number of bfloat16 hidden weights times the number of steps of a block. The steps of a block are
-unrolled, so larger blocks mean a larger program, which takes minutes to compile. A float32 matmul has about four
-times as many instructions, so a float32 weight counts as four."""
+"""Maximum product of the number of hidden weights and the number of steps of a block, if a block has several steps. The
+steps of a block are unrolled. With a larger product, the program is so large that it takes minutes to compile. A
+float32 weight counts as four weights, because a float32 matmul has about four times as many instructions as a bfloat16
+matmul."""
 MAX_BLOCK_ROWS = 256
 """Maximum number of rows of a block."""
 MAX_BLOCK_ENTRIES = 128 * 1024
-"""Maximum number of entries of an array [rows, H] of a block. About 50 such arrays are in VMEM."""
+"""Maximum number of entries of an array [R, H] of a block, with H rounded up to a multiple of 128. About 50 such arrays
+are in VMEM."""
 ROW_TILE = 16
-"""If there are several blocks of rows, the number of rows of a block is a multiple of this number (a tile of
-bfloat16)."""
+"""If there are several blocks of rows, the number of rows of a block is a multiple of this number, which is the number
+of rows of a bfloat16 tile."""
 VMEM_LIMIT_BYTES = {"TPU v5": 56 * 2**20, "TPU7x": 56 * 2**20}
-"""Bytes of VMEM that a kernel may use, by device kind."""
+"""Bytes of VMEM that a kernel may use, by device kind. "TPU v5" is a TPU v5p."""
 DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
-"""The limit for other devices (a core of a TPU v5e or v6e has 128 MiB)."""
+"""The same limit for all other device kinds. A core of a TPU v5e or v6e has 128 MiB of VMEM."""
 NUM_STORED = 4
-"""Number of arrays that a step stores for the backward pass, without the cell of an LSTM. The backward pass of a step
-returns the same number of gradients."""
+"""Number of arrays that a step stores for the backward pass: i, f, g, o for an LSTM, which also stores its cell, and r,
+z, n and the product with the hidden weights of n for a GRU. The backward pass of a step returns as many gradients."""
 
 Kind = Literal["lstm", "gru"]
 """``gru``: the reset gate is applied after the product with the hidden weights."""
@@ -65,6 +67,8 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
 
     Args:
         weights: the weights in the compute dtype.
+        batch: B, the number of rows on all devices together.
+        steps: T.
     """
     weight = weights["weight_hidden"]
     rows, width, size = batch // sharding.num_shards(("batch",)), weight.shape[0], weight.size * weight.dtype.itemsize
@@ -86,27 +90,27 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
     if sharding.num_shards(("mlp",)) > 1:
         return "does not split the hidden width over devices"
     if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
-        return "needs a TPU v5 or newer: older TPUs have too little VMEM"
+        return "needs a TPU v5 or newer, because older TPUs have too little VMEM"
     return None
 
 
 Gates = Sequence[jax.Array]
-"""Arrays [B, H] float32: one per gate, or the ``NUM_STORED`` arrays of a step."""
+"""Arrays [R, H] float32: one for each gate, or the ``NUM_STORED`` arrays of a step."""
 
 
 class _Cell(NamedTuple):
-    """The elementwise functions of a cell. All arrays are [B, H] float32."""
+    """The elementwise functions of a cell, for one step and R rows. Arrays are [R, H] float32; a bias is [1, H]."""
 
     num_gates: int
     forward: Callable[..., tuple[State, Gates]]
-    """``forward(inputs, products, bias_hidden, before=state)``: the state after the step, and the values that the
-    backward pass needs. ``inputs`` and ``products`` are the contributions of the input and of the hidden state to the
-    gates; ``bias_hidden`` is only for a GRU."""
+    """``forward(inputs, products, bias_hidden, before=state)``: the state after the step, and the ``NUM_STORED`` arrays
+    for the backward pass. ``inputs`` are the contributions of the input to the gates, with bias. ``products`` are the
+    products of the hidden state with the hidden weights. Only a GRU has the argument ``bias_hidden``."""
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
-    """``backward(stored, before, dafter)``: the gradient of the state before the step, without the gradient through the
-    hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM, or the hidden
-    state of a GRU. For a GRU, a fourth gradient is that of the input contribution to gate n. It differs from the
-    gradient of the product, because the reset gate r multiplies only the product."""
+    """``backward(stored, before, dafter)``: the gradient of the state before the step, without its part through the
+    hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM or the hidden state
+    of a GRU before the step. For a GRU, there is a fourth gradient: the gradient of the contribution of the input to
+    gate n. It differs from the gradient of the product, because the reset gate r multiplies only the product."""
 
 
 class _Static(NamedTuple):
@@ -121,16 +125,21 @@ def layer(
     kind: Kind, weights: Weights, x_BTD: jax.Array, first: State, masks: tuple[jax.Array, jax.Array] | None,
     *, reverse: bool = False,
 ) -> tuple[jax.Array, State]:  # fmt: skip
-    """The hidden states [B, T, H] in the dtype of ``x``, and the last state. Arguments are as in ``chunked.layer``."""
+    """The hidden states [B, T, H] in the dtype of ``x``, and the last state.
+
+    Args:
+        kind: the kind of the cell.
+        weights, x_BTD, first, masks, reverse: see ``chunked.layer``.
+    """
     T = x_BTD.shape[1]
     num_padding = -T % _block_steps(weights["weight_hidden"])
-    if num_padding:  # padding comes after the last step, in the order in which the steps run
+    if num_padding:  # the kernel computes the padding steps after the last real step
         if masks is None:
             masks = jnp.zeros((*x_BTD.shape[:2], 1), bool), jnp.ones((*x_BTD.shape[:2], 1), bool)
         padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
         x_BTD, reset_BT1, keep_BT1 = (jnp.pad(x, padding) for x in (x_BTD, *masks))
         masks = reset_BT1, keep_BT1
-    # One integer per token: bit 0 is the reset, bit 1 is set for real tokens.
+    # One integer per token: bit 0 is set where the state is reset, and bit 1 at real tokens.
     mask_TB1 = None if masks is None else jnp.swapaxes(masks[0] + 2 * masks[1].astype(jnp.int32), 0, 1)
     static = _Static(kind, reverse, mask_TB1 is not None)
     names = ("weight_input", "weight_hidden", "bias", "bias_hidden")
@@ -193,11 +202,12 @@ def _over_devices(
     run: Callable[..., Any], by_time: tuple[jax.Array, ...], mask_TB1: Any, constants: tuple[jax.Array, ...],
     state: State,
 ) -> Any:  # fmt: skip
-    """The result of ``run``; each device has its own rows (``shard_map``).
+    """The result of ``run(by_time, mask_TB1, constants, state)``. Each device computes it for its own rows.
 
     Args:
-        run: a function of the other arguments that returns a state and arrays [G, B, H] or [G, T, B, H].
+        run: returns a state and arrays [G, B, H] or [G, T, B, H].
         by_time: arrays [G, T, B, H].
+        constants: arrays that every device reads completely.
     """
     active = sharding.active()
     if active is None:
@@ -206,7 +216,7 @@ def _over_devices(
     arguments = by_time, mask_TB1, constants, state
 
     def spec(x: Any) -> PartitionSpec:
-        """The rows are the axis before the last one."""
+        """The partition of an array whose rows are the axis before the last one."""
         return PartitionSpec(*[None] * (x.ndim - 2), rows)
 
     return jax.shard_map(
@@ -221,7 +231,7 @@ def _over_devices(
 def _forward_kernel(
     static: _Static, by_time: Any, mask: Any, constants: Any, first: Any, last: Any, hidden: Any, *more: Any
 ) -> None:
-    """Run the steps of a block. ``more``: the stored values, if any, and the state (scratch memory)."""
+    """Run the steps of a block. ``more``: the stored arrays, if any, and the state between blocks (scratch memory)."""
     (projected,), (weight, bias, *bias_hidden) = by_time, constants
     *stored, scratch = more
 
@@ -244,7 +254,7 @@ def _backward_kernel(
     static: _Static, by_time: Any, mask: Any, constants: Any, dlast: Any, dfirst: Any, sums: Any, dgates: Any,
     scratch: Any,
 ) -> None:  # fmt: skip
-    """Run the steps of a block in the opposite order. ``sums``: the sum of ``dgates`` over all steps."""
+    """Run the backward pass of the steps of a block. ``sums``: the sum of ``dgates`` over all steps."""
     (doutput, stored, before_ref), (weight,) = by_time, constants
 
     @pl.when(pl.program_id(1) == 0)
@@ -269,7 +279,7 @@ def _backward_kernel(
 def _run_steps(
     step: Callable[[int, State], State], count: int, reverse: bool, first: Any, last: Any, scratch: Any
 ) -> None:
-    """Run the steps of a block. ``scratch`` has the state between blocks."""
+    """Run the steps of a block. ``scratch`` keeps the state from one block of steps to the next one."""
 
     @pl.when(pl.program_id(1) == 0)
     def initialize() -> None:
@@ -362,11 +372,11 @@ def _call(
     static: _Static, name: Literal["forward", "backward"], by_time: Any, mask_TB1: Any, constants: Any, state: State,
     outputs: Sequence[tuple[int, Any]],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The results of a kernel for all blocks of rows and steps: a state, the sums (only for ``backward``), and
-    ``outputs``.
+    """The results of a kernel for all blocks of rows and steps: a state, the sums (only for ``backward``), and arrays.
 
     Args:
-        outputs: size of the first axis and dtype of each output [..., T, B, H].
+        state: the first state that the kernel reads: before the first step, or the gradient after the last step.
+        outputs: for each array [size, T, B, H] of the results, its size and dtype.
     """
     _, T, B, _ = by_time[0].shape
     H = state[0].shape[1]
@@ -417,7 +427,8 @@ def _max_block_rows(H: int) -> int:
 
 
 def _block_rows(B: int, H: int) -> int:
-    """The number of rows of a block: the largest allowed multiple of ROW_TILE that divides ``B``, or all rows."""
+    """R, the number of rows of a block: B, if B is allowed; otherwise the largest allowed multiple of ROW_TILE that
+    divides B. If there is no such multiple, the result is B, which ``unsupported_reason`` rejects."""
     largest = _max_block_rows(H)
     if largest >= B:
         return B
@@ -425,6 +436,6 @@ def _block_rows(B: int, H: int) -> int:
 
 
 def _block_steps(weight: jax.Array) -> int:
-    """The number of steps of a block."""
+    """C, the number of steps of a block."""
     weights = weight.size * (4 if weight.dtype == jnp.float32 else 1)
     return max(1, min(MAX_BLOCK_STEPS, MAX_BLOCK_WEIGHTS // weights))

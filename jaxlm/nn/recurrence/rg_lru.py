@@ -5,9 +5,10 @@
     a_t = exp(-8 * softplus(lambda) * r_t)                      decay (eq. 3)
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)         state and output (eq. 4)
 
-The matrices ``W_a`` and ``W_x`` are block diagonal. Two details are from the code of De et al. At the first step of a
-document, the previous state is 0 and the input scale is 1 instead of ``sqrt(1 - a_t^2)``. The derivative of the square
-root, which is infinite at ``a_t = 1``, is limited to 1000.
+The matrices ``W_a`` and ``W_x`` are block diagonal. The paper writes eq. 3 with ``Lambda = -lambda``. Two details are
+from the code of De et al. First, at the first step of a document, the previous state is 0 and the input scale is 1
+instead of ``sqrt(1 - a_t^2)``. Second, the derivative of the square root is limited to 1000, because it is infinite at
+``a_t = 1``.
 
 Shapes: B batch, T time, W width, N blocks, P = W / N width of a block.
 """
@@ -31,12 +32,12 @@ LOG_DECAY_SCALE = 8.0
 """The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
 
 MAX_SQRT_SLOPE = 1000.0
-"""Upper bound of the derivative of the square root in the input scale."""
+"""Upper bound of the derivative of ``sqrt(x)`` at ``x = 1 - a_t^2``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecayInit:
-    """Initial ``lambda``, such that a^2 is uniform on [min_decay^2, max_decay^2), where a = exp(-softplus(lambda)).
+    """Initializer of ``lambda``. With ``a = exp(-softplus(lambda))``, a^2 is uniform on [min_decay^2, max_decay^2).
 
     This is the initialization in the code of De et al. In the paper, a^8 is uniform on [0.9, 0.999].
     """
@@ -80,14 +81,14 @@ def rg_lru(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after each step, [B, T, W] in the dtype of ``x``, and the last state, [B, W] float32.
 
-    The gates of all steps are computed at once, and ``jaxlm.nn.scan.linear_scan`` computes the recurrence. Matmul
-    inputs of the gates have the dtype of ``x``; everything else is float32.
+    The gates of all steps are computed at once. Then ``jaxlm.nn.scan.linear_scan`` computes the recurrence. The matmuls
+    of the gates have inputs in the dtype of ``x``; everything else is float32.
 
     Args:
         params: see :func:`rg_lru_specs`.
         state_BW: the state before the first step. None: the first real step of each row starts a document.
         reset_BT: True at each step that starts a document (``segment_boundaries`` with ``include_first=True``). None:
-            no document starts, except as described for ``state_BW``.
+            a row is one document, which starts in this call only if ``state_BW`` is None.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         implementation: see ``linear_scan``.
 
@@ -99,7 +100,7 @@ def rg_lru(
     if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:
         raise ValueError(f"x {list(x_BTW.shape)} must be [batch, time, width] with the width {W} of the parameters")
     check_masks(reset_BT, keep_BT, x_BTW.shape[:2])
-    if keep_BT is not None:  # inputs at padding may be NaN, and the gradients of the gates would then be NaN
+    if keep_BT is not None:  # a NaN input at padding would make the gradients of the gates' weights NaN
         x_BTW = jnp.where(keep_BT[:, :, None], x_BTW, 0)
     first_BT = _document_starts(x_BTW, state_BW, reset_BT, keep_BT)
     decay_BTW, input_BTW = _decay_and_input(params, x_BTW, first_BT[:, :, None])
@@ -130,7 +131,7 @@ def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple
 
 
 def _gate(params: Params, x: jax.Array) -> jax.Array:
-    """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
+    """``sigmoid(x @ W + b)``, [..., W] float32, with the block-diagonal matrix W."""
     weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
     # On a CPU, dot_general with the blocks as the first axis is twice as fast as einsum, also in the backward pass.
     blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], *bias_NP.shape), -2, 0)  # [N, ..., P]
@@ -142,7 +143,7 @@ def _gate(params: Params, x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with its derivative limited to ``MAX_SQRT_SLOPE``."""
+    """The square root. Its derivative is limited to ``MAX_SQRT_SLOPE``."""
     return jnp.sqrt(x)
 
 

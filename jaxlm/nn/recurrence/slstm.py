@@ -1,4 +1,4 @@
-"""The sLSTM (Beck et al. 2024, section 2.2): an LSTM with exponential gates, a normalizer and a recurrence per head.
+"""The sLSTM (Beck et al. 2024, section 2.2): an LSTM with an exponential input gate, a normalizer and several heads.
 
     z_t = tanh(z~_t),  o_t = sigmoid(o~_t),  log i_t = i~_t,  log f_t = log_sigmoid(f~_t)
     m_t = max(log f_t + m_{t-1}, log i_t)             stabilizer (eq. 15)
@@ -8,17 +8,17 @@
     n_t = f'_t n_{t-1} + i'_t                         normalizer (eq. 9)
     h_t = o_t c_t / n_t                               hidden state and output (eq. 10)
 
-Each pre-activation, such as ``z~_t``, is the contribution of the input plus ``R_z h_{t-1}`` plus a bias. The matrices R
-are block diagonal: a head reads only its own hidden state. The forget gate is a sigmoid, as in the code of Beck et
-al. (the paper also allows an exponential).
+The pre-activation ``z~_t`` is the contribution of the input plus ``R_z h_{t-1}`` plus a bias. The other gates have
+pre-activations of the same form. The matrices R are block diagonal: a head reads only its own hidden state. The forget
+gate is a sigmoid, as in the code of Beck et al. (the paper also allows an exponential).
 
-At the first step of a document, all stored states are 0, but the equations use -inf for the previous m, so that
-``m_1 = log i_1``. As in the code of Beck et al., ``n = 0`` identifies a new document, because n is at least 1 after
-each step.
+Before the first step of a document, h, c, n and m are 0. For this step, eq. 15 uses -inf instead of the previous m, so
+that ``m_1 = log i_1``. As in the code of Beck et al., the first step is recognized by ``n_{t-1} = 0``, because n is at
+least 1 after each step.
 
 The implementation ``chunked`` runs the loop in chunks. Its forward pass saves the inputs and the state before each
-chunk. Its backward pass repeats the steps of a chunk. Then it computes the chunk's part of the gradient of R in one
-matmul.
+chunk. For each chunk, its backward pass repeats the steps and computes their gradients in reverse order. Then it
+computes the chunk's part of the gradient of R in one matmul.
 
 Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (for R: the input axis), Q the
 same width as the output axis of R, C chunks, L steps of a chunk.
@@ -49,7 +49,12 @@ STATE_NAMES = ("hidden", "cell", "normalizer", "stabilizer")
 def slstm_specs(
     heads: int, width: int, init: Initializer = ZEROS, bias_init: Initializer = ZEROS
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight_hidden`` [H, P, G, Q] (the matrices R) and of ``bias`` [H, G, Q]."""
+    """Specs of ``weight_hidden`` [H, P, G, Q] (the matrices R) and of ``bias`` [H, G, Q].
+
+    Args:
+        width: P, the width of a head.
+        init: initializer of ``weight_hidden``.
+    """
     return {
         "weight_hidden": ArraySpec((heads, width, 4, width), ("heads", None, None, None), init, decay=True),
         "bias": ArraySpec((heads, 4, width), ("heads", None, None), bias_init),
@@ -71,10 +76,10 @@ def slstm(
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, State]:
-    """The hidden state after each step, [B, T, H, P] in the dtype of the input, and the last state.
+    """The hidden state after each step, [B, T, H, P] in the dtype of ``projected_BTHGP``, and the last state.
 
-    The state is float32. The matmul with R has inputs in the dtype of ``projected``. All other operations are float32;
-    only the result is cast to the dtype of ``projected``.
+    The state is float32. The matmul with R has inputs in the dtype of ``projected_BTHGP``. All other operations are
+    float32.
 
     Args:
         params: see :func:`slstm_specs`.
@@ -83,7 +88,8 @@ def slstm(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
-        chunk: steps of a chunk, used only by ``chunked``; None: a default for the batch size and the platform.
+        chunk: L, the number of steps of a chunk, for ``chunked`` only. None: a default for the batch size and the
+            platform.
         implementation: ``reference`` is a ``lax.scan`` over the steps; ``chunked``, the default, is the same loop with
             a custom gradient (see the module docstring).
 
@@ -103,7 +109,7 @@ def slstm(
     # The time axis is not sharded, because the steps are sequential.
     projected_BTHGP = constrain(projected_BTHGP, ("batch", None, "heads", None, None))
     masks = complete_masks(reset_BT, keep_BT, (B, T))
-    if masks is not None:  # inputs at padding may be NaN
+    if masks is not None:  # a NaN input at padding would make the gradients NaN
         projected_BTHGP = jnp.where(masks[1][:, :, None, None, None], projected_BTHGP, 0)
     if state is None:
         state = dict.fromkeys(STATE_NAMES, jnp.zeros_like(projected_BTHGP[:, 0, :, 0], jnp.float32))
@@ -168,7 +174,7 @@ def _with_output(state: State) -> tuple[State, jax.Array]:
 
 
 def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State) -> Any:
-    """The hidden states [T, B, H, P] float32 and the last state, and the arrays for the backward pass."""
+    """``(hidden states [T, B, H, P] float32, last state)``, and the arrays for the backward pass."""
     T = projected_TBHGP.shape[0]
 
     def run_chunk(state: State, inputs: Any) -> Any:

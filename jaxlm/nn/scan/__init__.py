@@ -1,7 +1,8 @@
 """Linear recurrences.
 
-The state of ``linear_scan`` is a vector. The state of ``linear_attention``, ``ssd`` (the state space model of Mamba-2,
-which is a linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` is a matrix.
+The state of ``linear_scan`` is a vector for each row. The state of ``linear_attention``, ``ssd`` (the state space model
+of Mamba-2, a special case of linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` is a
+matrix for each head.
 """
 
 from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule

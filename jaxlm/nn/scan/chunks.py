@@ -1,7 +1,7 @@
 """Loops over steps, and over chunks of steps, for the scans whose state is a matrix.
 
-Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
-of a chunk.
+Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, X any width, C
+chunks, L steps of a chunk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def prepare(
 ) -> tuple[list[jax.Array], jax.Array]:
     """The inputs with zeros at padding, and the state before the first step, float32.
 
-    The time axis is not sharded, because the steps are sequential.
+    Batch and heads may be sharded. The time axis is not sharded, because the steps are sequential.
 
     Args:
-        inputs: queries and keys [B, T, G, K], values [B, T, H, V], and others [B, T, H, X].
-        state_BHKV: None: zeros.
+        inputs: queries and keys [B, T, G, K], values [B, T, H, V], and other arrays [B, T, H, X], in this order.
+        state_BHKV: the state before the first step; None: zeros.
         keep_BT: False at padding; None: no padding.
     """
     H = inputs[2].shape[2]
@@ -37,17 +37,22 @@ def prepare(
     if state_BHKV is None:
         key_BHK, value_BHV = per_head(arrays[1][:, 0], H), arrays[2][:, 0]
         state_BHKV = jnp.zeros_like(key_BHK[..., None] * value_BHV[:, :, None], jnp.float32)
-    # In ``jax.shard_map``, the state must vary over the same mesh axes in all steps.
+    # In ``jax.shard_map``, the first state must vary over the same mesh axes as the later states.
     return vary_equally((arrays, state_BHKV.astype(jnp.float32)))
 
 
 def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
-    """``x`` with its group axis repeated for the heads, [B, H, ...]. The H / G heads of a group are consecutive."""
+    """``x`` with each group repeated for the heads of the group, [B, H, ...]. The heads of a group are consecutive."""
     return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
 
 
 def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
-    """The outputs and the last state. ``step(state, *inputs)`` returns the state and the output of one step."""
+    """The outputs [B, T, H, V] and the last state of a loop over steps.
+
+    Args:
+        step: ``step(state, *inputs of the step)`` returns the state after the step and the output [B, H, V].
+        inputs: arrays [B, T, ...].
+    """
     steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
     last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
     return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
@@ -60,13 +65,18 @@ def scan_chunks(
     chunk: int,
     step: Callable[..., Any] | None = None,
 ) -> Any:
-    """The outputs and the last state. ``run_chunk(state, *inputs)`` returns the state and the outputs of one chunk.
+    """The outputs [B, T, H, V] and the last state of a loop over chunks.
 
-    The backward pass recomputes each chunk and uses autodiff for all of it, including the products of decays. So only
-    the inputs and the state before each chunk are saved.
+    The forward pass saves only the inputs and the state before each chunk. The backward pass recomputes each chunk and
+    differentiates it by autodiff.
 
     Args:
-        step: if not None, a call that is not differentiated is ``scan_steps(step, ...)`` instead.
+        run_chunk: ``run_chunk(state, *inputs of the chunk)`` returns the state after the chunk and the outputs of its
+            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk.
+        inputs: arrays [B, T, H, X].
+        chunk: see :func:`split_into_chunks`.
+        step: None, or the function of :func:`scan_steps`. If ``step`` is given and the call is not differentiated, the
+            result is computed by ``scan_steps``, without chunks.
     """
 
     def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
@@ -87,7 +97,7 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
     The last chunk is padded with zeros. So a step whose inputs are zeros must not change the state.
 
     Args:
-        chunk: L, a power of two. If T is less, L is the smallest power of two that is at least T.
+        chunk: L, a power of two. If ``chunk`` is more than T, L is the smallest power of two that is at least T.
     """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
@@ -101,13 +111,13 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
 
 
 def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
-    """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
+    """The first T steps of the chunks, [B, T, H, X]. It is the inverse of :func:`split_into_chunks`."""
     C, B, H, L, X = x_CBHLX.shape
     return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]
 
 
 def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
-    """An ``einsum`` that casts its inputs to ``dtype`` and returns float32."""
+    """A function like ``jnp.einsum`` that casts its inputs to ``dtype`` and returns float32."""
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)

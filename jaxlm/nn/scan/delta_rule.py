@@ -1,25 +1,26 @@
-"""Delta rules: recurrences whose state S is a matrix that maps keys to values. The output of a step is ``q_t @ S_t``.
+"""Delta rules. Their state S is a matrix [K, V] that maps keys to values. The output of a step is ``q_t @ S_t``.
 
 The gated delta rule (Yang, Kautz and Hatamizadeh 2024, eq. 10) has one decay per head:
 
     S_t = exp(g_t) * (I - beta_t k_t k_t.T) @ S_{t-1} + beta_t k_t v_t.T
 
-A step first decays the state. Then it replaces the old value of the key, ``k_t @ S``, by ``(1 - beta_t) * old value +
-beta_t * v_t`` (for keys of length 1). With ``g = 0``, this is the delta rule (Schlag et al. 2021; Yang et al. 2024).
-For keys of length 1, the eigenvalues of ``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in
-[-1, 1] (Grazzi et al. 2025).
+A step first decays the state. Then it changes the value that the key k_t reads from the state. For a key of length 1,
+the old value ``k_t @ S`` becomes ``(1 - beta_t) * old value + beta_t * v_t``. With ``g = 0``, this is the delta rule
+(Schlag et al. 2021; Yang et al. 2024). For keys of length 1, the eigenvalues of ``I - beta k k.T`` are 1 and
+``1 - beta``. With beta in [0, 2], they are in [-1, 1], so that this matrix does not enlarge the state (Grazzi et al.
+2025).
 
-The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. A step reads the old value
-with a vector a, adds it to the state with a key b, and adds the new value with another key k:
+The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. A step decays the state. It
+also reads a value ``a_t @ S_{t-1}`` and writes it with the key b_t, and writes the new value v_t with the key k_t:
 
     S_t = (diag(exp(g_t)) + b_t a_t.T) @ S_{t-1} + k_t v_t.T
 
-The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k`` and the key ``beta * k``. RWKV-7 has
-``a = -c`` and ``b = rate * c`` with a vector c of length 1 and a rate in [0, 1] for each channel. The states in the
-papers are the transposed matrices.
+The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k``, and the key of the new value is
+``beta * k``. RWKV-7 has ``a = -c`` and ``b = rate * c`` with a vector c of length 1 and a rate in [0, 1] for each
+channel. The papers use the transposed state.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk (M: the
-same steps, on the axis of the keys), N kinds of scores.
+same steps, on the axis of the keys), P pairs of blocks of S steps (R: the same number), N kinds of scores.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def gated_delta_rule(
     """The outputs ``q_t @ S_t`` of the gated delta rule (equations: see the module), and the last state.
 
     The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. Queries and keys are
-    neither scaled nor normalised. ``reference`` computes in float32. The other implementations cast the inputs of
-    matmuls to the dtype of the values, except in the triangular system, and compute everything else in float32.
+    neither scaled nor normalized. ``reference`` computes in float32. In the other implementations, matmuls have inputs
+    in the dtype of the values, and everything else is float32. The triangular system is also float32; if the values are
+    bfloat16, ``pallas`` solves it with matmuls whose relative error is about 1e-5.
 
     Args:
         key_BTHK: keys, usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
@@ -70,13 +72,14 @@ def gated_delta_rule(
         chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
             ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
-            matmuls compute all steps of a chunk. For the backward pass, it saves the state before each chunk and
-            recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
+            matmuls compute all steps of a chunk. It saves the inputs and the state before each chunk, and its backward
+            pass recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
             (``jaxlm.nn.scan.delta_rule_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
-            implementation, or ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
+            power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it does
+            not support.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -120,20 +123,22 @@ def generalized_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` of the generalized delta rule (equations: see the module), and the last state.
 
-    Dtypes are as in :func:`gated_delta_rule`. With constant g, a and b, the state can stay bounded only if no
-    eigenvalue of ``diag(exp(g)) + b a.T`` has a magnitude above 1.
+    Shapes and dtypes of the results are as in :func:`gated_delta_rule`. If g, a and b are constant and an eigenvalue of
+    ``diag(exp(g)) + b a.T`` has a magnitude above 1, the state can grow exponentially.
 
     Args:
-        log_decay_BTHK: g, at most 0; -inf sets the decay of the channel to 0, but ``a`` still reads its old state. To
-            reset the state, use ``reset_BT``.
-        a_BTHK: a step reads the value ``a_t @ S_{t-1}`` from the state.
-        b_BTHK: the key with which the step adds this value to the state.
+        log_decay_BTHK: g, at most 0. With -inf, the decay of the channel is 0, but ``a`` still reads the old state of
+            the channel. To reset the state, use ``reset_BT``.
+        a_BTHK: the vectors a. A step reads the value ``a_t @ S_{t-1}`` from the state.
+        b_BTHK: the keys b. A step adds ``b_t (a_t @ S_{t-1}).T`` to the state.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
-            On a CPU, ``implementation=None`` is ``reference`` without a gradient and ``chunked`` with one.
+            On a CPU, if ``implementation`` and ``chunk`` are None, a call that is not differentiated runs as
+            ``reference``, and a call that is differentiated runs as ``chunked`` (with fewer than 8 steps as
+            ``reference``).
 
     Raises:
-        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, or an
-            implementation that is unknown or ``pallas``.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
+            power of two, or an implementation that is unknown or ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -185,10 +190,10 @@ def _gated_chunk(
     """The state after a chunk, and the outputs of its steps.
 
     The steps of the chunk are 1 to L. Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state
-    before the chunk. Let ``u_t = beta_t * (v_t - old value of k_t)``. Then the state after step t is
-    ``D(0, t) * S + sum_{s <= t} D(s, t) * k_s u_s.T``, as in linear attention with the values u. The old value of k_t
-    depends on all u_s with s < t. So the vectors u solve a triangular system (the UT transform of the paper, section
-    3.3):
+    before the chunk. Let ``u_t = beta_t * (v_t - old_t)``, where old_t is the value that k_t reads from the decayed
+    state before step t. Then the state after step t is ``D(0, t) * S + sum_{s <= t} D(s, t) * k_s u_s.T``, as in linear
+    attention with the values u. old_t depends on all u_s with s < t. So the vectors u solve a triangular system (the UT
+    transform of the paper, section 3.3):
 
         u_t + beta_t * sum_{s < t} D(s, t) * (k_t @ k_s) * u_s = beta_t * (v_t - D(0, t) * k_t @ S)
     """
@@ -233,8 +238,8 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    a_t needs D(s, t-1), the same decays as a query of step t - 1. So the code uses ``a_{t+1}`` as a second query
-    of step t, and then moves its scores from step t to step t + 1.
+    a_t needs the decays D(s, t-1), and a query of step t - 1 needs the same decays. So the code uses ``a_{t+1}`` as a
+    second query of step t, and then moves its scores from step t to step t + 1.
     """
     dtype = v_BHLV.dtype
     product = chunks.product_in(dtype)
@@ -267,5 +272,5 @@ def _generalized_chunk(
 
 
 def _shift_steps(x_BHLX: jax.Array, first: float = 0.0) -> jax.Array:
-    """``x`` with each step replaced by the step before it, and the first step by ``first``."""
+    """``x`` shifted by one step: step t has the value of step t - 1, and the first step has the value ``first``."""
     return jnp.concatenate([jnp.full_like(x_BHLX[:, :, :1], first), x_BHLX[:, :, :-1]], axis=2)

@@ -1,12 +1,13 @@
 """Pallas kernels for the gated delta rule, and for its gradients, on TPU.
 
 The equations of a chunk are those of ``_gated_chunk`` in delta_rule.py. D(s, t) is the product of the decays of
-steps s + 1 to t, and S is the state before the chunk. With the matrix ``A[t, s] = beta_t * D(s, t) * (k_t @ k_s)`` for
-s < t, the vectors u solve ``(I + A) @ u = r`` with ``r_t = beta_t * (v_t - D(0, t) * k_t @ S)``. Then the chunk is
-linear attention with the values u. A kernel keeps the inverse of ``I + A``, the scores and the states in VMEM. The
-backward kernel computes the inverse again. ``head_blocks`` defines the blocks of heads and the products of decays.
+steps s + 1 to t, and S is the state before the chunk. A is a strictly lower triangular matrix with
+``A[t, s] = beta_t * D(s, t) * (k_t @ k_s)``. The vectors u solve ``(I + A) @ u = r`` with
+``r_t = beta_t * (v_t - D(0, t) * k_t @ S)``. The outputs and the state after the chunk are those of linear attention
+with the values u. A kernel keeps the inverse of ``I + A``, the scores and the states in VMEM. The backward kernel
+computes the inverse again. ``head_blocks`` defines the blocks of heads and the products of decays.
 
-Variables whose names end with ``_in`` are inputs of matmuls, in the dtype of the values.
+A variable whose name ends with ``_in`` is cast to the dtype of the values, because it is an input of matmuls.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, N blocks
 of heads, J heads of a block.
@@ -26,11 +27,11 @@ from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, dot
 
 
 def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The matmul of float32 matrices. ``dtype`` is the dtype of the values and determines the precision.
+    """The matmul of float32 matrices over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, float32.
 
-    With float32, the matmul has float32 precision. With bfloat16, each matrix is split into a sum of two bfloat16
-    matrices, and the product of the two smaller summands is left out. The relative error is then about 1e-5. This takes
-    half the time of a matmul with float32 precision.
+    ``dtype``, the dtype of the values, determines the precision. With float32, the matmul has float32 precision. With
+    bfloat16, each matrix is split into a sum of two bfloat16 matrices, and the product of the two smaller summands is
+    left out. The relative error is then about 1e-5. This takes half the time of a matmul with float32 precision.
     """
     if dtype == jnp.float32:
         dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -40,7 +41,7 @@ def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, i
 
 
 def _high_and_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two bfloat16 matrices whose sum is about x."""
+    """Two bfloat16 matrices whose sum is about ``x``: ``x`` rounded to bfloat16, and the rounding error."""
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
@@ -48,9 +49,9 @@ def _high_and_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _inverses(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
     """The inverse of ``I + lower`` for each strictly lower triangular matrix, [L, L].
 
-    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs, as in ``triangular.inverse_unit_lower``. Here, ``X - X @ C
-    @ X`` joins all pairs at once: X has the inverses of the diagonal blocks, and C has the lower left block of each
-    pair.
+    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs, as in ``triangular.inverse_unit_lower``. Here, one formula
+    joins all pairs at once: ``X - X @ C @ X``. X is the matrix of the inverses of the diagonal blocks. C is the matrix
+    of the lower left blocks of all pairs.
     """
     L = lowers[0].shape[0]
     t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))
@@ -73,7 +74,7 @@ def _is_earlier(L: int) -> jax.Array:
 
 
 def _key_products(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
-    """For each head, ``D(s, t) * (k_t @ k_s)`` for s < t, [L, L]."""
+    """For each head, the matrix ``D(s, t) * (k_t @ k_s)`` [t, s], with zeros for s >= t, [L, L]."""
     K, is_earlier = blocks.K, _is_earlier(blocks.L)
     keys = [key[:, head * K : (head + 1) * K] for head in range(blocks.J)]
     return [jnp.where(is_earlier, dot(k, k, (1, 1)) * decays.pairs(head), 0.0) for head, k in enumerate(keys)]
@@ -83,7 +84,7 @@ def _forward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, first: Any, out: Any,
     last: Any, states: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
+    """Compute a chunk for a block of heads. ``carry``: the state after the previous chunk."""
     start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
@@ -112,7 +113,7 @@ def _backward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any,
     dlast: Any, dquery: Any, dkey: Any, dvalue: Any, dlog: Any, dbeta: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
+    """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
     start_with(carry, dlast)
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_earlier, decays = _is_earlier(L), chunk_decays(columns, rows, J)
@@ -161,7 +162,7 @@ def _backward_kernel(
             + dot((prefix * q32).astype(dtype), dy, (0, 0))
             - dot((prefix * k32).astype(dtype), dright_in, (0, 0))
         )  # fmt: skip
-        # A log decay of step i is a summand of the logarithm of D(s, t) for s < i <= t.
+        # The log decay of step i is a summand of log D(s, t) for all s < i <= t.
         dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
         later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
         of_total = total * jnp.sum(state * dafter, keepdims=True)
@@ -170,7 +171,7 @@ def _backward_kernel(
         dlog_suffix.append(jnp.sum(u * du_of_state, axis=1, keepdims=True))
     join = functools.partial(jnp.concatenate, axis=1)
     dquery[...], dkey[...], dvalue[...] = (join(heads).astype(dtype) for heads in (dq_heads, dk_heads, dv_heads))
-    # A prefix is the product of the decays up to its step. A suffix is the product of the decays after its step.
+    # The prefix of step t contains the decays of the steps up to t. The suffix of step t contains those after t.
     dlog[...] = (
         join(dlog_pairs)
         + _accurate_dot(at_or_after, join(dlog_prefix), dtype)

@@ -3,12 +3,16 @@
 The kernels compute a recurrence in chunks of the time axis, for several heads at once. They keep the state of these
 heads in VMEM from the first chunk to the last one.
 
-Let b_t be the sum of the log decays of a chunk up to step t. The product of the decays of steps s + 1 to t is
-``exp(b_t - b_s)``. A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier
-steps of its segment. Only steps before the first reset of a chunk read the state before the chunk. Log decays below
-``MIN_LOG_DECAY`` are set to this value, so that all sums are finite. The rounding error of a sum is about 6e-8 times
-its magnitude. A decay of almost 0 has a large negative logarithm, so products of later decays of the chunk are less
-accurate.
+Let b_t be the sum of the log decays of the steps of a chunk up to and including step t. The product of the decays of
+steps s + 1 to t is ``exp(b_t - b_s)``. Log decays below ``MIN_LOG_DECAY`` are set to this value, so that all sums are
+finite. The rounding error of b_t is about 6e-8 times its magnitude. The logarithm of a
+decay near 0 has a large magnitude. So b_t also has a large magnitude from this step to the end of the chunk, and the
+products of the later decays are less accurate.
+
+A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier steps of its segment.
+Only steps before the first reset of a chunk read the state before the chunk.
+
+Each step has a scale for each head: ``scale`` of ``linear_attention``, or ``beta`` of ``gated_delta_rule``.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -31,12 +35,12 @@ from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import call_with_carry, pl
 
 MIN_LOG_DECAY = -104.0
-"""Smaller log decays are set to this value, whose exponential is 0 in float32."""
+"""Lower bound of log decays. Smaller log decays are set to this value; its exponential is 0 in float32."""
 MAX_HEADS = 8
-"""Maximum number of heads of a block. A block has more heads only if no smaller number of heads fills whole
-registers."""
+"""Maximum number of heads of a block. A block has more heads only if no number up to this maximum is possible
+(:func:`heads_per_block`)."""
 MAX_VMEM = 15 * 2**20
-"""Maximum bytes of the arrays of a block of heads in VMEM. The compiler gives a kernel 16 MiB."""
+"""Maximum number of bytes of VMEM for the arrays of a block of heads. The compiler gives a kernel 16 MiB."""
 
 
 def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -51,22 +55,23 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
-            "needs a block of J heads that fits into VMEM and either has all heads, or has widths J * V and J * K (K, "
-            "if heads share keys) that are multiples of 128"
+            "needs a block of J heads that fits into VMEM. J * V and J * K (K, if heads share keys) must be multiples "
+            "of 128. A block of all heads may have other widths if each head has its own key or all heads share one"
         )
     return None
 
 
 def groups_are_sharded(G: int, H: int) -> bool:
-    """Whether the groups are sharded like the heads. A single group of several heads is on every device."""
+    """Whether the group axis is sharded like the head axis. Otherwise, every device has a copy of the single group."""
     return G > 1 or H == 1
 
 
 def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
-    """The number of heads of a block on one device. None: no number of heads gives a block of whole registers whose
-    arrays fit into VMEM.
+    """J, the number of heads of a block; None if no number is possible. G and H are the numbers on one device.
 
-    All heads of a block share one query and key, or each has its own.
+    The heads of a block either all share one query and key, or each of them has its own. So J divides H, and also H / G
+    if heads share keys. The last axis of each block, J * V or J * K (K, if heads share keys), must be a multiple of 128
+    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM``).
     """
 
     def is_possible(J: int) -> bool:
@@ -85,23 +90,27 @@ def _vmem_bytes(J: int, K: int, V: int) -> int:
 
     The inputs and outputs are four arrays of the size of the keys, three of the size of the values, three of the size
     of the states, and four arrays with scalars of each step. Each of them has two buffers. The carry is another array
-    of the size of the states. The last axis of states and scalars is padded to whole registers. If the heads of a block
-    share one query and key, their four arrays are smaller than estimated.
+    of the size of the states, with one buffer. The last axis of states and scalars is padded to a multiple of 128. If
+    the heads of a block share one query and key, the four arrays of the size of the keys are smaller than estimated.
     """
     L, padded_V = LANES, -(-V // LANES) * LANES
     return 4 * (2 * L * J * (4 * K + 3 * V) + 7 * J * K * padded_V + 2 * 4 * L * LANES)
 
 
 HEAD_AXES = ("batch", None, "heads", None)
+"""Logical axes of an array [B, T, H, X] with any width X, such as the values."""
 STATE_AXES = ("batch", "heads", None, None)
+"""Logical axes of a state [B, H, K, V]."""
 STATES_AXES = ("batch", None, "heads", None, None)
+"""Logical axes of the states before the chunks, [B, C, H, K, V]."""
 
 
 class Blocks(NamedTuple):
-    """How the arrays of one device are split into blocks. The grid is (batch, blocks of heads, chunks).
+    """How the arrays of one device are split into blocks. The grid of a kernel is [B, N, C].
 
     Attributes:
-        from_last: whether the grid goes from the last chunk to the first.
+        B, C, L, G, H, K, V, J: the sizes of the axes on the device (see the module).
+        from_last: whether the kernel goes from the last chunk to the first, as in a backward pass.
     """
 
     B: int
@@ -116,7 +125,7 @@ class Blocks(NamedTuple):
 
     @property
     def T(self) -> int:
-        """The number of steps, with padding."""
+        """The number of steps, including the padding of the last chunk."""
         return self.C * self.L
 
     @property
@@ -132,11 +141,11 @@ class Blocks(NamedTuple):
         return self.C - 1 - c if self.from_last else c
 
     def spec(self, kind: str) -> Any:
-        """The block spec of an array of this kind.
+        """The ``BlockSpec`` of an array of this kind.
 
-        Kinds: ``keys`` [B, T, G * K], ``values`` [B, T, H * V], ``columns``, ``per head`` and ``dkeys`` [B, N, T, X],
-        ``rows`` [B, N, X, T], ``state`` [B, H, K, V], ``states`` [B, C, H, K, V], ``one state`` [B, 1, H, K, V]. X is a
-        width that depends on the kind.
+        Kinds: ``keys`` [B, T, G * K] (also queries), ``values`` [B, T, H * V], ``columns`` [B, N, T, 2 * J + 1],
+        ``rows`` [B, N, 2 * J + 1, T], ``per head`` [B, N, T, J], ``dkeys`` [B, N, T, K] (gradients of keys that heads
+        share), ``state`` [B, H, K, V], ``states`` [B, C, H, K, V] and ``one state`` [B, 1, H, K, V].
         """
         L, J, heads_per_group = self.L, self.J, self.H // self.G
         if kind == "keys":
@@ -147,7 +156,7 @@ class Blocks(NamedTuple):
             return pl.BlockSpec((None, L, J * self.V), lambda b, n, c: (b, self._chunk(c), n))
         if kind == "state":
             return pl.BlockSpec((None, J, self.K, self.V), lambda b, n, c: (b, n, 0, 0))
-        if kind == "one state":  # every chunk has the same block
+        if kind == "one state":  # all chunks write to the same block
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
         if kind == "states":
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
@@ -158,7 +167,7 @@ class Blocks(NamedTuple):
 
 
 def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
-    """The blocks of queries [B, T, G, K] and values [B, T, H, V] of one device."""
+    """The :class:`Blocks` for queries [B, T, G, K] and values [B, T, H, V] of one device."""
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
     J = heads_per_block(G, H, K, V)
     assert J is not None  # unsupported_reason checks this
@@ -166,14 +175,14 @@ def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> 
 
 
 def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
-    """The array with zeros appended after the last step, so that it has whole chunks of L steps."""
+    """The array [B, T, ...] with zeros appended on the time axis, so that L divides the number of steps."""
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
 
 
 def _step_scalars(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
     """The scalars of each step, as columns [B, N, T, 2 * J + 1] and as rows [B, N, 2 * J + 1, T].
 
-    They are the sum b of each head, the scale of each head, and the index of the step's segment in the chunk.
+    The scalars are the sum b_t of each head, the scale of each head, and the index of the step's segment in the chunk.
     """
     B, T, C, L, J = blocks.B, blocks.T, blocks.C, blocks.L, blocks.J
     b_BTNJ = jnp.cumsum(log_BTH.reshape(B, C, L, -1), axis=2).reshape(B, T, -1, J)
@@ -184,7 +193,7 @@ def _step_scalars(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
 
 
 def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
-    """``x`` as an array [B, T, H], with the padding of the time axis."""
+    """``x`` as an array [B, T, H]. The time axis keeps its padding."""
     return x_BNTJ.transpose(0, 2, 1, 3).reshape(blocks.B, blocks.T, blocks.H)
 
 
@@ -198,7 +207,10 @@ def padded_inputs(
     query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array,
     reset_BT: jax.Array, blocks: Blocks,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """Queries and keys [B, T, G * K], values [B, T, H * V], and the columns and rows of the blocks."""
+    """Queries and keys [B, T, G * K], values [B, T, H * V], and the scalars of each step as columns and as rows.
+
+    The time axis of all of them is padded.
+    """
     L = blocks.L
     flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
     flat[:2] = (x.astype(value.dtype) for x in flat[:2])
@@ -206,7 +218,7 @@ def padded_inputs(
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """The matmul over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, float32."""
+    """The matmul that sums over axis ``contract[0]`` of ``a`` and axis ``contract[1]`` of ``b``, float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -216,7 +228,7 @@ class Decays(NamedTuple):
 
     Attributes:
         is_read: [L, L], whether step t (row) reads step s (column): s <= t, in the same segment.
-        columns, rows: the sums b_t, [L, J] and [J, L].
+        columns, rows: the sums b_t of log decays, [L, J] and [J, L].
         scale, scale_rows: the scales of the steps, [L, J] and [J, L].
         prefix: [L, J], the product of the decays of all steps up to and including t; 0 from the first reset on.
         suffix, suffix_rows: [L, J] and [J, L], the product of the decays of all steps after t; 0 before the last reset.
@@ -258,10 +270,11 @@ class Kernels(NamedTuple):
     """The kernels of a recurrence.
 
     Attributes:
-        name: the name of ``forward`` in the program.
-        forward, backward: functions. Their arguments are a :class:`Blocks`, one array for each entry of ``in_specs``
-            and ``out_specs`` (:func:`_device_forward`, :func:`_device_backward`), and the carry.
-        gradient_of_sums: whether ``backward`` returns the gradients of the sums b_t, not of the log decays.
+        name: the name of ``forward`` in the compiled program. ``backward`` has the name ``{name}_backward``.
+        forward, backward: functions. Their arguments are a :class:`Blocks`, a reference for each entry of ``in_specs``
+            and ``out_specs`` (:func:`_device_forward`, :func:`_device_backward`), and the carry [J, K, V].
+        gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the gradients
+            of the log decays.
     """
 
     name: str
@@ -284,7 +297,7 @@ def run(
             Padding has zeros in all of them.
         state_BHKV: the state before the first step, float32.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
-        keep_BT: False at padding, which does not change the state; None: no padding.
+        keep_BT: False at padding, where the state does not change; None: no padding.
     """
     query, key, value, log_BTH, scale_BTH = *inputs[:3], *(x[..., 0] for x in inputs[3:])
     if reset_BT is None:
@@ -311,8 +324,9 @@ def _forward(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array, *, sa
 def _backward(kernels: Kernels, L: int, saved: Any, cotangents: Any) -> Any:
     inputs, states_BCHKV = saved
     query, key, _, log_BTH, *_ = inputs
-    # Gradients of shared queries and keys are [B, T, blocks of a group, G, K]: each device has its own groups, or its
-    # own blocks of heads. Gradients of queries and keys for each head are [B, T, H, K].
+    # If each head has its own query and key, their gradients are [B, T, H, K]. If heads share them, each block of heads
+    # has its own part of the gradients: [B, T, blocks of a group, G, K]. The parts are summed below. If the groups are
+    # sharded, a device has the parts of its groups. Otherwise, it has the parts of its blocks of heads.
     axes, is_shared = _input_axes(inputs), query.shape[2] != log_BTH.shape[2]
     dkey_axes: tuple[str | None, ...] = HEAD_AXES
     if is_shared:
@@ -338,7 +352,7 @@ _run.defvjp(_forward, _backward)
 
 
 def _input_axes(inputs: Any) -> list[tuple[str | None, ...]]:
-    """The logical axes of the inputs."""
+    """The logical axes of the inputs: query, key, value, log decay, scale and reset."""
     (_, _, G, _), (_, _, H, _) = inputs[0].shape, inputs[2].shape
     key_axes = HEAD_AXES if groups_are_sharded(G, H) else ("batch", None, None, None)
     return [key_axes, key_axes, HEAD_AXES, HEAD_AXES[:3], HEAD_AXES[:3], HEAD_AXES[:2]]
@@ -348,7 +362,10 @@ def _device_forward(
     kernels: Kernels, L: int, save_states: bool, query: jax.Array, key: jax.Array, value: jax.Array,
     log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, state_BHKV: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
-    """The outputs of one device, the last state, and the state before each chunk (unused if not ``save_states``)."""
+    """The outputs of one device, the last state, and the state before each chunk.
+
+    Without ``save_states``, the third result is not used.
+    """
     blocks = make_blocks(query, value, L, from_last=False)
     T, C = query.shape[1], blocks.C if save_states else 1
     out_BTX, last_BHKV, states_BCHKV = _call(
@@ -371,10 +388,10 @@ def _device_backward(
     log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
     states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The gradients of queries, keys, values, decays, scales and the state before the first step, for one device.
+    """The gradients of queries, keys, values, log decays, scales and the state before the first step, for one device.
 
     The gradients of queries and keys are [B, T, H, K]; if ``is_shared``, they are [B, T, blocks of a group, G, K]. The
-    gradient of the decays (``Kernels.gradient_of_sums``) includes the padded steps.
+    gradient of the log decays, or of the sums b_t (``Kernels.gradient_of_sums``), includes the padded steps.
 
     Args:
         states_BCHKV: the state before each chunk.

@@ -1,13 +1,14 @@
-"""Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
+"""Linear attention with decay: the recurrence ``S = decay * S + k v.T`` of a matrix S, with the output ``q @ S``.
 
-Without decay, these are eq. 18 to 20 of Katharopoulos et al. 2020, without their normalizer. To get the normalizer, add
-a channel to the values that is always 1.
+With a decay of 1, these are eq. 18 and 20 of Katharopoulos et al. 2020, but the output is not divided by the normalizer
+(eq. 19). To compute the normalizer, add a channel of ones to the values. The output of this channel is the normalizer.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
 
 Shapes: B batch, T time, H heads, G groups of heads, R = H / G heads of a group, K width of queries and keys, V width of
-values, C chunks, L steps of a chunk (M: the same steps, on the axis of the keys), E = 1 or K decays per head.
+values, C chunks, L steps of a chunk (M: the same steps, on the axis of the keys), E = 1 or K decays per head, P pairs
+of blocks of S steps.
 """
 
 from __future__ import annotations
@@ -40,20 +41,18 @@ def linear_attention(
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + scale_t * k_t v_t.T``, and the last state.
+    """The outputs ``q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + scale_t * k_t v_t.T``, and the last state.
 
-    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. The products of queries
-    and keys are not scaled. Matmul inputs have the dtype of the values (``reference``: float32); everything else is
-    float32.
+    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. Queries and keys are not
+    scaled. Matmuls have inputs in the dtype of the values (``reference``: float32); everything else is float32.
 
     Args:
-        query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may also be a divisor
-            of H; then each query and key belongs to H / G consecutive heads, and the scores of a group are computed
-            only once.
+        query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may be a divisor of H.
+            Each query and key then belongs to H / G consecutive heads. The scores of a group are computed only once.
         log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
             state to zeros.
         state_BHKV: the state before the first step; None: zeros.
-        scale_BTH: factors of the new values; None: 1.
+        scale_BTH: the factor ``scale_t`` of each step and head; None: 1.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
@@ -62,11 +61,13 @@ def linear_attention(
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
             of a chunk, and the result is accurate for all decays. ``pallas`` is a TPU kernel that computes chunks, for
             one decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
-            On a CPU, this can be ``reference`` without a gradient and ``chunked`` with one.
+            On a CPU, this may depend on whether the call is differentiated: ``reference`` if it is not, ``chunked`` if
+            it is.
 
     Raises:
-        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
-            implementation, or ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
+            power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it does
+            not support.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -105,8 +106,8 @@ def linear_attention(
     if implementation == "pallas":
         with_scale = query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1
         return head_blocks.run(matrix_state_pallas.KERNELS, with_scale, state_BHKV, reset_BT, keep_BT)
-    # For mLSTM, scaled keys are more accurate: its values and its normalizer then have the same rounding errors. Keys
-    # that several heads share cannot be scaled.
+    # Multiply the keys by the scale if each head has its own keys, otherwise the values. Scaled keys are more accurate
+    # for mLSTM: its numerator and its normalizer then have the same rounding errors.
     if scale_BTH is not None and G == H:
         key_BTGK = (scale_BTH1 * key_BTGK.astype(jnp.float32)).astype(key_BTGK.dtype)
     elif scale_BTH is not None:
@@ -126,7 +127,7 @@ def choose_implementation(
 
     Args:
         steps: T, the number of steps.
-        chunk: the number of steps of a chunk, if the caller chose it.
+        chunk: the number of steps of a chunk, if the caller chose it; otherwise None.
         unsupported: why ``pallas`` does not support the arguments, as a part of an error message; None if it supports
             them.
 
@@ -145,9 +146,10 @@ def choose_implementation(
 def check_inputs(
     query: jax.Array, key: jax.Array, value: jax.Array, state: Any, reset: Any, keep: Any, *, shared_keys: bool = False
 ) -> None:
-    """Check queries and keys [B, T, H, K], values [B, T, H, V] and the state [B, H, K, V] (None: no check).
+    """Check queries and keys [B, T, H, K], values [B, T, H, V], the state [B, H, K, V] and the masks [B, T].
 
-    T must be at least 1. With ``shared_keys``, queries and keys may have another number of heads than the values.
+    T must be at least 1. The state and the masks may be None. With ``shared_keys``, the number of heads of queries and
+    keys may differ from the number of heads of the values.
 
     Raises:
         ValueError: an array has another shape, or a mask is not boolean.
@@ -161,7 +163,7 @@ def check_inputs(
     ):
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
+            f"least one step, and value {list(value.shape)} must be [batch, time, heads, value width]"
         )
     (B, T, _, K), (H, V) = query.shape, value.shape[2:]
     if state is not None and state.shape != (B, H, K, V):
@@ -193,8 +195,8 @@ def _chunk(
     """The state after a chunk, and the outputs of its steps in the dtype of the values.
 
     The gradient of a log decay equals a difference of two inner products (Yang et al. 2024, section 4.3). For a decay
-    near 0, the rounding errors of this difference would be large relative to the gradient. So autodiff computes the
-    gradient through the products of decays.
+    near 0, the rounding errors of this difference would be large relative to the gradient. So this formula is not used:
+    autodiff differentiates the products of decays.
     """
     dtype = v_BHLV.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q_BGLK, k_BGLK, v_BHLV))  # their gradients are summed in float32
@@ -213,9 +215,9 @@ def decay_chunk(
     """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls are cast to ``dtype``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
-    the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
-    is the expression in parentheses for t = L. Decays are in [-1, 1]. They are multiplied and never divided, so no
-    product has a magnitude above 1.
+    the output of step t is ``q_t @ (D(0, t) * S + sum_{s <= t} D(s, t) * k_s v_s.T)``. The state after the chunk is the
+    expression in parentheses for t = L. Decays must be in [-1, 1] (``ssd`` can have negative decays). The decays are
+    multiplied and never divided, so no product has a magnitude above 1.
     """
     product = product_in(dtype)
     if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
@@ -236,7 +238,7 @@ def decay_chunk(
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             size = later.shape[3]
             q_BHPSK, k_BHPSK = block_pairs(q_BGLK, size)[1], block_pairs(k_BGLK, size)[0]
-            return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
+            return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)  # R: steps of the earlier block
 
         diagonal_BHL = jnp.sum(q_BGLK.astype(jnp.float32) * k_BGLK.astype(jnp.float32), axis=-1)
         scores_BHLM, prefix_BHLE, suffix_BHLE = pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
@@ -268,15 +270,16 @@ def pair_scores_and_decays(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scores of all pairs of steps of a chunk, and the products of the decays up to each step and after each step.
 
-    Blocks of 1, 2, 4, ... steps are joined in pairs. The decay from step s of the earlier block to step t of the later
-    block is ``later[t] * earlier[s]``. ``later[t]`` is the product of the decays of the later block up to and including
-    t. ``earlier[s]`` is the product of the decays of the earlier block after s. Quotients of products, which could
-    overflow, are not needed.
+    Blocks of 1, 2, 4, ... steps are joined in pairs. For step s of the earlier block and step t of the later block, the
+    product of the decays of steps s + 1 to t is ``later[t] * earlier[s]``. ``later[t]`` is the product of the decays of
+    the later block up to and including t. ``earlier[s]`` is the product of the decays of the earlier block after s. The
+    method divides no products: a quotient could overflow.
 
     Args:
         diagonal_BHL: the score of each step with itself; [B, H, L, N] for N kinds of scores.
-        pair_scores: function from ``later`` and ``earlier`` [B, H, P, S, E] of P pairs to the scores between the steps
-            of the later block and the steps of the earlier block, [B, H, P, S, S], or [B, H, P, N, S, S].
+        pair_scores: ``pair_scores(later, earlier)``, with arguments [B, H, P, S, E], returns the scores of the steps of
+            the later block (axis -2) with the steps of the earlier block (axis -1) for each of P pairs of blocks:
+            [B, H, P, S, S], or [B, H, P, N, S, S] for N kinds of scores.
 
     Returns:
         The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up

@@ -1,12 +1,13 @@
-"""Pallas kernels for linear attention with one decay per head, and for its gradients, on TPU.
+"""Pallas kernels for TPUs: linear attention with one decay per head, and its gradients.
 
 The implementation ``chunked`` of ``linear_attention`` writes the scores of a chunk, the products of decays and the
-states to memory between its matmuls. A kernel keeps them in VMEM. It reads the queries, keys and values of a chunk
-once, for several heads, and keeps the state of these heads until the last chunk. For the gradients, the forward kernel
-also writes the state before each chunk.
+states to memory between its matmuls. A kernel keeps them in VMEM. It computes several heads (a block of heads)
+together. For each block of heads, it reads the queries, keys and values of a chunk once. The forward kernel keeps the
+states of these heads in VMEM from the first chunk to the last one. For the gradients, it also writes the state before
+each chunk to memory. The backward kernel goes from the last chunk to the first, and keeps the gradients of the states.
 
-``head_blocks`` defines the blocks of heads, the sums b_t of log decays and the products of decays. Variables whose
-names end with ``_in`` are inputs of matmuls, in the dtype of the values.
+``jaxlm.nn.scan.head_blocks`` defines the blocks of heads, the sums b_t of log decays and the products of decays.
+``state_in`` and ``dafter_in`` are float32 arrays that are cast to the dtype of the values for matmuls.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -28,7 +29,7 @@ def _forward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, first: Any, out: Any, last: Any,
     states: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Compute a chunk of a block of heads. ``carry``: the state after the previous chunk."""
+    """Compute the outputs of a chunk for a block of heads. ``carry``: the state before the chunk, then after it."""
     start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
@@ -51,7 +52,10 @@ def _backward_kernel(
     blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any, dlast: Any,
     dquery: Any, dkey: Any, dvalue: Any, db: Any, dscale: Any, dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Compute the gradients of a chunk. ``carry``: the gradient of the state after the chunk."""
+    """Compute the gradients of a chunk for a block of heads.
+
+    ``carry``: the gradient of the state after the chunk, then of the state before it.
+    """
     start_with(carry, dlast)
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
@@ -67,10 +71,11 @@ def _backward_kernel(
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         scale = decays.scale[:, column]
-        # ``pairs`` times the scale of step s.
+        # The products of decays of steps s + 1 to t, times the scale of step s.
         scaled_pairs = pairs * decays.scale_rows[column]
-        # y and ``dscaled`` use the same rounded weights and values, because their errors must cancel in the sum over
-        # steps.
+        # The gradient of a log decay is a sum of ``db_head`` over steps. In this sum, the rounding errors of ``y * dy``
+        # and ``scaled_v * dscaled`` must cancel. So both are computed from the same rounded ``weights`` and
+        # ``scaled_v``.
         weights, scaled_v = (scores * pairs).astype(dtype), (scale * v.astype(jnp.float32)).astype(dtype)
         dscores = (dot(dy, v, (1, 1)) * scaled_pairs).astype(dtype)
         y = dot(weights, scaled_v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
@@ -78,7 +83,8 @@ def _backward_kernel(
         dk_heads.append(dot(dscores, q, (0, 0)) + scale * suffix * dot(v, dafter_in, (1, 1)))
         dscaled_of_state = suffix * dot(k, dafter_in, (1, 0))
         dscaled = dot(weights, dy, (0, 0)) + dscaled_of_state  # the gradient of scale * v
-        # The gradient of b_t. The last b_t also gets the inner product of the state after the chunk and its gradient.
+        # ``db_head`` is the gradient of b_t. The state after the chunk is proportional to exp(b_t) of the last step. So
+        # the gradient of this b_t also has the inner product of that state and its gradient.
         v32, dy32, scaled_v32 = v.astype(jnp.float32), dy.astype(jnp.float32), scaled_v.astype(jnp.float32)
         last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scaled_v32 * dscaled_of_state, keepdims=True)
         db_head = jnp.sum(y * dy32 - scaled_v32 * dscaled, axis=1, keepdims=True)
@@ -86,7 +92,7 @@ def _backward_kernel(
         dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
         dv_heads.append(scale * dscaled)
         carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))
-    # Shared queries and keys get the sum of the gradients of the heads.
+    # The gradient of a query or key that the heads of a block share is the sum over these heads.
     for dx, heads in ((dquery, dq_heads), (dkey, dk_heads)):
         dx[...] = (jnp.concatenate(heads, axis=1) if blocks.has_own_keys else functools.reduce(jnp.add, heads)).astype(
             dx.dtype

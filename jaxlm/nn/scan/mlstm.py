@@ -5,12 +5,12 @@
     i'_t = exp(log i_t - m_t)                                   stabilized input gate (eq. 16)
     C_t = f'_t C_{t-1} + i'_t k_t v_t.T                         cell state (eq. 19)
     n_t = f'_t n_{t-1} + i'_t k_t                               normalizer state (eq. 20)
-    h_t = q_t @ C_t / (max(|q_t @ n_t|, exp(-m_t)) + epsilon)   output (eq. 21)
+    h_t = q_t @ C_t / (max(|q_t @ n_t|, exp(-m_t)) + epsilon)   output (eq. 21, before the output gate)
 
-C, n and m of a new document are 0. The paper writes the transposed C. Without the stabilizer, the states are
-``exp(m) * C`` and ``exp(m) * n``, which can overflow, because the input gate has no upper bound. The stabilizer scales
-them, and the output stays the same, except that ``epsilon`` is not scaled. The code of Beck et al. has ``epsilon``;
-the paper does not.
+At the start of a document, C, n and m are 0. C is the transpose of the paper's C. Without the stabilizer, the states
+would be ``exp(m) * C`` and ``exp(m) * n``. These can overflow, because the input gate has no upper bound. The
+stabilizer divides the states by ``exp(m)``, and so also the numerator and the maximum in the output. The output stays
+the same if ``epsilon`` is 0. The code of Beck et al. has ``epsilon``; the paper does not.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values (W = V + 1).
 """
@@ -33,9 +33,11 @@ from jaxlm.spec import ArraySpec, State
 STABILIZER_LIMITS = (-80.0, 40.0)
 """The output uses ``exp(-m)`` with m clipped to these limits.
 
-If m is below -80, ``exp(-m)`` can overflow. Then both the exact output and the output with this limit are less than
-1e-34 times ``q @ C``. Above 40, the limit matters only if ``|q @ n|`` is less than 1e-17. With the limit, a query of
-zeros gives zeros even if ``epsilon`` is 0; without the limit, it would give 0 / 0.
+Lower limit: ``exp(-m)`` overflows in float32 if m is below -88. If m is below -80, both the exact output and the output
+with the limit are less than 1e-34 times ``q @ C``.
+
+Upper limit: it changes the output only if ``|q @ n|`` is less than 1e-17. Without this limit, ``exp(-m)`` is 0 in
+float32 if m is large. The output of a query of zeros would then be 0 / 0 if ``epsilon`` is 0. With the limit, it is 0.
 """
 
 
@@ -64,19 +66,19 @@ def mlstm(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The output h_t of each step (equations: see the module), and the last state (:func:`mlstm_state_specs`).
 
-    The output is [B, T, H, V] in the dtype of the values; the state is float32. Queries and keys are not scaled. In
-    ``chunked`` and ``pallas``, matmul inputs have the dtype of the values (float32 for float16 values). Everything else
-    is float32.
+    The output is [B, T, H, V] in the dtype of the values; the state is float32. The function does not scale queries or
+    keys; the paper divides keys by sqrt(K). In ``chunked`` and ``pallas``, the inputs of matmuls, ``q_t @ C_t`` and
+    ``q_t @ n_t`` have the dtype of the values (float32 for float16 values). Everything else is float32.
 
     Args:
         log_input_BTH: the logarithm of the input gate. The gate is exponential, so this is its pre-activation.
-        log_forget_BTH: the logarithm of the forget gate: ``log_sigmoid`` of the pre-activation, or the pre-activation
-            itself if the gate is exponential.
+        log_forget_BTH: the logarithm of the forget gate. For a sigmoid gate, this is ``log_sigmoid`` of the
+            pre-activation; for an exponential gate, the pre-activation itself.
         state: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
-        keep_BT: False where the step is padding; the state does not change (``chunked`` and ``pallas``: up to rounding)
-            and the output is zeros. None: no padding.
+        keep_BT: False where the step is padding. There, the output is zeros and the state does not change (in
+            ``chunked`` and ``pallas`` it may change by rounding errors). None: no padding.
         epsilon: added to the divisor of the output.
         chunk: steps of a chunk, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is
             given, ``implementation=None`` does not select ``pallas``.
@@ -86,8 +88,9 @@ def mlstm(
             instead. None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a mask that is not boolean, a chunk that is not a power of two, an unknown
-            implementation, or ``pallas`` on another platform or with arguments that it does not support.
+        ValueError: shapes that do not match, a state that lacks an array, a mask that is not boolean, a chunk that is
+            not a power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it
+            does not support.
 
     Example:
         >>> ones, gate = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1))
@@ -110,7 +113,7 @@ def mlstm(
     if masks is not None:  # inputs at padding may be NaN
         reset_BT, keep = masks
         q, k, v = (jnp.where(keep[:, :, None, None], x, 0) for x in (q, k, v))
-        # An open forget gate and a closed input gate keep the state.
+        # A forget gate of 1 and an input gate of 0 keep the state.
         log_input_BTH = jnp.where(keep[:, :, None], log_input_BTH, -jnp.inf)
         log_forget_BTH = jnp.where(keep[:, :, None], log_forget_BTH, 0.0)
     if state is None:
@@ -170,7 +173,8 @@ def _by_linear_attention(
 ) -> Any:  # fmt: skip
     m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], reset_BT)
     before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
-    log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # linear_attention applies resets
+    # At a reset, ``linear_attention`` does not use the decay.
+    log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH
     # In float16, the numerator and the normalizer could overflow before the division.
     dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype
 
@@ -183,7 +187,7 @@ def _by_linear_attention(
     # A value that is always 1 makes n a column of the state.
     V, ones = v.shape[-1], jnp.ones_like(v[..., :1])
     cell, normalizer = state["cell"], state["normalizer"][..., None]
-    if implementation == "pallas":  # n has its own array of whole registers: appending a column to v would copy v
+    if implementation == "pallas":  # a second call computes n: appending a column to v would copy v
         out, cell = run(v, cell)
         q_times_n, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
     else:
@@ -195,16 +199,16 @@ def _by_linear_attention(
 
 
 def _pad_width(x: jax.Array, width: int) -> jax.Array:
-    """The array with zeros after its last axis, so that this axis has ``width`` entries."""
+    """``x`` with zeros appended along its last axis, so that this axis has ``width`` entries."""
     return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, width - x.shape[-1])))
 
 
 def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, reset_BT: Any) -> jax.Array:
     """The stabilizer m of each step, [B, T, H].
 
-    A step maps m to ``max(a + m, b)``. The composition of two such maps has the same form, so a parallel scan can
-    combine them. A scan is more accurate than differences of cumulative sums, whose rounding errors grow with the
-    number of steps.
+    A step maps m to ``max(a + m, b)``, with a = log f and b = log i. The composition of two such maps has this form
+    too, so an associative scan can combine them. The stabilizers could also be computed from differences of cumulative
+    sums of log f. The scan is more accurate, because the rounding errors of these sums grow with the number of steps.
     """
     a_BTH, b_BTH = log_f_BTH, log_i_BTH
     if reset_BT is not None:

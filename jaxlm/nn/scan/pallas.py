@@ -1,16 +1,18 @@
-"""Pallas kernels for the elementwise linear recurrence ``h = decay * h + input`` and its gradient on TPU.
+"""Pallas kernels for TPUs: the elementwise linear recurrence ``h = decay * h + input``, and its gradient.
 
-The kernels read and write each array once. The implementation ``chunked`` of ``linear_scan`` reads and writes a chunk
-in each of its log2(CHUNK) rounds.
+The kernels read and write each array once. The implementation ``chunked`` of ``linear_scan`` (``lax.associative_scan``)
+also writes the intermediate results of each chunk to memory and reads them again.
 
 The backward pass is also a recurrence, in the opposite order. Let dhidden[t] be the gradient of the output h[t], and
 e[t] the gradient that step t passes back to h[t - 1]. Then ``e[t] = decay[t] * (e[t + 1] + dhidden[t])``.
 
-A TPU register has 8 rows (time) of 128 channels. Within a tile of rows, the kernel runs a parallel scan by doubling.
-After round s, each row has the product of the decays of the 2^s steps that end at this row, and the state that these
-steps give from a zero state. At the end, the kernel adds to this state the product times the state before the tile.
+A row of a TPU register has 128 channels of one step. A tile has 8 rows (one register), or 16 rows for bfloat16. Within
+a tile, the kernel runs a parallel scan by doubling. After round s, each row has the product of the decays of the 2^s
+steps that end at this row (fewer at the start of the tile). It also has the state that these steps give from a zero
+state. After the last round, the kernel multiplies each product by the state before the tile and adds the result to the
+state of its row.
 
-Shapes: B batch, T time, D channels, C steps of a block, W channels of a block.
+Shapes: B batch, T time, D channels, C steps of a block, W channels of a block, N blocks of steps, P padded steps.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ from jaxlm.nn.lazy_pallas import call_with_carry, largest_divisor, pl, pltpu, st
 MAX_STEPS = 256
 """Maximum number of steps of a block."""
 MAX_CHANNELS = 512
-"""Maximum number of channels of a block, if the number of channels is a multiple of 128. Otherwise a block has all
-channels."""
+"""Maximum number of channels of a block if D is a multiple of 128. For other D, a block has all channels."""
 MAX_ENTRIES = 256 * 512
-"""Maximum number of entries of a block, unless a block has only one tile of rows. A kernel has up to ten blocks in
-VMEM."""
+"""Maximum number of entries of a block. A block of a single tile may have more. A kernel has up to ten blocks in VMEM:
+five arrays with two buffers each."""
 _TILE_ROWS = {4: 8, 2: 16}
-"""Rows of a tile by the bytes of an entry."""
+"""Number of rows of a tile, by the number of bytes of an entry."""
 _AXES = ("batch", None, "mlp")
 _STATE_AXES = ("batch", "mlp")
 
@@ -53,7 +54,7 @@ def scan(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, revers
 
     Args:
         state_BD: the state before the first step, float32.
-        reverse: go from the last step to the first.
+        reverse: whether the recurrence goes from the last step to the first.
     """
     scan_shard = functools.partial(_scan, reverse=reverse)
     run = sharding.map_shards(scan_shard, [_AXES, _AXES, _STATE_AXES], [_AXES, _STATE_AXES])
@@ -70,7 +71,7 @@ def backward(
 
     Args:
         hidden_BTD: the state after each step.
-        dhidden_BTD: the gradient of the states after each step.
+        dhidden_BTD: the gradient of the outputs ``hidden``.
         dlast_BD: the gradient of the last state.
         reverse: whether the forward pass went from the last step to the first.
     """
@@ -84,12 +85,12 @@ class _Blocks(NamedTuple):
     """How arrays [B, T, D] are split into blocks [C, W] of steps and channels. The grid is (batch, channels, steps).
 
     Attributes:
-        rows: number of rows of a tile.
+        tile_rows: number of rows of a tile.
         num_padding: number of steps of padding, so that blocks have whole tiles.
         from_last: whether the grid goes from the last block of steps to the first.
     """
 
-    rows: int
+    tile_rows: int
     num_padding: int
     C: int
     W: int
@@ -101,7 +102,7 @@ class _Blocks(NamedTuple):
         return self.grid[2] - 1 - t if self.from_last else t
 
     @property
-    def block(self) -> Any:
+    def steps(self) -> Any:
         """The block spec of an array [B, T, D]."""
         return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, self._index(t), d))
 
@@ -111,8 +112,8 @@ class _Blocks(NamedTuple):
         return pl.BlockSpec((None, 1, self.W), lambda b, d, t: (b, 0, d))
 
     @property
-    def step(self) -> Any:
-        """The block spec of an array [B, blocks of steps, 1, D]."""
+    def one_row(self) -> Any:
+        """The block spec of an array [B, N, 1, D]."""
         return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, self._index(t), 0, d))
 
 
@@ -126,22 +127,22 @@ def _blocks(arrays: Sequence[jax.Array], from_last: bool) -> _Blocks:
 
 
 def _call(kernel: Callable[..., None], name: str, blocks: _Blocks, **arguments: Any) -> Any:
-    kernel = functools.partial(kernel, blocks.rows, blocks.from_last)
+    kernel = functools.partial(kernel, blocks.tile_rows, blocks.from_last)
     return call_with_carry(kernel, name, blocks.grid, (1, blocks.W), **arguments)
 
 
 def _scan(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The states of one device, and the last state."""
+    """The outputs of :func:`scan` for the arrays of one device."""
     T = input_BTD.shape[1]
     blocks = _blocks((decay_BTD, input_BTD), reverse)
     # In the order of the scan, the padding comes after the last step. It does not change the state.
     padding = ((0, 0), (blocks.num_padding, 0) if reverse else (0, blocks.num_padding), (0, 0))
     decay_BTD, input_BTD = jnp.pad(decay_BTD, padding, constant_values=1), jnp.pad(input_BTD, padding)
     hidden_BTD, last_B1D = _call(
-        _forward_kernel, "linear_scan", blocks, in_specs=[blocks.block, blocks.block, blocks.state],
-        out_specs=(blocks.block, blocks.state),
+        _forward_kernel, "linear_scan", blocks, in_specs=[blocks.steps, blocks.steps, blocks.state],
+        out_specs=(blocks.steps, blocks.state),
         out_shape=(
             jax.ShapeDtypeStruct(input_BTD.shape, input_BTD.dtype),
             jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
@@ -154,10 +155,10 @@ def _backward(
     decay_BTD: jax.Array, hidden_BTD: jax.Array, state_BD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array,
     *, reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradients of one device."""
+    """The outputs of :func:`backward` for the arrays of one device."""
     T = hidden_BTD.shape[1]
     blocks = _blocks((decay_BTD, hidden_BTD, dhidden_BTD), not reverse)
-    # In the order of the backward pass, the padding comes after the last step: before the first step of the scan.
+    # The padding comes before the first step of the scan, which is the last step of the backward pass.
     num_padding = blocks.num_padding
     padding = ((0, 0), (0, num_padding) if reverse else (num_padding, 0), (0, 0))
     decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)
@@ -166,7 +167,7 @@ def _backward(
         state_BD[:, None].astype(hidden_BTD.dtype), (state_BD.shape[0], num_padding, state_BD.shape[1])
     )
     hidden_BTD = jnp.concatenate([hidden_BTD, state_BPD] if reverse else [state_BPD, hidden_BTD], axis=1)
-    # The state before the first step of each block.
+    # The state before each block, in the order of the scan.
     first_B1D = state_BD[:, None].astype(hidden_BTD.dtype)
     C = blocks.C
     if reverse:
@@ -175,8 +176,8 @@ def _backward(
         before_BND = jnp.concatenate([first_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
     ddecay_BTD, dinput_BTD, dstate_B1D = _call(
         _backward_kernel, "linear_scan_backward", blocks,
-        in_specs=[blocks.block, blocks.block, blocks.step, blocks.block, blocks.state],
-        out_specs=(blocks.block, blocks.block, blocks.state),
+        in_specs=[blocks.steps, blocks.steps, blocks.one_row, blocks.steps, blocks.state],
+        out_specs=(blocks.steps, blocks.steps, blocks.state),
         out_shape=(
             jax.ShapeDtypeStruct(decay_BTD.shape, decay_BTD.dtype),
             jax.ShapeDtypeStruct(dhidden_BTD.shape, dhidden_BTD.dtype),
@@ -196,7 +197,7 @@ def _tiles(steps: int, rows: int, reverse: bool) -> list[slice]:
 
 
 def _shifted(x: jax.Array, shift: int, reverse: bool, fill: Any) -> jax.Array:
-    """The rows of a tile, moved by ``shift`` steps in the order of the scan; the first rows are ``fill``."""
+    """The rows of a tile, moved by ``shift`` rows in the order of the kernel. The first ``shift`` rows are ``fill``."""
     rows = x.shape[0]
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     is_first = row >= rows - shift if reverse else row < shift
@@ -204,7 +205,7 @@ def _shifted(x: jax.Array, shift: int, reverse: bool, fill: Any) -> jax.Array:
 
 
 def _scan_tile(a: jax.Array, h: jax.Array, state: jax.Array, reverse: bool) -> jax.Array:
-    """The state after each row of a tile, from the decays, the inputs and the state before the tile."""
+    """The state after each row of a tile, from the decays ``a``, the inputs ``h`` and the state before the tile."""
     shift = 1
     while shift < a.shape[0]:
         h = a * _shifted(h, shift, reverse, 0.0) + h
@@ -236,7 +237,13 @@ def _backward_kernel(
     rows: int, reverse: bool, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
     dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Run the steps of a block. ``carry``: the last e of the previous block. ``before``: the state before the block."""
+    """Compute the gradients of the steps of a block.
+
+    Args:
+        reverse: whether the kernel goes from the last step to the first. The forward pass went in the opposite order.
+        before: the state before the block in the order of the forward pass.
+        carry: the last e of the previous block of the kernel; for the first block, the gradient of the last state.
+    """
     start_with(carry, dlast)
 
     e_next = carry[...]
@@ -245,7 +252,7 @@ def _backward_kernel(
         a, dh = decay[tile].astype(jnp.float32), dhidden[tile].astype(jnp.float32)
         e = _scan_tile(a, a * dh, e_next, reverse)
         gradient = dh + _shifted(e, 1, reverse, e_next)
-        # The state before each row: the forward pass goes in the opposite order.
+        # The state before each row, in the order of the forward pass.
         state = before[...] if index == len(tiles) - 1 else _last_row(hidden[tiles[index + 1]], not reverse)
         h_before = _shifted(hidden[tile].astype(jnp.float32), 1, not reverse, state.astype(jnp.float32))
         ddecay[tile] = (gradient * h_before).astype(ddecay.dtype)

@@ -1,9 +1,9 @@
 """The selective state space model of Mamba-2, which is linear attention with one decay per head (SSD).
 
 Dao & Gu 2024 ("Transformers are SSMs") show in section 5 that the state space model with a scalar decay equals the
-masked attention ``(L * C B.T) (dt * x)`` with ``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))``: C is the query, B the key
-and ``dt * x`` the value. Section 6 computes this attention in chunks with matmuls.
-:func:`jaxlm.nn.scan.linear_attention` is this algorithm.
+masked attention ``(L * C B.T) (dt * x)``. C is the query, B is the key, and ``dt * x`` is the value. The mask is
+``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))`` for s <= t, and 0 for s > t. Section 6 computes this attention in chunks
+with matmuls. :func:`jaxlm.nn.scan.linear_attention` implements this algorithm.
 
 Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state size (d_state).
 """
@@ -44,20 +44,20 @@ def ssd(
     """The outputs ``y_t = C_t h_t`` with ``h_t = exp(A * dt_t) * h_{t-1} + dt_t * B_t x_t.T``, and the last state h.
 
     The output is [B, T, H, P] in the dtype of ``x``; the state is [B, H, N, P] float32. The skip connection ``D * x``
-    is not included. Matmul inputs have the dtype of ``x``; everything else is float32.
+    is not included. Matmul inputs have the dtype of ``x`` (``reference``: float32); everything else is float32.
 
     Args:
         dt_BTH: the step sizes, at least 0.
         A_H: the decay rate of each head, at most 0.
-        B_BTGN, C_BTGN: input and output weights of the state, computed from the input. Each group belongs to H / G
-            consecutive heads.
+        B_BTGN, C_BTGN: the vectors B_t, which write ``x_t`` to the state, and C_t, which read the output from it. Each
+            group belongs to H / G consecutive heads.
         state_BHNP: the state before the first step; None: zeros.
-        negative_eigenvalues: the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of ``exp(A * dt_t)``
-            (Grazzi et al. 2025). ``pallas`` does not support it.
+        negative_eigenvalues: whether the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of
+            ``exp(A * dt_t)`` (Grazzi et al. 2025). ``pallas`` does not support such decays.
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
     Raises:
-        ValueError: shapes that do not match, or an error that ``linear_attention`` raises (see there).
+        ValueError: shapes that do not match, or arguments that ``linear_attention`` rejects.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -86,7 +86,7 @@ def ssd(
     T = x_BTHP.shape[1]
     implementation = choose_implementation("ssd", implementation, T, chunk, "does not support negative eigenvalues")
     check_inputs(C_BTGN, B_BTGN, x_BTHP, state_BHNP, reset_BT, keep_BT, shared_keys=True)
-    # The decay minus 1, because ``prepare`` sets inputs to 0 at padding, where the decay must be 1.
+    # Padding must have the decay 1. ``prepare`` sets all inputs to 0 at padding, so this input is the decay minus 1.
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
         decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)

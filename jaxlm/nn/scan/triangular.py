@@ -16,11 +16,14 @@ from jaxlm.nn.custom_gradient import custom_vjp
 
 @custom_vjp
 def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
-    """The solution u of ``u + lower @ u = right``, [B, H, L, V] float32, for a strictly lower triangular matrix.
+    """The solution u of ``u + lower @ u = right``, [B, H, L, V] in the dtype of the arguments (float32).
 
     Matmuls compute the inverse of ``I + lower``. ``lax.linalg.triangular_solve`` cannot be sharded. It is also slower
-    for many small systems: on a CPU, it calls BLAS, whose threads wait for each other (20 times as slow on two busy
-    cores; L 32, V 64).
+    for many small systems. On a CPU, it calls BLAS, whose threads wait for each other. On two busy cores, it was 20
+    times as slow for L 32 and V 64.
+
+    Args:
+        lower_BHLL: a strictly lower triangular matrix. Entries on and above the diagonal are ignored.
 
     Example:
         >>> lower = jnp.array([[0.0, 0.0], [0.5, 0.0]])
@@ -48,15 +51,16 @@ solve_unit_lower.defvjp(_forward, _backward)
 def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     """The inverse of ``I + lower``, [B, H, L, L], for a strictly lower triangular matrix.
 
-    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. The inverse of a pair [[E, 0], [C, F]] is
-    ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. This method needs no powers of the matrix, which
-    could overflow.
+    Diagonal blocks of 1, 2, 4, ... rows of ``I + lower`` are joined in pairs. The inverse of a pair [[E, 0], [C, F]] is
+    ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. The Neumann series of the inverse would need
+    powers of ``lower``, which could overflow.
     """
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        P, S2 = L // (2 * size), 2 * size
-        pairs = lower_BHLL.reshape(B, H, P, S2, L).reshape(B, H, P, S2, P, S2)  # two reshapes, to keep the sharding
+        P, pair_size = L // (2 * size), 2 * size
+        # A single reshape would lose the sharding.
+        pairs = lower_BHLL.reshape(B, H, P, pair_size, L).reshape(B, H, P, pair_size, P, pair_size)
         below_BHPSS = jnp.moveaxis(jnp.diagonal(pairs[:, :, :, size:, :, :size], axis1=2, axis2=4), -1, 2)
         first, second = inverse_BHPSS[:, :, 0::2], inverse_BHPSS[:, :, 1::2]
         below_BHPSS = -_product(_product(second, below_BHPSS), first)

@@ -3,15 +3,21 @@
 RG-LRU (De et al. 2024, eq. 4), minGRU (Feng et al. 2024), QRNN (Bradbury et al. 2017) and SRU (Lei et al. 2018) use
 this recurrence. They differ in how they compute the decay and the input.
 
-The recurrence needs two operations for three memory accesses, so its speed is limited by memory bandwidth.
-``sequential`` loops over time and overwrites the input with the state in the same buffer. It allocates no new memory if
-the input is not used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk together in
-log2(CHUNK) rounds. This is faster on accelerators, because there the number of sequential operations matters more than
-their size. ``pallas`` is a TPU kernel (``jaxlm.nn.scan.pallas``) that reads and writes each array once. All three have
-a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). The backward pass
-needs only the decay and the states. ``reference`` is a ``lax.scan`` with the gradient of autodiff.
+For each state, the recurrence has two floating-point operations and three memory accesses, so memory bandwidth limits
+its speed. There are four implementations:
 
-Shapes: B batch, T time, D channels, L steps of a chunk.
+- ``reference`` is a ``lax.scan`` with the gradient of autodiff.
+- ``sequential`` loops over time and overwrites the input with the state in the same buffer. It allocates no new memory
+  if the input is not used afterwards.
+- ``chunked`` loops over chunks of time. ``lax.associative_scan`` computes the L steps of a chunk with about 2 * log2(L)
+  sequential operations. This is faster on accelerators, because there the number of sequential operations matters more
+  than their size.
+- ``pallas`` is a TPU kernel (``jaxlm.nn.scan.pallas``) that reads and writes each array once.
+
+The last three have a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2).
+Their backward pass needs only the decays, the states and the masks.
+
+Shapes: B batch, T time, D channels, L steps of a chunk, N chunks.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from jaxlm.nn.segments import check_masks, complete_masks
 Implementation = Literal["reference", "sequential", "chunked", "pallas"]
 
 CHUNK = 256
-"""Steps in a chunk of ``chunked``."""
+"""Number of steps of a chunk of ``chunked``."""
 
 
 def linear_scan(
@@ -56,18 +62,17 @@ def linear_scan(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
-        reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
-            the state at step 0.
-        implementation: ``reference`` (a plain ``lax.scan``), ``sequential``, ``chunked``, ``pallas`` (see the module),
-            or None for the fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments,
-            otherwise ``chunked``.
-            ``sequential`` and ``chunked`` support forward-over-reverse second derivatives. ``pallas`` supports no
-            second derivatives. Reverse-over-reverse derivatives need ``reference``.
+        reverse: whether the recurrence goes from the last step to the first. Output t still belongs to input t, and the
+            returned last state is the state at step 0.
+        implementation: ``reference``, ``sequential``, ``chunked`` or ``pallas`` (see the module). None selects the
+            fastest known: ``sequential`` on a CPU, ``pallas`` on a TPU if it supports the arguments, and ``chunked`` in
+            all other cases. All except ``pallas`` support second derivatives. Forward mode alone (``jax.jvp`` without
+            ``jax.grad``) needs ``reference``.
 
     Raises:
         ValueError: shapes that do not match, an input without steps or with a dtype that is not floating-point, a mask
             that is not boolean, an unknown implementation, or ``pallas`` on another platform than a TPU, for another
-            dtype than float32 and bfloat16, or without rows.
+            dtype than float32 and bfloat16, or for an empty batch.
 
     Example:
         >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
@@ -89,7 +94,8 @@ def linear_scan(
 def _check(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any
 ) -> tuple[jax.Array, jax.Array] | None:
-    """Check all shapes and return the masks ``(reset_BT, keep_BT)``; None if both are None."""
+    """The masks ``(reset_BT, keep_BT)``; None if both are None. Raises the errors of :func:`linear_scan` for shapes and
+    dtypes."""
     if input_BTD.ndim != 3 or decay_BTD.shape != input_BTD.shape or not input_BTD.shape[1]:
         raise ValueError(
             f"decay {list(decay_BTD.shape)} and input {list(input_BTD.shape)} must both be [batch, time, channels], "
@@ -105,7 +111,7 @@ def _check(
 
 
 def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.Array:
-    """The state after one step of all rows, [B, D] float32. Padding inputs are ignored, even if they are NaN."""
+    """The state after one step of all rows, [B, D] float32. Inputs at padding are ignored, even if they are NaN."""
     decay, new = decay.astype(jnp.float32), new.astype(jnp.float32)
     if mask is not None:
         reset_B1, keep_B1 = mask
@@ -144,10 +150,11 @@ def _forward(
 
 
 def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    """The gradients of decay, input and initial state.
+    """The gradients of the decay, the input and the state before the first step.
 
-    The total gradient g of a state follows the recurrence ``g = dhidden + next_decay * next_g``. The gradient of the
-    input is g, and the gradient of the decay is ``g * state_before``.
+    Let h[t] be the state after step t, and dhidden[t] the gradient of the output h[t]. The total gradient of h[t] is
+    ``g[t] = dhidden[t] + decay[t + 1] * g[t + 1]``. The gradient of input[t] is g[t], and the gradient of decay[t] is
+    ``g[t] * h[t - 1]``.
     """
     (decay_BTD, hidden_BTD, state_BD, masks), (dhidden_BTD, dlast_BD) = saved, cotangents
     if implementation == "sequential":
@@ -194,16 +201,16 @@ def _sequential_backward(
     dlast_BD: jax.Array,
     reverse: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of decay, input and initial state, computed in place.
+    """The gradients of the decay, the input and the state before the first step, computed in place.
 
     The gradient of the input overwrites the gradient of the states, and the gradient of the decay overwrites the
-    states.
+    states. Loop iteration i belongs to the i-th step in the order of the backward pass.
     """
     end = hidden_BTD.shape[1] - 1
     time_of = _step_to_time(hidden_BTD, not reverse)
 
     def gradient_before(gradient_BD: jax.Array, i: Any) -> jax.Array:
-        """The gradient of the state before step i, from the gradient of the state after step i."""
+        """The gradient of the state that step i reads, from the gradient of the state that it computes."""
         decayed_BD = _read(decay_BTD, time_of(i)).astype(jnp.float32) * gradient_BD
         mask = _masks_at(masks, time_of(i))
         return decayed_BD if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed_BD), gradient_BD)
@@ -225,7 +232,7 @@ def _sequential_backward(
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step (unsigned, because JAX adds a sign check to signed indices)."""
+    """A function from loop iteration i to its time step, uint32. (For signed indices, JAX would add a sign check.)"""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
@@ -236,13 +243,13 @@ def _overwrite(
     """The buffers [B, T, D], overwritten with the values [B, D] of each step, and the last values.
 
     Each iteration first writes the values of its step and then reads the new buffer for the next step. So the old
-    buffer is never read after a write, and XLA does not copy it. If an iteration read first, XLA would copy the buffer
-    in some fusions, and one copy per iteration makes the cost of the scan quadratic in T.
+    buffer is never read after a write, and XLA does not copy it. If an iteration read the buffer before it wrote, XLA
+    would copy the buffer in some fusions. With one copy per iteration, the cost of the scan is quadratic in T.
 
     Args:
         values: the values of step 0.
-        step: ``step(values of step i - 1, i, buffers)`` returns the values of step i. At this time, the buffers contain
-            new values for the steps before i and old values from step i on.
+        step: ``step(values of step i - 1, i, buffers)`` returns the values of step i. In this call, the buffers contain
+            new values for the steps before i, and old values from step i on.
     """
 
     def write(buffers: Any, values: Any, i: Any) -> Any:
@@ -310,7 +317,8 @@ def _chunked_backward(
 
 
 def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
-    """``x`` shifted by one step: each step gets the entry of the step before it, and the first step gets ``first``."""
+    """``x`` shifted by one step in the order of the scan: each step gets the entry of the previous step, and the first
+    step gets ``first``."""
     first_B1D = first_BD[:, None].astype(x_BTD.dtype)
     return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
 

@@ -239,8 +239,10 @@ def test_errors_name_bad_input():
         attention(q, k, v, Mask(causal=True, query_order=np.ones((2, 4), int), key_order=np.ones((2, 6), int)))
     with pytest.raises(ValueError, match=r"bias \(1, 4, 6\) must be \[1 or 1, 1 or 2, 4, 6\]"):
         attention(q, k, v, Mask(), bias=np.zeros((1, 4, 6)))
-    with pytest.raises(ValueError, match="must agree in batch and width"):
+    with pytest.raises(ValueError, match=r"k must be \[B, S, G, K\]"):
         attention(q, k[:, :, :1], v)
+    with pytest.raises(ValueError, match="where G divides H"):
+        attention(q, k[:, :, :0], v[:, :, :0])
     with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):
         attention(q, k, v, bias=np.zeros((1, 2, 4, 5)))
     with pytest.raises(

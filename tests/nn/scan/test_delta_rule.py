@@ -289,7 +289,7 @@ def test_bad_inputs_of_the_generalized_rule_raise():
         rule(q, k, v, log_decay, a[:, 1:], b)
     with pytest.raises(ValueError, match=r"b \[2, 13, 2, 2\] must have the shape of the query"):
         rule(q, k, v, log_decay, a, b[..., 1:])
-    with pytest.raises(ValueError, match=r"value \[2, 13, 4\] \[batch, time, heads, value width\]"):
+    with pytest.raises(ValueError, match=r"value \[2, 13, 4\] must be \[batch, time, heads, value width\]"):
         rule(q, k, v[:, :, 0], log_decay, a, b)
     with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
         rule(q, k, v, log_decay, a, b, state[..., :3])
