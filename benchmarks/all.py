@@ -32,7 +32,7 @@ class Job:
         name: name of the result file without ".json".
         arguments: name of the module in ``benchmarks``, then its options.
         minutes: expected duration on two cores. The estimate of the remaining time is the expected duration of the
-            remaining jobs, multiplied by the actual / the expected duration of the finished jobs.
+            remaining jobs, multiplied by the actual / the expected duration of the jobs that succeeded.
     """
 
     name: str
@@ -148,19 +148,23 @@ def _default_directory(quick: bool) -> Path:
 
 def _run_all(jobs: list[Job], directory: Path, options: All) -> list[str]:
     """Run the jobs and return the names of the failed jobs."""
-    failed, start, expected_minutes = [], time.perf_counter(), 0.0
+    failed, start = [], time.perf_counter()
+    actual_minutes = expected_minutes = 0.0
     for number, job in enumerate(jobs, 1):
-        elapsed = (time.perf_counter() - start) / 60
+        job_start = time.perf_counter()
         estimate = ""
         if expected_minutes:
-            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * elapsed / expected_minutes
+            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * actual_minutes / expected_minutes
             estimate = f", about {minutes_left:.0f} min left"
         bar = "#" * round(20 * (number - 1) / len(jobs))
+        elapsed = (job_start - start) / 60
         print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min{estimate}", flush=True)
-        if not _run_job(job, directory, options):
+        if _run_job(job, directory, options):
+            actual_minutes += (time.perf_counter() - job_start) / 60
+            expected_minutes += job.minutes
+        else:
             print(f"{job.name} failed: see {directory / job.name}.log")
             failed.append(job.name)
-        expected_minutes += job.minutes
     return failed
 
 

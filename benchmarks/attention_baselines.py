@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, torch_device, torch_samples
+from benchmarks.baselines import JaxSampled, Sampled, TorchImplementation, jax_exact, torch_device, torch_wait
 
 MAX_DISTANCE = 128
 """``relative_attention_max_distance`` of T5. All distances from this number on are in the last bucket."""
@@ -66,7 +66,7 @@ class Jaxlm(JaxSampled):
         return {"out": results} if self.pass_name == "forward" else {"out": results[0], **results[1]}
 
 
-class Torch(TorchImplementation):
+class Torch(Sampled, TorchImplementation):
     """``scaled_dot_product_attention``. The variants with a bias have a dense bias array.
 
     For ``decode``, the function gets only the filled slots of the cache.
@@ -111,7 +111,7 @@ class Torch(TorchImplementation):
             bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
         return sdpa(q, k, v, attn_mask=bias.masked_fill(self.is_future, float("-inf"))).transpose(1, 2)
 
-    def run(self) -> dict[str, list[float]]:
+    def run(self) -> dict[str, Any]:
         import torch
 
         with torch.set_grad_enabled(self.pass_name == "both"):
@@ -119,4 +119,5 @@ class Torch(TorchImplementation):
         if self.pass_name == "both":
             gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
             results |= dict(zip(self.arrays, gradients, strict=True))
-        return {name: torch_samples(x) for name, x in results.items()}
+        torch_wait()
+        return results

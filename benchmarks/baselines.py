@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -135,8 +136,21 @@ class Machine(Implementation):
         return self.properties
 
 
-class JaxSampled(JaxImplementation):
-    """Base class of implementations that run one jitted function. Each repetition returns samples of the results.
+class Sampled(Implementation):
+    """Base class of implementations whose repetition returns arrays by name. 64 elements of each array are compared."""
+
+    def read(self, result: dict[str, Any]) -> dict[str, list[float]]:
+        """The elements of each array at the flat indices ``shapes.samples``. Only they are copied from the device."""
+        import numpy as np
+
+        def sample(x: Any) -> list[float]:
+            return x[np.unravel_index(shapes.samples(math.prod(x.shape)), x.shape)].tolist()
+
+        return {name: sample(x) for name, x in result.items()}
+
+
+class JaxSampled(Sampled, JaxImplementation):
+    """Base class of implementations that run one jitted function.
 
     A subclass sets ``jitted`` (the function) and ``arguments`` (its arguments). The first repetition compiles the
     function.
@@ -150,27 +164,24 @@ class JaxSampled(JaxImplementation):
     def name_results(self, results: Any) -> dict[str, Any]:
         """The arrays that the function returned, by name."""
 
-    def run(self) -> dict[str, list[float]]:
-        import numpy as np
-
+    def run(self) -> dict[str, Any]:
         if self.compiled is None:
             self.compiled = self.jitted.lower(*self.arguments).compile()
-        results = self.name_results(jax_exact().block_until_ready(self.compiled(*self.arguments)))
-        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
-
-
-def torch_samples(x: Any) -> list[float]:
-    """The elements of a tensor at the flat indices ``shapes.samples``."""
-    import numpy as np
-
-    indices = np.unravel_index(shapes.samples(x.numel()), tuple(x.shape))
-    return x.detach()[indices].tolist()  # waits until the computation has ended
+        return self.name_results(jax_exact().block_until_ready(self.compiled(*self.arguments)))
 
 
 def torch_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_wait() -> None:
+    """Wait until all computations of torch have ended."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
 
 
 class TorchImplementation(Implementation):

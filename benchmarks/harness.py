@@ -58,7 +58,7 @@ DEVICES = {
     "tpu": {"JAX_PLATFORMS": "tpu"},
 }
 """Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch reads
-only ``CUDA_VISIBLE_DEVICES``, so it may use another device than JAX. Then :func:`measure` raises an error."""
+only ``CUDA_VISIBLE_DEVICES``, so it may use another device than JAX. Then :func:`check_same_device` raises an error."""
 
 
 class Failure(Exception):
@@ -130,7 +130,7 @@ class Worker:
             raise Failure(f"{self.name} ended unexpectedly (exit status {self.process.wait()}): {last_line}")
         answer = json.loads(line)
         if "error" in answer:
-            is_user_error = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
+            is_user_error = call == "setup" and answer["is_user_error"]
             raise (UserError if is_user_error else Failure)(f"{self.name}: {answer['error']}")
         return answer["result"]
 
@@ -241,13 +241,21 @@ def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
         if name not in implementations:
             baselines = [baseline for baseline in implementations if baseline != OURS]
             raise UserError(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
-        missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
-        if missing:
-            from jaxlm import extras  # imported here, because jaxlm imports jax
-
-            install = extras.install("reference")
-            raise UserError(f"{name} needs {' and '.join(missing)}: {install}, or measure without {name}")
+        check_packages(name, f", or leave {name} out of --against")
     return {name: implementations[name] for name in (OURS, *names)}
+
+
+def check_packages(baseline: str, alternative: str = "") -> None:
+    """Raise ``UserError`` if a package that a baseline needs is not installed.
+
+    Args:
+        alternative: end of the error message, for a benchmark that can also run without this baseline.
+    """
+    missing = [package for package in NEEDS.get(baseline, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        from jaxlm import extras  # imported here, because jaxlm imports jax
+
+        raise UserError(f"{baseline} needs {' and '.join(missing)}: {extras.install('reference')}{alternative}")
 
 
 def with_class(
@@ -275,12 +283,13 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """The names in ``text``, the comma-separated value of an option.
 
     Raises:
-        UserError: a name is not in ``known``.
+        UserError: a name is not in ``known``, or is repeated.
     """
     result = text.replace(" ", "").split(",")
     for name in result:
         if name not in known:
             raise UserError(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+    check_distinct(option, result)
     return result
 
 
@@ -288,7 +297,7 @@ def numbers(option: str, text: str) -> list[int]:
     """The whole numbers in ``text``, the comma-separated value of an option.
 
     Raises:
-        UserError: a part of ``text`` is not a whole number, or is below 1.
+        UserError: a part of ``text`` is not a whole number, is below 1, or is repeated.
     """
     try:
         result = [int(part) for part in text.split(",")]
@@ -296,7 +305,15 @@ def numbers(option: str, text: str) -> list[int]:
         raise UserError(f"--{option} {text!r} must be whole numbers, separated by commas") from None
     if min(result) < 1:
         raise UserError(f"--{option} {text!r}: each number must be at least 1")
+    check_distinct(option, result)
     return result
+
+
+def check_distinct(option: str, values: Sequence[Any]) -> None:
+    """Raise ``UserError`` if a value of an option is repeated. Tables and results have one entry per value."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise UserError(f"--{option} has {value} more than once: give it once")
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -381,12 +398,7 @@ def measure(
     Raises:
         Failure: the implementations run on different devices, ``check`` fails, or an implementation fails.
     """
-    platforms = {name: worker.facts()["platform"] for name, worker in implementations.items()}
-    if len(set(platforms.values())) > 1:
-        raise Failure(
-            f"implementations run on different devices, {platforms}: install all of them for one device, or give "
-            "--device cpu"
-        )
+    check_same_device(implementations)
     warm_up_seconds: dict[str, list[float]] = {}
     values: dict[str, list[Any]] = {}
     for name, worker in implementations.items():
@@ -408,6 +420,16 @@ def measure(
         )
         for name in implementations
     ]  # fmt: skip
+
+
+def check_same_device(implementations: dict[str, Worker]) -> None:
+    """Raise ``Failure`` if the implementations, workers by name, run on different kinds of devices."""
+    platforms = {name: worker.facts()["platform"] for name, worker in implementations.items()}
+    if len(set(platforms.values())) > 1:
+        raise Failure(
+            f"implementations run on different devices, {platforms}: install all of them for one device, or give "
+            "--device cpu"
+        )
 
 
 def warm_run(worker: Worker) -> tuple[float, Any]:

@@ -50,6 +50,7 @@ def run(options: Recurrence) -> None:
     layers = harness.names("layers", options.layers, tuple(shapes.GATES))
     passes = harness.names("passes", options.passes, PASSES)
     sizes = shapes.QUICK_RECURRENCES if options.quick else [_parse_size(text) for text in options.sizes.split(",")]
+    harness.check_distinct("sizes", sizes)
     targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:

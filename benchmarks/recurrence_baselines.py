@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.baselines import JaxSampled, TorchImplementation, jax_exact, torch_device, torch_samples
+from benchmarks.baselines import JaxSampled, Sampled, TorchImplementation, jax_exact, torch_device, torch_wait
 
 
 class JaxlmRecurrence(JaxSampled):
@@ -45,7 +45,7 @@ class JaxlmRecurrence(JaxSampled):
         return {"output": output, **state, **(gradients[0] if gradients else {})}
 
 
-class TorchRecurrence(TorchImplementation):
+class TorchRecurrence(Sampled, TorchImplementation):
     """``torch.nn.LSTM`` or ``torch.nn.GRU``. This GRU applies the reset gate after the matrix product."""
 
     def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
@@ -68,7 +68,7 @@ class TorchRecurrence(TorchImplementation):
                 bias_hidden[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
         self.x.requires_grad_(self.has_gradients)
 
-    def run(self) -> dict[str, list[float]]:
+    def run(self) -> dict[str, Any]:
         import torch
 
         with torch.set_grad_enabled(self.has_gradients):
@@ -81,4 +81,5 @@ class TorchRecurrence(TorchImplementation):
             results |= {"weight_input": dweight_input.T, "weight_hidden": dweight_hidden.T, "bias": dbias, "input": dx}
             if self.layer == "gru":
                 results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
-        return {name: torch_samples(leaf) for name, leaf in results.items()}
+        torch_wait()
+        return results

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
+from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device, torch_wait
 from benchmarks.worker import Implementation
 
 MIN_SAMPLES = 4096
@@ -51,7 +51,7 @@ def sample(result: np.ndarray) -> list[float]:
 
 
 class Case(Implementation):
-    """Base class. The first repetition returns samples of the results, and later repetitions return None.
+    """Base class. Samples of the results of the first repetition are compared.
 
     The harness passes the argument ``directory`` to every implementation. These classes do not use it.
     """
@@ -59,20 +59,20 @@ class Case(Implementation):
     is_first_run = True
 
     @abc.abstractmethod
-    def compute(self) -> list[Any]:
+    def run(self) -> list[Any]:
         """Run one repetition, wait until it has ended, and return a list: the gradient of each input (only if the
         backward pass is measured), then the output."""
 
-    def read(self, result: Any) -> np.ndarray:
-        """A result as a NumPy array, in jaxlm's layout of axes."""
-        return np.asarray(result)
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """An array in jaxlm's layout of axes."""
+        return np.asarray(array)
 
-    def run(self) -> Any:
-        results = self.compute()
+    def read(self, result: list[Any]) -> dict[str, list[float]] | None:
+        """Samples of the first repetition; None for later repetitions."""
         if not self.is_first_run:
             return None
         self.is_first_run = False
-        return {f"result {number}": sample(self.read(result)) for number, result in enumerate(results)}
+        return {f"result {number}": sample(self.to_numpy(array)) for number, array in enumerate(result)}
 
 
 class Jaxlm(Case, JaxImplementation):
@@ -121,7 +121,7 @@ class Jaxlm(Case, JaxImplementation):
         self.arguments = [*inputs, self.copy(self.dout)] if self.backward else inputs
         jax_exact().block_until_ready(self.arguments)
 
-    def compute(self) -> list[Any]:
+    def run(self) -> list[Any]:
         arguments, self.arguments = self.arguments, []
         return jax_exact().block_until_ready(self.compiled(*arguments))
 
@@ -157,19 +157,16 @@ class Torch(Case, TorchImplementation):
         self.x = tensor(np.swapaxes(x, 1, 2)).requires_grad_(backward)
         self.dout, self.backward = tensor(np.swapaxes(dout, 1, 2)), backward
 
-    def compute(self) -> list[Any]:
+    def run(self) -> list[Any]:
         import torch
 
         taps = self.weight.shape[-1]
         y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
         y = y[:, :, : self.x.shape[-1]]
         gradients = torch.autograd.grad(y, (self.weight, self.x), self.dout) if self.backward else ()
-        if y.is_cuda:
-            torch.cuda.synchronize()
+        torch_wait()
         return [*gradients, y]
 
-    def read(self, result: Any) -> np.ndarray:
-        array = result.detach().cpu().numpy()
-        if result.shape == self.weight.shape:
-            return array[:, 0].T
-        return np.swapaxes(array, 1, 2)
+    def to_numpy(self, array: Any) -> np.ndarray:
+        x = array.detach().cpu().numpy()
+        return x[:, 0].T if x.shape == self.weight.shape else np.swapaxes(x, 1, 2)

@@ -84,23 +84,33 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
 _MAX_WIDTH = 64
 
 
-def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float, family: str, unit: str) -> Any:
+def sized(
+    build: Callable[[int], Any],
+    measure: Callable[[Any], float],
+    target: float,
+    *,
+    family: str,
+    unit: str,
+    parameters: int,
+) -> Any:
     """The model whose width, from 1 to 64, gives the value of ``measure(model) / target`` that is nearest to 1.
 
     Args:
         build: a function from the width to the model.
         measure: the size of a model, which must increase with the width.
         target: the size to reach.
-        family, unit: the family of the models and the unit of ``measure``, for the error message.
+        family, unit, parameters: for the error message: the family of the models, the unit of ``measure``, and the
+            value of ``--parameters``.
 
     Raises:
-        UserError: the size of the widest model is below ``target``.
+        UserError: ``target`` is below the size of the narrowest model or above that of the widest.
     """
     low, high = 1, _MAX_WIDTH
-    if (reached := measure(build(high))) < target:
+    smallest, largest = measure(build(low)), measure(build(high))
+    if not smallest <= target <= largest:
         raise UserError(
-            f"the widest {family} of this benchmark has {reached:,.0f} {unit}, fewer than the {target:,.0f} of the "
-            "comparison: choose smaller --parameters"
+            f"--parameters {parameters} is too {'small' if target < smallest else 'large'}: the {family} models of "
+            f"this benchmark have {smallest:,.0f} to {largest:,.0f} {unit}, and the comparison needs {target:,.0f}"
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -115,7 +125,7 @@ def run(options: Shootout) -> None:
     """Measure, print the results and write them to the output directory."""
     if options.quick:
         options = dataclasses.replace(
-            options, parameters=20_000, tokens=512, batch=4, length=16, contexts="4,20"
+            options, parameters=50_000, tokens=512, batch=4, length=16, contexts="4,20"
         )  # fmt: skip
     families = harness.names("families", options.families or ",".join(_WIDTHS), tuple(_WIDTHS))
     bases = harness.names("equal", options.equal, BASES)
@@ -206,12 +216,18 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
         return count
 
     def build_at_equal_parameters(name: str) -> Any:
-        return sized(make_builder(name), lambda model: model.num_parameters, options.parameters, name, "parameters")
+        return sized(
+            make_builder(name), lambda model: model.num_parameters, options.parameters,
+            family=name, unit="parameters", parameters=options.parameters,
+        )  # fmt: skip
 
     model = build_at_equal_parameters(family)
     if basis == "flops":
         target = flops("gpt")(build_at_equal_parameters("gpt"))
-        model = sized(make_builder(family), flops(family), target, family, "training FLOPs per character")
+        model = sized(
+            make_builder(family), flops(family), target,
+            family=family, unit="training FLOPs per character", parameters=options.parameters,
+        )  # fmt: skip
     return _Setup(model, make_recipe(family), make_trainer(family, model), flops(family)(model))
 
 

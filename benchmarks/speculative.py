@@ -68,7 +68,10 @@ def run(options: Speculative) -> None:
             seconds[name].append(time.perf_counter() - start)
     records = [_record(options, name, seconds, results) for name in functions]
     columns = ("tokens_per_second", "median", "ratio", "accepted", "tokens_per_round", "equal")
-    cells = [[record["implementation"], *(f"{record[column]:,.2f}" for column in columns)] for record in records]
+    cells = [
+        [record["implementation"], *("n/a" if record[name] is None else f"{record[name]:,.2f}" for name in columns)]
+        for record in records
+    ]
     header = ("decoding", "tokens/s", "median s", "speed over plain", "accepted", "tokens/round", "equal tokens")
     print(harness.table(header, cells))
     harness.write_json(options.json, "speculative", options, description, records)
@@ -116,7 +119,7 @@ def _record(
     became part of the text. ``tokens_per_round`` is the number of new tokens per row and call of the target model. The
     call for the prompt and the token that it generates do not count. ``equal`` is the fraction of tokens that are equal
     to those of plain decoding. With greedy decoding, it is below 1 only if rounding errors change which logit is the
-    largest. For plain decoding, the last three values are 1.
+    largest. For plain decoding, ``accepted`` is None, and the last two values are 1.
 
     Args:
         name: a key of ``seconds`` and ``results``.
@@ -128,7 +131,7 @@ def _record(
         "implementation": name, "seconds": seconds[name], "median": median,
         "tokens_per_second": options.batch * options.tokens / median,
         "ratio": harness.paired_ratio(seconds[PLAIN], seconds[name]),
-        "accepted": 1.0, "tokens_per_round": 1.0, "equal": 1.0,
+        "accepted": None, "tokens_per_round": 1.0, "equal": 1.0,
     }  # fmt: skip
     if name == PLAIN:
         return record

@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,9 +60,11 @@ class Texts:
     implementation runs twice."""
     json: Path | None = None
     """Write all results to this JSON file too."""
+    device: Literal["any", "cpu", "gpu", "tpu"] = "any"
+    """Device of jaxlm and torch; any: the default device of each of them."""
 
 
-def compare(task: str, implementations: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
+def compare(task: str, implementations: dict[str, str], rounds: int, device: str, **arguments: Any) -> dict[str, Any]:
     """Measure one task with all implementations, and return a record for :func:`show` and for JSON.
 
     ``seconds`` has the seconds of each round by implementation, ``equal`` the fraction of texts for which both results
@@ -70,15 +72,22 @@ def compare(task: str, implementations: dict[str, str], rounds: int, **arguments
 
     Args:
         implementations: the ``module:class`` of each implementation, jaxlm first.
+        device: a key of ``harness.DEVICES``.
         arguments: constructor arguments of both implementations.
+
+    Raises:
+        Failure: the implementations run on different devices, or an implementation fails.
     """
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         running_workers = {
             name: workers.enter_context(
-                contextlib.closing(harness.Worker(name, target, Path(temporary) / f"{name}.log", None, **arguments))
+                contextlib.closing(
+                    harness.Worker(name, target, Path(temporary) / f"{name}.log", harness.DEVICES[device], **arguments)
+                )
             )
             for name, target in implementations.items()
         }
+        harness.check_same_device(running_workers)
         warm_up = {name: [worker.run() for _ in range(2)] for name, worker in running_workers.items()}
         results = {name: runs[-1][1] for name, runs in warm_up.items()}
         seconds: dict[str, list[float]] = {name: [] for name in running_workers}
@@ -128,7 +137,7 @@ def run(options: Texts) -> None:
         translation: _check_files(translation, options.translator, options.sources),
         "classification": _check_files("classification", options.classifier, options.texts),
     }
-    harness.choose("torch", TRANSLATORS)
+    harness.check_packages("torch")
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -139,7 +148,8 @@ def run(options: Texts) -> None:
         ("classification", CLASSIFIERS, {}),
     ):
         if paths := files[task]:
-            records.append(compare(task, implementations, options.rounds, **paths, batch=options.batch, **settings))
+            arguments = {**paths, "batch": options.batch, **settings}
+            records.append(compare(task, implementations, options.rounds, options.device, **arguments))
             print(f"\n{show(records[-1])}", flush=True)
     harness.write_json(options.json, "texts", options, description, records)
 
@@ -159,8 +169,10 @@ def _check_files(task: str, directory: Path | None, file: Path | None) -> dict[s
             f"{task} needs a file of sentences: --sources for --translator, --texts for --classifier"
         )
     directory = directory / "model" if (directory / "model").is_dir() else directory
-    if not (directory / "config.json").is_file() or not file.is_file():
-        raise harness.UserError(f"{directory} has no config.json, or {file} is not a file")
+    if not (directory / "config.json").is_file():
+        raise harness.UserError(f"{directory} has no config.json: give the directory of a model")
+    if not file.is_file():
+        raise harness.UserError(f"{file} is not a file: give a file with one text per line")
     if not file.read_text(encoding="utf-8").strip():
         raise harness.UserError(f"{file} has no text: give one text per line")
     return {"directory": str(directory), "file": str(file)}

@@ -55,12 +55,12 @@ class JaxlmTranslator(_Jaxlm):
 
 
 class JaxlmClassifier(_Jaxlm):
-    """Classification with ``jaxlm.tasks.predict.classify``."""
+    """Label ids from ``jaxlm.tasks.predict.classify``."""
 
-    def run(self) -> list[str] | list[int]:
+    def run(self) -> list[int]:
         from jaxlm.tasks.predict import classify
 
-        return classify(self.model, self.params, self.tokenizer, self.texts, batch_size=self.batch).labels
+        return classify(self.model, self.params, self.tokenizer, self.texts, batch_size=self.batch).ids.tolist()
 
 
 class _Torch(_Texts, TorchImplementation):
@@ -103,18 +103,18 @@ class TorchTranslator(_Torch):
 
 
 class TorchClassifier(_Torch):
-    """Classification with forward passes of transformers, one batch after the other."""
+    """Label ids from forward passes of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSequenceClassification")
 
-    def run(self) -> list[str]:
+    def run(self) -> list[int]:
         import torch
 
-        labels = [""] * len(self.texts)
+        labels = [0] * len(self.texts)
         with torch.inference_mode():
             for indices in self.sorted_batches():
-                label_ids = self.model(**self.encode(indices)).logits.argmax(-1).tolist()
-                for index, label_id in zip(indices, label_ids, strict=True):
-                    labels[index] = self.model.config.id2label[label_id]
+                batch_labels = self.model(**self.encode(indices)).logits.argmax(-1).tolist()
+                for index, label in zip(indices, batch_labels, strict=True):
+                    labels[index] = label
         return labels

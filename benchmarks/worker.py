@@ -7,8 +7,8 @@ line. The requests are:
     {"call": "run"}           run one repetition; the result is {"seconds": ..., "value": ...}
     {"call": "facts"}         the result has properties of the implementation and the peak memory of the process
 
-An answer has the key ``result``, or the key ``error`` with the type and the message of an exception. The traceback of
-the exception is printed to stderr.
+An answer has the key ``result``; or, after an exception, the keys ``error`` with its type and message, and
+``is_user_error``: whether it is a ``ValueError`` or ``ImportError``. The traceback is printed to stderr.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ class Implementation(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> Any:
-        """Run one repetition, wait until it has ended, and return its result, a JSON value. The results of all
-        implementations are compared."""
+        """Run one repetition, wait until it has ended, and return its result."""
+
+    def read(self, result: Any) -> Any:
+        """The result of :meth:`run` as a JSON value, which is compared with that of the other implementations. The time
+        of this call is not measured."""
+        return result
 
     def facts(self) -> dict[str, Any]:
         """Properties of the implementation, JSON values that are written to the results."""
@@ -71,13 +75,17 @@ def serve(target: str) -> None:
                 implementation.prepare()
                 start = time.perf_counter()
                 value = implementation.run()
-                result = {"seconds": time.perf_counter() - start, "value": value}
+                seconds = time.perf_counter() - start
+                value = implementation.read(value)  # frees the arrays before the next repetition
+                result = {"seconds": seconds, "value": value}
             else:
                 result = {**implementation.facts(), "peak_process_bytes": _peak_bytes()}
             answers.write(json.dumps({"result": result}) + "\n")
         except Exception as error:
             traceback.print_exc()
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+            is_user_error = isinstance(error, ValueError | ImportError)
+            answer = {"error": f"{type(error).__name__}: {error}", "is_user_error": is_user_error}
+            answers.write(json.dumps(answer) + "\n")
 
 
 def _peak_bytes() -> int:

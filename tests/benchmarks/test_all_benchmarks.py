@@ -67,6 +67,23 @@ def test_it_continues_after_a_failure_and_resumes(started_commands, tmp_path, ca
     assert "### cpu" in page.read_text()
 
 
+def test_a_failed_benchmark_does_not_change_the_estimated_time(tmp_path, monkeypatch, capsys):
+    """The first job takes twice its expected time, and the second fails at once."""
+    clock = [0.0]
+    jobs = [all_benchmarks.Job(name, ("scans",), 10) for name in ("slow", "broken", "next")]
+
+    def run(job, directory, options):
+        clock[0] += {"slow": 20, "broken": 0, "next": 1}[job.name] * 60
+        return job.name != "broken"
+
+    monkeypatch.setattr(all_benchmarks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(all_benchmarks, "_run_job", run)
+    assert all_benchmarks._run_all(jobs, tmp_path, all_benchmarks.All(full=True)) == ["broken"]
+    output = capsys.readouterr().out
+    assert "2/3 broken · 20 min, about 40 min left\n" in output
+    assert "3/3 next · 20 min, about 20 min left\n" in output
+
+
 def test_each_benchmark_gets_the_baselines_that_it_knows(started_commands, tmp_path):
     assert all_benchmarks.main(["--full", "--output", str(tmp_path), "--against", "flax, lax.scan"]) == 1
     against = {command[0]: command[command.index("--against") + 1] for command in started_commands}

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,27 @@ import numpy as np
 import pytest
 
 from benchmarks import attention, decoding, fidelity, harness, recurrence, scan_baselines, shapes, training
-from benchmarks.harness import Failure, Row, Worker
+from benchmarks.baselines import JaxSampled, Sampled
+from benchmarks.harness import Failure, Row, UserError, Worker
 from benchmarks.worker import Implementation
 from jaxlm import get_model
 from jaxlm.plan import flops
 
 
 class Dummy(Implementation):
-    """An implementation that counts its repetitions. ``fault`` makes it fail: in "setup", in "run", or by "death"."""
+    """An implementation that counts its repetitions.
+
+    ``fault`` makes it fail: in "setup", by a missing "package", in "run", or by "death". "slow read": reading a result
+    takes a second.
+    """
 
     def __init__(self, start: int, fault: str = "") -> None:
         print("a library greets")
         self.count, self.fault = start, fault
         if fault == "setup":
             raise ValueError("no such size")
+        if fault == "package":
+            raise ModuleNotFoundError("No module named 'torch'")
 
     def run(self) -> Any:
         print("a library talks\n{}")
@@ -41,6 +49,11 @@ class Dummy(Implementation):
             os._exit(3)
         self.count += 1
         return self.count
+
+    def read(self, result: Any) -> Any:
+        if self.fault == "slow read":
+            time.sleep(1.0)
+        return result
 
     def facts(self) -> dict[str, Any]:
         return {"count": self.count, "environment": os.environ.get("JAXLM_TEST")}
@@ -205,6 +218,14 @@ def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch
         harness.choose("torch", decoding.IMPLEMENTATIONS)
 
 
+def test_repeated_values_of_an_option_are_rejected() -> None:
+    assert harness.names("variants", "bias, plain", ("plain", "bias")) == ["bias", "plain"]
+    with pytest.raises(UserError, match="--variants has plain more than once: give it once"):
+        harness.names("variants", "plain,bias,plain", ("plain", "bias"))
+    with pytest.raises(UserError, match="--lengths has 8 more than once"):
+        harness.numbers("lengths", "8,16,8")
+
+
 def test_a_user_error_prints_one_line_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert training.main(["--against", "nobody"]) == 2
     assert capsys.readouterr().err.startswith("benchmarks.training: unknown baseline 'nobody'")
@@ -291,6 +312,7 @@ def test_invalid_recurrence_options_print_an_error(capsys: pytest.CaptureFixture
         (["--layers", "lstm,rnn"], "--layers 'rnn' is unknown: choose from lstm, gru, gru-before"),
         (["--passes", "backward"], "--passes 'backward' is unknown: choose from forward, both"),
         (["--sizes", "128x32"], "--sizes '128x32' must be steps x rows x width, such as 128x32x512"),
+        (["--sizes", "4x1x8,4x1x8"], "--sizes has T4 B1 H8 more than once: give it once"),
     ):
         assert recurrence.main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -388,8 +410,17 @@ def test_a_worker_works_although_its_implementation_prints(worker: Worker) -> No
 
 
 def test_a_setup_error_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="dummy: ValueError: no such size"):
+    with pytest.raises(UserError, match="dummy: ValueError: no such size"):
         start(tmp_path, start=0, fault="setup")
+    with pytest.raises(UserError, match="dummy: ModuleNotFoundError: No module named 'torch'"):
+        start(tmp_path, start=0, fault="package")
+
+
+def test_reading_a_result_is_not_measured(tmp_path: Path) -> None:
+    with start(tmp_path, start=0, fault="slow read") as worker:
+        seconds, value = worker.run()
+    assert seconds < 1.0
+    assert value == 1
 
 
 def test_a_worker_continues_after_a_failed_run(tmp_path: Path) -> None:
@@ -433,13 +464,45 @@ def test_importing_the_benchmarks_imports_no_framework() -> None:
     assert process.returncode == 0, process.stderr
 
 
+class Square(JaxSampled):
+    """Squares the numbers 0, 1, 2, ... in an array."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        import jax
+
+        self.jitted = jax.jit(lambda x: x * x)
+        self.arguments = (np.arange(np.prod(shape), dtype=np.float32).reshape(shape),)
+
+    def name_results(self, results: Any) -> dict[str, Any]:
+        return {"square": results}
+
+
+def test_a_repetition_ends_before_samples_are_copied() -> None:
+    import jax
+
+    square = Square((50, 3, 4))
+    results = square.run()
+    assert isinstance(results["square"], jax.Array)
+    assert square.read(results) == {"square": (shapes.samples(600).astype(np.float32) ** 2).tolist()}
+
+
+@pytest.mark.live
+def test_samples_of_a_tensor_are_those_of_an_array() -> None:
+    import torch
+
+    square = Square((50, 3, 4))
+    results = square.run()
+    tensor = torch.from_numpy(np.array(results["square"])).requires_grad_()
+    assert Sampled.read(square, {"square": tensor}) == square.read(results)
+
+
 @pytest.mark.parametrize("case", [scan_baselines.Jaxlm, pytest.param(scan_baselines.Torch, marks=pytest.mark.live)])
 def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) -> None:
     results = []
     for backward in (False, True):
         measured = case("", "depthwise_convolution", {"B": 1, "T": 6, "C": 3, "taps": 2}, backward)
         measured.prepare()
-        results.append(measured.run())
+        results.append(measured.read(measured.run()))
     forward, both = results
     assert list(both) == ["result 0", "result 1", "result 2"], "two gradients and the output"
     assert np.allclose(both["result 2"], forward["result 0"], atol=1e-6)

@@ -33,14 +33,18 @@ def test_two_families_are_compared_at_equal_parameters_and_flops(tmp_path):
 
 def test_sized_selects_the_nearest_width():
     def build(width):
-        return SimpleNamespace(size=width**2)
+        return SimpleNamespace(size=4 * width**2)
 
     def size_for(target):
-        return shootout.sized(build, lambda model: model.size, target, "gpt", "parameters").size
+        names = {"family": "gpt", "unit": "FLOPs", "parameters": 50}
+        return shootout.sized(build, lambda model: model.size, target, **names).size
 
-    assert [size_for(target) for target in (1, 5, 7, 100, 64**2)] == [1, 4, 9, 100, 64**2]
-    with pytest.raises(UserError, match="the widest gpt .* has 4,096 parameters, fewer than the 4,097 of the"):
-        size_for(64**2 + 1)
+    assert [size_for(target) for target in (4, 20, 28, 400, 4 * 64**2)] == [4, 16, 36, 400, 4 * 64**2]
+    models = "the gpt models of this benchmark have 4 to 16,384 FLOPs, and the comparison needs"
+    with pytest.raises(UserError, match=f"--parameters 50 is too small: {models} 3"):
+        size_for(3)
+    with pytest.raises(UserError, match=f"--parameters 50 is too large: {models} 16,385"):
+        size_for(4 * 64**2 + 1)
 
 
 def test_each_family_has_its_own_color(tmp_path, monkeypatch):
@@ -64,8 +68,12 @@ def test_invalid_options_print_an_error(tmp_path, capsys):
         (["--quick", "--output", str(tmp_path)], f"--output {tmp_path} exists: choose another directory"),
         (
             ["--parameters", "100000000", "--families", "gpt", "--output", str(tmp_path / "new")],
-            "the widest gpt of this benchmark has 51,059,712 parameters, fewer than the 100,000,000 of the comparison: "
-            "choose smaller --parameters",
+            "--parameters 100000000 is too large: the gpt models of this benchmark have 23,664 to 51,059,712 "
+            "parameters, and the comparison needs 100,000,000",
+        ),
+        (
+            ["--parameters", "100", "--families", "gpt", "--output", str(tmp_path / "new")],
+            "--parameters 100 is too small: the gpt models of this benchmark have 23,664 to",
         ),
     ):
         assert shootout.main(arguments) == 2

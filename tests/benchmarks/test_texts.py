@@ -1,0 +1,75 @@
+"""The benchmark of translation and classification: its errors, and the results that it compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks import harness, texts, texts_baselines
+from jaxlm.interop.huggingface import save_pretrained
+from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
+from tests.tasks.test_predict import words_tokenizer
+
+SENTENCES = ["ann sings", "ann playing sings .", "sings .", "playing"]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, str]:
+    """The directory of a BERT classifier without label names, and a file of texts.
+
+    The parameters are so large that the texts have different labels.
+    """
+    model = tiny_model("bert-tiny", task="classification", num_labels=3)
+    params = jax.tree.map(lambda x: 2 * x, add_noise(initial_params(model)))
+    save_pretrained(tmp_path / "model", model, params, words_tokenizer())
+    (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+    return {"directory": str(tmp_path / "model"), "file": str(tmp_path / "texts.txt")}
+
+
+def test_wrong_paths_and_missing_packages_print_an_error(
+    paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, file = paths.values()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    for classifier, sentences, message in (
+        (tmp_path / "none", file, f"{tmp_path / 'none'} has no config.json: give the directory of a model"),
+        (directory, tmp_path, f"{tmp_path} is not a file: give a file with one text per line"),
+        (directory, file, "torch needs torch: pip install -e '.[reference]' in the clone of jaxlm\n"),
+    ):
+        assert texts.main(["--classifier", str(classifier), "--texts", str(sentences)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_implementations_on_different_devices_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = []
+
+    class FakeWorker:
+        def __init__(self, name: str, target: str, log: Path, environment: dict[str, str], **arguments: Any) -> None:
+            self.platform = "gpu" if name == "jaxlm" else "cpu"
+            environments.append(environment)
+
+        def facts(self) -> dict[str, Any]:
+            return {"platform": self.platform}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(harness, "Worker", FakeWorker)
+    with pytest.raises(harness.Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu'}"):
+        texts.compare("classification", texts.CLASSIFIERS, 1, "cpu")
+    assert environments == [harness.DEVICES["cpu"]] * 2
+
+
+def test_jaxlm_returns_label_ids(paths: dict[str, str]) -> None:
+    labels = texts_baselines.JaxlmClassifier(**paths, batch=2).run()
+    assert [type(label) for label in labels] == [int] * 4
+
+
+@pytest.mark.live
+def test_torch_returns_the_same_label_ids(paths: dict[str, str]) -> None:
+    labels = [getattr(texts_baselines, name)(**paths, batch=2).run() for name in ("JaxlmClassifier", "TorchClassifier")]
+    assert labels[0] == labels[1]
+    assert len(set(labels[0])) > 1
