@@ -108,7 +108,9 @@ def run(options: All) -> None:
             f"no benchmark has {options.only!r} in its name: choose from {', '.join(job.name for job in JOBS)}"
         )
     if options.against is not None:
-        harness.choose(options.against, {name: target for job in jobs for name, target in job.implementations.items()})
+        harness.choose_implementations(
+            options.against, {name: target for job in jobs for name, target in job.implementations.items()}
+        )
     directory = options.output or _default_directory(options.quick)
     if options.page is not None:
         _check_page(options.page, directory)

@@ -46,8 +46,8 @@ class Attention(harness.Options):
 def run(options: Attention) -> None:
     """Measure and print the results."""
     variants = harness.names("variants", options.variants, VARIANTS)
-    lengths = [32] if options.quick else harness.numbers("lengths", options.lengths)
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
+    lengths = [32] if options.quick else harness.parse_numbers("lengths", options.lengths)
+    targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for variant in variants:
@@ -71,11 +71,11 @@ def _measure(
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
     """The measurements as a table. The last column is the time of jaxlm / the time of its plain variant."""
-    ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
+    ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.JAXLM}
 
     def over_plain(row: harness.Row) -> str:
         plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
-        return "" if plain is None or row.implementation != harness.OURS else f"{row.median / plain.median:.2f}"
+        return "" if plain is None or row.implementation != harness.JAXLM else f"{row.median / plain.median:.2f}"
 
     return harness.comparison_table(rows, "variant, pass", "time/plain", over_plain)
 

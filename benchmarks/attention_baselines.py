@@ -25,7 +25,7 @@ class Jaxlm(JaxSampled):
         import jax.numpy as jnp
 
         from jaxlm.nn.attention import attention
-        from jaxlm.nn.attention.bucket_bias import distance_table
+        from jaxlm.nn.attention.bucket_bias import bias_of_each_distance
         from jaxlm.nn.attention.distance_bias import distance_bias
         from jaxlm.nn.attention.mask import Mask
 
@@ -44,7 +44,7 @@ class Jaxlm(JaxSampled):
         def forward(arrays: Any, mask: Any) -> Any:
             bias = None
             if shape.variant == "bias":
-                table = distance_table(arrays["table"], MAX_DISTANCE, bidirectional=False)
+                table = bias_of_each_distance(arrays["table"], MAX_DISTANCE, bidirectional=False)
                 bias = distance_bias(table, MAX_DISTANCE, T, S, query_offset=0)
             if shape.variant == "relative":
                 bias = distance_bias(

@@ -45,7 +45,7 @@ class Machine(Implementation):
 
     With JAX, it measures the FLOP/s of a matrix product, and the memory bandwidth of a copy and of a read. The copy is
     the in-place addition of a constant to an array. The read is a sum or a matrix-vector product, whichever is faster.
-    The training batch is written only for the families in ``complete_models.SIZES``.
+    The training batch is written only for the families in ``complete_models.DEFAULT_BATCH_SIZES``.
 
     Args:
         directory: directory of the checkpoint and the training batch.
@@ -101,7 +101,7 @@ class Machine(Implementation):
             "weight_bytes_per_step": 4 * complete_models.num_decoding_parameters(model),
             "vocab_size": model.config.vocab_size,
         }
-        if model.family in complete_models.SIZES:
+        if model.family in complete_models.DEFAULT_BATCH_SIZES:
             data = complete_models.example(model, *complete_models.sizes(model, quick, batch, length))
             complete_models.save(data, directory)
             flop_count = flops.training_flops(model, *data.tokens.shape) if data.target_positions is None else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import shapes
 
-SIZES = {
+DEFAULT_BATCH_SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
     "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256),
 }  # fmt: skip
@@ -26,13 +26,13 @@ TORCH_CLASSES = {
     "mamba2": "Mamba2ForCausalLM",
 }  # fmt: skip
 """Name of the torch class in transformers, by family; empty: the class is in ``torch_models``."""
-FLAX = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
+FLAX_CLASSES = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
 """Name of the deprecated Flax class in transformers, by family."""
 DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
-CLASSES = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX}
+CLASSES_BY_BASELINE = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX_CLASSES}
 """Class names by baseline and family. A baseline has no model of the families that are missing in its dict."""
-FILE = "batch.npz"
+BATCH_FILE = "batch.npz"
 """Name of the file of the batch."""
 TINY_FIELDS: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
 """Changes to config fields of the tiny variants. They give a tiny variant the architecture of the published variant."""
@@ -57,13 +57,14 @@ def build(name: str, *, quick: bool = False) -> Any:
 def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tuple[int, int]:
     """(rows, tokens per row) of a training batch: ``batch`` and ``length``; where they are None, the default.
 
-    The default is :data:`SIZES`, or (2, 32) with ``quick``. The default length of a VDCNN is its ``max_positions``.
+    The default is :data:`DEFAULT_BATCH_SIZES`, or (2, 32) with ``quick``. The default length of a VDCNN is its
+    ``max_positions``.
 
     Raises:
         ValueError: the model is a VDCNN and ``length`` is not its ``max_positions``, or the model is an XLNet and
             ``length`` is odd or below 10.
     """
-    default_batch, default_length = (2, 32) if quick else SIZES[model.family]
+    default_batch, default_length = (2, 32) if quick else DEFAULT_BATCH_SIZES[model.family]
     if model.family == "resnet":
         default_length = model.config.max_positions
         if length not in (None, default_length):
@@ -112,7 +113,7 @@ def example(model: Any, batch: int, length: int) -> Any:
 
 
 def save(batch: Any, directory: str) -> None:
-    """Write the arrays of a batch to :data:`FILE` in a directory. The batch has no padding and no resets."""
+    """Write the arrays of a batch to :data:`BATCH_FILE` in a directory. The batch has no padding and no resets."""
     assert batch.segment_ids is None
     assert batch.reset is None
     arrays = {
@@ -121,7 +122,7 @@ def save(batch: Any, directory: str) -> None:
         "weights": batch.weights,
         "target_positions": batch.target_positions,
     }
-    np.savez(Path(directory) / FILE, **{name: x for name, x in (arrays | batch.inputs).items() if x is not None})
+    np.savez(Path(directory) / BATCH_FILE, **{name: x for name, x in (arrays | batch.inputs).items() if x is not None})
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
@@ -129,7 +130,7 @@ def load(directory: str) -> dict[str, np.ndarray]:
 
     ``labels`` is ``Batch.targets``. ``targets`` are the positions [B, P] that XLNet predicts; other families have none.
     """
-    with np.load(Path(directory) / FILE) as file:
+    with np.load(Path(directory) / BATCH_FILE) as file:
         return dict(file)
 
 

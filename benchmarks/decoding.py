@@ -42,13 +42,15 @@ def run(options: Decoding) -> None:
     """Measure and print the results."""
     if options.quick:
         options = dataclasses.replace(options, batch="2", prompt="8", tokens=16)
-    batches, prompts = harness.numbers("batch", options.batch), harness.numbers("prompt", options.prompt)
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
+    batches, prompts = harness.parse_numbers("batch", options.batch), harness.parse_numbers("prompt", options.prompt)
+    targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
-            supported = harness.with_class(targets, family, complete_models.CLASSES, complete_models.DECODED_FAMILIES)
+            supported = harness.implementations_with_family(
+                targets, family, complete_models.CLASSES_BY_BASELINE, complete_models.DECODED_FAMILIES
+            )
             for batch, prompt in itertools.product(batches, prompts):
                 sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}
                 measured = session.compare(
@@ -56,7 +58,7 @@ def run(options: Decoding) -> None:
                     shapes.decoding_work(batch, options.tokens, session.model),
                     warm_up=2, rounds=options.rounds, check=harness.check_same,
                 )  # fmt: skip
-                rows += session.with_cached_compile(measured, targets[harness.OURS], **sizes)
+                rows += session.add_cached_compile_seconds(measured, targets[harness.JAXLM], **sizes)
                 print("\n" + harness.speed_table(rows[-len(supported) :]) + "\n", flush=True)
         harness.write_json(options.json, "decoding", options, session.description, [row.record() for row in rows])
 

@@ -38,7 +38,7 @@ class Fidelity:
     """Write all results to this JSON file too."""
 
 
-def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
+def jaxlm_results(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
     """The results of jaxlm for tokens [B, T + 1] and their mask [B, T + 1] (1: token, 0: padding).
 
     ``hidden`` [N, D] and ``logits`` [N, V] have one row for each of the N input tokens that are not padding.
@@ -68,8 +68,8 @@ def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
     }  # fmt: skip
 
 
-def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
-    """The results of ``GPT2LMHeadModel`` for the arguments of :func:`of_jaxlm`.
+def torch_results(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
+    """The results of ``GPT2LMHeadModel`` for the arguments of :func:`jaxlm_results`.
 
     Args:
         dtype: "float32" or "float64".
@@ -146,8 +146,8 @@ def run(options: Fidelity) -> None:
         padded[0, : options.length // 4] = padded[-1, -options.length // 8 :] = 0
         rows = []
         for case, mask in (("no padding", full), ("padding", padded)):
-            theirs, exact = (of_torch(session.directory, tokens, mask, dtype) for dtype in ("float32", "float64"))
-            rows += compare(case, of_jaxlm(session.directory, tokens, mask), theirs, exact)
+            theirs, exact = (torch_results(session.directory, tokens, mask, dtype) for dtype in ("float32", "float64"))
+            rows += compare(case, jaxlm_results(session.directory, tokens, mask), theirs, exact)
         columns = ("jaxlm_torch", "jaxlm_float64", "torch_float64")
         print(f"largest relative differences, float32, {options.model} B{options.batch} T{options.length}")
         cells = [[f"{row['case']}: {row['result']}", *(f"{row[name]:.1e}" for name in columns)] for row in rows]

@@ -27,9 +27,13 @@ from benchmarks.shapes import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
-NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
+REQUIRED_PACKAGES = {
+    "torch": ("torch", "transformers"),
+    "torch-compile": ("torch", "transformers"),
+    "flax": ("transformers",),
+}
 """Packages that a baseline needs, by baseline. Packages that jaxlm itself depends on are not listed."""
-OURS = "jaxlm"
+JAXLM = "jaxlm"
 WARM_UP_SECONDS = 0.3
 """Minimum number of seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s
 to reach its full clock frequency. After a repetition of torch, its OpenMP threads still use the processor for 0.2 s."""
@@ -169,7 +173,7 @@ class Session:
             }
             return measure(op, shape, work, self.machine, implementations, **options)
 
-    def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
+    def add_cached_compile_seconds(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
         """``rows``, with ``cached_compile_seconds`` added to the facts of the row of jaxlm.
 
         A new process runs one repetition and reads the compiled program from the cache. ``cached_compile_seconds`` is
@@ -186,7 +190,7 @@ class Session:
         def add_cached(row: Row) -> Row:
             return dataclasses.replace(row, facts={**row.facts, "cached_compile_seconds": cached})
 
-        return [add_cached(row) if row.implementation == OURS else row for row in rows]
+        return [add_cached(row) if row.implementation == JAXLM else row for row in rows]
 
 
 @contextlib.contextmanager
@@ -226,7 +230,7 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
         yield Session(directory, machine, properties, description, start)
 
 
-def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
+def choose_implementations(against: str, implementations: dict[str, str]) -> dict[str, str]:
     """The implementations to measure, ``{name: "module:class"}``: jaxlm first, then the baselines in ``against``.
 
     Args:
@@ -236,13 +240,13 @@ def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
     Raises:
         UserError: a baseline is unknown, or a package that it needs is not installed.
     """
-    names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
+    names = [name for name in against.replace(" ", "").split(",") if name and name != JAXLM]
     for name in names:
         if name not in implementations:
-            baselines = [baseline for baseline in implementations if baseline != OURS]
+            baselines = [baseline for baseline in implementations if baseline != JAXLM]
             raise UserError(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
         check_packages(name, f", or leave {name} out of --against")
-    return {name: implementations[name] for name in (OURS, *names)}
+    return {name: implementations[name] for name in (JAXLM, *names)}
 
 
 def check_packages(baseline: str, alternative: str = "") -> None:
@@ -251,21 +255,21 @@ def check_packages(baseline: str, alternative: str = "") -> None:
     Args:
         alternative: end of the error message, for a benchmark that can also run without this baseline.
     """
-    missing = [package for package in NEEDS.get(baseline, ()) if importlib.util.find_spec(package) is None]
+    missing = [package for package in REQUIRED_PACKAGES.get(baseline, ()) if importlib.util.find_spec(package) is None]
     if missing:
         from jaxlm import extras  # imported here, because jaxlm imports jax
 
-        raise UserError(f"{baseline} needs {' and '.join(missing)}: {extras.install('reference')}{alternative}")
+        raise UserError(f"{baseline} needs {' and '.join(missing)}: {extras.install_command('reference')}{alternative}")
 
 
-def with_class(
+def implementations_with_family(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
     """The implementations in ``targets`` that have a model of a family. Prints the names of the others.
 
     Args:
-        targets: the result of :func:`choose`.
-        classes: the families that each baseline has, as keys of a dict (``complete_models.CLASSES``).
+        targets: the result of :func:`choose_implementations`.
+        classes: the families that each baseline has, as keys of a dict (``complete_models.CLASSES_BY_BASELINE``).
         known: the families that the benchmark can measure.
 
     Raises:
@@ -273,7 +277,7 @@ def with_class(
     """
     if family not in known:
         raise UserError(f"this benchmark cannot measure family {family!r}: choose a model of {', '.join(known)}")
-    missing = [name for name in targets if name != OURS and family not in classes[name]]
+    missing = [name for name in targets if name != JAXLM and family not in classes[name]]
     if missing:
         print(f"{', '.join(missing)}: no model of the family {family}")
     return {name: target for name, target in targets.items() if name not in missing}
@@ -293,7 +297,7 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     return result
 
 
-def numbers(option: str, text: str) -> list[int]:
+def parse_numbers(option: str, text: str) -> list[int]:
     """The whole numbers in ``text``, the comma-separated value of an option.
 
     Raises:
@@ -409,14 +413,14 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in implementations}
     peaks = []
     for number in range(rounds):
-        peaks.append(warm_run(machine)[1][work.unit])
+        peaks.append(run_after_warm_up(machine)[1][work.unit])
         for name in rotated(list(implementations), number):
-            seconds[name].append(warm_run(implementations[name])[0])
+            seconds[name].append(run_after_warm_up(implementations[name])[0])
     peak = statistics.median(peaks)
     return [
         Row(
             op, name, shape, work, seconds[name], warm_up_seconds[name], peak,
-            paired_ratio(seconds[name], seconds[OURS]), implementations[name].facts(),
+            paired_ratio(seconds[name], seconds[JAXLM]), implementations[name].facts(),
         )
         for name in implementations
     ]  # fmt: skip
@@ -432,7 +436,7 @@ def check_same_device(implementations: dict[str, Worker]) -> None:
         )
 
 
-def warm_run(worker: Worker) -> tuple[float, Any]:
+def run_after_warm_up(worker: Worker) -> tuple[float, Any]:
     """The time in seconds and the result of one repetition.
 
     Before it, other repetitions run until they have taken at least :data:`WARM_UP_SECONDS`.
@@ -480,7 +484,7 @@ def check_same(values: dict[str, list[Any]]) -> None:
     Args:
         values: by implementation, the tokens of each repetition: lists [rows][tokens].
     """
-    expected = values[OURS][0]
+    expected = values[JAXLM][0]
     for name, repetitions in values.items():
         for tokens in repetitions:
             for row, (ours, theirs) in enumerate(zip(expected, tokens, strict=True)):
@@ -488,7 +492,7 @@ def check_same(values: dict[str, list[Any]]) -> None:
                     pairs = enumerate(zip(ours, theirs, strict=False))
                     first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
                     raise Failure(
-                        f"{name} and {OURS} generated different tokens, starting at token {first} of row {row}"
+                        f"{name} and {JAXLM} generated different tokens, starting at token {first} of row {row}"
                     )
 
 
@@ -500,19 +504,19 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
             elements, or None for a repetition without samples.
         tolerance: maximum difference, relative to the largest absolute value of jaxlm's sampled elements of the result.
     """
-    expected = values[OURS][0]
+    expected = values[JAXLM][0]
     for name, repetitions in values.items():
         for results in repetitions:
             if results is None:
                 continue
             if results.keys() != expected.keys():
-                raise Failure(f"{name} computes {sorted(results)}, {OURS} {sorted(expected)}")
+                raise Failure(f"{name} computes {sorted(results)}, {JAXLM} {sorted(expected)}")
             for result, sample in results.items():
                 ours, theirs = np.array(expected[result]), np.array(sample)
                 difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
                 if not difference <= tolerance:  # `not <=` also rejects NaN
                     raise Failure(
-                        f"{result} of {name} differs from {OURS} by {difference:.1e} of the largest sampled element "
+                        f"{result} of {name} differs from {JAXLM} by {difference:.1e} of the largest sampled element "
                         f"(allowed {tolerance:.0e})"
                     )
 
@@ -603,9 +607,9 @@ def speed_table(rows: Sequence[Row]) -> str:
             "compile s: extra time of the first repetition; cached: the same in a new process with a compilation cache",
             "process GB: peak memory, including loading and compilation; step GB: memory of a step, as XLA reports it",
             *(
-                f"{OURS} is {row.ratio:.2f}x as fast as {row.implementation}"
+                f"{JAXLM} is {row.ratio:.2f}x as fast as {row.implementation}"
                 for row in rows
-                if row.implementation != OURS
+                if row.implementation != JAXLM
             ),
         ]
     )
@@ -624,14 +628,14 @@ def comparison_table(rows: Sequence[Row], first: str, last: str, last_cell: Call
         last_cell: a function that returns the cell of a row in the last column.
     """
     header = (first, "shape", "implementation", "ms", "p10", "p90", "% of peak", "jaxlm/baseline", "p10", "p90", last)
-    ours = {(row.op, row.shape): row for row in rows if row.implementation == OURS}
+    ours = {(row.op, row.shape): row for row in rows if row.implementation == JAXLM}
     lines = []
     for row in rows:
         r = row.record()
         cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
         ratios = [a / b for a, b in zip(ours[row.op, row.shape].seconds, row.seconds, strict=True)]
         shown = [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
-        cells += [f"{r['peak_percent']:.1f}", *(["", "", ""] if row.implementation == OURS else shown), last_cell(row)]
+        cells += [f"{r['peak_percent']:.1f}", *(["", "", ""] if row.implementation == JAXLM else shown), last_cell(row)]
         lines.append(cells)
     return "\n".join(
         [

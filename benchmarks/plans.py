@@ -66,7 +66,7 @@ CASES = (
     Case("gpt2", 4, 512), Case("bert-base-uncased", 8, 128), Case("t5-small", 8, 256), Case("vdcnn-9", 16, 1024),
     Case("lstm-zaremba-medium", 20, 35), Case("transformer-xl-base", 2, 128), Case("gpt2", 8, 1023, decode=True),
 )  # fmt: skip
-SMALL = (Case("gpt2-tiny", 16, 32), Case("gpt2-tiny", 8, 32, decode=True))
+QUICK_CASES = (Case("gpt2-tiny", 16, 32), Case("gpt2-tiny", 8, 32, decode=True))
 """The cases of ``--quick``."""
 
 
@@ -94,7 +94,7 @@ def run(options: Plans) -> None:
     """Measure and print the results."""
     if options.quick and options.model is not None:
         raise UserError("--quick measures tiny models: leave out --model")
-    cases: tuple[Case, ...] = SMALL if options.quick else CASES
+    cases: tuple[Case, ...] = QUICK_CASES if options.quick else CASES
     if options.model is not None:
         cases = (Case(options.model, options.batch or 8, options.sequence or 256, options.decode),)
     elif options.batch or options.sequence or options.decode:

@@ -37,7 +37,7 @@ class Recurrence(harness.Options):
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Measured repetitions of each implementation."""
-    layers: str = ",".join(shapes.GATES)
+    layers: str = ",".join(shapes.NUM_GATES)
     """Layers: lstm, gru, gru-before, separated by commas."""
     passes: str = ",".join(PASSES)
     """Passes, separated by commas: forward, both (forward and backward, with gradients of parameters and input)."""
@@ -47,11 +47,11 @@ class Recurrence(harness.Options):
 
 def run(options: Recurrence) -> None:
     """Measure and print the results."""
-    layers = harness.names("layers", options.layers, tuple(shapes.GATES))
+    layers = harness.names("layers", options.layers, tuple(shapes.NUM_GATES))
     passes = harness.names("passes", options.passes, PASSES)
     sizes = shapes.QUICK_RECURRENCES if options.quick else [_parse_size(text) for text in options.sizes.split(",")]
     harness.check_distinct("sizes", sizes)
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
+    targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for layer in layers:
@@ -76,7 +76,7 @@ def _measure(
     op = f"{layer} {pass_name}"
     print(f"{op}, {shape}: ", end="")
     return session.compare(
-        {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_BASELINE},
+        {name: target for name, target in targets.items() if name == harness.JAXLM or layer not in WITHOUT_BASELINE},
         {"layer": layer, "pass_name": pass_name, **dataclasses.asdict(shape)},
         op, str(shape), shapes.recurrence_work(shape, layer, pass_name),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),

@@ -9,7 +9,8 @@ comment lines of the page.
 
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
-of jaxlm in percent of the peak of the machine. On the page, this column is called "% of the limit". The line charts
+of jaxlm in percent of the peak of the machine. In charts and tables of the page, this percentage
+is called "% of the limit". The line charts
 show the time as a function of the length.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import OURS, UserError
+from benchmarks.harness import JAXLM, UserError
 
 BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
 END = "<!-- end of measured -->"
@@ -126,7 +127,7 @@ def _measurements(file: Path) -> list[Measurement]:
 def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[Measurement]:
     if "task" in row:  # benchmarks.texts: one row for all implementations
         for name, seconds in row["seconds"].items():
-            ratio = 1.0 if name == OURS else row["ratio"]
+            ratio = 1.0 if name == JAXLM else row["ratio"]
             shape = f"{row['sentences']} sentences"
             yield Measurement(
                 operation=row["task"], shape=shape, implementation=name, seconds=statistics.median(seconds),
@@ -154,7 +155,7 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
         measurements: all measurements of the processor.
         pictures: directory of the charts.
     """
-    baselines = [row for row in measurements if row.implementation != OURS]
+    baselines = [row for row in measurements if row.implementation != JAXLM]
     slower = sorted((row for row in baselines if row.ratio < 1.0), key=lambda row: row.ratio)
     parts = [f"### {title}", _summary(baselines, slower)]
     for program, heading in SECTIONS.items():
@@ -162,7 +163,7 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
         if not rows:
             continue
         parts.append(f"#### {heading}: {title}")
-        if any(row.implementation != OURS for row in rows):
+        if any(row.implementation != JAXLM for row in rows):
             draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
             parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
         parts.append(_details("All numbers", _table(rows)))
@@ -193,7 +194,7 @@ def _table(rows: Sequence[Measurement]) -> str:
     header = ["operation", "shape", "implementation", "ms", "jaxlm is ... times as fast", "% of the limit"]
     lines = [header + ["peak memory, GB"] * has_memory]
     for row in rows:
-        ratio = "" if row.implementation == OURS else f"{row.ratio:.2f}"
+        ratio = "" if row.implementation == JAXLM else f"{row.ratio:.2f}"
         percent = "" if row.peak_percent is None else f"{row.peak_percent:.1f}"
         memory = "" if row.gigabytes is None else f"{row.gigabytes:.2f}"
         cells = [row.operation, row.shape, row.implementation, f"{1e3 * row.seconds:,.4g}", ratio, percent]
@@ -222,7 +223,7 @@ def _markdown_table(lines: Sequence[Sequence[str]], num_text_columns: int) -> st
 # ----------------------------------------------------------------------------------------------------- charts
 
 COLORS = {
-    OURS: "C0",
+    JAXLM: "C0",
     "torch": "C1",
     "flax": "C2",
     "torch-compile": "C3",
@@ -246,12 +247,12 @@ def draw(rows: Sequence[Measurement]) -> Any:
     """
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
-    names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
+    names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != JAXLM))
     ratios = {name: {labels[row.label]: row.ratio for row in rows if row.implementation == name} for name in names}
     shares = {
         labels[row.label]: row.peak_percent
         for row in rows
-        if row.implementation == OURS and row.peak_percent is not None
+        if row.implementation == JAXLM and row.peak_percent is not None
     }
     groups = list(dict.fromkeys(labels.values()))
     bars_per_group = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
@@ -260,7 +261,7 @@ def draw(rows: Sequence[Measurement]) -> Any:
     left.axvline(1.0, color="#444", linewidth=0.8)
     left.set_xlabel("times as fast as the baseline")
     for right in rest:
-        right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[OURS])
+        right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[JAXLM])
         for label, share in shares.items():
             right.text(share + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
         limit = 1.15 * max([100.0, *shares.values()])
@@ -319,7 +320,7 @@ Lines = dict[str, list[tuple[int, float]]]
 
 
 def curves(rows: Sequence[Measurement]) -> dict[str, Lines]:
-    """The line charts: ``{"operation, shape without T": lines}``.
+    """The line charts: ``{"operation, shape": lines}``, where the shape has T... instead of the length.
 
     A chart has all measurements that differ only in the length T and the implementation. Measurements that exist for
     only one length have no chart.
@@ -414,7 +415,7 @@ def run(options: Report) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     training = {
         titles.get(name, name): [
-            row for row in measured[name] if row.operation == "training step" and row.implementation != OURS
+            row for row in measured[name] if row.operation == "training step" and row.implementation != JAXLM
         ]
         for name in newest_first
     }

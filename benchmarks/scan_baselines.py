@@ -50,7 +50,7 @@ def sample(result: np.ndarray) -> list[float]:
     return flat[:: max(1, flat.size // MIN_SAMPLES)].astype(float).tolist()
 
 
-class Case(Implementation):
+class ScanImplementation(Implementation):
     """Base class. Samples of the results of the first repetition are compared.
 
     The harness passes the argument ``directory`` to every implementation. These classes do not use it.
@@ -75,7 +75,7 @@ class Case(Implementation):
         return {f"result {number}": sample(self.to_numpy(array)) for number, array in enumerate(result)}
 
 
-class Jaxlm(Case, JaxImplementation):
+class Jaxlm(ScanImplementation, JaxImplementation):
     """The implementation of the operation that jaxlm chooses by default."""
 
     implementation: Any = None
@@ -141,7 +141,7 @@ class AssociativeScan(Jaxlm):
         return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
 
 
-class Torch(Case, TorchImplementation):
+class Torch(ScanImplementation, TorchImplementation):
     """``depthwise_convolution`` with ``torch.nn.functional.conv1d``: one group per channel, axes [B, C, T]."""
 
     def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:

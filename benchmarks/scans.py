@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from benchmarks import harness, shapes
-from benchmarks.harness import OURS, UserError
+from benchmarks.harness import JAXLM, UserError
 
 BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
@@ -27,7 +27,7 @@ BASELINES = {
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's implementation ``reference``."""
 IMPLEMENTATIONS = {
-    OURS: "benchmarks.scan_baselines:Jaxlm",
+    JAXLM: "benchmarks.scan_baselines:Jaxlm",
     "lax.scan": "benchmarks.scan_baselines:Reference",
     "associative_scan": "benchmarks.scan_baselines:AssociativeScan",
     "lax.conv": "benchmarks.scan_baselines:Reference",
@@ -53,7 +53,7 @@ def run(options: Scans) -> None:
     """Measure and print the results."""
     if options.only and options.only not in BASELINES:
         raise UserError(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
-    chosen = harness.choose(options.against, IMPLEMENTATIONS)
+    chosen = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]
@@ -62,7 +62,7 @@ def run(options: Scans) -> None:
         for case in cases:
             for backward in (False, True):
                 rows = session.compare(
-                    {name: chosen[name] for name in (OURS, *BASELINES[case.op]) if name in chosen},
+                    {name: chosen[name] for name in (JAXLM, *BASELINES[case.op]) if name in chosen},
                     {"op": case.op, "sizes": dict(case.sizes), "backward": backward},
                     f"{case.op}, forward{' and backward' if backward else ''}", case.shown,
                     shapes.scan_work(case, backward), warm_up=2, rounds=options.rounds,

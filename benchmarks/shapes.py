@@ -72,7 +72,7 @@ class Recurrence:
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
 """At the first size, matmuls take most of the time; at the second, the elementwise operations of the gates; at the
 third, reading the weights. The third width is that of the medium LSTM of Zaremba et al. 2014."""
-GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
+NUM_GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
 """Number of gates of each layer, including the candidate. ``gru`` applies the reset gate after the product of the state
 and its weights, as torch does; ``gru-before`` applies it before this product (Cho et al. 2014)."""
 
@@ -231,10 +231,10 @@ def recurrence_work(shape: Recurrence, layer: str, pass_name: str) -> Work:
     """FLOPs of the matrix products of one layer.
 
     Args:
-        layer: a key of :data:`GATES`.
+        layer: a key of :data:`NUM_GATES`.
         pass_name: "forward" or "both" (forward and backward).
     """
-    tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2
+    tokens, forward = shape.length * shape.batch, 2 * NUM_GATES[layer] * 2 * shape.width**2
     if pass_name == "forward":
         return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
     return Work(tokens, 3 * forward * tokens, "FLOP", "6*G*H*(D+H)*tokens, D = H: products of G gates, three times")
@@ -245,7 +245,7 @@ def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
 
     The arrays are float32 and equal in every process. H is the width of input and state.
     """
-    rng, gates, H = np.random.default_rng(0), GATES[layer], shape.width
+    rng, gates, H = np.random.default_rng(0), NUM_GATES[layer], shape.width
     shapes = {"weight_input": (H, gates, H), "weight_hidden": (H, gates, H), "bias": (gates, H), "bias_hidden": (H,)}
     arrays = {name: rng.uniform(-(H**-0.5), H**-0.5, size) for name, size in shapes.items()}
     arrays |= {name: rng.standard_normal((shape.batch, shape.length, H)) for name in ("input", "doutput")}

@@ -129,7 +129,7 @@ def run(options: Shootout) -> None:
         )  # fmt: skip
     families = harness.names("families", options.families or ",".join(_WIDTHS), tuple(_WIDTHS))
     bases = harness.names("equal", options.equal, BASES)
-    contexts = sorted(harness.numbers("contexts", options.contexts))
+    contexts = sorted(harness.parse_numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
     if steps < 8:
         raise UserError(

@@ -52,7 +52,7 @@ class Speculative:
 
 def run(options: Speculative) -> None:
     """Measure and print the results."""
-    proposed = harness.numbers("num-proposed", options.num_proposed)
+    proposed = harness.parse_numbers("num-proposed", options.num_proposed)
     if options.tokens < 2:
         raise harness.UserError(f"--tokens {options.tokens} must be at least 2")
     functions = _functions(options, proposed)

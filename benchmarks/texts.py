@@ -93,7 +93,7 @@ def compare(task: str, implementations: dict[str, str], rounds: int, device: str
         seconds: dict[str, list[float]] = {name: [] for name in running_workers}
         for number in range(rounds):
             for name in harness.rotated(list(running_workers), number):
-                seconds[name].append(harness.warm_run(running_workers[name])[0])
+                seconds[name].append(harness.run_after_warm_up(running_workers[name])[0])
     ours, theirs = (results[name] for name in implementations)
     return {
         "task": task,

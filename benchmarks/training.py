@@ -63,13 +63,15 @@ class Training(harness.Options):
 def run(options: Training) -> None:
     """Measure and print the results."""
     passes = harness.names("passes", options.passes, ("forward", "step"))
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
+    targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model
-            supported = harness.with_class(targets, model["family"], complete_models.CLASSES, complete_models.SIZES)
+            supported = harness.implementations_with_family(
+                targets, model["family"], complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+            )
             for pass_name in passes:
                 tolerances = FAMILY_TOLERANCES.get(model["family"], TOLERANCES) if pass_name == "step" else TOLERANCES
                 arguments = {"family": model["family"], "pass_name": pass_name}
@@ -78,7 +80,7 @@ def run(options: Training) -> None:
                     shapes.training_work(pass_name, model), warm_up=UPDATES + 1, rounds=options.rounds,
                     check=functools.partial(harness.check_losses, tolerances=tolerances),
                 )  # fmt: skip
-                rows += session.with_cached_compile(measured, targets[harness.OURS], **arguments)
+                rows += session.add_cached_compile_seconds(measured, targets[harness.JAXLM], **arguments)
                 print("\n" + harness.speed_table(rows[-len(supported) :]) + "\n", flush=True)
         harness.write_json(options.json, "training", options, session.description, [row.record() for row in rows])
 

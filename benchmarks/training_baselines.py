@@ -40,7 +40,7 @@ class JaxTraining(JaxImplementation):
         return {**super().facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
 
 
-class Jaxlm(JaxTraining):
+class JaxlmTraining(JaxTraining):
     """jaxlm: a step of ``Trainer.jit_step``, or only the jitted loss.
 
     As in the experiments, the layers are not stacked (``scan_layers=False``), and the process keeps freed memory
@@ -75,7 +75,7 @@ class Jaxlm(JaxTraining):
         self.function = trainer.jit_step()
 
 
-class Flax(JaxTraining):
+class FlaxTraining(JaxTraining):
     """The Flax class of transformers: a jitted step with donated state, or only the jitted loss."""
 
     def __init__(self, directory: str, family: str, pass_name: str) -> None:
@@ -126,10 +126,10 @@ def flax_model(directory: str, family: str) -> Any:
     clip = jnp.clip
     if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX renamed to max
         vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **options: clip(x, a_min, a_max, **options)
-    return getattr(transformers, complete_models.FLAX[family]).from_pretrained(directory)
+    return getattr(transformers, complete_models.FLAX_CLASSES[family]).from_pretrained(directory)
 
 
-class Torch(TorchImplementation):
+class TorchTraining(TorchImplementation):
     """The torch class of transformers or ``torch_models``, in eager mode: a step with fused AdamW, or only the loss.
 
     The attention implementation is the default of the class.
@@ -166,14 +166,14 @@ class Torch(TorchImplementation):
         return loss.item()  # waits until the computation has ended
 
 
-class TorchCompiled(Torch):
-    """:class:`Torch` with ``torch.compile`` for the forward and the backward pass. The optimizer is not compiled."""
+class TorchCompiled(TorchTraining):
+    """:class:`TorchTraining` with ``torch.compile`` for the loss and its gradient. The optimizer is not compiled."""
 
     compile = True
 
 
 def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
-    """The torch model of a directory, and a function without arguments: its mean loss on the batch in the directory."""
+    """The torch model of a directory, and a function that returns its mean loss on the batch in the directory."""
     import torch
 
     device, arrays = torch_device(), complete_models.load(directory)

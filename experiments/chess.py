@@ -20,7 +20,7 @@ from jaxlm import host, metrics
 from jaxlm.command_line import end_process
 from jaxlm.data import Batches, MoveTokenizer
 from jaxlm.data.games import Games, Notation, chess_games, import_chess, read_games, split_games
-from jaxlm.models import Model
+from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import token_accuracy
 from jaxlm.tasks import chess
@@ -149,7 +149,7 @@ def build(experiment: Experiment, games: Sequence[str], resume: Path | None) -> 
         resume, lambda: MoveTokenizer.from_games(games, experiment.notation, min_count=experiment.min_count)
     )
     fields = {"vocab_size": tokenizer.vocab_size}
-    if experiment.model.name.startswith(("gpt", "llama", "chess")):
+    if get_model(experiment.model.name).family in ("gpt", "llama", "chess_llama"):
         fields["max_positions"] = experiment.training.sequence_length
     return *experiment.model.build(experiment.training.seed, fields), cast(MoveTokenizer, tokenizer)
 

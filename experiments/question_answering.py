@@ -184,7 +184,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     windows = qa.training_windows(model, tokenizer, training, **window_size)
     limit = model.max_positions
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
-    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    config = lib.with_steps_of_epochs(config, experiment.epochs, source.steps_per_epoch)
     for examples in (test, *extra_tests.values()):
         qa.check_questions(model, tokenizer, examples, **window_size)
     scorer = Scorer(experiment, model, tokenizer)

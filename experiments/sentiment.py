@@ -183,7 +183,7 @@ def train_and_test(
     )
     limit = model.max_positions
     source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
-    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    config = lib.with_steps_of_epochs(config, experiment.epochs, source.steps_per_epoch)
     validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
     loss = objective.make_loss(label_smoothing=experiment.label_smoothing)
     trainer = config.trainer(model, experiment.optimizer, loss)

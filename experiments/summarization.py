@@ -189,7 +189,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     training_batches = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
-    config = lib.with_epochs(config, experiment.epochs, training_batches.steps_per_epoch)
+    config = lib.with_steps_of_epochs(config, experiment.epochs, training_batches.steps_per_epoch)
     seq2seq.check_sources(test, tokenizer)
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))

@@ -27,7 +27,7 @@ from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import verses
 from jaxlm.data.examples import Examples, OnError, read_pairs
-from jaxlm.data.text_files import one_line
+from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import Model
 from jaxlm.objectives.batch import smoothed_token_loss
@@ -165,7 +165,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
         length_multiple=4,
     )  # fmt: skip
-    config = lib.with_epochs(config, experiment.epochs, source.steps_per_epoch)
+    config = lib.with_steps_of_epochs(config, experiment.epochs, source.steps_per_epoch)
     seq2seq.check_sources(test, tokenizer)
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(model, experiment.optimizer, smoothed_token_loss(experiment.label_smoothing))
@@ -202,7 +202,9 @@ def translate(
     started = time.perf_counter()
     outputs = generate_text(model, result.params, tokenizer, sources, generation_config(experiment, tokenizer, test))
     rate = len(sources) / (time.perf_counter() - started)
-    (directory / "translations.txt").write_text("".join(f"{one_line(text)}\n" for text in outputs), encoding="utf-8")
+    (directory / "translations.txt").write_text(
+        "".join(f"{escape_line_breaks(text)}\n" for text in outputs), encoding="utf-8"
+    )
     scores = [
         metrics.bleu(outputs, references), metrics.bleu(outputs, references, lowercase=True),
         metrics.chrf(outputs, references),

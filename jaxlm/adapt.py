@@ -127,7 +127,7 @@ def is_table(path: str, leaf: ArraySpec) -> bool:
 
 # ------------------------------------------------------------------------------------------------- freezing
 
-MATCHED = "matched"
+MATCHED_KEY = "matched"
 """Key of the frozen tree of :class:`Freeze`. Its value has the parameters that match a pattern, without the first
 layers of each stack."""
 
@@ -185,7 +185,7 @@ class Freeze:
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
         """Parameters of the model."""
-        params = _union(trained, frozen.get(MATCHED, {}))
+        params = _union(trained, frozen.get(MATCHED_KEY, {}))
         return _join_layers(frozen["first_layers"], params) if "first_layers" in frozen else params
 
     def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
@@ -212,7 +212,7 @@ class Freeze:
         return self._without_first_layers(_filter(tree, lambda path: path not in matched))
 
     def _select_frozen(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        frozen = {MATCHED: self._without_first_layers(_filter(tree, lambda path: path in matched))}
+        frozen = {MATCHED_KEY: self._without_first_layers(_filter(tree, lambda path: path in matched))}
         if self.first_layers:
             stacks = _filter(tree, _in_stack)
             frozen["first_layers"] = _slice_layers(stacks, 0, self.first_layers)

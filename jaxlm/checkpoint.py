@@ -42,7 +42,7 @@ from jaxlm.config import check_min
 
 FORMAT = 1
 """Version of the record format. Reading a record of another version raises an error."""
-ON_CORRUPT = Literal["stop", "previous"]
+OnCorrupt = Literal["stop", "previous"]
 
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
@@ -311,10 +311,10 @@ class Checkpointer:
         records = self._scan()[0]
         scheduled = [step for step in records if not _is_extra(records[step])]
         steps_to_keep = {*scheduled[-self.keep_last :], last_saved, self.best}
-        self._delete(step for step in records if step not in steps_to_keep)
+        self._mark_deleted(step for step in records if step not in steps_to_keep)
         self.remove_leftovers()
 
-    def _delete(self, steps: Iterable[int]) -> None:
+    def _mark_deleted(self, steps: Iterable[int]) -> None:
         """Rename steps, so that :meth:`remove_leftovers` deletes them.
 
         A rename is atomic, so a process that is killed here leaves no partly deleted step.
@@ -361,7 +361,9 @@ class Checkpointer:
         return min(ranked, key=lambda step: ranked[step], default=None)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The ``meta`` saved with ``step`` (None: the newest step, even if it is damaged). No array is read.
+        """The ``meta`` saved with ``step`` (None: the newest step). No array is read.
+
+        If the newest step is damaged, no earlier step is used.
 
         Raises:
             FileNotFoundError: there is no such step.
@@ -415,9 +417,9 @@ class Checkpointer:
         return record
 
     def _find(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """``step`` (None: the newest step, even if it is damaged) and its record.
+        """``step`` (None: the newest step) and its record.
 
-        The error for a missing step names the intact steps.
+        If the newest step is damaged, no earlier step is used. The error for a missing step names the intact steps.
         """
         records, damaged = self._scan()
         step = max([*records, *damaged], default=None) if step is None else step
@@ -452,7 +454,7 @@ class Checkpointer:
     # ---------------------------------------------------------------------------------------------- restoring
 
     def restore(
-        self, target: spec.Tree, step: int | None = None, *, best: bool = False, on_corrupt: ON_CORRUPT = "stop"
+        self, target: spec.Tree, step: int | None = None, *, best: bool = False, on_corrupt: OnCorrupt = "stop"
     ) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of ``step``, bitwise as saved.
 
@@ -477,8 +479,8 @@ class Checkpointer:
             CorruptCheckpointError: the record or an array is damaged. The error names the directory or file, and the
                 intact steps.
         """
-        if on_corrupt not in get_args(ON_CORRUPT):
-            raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose from {', '.join(get_args(ON_CORRUPT))}")
+        if on_corrupt not in get_args(OnCorrupt):
+            raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose from {', '.join(get_args(OnCorrupt))}")
         if best and step is not None:
             raise ValueError(f"step={step} and best=True exclude each other: pass only one of them")
         if on_corrupt == "previous" and (best or step is not None):
@@ -521,7 +523,7 @@ class Checkpointer:
         restored = self._restore(target, step)
         if processes.is_first():
             intact, damaged = self._scan()
-            self._delete(later for later in intact if later > step)
+            self._mark_deleted(later for later in intact if later > step)
             for later in damaged:
                 if later > step:
                     self._rename_damaged(later, damaged[later])
@@ -561,7 +563,9 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """The saved arrays from which one array of the target is computed. The layer layouts may differ (``spec.layers``).
+    """The saved arrays from which one array of the target is computed.
+
+    The target and the saved arrays may have different layer layouts (``spec.layers``).
 
     Attributes:
         names: names of the saved arrays.

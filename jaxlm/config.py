@@ -75,7 +75,7 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     for name in values:
         if name not in fields:
             raise ValueError(
-                f"{where} has an unknown field {name!r}: {suggestion(name, fields)}the fields are {', '.join(fields)}"
+                f"{where} has an unknown field {name!r}: {suggest_name(name, fields)}the fields are {', '.join(fields)}"
             )
     missing = [
         name
@@ -88,13 +88,13 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     return kind(**{name: _parse_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
-def suggestion(name: str, names: Iterable[str]) -> str:
+def suggest_name(name: str, names: Iterable[str]) -> str:
     """A question that proposes the most similar of ``names`` for an unknown ``name``. Empty if none of them is similar.
 
     An error message can begin with this text.
 
     Example:
-        >>> suggestion("num_layer", ["num_layers", "num_heads"])
+        >>> suggest_name("num_layer", ["num_layers", "num_heads"])
         "did you mean 'num_layers'? "
     """
     close = difflib.get_close_matches(name, list(names), n=1)

@@ -66,12 +66,12 @@ TPU_SHAPES = dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "
 """All shapes of TPU slices in Google Cloud, for the generations whose slices are two-dimensional."""
 
 
-def by_kind(kind: str) -> Device | None:
+def device_by_kind(kind: str) -> Device | None:
     """The device with this ``device_kind``, or None if it is not in the table."""
     return next((device for device in DEVICES if device.kind == kind), None)
 
 
-def by_name(name: str) -> Device | None:
+def device_by_name(name: str) -> Device | None:
     """The device with this name, such as ``v5e`` (from the topology ``v5e:4x4``), or None if it is not in the table."""
     return next((device for device in DEVICES if device.name == name), None)
 
@@ -82,5 +82,5 @@ def peak_fraction(flops_per_second: float, device: Any) -> float | None:
     Args:
         device: a ``jax.Device``, or its ``device_kind``.
     """
-    known = by_kind(getattr(device, "device_kind", device))
+    known = device_by_kind(getattr(device, "device_kind", device))
     return None if known is None else flops_per_second / (known.tflops * 1e12)

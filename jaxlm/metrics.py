@@ -20,7 +20,7 @@ import dataclasses
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,7 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Score:
     Raises:
         ValueError: the arrays do not have the same shape [N] with N at least 1, or a label is negative, such as the
             label -100 of an ignored position.
-        TypeError: one of the arrays has strings and the other has numbers.
+        TypeError: the arrays have neither integers nor strings, or one has integers and the other has strings.
     """
     predicted, expected = _check_labels(predictions, labels)
     return proportion("accuracy", int(np.sum(predicted == expected)), len(expected))
@@ -170,7 +170,7 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
 
     Raises:
         ValueError: the arrays do not have the same shape [N] with N at least 1, or a label is negative.
-        TypeError: one of the arrays has strings and the other has numbers.
+        TypeError: the arrays have neither integers nor strings, or one has integers and the other has strings.
     """
     predicted, expected = _check_labels(predictions, labels)
     classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
@@ -292,8 +292,8 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
     Raises:
         ValueError: the numbers of predictions and questions differ, or there are no questions.
-        TypeError: ``predictions`` or the accepted answers of a question are one string instead of a list, or have an
-            item that is not a string.
+        TypeError: ``predictions`` or the accepted answers of a question are not a list, or have an item that is not a
+            string.
     """
     matches = [
         any(normalize_answer(prediction) == normalize_answer(answer) for answer in accepted)
@@ -345,9 +345,6 @@ def predictions_and_answers(
             f"{len(predictions)} predictions for {len(answers)} questions: give one prediction for each question, and "
             "at least one question"
         )
-    string_indices = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
-    if string_indices:
-        raise TypeError(f"answers[{string_indices[0]}] is a string: give a list of accepted answers for each question")
     for index, accepted in enumerate(answers):
         _check_strings(f"answers[{index}]", accepted)
     return [
@@ -381,11 +378,12 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
             f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must have the same shape [N], "
             "with N at least one"
         )
-    if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
+    kinds = "U" if expected.dtype.kind == "U" else "iub"
+    if predicted.dtype.kind not in kinds or expected.dtype.kind not in kinds:
         raise TypeError(
-            f"predictions are {predicted.dtype} and labels are {expected.dtype}: both must be numbers or both strings"
+            f"predictions are {predicted.dtype} and labels are {expected.dtype}: both must be integers or both strings"
         )
-    if expected.dtype.kind not in "US" and np.any(expected < 0):
+    if expected.dtype.kind != "U" and np.any(expected < 0):
         raise ValueError(f"label {expected[expected < 0][0]} is negative: remove ignored examples")
     return predicted, expected
 
@@ -397,8 +395,9 @@ def _as_strings(values: np.ndarray) -> np.ndarray:
 
 
 def _check_strings(name: str, values: Sequence[str]) -> None:
-    if isinstance(values, str):
-        raise TypeError(f"{name} is one string: give a list of strings")
+    if isinstance(values, str) or not isinstance(values, Collection):
+        kind = "one string" if isinstance(values, str) else type(values).__name__
+        raise TypeError(f"{name} is {kind}: give a list of strings")
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise TypeError(f"{name}[{index}] is {type(value).__name__}: it must be a string")
@@ -418,7 +417,7 @@ def import_sacrebleu() -> Any:
     try:
         import sacrebleu.metrics
     except ImportError as error:
-        raise ImportError(f"BLEU and chrF need sacrebleu: {extras.install('metrics')}") from error
+        raise ImportError(f"BLEU and chrF need sacrebleu: {extras.install_command('metrics')}") from error
     return sacrebleu.metrics
 
 
@@ -428,7 +427,7 @@ def import_rouge_scorer() -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise ImportError(f"ROUGE needs rouge-score: {extras.install('metrics')}") from error
+        raise ImportError(f"ROUGE needs rouge-score: {extras.install_command('metrics')}") from error
     return rouge_scorer
 
 

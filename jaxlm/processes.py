@@ -115,7 +115,7 @@ def barrier(name: str) -> None:
 
 
 def request_end() -> None:
-    """Request that all processes end after the same step: :func:`end_now` then returns True in all processes.
+    """Request that all processes end after the same step: :func:`must_end_now` then returns True in all processes.
 
     Signal handlers call this function.
 
@@ -133,7 +133,7 @@ def request_end() -> None:
 _sync_points = itertools.count(1)
 
 
-def end_now() -> bool:
+def must_end_now() -> bool:
     """Whether all processes must end now, because one process called :func:`request_end` or received SIGTERM.
 
     In a run with several processes, call this function after every step. JAX's preemption service chooses one call, the

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import spec as spec_lib
-from jaxlm.config import suggestion
+from jaxlm.config import suggest_name
 
 Axes = Sequence[str | None]
 
@@ -60,7 +60,7 @@ class Rules:
                 raise ValueError("expert_batch has no rule of its own: it follows from the rules of batch and expert")
             if logical not in LOGICAL_AXES:
                 known = [name for name in LOGICAL_AXES if name != "expert_batch"]
-                hint = suggestion(logical, known)
+                hint = suggest_name(logical, known)
                 raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(known)}")
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
@@ -90,7 +90,7 @@ class Rules:
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
-                    f"no logical axis is called {name!r}: {suggestion(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
+                    f"no logical axis is called {name!r}: {suggest_name(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
                 )
             mesh_axes = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
             for axis in mesh_axes:
@@ -197,7 +197,7 @@ class Sharding:
             if axis not in self.rules.mesh_axes:
                 raise ValueError(
                     f"mesh axis {axis!r} has no rule, so it splits no array: "
-                    f"{suggestion(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
+                    f"{suggest_name(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
                 )
 
     def named_sharding(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:

@@ -203,7 +203,7 @@ def join_layer(name: str, layer: int) -> str:
     return re.sub(rf"(^|/){LAYERS}/", rf"\g<1>{LAYERS}/{layer}/", name, count=1)
 
 
-def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
+def fold_in_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
     The result depends only on ``key`` and ``name``. So the random numbers of one name do not depend on other names.
@@ -424,7 +424,7 @@ def _describe(leaf: Any) -> str:
     return f"{dtype}{list(shape)}" if shape is not None else repr(type(leaf).__name__)
 
 
-def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
+def differences(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
     """A list with one line for each leaf of ``actual`` that is missing, extra, or of another shape or dtype.
 
     The list is empty if the trees agree. Leaves may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
@@ -450,9 +450,9 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
         max_shown: maximum number of differences in the error message. Of the other differences, it states the number.
 
     Raises:
-        ValueError: the trees differ. The message lists the differences (:func:`diff`).
+        ValueError: the trees differ. The message lists the differences (:func:`differences`).
     """
-    lines = diff(expected, actual, dtypes=dtypes)
+    lines = differences(expected, actual, dtypes=dtypes)
     if lines:
         shown = "\n  ".join(lines[:max_shown])
         rest = f"\n  ... and {len(lines) - max_shown} more" if len(lines) > max_shown else ""
@@ -484,7 +484,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
     return jax.tree_util.tree_map_with_path(map_leaf, specs, *trees)
 
 
-def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
+def take_rows_clipped(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
     """``tree`` with each leaf gathered at ``indices`` [rows] of the axis with the name ``axis``.
 
     Beam search uses this function to reorder a model state. Indices out of range are clipped without an error.

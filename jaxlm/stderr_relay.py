@@ -15,13 +15,14 @@ import re
 import sys
 from typing import BinaryIO
 
-ABORT = b"Terminating process because the JAX distributed service detected fatal errors"
-CONSEQUENCES = re.compile(
+ABORT_MESSAGE = b"Terminating process because the JAX distributed service detected fatal errors"
+LOSS_MESSAGES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
 """Matches the first line of each message that JAX's coordination and preemption services log. They log such messages
-after the loss of a process. The other lines of a message match ``CONTINUED``. These messages are not copied."""
-CONTINUED = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
+after the loss of a process. The other lines of a message match ``CONTINUATION_LINES``. These messages are not
+copied."""
+CONTINUATION_LINES = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 
 def lost(report: bytes) -> str:
@@ -40,12 +41,12 @@ def relay(source: BinaryIO, target: BinaryIO) -> None:
         if line.startswith(b"\0"):
             last_line = line[1:] if line[1:].strip() else b""
             continue
-        if ABORT in line:
+        if ABORT_MESSAGE in line:
             report = line + source.read()  # read to the end: JAX aborts the process after this line
             target.write(last_line.replace(b"{lost}", lost(report).encode()))
             target.flush()
             return
-        dropping = bool(CONSEQUENCES.match(line) or (dropping and CONTINUED.match(line)))
+        dropping = bool(LOSS_MESSAGES.match(line) or (dropping and CONTINUATION_LINES.match(line)))
         if not dropping:
             target.write(line)
             target.flush()

@@ -23,7 +23,7 @@ from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, fold_in_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def apply(
             1.0 - gate, gate * candidate, None if layer_state is None else layer_state["hidden"],
             reset_BT=reset, keep_BT=keep,
         )  # fmt: skip
-        out = dropout(linear(weights["output"], hidden), cfg.residual_dropout, fold_name(layer_key, "output"))
+        out = dropout(linear(weights["output"], hidden), cfg.residual_dropout, fold_in_name(layer_key, "output"))
         x = constrain(x + out, ("batch", "seq", "activation_embed"))
         return x, None if layer_state is None else {"hidden": last}
 

@@ -234,7 +234,9 @@ def test_texts_come_from_arguments_a_file_or_standard_input(model_directory, tmp
     model, params = jaxlm.load_pretrained(directory)
     sources = ["guten Tag", "ja", "auf Wiedersehen"]
     config = GenerationConfig(6, num_beams=2)
-    want = [text_files.one_line(text) for text in generate_text(model, params, ByteTokenizer(), sources, config)]
+    want = [
+        text_files.escape_line_breaks(text) for text in generate_text(model, params, ByteTokenizer(), sources, config)
+    ]
     options = ["--max-new-tokens", "6", "--num-beams", "2"]
     assert output_lines(capsys, "translate", directory, *sources, *options) == want
     file = tmp_path / "lines.txt"
@@ -244,7 +246,7 @@ def test_texts_come_from_arguments_a_file_or_standard_input(model_directory, tmp
     assert output_lines(capsys, "translate", directory, *options) == want
     prefixed = generate_text(model, params, ByteTokenizer(), [f"de: {text}" for text in sources], config)
     assert output_lines(capsys, "translate", directory, *sources, "--prefix", "de: ", *options) == [
-        text_files.one_line(text) for text in prefixed
+        text_files.escape_line_breaks(text) for text in prefixed
     ]
 
 
@@ -253,7 +255,7 @@ def test_generate_prints_one_line_per_prompt(run_directory, model, params, tmp_p
     file.write_text("to be\nis\n", encoding="utf-8")
     want = generate_text(model, params, TOKENIZER, ["to be", "is"], GenerationConfig(12))
     options = ["--max-new-tokens", "12", "--temperature", "0"]
-    lines = [text_files.one_line(prompt + text) for prompt, text in zip(["to be", "is"], want, strict=True)]
+    lines = [text_files.escape_line_breaks(prompt + text) for prompt, text in zip(["to be", "is"], want, strict=True)]
     assert output_lines(capsys, "generate", run_directory, "--file", file, *options) == lines
     assert output_lines(capsys, "generate", run_directory, "to be", "is", *options) == lines
 
@@ -287,13 +289,13 @@ def test_defaults_come_from_generation_config_json(model_directory, tmp_path, ca
         model, params = jaxlm.load_pretrained(model_directory(name))
         config = GenerationConfig(5, num_beams=2, length_penalty=0.5, early_stopping=False, end_ids=(3, 256))
         (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], config)
-        expected = text_files.one_line(want) if command == "translate" else f"ja{want}"
+        expected = text_files.escape_line_breaks(want) if command == "translate" else f"ja{want}"
         arguments = [command, str(tmp_path / name), "ja"]
         assert cli.main(arguments) == 0
         assert capsys.readouterr().out == f"{expected}\n"
         greedy = dataclasses.replace(config, num_beams=1, length_penalty=None, max_new_tokens=3)
         (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], greedy)
-        expected = text_files.one_line(want) if command == "translate" else f"ja{want}"
+        expected = text_files.escape_line_breaks(want) if command == "translate" else f"ja{want}"
         assert cli.main([*arguments, "--num-beams", "1", "--temperature", "0", "--max-new-tokens", "3"]) == 0
         assert capsys.readouterr().out == f"{expected}\n"
         (tmp_path / name / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
@@ -309,7 +311,7 @@ def test_standard_input_has_the_lines_of_a_file(tmp_path, monkeypatch):
 
 
 def test_one_line_escapes_line_breaks():
-    assert text_files.one_line("a\nb\r\\n") == "a\\nb\\r\\\\n"
+    assert text_files.escape_line_breaks("a\nb\r\\n") == "a\\nb\\r\\\\n"
 
 
 def test_classify_prints_labels_and_probabilities(model_directory, capsys, monkeypatch):

@@ -15,6 +15,14 @@ def test_a_wrong_leaf_fails_also_if_the_expected_values_are_zero(wrong, floor):
         assert_trees_close({**expected, "b": np.array([0.0, wrong])}, expected, 1e-3, floor=floor)
 
 
+@pytest.mark.parametrize("actual", [{"b": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}, (np.ones(2),)])
+def test_trees_of_another_structure_fail(actual):
+    with pytest.raises(AssertionError, match="the structures .* differ"):
+        assert_trees_close(actual, {"a": np.ones(2)}, 1e-3)
+    with pytest.raises(AssertionError, match="the structures .* differ"):
+        assert_trees_equal(actual, {"a": np.ones(2)})
+
+
 @pytest.mark.parametrize("unknown", [np.nan, np.inf])
 def test_an_expected_value_that_is_not_finite_fails(unknown):
     tree = {"a": np.ones(2), "b": np.array([0.0, unknown])}

@@ -199,6 +199,13 @@ def test_bytes_of_shapes(shape, size):
     assert hlo.shape_bytes(shape) == size
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"), [("{{0,1,2},{3,4,5}}", 3), ("{{0},{1}}", 1), ("[2,4]<=[8]", 4), ("{{}}", None), ("{}", None)]
+)
+def test_sizes_of_replica_groups(groups, size):
+    assert hlo._group_size(f"channel_id=1, replica_groups={groups}, to_apply=%add") == size
+
+
 def test_text_that_is_not_hlo_raises():
     with pytest.raises(ValueError, match="not an HLO module"):
         hlo.parse("module @jit_f {}")
@@ -247,10 +254,12 @@ def test_the_newest_schedule_of_a_kernel_is_used(tmp_path, monkeypatch):
         text = "\n".join(BUNDLES.splitlines()[:lines])
         (tmp_path / f"{stamp}-{name}-01-final_bundles.txt").write_text(text)
         (tmp_path / f"{stamp}-{name}-00-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
-    assert kernels.schedule_of("kernel.1") == kernels.Schedule((2, 4, 2))
-    assert kernels.schedule_of("kernel.2") is None
+    assert kernels.schedule_of("kernel.1", since=0) == kernels.Schedule((2, 4, 2))
+    assert kernels.schedule_of("kernel.1", since=10) == kernels.Schedule((2, 4, 2))
+    assert kernels.schedule_of("kernel.1", since=11) is None, "dumps of earlier programs do not count"
+    assert kernels.schedule_of("kernel.2", since=0) is None
     monkeypatch.delenv("LIBTPU_INIT_ARGS")
-    assert kernels.schedule_of("kernel.1") is None
+    assert kernels.schedule_of("kernel.1", since=0) is None
 
 
 def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
@@ -262,14 +271,15 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
         call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,"),
     )
     text = PROGRAM.replace(call, f"{call} \n}}}}\n{equal_call}\n}}}}\n{different_call}")
-    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10}})
+    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10}}, start_time_ns=0)
     assert [(kernel.name, kernel.cycles) for kernel in estimates] == [
         ("kernel.1", 63),
         ("kernel.2", 63),
         ("kernel.3", None),
     ]
     # The grid is unknown if kernels of the same name have different grids.
-    assert {k.cycles for k in planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10, 20}})} == {None}
+    costs = hlo.costs(hlo.parse(text))
+    assert {k.cycles for k in planning._kernels(costs, {"kernel": {10, 20}}, start_time_ns=0)} == {None}
 
 
 # -------------------------------------------------------------------------------------------------------- FLOPs
@@ -320,7 +330,7 @@ def test_only_selected_experts_count():
 
 def test_a_decoding_step_does_not_use_the_encoder_or_project_the_source():
     model = get_model("t5-tiny")
-    counted = flops.matmul_leaves(model, decoding=True)
+    counted = flops.matmul_specs(model, decoding=True)
     assert "token_embedding" in counted
     assert not any(name.startswith("encoder/") for name in counted)
     assert not any("cross_attention/key" in name or "cross_attention/value" in name for name in counted)
@@ -332,11 +342,11 @@ def test_a_decoding_step_does_not_use_the_encoder_or_project_the_source():
 def test_tables_that_are_only_looked_up_do_not_count():
     tied, untied = (get_model("transformer-xl-tiny", tie_embeddings=tie, embedding_divisor=4) for tie in (True, False))
     tables = {"token_embedding", "tails/cluster_1/embedding", "tails/cluster_2/embedding"}
-    assert tables <= flops.matmul_leaves(tied, decoding=False).keys()
-    assert not tables & flops.matmul_leaves(untied, decoding=False).keys()
-    assert "head/tails/cluster_1/embedding" in flops.matmul_leaves(untied, decoding=False)
+    assert tables <= flops.matmul_specs(tied, decoding=False).keys()
+    assert not tables & flops.matmul_specs(untied, decoding=False).keys()
+    assert "head/tails/cluster_1/embedding" in flops.matmul_specs(untied, decoding=False)
     two_vocabularies = get_model("attention-rnn-tiny", source_vocab_size=50)
-    assert "source_embedding" not in flops.matmul_leaves(two_vocabularies, decoding=False)
+    assert "source_embedding" not in flops.matmul_specs(two_vocabularies, decoding=False)
 
 
 def test_attention_flops_count_the_window():
@@ -518,6 +528,26 @@ def test_a_plan_accepts_a_schedule_of_any_length(schedule, steps):
     assert program.device_bytes(step.parts) == program.device_bytes(expected.parts)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"param_dtype": "bfloat16"}, "param_dtype='bfloat16' needs decode=True: training has float32 parameters"),
+        ({"decode": True, "grad_accum_steps": 2}, "grad_accum_steps=2 has no effect with decode=True: leave it out"),
+        ({"decode": True, "optimizer": OptimizerConfig(beta1=0.8)}, "optimizer=.* has no effect with decode=True"),
+        ({"decode": True, "param_dtype": "int8"}, "param_dtype='int8' is unknown: choose from float32, bfloat16"),
+    ],
+)
+def test_error_for_a_setting_that_has_no_effect(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(tiny_model("gpt"), "here", "data=8", batch=8, **options)
+
+
+def test_only_a_key_value_cache_has_cache_slots():
+    sharding = Sharding(make_mesh("data=8"))
+    steps = [program.decoding_step(tiny_model(name), sharding, 8, 32) for name in ("gpt", "lstm")]
+    assert [step.objective for step in steps] == ["decode, one token, 32 cache slots", "decode, one token"]
+
+
 def test_error_for_a_family_that_cannot_decode(cpu_topology):
     with pytest.raises(TypeError, match="family 'bert' carries no state"):
         plan(tiny_model("bert"), "here", "data=8", batch=8, decode=True)
@@ -564,9 +594,9 @@ def test_options_change_the_model():
 
 
 def test_an_unknown_device_has_no_peak():
-    assert devices.by_kind("TPU v5 lite").tflops == 197
-    assert devices.by_name("v6e").kind == "TPU v6 lite"
-    assert devices.by_kind("TFRT_CPU") is None
+    assert devices.device_by_kind("TPU v5 lite").tflops == 197
+    assert devices.device_by_name("v6e").kind == "TPU v6 lite"
+    assert devices.device_by_kind("TFRT_CPU") is None
     assert devices.peak_fraction(98.5e12, "TPU v5 lite") == 0.5
     assert devices.peak_fraction(1e12, jax.devices()[0]) is None
 
@@ -631,7 +661,7 @@ def test_a_training_step_is_planned(name):
     assert result.fits
     assert result.cycles > 0
     assert 0.0 < result.mfu_with_communication < result.mfu < 0.5
-    assert result.memory.limit == devices.by_name(name.partition(":")[0]).memory
+    assert result.memory.limit == devices.device_by_name(name.partition(":")[0]).memory
     assert {traffic.kind for traffic in result.collectives} >= {"all-gather", "all-reduce"}
     assert len(result.most_expensive) == planning.NUM_TOP_OPERATIONS
     assert result.most_expensive[0].cycles >= result.most_expensive[-1].cycles

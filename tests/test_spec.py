@@ -133,9 +133,9 @@ def test_unstack_splits_only_stacked_layers():
 
 def test_fold_name_gives_different_keys_and_accepts_none():
     key = jax.random.key(0)
-    first, second = (jax.random.key_data(spec.fold_name(key, name)).tolist() for name in ("a", "b"))
+    first, second = (jax.random.key_data(spec.fold_in_name(key, name)).tolist() for name in ("a", "b"))
     assert first != second
-    assert spec.fold_name(None, "a") is None
+    assert spec.fold_in_name(None, "a") is None
 
 
 def test_diff_names_every_kind_of_difference():
@@ -144,14 +144,14 @@ def test_diff_names_every_kind_of_difference():
         "b": {"c": ArraySpec((4,), (None,)), "d": ArraySpec((1,), (None,))},
     }
     actual = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.zeros((5,), np.float32)}, "e": np.zeros(2)}
-    assert spec.diff(expected, actual) == [
+    assert spec.differences(expected, actual) == [
         "missing: b/d float32[1]",
         "extra: e float64[2]",
         "differs: b/c expected float32[4], got float32[5]",
     ]
     halves = {"a": np.zeros((2, 3), np.float16), "b": {"c": np.zeros(4, np.float32), "d": np.zeros(1, np.float32)}}
-    assert spec.diff(expected, halves) == ["differs: a expected float32[2, 3], got float16[2, 3]"]
-    assert spec.diff(expected, halves, dtypes=False) == []
+    assert spec.differences(expected, halves) == ["differs: a expected float32[2, 3], got float16[2, 3]"]
+    assert spec.differences(expected, halves, dtypes=False) == []
     with pytest.raises(ValueError, match=r"the weights do not match \(3 differences\):\n  missing: b/d"):
         spec.require_same(expected, actual, "the weights")
     with pytest.raises(ValueError, match="and 2 more"):
@@ -161,7 +161,7 @@ def test_diff_names_every_kind_of_difference():
 def test_take_and_reset_find_the_axis_by_name():
     specs = {"k": ArraySpec((2, 3, 4), ("layers", "batch", None), ZEROS), "n": ArraySpec((3,), ("batch",), ONES)}
     tree = {"k": jnp.arange(24.0).reshape(2, 3, 4), "n": jnp.array([5.0, 6.0, 7.0])}
-    taken = spec.take_rows(specs, tree, jnp.array([2, 2, 0]))
+    taken = spec.take_rows_clipped(specs, tree, jnp.array([2, 2, 0]))
     np.testing.assert_array_equal(taken["k"], np.asarray(tree["k"])[:, [2, 2, 0]])
     assert taken["n"].tolist() == [7.0, 7.0, 5.0]
     reset = spec.reset(specs, tree, jnp.array([False, True, False]))
@@ -169,10 +169,10 @@ def test_take_and_reset_find_the_axis_by_name():
     np.testing.assert_array_equal(reset["k"][:, 1], 0)
     np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
     per_layer = spec.unstack({"layers": {"k": specs["k"]}}), spec.unstack({"layers": {"k": tree["k"]}})
-    taken_per_layer = spec.take_rows(*per_layer, jnp.array([2, 2, 0]))
+    taken_per_layer = spec.take_rows_clipped(*per_layer, jnp.array([2, 2, 0]))
     np.testing.assert_array_equal(taken_per_layer["layers"][1]["k"], taken["k"][1])
     with pytest.raises(ValueError, match=r"'w' has axes \('embed',\): none of them is 'batch'"):
-        spec.take_rows({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
+        spec.take_rows_clipped({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
 
 
 def test_decay_mask_follows_the_specs():

@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             run(chosen, models, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
-        if not any(page.planned(experiment, results[name]) for name, experiment in experiments.items()):
+        if not any(page.results_of_plan(experiment, results[name]) for name, experiment in experiments.items()):
             raise ValueError(
                 f"{directory} has no results for a page: choose the directory of the results with --output, such as "
                 "--output docs/laboratory"

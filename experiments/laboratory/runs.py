@@ -172,7 +172,7 @@ class Training:
 
     def _adapt_batch(self, batch: Batch) -> Batch:
         has_source = "source" in batch.inputs
-        return seq2seq.decoder_only(batch) if has_source and not self._model.reads_source else batch
+        return seq2seq.to_decoder_only_batch(batch) if has_source and not self._model.reads_source else batch
 
     def run(self, learning_rate: float, seed: int) -> Result:
         """Train with this peak learning rate and seed, run all tests, and return the result.

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxlm.cli.common import STANDARD_INPUT, Directory, load, standard_input
 from jaxlm.data import read_text
 from jaxlm.data.examples import read_jsonl
-from jaxlm.data.text_files import one_field
+from jaxlm.data.text_files import escape_field
 from jaxlm.tasks.question_answering import answer
 
 
@@ -51,7 +51,7 @@ class Answer:
             batch_size=self.batch_size,
         )  # fmt: skip
         for result in answers:
-            print(f"{one_field(result.text)}\t{result.score:.4f}")
+            print(f"{escape_field(result.text)}\t{result.score:.4f}")
         return 0
 
     def _questions(self) -> tuple[list[str], list[str]]:

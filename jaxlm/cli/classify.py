@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
-from jaxlm.data.text_files import one_field
+from jaxlm.data.text_files import escape_field
 from jaxlm.tasks.predict import classify
 
 
@@ -20,7 +20,7 @@ class Classify:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts, or pairs TEXT<tab>TEXT. If neither texts nor --file are given, standard input has one text per line."""
+    """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, standard input is read: one text (or pair) per line."""
     file: Path | None = None
     """File with one text (or pair) per line."""
     all: bool = False
@@ -37,6 +37,6 @@ class Classify:
         result = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)
         for probabilities in result.probabilities:
             order = (-probabilities).argsort(kind="stable")[: None if self.all else 1].tolist()
-            names = [str(i) if result.names is None else one_field(result.names[i]) for i in order]
+            names = [str(i) if result.names is None else escape_field(result.names[i]) for i in order]
             print("\t".join(f"{name}\t{probabilities[i]:.4f}" for name, i in zip(names, order, strict=True)))
         return 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 
 import jaxlm
-from jaxlm.devices import by_kind
-from jaxlm.extras import install
+from jaxlm.devices import device_by_kind
+from jaxlm.extras import install_command
 
 EXTRAS = (
     ("tokenizers", "tokenizers", "reading tokenizer.json and vocab/merges files"),
@@ -56,7 +56,7 @@ class Doctor:
         print()
         for package, extra, purpose in EXTRAS:
             version = _version(package)
-            print(f"{package:18} {version or f'missing: {purpose}; {install(extra)}'}")
+            print(f"{package:18} {version or f'missing: {purpose}; {install_command(extra)}'}")
         return 0
 
 
@@ -75,7 +75,7 @@ def _memory(device: jax.Device) -> str:
 
 
 def _datasheet(device: jax.Device) -> str:
-    data = by_kind(device.device_kind)
+    data = device_by_kind(device.device_kind)
     if data is None:
         return ""
     return f"; datasheet: {data.tflops:g} TFLOP/s bfloat16, {data.memory / 1e9:g} GB, {data.bandwidth / 1e9:g} GB/s"

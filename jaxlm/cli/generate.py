@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxlm.cli.common import Directory, Texts, load, load_draft, read_texts, sampling_options
-from jaxlm.data.text_files import one_line
+from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
 
@@ -95,7 +95,7 @@ class Generate:
                 model, params, tokenizer, prompts, config, key=key, draft=draft, num_proposed=self.num_proposed
             )
             for prompt, text in zip(prompts, texts, strict=True):
-                print(one_line(prompt + text) if len(arguments) != 1 else prompt + text)
+                print(escape_line_breaks(prompt + text) if len(arguments) != 1 else prompt + text)
             return 0
         pieces = stream_text(model, params, tokenizer, prompts[0], config, key=key)
         sys.stdout.write(prompts[0])

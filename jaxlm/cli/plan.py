@@ -55,9 +55,9 @@ class Plan:
         from rich.console import Console
 
         from jaxlm import plan
-        from jaxlm.plan.topology import LOCAL
+        from jaxlm.plan.topology import LOCAL_TOPOLOGY
 
-        if self.topology != LOCAL:
+        if self.topology != LOCAL_TOPOLOGY:
             plan.prepare()
         console = Console(soft_wrap=False)
         if self.decode and self.grad_accum_steps != 1:

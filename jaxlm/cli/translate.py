@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 
 from jaxlm.cli.common import Directory, Texts, load, read_texts, sampling_options
-from jaxlm.data.text_files import one_line
+from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
 
@@ -63,7 +63,7 @@ class _SourceCommand:
         )  # fmt: skip
         sources = [self.prefix + text for text in read_texts(self.texts, self.file)]
         for text in generate_text(model, params, tokenizer, sources, config, key=jax.random.key(self.seed)):
-            print(one_line(text))
+            print(escape_line_breaks(text))
         return 0
 
 

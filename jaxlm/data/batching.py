@@ -1,6 +1,6 @@
 """Batches as pure functions of the step number.
 
-``Source.batch(index, rows)`` returns the given rows of the batch of step ``index``, in any order of calls. So an
+``Source.batch(index, rows)`` returns the given rows of the batch of step ``index``. Calls may come in any order. So an
 iterator only needs to save the step number, a resumed run reads the same batches, and each process reads only its own
 rows of the global batch.
 
@@ -99,7 +99,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def shuffled_items(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
+def shuffled_indices(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
     """The item index of each given row of step ``index``. Each epoch is another permutation of ``range(count)``."""
     position = index * batch_size + np.asarray(rows, np.int64)
     items = np.empty_like(position)
@@ -164,7 +164,7 @@ class RandomWindows:
         return (len(self.tokens) - self.length - 1) // self.stride + 1
 
     def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
-        windows = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
+        windows = shuffled_indices(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
         return TokenBatch(_stack_windows(self.tokens, windows * self.stride, self.length))
 
     def check(self, vocab_size: int) -> None:
@@ -288,7 +288,7 @@ class PackedDocuments:
     def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
         tokens = np.full((len(rows), self.length + 1), self.pad_id, np.int32)
         segment_ids = np.zeros_like(tokens)
-        packed = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
+        packed = shuffled_indices(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
         for batch_row, row in enumerate(packed):
             position = 0
             pieces = self._pieces[self._row_starts[row] : self._row_starts[row + 1]]
@@ -361,7 +361,8 @@ class Batches(Iterator[Any]):
         prefetch: number of batches that a thread makes in advance. 0: each batch is made when it is requested.
 
     Raises:
-        ValueError: ``rows`` is empty or has a row that is not in the batch, or ``prefetch`` is negative.
+        ValueError: ``rows`` is empty, has a row that is not in the batch or has a row twice, or ``prefetch`` is
+            negative.
 
     Example:
         >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64), to_batch=to_batch)
@@ -379,10 +380,12 @@ class Batches(Iterator[Any]):
     ) -> None:
         size = source.batch_size
         self.source = source
-        self.rows = range(size) if rows is None else rows
-        if not self.rows or not set(self.rows) <= set(range(size)):
+        self.rows = range(size) if rows is None else np.asarray(rows).tolist()
+        are_rows = all(type(row) is int and 0 <= row < size for row in self.rows)
+        if not self.rows or not are_rows or len(set(self.rows)) < len(self.rows):
             raise ValueError(
-                f"rows={list(self.rows)} must be one or more of the rows 0 to {size - 1} of a batch of {size}"
+                f"rows={self.rows} must be one or more of the rows 0 to {size - 1} of a batch of {size}, without "
+                "duplicates"
             )
         check_min(0, prefetch=prefetch)
         self._to_batch = to_batch or (lambda batch: batch)
@@ -422,7 +425,7 @@ class Batches(Iterator[Any]):
                 case, the message lists all differences with both values.
         """
         match state:
-            case {"next": int(step), "source": dict(saved)} if step >= 0:
+            case {"next": int(step), "source": dict(saved)} if type(step) is int and step >= 0:
                 pass
             case _:
                 raise ValueError(f"not the state of an iterator: {state!r}")

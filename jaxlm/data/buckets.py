@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlm.config import check_min
 from jaxlm.data.batching import source_fingerprint
-from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
+from jaxlm.data.tokens import TOKEN_FIELDS, check_int32, check_tokens
 
 Encoded = Mapping[str, Any]
 """An encoded example: field name -> 1-D integer array or scalar. Batches pad the arrays."""
@@ -267,7 +267,7 @@ def check_examples(examples: Sequence[Encoded], max_length: int | None = None) -
         for name in array_fields:
             if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                 raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
-            _check_integers(np.asarray(example[name]), f"{name} of example {number}")
+            check_int32(np.asarray(example[name]), f"{name} of example {number}")
             if max_length is not None and len(example[name]) > max_length:
                 raise ValueError(
                     f"{name} of example {number} has {len(example[name])} entries, more than max_length={max_length}: "
@@ -292,15 +292,6 @@ def _check_scalar(value: Any, first: Any, what: str) -> None:
             f"{what} is {value!r}, but example 0 has {first!r}: all values of a field must be of one type "
             "(signed integers, unsigned integers, floats or booleans)"
         )
-
-
-def _check_integers(values: np.ndarray, what: str) -> None:
-    """Raise ``ValueError`` unless the values are integers in the range of int32, the dtype of batches."""
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
-    limits = np.iinfo(np.int32)
-    if not np.can_cast(values.dtype, np.int32) and (values.min() < limits.min or values.max() > limits.max):
-        raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
 
 
 def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> list[tuple[np.ndarray, np.ndarray]]:

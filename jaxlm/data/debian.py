@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.data.examples import Example, Examples, Rejected, first_keys, read_jsonl
-from jaxlm.data.text_files import read_lines, suffix
+from jaxlm.data.examples import Example, Examples, Rejected, first_object_keys, read_jsonl
+from jaxlm.data.text_files import read_lines, suffix_without_gz
 
 _AFFIXES = frozenset((
     # words for the content of a package
@@ -30,7 +30,7 @@ _AFFIXES = frozenset((
 """Parts of package names that do not identify the project."""
 
 
-def project(package: str) -> str:
+def project_name(package: str) -> str:
     """The project of a package: the parts of its name in lower case that identify the project, joined by "-".
 
     The name is split at the characters ``-.+_``. From each part, the prefix "lib" and a version at the end are removed.
@@ -38,7 +38,7 @@ def project(package: str) -> str:
     package name. Most packages of one source package have the same project.
 
     Example:
-        >>> [project(name) for name in ("0ad-data", "libnss3-dev", "nss-doc", "python3-yaml")]
+        >>> [project_name(name) for name in ("0ad-data", "libnss3-dev", "nss-doc", "python3-yaml")]
         ['0ad', 'nss', 'nss', 'yaml']
     """
     parts = [re.sub(r"^lib(?=..)", "", part) for part in re.split(r"[-.+_]", package.lower())]
@@ -50,8 +50,9 @@ def project(package: str) -> str:
 def read_descriptions(path: str | Path) -> Examples:
     """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions.
 
-    ``text`` is the long description, and ``summary`` is the synopsis. ``project`` is the :func:`project` of the source
-    package if the record names it, else of the package. Files may be compressed (``.gz``). There are two formats:
+    ``text`` is the long description, and ``summary`` is the synopsis. ``project`` is the :func:`project_name` of
+    the source package if the record names it, else of the package. Files may be compressed (``.gz``). There are two
+    formats:
 
     - Control records of Debian, such as the output of ``apt-cache show`` or the file ``Translation-en`` of an archive.
       (The ``Packages`` files of Debian have only synopses.) ``rejected`` lists records without a name, synopsis or long
@@ -64,13 +65,13 @@ def read_descriptions(path: str | Path) -> Examples:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not UTF-8 text, or no record is valid.
     """
-    if suffix(path) == ".jsonl":
-        names = ["text", "summary"] + ["package"] * ("package" in first_keys(path))
+    if suffix_without_gz(path) == ".jsonl":
+        names = ["text", "summary"] + ["package"] * ("package" in first_object_keys(path))
         examples = read_jsonl(path, {name: name for name in names}, texts=names, on_error="report")
         rows = []
         for number, row in enumerate(examples):
             package = row.get("package", f"text {number}")
-            rows.append({**row, "package": package, "project": project(package) if "package" in row else package})
+            rows.append({**row, "package": package, "project": project_name(package) if "package" in row else package})
         return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()
     for line, record in _read_records(path):
@@ -122,4 +123,4 @@ def _make_example(record: dict[str, list[str]]) -> Example | None:
         return None
     # The field Source may have a version in parentheses after the name. Without this field, both names are equal.
     source = record.get("Source", names)[0].split(" ")[0]
-    return {"package": names[0], "project": project(source), "text": text, "summary": summary}
+    return {"package": names[0], "project": project_name(source), "text": text, "summary": summary}

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-SPECIAL = -1
+SPECIAL_TOKEN = -1
 """The entry of :attr:`Encoding.sequence_ids` for a special token of the template."""
 
 
@@ -34,7 +34,7 @@ class Encoding(NamedTuple):
     sequence_ids: np.ndarray
 
 
-def concatenate(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
+def concatenate_texts(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
     """The encoding of concatenated texts, without special tokens.
 
     Args:
@@ -110,9 +110,9 @@ def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Enco
     ]
 
 
-def swap_texts(encoding: Encoding) -> Encoding:
+def swap_sequence_ids(encoding: Encoding) -> Encoding:
     """The encoding with the numbers 0 and 1 of the two texts exchanged in ``sequence_ids``."""
-    sequence_ids = np.where(encoding.sequence_ids == SPECIAL, SPECIAL, 1 - encoding.sequence_ids)
+    sequence_ids = np.where(encoding.sequence_ids == SPECIAL_TOKEN, SPECIAL_TOKEN, 1 - encoding.sequence_ids)
     return encoding._replace(sequence_ids=sequence_ids.astype(np.int32))
 
 
@@ -122,7 +122,7 @@ def _select_tokens(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> En
     Args:
         ranges: text number -> (start, stop), token positions in the text.
     """
-    keep = encoding.sequence_ids == SPECIAL
+    keep = encoding.sequence_ids == SPECIAL_TOKEN
     for number, (start, stop) in ranges.items():
         keep[np.flatnonzero(encoding.sequence_ids == number)[start:stop]] = True
     return Encoding(*(field[keep] for field in encoding))

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 
-from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix
+from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix_without_gz
 from jaxlm.json_files import parse
 
 TEXT_COLUMNS = ("sentence", "text", "content")
@@ -333,7 +333,7 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the exam
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def collect(
+def make_examples(
     path: str | Path,
     items: Iterable[tuple[int, T | ValueError]],
     make_example: Callable[[T], Example],
@@ -409,9 +409,9 @@ def _read_rows(
             into rows.
     """
     if delimiter is None:
-        if suffix(path) not in (".tsv", ".csv"):
+        if suffix_without_gz(path) not in (".tsv", ".csv"):
             raise ValueError(f"{path} is neither a .tsv nor a .csv file: pass the delimiter")
-        delimiter = "\t" if suffix(path) == ".tsv" else ","
+        delimiter = "\t" if suffix_without_gz(path) == ".tsv" else ","
     if delimiter not in ("\t", ","):
         raise ValueError(f"delimiter={delimiter!r} is not supported: convert {path} to TSV (tab) or CSV (comma)")
     if delimiter == "\t":
@@ -508,7 +508,7 @@ def read_table(
             raise ValueError(f"the row has {len(row)} columns, but the first line has {len(header)}: {row}")
         return _extract_fields(dict(zip(header, row, strict=True)), fields)
 
-    return collect(path, rows, make_example, on_error)
+    return make_examples(path, rows, make_example, on_error)
 
 
 def read_jsonl(
@@ -553,10 +553,10 @@ def read_jsonl(
         return example
 
     lines = ((number, line) for number, line in read_lines(path, encoding) if line)
-    return collect(path, lines, make_example, on_error)
+    return make_examples(path, lines, make_example, on_error)
 
 
-def first_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
+def first_object_keys(path: str | Path, encoding: str = "utf-8", one_of: Collection[str] = ()) -> list[str]:
     """The keys of the first line that is a JSON object with at least one of the keys ``one_of``.
 
     If ``one_of`` is empty or no line has such an object, the result is the keys of the first line that is a JSON
@@ -586,7 +586,7 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
             raise ValueError(f"the line must have a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
-    return collect(path, read_lines(path, encoding), make_example, on_error)
+    return make_examples(path, read_lines(path, encoding), make_example, on_error)
 
 
 def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
@@ -608,7 +608,7 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
         ValueError: the suffix is ``.json``, or there is no text column. Other errors are those of :func:`read_table`,
             :func:`read_jsonl` and :func:`read_labelled_lines`.
     """
-    kind = suffix(path)
+    kind = suffix_without_gz(path)
     if kind == ".json":
         raise ValueError(
             f"{path} is a JSON file: convert it to .jsonl, with one object on each line, or to .tsv or .csv"
@@ -616,7 +616,7 @@ def read_labelled(path: str | Path, *, encoding: str = "utf-8", on_error: OnErro
     if kind not in (".tsv", ".csv", ".jsonl"):
         return read_labelled_lines(path, encoding=encoding, on_error=on_error)
     if kind == ".jsonl":
-        names = first_keys(path, encoding, TEXT_COLUMNS)
+        names = first_object_keys(path, encoding, TEXT_COLUMNS)
     else:
         names = _read_header(path, _read_rows(path, None, encoding))
     text_column = next((name for name in TEXT_COLUMNS if name in names), None)
@@ -659,4 +659,4 @@ def read_pairs(
                 raise ValueError(f"the line of {path} is empty")
         return {"source": pair[0].strip(), "target": pair[1].strip()}
 
-    return collect(source, enumerate(zip(sources, targets, strict=True), start=1), make_example, on_error)
+    return make_examples(source, enumerate(zip(sources, targets, strict=True), start=1), make_example, on_error)

@@ -27,7 +27,7 @@ import numpy as np
 from jaxlm import extras
 from jaxlm.config import check_min
 from jaxlm.data.examples import Rejected
-from jaxlm.data.text_files import read_lines, read_text, suffix
+from jaxlm.data.text_files import read_lines, read_text, suffix_without_gz
 
 Notation = Literal["uci", "san"]
 NOTATIONS: tuple[Notation, ...] = ("uci", "san")
@@ -166,7 +166,7 @@ def read_games(
     """
     path = Path(path)
     check_notation(notation)
-    is_pgn = suffix(path) == ".pgn"
+    is_pgn = suffix_without_gz(path) == ".pgn"
     if check not in ("rules", "syntax"):
         raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
@@ -267,7 +267,7 @@ def import_chess() -> ModuleType:
     try:
         import chess
     except ImportError as error:
-        raise ImportError(f"chess games need the package `chess`: {extras.install('chess')}") from error
+        raise ImportError(f"chess games need the package `chess`: {extras.install_command('chess')}") from error
     return chess
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import check_min
-from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
 from jaxlm.data.tokenizers import EncodeInputsMixin, SpecialIds, check_ids, save_jaxlm_file
 
+_CHECK_SIGN = re.compile(r"(?<![+#])[+#]$")  # a word with two signs is not a move
 _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>", "<unk>")}
 
 
@@ -109,7 +110,7 @@ class MoveTokenizer(EncodeInputsMixin):
         check_min(1, min_count=min_count)
         if notation == "uci":
             return cls("uci")
-        counts = Counter(word.rstrip("+#") for line in lines for word in line.split())
+        counts = Counter(_CHECK_SIGN.sub("", word) for line in lines for word in line.split())
         moves = sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m))
         if counts and not moves:
             raise ValueError(
@@ -147,8 +148,8 @@ class MoveTokenizer(EncodeInputsMixin):
         """The move for an id, or the name of a special token, such as ``<eos>``."""
         return self._texts[id]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """The line of moves. By default, ids of padding, beginning and end are skipped. Id 3 of SAN is ``<unk>``."""
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
+        """The line of moves. Id 3 of SAN is ``<unk>``, also if ``skip_special_tokens`` is True."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]
@@ -187,7 +188,7 @@ class MoveTokenizer(EncodeInputsMixin):
 
     def _id_of_other_word(self, word: str, number: int) -> int:
         """The id of a word that is not a key of ``_ids``. Raises ``ValueError`` if it is not a move or has no id."""
-        plain = word.rstrip("+#") if self.notation == "san" else word
+        plain = _CHECK_SIGN.sub("", word) if self.notation == "san" else word
         id = self._ids.get(plain, self.special_ids.unk)
         pattern = SAN_MOVE if self.notation == "san" else UCI_MOVE
         if id is None and word in uci_moves():
@@ -206,7 +207,7 @@ class MoveTokenizer(EncodeInputsMixin):
         return np.array([match.span() for match in re.finditer(r"\S+", text)], np.int32).reshape(-1, 2)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        bos = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
+        bos = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL_TOKEN)))
         return [
             Encoding(*(np.concatenate(fields) for fields in zip(bos, encoding, strict=True)))
             for encoding in super()._encodings(texts, pairs)

@@ -49,7 +49,7 @@ def read_pronunciations(
     return words
 
 
-def split_words(words: Pronunciations) -> tuple[Pronunciations, Pronunciations, Pronunciations]:
+def split_pronunciations(words: Pronunciations) -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     """The training, validation and test words: 85, 5 and 10 %.
 
     Of each 20 consecutive words, words 18 and 19 are test words, and word 20 is a validation word. The tool g2p-seq2seq

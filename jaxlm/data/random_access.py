@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import check_min
-from jaxlm.data.batching import shuffled_items, source_fingerprint
+from jaxlm.data.batching import shuffled_indices, source_fingerprint
 from jaxlm.data.examples import check_random_access
 from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
@@ -79,11 +79,13 @@ class RandomAccess:
         """The given rows of the global batch of step ``index``: an array ``[rows, ...]`` for each field.
 
         Raises:
-            ValueError: an element is not a mapping to numeric arrays and numbers, or its fields, shapes or dtypes
-                differ from those of the first of the given rows.
+            ValueError: ``rows`` is empty; an element is not a mapping to numeric arrays and numbers; or its fields,
+                shapes or dtypes differ from those of the first of the given rows.
         """
+        if not len(rows):
+            raise ValueError("rows is empty: give the number of at least one row of the batch")
         if self.shuffle:
-            numbers = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
+            numbers = shuffled_indices(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
         else:
             numbers = (index * self.batch_size + np.asarray(rows, np.int64)) % self.rows_per_epoch
         elements = [self._read(int(number)) for number in numbers]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.examples import Example, Examples, OnError, collect
+from jaxlm.data.examples import Example, Examples, OnError, make_examples
 from jaxlm.data.text_files import check_no_surrogate, text_chunks
 from jaxlm.json_files import DuplicateKeyError, parse
 
@@ -36,10 +36,10 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        InvalidLineError: a question is invalid. Its line cannot be parsed, a field is missing, a text is empty or has a
-            surrogate, or an answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message
-            names the file, the number of the question and its id (None if the line cannot be parsed or has no id). This
-            is a ``ValueError``.
+        InvalidLineError: a question is invalid. Its line cannot be parsed, a field is missing or has a wrong type, a
+            text is empty or has a surrogate, or an answer is not in the context within :data:`MAX_SHIFT` characters of
+            its start. The message names the file, the number of the question and its id (None if the line cannot be
+            parsed or has no id). This is a ``ValueError``.
         ValueError: the file has another format, or is official JSON with a key twice in an object. No question is
             valid. ``on_error`` is unknown.
 
@@ -57,7 +57,7 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
         except ValueError as error:
             raise ValueError(f"id {question_id!r}: {error}") from error
 
-    return collect(path, enumerate(_read_records(Path(path)), start=1), read_question, on_error, "question")
+    return make_examples(path, enumerate(_read_records(Path(path)), start=1), read_question, on_error, "question")
 
 
 def read_squad_files(paths: Sequence[Path]) -> dict[str, Examples]:
@@ -119,6 +119,11 @@ def _make_example(record: Mapping[str, Any]) -> Example:
         if not isinstance(record[name], str) or not record[name].strip():
             raise ValueError(f"{name!r} must be a text, got {record[name]!r}")
         check_no_surrogate(record[name], repr(name))
+    if type(record["id"]) not in (str, int):
+        raise ValueError(f"'id' must be a text or a whole number, got {record['id']!r}")
+    title = record.get("title")
+    if not isinstance(title, str | None):
+        raise ValueError(f"'title' must be a text or null, got {title!r}")
     context, answers, starts = record["context"], [], []
     for text, start in _answers(record["answers"]):
         if not isinstance(text, str) or not text.strip() or type(start) is not int:
@@ -137,7 +142,7 @@ def _make_example(record: Mapping[str, Any]) -> Example:
         "question": record["question"],
         "answers": answers,
         "starts": starts,
-        "group": record.get("title") or context,
+        "group": title or context,
     }
 
 

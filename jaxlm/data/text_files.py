@@ -108,24 +108,24 @@ def split_lines(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
         yield number, last.removesuffix("\r")
 
 
-def suffix(path: str | Path) -> str:
+def suffix_without_gz(path: str | Path) -> str:
     """The suffix of a file name in lower case, without ``.gz``. Empty if the name has no other suffix.
 
     Example:
-        >>> suffix("DATA.CSV.gz")
+        >>> suffix_without_gz("DATA.CSV.gz")
         '.csv'
     """
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
-def one_line(text: str) -> str:
+def escape_line_breaks(text: str) -> str:
     """The text with backslashes and line breaks escaped as in JSON."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
 
 
-def one_field(text: str) -> str:
-    """The text as one field of a tab-separated line: the result of :func:`one_line`, with tabs escaped too."""
-    return one_line(text).replace("\t", "\\t")
+def escape_field(text: str) -> str:
+    """The text as one field of a tab-separated line: the result of :func:`escape_line_breaks` with escaped tabs."""
+    return escape_line_breaks(text).replace("\t", "\\t")
 
 
 def check_no_surrogate(text: str, name: str) -> None:

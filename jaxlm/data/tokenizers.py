@@ -23,7 +23,7 @@ from jaxlm.json_files import read_object
 
 _LOG = logging.getLogger("jaxlm")
 
-JAXLM_FILE = "jaxlm_tokenizer.json"
+JAXLM_TOKENIZER_FILE = "jaxlm_tokenizer.json"
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 """The roles of special tokens: the fields of :class:`SpecialIds`."""
@@ -43,7 +43,7 @@ _COPIED_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 """Files that ``save`` copies from a published tokenizer. Only ``tokenizer_config.json`` may get further fields."""
-TOKENIZER_FILES = (JAXLM_FILE, "tokenizer.json", *_COPIED_FILES)
+TOKENIZER_FILES = (JAXLM_TOKENIZER_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
 """The entry of ``tokenizer_config.json`` for models without token types."""
@@ -139,7 +139,7 @@ class EncodeInputsMixin:
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         """The encoding of each text (and its pair), without truncation. This default adds no special tokens."""
         rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
-        return [encodings.concatenate([(self.encode(text), self._offsets(text)) for text in row]) for row in rows]
+        return [encodings.concatenate_texts([(self.encode(text), self._offsets(text)) for text in row]) for row in rows]
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The encoding of the text, or of the pair, with the special tokens of the tokenizer's template.
@@ -203,7 +203,7 @@ class EncodeInputsMixin:
             [[97, 98, 99, 100], [97, 100, 101, 102]]
         """
         if self._context_first:
-            encoding = encodings.swap_texts(self.encode_inputs(context, question))
+            encoding = encodings.swap_sequence_ids(self.encode_inputs(context, question))
         else:
             encoding = self.encode_inputs(question, context)
         for number, (name, text) in enumerate((("question", question), ("context", context))):
@@ -564,7 +564,7 @@ def _read_backend(directory: Path) -> Any:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install('tokenizers')}"
+            f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install_command('tokenizers')}"
         ) from error
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     if not file.exists():
@@ -695,7 +695,7 @@ def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -
 
 def _as_encoding(encoding: Any) -> Encoding:
     """The :class:`Encoding` with the content of a ``tokenizers.Encoding``."""
-    sequence_ids = [encodings.SPECIAL if number is None else number for number in encoding.sequence_ids]
+    sequence_ids = [encodings.SPECIAL_TOKEN if number is None else number for number in encoding.sequence_ids]
     return Encoding(
         ids=np.asarray(encoding.ids, np.int32),
         token_types=np.asarray(encoding.type_ids, np.int32),
@@ -713,7 +713,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ValueError: a file is invalid, or differs from its checksum in ``checksums.json``.
     """
     directory = Path(directory)
-    jaxlm_file = directory / JAXLM_FILE
+    jaxlm_file = directory / JAXLM_TOKENIZER_FILE
     integrity.verify_checksums(directory, TOKENIZER_FILES)
     if jaxlm_file.exists():
         content = read_object(jaxlm_file)
@@ -736,14 +736,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return PretrainedTokenizer.from_directory(directory)
     found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
     raise FileNotFoundError(
-        f"no tokenizer in {directory}: looked for {JAXLM_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
+        f"no tokenizer in {directory}: looked for {JAXLM_TOKENIZER_FILE}, tokenizer.json, "
+        f"vocab.json + merges.txt; found {found}"
     )
 
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
     """Write ``jaxlm_tokenizer.json``, the only file of a tokenizer, and remove the files of an earlier tokenizer."""
     remove_tokenizer_files(Path(directory))
-    write_json(Path(directory) / JAXLM_FILE, content)
+    write_json(Path(directory) / JAXLM_TOKENIZER_FILE, content)
 
 
 def remove_tokenizer_files(directory: Path) -> None:

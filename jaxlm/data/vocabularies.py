@@ -127,12 +127,12 @@ def train_tokenizer(
         >>> tokenizer.decode([4, 3, 2, 1], skip_special_tokens=True)
         'to be'
     """
-    specials = _check(texts, kind, vocab_size, template, min_frequency, extra_tokens)
+    specials = _check_special_tokens(texts, kind, vocab_size, template, min_frequency, extra_tokens)
     try:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            f"training a tokenizer needs the package `tokenizers`: {extras.install('tokenizers')}"
+            f"training a tokenizer needs the package `tokenizers`: {extras.install_command('tokenizers')}"
         ) from error
     build = _subword_backend if kind in _SUBWORDS else _word_or_character_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
@@ -162,7 +162,7 @@ def train_tokenizer(
     return PretrainedTokenizer(backend, template_spec.tokens, files=files)
 
 
-def _check(
+def _check_special_tokens(
     texts: Iterable[str], kind: str, vocab_size: int, template: str, min_frequency: int, extra_tokens: Sequence[str]
 ) -> list[str]:
     """Check the arguments. Returns the special tokens in the order of their ids."""
@@ -267,9 +267,9 @@ def _make_reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) 
     """The trained unigram model, with scores and an order that are equal in every training on the same texts.
 
     The trainer of ``tokenizers`` iterates over a hash table, whose order varies. It sums scores in this order, so the
-    last digits of the scores vary. In the same order, it gives the bytes that do not occur in the texts the lowest
-    score plus 0, 1, 2, ... times 0.0001. This function rounds all scores, gives all bytes that do not occur the lowest
-    score, and sorts the pieces by score and text.
+    last digits of the scores vary. Bytes that do not occur in the texts get the lowest score plus 0, 0.0001, 0.0002,
+    ...; which byte gets which score depends on the order, too. This function rounds all scores, gives all bytes that do
+    not occur the lowest score, and sorts the pieces by score and text.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]

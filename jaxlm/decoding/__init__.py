@@ -9,7 +9,16 @@ axes along which it reorders and resizes the state.
 from jaxlm.decoding.beam import BeamConfig, Beams, beam_search
 from jaxlm.decoding.config import GenerationConfig
 from jaxlm.decoding.finite import NotFiniteError
-from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
+from jaxlm.decoding.sample import (
+    GREEDY,
+    Generation,
+    PartialGeneration,
+    Sampling,
+    advance,
+    filter_logits,
+    generate,
+    prefill,
+)
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity, target_log_likelihood
 from jaxlm.decoding.speculative import SpeculativeGeneration, SpeculativeModels, speculative_generate
 from jaxlm.decoding.text import decoder_start_id, generate_text, stream_text
@@ -21,8 +30,8 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "NotFiniteError",
+    "PartialGeneration",
     "Perplexity",
-    "Progress",
     "Sampling",
     "SpeculativeGeneration",
     "SpeculativeModels",

@@ -21,7 +21,7 @@ from jaxlm import spec
 from jaxlm.config import check_min
 from jaxlm.decoding.config import EarlyStopping, check_early_stopping
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
 from jaxlm.sharding import Sharding, active
@@ -128,7 +128,7 @@ def beam_search(
     )  # fmt: skip
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
     settings = _Settings(
-        limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, end_ids_of(end_id), num_ids,
+        limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, as_end_ids(end_id), num_ids,
         active(),
     )  # fmt: skip
     length = prompts.shape[1]
@@ -239,7 +239,7 @@ def _start_search(
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take_rows(row_state_specs, cache.resize(row_state_specs, row_state, first_slots), parents),
+        state=spec.take_rows_clipped(row_state_specs, cache.resize(row_state_specs, row_state, first_slots), parents),
         source=source,
         parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),
@@ -265,7 +265,7 @@ def _continue_search(
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
     def extend(search: _Search) -> _Search:
-        state = spec.take_rows(specs, search.state, search.parents)
+        state = spec.take_rows_clipped(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)

@@ -50,7 +50,7 @@ class GenerationConfig:
         early_stopping: when a beam search ends, see :class:`jaxlm.decoding.BeamConfig`. Default: "never".
         end_ids: token ids that end a text. Default: the end id of the tokenizer, or no id if the tokenizer has none. If
             ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the default also
-            contains the other ids of the list. Ids from files that are outside the vocabulary are ignored.
+            contains the other ids of the list. If a file lists several ids, those outside the vocabulary are ignored.
         ignored_fields: names of fields of the file that :meth:`resolve` ignores, for example
             ``("no_repeat_ngram_size",)``. If the file contains a field that jaxlm does not support, with a value that
             changes the text, and ``ignored_fields`` does not name it, ``resolve`` raises an error.
@@ -159,7 +159,7 @@ class GenerationConfig:
             raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
         end_ids = first_set("end_ids")
         if self.end_ids is None and end_ids is not None:
-            end_ids = tuple(i for i in end_ids if i < ids)
+            end_ids = tuple(i for i in end_ids if i < ids) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         resolved_sampling = self.sampling

@@ -19,7 +19,7 @@ from jaxlm import processes, spec
 from jaxlm.models import Model
 from jaxlm.spec import Params, State
 
-MAX_NAMED = 3
+MAX_NAMES_IN_MESSAGE = 3
 """Maximum number of arrays, and of rows, that an error message names. The message counts the others."""
 
 
@@ -27,14 +27,16 @@ class NotFiniteError(ValueError):
     """The error for logits that are NaN or infinite. Such logits give no predictions.
 
     Attributes:
-        what: what ``rows`` counts: "row", "prompt", "source" or "window".
-        rows: the indices of the rows (or prompts, sources, windows) with such logits.
+        what: what ``rows`` counts, for example "row", "prompt" or "text".
+        rows: the indices of the rows, prompts or texts with such logits.
         cause: text that names the parameters that are not finite, or another possible cause.
     """
 
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:
-        more = "" if len(rows) <= MAX_NAMED else f" and {len(rows) - MAX_NAMED} more"
-        super().__init__(f"the logits of {what} {', '.join(map(str, rows[:MAX_NAMED]))}{more} are not finite: {cause}")
+        more = "" if len(rows) <= MAX_NAMES_IN_MESSAGE else f" and {len(rows) - MAX_NAMES_IN_MESSAGE} more"
+        super().__init__(
+            f"the logits of {what} {', '.join(map(str, rows[:MAX_NAMES_IN_MESSAGE]))}{more} are not finite: {cause}"
+        )
         self.what, self.rows, self.cause = what, list(rows), cause
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -47,18 +49,22 @@ def rows_finite(logits: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
-def check_finite(model: Model, params: Params, finite_B: jax.Array, state: State | None = None) -> None:
+def check_finite(
+    model: Model, params: Params, finite_B: jax.Array, state: State | None = None, *, is_initial: bool = True
+) -> None:
     """Raise :class:`NotFiniteError` if a flag in ``finite_B`` is False. During tracing the flags are not checked.
 
     Args:
         finite_B: flags of :func:`rows_finite`.
-        state: the initial model state, which the error may name as the cause.
+        state: the model state, which the error may name as the cause.
+        is_initial: True: the model has not changed the state yet. False: the model has changed it, so an overflow may
+            also be the cause.
     """
     if isinstance(finite_B, jax.core.Tracer):
         return
     rows = np.flatnonzero(~processes.gather_to_host(finite_B)).tolist()
     if rows:
-        raise NotFiniteError("row", rows, _cause(model, params, state))
+        raise NotFiniteError("row", rows, _cause(model, params, state, is_initial))
 
 
 @contextlib.contextmanager
@@ -71,39 +77,43 @@ def rename_rows_in_errors(what: str, numbers: Sequence[int] | np.ndarray) -> Ite
         raise NotFiniteError(what, rows, error.cause) from None
 
 
-def _cause(model: Model, params: Params, state: State | None) -> str:
+def _cause(model: Model, params: Params, state: State | None, is_initial: bool) -> str:
     """Text for an error message: the arrays that are not finite, or another possible cause, and the fix."""
-    found, largest = _not_finite(params)
+    found, largest = _describe_values(params)
     if found:
         return f"{_not_finite_text(found, 'parameter')}. Load the weights again, or take an older checkpoint"
-    if state is not None and (found := _not_finite(state)[0]):
-        return f"all parameters are finite, but {_not_finite_text(found, 'state array')}. Make a new state"
+    cause = "so probably an activation overflows"
+    if state is not None and (found := _describe_values(state)[0]):
+        cause = f"but {_not_finite_text(found, 'state array')}"
+        if is_initial:
+            return f"all parameters are finite, {cause}. Make a new state"
+        cause += ". Either the initial state was not finite (make a new state), or an activation overflows"
     dtype = getattr(model.config, "dtype", "float32")
     fix = "" if dtype == "float32" else f"compute in float32 instead of dtype={dtype!r}, or "
     return (
-        f"all parameters are finite, so probably an activation overflows. The largest parameter is {largest}: {fix}"
-        "check that these are the weights of this model"
+        f"all parameters are finite, {cause}. The largest parameter is {largest}: {fix}check that these are the "
+        "weights of this model"
     )
 
 
 def _not_finite_text(found: Sequence[str], what: str) -> str:
     """Text with the number of arrays that are not finite and the first of their names."""
-    more = "" if len(found) <= MAX_NAMED else f", and {len(found) - MAX_NAMED} more"
+    more = "" if len(found) <= MAX_NAMES_IN_MESSAGE else f", and {len(found) - MAX_NAMES_IN_MESSAGE} more"
     subject = f"1 {what} is" if len(found) == 1 else f"{len(found)} {what}s are"
-    return f"{subject} not finite: {', '.join(found[:MAX_NAMED])}{more}"
+    return f"{subject} not finite: {', '.join(found[:MAX_NAMES_IN_MESSAGE])}{more}"
 
 
-def _not_finite(tree: Any) -> tuple[list[str], str]:
+def _describe_values(tree: Any) -> tuple[list[str], str]:
     """One text for each array with values that are not finite, and one text for the largest absolute finite value."""
     arrays = {name: x for name, x in spec.flatten(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    counts, maxima = jax.device_get(_statistics(arrays))
+    counts, maxima = jax.device_get(_counts_and_maxima(arrays))
     found = [f"{name} ({counts[name]} of {x.size} values)" for name, x in arrays.items() if counts[name]]
     largest = max(maxima, key=lambda name: maxima[name], default=None)  # None: no array has floating-point numbers
     return found, "" if largest is None else f"{maxima[largest]:.3g} in {largest}"
 
 
 @jax.jit
-def _statistics(arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def _counts_and_maxima(arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The number of values that are not finite and the largest absolute finite value, for each array."""
     finite = jax.tree.map(jnp.isfinite, arrays)
     maxima = jax.tree.map(

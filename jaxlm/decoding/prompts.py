@@ -17,7 +17,7 @@ from jaxlm import processes, spec
 from jaxlm.config import check_min
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
-from jaxlm.models.heads import last_token_state
+from jaxlm.models.heads import last_token_hidden
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
@@ -28,7 +28,7 @@ EndId = int | Sequence[int] | None
 """The token id or token ids that end a row. None: no id ends a row."""
 
 
-def end_ids_of(end_id: EndId) -> tuple[int, ...]:
+def as_end_ids(end_id: EndId) -> tuple[int, ...]:
     """The ids in ``end_id`` as a tuple without duplicates; empty for None."""
     if end_id is None:
         return ()
@@ -96,7 +96,7 @@ def check_prompts(
     num_ids = vocab_size if allowed_ids is None else allowed_ids
     if not 1 <= num_ids <= vocab_size:
         raise ValueError(f"allowed_ids={allowed_ids} must be between 1 and vocab_size={vocab_size}")
-    for end in end_ids_of(end_id):
+    for end in as_end_ids(end_id):
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
@@ -110,7 +110,9 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
     The number of axes of each array must agree with ``specs``. The sizes of axes other than ``batch`` may differ.
     """
     if spec.flatten(state).keys() != spec.flatten(specs).keys():
-        raise ValueError("this is not a state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
+        raise ValueError(
+            "this is not a state of the model:\n  " + "\n  ".join(spec.differences(specs, state, dtypes=False))
+        )
     for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
         axis = want.axes.index("batch")
         if leaf.ndim != len(want.shape):
@@ -149,9 +151,9 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
     Speculative decoding calls this function for the state of the target model. A rolling memory
     (``jaxlm.nn.attention.memory``) that is full drops its oldest token for each new token. If a later token may attend
     to a dropped token, one call with several tokens gives other results than several calls with one token.
-    ``Model.state_specs`` gives the number of slots with which no such token is dropped. If tokens attend only to a
-    window, this number is at most the size of the window. The array ``segment_ids`` of a memory has one entry per slot.
-    Inside ``jit``, the number of used slots is unknown and counts as 0.
+    A memory with the number of slots of ``Model.state_specs`` drops no token to which a later token may attend. If
+    tokens attend only to a window, this number is at most the size of the window. The array ``segment_ids`` of a memory
+    has one entry per slot. Inside ``jit``, the number of used slots is unknown and counts as 0.
     """
     if "length" in state:  # a key-value cache (check_free_slots)
         return
@@ -168,7 +170,7 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
                 f"the state of the target model ({model.family}) has {slots} memory slots, {used} of them used, but "
                 f"needs {needed}, because the memory must not drop a token while the model reads {num_new} more tokens "
                 "(the prompts, the new tokens and the proposed tokens). Make a state with a length of at least "
-                f"{used + num_new}, and read the text before the prompts again"
+                f"{used + num_new}, and let the model read the text that precedes the prompts into this state"
             )
 
 
@@ -252,7 +254,7 @@ def read_prompts(
     if state is None:
         state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
-    return state, model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
+    return state, model.logits(params, last_token_hidden(hidden_BTD, segment_ids_BT))[:, 0]
 
 
 def read_tokens(

@@ -4,7 +4,7 @@
 runs both in one ``jit``. To stream tokens, call :func:`prefill` once and :func:`advance` several times. The tokens are
 equal to those of :func:`generate`.
 
-Shapes: B batch, T prompt length, N new tokens, V ids that may be generated.
+Shapes: B batch, T prompt length, N new tokens, V ids of the model, of which a limit may exclude the last ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flax import struct
 
 from jaxlm import spec
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, check_prompts, check_sharding, end_ids_of, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, check_sharding, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.sharding import Sharding, active
@@ -137,7 +137,7 @@ def check_top_k(sampling: Sampling, num_ids: int) -> None:
 
 
 @struct.dataclass
-class Progress:
+class PartialGeneration:
     """An unfinished generation, with everything that :func:`advance` needs to continue it.
 
     Attributes:
@@ -246,7 +246,9 @@ def generate(
         >>> generate(model, params, prompts, segment_ids, max_new_tokens=4).tokens.shape
         (2, 4)
     """
-    settings = settings_of(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    settings = check_and_make_settings(
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+    )
     generation = _generate(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, generation.finite, state)
     return generation
@@ -265,20 +267,22 @@ def prefill(
     allowed_ids: int | None = None,
     state: State | None = None,
     seen: jax.Array | None = None,
-) -> Progress:
+) -> PartialGeneration:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
     The arguments and errors of :func:`generate` apply here too. In addition:
 
     Args:
         seen: [B, V] bool, whether the repetition penalty applies to an id even if the prompt does not contain it. An
-            example is ``Progress.seen`` of an earlier part of the text. None: it applies only to the ids in the prompt
-            and the output.
+            example is ``PartialGeneration.seen`` of an earlier part of the text. None: it applies only to the ids in
+            the prompt and the output.
 
     Raises:
         ValueError: ``seen`` has another shape, or is given without a repetition penalty.
     """
-    settings = settings_of(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    settings = check_and_make_settings(
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+    )
     if seen is not None and sampling.repetition_penalty == 1.0:
         raise ValueError("seen needs a repetition penalty: set Sampling(repetition_penalty=...), or pass seen=None")
     if seen is not None and seen.shape != (prompts.shape[0], settings.num_ids):
@@ -290,7 +294,7 @@ def prefill(
     return progress
 
 
-def advance(model: Model, params: Params, progress: Progress, steps: int | jax.Array) -> Progress:
+def advance(model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array) -> PartialGeneration:
     """The generation after up to ``steps`` more tokens in every row that has not ended.
 
     A row has at most ``max_new_tokens`` tokens (see :func:`prefill`). The buffers of ``progress`` are donated, so
@@ -302,7 +306,7 @@ def advance(model: Model, params: Params, progress: Progress, steps: int | jax.A
     """
     check_sharding(active())
     progress = _advance(model, params, progress, steps, sharding=active())
-    check_finite(model, params, progress.finite)
+    check_finite(model, params, progress.finite, progress.state, is_initial=False)
     return progress
 
 
@@ -327,7 +331,7 @@ class Settings:
     sharding: Sharding | None
 
 
-def settings_of(
+def check_and_make_settings(
     model: Model,
     prompts: Array,
     segment_ids: Array | None,
@@ -350,7 +354,7 @@ def settings_of(
         )
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return Settings(max_new_tokens, sampling, end_ids_of(end_id), num_ids, slots, active())
+    return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots, active())
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
@@ -397,7 +401,7 @@ def _prefill(
     state: State | None,
     settings: Settings,
     seen_BV: jax.Array | None = None,
-) -> Progress:
+) -> PartialGeneration:
     B, rows_B = prompts_BT.shape[0], jnp.arange(prompts_BT.shape[0])
     max_new_tokens, sampling, end_ids, num_ids = (
         settings.max_new_tokens, settings.sampling, settings.end_ids, settings.num_ids
@@ -409,7 +413,7 @@ def _prefill(
             seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
         seen_BV = jnp.zeros((B, num_ids), bool) if seen_BV is None else seen_BV
         seen_BV = seen_BV.at[rows_B[:, None], seen_BT].set(True, mode="drop")
-    progress = Progress(
+    progress = PartialGeneration(
         state=state,
         tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),
         log_probs=jnp.zeros((B, max_new_tokens), jnp.float32),
@@ -426,7 +430,7 @@ def _prefill(
     return _draw(progress, logits_BV)
 
 
-def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
+def _draw(progress: PartialGeneration, logits_BV: jax.Array) -> PartialGeneration:
     """The generation after drawing one token for each row that has not ended."""
     rows_B = jnp.arange(logits_BV.shape[0])
     logits_BV = logits_BV[:, : progress.num_ids]
@@ -454,15 +458,15 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="progress")
 def _advance(
-    model: Model, params: Params, progress: Progress, steps: int | jax.Array, *, sharding: Sharding | None
-) -> Progress:
+    model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array, *, sharding: Sharding | None
+) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
 
-    def unfinished(progress: Progress) -> jax.Array:
+    def unfinished(progress: PartialGeneration) -> jax.Array:
         return (progress.step < last_step) & ~jnp.all(progress.ended)
 
-    def generate_token(progress: Progress) -> Progress:
+    def generate_token(progress: PartialGeneration) -> PartialGeneration:
         newest_B = progress.tokens[:, progress.step - 1]
         state, logits_BV = read_tokens(model, params, progress.state, newest_B, ~progress.ended)
         return _draw(dataclasses.replace(progress, state=state), logits_BV)

@@ -30,7 +30,15 @@ from flax import struct
 from jaxlm.config import check_min
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, check_free_slots, check_memory_slots, is_end, read_prompts, read_tokens
-from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, filter_logits, keys_of_rows, settings_of
+from jaxlm.decoding.sample import (
+    GREEDY,
+    Generation,
+    Sampling,
+    Settings,
+    check_and_make_settings,
+    filter_logits,
+    keys_of_rows,
+)
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.spec import Array
@@ -70,7 +78,7 @@ class SpeculativeGeneration:
         accepted: [B] int32, number of proposals that became part of the text. The acceptance rate is
             ``accepted / (rounds * K)``.
         draft_finite: [B] bool, whether the logits from which the draft model drew the proposals are finite. The logits
-            after the first rejected proposal of a round are not checked.
+            after the first rejected proposal of a round, or after the end of the row, are not checked.
     """
 
     generation: Generation
@@ -148,8 +156,8 @@ def speculative_generate(
                 "num_proposed - 1). The state of another model may be None"
             )
     options = (max_new_tokens, sampling, key, end_id, allowed_ids)
-    settings = settings_of(models.target, prompts, segment_ids, *options, target_state)
-    settings_of(models.draft, prompts, segment_ids, *options, draft_state)
+    settings = check_and_make_settings(models.target, prompts, segment_ids, *options, target_state)
+    check_and_make_settings(models.draft, prompts, segment_ids, *options, draft_state)
     # The last round may read num_proposed tokens that do not become part of the text.
     settings = dataclasses.replace(settings, slots=settings.slots + models.num_proposed)
     for model, state in ((models.target, target_state), (models.draft, draft_state)):
@@ -257,8 +265,8 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
-    finite_or_unused_BT = rows_finite(logits_BTV) | (index_T > accepted_B[:, None])
-    draft_finite_or_unused_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
+    finite_or_unused_BT = rows_finite(logits_BTV) | ~is_new_BT
+    draft_finite_or_unused_BK = draft_finite_BK | ~is_new_BT[:, :K]
     result, generation = progress.result, progress.result.generation
     B, N = generation.tokens.shape
     new_slots = jnp.arange(B)[:, None], jnp.where(is_new_BT, lengths_B[:, None] + index_T, N)  # "drop" ignores index N
@@ -268,11 +276,11 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
             tokens=generation.tokens.at[new_slots].set(new_BT, mode="drop"),
             lengths=lengths_B + count_B,
             log_probs=generation.log_probs.at[new_slots].set(log_probs_BT, mode="drop"),
-            finite=generation.finite & (jnp.all(finite_or_unused_BT, axis=1) | progress.ended),
+            finite=generation.finite & jnp.all(finite_or_unused_BT, axis=1),
         ),
         rounds=result.rounds + active_B,
         accepted=result.accepted + jnp.where(active_B, jnp.minimum(accepted_B, count_B), 0),
-        draft_finite=result.draft_finite & (jnp.all(draft_finite_or_unused_BK, axis=1) | progress.ended),
+        draft_finite=result.draft_finite & jnp.all(draft_finite_or_unused_BK, axis=1),
     )
     num_kept_B = jnp.where(active_B, accepted_B + 1, 0)
     target_state, draft_state = (

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm.config import check_min
-from jaxlm.data.encodings import SPECIAL
+from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_ids_1d
 from jaxlm.decoding.batches import length_batches
@@ -27,7 +27,7 @@ from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
 from jaxlm.decoding.sample import row_keys
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
-from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, next_window_error, pad_prompts, read_sources
+from jaxlm.decoding.windows import BatchSettings, WindowedGeneration, next_window_error, pad_prompts, read_sources
 from jaxlm.models import Model
 from jaxlm.spec import Params
 
@@ -224,7 +224,7 @@ class _TextGenerator:
         self._start: np.ndarray | None = None
         if model.reads_source:
             self._start = np.array([_generation_start_id(model, tokenizer)], np.int32)
-        self._request = TokenRequest(
+        self._request = BatchSettings(
             model=model,
             params=params,
             sampling=resolved.sampling,
@@ -262,14 +262,14 @@ class _TextGenerator:
         elif self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
             rows = [encoding.ids for encoding in encodings]
-            empty = [bool(np.all(encoding.sequence_ids == SPECIAL)) for encoding in encodings]
+            empty = [bool(np.all(encoding.sequence_ids == SPECIAL_TOKEN)) for encoding in encodings]
         else:
             rows = [self._tokenizer.encode(text) for text in strings]
             empty = [ids.size == 0 for ids in rows]
         for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
             if empty[row]:
                 raise ValueError(f"{what} {row} is {text!r}, which has no tokens: pass at least one character")
-            check_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
+            check_ids_in_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
             if limit is not None and ids.size > limit:
                 raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
             count, reason = ids.size, f"{what} {row} has {ids.size} tokens"
@@ -428,14 +428,14 @@ class _TextGenerator:
             ids = ids[:-1]
         return ids if self._start is None else ids[prompt_length:]
 
-    def _new_text(self, prompt: np.ndarray) -> _NewText:
-        """The :class:`_NewText` for a continuation of ``prompt``, or for the output of an encoder-decoder."""
+    def _new_text(self, prompt: np.ndarray) -> _IncrementalDecoder:
+        """The decoder for a continuation of ``prompt``, or for the output of an encoder-decoder."""
         if self._start is None:
-            return _NewText(self._tokenizer.decode, prompt)
-        return _NewText(functools.partial(self._tokenizer.decode, skip_special_tokens=True), prompt[:0])
+            return _IncrementalDecoder(self._tokenizer.decode, prompt)
+        return _IncrementalDecoder(functools.partial(self._tokenizer.decode, skip_special_tokens=True), prompt[:0])
 
 
-class _NewText:
+class _IncrementalDecoder:
     """Decodes the tokens after a prompt step by step, so that later tokens do not change earlier text.
 
     The tokens are decoded in parts of one or more tokens. A part ends at the first token after which its text does not
@@ -514,7 +514,7 @@ def _check_draft(
         )
 
 
-def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
+def check_ids_in_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
     """Raise ``ValueError`` if an id is not in [0, ``vocab_size``)."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:

@@ -19,14 +19,14 @@ import numpy as np
 
 from jaxlm.decoding.batches import bucket_length, pad_rows
 from jaxlm.decoding.prompts import check_sharding
-from jaxlm.decoding.sample import Progress, Sampling, advance, prefill, row_keys
+from jaxlm.decoding.sample import PartialGeneration, Sampling, advance, prefill, row_keys
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params, State
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenRequest:
+class BatchSettings:
     """The model and the settings that all batches of one call share.
 
     Attributes:
@@ -83,7 +83,7 @@ def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
     )
 
 
-def read_sources(request: TokenRequest, sources: Sequence[np.ndarray], length: int) -> Any:
+def read_sources(request: BatchSettings, sources: Sequence[np.ndarray], length: int) -> Any:
     """The initial state of an encoder-decoder, with the encoded ``sources`` and cache slots for ``length`` tokens."""
     check_sharding(active())
     longest = max(ids.size for ids in sources)
@@ -125,7 +125,7 @@ class WindowedGeneration:
 
     def __init__(
         self,
-        request: TokenRequest,
+        request: BatchSettings,
         prompts: Sequence[np.ndarray],
         numbers: np.ndarray,
         max_new_tokens: int,
@@ -139,12 +139,12 @@ class WindowedGeneration:
 
     def _open(
         self, prompts: Sequence[np.ndarray], state: State | None = None, seen: jax.Array | None = None
-    ) -> Progress:
+    ) -> PartialGeneration:
         """The generation in a new window, after it has read the prompts and drawn the first new token of each row.
 
         Args:
             state: the state of an encoder-decoder; None for other models.
-            seen: ``Progress.seen`` of the previous window; None in the first window.
+            seen: ``PartialGeneration.seen`` of the previous window; None in the first window.
         """
         request, limit = self._request, self._request.max_positions
         tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)

@@ -23,7 +23,7 @@ from jaxlm import spec
 from jaxlm.data.tokenizers import ROLES, Tokenizer, num_required_ids
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
-from jaxlm.interop.formats.format import NATIVE_PREFIX
+from jaxlm.interop.formats.format import JAXLM_PREFIX
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.registry import FAMILIES, family, family_names
 
@@ -53,20 +53,20 @@ start ids are not in this dict."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """The result of :func:`describe`: the model that ``config.json`` and the overrides describe.
+class ModelDescription:
+    """The result of :func:`describe_model`: the model that ``config.json`` and the overrides describe.
 
     Attributes:
         model: the model with the overrides. Its metadata has no generation config.
         format: the format of the files, with the names of their tensors and config fields.
-        saved_model: the model that ``config.json`` describes without the overrides, if ``task`` or ``num_labels`` is
+        model_in_files: the model that ``config.json`` describes without the overrides, if ``task`` or ``num_labels`` is
             overridden. The files may then lack the head of ``model``, and may have another head. None: neither is
             overridden, so the files must have all parameters of ``model``.
     """
 
     model: Model
     format: Format
-    saved_model: Model | None
+    model_in_files: Model | None
 
 
 def format_of(model: Model) -> Format:
@@ -125,7 +125,7 @@ def _native_format(model: Model) -> Format:
         path, layer = spec.split_layer(path)
         names[path] = name(path, is_layer=layer is not None or leaf.is_stacked)
     return Format(
-        architectures={}, model_type=NATIVE_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
+        architectures={}, model_type=JAXLM_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
         renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def _native_format(model: Model) -> Format:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Description:
+def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> ModelDescription:
     """The model that a ``config.json`` and overrides describe, and its format.
 
     Args:
@@ -148,8 +148,8 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
     table: Format | None = None
     implied: Mapping[str, Any] = {}
     try:
-        if isinstance(model_type, str) and model_type.startswith(NATIVE_PREFIX):
-            name = model_type.removeprefix(NATIVE_PREFIX)
+        if isinstance(model_type, str) and model_type.startswith(JAXLM_PREFIX):
+            name = model_type.removeprefix(JAXLM_PREFIX)
             fields = _native_fields(config, name)
         else:
             name, table, implied = _find_format(config, overrides)
@@ -163,7 +163,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
                 fields["num_labels"] = config["num_labels"]
         if "task" in overrides and "num_labels" in overrides:
             _check_task(name, overrides["task"])
-        saved_model = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
+        model_in_files = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
         if "task" in overrides and overrides["task"] != implied.get("task"):
             implied = {}
         model = get_model(name, **{**fields, **implied, **overrides})
@@ -173,7 +173,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
     if model.task not in _LABEL_TASKS:
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config, path), config=config)
-    return Description(dataclasses.replace(model, metadata=metadata), table, saved_model)
+    return ModelDescription(dataclasses.replace(model, metadata=metadata), table, model_in_files)
 
 
 def _check_task(name: str, task: Any) -> None:
@@ -257,8 +257,8 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
         if hf_name not in config:
             continue
         value = config[hf_name]
-        if hf_name in table.value_of_hf_value:
-            values = table.value_of_hf_value[hf_name]
+        if hf_name in table.jaxlm_value_of:
+            values = table.jaxlm_value_of[hf_name]
             if not isinstance(value, str) or value not in values:
                 raise ValueError(f"{hf_name}={value!r} is not supported: choose from {', '.join(values)}")
             value = values[value]
@@ -292,10 +292,12 @@ def _token_ids(model: Model, table: Format, config: Mapping[str, Any], path: Pat
     A missing id has the default of the format (``Format.token_ids``), if this default is in the vocabulary.
     """
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
-    return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config, path)}.items()}
+    return {
+        role.removesuffix("_token_id"): ids for role, ids in {**implied, **special_token_fields(config, path)}.items()
+    }
 
 
-def token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The special token ids in a config: the fields whose names end with ``_token_id``.
 
     Args:
@@ -344,7 +346,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         # that describe the model are written.
         result.pop("rope_parameters", None)
         result |= model_fields
-    if not table.is_native:
+    if not table.is_jaxlm_format:
         # Since version 4.56, transformers writes "dtype" and reads both names.
         names = [name for name in ("dtype", "torch_dtype") if name in loaded] or ["torch_dtype"]
         result |= dict.fromkeys(names, str(dtype))
@@ -354,17 +356,17 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
 def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     """The fields of ``config.json`` that describe the model, without special token ids and dtype."""
     fields: dict[str, Any] = {}
-    if model.task in _LABEL_TASKS and (not table.is_native or model.labels is not None):
+    if model.task in _LABEL_TASKS and (not table.is_jaxlm_format or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
-    if table.is_native:
+    if table.is_jaxlm_format:
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
     for name, hf_name in table.hf_name_of_field.items():
         value = getattr(model.config, name)
-        if hf_name in table.value_of_hf_value:
-            value_of_hf_value = table.value_of_hf_value[hf_name]
-            hf_values = [hf_value for hf_value, jaxlm_value in value_of_hf_value.items() if jaxlm_value == value]
+        if hf_name in table.jaxlm_value_of:
+            jaxlm_value_of = table.jaxlm_value_of[hf_name]
+            hf_values = [hf_value for hf_value, jaxlm_value in jaxlm_value_of.items() if jaxlm_value == value]
             if not hf_values:
                 raise ValueError(f"{name}={value!r} has no counterpart in {hf_name} of {table.model_type}")
             value = hf_values[0]
@@ -396,7 +398,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
         loaded = {**loaded, "architectures": _architectures(loaded)}
     result = {**loaded, **model_fields}
     try:
-        description = describe(dict(loaded), Path("config.json"), {})
+        description = describe_model(dict(loaded), Path("config.json"), {})
     except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
         return result
     previous = _model_fields(description.model, description.format)
@@ -426,7 +428,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
 def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
     """Whether ``config`` is supported, and ``_model_fields`` gives ``model_fields`` for the model that it describes."""
     try:
-        description = describe(dict(config), Path("config.json"), {})
+        description = describe_model(dict(config), Path("config.json"), {})
         return _model_fields(description.model, description.format) == model_fields
     except ValueError:
         return False
@@ -535,6 +537,6 @@ def _loaded_decoder_start_id(model: Model) -> int | None:
     """The ``decoder_start_id`` that the loaded config describes."""
     loaded = model.metadata.config
     try:
-        return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
+        return getattr(describe_model(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
     except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
         return loaded.get("decoder_start_token_id")

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,21 +37,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import integrity, processes, spec
-from jaxlm.config import check_min
+from jaxlm.config import check_min, field_types
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
 from jaxlm.interop.config_json import (
-    Description,
-    describe,
+    ModelDescription,
+    describe_model,
     format_of,
     generation_config_json,
     model_config_json,
-    token_fields,
+    special_token_fields,
 )
 from jaxlm.interop.directory import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, path_inside, write_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.locations import Location, copies_of, locations_of, tensor_groups
 from jaxlm.json_files import read_object
-from jaxlm.models.heads import HEADS
+from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.models.model import Model
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
@@ -123,8 +124,8 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
-        # This check comes before the specs and the tensor names are built, because they would fill memory with a wrong,
-        # huge number of layers or experts. The number of experts is checked only if each expert has its own tensors.
+        # This check comes first: with a wrong, huge number of layers or experts in config.json, the specs and tensor
+        # names would fill the memory. The number of experts is checked only if each expert has its own tensors.
         has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
         for what in ("layers", "experts") if has_expert_tensors else ("layers",):
             number = getattr(model.config, f"num_{what}", None) or 0
@@ -170,7 +171,8 @@ def save_pretrained(
 
     All files are first written to a temporary directory and then moved. ``checksums.json``, which contains the SHA-256
     of all saved files, is moved first. So if the process is killed before the last move, :func:`load_pretrained`
-    rejects the mixture of old and new files. Files of an earlier save that were not replaced are removed last.
+    rejects the mixture of old and new files. Old settings that are not replaced are removed before the files are moved,
+    and old weights afterwards.
 
     Host memory holds at most the tensors of one file and one parameter at a time.
 
@@ -329,7 +331,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
 # -------------------------------------------------------------------------------------------------------- files
 
 
-def _read_description(directory: Path, overrides: dict[str, Any]) -> Description:
+def _read_description(directory: Path, overrides: dict[str, Any]) -> ModelDescription:
     """The model that ``config.json``, ``generation_config.json`` and the overrides describe."""
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -338,11 +340,11 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
         )
     if not (directory / CONFIG).exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory")
-    description = describe(read_object(path_inside(directory, CONFIG)), directory / CONFIG, overrides)
+    description = describe_model(read_object(path_inside(directory, CONFIG)), directory / CONFIG, overrides)
     metadata = description.model.metadata
     if (directory / GENERATION_CONFIG).exists():
         content = read_object(path_inside(directory, GENERATION_CONFIG))
-        fields = token_fields(content, directory / GENERATION_CONFIG)
+        fields = special_token_fields(content, directory / GENERATION_CONFIG)
         ids = {role.removesuffix("_token_id"): token for role, token in fields.items()}
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
@@ -470,10 +472,10 @@ class _Match:
     unused: tuple[str, ...]
 
 
-def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
+def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
-    If ``description.saved_model`` is not None, the files may lack the head of the model, and may have other heads.
+    If ``description.model_in_files`` is not None, the files may lack the head of the model, and may have other heads.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape; or two tensors that must be equal
@@ -483,9 +485,9 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
     locations = locations_of(model, table, prefix)
     stored: dict[str, Location] = {}  # the locations of the saved model, without the overrides
-    if description.saved_model is not None:
-        stored_table = format_of(description.saved_model) if table.is_native else table
-        stored = locations_of(description.saved_model, stored_table, prefix)
+    if description.model_in_files is not None:
+        stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
+        stored = locations_of(description.model_in_files, stored_table, prefix)
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
     initialized = _missing_paths(description, locations, stored, tensors) if stored else []
     locations = {path: location for path, location in locations.items() if path not in initialized}
@@ -530,7 +532,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
 
 
 def _missing_paths(
-    description: Description,
+    description: ModelDescription,
     locations: dict[str, Location],
     stored: dict[str, Location],
     tensors: dict[str, _Tensor],
@@ -543,19 +545,23 @@ def _missing_paths(
     - the head in the files has another number of labels;
     - the override ``task`` selects a head of another task.
 
+    Parameters that a model with the task "none" has too, such as a decoder, belong to no head and are not initialized.
     If the files contain only some parameters of a head that is loaded, a later check reports the missing parameters.
     """
-    assert description.saved_model is not None
-    config, stored_config = description.model.config, description.saved_model.config
+    assert description.model_in_files is not None
+    config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    paths_of_group: dict[str, list[str]] = {}
+    has_task_none = "none" in typing.get_args(field_types(type(config)).get("task"))
+    headless = description.model.with_fields(task="none") if has_task_none else description.model
+    headless_paths = spec.flatten(headless.specs).keys()
+    paths_of_head: dict[str, list[str]] = {}
     for path in locations:
         group, _, _ = path.partition("/")
-        in_head = path in description.format.unprefixed_tensors or group in (*HEADS.values(), "pooler")
-        if in_head or (path not in stored and group != spec.LAYERS):
-            paths_of_group.setdefault(group, []).append(path)
+        in_head = path in description.format.unprefixed_tensors or group in (*LABEL_HEADS.values(), "pooler")
+        if in_head or (path not in stored and path not in headless_paths):
+            paths_of_head.setdefault(group, []).append(path)
     initialized = []
-    for group, paths in paths_of_group.items():
+    for group, paths in paths_of_head.items():
         # Heads of different tasks may use the same tensor name. So a tensor that belongs to another parameter of the
         # saved model does not count as found.
         found = [
@@ -569,8 +575,8 @@ def _missing_paths(
             and all(name in tensors and tensors[name].shape == stored[path].tensor_shape for name in stored[path].names)
             for path in paths
         )
-        other_task = group in HEADS.values() and config.task != stored_config.task
-        if other_task or not found or (resized and group in HEADS.values()):
+        other_task = group in LABEL_HEADS.values() and config.task != stored_config.task
+        if other_task or not found or (resized and group in LABEL_HEADS.values()):
             initialized += paths
     return initialized
 
@@ -582,7 +588,7 @@ def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
     the level info.
     """
     metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
-    if any(path.partition("/")[0] in HEADS.values() for path in match.initialized):
+    if any(path.partition("/")[0] in LABEL_HEADS.values() for path in match.initialized):
         metadata = dataclasses.replace(metadata, labels=None)
     if match.initialized:
         _LOG.warning("%s: new parameters, which must be trained: %s", directory, ", ".join(match.initialized))

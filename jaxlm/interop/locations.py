@@ -117,7 +117,7 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
         matrix_names = tuple(names[name].format(layer=layer, expert=expert) for layer in layers for expert in experts)
         shape = leaf.shape[num_stack_axes:]
         axes = tuple((axis,) for axis in range(len(shape)))
-        layout = axes if table.is_native else table.layouts.get(name, _torch_layout(name, leaf, len(shape)))
+        layout = axes if table.is_jaxlm_format else table.layouts.get(name, _torch_layout(name, leaf, len(shape)))
         locations[path] = Location(matrix_names, leaf.shape[:num_stack_axes], shape, layout)
     order = {name: number for number, name in enumerate(names)}
     for paths in tensor_groups(locations).values():

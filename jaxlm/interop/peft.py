@@ -40,7 +40,7 @@ from jaxlm.interop.huggingface import INDEX as MODEL_INDEX
 from jaxlm.interop.huggingface import WEIGHTS as MODEL_WEIGHTS
 from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
-from jaxlm.models.heads import HEADS
+from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.models.model import Model
 
 CONFIG = ADAPTER_CONFIG
@@ -137,15 +137,15 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
 
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(name: str, shape: tuple[int, ...], requirement: str) -> np.ndarray:
         if name not in tensors:
             raise ValueError(
                 f"{directory / WEIGHTS} lacks {name!r}: adapters for only some of the layers are not supported"
             )
         if tensors[name].shape != shape:
             raise ValueError(
-                f"{directory / WEIGHTS}: {name!r} has shape {list(tensors[name].shape)}, but r={rank} in {CONFIG} and "
-                f"the model require {list(shape)}"
+                f"{directory / WEIGHTS}: {name!r} has shape {list(tensors[name].shape)}, but "
+                f"{requirement} {list(shape)}"
             )
         return tensors[name].astype(np.float32)
 
@@ -153,13 +153,16 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     for path, weight in weights.items():
         if weight.path_without_layer in fully_trained:
             shape = weight.location.tensor_shape
-            leaves[path] = weight.full_weight_to_model([read(name, shape) for name in weight.names])
+            leaves[path] = weight.full_weight_to_model(
+                [read(name, shape, "the model requires") for name in weight.names]
+            )
         elif weight.path_without_layer in lora_paths:
             modules = [name.removesuffix(".weight") for name in weight.names]
             a_shape, b_shape = weight.factor_shapes(rank)
+            requirement = f"r={rank} in {CONFIG} and the model require"
             leaves |= weight.factors_to_model(
-                [read(module + _A_SUFFIX, a_shape) for module in modules],
-                [read(module + _B_SUFFIX, b_shape) for module in modules],
+                [read(module + _A_SUFFIX, a_shape, requirement) for module in modules],
+                [read(module + _B_SUFFIX, b_shape, requirement) for module in modules],
             )
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, trained)
@@ -415,7 +418,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
         ValueError: the model has no published format.
     """
     table = format_of(model)
-    if table.is_native:
+    if table.is_jaxlm_format:
         with_config = " with this config" if formats.of(model.family) else ""
         raise ValueError(
             f"family {model.family!r}{with_config} has no class in transformers, so PEFT has no adapters for it"
@@ -443,7 +446,7 @@ def _tied_names(model: Model, table: Format, locations: dict[str, Location]) -> 
     """
     own_names = {name for location in locations.values() for name in location.names}
     base_modules = {(table.prefix + name).split(".")[0] for name in table.tensors.values()}
-    has_head = model.task != "none" and model.task not in HEADS
+    has_head = model.task != "none" and model.task not in LABEL_HEADS
     return {
         name: path
         for name, path in table.tied_tensors.items()
@@ -465,7 +468,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     for option, value in config.items():
         if option not in (*_READ_OPTIONS, *_IGNORED_OPTIONS) and value not in (None, False, {}, [], ""):
             raise ValueError(f"{path}: {option}={value!r} is not supported: merge the adapter with PEFT instead")
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in ("none", None):
         raise ValueError(f"{path}: bias={config['bias']!r} is not supported: only 'none' is supported")
     if config.get("init_lora_weights", True) not in _INITS_THAT_KEEP_BASE:
         raise ValueError(
@@ -475,7 +478,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     check_value(int, rank, f"{path}: r")
     check_value(float, alpha, f"{path}: lora_alpha")
-    check_value(bool, config.get("use_rslora", False), f"{path}: use_rslora")
+    check_value(bool | None, config.get("use_rslora"), f"{path}: use_rslora")
     if rank < 1:
         raise ValueError(f"{path}: r={rank} must be at least 1")
     if alpha <= 0:

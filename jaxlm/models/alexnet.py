@@ -33,7 +33,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Identity, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Identity, Normal, Params, State, fold_in_name
 
 Task = Literal["causal", "classification", "none"]
 Embedding = Literal["one_hot", "learned"]
@@ -165,7 +165,7 @@ def _causal_hidden_states(
 
 def _hidden_layers(cfg: Config, params: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     for name in ("fc_1", "fc_2"):
-        x = dropout(jax.nn.relu(linear(params[name], x)), cfg.dropout, fold_name(key, name))
+        x = dropout(jax.nn.relu(linear(params[name], x)), cfg.dropout, fold_in_name(key, name))
     return x
 
 
@@ -254,7 +254,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     return {"segment_ids": past_segment_specs(batch, longest_tail), **tails}
 
 
-LIMITED_CONTEXT = True
+HAS_LOCAL_RECEPTIVE_FIELD = True
 """The output at a position depends only on the inputs in its receptive field."""
 
 VARIANTS = {

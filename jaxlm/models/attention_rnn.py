@@ -34,7 +34,7 @@ from jaxlm.nn.recurrence import project_time_major
 from jaxlm.nn.segments import segment_boundaries, select_state
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_in_name
 
 Attention = Literal["bahdanau", "luong"]
 Task = Literal["seq2seq", "none"]
@@ -123,9 +123,9 @@ def apply(
     reset, keep, document = segment_boundaries(segments, decode_state["document"])
     is_one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if is_one_document else _initial_states(cfg, params, source_state, segments)
-    key = fold_name(key, "decoder")
+    key = fold_in_name(key, "decoder")
     x = _embed(cfg, params["token_embedding"], tokens, cfg.vocab_size, key)
-    steps_key = fold_name(key, "steps")
+    steps_key = fold_in_name(key, "steps")
     step_keys = None if steps_key is None else jax.random.split(steps_key, tokens.shape[1])
 
     def step(carry: Any, inputs: Any) -> Any:
@@ -142,7 +142,7 @@ def apply(
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
     record(outputs["weights"][:, None], "source")
     hidden = form.features(params["output"], x, outputs)
-    hidden = constrain(dropout(hidden, cfg.dropout, fold_name(key, "output")), ("batch", "seq", "activation_embed"))
+    hidden = constrain(dropout(hidden, cfg.dropout, fold_in_name(key, "output")), ("batch", "seq", "activation_embed"))
     if cfg.copy:
         hidden = _with_copied(cfg, params["copy"], hidden, x, outputs, source_state["tokens"])
     return hidden, None if state is None else {"decoder": decoder, "document": document, "source": source_state}
@@ -227,7 +227,7 @@ def _encode(
     ``tokens``, the source ids.
     """
     common.check_tokens(source, segment_ids, None, None, name="source")
-    key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
+    key, weights = fold_in_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     table, size = params["token_embedding"], cfg.vocab_size
     if cfg.source_vocab_size is not None:
         table, size = params["source_embedding"], cfg.source_vocab_size
@@ -251,9 +251,9 @@ def init_decode_state(
     if cfg.score != "dot":
         source_state["key"] = alignment_keys(params["alignment"], source_state["encoded"])
     segments = source_state["segment_ids"]
-    first_B1 = jnp.take_along_axis(segments, jnp.argmax(segments > 0, axis=1)[:, None], axis=1)
-    decoder = jax.tree.map(lambda x_B1H: x_B1H[:, 0], _initial_states(cfg, params, source_state, first_B1))
-    return {"decoder": decoder, "document": first_B1[:, 0], "source": source_state}
+    first_document_B1 = jnp.take_along_axis(segments, jnp.argmax(segments > 0, axis=1)[:, None], axis=1)
+    decoder = jax.tree.map(lambda x_B1H: x_B1H[:, 0], _initial_states(cfg, params, source_state, first_document_B1))
+    return {"decoder": decoder, "document": first_document_B1[:, 0], "source": source_state}
 
 
 def _initial_states(cfg: Config, params: Params, source: dict[str, Any], documents_BT: jax.Array) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax.Array | None) -> jax.Array:
     x = embed(table_VE, ids, jnp.dtype(cfg.dtype), size=size)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
+    x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 

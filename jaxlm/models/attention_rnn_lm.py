@@ -41,7 +41,7 @@ from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_in_name
 
 Task = Literal["causal", "classification"]
 
@@ -115,7 +115,7 @@ def apply(
     for index in range(cfg.num_layers):
         name = f"layer_{index}"
         x = constrain(x, ("batch", "seq", "activation_embed"))
-        x, weights = dropout(x, cfg.dropout, fold_name(key, name)), params[name]
+        x, weights = dropout(x, cfg.dropout, fold_in_name(key, name)), params[name]
         if cfg.task == "causal":
             layer_state = None if state is None else state[name]
             x, new_state[name] = lstm(weights, x, layer_state, reset_BT=reset, keep_BT=keep)
@@ -126,7 +126,7 @@ def apply(
     x = constrain(x, ("batch", "seq", "activation_embed"))
     if cfg.task == "causal":
         x, new_state["memory"] = _attend(cfg, params, x, tokens, None if state is None else state["memory"], segments)
-    x = constrain(dropout(x, cfg.dropout, fold_name(key, "output")), ("batch", "seq", "activation_embed"))
+    x = constrain(dropout(x, cfg.dropout, fold_in_name(key, "output")), ("batch", "seq", "activation_embed"))
     return x, None if state is None else new_state
 
 

@@ -26,7 +26,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, fold_in_name
 
 Task = Literal["masked", "classification", "token_classification", "span_qa", "none"]
 
@@ -129,7 +129,7 @@ def apply(
 
     x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat)
     if cfg.task == "token_classification":  # the dropout before the head is here, because logits() gets no random key
-        x = dropout(x, classifier_dropout(cfg), fold_name(key, "token_classifier"))
+        x = dropout(x, classifier_dropout(cfg), fold_in_name(key, "token_classifier"))
     return x, None
 
 
@@ -156,7 +156,7 @@ def _embed(
     else:
         x = x + embed(types, token_types, dtype, rows=None)
     x = layer_norm(params["embedding_norm"], x, cfg.norm_epsilon)
-    x = dropout(x, cfg.hidden_dropout, fold_name(key, "embedding"))
+    x = dropout(x, cfg.hidden_dropout, fold_in_name(key, "embedding"))
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 
@@ -165,18 +165,18 @@ def _attention(cfg: Config, weights: Params, x: jax.Array, mask: Mask, key: jax.
         constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
     )
     x = attention(
-        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
     return dropout(
-        linear(weights["output"], x, num_input_axes=2), cfg.hidden_dropout, fold_name(key, "attention_output")
+        linear(weights["output"], x, num_input_axes=2), cfg.hidden_dropout, fold_in_name(key, "attention_output")
     )
 
 
 def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = activation(cfg.activation)(linear(weights["up"], x))
     x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
-    return dropout(x, cfg.hidden_dropout, fold_name(key, "mlp_output"))
+    return dropout(x, cfg.hidden_dropout, fold_in_name(key, "mlp_output"))
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
@@ -217,9 +217,9 @@ def pool(
         raise ValueError(
             f"a model with task={cfg.task!r} has no pooler: use task 'classification' or 'none', or next_sentence=True"
         )
-    pooled = jnp.tanh(linear(params["pooler"], heads.first_token_state(hidden, segment_ids)))
+    pooled = jnp.tanh(linear(params["pooler"], heads.first_token_hidden(hidden, segment_ids)))
     if cfg.task == "classification":
-        pooled = dropout(pooled, classifier_dropout(cfg), fold_name(key, "classifier"))
+        pooled = dropout(pooled, classifier_dropout(cfg), fold_in_name(key, "classifier"))
     return pooled
 
 

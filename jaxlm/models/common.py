@@ -194,7 +194,7 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(tile_scores.SAVED, dropless.CHECKPOINT_NAME),
+            policies.save_only_these_names(tile_scores.CHECKPOINT_NAME, dropless.CHECKPOINT_NAME),
         )
         return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     return block
@@ -215,16 +215,18 @@ def gather_weights(specs: Any, params: Params) -> Any:
     return jax.tree.map(gather, specs, params)
 
 
-def seq_axis(length: int, num_tokens: int) -> str | None:
-    """The name of a time axis with ``length`` positions, of which ``num_tokens`` are new tokens: ``seq``, or None.
+def time_axis_name(length: int, num_tokens: int) -> str | None:
+    """The name of a time axis: ``seq`` if ``length``, its size, is a multiple of ``num_tokens``, or None.
 
-    The other positions are a memory or a query stream. None: ``length`` is not a multiple of ``num_tokens``, so devices
-    that split the tokens evenly may not split this axis evenly.
+    An axis that also has a memory or a query stream is longer than the number of new tokens. Devices that split the
+    tokens evenly are certain to split the axis evenly only if its length is a multiple of their number.
     """
     return "seq" if length % num_tokens == 0 else None
 
 
-def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: State | None) -> tuple[jax.Array, Any]:
+def decoder_outputs(
+    x_BTD: jax.Array, kv: Any, context: cache.CacheContext, state: State | None
+) -> tuple[jax.Array, Any]:
     """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
     If the tokens of a row do not fit into its cache, the hidden states of the row are NaN.
@@ -306,13 +308,13 @@ def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
     """
     if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
         raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
-    if cfg.scan_layers and len(set(mixers(cfg))) > 1:
+    if cfg.scan_layers and len(set(layer_kinds(cfg))) > 1:
         raise ValueError(
             f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"
         )
 
 
-def mixers(cfg: Any) -> tuple[Any, ...]:
+def layer_kinds(cfg: Any) -> tuple[Any, ...]:
     """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 

@@ -44,7 +44,7 @@ class ExpertsConfig(common.TransformerConfig):
     for training, and Hugging Face files do not contain it. Cached decoding gives other results than one call for the
     whole row, because the limit depends on the number of tokens of a call."""
     experts_implementation: Implementation | None = None
-    """Name of the implementation if capacity_factor is None; None selects one for the device and the shapes."""
+    """Name of the implementation; None: the device and the shapes decide. It must be None with a capacity_factor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

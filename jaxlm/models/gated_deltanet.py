@@ -30,7 +30,7 @@ from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_seg
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
+from jaxlm.nn.norm import l2_normalize, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
@@ -148,7 +148,7 @@ def apply_with_routing(
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
-    if "attention" in common.mixers(cfg):
+    if "attention" in common.layer_kinds(cfg):
         context, state = cache.make_context(tokens, state, layout.segment_ids, None)
         width = rotary_width(cfg.head_dim, cfg.rotary_fraction)
         angles = rotary_angles(context.positions, width, cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
@@ -171,7 +171,7 @@ def apply_with_routing(
     layers = None if state is None else state["layers"]
     x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
     hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
-    if "attention" in common.mixers(cfg):
+    if "attention" in common.layer_kinds(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}, statistics
 
@@ -188,7 +188,7 @@ def _delta_rule(
     tail, memory = (None, None) if state is None else (state["tail"], state["memory"])
     qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], layout, qkv_BTC, tail)
     q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
-    q, k = (jnp.repeat(l2_norm(x.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for x in (q, k))
+    q, k = (jnp.repeat(l2_normalize(x.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for x in (q, k))
 
     beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
     beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
@@ -202,7 +202,7 @@ def _delta_rule(
 
 
 def _attention(
-    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, angles: Any
+    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.CacheContext, angles: Any
 ) -> tuple[jax.Array, Any]:
     """The output of gated attention, [B, T, D], and its new cache (None without a state)."""
     query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))
@@ -265,7 +265,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "mlp_norm": norm,
             **experts.mlp_specs(cfg, layer, normal, shared_dim=cfg.shared_expert_dim),
         }
-        for layer, mixer in enumerate(common.mixers(cfg))
+        for layer, mixer in enumerate(common.layer_kinds(cfg))
     )
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
@@ -289,11 +289,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
     delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
     layer_specs, caches = {"delta_rule": delta_rule}, {}
-    if "attention" in common.mixers(cfg):
+    if "attention" in common.layer_kinds(cfg):
         common.check_state_length(cfg, length)
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
         layer_specs["attention"] = caches["layers"][0]
-    layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
+    layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
     return {**caches, "layers": layers, "past": past_segment_specs(batch, reach)}
 
 
@@ -303,7 +303,7 @@ def carried_state_length(cfg: Config) -> int | None:
     Without attention, every ``length`` gives the same state. If a layer has attention, the result is None, because its
     key-value cache has room for only ``length`` tokens.
     """
-    return None if "attention" in common.mixers(cfg) else 1
+    return None if "attention" in common.layer_kinds(cfg) else 1
 
 
 # norm_epsilon is larger than in published models, because the outputs of a delta rule with random weights are small.

@@ -27,7 +27,7 @@ from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 NormPosition = Literal["before", "after"]
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
@@ -103,7 +103,7 @@ def apply(
 
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     x = x + embed(params["position_embedding"], context.positions, dtype, rows="positions")
-    x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
+    x = dropout(x, cfg.embedding_dropout, fold_in_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -127,22 +127,22 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.Context, key: jax.Array | None
+    cfg: Config, weights: Params, x: jax.Array, kv: Any, context: cache.CacheContext, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     q, k, v = _project_qkv(weights["qkv"], x)
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
-        q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
     x = linear(weights["output"], x, num_input_axes=2)
-    return dropout(x, cfg.residual_dropout, fold_name(key, "attention_output")), kv
+    return dropout(x, cfg.residual_dropout, fold_in_name(key, "attention_output")), kv
 
 
 def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = activation(cfg.activation)(linear(weights["up"], x))
     x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
-    return dropout(x, cfg.residual_dropout, fold_name(key, "mlp_output"))
+    return dropout(x, cfg.residual_dropout, fold_in_name(key, "mlp_output"))
 
 
 def _norm(cfg: Config, position: NormPosition, weights: Params, x: jax.Array) -> jax.Array:

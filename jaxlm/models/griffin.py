@@ -29,7 +29,7 @@ from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Mixer = Literal["recurrent", "attention"]
 
@@ -128,7 +128,7 @@ def apply(
         normed = rms_norm(weights["mixer_norm"], x, cfg.norm_epsilon)
         if "attention" in weights:
             mixed, layer_state = _attention(
-                cfg, weights["attention"], normed, layer_state, context, angles, fold_name(layer_key, "attention")
+                cfg, weights["attention"], normed, layer_state, context, angles, fold_in_name(layer_key, "attention")
             )
         else:
             mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, keep)
@@ -219,7 +219,10 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": table,
         "layers": spec.layers(
-            ({"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in common.mixers(cfg)),
+            (
+                {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp}
+                for mixer in common.layer_kinds(cfg)
+            ),
             stacked=cfg.scan_layers,
         ),
         "final_norm": norm,
@@ -243,7 +246,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers),
+        "layers": spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers),
         "segment_ids": window.past_segment_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }

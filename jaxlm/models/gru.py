@@ -35,8 +35,8 @@ class Config(recurrent.RecurrentConfig):
     """Where the reset gate acts: after the product with the hidden weights (torch, cuDNN) or before it (Cho et al.)."""
 
     @property
-    def cell(self) -> recurrent.Cell:
-        return recurrent.Cell(gru, functools.partial(gru_specs, reset=self.reset), gru_state_specs)
+    def cell(self) -> recurrent.LayerFunctions:
+        return recurrent.LayerFunctions(gru, functools.partial(gru_specs, reset=self.reset), gru_state_specs)
 
 
 apply = recurrent.apply

@@ -23,7 +23,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain, row_sharding
 from jaxlm.spec import ArraySpec, Initializer, Params
 
-HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
+LABEL_HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
 """The name of the head for labels in the parameters, by task."""
 
 
@@ -35,9 +35,11 @@ def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:
     Raises:
         ValueError: the task has no head for labels.
     """
-    if task not in HEADS:
-        raise ValueError(f"a model with task={task!r} has no head for labels: choose a task from {', '.join(HEADS)}")
-    return linear(params[HEADS[task]], hidden).astype(jnp.float32)
+    if task not in LABEL_HEADS:
+        raise ValueError(
+            f"a model with task={task!r} has no head for labels: choose a task from {', '.join(LABEL_HEADS)}"
+        )
+    return linear(params[LABEL_HEADS[task]], hidden).astype(jnp.float32)
 
 
 def require_pooled_output(task: str, params: Params, name: str) -> None:
@@ -68,10 +70,10 @@ def head_specs(
     task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
 ) -> dict[str, dict[str, ArraySpec]]:
     """The specs of the head for labels, such as ``{"classifier": {"weight", "bias"}}``; ``{}`` if there is none."""
-    if task not in HEADS:
+    if task not in LABEL_HEADS:
         return {}
     outputs = 2 if task == "span_qa" else num_labels
-    return {HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
+    return {LABEL_HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
 
 
 def concatenate_features(x_BTD: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ def concatenate_features(x_BTD: jax.Array) -> jax.Array:
     return jax.lax.reshape(x_BTD, (B, 1, T * D), out_sharding=row_sharding(x_BTD))
 
 
-def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+def first_token_hidden(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's first token that is not padding, [B, 1, D]; of position 0 if all are padding."""
     if segment_ids_BT is None:
         return hidden_BTD[:, :1]
@@ -88,7 +90,7 @@ def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -
     return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)
 
 
-def last_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+def last_token_hidden(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's last token that is not padding, [B, 1, D]; of position 0 if all are padding."""
     if segment_ids_BT is None:
         return hidden_BTD[:, -1:]
@@ -104,4 +106,4 @@ def pool_last_token(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The pooled output of a decoder: the hidden state of each row's last token that is not padding, [B, 1, D]."""
-    return last_token_state(hidden, segment_ids)
+    return last_token_hidden(hidden, segment_ids)

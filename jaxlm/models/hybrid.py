@@ -87,7 +87,7 @@ def attention_angles(cfg: Any, positions_BT: jax.Array) -> tuple[jax.Array, jax.
 
 
 def attend(
-    cfg: Any, weights: Params, x_BTD: jax.Array, state: Any, context: cache.Context, angles: Any
+    cfg: Any, weights: Params, x_BTD: jax.Array, state: Any, context: cache.CacheContext, angles: Any
 ) -> tuple[jax.Array, Any]:
     """The output of the attention of one layer, [B, T, D], and the new state of the layer (None without a state).
 

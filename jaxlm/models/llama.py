@@ -29,7 +29,7 @@ from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Block = Literal["llama", "gemma"]
 LayerKind = Literal["full", "window", "no_positions"]
@@ -182,7 +182,7 @@ def _attention(
     weights: Params,
     x: jax.Array,
     kv: Any,
-    context: cache.Context,
+    context: cache.CacheContext,
     angles: tuple[jax.Array, jax.Array] | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
@@ -196,14 +196,14 @@ def _attention(
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
         q, k, v, context.mask, scale=cfg.attention_scale, dropout=cfg.attention_dropout,
-        key=fold_name(key, "attention"), implementation=cfg.attention_implementation,
+        key=fold_in_name(key, "attention"), implementation=cfg.attention_implementation,
     )  # fmt: skip
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
 def _attention_inputs(
-    cfg: Config, kind: LayerKind, context: cache.Context, state: State | None
-) -> tuple[cache.Context, tuple[jax.Array, jax.Array] | None]:
+    cfg: Config, kind: LayerKind, context: cache.CacheContext, state: State | None
+) -> tuple[cache.CacheContext, tuple[jax.Array, jax.Array] | None]:
     """For layers of one kind: the context with their attention mask, and the rotary angles (None for no_positions)."""
     base, scaling = cfg.rotary_base, cfg.rotary_scaling
     if kind == "window":
@@ -230,7 +230,7 @@ def layer_kinds(cfg: Config) -> tuple[LayerKind, ...]:
     """The kind of attention of each layer."""
     if cfg.pattern is None:
         return ("full" if cfg.window is None else "window",) * cfg.num_layers
-    return common.mixers(cfg)
+    return common.layer_kinds(cfg)
 
 
 def _check_pattern(cfg: Config) -> None:

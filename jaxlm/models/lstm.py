@@ -21,8 +21,8 @@ class Config(recurrent.RecurrentConfig):
     """Shape and behavior of an LSTM. The defaults are AWD-LSTM on the Penn Treebank (24M parameters)."""
 
     @property
-    def cell(self) -> recurrent.Cell:
-        return recurrent.Cell(lstm, lstm_specs, lstm_state_specs)
+    def cell(self) -> recurrent.LayerFunctions:
+        return recurrent.LayerFunctions(lstm, lstm_specs, lstm_state_specs)
 
 
 apply = recurrent.apply

@@ -21,7 +21,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Params, State, Uniform, fold_in_name
 
 if TYPE_CHECKING:
     from jaxlm.models.attention_rnn import Config
@@ -36,7 +36,7 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
     states: dict[str, Any] = {}
     for name in _layer_names(cfg):
         if states:
-            x = dropout(x, cfg.dropout, fold_name(key, name))
+            x = dropout(x, cfg.dropout, fold_in_name(key, name))
         states[name] = recurrence.lstm_states(weights[name], x, reset, keep)
         x = constrain(states[name]["hidden"].astype(x.dtype), ("batch", None, "activation_embed"))
     return {"encoded": x, "states": states}
@@ -77,7 +77,7 @@ def step(
     new_state = {"layer_0": recurrence.lstm_cell(weights["layer_0"], projected_BGH, state["layer_0"])}
     x_BH = new_state["layer_0"]["hidden"].astype(dtype)
     for name in _layer_names(cfg)[1:]:
-        projected_BGH = recurrence.project(weights[name], dropout(x_BH, cfg.dropout, fold_name(key, name)))
+        projected_BGH = recurrence.project(weights[name], dropout(x_BH, cfg.dropout, fold_in_name(key, name)))
         new_state[name] = recurrence.lstm_cell(weights[name], projected_BGH, state[name])
         x_BH = new_state[name]["hidden"].astype(dtype)
     context_BC, weights_BS = attend(x_BH)

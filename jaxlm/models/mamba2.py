@@ -219,7 +219,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 def has_attention(cfg: Config) -> bool:
     """Whether a block has attention."""
-    return set(common.mixers(cfg)) != {"mamba2"}
+    return set(common.layer_kinds(cfg)) != {"mamba2"}
 
 
 def mixer_width(cfg: Config) -> int:
@@ -292,7 +292,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
     """The specs of all layers, from the specs of a mamba2 and of an attention layer. A parallel layer has both."""
     specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
-    return spec.layers((specs_of[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
+    return spec.layers((specs_of[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
 
 
 def carried_state_length(cfg: Config) -> int | None:

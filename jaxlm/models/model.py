@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.config import check_value, field_types, suggestion
+from jaxlm.config import check_value, field_types, suggest_name
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
 from jaxlm.nn.loss import chunked_cross_entropy
-from jaxlm.nn.weight_record import recorded_weights
+from jaxlm.nn.weight_record import record_weights
 from jaxlm.spec import Params, State
 
 if typing.TYPE_CHECKING:  # not imported at run time, so that `import jaxlm` is fast
@@ -132,7 +132,7 @@ class Model:
         for name, value in values.items():
             if name not in names:
                 raise ValueError(
-                    f"{self.family} has no field {name!r}: {suggestion(name, names)}its fields are {', '.join(names)}"
+                    f"{self.family} has no field {name!r}: {suggest_name(name, names)}its fields are {', '.join(names)}"
                 )
             # The config class itself raises an error if a value is not among the choices of a field.
             check_value(hints[name], value, name, choices=False)
@@ -169,7 +169,7 @@ class Model:
 
         Raises:
             ValueError: the family does not accept the value of an input; the source is empty but the tokens are not; or
-                T is 0 and the family computes features of whole texts instead of tokens.
+                T is 0 and the hidden states do not belong to tokens, but to whole texts or to ``targets``.
             TypeError: an input is not an argument of the family's ``apply``.
         """
         if 0 in jnp.shape(tokens):
@@ -208,13 +208,13 @@ class Model:
         """The outputs of ``apply`` for an empty batch, from the shapes of the inputs."""
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
+        state = inputs.get("state")
         if T == 0 and hidden.shape[1] != 1:
             raise ValueError(
-                f"tokens {[B, T]} are empty, but {self.family} computes features of whole texts: give each row at "
-                "least one token"
+                f"tokens {[B, T]} are empty, but {self.family} computes {hidden.shape[1]} hidden states that do not "
+                "belong to tokens: give each row at least one token"
             )
         shape = (B if B == 0 else hidden.shape[0], T if T == 0 else hidden.shape[1], *hidden.shape[2:])
-        state = inputs.get("state")
         if state is None and new_state is not None:
             state = {name: params[name] for name in new_state}  # an empty batch keeps the running statistics
         return jnp.zeros(shape, hidden.dtype), state
@@ -338,7 +338,7 @@ class Model:
 
         @jax.jit
         def compute_weights(params: Params, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
-            with recorded_weights() as records:
+            with record_weights() as records:
                 hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
                 if self.task == "classification" and hasattr(self.module, "pool"):
                     model.pool(params, hidden, segment_ids=inputs.get("segment_ids"))
@@ -523,5 +523,5 @@ def get_model(name: str, /, **overrides: Any) -> Model:
         family_name, config = owner, family(owner).VARIANTS[name]
     else:
         known = sorted({*family_names(), *variant_names()})
-        raise ValueError(f"no model is called {name!r}: {suggestion(name, known)}choose from {', '.join(known)}")
+        raise ValueError(f"no model is called {name!r}: {suggest_name(name, known)}choose from {', '.join(known)}")
     return Model(family_name, config).with_fields(**overrides)

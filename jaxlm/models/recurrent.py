@@ -24,14 +24,14 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_in_name
 
 Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
 Task = Literal["causal", "classification", "token_classification", "none"]
 
 
-class Cell(NamedTuple):
+class LayerFunctions(NamedTuple):
     """A kind of recurrent layer.
 
     Attributes:
@@ -91,7 +91,7 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def cell(self) -> Cell:
+    def cell(self) -> LayerFunctions:
         """The type of the recurrent layers."""
 
 
@@ -142,8 +142,8 @@ def apply_with_outputs(
     if key is not None and cfg.embedding_dropout > 0.0:
         # All occurrences of a token id in the batch share one entry of the mask.
         ones_V1 = jnp.ones((params["token_embedding"].shape[0], 1))
-        x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_name(key, "words")), tokens, x.dtype)
-    x = constrain(_dropout(cfg, x, cfg.input_dropout, fold_name(key, "input")), ("batch", "seq", "activation_embed"))
+        x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_in_name(key, "words")), tokens, x.dtype)
+    x = constrain(_dropout(cfg, x, cfg.input_dropout, fold_in_name(key, "input")), ("batch", "seq", "activation_embed"))
 
     forward_masks, backward_masks, last_segment = {}, {}, None
     if segment_ids is not None or state is not None:
@@ -154,12 +154,12 @@ def apply_with_outputs(
     new_state: dict[str, Any] = {"last_segment": last_segment}
     for index in range(cfg.num_layers):
         name = f"layer_{index}"
-        layer_key = fold_name(key, name)
+        layer_key = fold_in_name(key, name)
         if index > 0:
-            x = _dropout(cfg, x, cfg.hidden_dropout, fold_name(layer_key, "input"))
+            x = _dropout(cfg, x, cfg.hidden_dropout, fold_in_name(layer_key, "input"))
         if cfg.direction == "both":
             weights = {
-                direction: _drop_connect(cfg, layer_weights, fold_name(layer_key, direction))
+                direction: _drop_connect(cfg, layer_weights, fold_in_name(layer_key, direction))
                 for direction, layer_weights in params[name].items()
             }
             forward, _ = layer(weights["forward"], x, **forward_masks)
@@ -170,7 +170,7 @@ def apply_with_outputs(
             layer_weights = _drop_connect(cfg, params[name], layer_key)
             x, new_state[name] = layer(layer_weights, x, layer_state, **forward_masks)
         x = constrain(x, ("batch", "seq", "activation_embed"))
-    return _dropout(cfg, x, cfg.output_dropout, fold_name(key, "output")), x, None if state is None else new_state
+    return _dropout(cfg, x, cfg.output_dropout, fold_in_name(key, "output")), x, None if state is None else new_state
 
 
 def _dropout(cfg: RecurrentConfig, x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -185,7 +185,7 @@ def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -
 
     All steps of a call share one mask.
     """
-    dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_name(key, "weight_hidden"))
+    dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_in_name(key, "weight_hidden"))
     return {**params, "weight_hidden": dropped}
 
 
@@ -257,7 +257,7 @@ def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return total / jnp.maximum(count, 1.0)
 
 
-def widths(cfg: RecurrentConfig) -> list[int]:
+def layer_widths(cfg: RecurrentConfig) -> list[int]:
     """The width of each layer (of one direction). See ``tie_embeddings`` for the last layer."""
     last = cfg.embed_dim if cfg.tie_embeddings and cfg.direction == "forward" else cfg.hidden_dim
     return [cfg.hidden_dim] * (cfg.num_layers - 1) + [last]
@@ -270,7 +270,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
     inputs = cfg.embed_dim
-    for index, width in enumerate(widths(cfg)):
+    for index, width in enumerate(layer_widths(cfg)):
         layer = cfg.cell.specs(inputs, width, recurrent_init)
         tree[f"layer_{index}"] = {"forward": layer, "backward": layer} if cfg.direction == "both" else layer
         inputs = directions * width
@@ -289,7 +289,7 @@ def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]
     """
     if cfg.direction == "both":
         raise TypeError("direction='both' needs the whole sequence at once: only direction='forward' carries a state")
-    layers = {f"layer_{index}": cfg.cell.state_specs(batch, width) for index, width in enumerate(widths(cfg))}
+    layers = {f"layer_{index}": cfg.cell.state_specs(batch, width) for index, width in enumerate(layer_widths(cfg))}
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
 
 

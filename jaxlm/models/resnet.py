@@ -231,7 +231,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     return tree
 
 
-LIMITED_CONTEXT = True
+HAS_LOCAL_RECEPTIVE_FIELD = True
 """Convolutions read only nearby tokens, so the contract tests do not expect that every output position depends on every
 token."""
 

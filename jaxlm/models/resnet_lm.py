@@ -25,7 +25,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
@@ -87,13 +87,13 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
+    x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))
     x = linear(weight_norm(params["input"], num_input_axes=1), x)
     block_inputs, new_state = [x], {}
     for number, (_, _, residual) in enumerate(cfg.blocks):
         name = f"layer_{number}"
         weights, tail = params[name], None if state is None else state.get(name)
-        x = dropout(x, cfg.dropout, fold_name(key, name))
+        x = dropout(x, cfg.dropout, fold_in_name(key, name))
         x, tail = causal_convolution(weight_norm(weights["convolution"], num_input_axes=2), layout, x, tail)
         x = x[:, :, 0] * jax.nn.sigmoid(x[:, :, 1])
         if residual:
@@ -171,7 +171,7 @@ _GCNN_14B_BLOCKS = (
     *(*_bottleneck(1024, 2048) * 6, *_bottleneck(1024, 4096)),
 )
 
-LIMITED_CONTEXT = True
+HAS_LOCAL_RECEPTIVE_FIELD = True
 """Convolutions read only nearby tokens, so the contract tests do not expect that every output position depends on every
 earlier token."""
 

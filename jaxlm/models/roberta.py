@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxlm.models import bert, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear
-from jaxlm.spec import Params, fold_name
+from jaxlm.spec import Params, fold_in_name
 
 FIRST_POSITION = 2
 """Row of the position table for the first token: the padding id plus 1."""
@@ -62,8 +62,8 @@ def pool(
     if cfg.task != "classification":
         return bert.pool(cfg, params, hidden, segment_ids, key)
     rate = bert.classifier_dropout(cfg)
-    first_token = dropout(heads.first_token_state(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
-    return dropout(jnp.tanh(linear(params["classifier_dense"], first_token)), rate, fold_name(key, "classifier"))
+    first_token = dropout(heads.first_token_hidden(hidden, segment_ids), rate, fold_in_name(key, "classifier_dense"))
+    return dropout(jnp.tanh(linear(params["classifier_dense"], first_token)), rate, fold_in_name(key, "classifier"))
 
 
 def specs(cfg: Config) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from jaxlm.nn.convolution.window import (
 )
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.norm import l2_norm, layer_norm, layer_norm_specs
+from jaxlm.nn.norm import l2_normalize, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
@@ -143,7 +143,7 @@ def _time_mix(
     removal, replacement, bonus = (
         weights[name].astype(x.dtype)[None, None] for name in ("removal", "replacement", "bonus")
     )
-    removal_key = l2_norm(k * removal, L2_EPSILON)
+    removal_key = l2_normalize(k * removal, L2_EPSILON)
     k = k * (1.0 + (rate - 1.0) * replacement)
     out, memory = generalized_delta_rule(r, k, v, log_decay, -removal_key, rate * removal_key, memory, **masks)
     out = layer_norm(weights["norm"], out, cfg.group_norm_epsilon)

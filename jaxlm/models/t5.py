@@ -27,16 +27,16 @@ from jaxlm.models import common
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention, cache
 from jaxlm.nn.attention.bias import AttentionBias
-from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
+from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_buckets
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, document_mask
-from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_once, read_projected
+from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_source, with_source_kv
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Task = Literal["seq2seq", "none"]
 Mlp = Literal["relu", "gated_gelu"]
@@ -101,7 +101,7 @@ def encode(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, None, None, name="source")
-    key = fold_name(key, "encoder")
+    key = fold_in_name(key, "encoder")
     mask = document_mask(segment_ids)
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
@@ -115,7 +115,7 @@ def encode(
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
     x, _ = common.run_layers(block, x, params["encoder"]["layers"], None, key, remat=cfg.remat)
-    return dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
+    return dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
 
 
 def apply(
@@ -156,12 +156,12 @@ def apply(
         source_segments = common.segment_ids_or_ones(source, source_segment_ids)
     else:
         bias_positions = context.positions, state["positions"]
-        layers, source_kv = read_projected(params["decoder"]["layers"], state["source"]["layers"], cfg.num_heads)
+        layers, source_kv = with_source_kv(params["decoder"]["layers"], state["source"]["layers"], cfg.num_heads)
         source_segments = state["source"]["segment_ids"]
     num_sources = source_segments.shape[0]
     segments = group_rows_by_source(common.segment_ids_or_ones(tokens, segment_ids), num_sources)
     cross_mask = Mask(query_segments=segments, key_segments=source_segments)
-    key = fold_name(key, "decoder")
+    key = fold_in_name(key, "decoder")
     bias_fn = _bias_fn(cfg, params["decoder"], tokens.shape[1], bias_positions, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
 
@@ -180,16 +180,16 @@ def apply(
     kv = None if state is None else state["layers"]
     in_place = cache.updates_in_place(state, tokens.shape[1])
     x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
-    x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
+    x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
     return common.decoder_outputs(x, kv, context, state)
 
 
 def _attention(
     cfg: Config, layer: Params, name: str, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
 ) -> jax.Array:
-    weights, key = layer[name], fold_name(key, name)
+    weights, key = layer[name], fold_in_name(key, name)
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
-    key, probabilities_key = fold_name(key, "output"), fold_name(key, "probabilities")
+    key, probabilities_key = fold_in_name(key, "output"), fold_in_name(key, "probabilities")
     x = attention(q, *kv, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=probabilities_key)
     return dropout(linear(weights["output"], x, num_input_axes=2), cfg.dropout, key)
 
@@ -208,9 +208,9 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: j
         x = activation("relu")(linear(weights["up"], x))
     else:
         x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
-    x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
+    x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_in_name(key, "mlp_hidden"))
     # With compute dtype float16, this matmul is float32, because its result would overflow with published weights.
-    return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
+    return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_in_name(key, "mlp_output"))
 
 
 def _norm(cfg: Config, params: Params, x: jax.Array) -> jax.Array:
@@ -221,7 +221,7 @@ def _embed(cfg: Config, params: Params, tokens: jax.Array, key: jax.Array | None
     # With compute dtype float16, the residual stream is float32: with published weights, float16 would overflow.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
-    return constrain(dropout(x, cfg.dropout, fold_name(key, "embedding")), ("batch", "seq", "activation_embed"))
+    return constrain(dropout(x, cfg.dropout, fold_in_name(key, "embedding")), ("batch", "seq", "activation_embed"))
 
 
 def _bias_fn(
@@ -235,7 +235,7 @@ def _bias_fn(
     """
 
     def bias(weights: Any) -> AttentionBias:
-        table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
+        table = bias_of_each_distance(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
         if positions is None:
             return distance_bias(table, cfg.max_distance, length, length, query_offset=0)
         return distance_bias_at_positions(table, cfg.max_distance, *positions)
@@ -269,7 +269,7 @@ def init_decode_state(
     _require_decoder(cfg)
     encoded = encode(cfg, params, source, segment_ids=segment_ids)
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    layers = project_once(_source_projection(encoded), params["decoder"]["layers"])
+    layers = project_source(_source_projection(encoded), params["decoder"]["layers"])
     return {**state, "source": {"layers": layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}}
 
 

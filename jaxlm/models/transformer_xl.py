@@ -32,7 +32,7 @@ from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +129,12 @@ def apply(
     )
 
     x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(embedding_multiplier(cfg), dtype)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
+    x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
     distance_S = jnp.arange(memory_context.key_positions.shape[1])[::-1]
     if cfg.clamp_length is not None:
         distance_S = jnp.minimum(distance_S, cfg.clamp_length)
-    r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_name(key, "relative"))
+    r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_in_name(key, "relative"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
@@ -149,7 +149,7 @@ def apply(
 
     memories = None if state is None else state["layers"]
     x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
-    x = dropout(x, cfg.dropout, fold_name(key, "output"))
+    x = dropout(x, cfg.dropout, fold_in_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
     return x, None if state is None else {
@@ -180,18 +180,18 @@ def _attention(
     if S > T and choices.absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
         relative_bias = bias(r_SD[:, None], memory.absorb_weight(attention_weights["relative"]["weight"], position_q))
         absorbed_q = memory.absorb_weight(qkv[:, 1], content_q)
-        attended = memory.attend(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
+        attended = memory.attend_to_inputs(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
         out = memory.project_heads(qkv[:, 2], attended)
     else:
-        axes = "batch", common.seq_axis(S, T), None, "heads", "kv"
+        axes = "batch", common.time_axis_name(S, T), None, "heads", "kv"
         kv = constrain(linear({"weight": qkv[:, 1:]}, context), axes)
         out = attention(
             content_q, kv[:, :, 0], kv[:, :, 1], mask, scale=scale,
             bias=bias(linear(attention_weights["relative"], r_SD), position_q),
-            dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+            dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         )  # fmt: skip
     out = linear(attention_weights["output"], out, num_input_axes=2)
-    out = dropout(out, cfg.dropout, fold_name(key, "attention_output"))
+    out = dropout(out, cfg.dropout, fold_in_name(key, "attention_output"))
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 
 
@@ -199,8 +199,8 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
     """The output of the MLP sublayer, [B, T, D]."""
     mlp, norm = weights["mlp"], weights["mlp_norm"]
     hidden = jax.nn.relu(linear(mlp["up"], layer_norm(norm, x, cfg.norm_epsilon) if cfg.pre_norm else x))
-    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp"))
-    out = dropout(linear(mlp["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
+    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_in_name(key, "mlp"))
+    out = dropout(linear(mlp["down"], hidden), cfg.dropout, fold_in_name(key, "mlp_output"))
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 
 

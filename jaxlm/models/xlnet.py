@@ -28,13 +28,13 @@ from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
-from jaxlm.nn.attention.two_streams import Kind, Stream, make_streams
+from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Task = Literal["permutation", "classification", "token_classification", "span_qa", "none"]
 
@@ -99,7 +99,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias (equal types would give a bias).
+            depends on whether their types are equal. Default: no such bias, unlike equal types for all tokens.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -115,7 +115,7 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     T = tokens.shape[1]
     two_streams = cfg.task == "permutation"
-    kind: Kind = "bidirectional" if not two_streams else "left_to_right" if order is None else "permuted"
+    kind: StreamKind = "bidirectional" if not two_streams else "left_to_right" if order is None else "permuted"
     streams = make_streams(
         tokens, state, segment_ids, kind, token_types=token_types, right_to_left=right_to_left, order=order,
         targets=targets,
@@ -129,8 +129,8 @@ def apply(
         is_inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
         query_BPD = jnp.where(is_inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
         x = jnp.concatenate([x, query_BPD], axis=1)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    axes = "batch", common.seq_axis(x.shape[1], T), "activation_embed"
+    x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))
+    axes = "batch", common.time_axis_name(x.shape[1], T), "activation_embed"
     x = constrain(x, axes)
 
     num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
@@ -147,7 +147,7 @@ def apply(
 
     memories = None if state is None else state["layers"]
     x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
-    hidden = dropout(x[:, T:] if two_streams else x, cfg.dropout, fold_name(key, "output"))
+    hidden = dropout(x[:, T:] if two_streams else x, cfg.dropout, fold_in_name(key, "output"))
     if state is None:
         return hidden, None
     types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
@@ -167,14 +167,14 @@ def _attention(
         memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
         encoded_RD: the encodings of the distances, from distance S down to the lowest distance that occurs.
     """
-    q = constrain(linear(weights["query"], x_BQD), ("batch", common.seq_axis(x_BQD.shape[1], T), "heads", "kv"))
+    q = constrain(linear(weights["query"], x_BQD), ("batch", common.time_axis_name(x_BQD.shape[1], T), "heads", "kv"))
     inputs_BSD = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, inputs_BSD.shape[1]
     use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
     if use_absorbed:
         table = encoded_RD[:, None]
     else:
-        axes = "batch", common.seq_axis(S, T), "heads", "kv"
+        axes = "batch", common.time_axis_name(S, T), "heads", "kv"
         k, v = (constrain(linear(weights[name], inputs_BSD), axes) for name in ("key", "value"))
         table = linear(weights["relative"], encoded_RD)
 
@@ -194,22 +194,22 @@ def _attention(
             biases.append(type_bias(add_bias("type_bias"), types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", add_bias("content_bias"))
         if use_absorbed:
-            outputs.append(memory.attend(content_q, inputs_BSD, stream.mask, scale=scale, biases=biases))
+            outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, scale=scale, biases=biases))
         else:
-            options = {"scale": scale, "dropout": cfg.dropout, "key": fold_name(key, f"{name}_attention")}
+            options = {"scale": scale, "dropout": cfg.dropout, "key": fold_in_name(key, f"{name}_attention")}
             outputs.append(attention(content_q, k, v, stream.mask, bias=biases, **options))
     values = jnp.concatenate(outputs, axis=1)
     if use_absorbed:
         values = memory.project_heads(weights["value"]["weight"], values)
     out = linear(weights["output"], values, num_input_axes=2)
-    return dropout(out, cfg.dropout, fold_name(key, "output"))
+    return dropout(out, cfg.dropout, fold_in_name(key, "output"))
 
 
 def _mlp(cfg: Config, weights: Params, x: jax.Array, T: int, key: jax.Array | None) -> jax.Array:
     hidden = activation(cfg.activation)(linear(weights["up"], x))
-    hidden = constrain(hidden, ("batch", common.seq_axis(x.shape[1], T), "mlp"))
-    hidden = dropout(hidden, cfg.dropout, fold_name(key, "mlp_hidden"))
-    return dropout(linear(weights["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
+    hidden = constrain(hidden, ("batch", common.time_axis_name(x.shape[1], T), "mlp"))
+    hidden = dropout(hidden, cfg.dropout, fold_in_name(key, "mlp_hidden"))
+    return dropout(linear(weights["down"], hidden), cfg.dropout, fold_in_name(key, "mlp_output"))
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
@@ -236,8 +236,8 @@ def pool(
         ValueError: the task is not classification.
     """
     heads.require_pooled_output(cfg.task, params, "pool")
-    last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
-    return dropout(last, pool_dropout(cfg), fold_name(key, "pool"))
+    last = jnp.tanh(linear(params["pool"], heads.last_token_hidden(hidden, segment_ids)))
+    return dropout(last, pool_dropout(cfg), fold_in_name(key, "pool"))
 
 
 def pool_dropout(cfg: Config) -> float:
@@ -250,7 +250,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
     if cfg.clamp_length is not None:
         distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
     # The authors' code draws a dropout mask for each row; here all rows share one mask.
-    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
+    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_in_name(key, "distance"))
     return encoded_RD.astype(cfg.dtype)
 
 

@@ -232,7 +232,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": table,
         "layers": spec.layers(
-            ({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)), stacked=cfg.scan_layers
+            ({**shared, mixer: mixer_specs[mixer]} for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers
         ),
         "final_norm": norm,
     }
@@ -253,8 +253,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
             "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
         },
     }
-    layers = spec.layers((layer_specs[mixer] for mixer in common.mixers(cfg)), stacked=cfg.scan_layers)
-    return {"layers": layers, "past": past_segment_specs(batch, reach if "slstm" in common.mixers(cfg) else 1)}
+    layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
+    return {"layers": layers, "past": past_segment_specs(batch, reach if "slstm" in common.layer_kinds(cfg) else 1)}
 
 
 def carried_state_length(cfg: Config) -> int:

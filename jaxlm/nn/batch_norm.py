@@ -7,6 +7,7 @@ into the parameters.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -61,10 +62,11 @@ def batch_norm(
 
     mean, variance = old["mean"], old["variance"]
     if training:
-        count = x.size // x.shape[-1]
+        count = math.prod(x.shape[:-1])
         if count < 2:
             raise ValueError(
-                f"batch normalisation of {list(x.shape)} has one entry per channel: train with a larger batch"
+                f"batch normalization of {list(x.shape)} has {count} entries per channel, but training needs at least "
+                "2: train with a larger batch"
             )
         mean = jnp.mean(x32, axis=reduced_axes)
         variance = jnp.mean(jnp.square(x32 - broadcast(mean)), axis=reduced_axes)

@@ -89,7 +89,7 @@ forward and the backward pass together:
 MIN_BIASED_PALLAS_QUERIES = 64
 """Minimum number of queries for which attention with biases uses ``pallas`` on a TPU. The kernel pads queries to a
 multiple of 128."""
-MAX_WHOLE_ROW_KEYS = 1024
+MAX_PALLAS_KEYS = 1024
 """Maximum number of keys for which ``pallas`` is faster than ``splash`` (TPU compiler's estimate). ``pallas`` computes
 whole rows of scores. With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
 MAX_DECODE_QUERIES = 8
@@ -120,7 +120,7 @@ def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str |
     if queries < min_queries:
         return "reference"
     kernels: tuple[AttentionImplementation, ...] = ("splash", "pallas")
-    for name in (*(kernels if keys > MAX_WHOLE_ROW_KEYS else kernels[::-1]), "cudnn"):
+    for name in (*(kernels if keys > MAX_PALLAS_KEYS else kernels[::-1]), "cudnn"):
         if platform == PLATFORM[name] and reasons[name] is None:
             return name
     return "blockwise"
@@ -169,7 +169,7 @@ def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
 
 
 DecodeProducts = Literal["sums", "merged", "reference"]
-DECODE_LANES = 8
+DECODE_PARTIAL_SUMS = 8
 """Number of partial sums into which ``sums`` splits each product of a query and a key. Elementwise operations compute
 the partial sums with vector instructions, then a matmul adds them."""
 
@@ -483,7 +483,7 @@ def bias_gradient_by_matmul(bias: jax.Array) -> bool:
     return bias.ndim > 1 and sharding.platform() == "tpu"
 
 
-def separate_weight_gradient() -> bool:
+def isolate_weight_gradient() -> bool:
     """Whether the gradient of a weight is computed separately from the operations that follow it, such as a transpose.
 
     XLA merges a transpose into the matmul before it. On a CPU, a matmul is slow if its result has few columns and many
@@ -511,7 +511,7 @@ MAX_FUSED_VECTOR_BYTES = 2**14
 table and the vector."""
 
 
-def table_first(rows: int, width: int) -> bool:
+def is_table_first_operand(rows: int, width: int) -> bool:
     """Whether float32 logits are computed as ``(table @ hidden.T).T`` instead of ``hidden @ table.T``.
 
     For one wide row (``MAX_FUSED_VECTOR_BYTES``), ``hidden @ table.T`` transposes the whole table first: 139 ms instead
@@ -525,7 +525,7 @@ def table_first(rows: int, width: int) -> bool:
     return _is_single_cpu() and rows <= MAX_FEW_ROWS and not is_one_narrow_row
 
 
-def separate_logits(rows: int) -> bool:
+def isolate_logits(rows: int) -> bool:
     """Whether the logits are computed separately from the operations that follow, such as adding a bias.
 
     The result is True for one row on a single CPU device. XLA would merge the bias into the product of the table and

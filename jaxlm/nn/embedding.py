@@ -69,11 +69,11 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
 def _product_with_table(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
     """``hidden @ table.T``, [B, T, V]."""
     rows = hidden_BTD.shape[0] * hidden_BTD.shape[1]
-    if choices.table_first(rows, table_VD.shape[1]):
+    if choices.is_table_first_operand(rows, table_VD.shape[1]):
         logits_BTV = jnp.einsum("VD,BTD->VBT", table_VD, hidden_BTD).transpose(1, 2, 0)
     else:
         logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # on a CPU, its gradient is faster than that of einsum
-    return lax.optimization_barrier(logits_BTV) if choices.separate_logits(rows) else logits_BTV
+    return lax.optimization_barrier(logits_BTV) if choices.isolate_logits(rows) else logits_BTV
 
 
 def argmax(logits: jax.Array) -> jax.Array:

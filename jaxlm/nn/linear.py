@@ -60,7 +60,7 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
 def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of ``y`` and ``bias``. The gradient of ``bias`` is a matmul with ones."""
     row_axes = tuple(range(dy.ndim - bias.ndim))
-    # With one row of ones, the TPU compiler would turn the matmul into a sum.
+    # The result has SUBLANES equal rows. With one row, the TPU compiler would turn the matmul into a sum.
     ones = jnp.ones((*(dy.shape[axis] for axis in row_axes), SUBLANES), dy.dtype)
     sums = lax.dot_general(ones, dy, ((row_axes, row_axes), ((), ())), preferred_element_type=jnp.float32)
     return dy, sums[0].astype(bias.dtype)
@@ -81,7 +81,7 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``,
     because a result with few columns is slow on a CPU. XLA would undo this choice, because it merges the transpose into
     the matmul. So on a CPU, the matmul is computed separately from the operations that follow
-    (``choices.separate_weight_gradient``).
+    (``choices.isolate_weight_gradient``).
     """
     x, weight = saved
     row_axes = tuple(range(x.ndim - num_input_axes))
@@ -90,7 +90,7 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     outputs_first = math.prod(weight.shape[num_input_axes:]) < math.prod(weight.shape[:num_input_axes])
     left, right = (dy, x) if outputs_first else (x, dy)
     dweight = lax.dot_general(left, right, ((row_axes, row_axes), ((), ())))
-    if choices.separate_weight_gradient():
+    if choices.isolate_weight_gradient():
         dweight = lax.optimization_barrier(dweight)
     if outputs_first:
         dweight = jnp.moveaxis(dweight, range(len(output_axes)), range(num_input_axes, weight.ndim))

@@ -84,7 +84,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
-def l2_norm(x: jax.Array, epsilon: float) -> jax.Array:
+def l2_normalize(x: jax.Array, epsilon: float) -> jax.Array:
     """``x`` divided by its L2 norm over the last axis: ``x / sqrt(sum(x**2) + epsilon)``, in the dtype of ``x``. With
     ``epsilon`` > 0, zeros give zeros."""
     x32 = x.astype(jnp.float32)

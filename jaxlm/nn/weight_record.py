@@ -46,14 +46,14 @@ def is_recording() -> bool:
 
 
 def record(weights_BHTS: jax.Array, kind: Kind) -> None:
-    """Append the weights to the list of the enclosing :func:`recorded_weights`, if there is one."""
+    """Append the weights to the list of the enclosing :func:`record_weights`, if there is one."""
     recorded = _RECORD.get()
     if recorded is not None:
         recorded.append(RecordedWeights(weights_BHTS, kind))
 
 
 @contextlib.contextmanager
-def recorded_weights() -> Iterator[list[RecordedWeights]]:
+def record_weights() -> Iterator[list[RecordedWeights]]:
     """A context manager whose ``as`` target is a list. Each call of attention in the context appends its weights to it.
 
     In a function under ``jax.jit``, the function must enter the context and return the weights. Layers must run in a

@@ -28,14 +28,22 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+OBJECTIVES = (
+    "causal", "classification", "masked", "permutation", "seq2seq", "span_corruption", "span_qa",
+    "token_classification",
+)  # fmt: skip
+"""The names of all objectives."""
+
 
 def objective(task: str) -> ModuleType:
     """The module of the objective for a task, such as ``jaxlm.objectives.causal`` for "causal".
 
     Raises:
-        ValueError: the task is "none". A model with this task has no head to train.
-        ModuleNotFoundError: there is no objective with this name.
+        ValueError: the task is "none", because a model with this task has no head to train; or there is no objective
+            with this name.
     """
     if task == "none":
         raise ValueError("a model with task='none' has no head, so nothing trains it: choose another task")
+    if task not in OBJECTIVES:
+        raise ValueError(f"there is no objective for task={task!r}: choose from {', '.join(OBJECTIVES)}")
     return importlib.import_module(f"jaxlm.objectives.{task}")

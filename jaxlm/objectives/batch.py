@@ -93,7 +93,7 @@ class Batch:
     target_positions: Any = None
 
 
-def count(batch: Batch) -> tuple[int, int]:
+def count_examples_and_tokens(batch: Batch) -> tuple[int, int]:
     """The number of examples and the number of tokens in a batch of NumPy arrays.
 
     An example is a row with at least one target of positive weight. Tokens of sources are counted. Padding (segment 0)
@@ -130,7 +130,7 @@ def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
     return jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
 
 
-def predicted_states(
+def hidden_states_at_targets(
     model: Model, params: Params, batch: Batch, key: jax.Array | None, state: State | None
 ) -> tuple[jax.Array, Any]:
     """The hidden states at the target positions, [B, P, D], and the new model state."""
@@ -146,7 +146,7 @@ def token_loss(
 
     ``label_smoothing`` is described in :func:`smoothed_token_loss`.
     """
-    hidden, state = predicted_states(model, params, batch, key, state)
+    hidden, state = hidden_states_at_targets(model, params, batch, key, state)
     total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
     return total, jnp.sum(batch.weights), state
 
@@ -215,7 +215,7 @@ def token_accuracy(
     This function is an evaluation metric with the signature of a loss. The accuracy is the first result divided by the
     second. Logits are computed in chunks, so no array [B, P, V] is stored.
     """
-    hidden, state = predicted_states(model, params, batch, key, state)
+    hidden, state = hidden_states_at_targets(model, params, batch, key, state)
     predictions = chunked_argmax(model.logits, params, hidden)  # logits of vocabulary padding are never the highest
     correct = jnp.sum(jnp.where(predictions == batch.targets, batch.weights, 0.0))
     return correct, jnp.sum(batch.weights), state

@@ -5,6 +5,7 @@ Shapes: B batch, T time, D' width of the pooled output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,14 +106,14 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
             None: equal weights.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive. The loss function also
-            raises it if the number of class weights is not the number of labels of the model, or if
+        ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive and finite. The loss
+            function also raises it if the number of class weights is not the number of labels of the model, or if
             :func:`check_problem_type` rejects the model.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    if class_weights is not None and not all(weight > 0.0 for weight in class_weights):
-        raise ValueError(f"class_weights={tuple(class_weights)} must be positive")
+    if class_weights is not None and not all(0.0 < weight < math.inf for weight in class_weights):
+        raise ValueError(f"class_weights={tuple(class_weights)} must be positive and finite")
 
     def loss(
         model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, state: State | None = None

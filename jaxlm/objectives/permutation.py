@@ -25,6 +25,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxlm.data.tokens import check_int32
 from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
@@ -109,10 +110,11 @@ def batch(
         reset: as in ``Batch``.
 
     Raises:
-        ValueError: the shapes do not match; :meth:`PermutationConfig.check_window` rejects N; a part has fewer tokens
-            than targets; or ``beta`` is not in [1, ``alpha``].
+        ValueError: the windows are not integers in the range of int32; the shapes do not match;
+            :meth:`PermutationConfig.check_window` rejects N; a part has fewer tokens than targets; or
+            ``beta`` is not in [1, ``alpha``].
     """
-    _check_shapes(tokens, word_starts, sentences, right_to_left)
+    _check_arrays(tokens, word_starts, sentences, right_to_left)
     B, N = tokens.shape
     config.check_window(N)
     reuse_length, num_predict, sep_id, cls_id = config.reuse_length, config.num_predict, config.sep_id, config.cls_id
@@ -122,7 +124,7 @@ def batch(
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
         a, b = _choose_sentences(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
-        text, types = pair(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
+        text, types = join_texts(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
         types = np.concatenate([np.full(reuse_length, FIRST_TYPE, np.int32), types])
         row_word_starts = np.concatenate([starts[row, :reuse_length], starts[a], [True], starts[b], [True, True]])
@@ -145,11 +147,12 @@ def batch(
     return Batch(text, target_ids, weights, inputs=inputs, reset=reset)
 
 
-def _check_shapes(
+def _check_arrays(
     tokens: np.ndarray, word_starts: np.ndarray | None, sentences: np.ndarray | None, right_to_left: np.ndarray | None
 ) -> None:
     if tokens.ndim != 2:
         raise ValueError(f"windows must be [batch, time], got {list(tokens.shape)}")
+    check_int32(tokens, "the array of windows")
     B, N = tokens.shape
     for name, x, shape in (
         ("word_starts", word_starts, (B, N)), ("sentences", sentences, (B, N)), ("right_to_left", right_to_left, (B,)),
@@ -259,16 +262,16 @@ def span_mask(
     return mask
 
 
-def order_of_part(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """The order (rank) of each token of a part, [T] int32; ``CONTEXT_ORDER`` for tokens that are False in ``ordered``.
+def order_of_part(has_rank: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """The order (rank) of each token of a part, [T] int32; ``CONTEXT_ORDER`` for tokens that are False in ``has_rank``.
 
     Each block of ``length`` consecutive tokens is permuted. All blocks have the same permutation.
     """
-    index = np.arange(len(ordered), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
-    return np.where(ordered, index.ravel(), CONTEXT_ORDER).astype(np.int32)
+    index = np.arange(len(has_rank), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
+    return np.where(has_rank, index.ravel(), CONTEXT_ORDER).astype(np.int32)
 
 
-def pair(
+def join_texts(
     first: np.ndarray, second: np.ndarray | None = None, *, cls_id: int = CLS_ID, sep_id: int = SEP_ID
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens ``A <sep> B <sep> <cls>`` (without ``second``: ``A <sep> <cls>``) and their token types, both int32.
@@ -276,7 +279,7 @@ def pair(
     All tasks of XLNet have texts of this form.
 
     Example:
-        >>> tokens, types = pair(np.array([20, 21]), np.array([30]))
+        >>> tokens, types = join_texts(np.array([20, 21]), np.array([30]))
         >>> tokens.tolist(), types.tolist()
         ([20, 21, 4, 30, 4, 3], [0, 0, 0, 1, 1, 2])
     """

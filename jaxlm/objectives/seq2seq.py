@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlm.data.tokens import check_int32
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
 
@@ -36,7 +37,7 @@ def batch(
 
     Raises:
         ValueError: source, targets or their segment ids are not integers [batch, time] with at least one token per row,
-            or shapes do not match.
+            shapes do not match, or a target is outside int32.
     """
     common.check_tokens(source, source_segment_ids, None, None, name="source")
     common.check_tokens(targets, segment_ids, None, None, name="targets")
@@ -52,7 +53,7 @@ def batch(
     return Batch(shift_right(targets, start_id, segment_ids), targets, weights, segment_ids, inputs)
 
 
-def decoder_only(batch: Batch) -> Batch:
+def to_decoder_only_batch(batch: Batch) -> Batch:
     """The batch for a causal model without an encoder, [B, S + T]: the source, followed by the inputs of the decoder.
 
     Positions of the source have weight 0. The first input of the decoder, ``start_id``, separates the two texts.
@@ -87,13 +88,14 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
     Padding and a target directly after padding also get ``start_id``.
 
     Raises:
-        TypeError: the targets are not integers.
+        ValueError: the targets are not integers in the range of int32.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
         [[0, 5, 6, 0, 7, 0]]
     """
-    targets = targets.astype(np.int32, casting="same_kind")  # ``start_id`` may not fit into a smaller dtype
+    check_int32(targets, "the array of targets")
+    targets = targets.astype(np.int32)  # ``start_id`` may not fit into a smaller dtype
     shifted = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     if segment_ids is None:
         return shifted
@@ -111,18 +113,21 @@ def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int
         length: T. None: the length of the longest row.
 
     Raises:
-        ValueError: there are no rows, or a row is empty or longer than ``length``.
+        ValueError: there are no rows, a row is empty or longer than ``length``, or a row has values that are not
+            integers in the range of int32.
     """
     if not len(rows):
         raise ValueError("there are no rows to pad: give at least one")
-    sizes = np.array([len(row) for row in rows])
+    arrays = [np.asarray(row) for row in rows]
+    sizes = np.array([len(row) for row in arrays])
     length = int(sizes.max()) if length is None else length
-    for row, size in enumerate(sizes):
+    for number, (row, size) in enumerate(zip(arrays, sizes, strict=True)):
         if size < 1:
-            raise ValueError(f"row {row} has no tokens: remove it")
+            raise ValueError(f"row {number} has no tokens: remove it")
         if size > length:
-            raise ValueError(f"row {row} has {size} tokens: it must have at most {length}; truncate or remove it")
+            raise ValueError(f"row {number} has {size} tokens: it must have at most {length}; truncate or remove it")
+        check_int32(row, f"row {number}")
     segment_ids = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
     tokens = np.full(segment_ids.shape, pad_id, np.int32)
-    tokens[segment_ids > 0] = np.concatenate([np.asarray(row) for row in rows])
+    tokens[segment_ids > 0] = np.concatenate(arrays)
     return tokens, segment_ids

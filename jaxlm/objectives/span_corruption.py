@@ -6,7 +6,7 @@ A sentinel token replaces each removed span:
     source  Thank you <s0> me to your party <s1> <end>
     target  <s0> for inviting <s1> last week <end>
 
-As in the published code, the random masks of :func:`noise_mask` keep the beginning of a text and remove its end. If a
+As in the published code, the random masks of :func:`removal_mask` keep the beginning of a text and remove its end. If a
 mask for :func:`corrupt` keeps the end, the target ends with one more sentinel, as in the figure of the paper. For given
 settings, the numbers of removed tokens and spans depend only on the length of the text. So texts of equal length have
 sources of equal length and targets of equal length, without padding. The loss is the same as in ``seq2seq``. All
@@ -64,7 +64,7 @@ def batch(
         raise ValueError(f"texts must be [batch, time] with at least one row, got {list(tokens.shape)}")
     pairs = [
         corrupt(
-            row, noise_mask(len(row), rng, density=density, mean_span=mean_span),
+            row, removal_mask(len(row), rng, density=density, mean_span=mean_span),
             first_sentinel=first_sentinel, end_id=end_id, num_sentinels=num_sentinels,
         )
         for row in tokens
@@ -73,7 +73,7 @@ def batch(
     return seq2seq.batch(source, targets, start_id=start_id)
 
 
-def noise_mask(
+def removal_mask(
     length: int, rng: np.random.Generator, *, density: float = DENSITY, mean_span: float = MEAN_SPAN
 ) -> np.ndarray:
     """A random mask of a text of ``length`` tokens, [N] bool, True for tokens to remove.

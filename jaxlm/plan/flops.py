@@ -52,7 +52,7 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     """
     if model.family not in FAMILIES_WITH_FORMULA:
         return None
-    leaves = matmul_leaves(model, decoding=False)
+    leaves = matmul_specs(model, decoding=False)
     row_weights = sum(leaf.size for name, leaf in leaves.items() if _ONCE_PER_ROW.search(name))
     weights = active_matmul_parameters(model) - row_weights
     causal = model.family in ("gpt", "llama")
@@ -109,10 +109,10 @@ def matmul_parameters(model: Model, *, decoding: bool = False) -> int:
         decoding: whether to count only the parameters that each decoding step uses. The encoder, and the key and value
             projections of the source, then do not count.
     """
-    return sum(leaf.size for leaf in matmul_leaves(model, decoding=decoding).values())
+    return sum(leaf.size for leaf in matmul_specs(model, decoding=decoding).values())
 
 
-def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
+def matmul_specs(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
     """The specs of the parameters that :func:`matmul_parameters` counts, by path."""
     leaves, looked_up = spec.flatten(model.specs), set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
@@ -127,7 +127,7 @@ def matmul_leaves(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
 
 def active_matmul_parameters(model: Model, *, decoding: bool = False) -> int:
     """The number from :func:`matmul_parameters`, but of the experts, only those that one token selects count."""
-    leaves = matmul_leaves(model, decoding=decoding).values()
+    leaves = matmul_specs(model, decoding=decoding).values()
     experts = sum(leaf.size for leaf in leaves if spec.EXPERT in leaf.axes)
     return sum(leaf.size for leaf in leaves) - experts + round(experts * active_fraction_of_experts(model))
 

@@ -408,7 +408,7 @@ def _collective(computation: list[Instruction], instruction: Instruction, kind: 
 
 def _group_size(attribute_text: str) -> int | None:
     """The number of devices in one replica group; None if the text does not say it."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attribute_text)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attribute_text)
     if listed:
         return len(listed[1].split(","))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attribute_text)

@@ -58,19 +58,21 @@ def dump_schedules() -> None:
 _dump_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def schedule_of(kernel: str) -> Schedule | None:
+def schedule_of(kernel: str, since: int) -> Schedule | None:
     """The schedule in the newest dump of a custom call with this name; None if there is no such dump.
 
-    The directory has the dumps of all programs that the process has compiled.
+    Args:
+        since: ``time.time_ns()`` before the compilation of the program. Older dumps, which belong to other programs,
+            are ignored.
     """
     flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None
     file_name = re.compile(rf"^(\d+)-{re.escape(kernel)}-\d+-final_bundles\.txt$")
     found = [
-        (int(match[1]), path)
+        (int(match[1]), path)  # the number is the time of the dump in nanoseconds
         for path in Path(flags[1]).glob("*final_bundles.txt")
-        if (match := file_name.match(path.name))
+        if (match := file_name.match(path.name)) and int(match[1]) >= since
     ]
     return parse(max(found)[1].read_text(errors="replace")) if found else None
 

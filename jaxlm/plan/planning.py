@@ -188,20 +188,21 @@ def plan(
             slots of the cache, including the slot of the new token. None: the model's ``max_positions`` (512 if there
             is no limit), at most 1024.
         decode: whether to plan a decoding step instead of a training step.
-        optimizer: the optimizer of the training step. Unused for decoding.
-        grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``). Unused for decoding.
-        param_dtype: dtype of the parameters for decoding. Unused for training, which has float32 parameters.
+        optimizer: the optimizer of the training step. Only for training.
+        grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``). Only for training.
+        param_dtype: dtype of the parameters. Only for decoding; training has float32 parameters.
         compiler_options: such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
-        ValueError: the topology, the dtype or a compiler option is unknown; a number is below 1; the mesh has another
-            number of devices than the topology; the size of an array axis is not divisible by the size of its mesh
-            axes; ``grad_accum_steps`` does not divide ``batch``; no objective trains the task of the model; or
-            ``sequence`` is longer than the model allows.
+        ValueError: the topology, the dtype or a compiler option is unknown; an argument has no effect on the step, but
+            is not the default; a number is below 1; the mesh has another number of devices than the topology; the size
+            of an array axis is not divisible by the size of its mesh axes; ``grad_accum_steps`` does not divide
+            ``batch``; no objective trains the task of the model; or ``sequence`` is longer than the model allows.
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
-    _check_arguments(param_dtype, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
+    check_min(1, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
+    _check_settings(decode, optimizer, grad_accum_steps, param_dtype)
     devices = topology.get_topology(topology_name)
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
@@ -211,7 +212,7 @@ def plan(
         step = program.training_step(
             model, sharding, batch, sequence, optimizer=optimizer, grad_accum_steps=grad_accum_steps
         )
-    start = time.perf_counter()
+    start, start_time_ns = time.perf_counter(), time.time_ns()
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
@@ -242,7 +243,7 @@ def plan(
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    kernel_stats = _kernels(costs, grids)
+    kernel_stats = _kernels(costs, grids, start_time_ns)
     return Plan(
         **common_fields,
         **_estimates(costs, kernel_stats, step.flops.amount, devices),
@@ -258,8 +259,14 @@ def plan(
     )
 
 
-def _check_arguments(param_dtype: str, **numbers: int | None) -> None:
-    check_min(1, **numbers)
+def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: int, param_dtype: str) -> None:
+    """Raise ``ValueError`` if ``param_dtype`` is unknown, or if a setting has no effect but is not the default."""
+    if decode and optimizer != OptimizerConfig():
+        raise ValueError(f"optimizer={optimizer} has no effect with decode=True: leave it out")
+    if decode and grad_accum_steps != 1:
+        raise ValueError(f"grad_accum_steps={grad_accum_steps} has no effect with decode=True: leave it out")
+    if not decode and param_dtype != "float32":
+        raise ValueError(f"param_dtype={param_dtype!r} needs decode=True: training has float32 parameters")
     if param_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
 
@@ -335,7 +342,7 @@ def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[O
     return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
-def _kernels(costs: hlo.Costs, grids: dict[str, set[int]]) -> list[KernelStats]:
+def _kernels(costs: hlo.Costs, grids: dict[str, set[int]], start_time_ns: int) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
@@ -343,7 +350,7 @@ def _kernels(costs: hlo.Costs, grids: dict[str, set[int]]) -> list[KernelStats]:
         base_name = re.sub(r"(\.\d+)*$", "", name)
         # libtpu compiles equal kernels once, so there is a dump only for the name of the first one.
         key = base_name, operation.instruction.shape
-        schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
+        schedule = schedules[key] = kernels.schedule_of(name, start_time_ns) or schedules.get(key)
         steps = grids.get(base_name, set())
         grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if kernels of this name have different grids
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times

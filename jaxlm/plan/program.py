@@ -61,7 +61,7 @@ def device_bytes(tree: Any) -> int:
 def bytes_read_by_a_token(model: Model, params: Params) -> float:
     """A lower bound of the number of parameter bytes that each device reads to decode one token.
 
-    The bound counts the parameters in ``flops.matmul_leaves``. Of the experts, it counts only the fraction that one
+    The bound counts the parameters in ``flops.matmul_specs``. Of the experts, it counts only the fraction that one
     token selects.
 
     Args:
@@ -70,7 +70,7 @@ def bytes_read_by_a_token(model: Model, params: Params) -> float:
     fraction, leaves = flops_lib.active_fraction_of_experts(model), spec.flatten(params)
     return sum(
         device_bytes(leaves[name]) * (fraction if spec.EXPERT in leaf.axes else 1.0)
-        for name, leaf in flops_lib.matmul_leaves(model, decoding=True).items()
+        for name, leaf in flops_lib.matmul_specs(model, decoding=True).items()
     )
 
 
@@ -192,9 +192,10 @@ def decoding_step(
             state, logits_BV = read_tokens(model, params, state, tokens_B)
             return state, argmax(logits_BV[:, : model.config.vocab_size])
 
+    slots = f", {sequence} cache slots" if "length" in specs else ""  # "length": a key-value cache
     function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
         flops_lib.decoding_flops(model, batch), batch,
-        f"decode, one token, {sequence} cache slots" + _layout_note(model),
+        "decode, one token" + slots + _layout_note(model),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxlm import extras
-from jaxlm.devices import TPU_SHAPES, Device, by_kind, by_name
+from jaxlm.devices import TPU_SHAPES, Device, device_by_kind, device_by_name
 from jaxlm.plan import kernels
 
 TPUS = {
@@ -26,7 +26,7 @@ TPUS = {
 }
 """The TPU generations that a plan supports, and the usual shapes of each. libtpu accepts some other shapes too."""
 GPUS = ("h100",)
-LOCAL = "local"
+LOCAL_TOPOLOGY = "local"
 """The name of the topology with the devices of this machine. In a run with several processes, it has the devices of
 all processes."""
 
@@ -67,9 +67,9 @@ def prepare() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def known() -> str:
+def known_topologies_text() -> str:
     """A text that lists the known topologies, for error messages."""
-    return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT", LOCAL])
+    return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT", LOCAL_TOPOLOGY])
 
 
 def get_topology(name: str) -> Topology:
@@ -79,11 +79,11 @@ def get_topology(name: str) -> Topology:
         ValueError: there is no such topology, or the compiler rejects its shape.
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
-    if name == LOCAL:
-        return Topology(tuple(jax.devices()), by_kind(jax.devices()[0].device_kind))
+    if name == LOCAL_TOPOLOGY:
+        return Topology(tuple(jax.devices()), device_by_kind(jax.devices()[0].device_kind))
     kind, colon, shape = name.partition(":")
     if not colon or not shape or kind not in (*TPUS, *GPUS):
-        raise ValueError(f"no topology is called {name!r}: known are {known()}")
+        raise ValueError(f"no topology is called {name!r}: known are {known_topologies_text()}")
     if kind in GPUS:
         return _gpu_topology(name, kind, shape)
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
@@ -91,19 +91,19 @@ def get_topology(name: str) -> Topology:
             f"topology {name!r}: a {kind} has a shape such as {TPUS[kind].partition(',')[0]}, not {shape!r}"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install('tpu')}")
+        raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install_command('tpu')}")
     prepare()
-    return Topology(_devices_of(name, "tpu", topology_name=name), by_name(kind))
+    return Topology(_devices_of(name, "tpu", topology_name=name), device_by_name(kind))
 
 
 def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
     if not shape.isdecimal() or int(shape) < 1:
         raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install('cuda13')}")
+        raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install_command('cuda13')}")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100_TARGET_CONFIG}
-    return Topology(_devices_of(name, "cuda", **config), by_name(kind))
+    return Topology(_devices_of(name, "cuda", **config), device_by_name(kind))
 
 
 def _devices_of(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:
@@ -113,7 +113,9 @@ def _devices_of(name: str, platform: str, **arguments: Any) -> tuple[jax.Device,
         return tuple(topologies.get_topology_desc(platform=platform, **arguments).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the compiler rejects topology {name!r} ({reason}): known are {known()}") from error
+        raise ValueError(
+            f"the compiler rejects topology {name!r} ({reason}): known are {known_topologies_text()}"
+        ) from error
 
 
 _H100_TARGET_CONFIG = """

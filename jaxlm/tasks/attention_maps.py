@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import spec
-from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
@@ -128,7 +128,9 @@ def attention_maps(
     else:
         targets = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
         if not output_special_tokens:
-            targets = [Encoding(*(field[target.sequence_ids != SPECIAL] for field in target)) for target in targets]
+            targets = [
+                Encoding(*(field[target.sequence_ids != SPECIAL_TOKEN] for field in target)) for target in targets
+            ]
         rows = [_token_texts(tokenizer, (text,), encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]

@@ -29,13 +29,13 @@ from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain, gather_sharding
 from jaxlm.spec import ArraySpec, Normal, Params, State
 
-KINDS = "pnbrqk"
+PIECE_KINDS = "pnbrqk"
 """The kinds of pieces. A white piece has the value 1 + its index, a black piece 7 + its index, an empty square 0."""
-PAWN, KING = KINDS.index("p"), KINDS.index("k")
-SIDE = 64
+PAWN, KING = PIECE_KINDS.index("p"), PIECE_KINDS.index("k")
+SIDE_TO_MOVE = 64
 """Index of the board entry that is 0 if white has the next move and 1 if black has it."""
 
-_BACK_RANK = [1 + KINDS.index(kind) for kind in "rnbqkbnr"]
+_BACK_RANK = [1 + PIECE_KINDS.index(kind) for kind in "rnbqkbnr"]
 INITIAL_BOARD = np.array(
     _BACK_RANK + [1 + PAWN] * 8 + [0] * 32 + [7 + PAWN] * 8 + [6 + piece for piece in _BACK_RANK] + [0], np.int8
 )
@@ -50,7 +50,7 @@ _TOKENIZER = MoveTokenizer("uci")
 # For each move of the vocabulary: the origin square, the target square, and the index in KINDS of the promoted piece.
 # The index 0 (pawn) means no promotion.
 _MOVES = np.array(
-    [(_square(move), _square(move[2:]), KINDS.index(move[4:] or "p")) for move in _TOKENIZER.moves], np.int32
+    [(_square(move), _square(move[2:]), PIECE_KINDS.index(move[4:] or "p")) for move in _TOKENIZER.moves], np.int32
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def embed_boards(table_RD: jax.Array, boards_BTE: jax.Array) -> jax.Array:
         table_RD: one row for each square, side to move and piece: 64 * 2 * 12 rows, in this order.
         boards_BTE: boards as in :data:`INITIAL_BOARD`, int8.
     """
-    pieces_BTS, side_BT1 = boards_BTE[..., :SIDE], boards_BTE[..., SIDE:]
+    pieces_BTS, side_BT1 = boards_BTE[..., :SIDE_TO_MOVE], boards_BTE[..., SIDE_TO_MOVE:]
     index_BTS = jnp.where(pieces_BTS > 0, 12 * side_BT1 + pieces_BTS - 1, -1)
     # A matmul with zeros and ones is faster than a gather and sum of up to 32 rows, also in the backward pass.
     rows_BTSK = jax.nn.one_hot(index_BTS, 24, dtype=table_RD.dtype)  # -1 gives zeros
@@ -172,7 +172,7 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
     If a king on file e moves by two squares along its rank, the move is castling, and a rook moves too.
     """
     origin_B1, target_B1, promoted_B1 = (move_B3[:, index, None] for index in range(3))
-    index_1E = jnp.arange(SIDE + 1)[None]
+    index_1E = jnp.arange(SIDE_TO_MOVE + 1)[None]
     piece_B1 = jnp.take_along_axis(board_BE, origin_B1, axis=1)
     captured_B1 = jnp.take_along_axis(board_BE, target_B1, axis=1)
     kind_B1 = jnp.where(piece_B1 > 0, (piece_B1 - 1) % 6, -1)
@@ -192,7 +192,7 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
     rook_B1 = jnp.take_along_axis(board_BE, rook_origin_B1, axis=1)
     board_BE = jnp.where(is_castling_B1 & (index_1E == rook_origin_B1), 0, board_BE)
     board_BE = jnp.where(is_castling_B1 & (index_1E == rook_target_B1), rook_B1, board_BE)
-    return jnp.where(index_1E == SIDE, 1 - board_BE, board_BE)
+    return jnp.where(index_1E == SIDE_TO_MOVE, 1 - board_BE, board_BE)
 
 
 def _read_boards(tokens_BT: jax.Array, segment_ids: jax.Array | None, state: State | None) -> jax.Array:
@@ -216,13 +216,13 @@ first board is always the initial board."""
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters: those of a Llama, and ``board_embedding`` (:func:`embed_boards`)."""
-    table = ArraySpec((SIDE * 2 * 12, cfg.embed_dim), (None, "embed"), Normal(cfg.init_stddev), decay=True)
+    table = ArraySpec((SIDE_TO_MOVE * 2 * 12, cfg.embed_dim), (None, "embed"), Normal(cfg.init_stddev), decay=True)
     return {**llama.specs(cfg), "board_embedding": table}
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the model state: the key-value cache of a Llama, and the board after each token in the cache."""
-    boards = ArraySpec((batch, length, SIDE + 1), ("batch", "slots", None), dtype=jnp.int8)
+    boards = ArraySpec((batch, length, SIDE_TO_MOVE + 1), ("batch", "slots", None), dtype=jnp.int8)
     return {**llama.state_specs(cfg, batch, length), "boards": boards}
 
 

@@ -27,7 +27,7 @@ from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import read_prompts, read_tokens, source_vocab_size
 from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
-from jaxlm.models.heads import last_token_state
+from jaxlm.models.heads import last_token_hidden
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
 
@@ -364,7 +364,7 @@ def _last_logits(
         assert start_id is not None
         return read_tokens(model, params, state, jnp.full(tokens_BT.shape[:1], start_id, jnp.int32))[1]
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT)
-    return model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
+    return model.logits(params, last_token_hidden(hidden_BTD, segment_ids_BT))[:, 0]
 
 
 def next_logits(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded, check_examples
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
-from jaxlm.decoding.text import check_vocabulary
+from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.metrics import Score, accuracy, confusion, proportion
 from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
@@ -57,7 +57,7 @@ def encode(
                 f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. "
                 "Truncate long texts with max_length, or use a model with more positions"
             )
-        check_vocabulary(encoding.ids, model.config.vocab_size, f"the text {text[:60]!r} of {examples.name}")
+        check_ids_in_vocabulary(encoding.ids, model.config.vocab_size, f"the text {text[:60]!r} of {examples.name}")
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
         encoded.append({"tokens": encoding.ids, **types, "label": label})
     return encoded
@@ -142,8 +142,13 @@ def write_folds(directory: Path, scores: Sequence[Score]) -> Score:
 
     Args:
         directory: the parent of the run directories of the folds, ``fold-0``, ``fold-1``, ...
-        scores: the accuracy of each fold; at least two folds.
+        scores: the accuracy of each fold.
+
+    Raises:
+        ValueError: there are fewer than two scores. The standard deviation needs at least two.
     """
+    if len(scores) < 2:
+        raise ValueError(f"a cross-validation needs the scores of at least two folds, got {len(scores)}: add folds")
     results = [read_results(directory / f"fold-{fold}") for fold in range(len(scores))]
     counts = [score.count or 0 for score in scores]
     num_correct = sum(round(score.value * count) for score, count in zip(scores, counts, strict=True))

@@ -23,7 +23,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import simple_parse_args_string
 except ImportError as error:
-    raise ImportError(f"evaluation on tasks needs lm_eval: {extras.install('eval')}") from error
+    raise ImportError(f"evaluation on tasks needs lm_eval: {extras.install_command('eval')}") from error
 
 
 @register_model("jaxlm")

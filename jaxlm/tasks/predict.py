@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
@@ -24,7 +24,7 @@ from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import perplexity_of, target_token_scores, token_scores
-from jaxlm.decoding.text import check_vocabulary
+from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
 from jaxlm.objectives.classification import problem_type
 from jaxlm.sharding import Sharding, active
@@ -168,7 +168,7 @@ def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int,
 
     With unit "token", yield (position of the token, start, end) for each token that is not a special token.
     """
-    text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)
+    text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL_TOKEN)
     starts, ends = encoding.offsets[text_positions].T
     if unit == "token":
         yield from zip(text_positions.tolist(), starts.tolist(), ends.tolist(), strict=True)
@@ -353,8 +353,8 @@ def score_ids(
             raise ValueError(
                 f"text {number} has {context.size} context tokens and {ids.size} scored tokens: both must be at least 1"
             )
-        check_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
-        check_vocabulary(ids, model.config.vocab_size, f"text {number}")
+        check_ids_in_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
+        check_ids_in_vocabulary(ids, model.config.vocab_size, f"text {number}")
         if start_id is not None:
             _check_length(context.size, limit, f"the context of text {number}")
             _check_length(ids.size, limit, f"text {number}")
@@ -423,11 +423,11 @@ def _encode(
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
         what = f"{name} {number}"
-        if np.all(encoding.sequence_ids == SPECIAL):
+        if np.all(encoding.sequence_ids == SPECIAL_TOKEN):
             raise ValueError(
                 f"{what} is {texts[number]!r}, which has no tokens: pass a text that is not only white space"
             )
-        check_vocabulary(encoding.ids, source_vocab_size(model), what)
+        check_ids_in_vocabulary(encoding.ids, source_vocab_size(model), what)
         _check_length(encoding.ids.size, model.max_positions, what)
     return encodings
 

@@ -22,13 +22,13 @@ import numpy as np
 
 from jaxlm.config import check_min
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
-from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
-from jaxlm.decoding.text import check_vocabulary
+from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
@@ -391,14 +391,14 @@ def _windows(
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     for window in windows:
-        check_vocabulary(window.ids, model.config.vocab_size, what)
+        check_ids_in_vocabulary(window.ids, model.config.vocab_size, what)
     return windows
 
 
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
     """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
-    positions = np.flatnonzero((window.ids == cls) & (window.sequence_ids == SPECIAL))
+    positions = np.flatnonzero((window.ids == cls) & (window.sequence_ids == SPECIAL_TOKEN))
     return int(positions[0]) if positions.size else 0
 
 

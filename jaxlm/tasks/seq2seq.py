@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
-from jaxlm.data.encodings import SPECIAL
+from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.text import check_vocabulary
+from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
@@ -65,7 +65,7 @@ def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     """
     sources = examples.column("source")
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
-        if np.all(encoding.sequence_ids == SPECIAL):
+        if np.all(encoding.sequence_ids == SPECIAL_TOKEN):
             raise ValueError(
                 f"example {number} of {examples.name} has the source {sources[number]!r}, which has no tokens: leave "
                 "the example out, or use a tokenizer that has tokens for it"
@@ -86,7 +86,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
 
     def make(rows: BucketBatch) -> Batch:
         for name, size in vocab_sizes.items():
-            check_vocabulary(rows.fields[name], size, f"the {name} of an example")
+            check_ids_in_vocabulary(rows.fields[name], size, f"the {name} of an example")
         batch = seq2seq.batch(
             rows.fields["source"], rows.fields["target"], start_id=start_id,
             source_segment_ids=rows.segment_ids("source"), segment_ids=rows.segment_ids("target"),

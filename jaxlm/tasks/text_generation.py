@@ -38,7 +38,7 @@ from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.report import write_samples
 from jaxlm.training.trainer import carry_size_of
 
-NUM_COLUMNS = 8
+NUM_SCORING_ROWS = 8
 """Number of contiguous columns into which :func:`scores` divides a split for a model whose training carries a state.
 
 Only the first tokens of a column are scored with little context."""
@@ -165,7 +165,7 @@ def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
 def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int) -> list[Score]:
     """Nats per character, bits per character, and perplexity per token, over all tokens of a split except the first.
 
-    A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state along
+    A model whose training carries a state reads :data:`NUM_SCORING_ROWS` contiguous columns and carries its state along
     them. Other models read windows of ``length`` tokens that overlap by half. Each token is scored once. After the
     first window, each scored token has at least half a window of context.
 
@@ -180,9 +180,12 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
     ids = corpus.parts[part]
     if model.carried_state_length is not None:
         evaluate = Evaluator(
-            model, causal.loss, column_batches(ids, NUM_COLUMNS, length), carry_size=carry_size_of(model, NUM_COLUMNS)
+            model,
+            causal.loss,
+            column_batches(ids, NUM_SCORING_ROWS, length),
+            carry_size=carry_size_of(model, NUM_SCORING_ROWS),
         )
-        nats, how = evaluate(params)["loss"], f"state carried along {NUM_COLUMNS} columns"
+        nats, how = evaluate(params)["loss"], f"state carried along {NUM_SCORING_ROWS} columns"
     else:
         stride = -(-length // 2)
         nats = perplexity(model, params, ids, window=length + 1, stride=stride, batch_size=32).nats_per_token

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.data.encodings import SPECIAL
+from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
 from jaxlm.decoding.config import settings_file
@@ -89,7 +89,7 @@ class TextRequests:
             "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
         )  # fmt: skip
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         positions = model.max_positions
         if max_length is not None and positions is not None and max_length > positions:
@@ -346,7 +346,7 @@ class TextRequests:
         """
         rows: list[tuple[np.ndarray, int]] = []
         for text, encoding in zip(texts, self.tokenizer.encode_inputs_batch(texts), strict=True):
-            text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)
+            text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL_TOKEN)
             if self._prefix_text and text.startswith(self._prefix_text):
                 rows.append((self.tokenizer.encode(text), 0))  # the text already begins with the prefix token
             elif text_positions.size == 0:

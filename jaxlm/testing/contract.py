@@ -203,9 +203,9 @@ def test_initial_values_depend_only_on_path_and_layer(name):
 @every_variant
 def test_specs_match_the_initialized_parameters(name):
     model, params, _ = setup(name)
-    assert spec.diff(model.specs, params) == []
+    assert spec.differences(model.specs, params) == []
     traced = jax.eval_shape(model.init, jax.random.key(0))
-    assert spec.diff(spec.abstract(model.specs), traced) == []
+    assert spec.differences(spec.abstract(model.specs), traced) == []
     assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -356,7 +356,7 @@ def has_full_context(model):
 
     False for convolutions, whose receptive fields are limited.
     """
-    return not getattr(model.module, "LIMITED_CONTEXT", False)
+    return not getattr(model.module, "HAS_LOCAL_RECEPTIVE_FIELD", False)
 
 
 def downsamples(model):
@@ -441,7 +441,7 @@ def test_cached_equals_full_at_every_position(name, cuts):
         hidden, state = step_of(model, params, tokens[:, start:stop], state)
         chunks.append(hidden)
     assert relative_error(jnp.concatenate(chunks, axis=1), hidden_of(model, params, tokens)) < TOLERANCE
-    assert spec.diff(state_specs_of(model, 2, 20), state) == []
+    assert spec.differences(state_specs_of(model, 2, 20), state) == []
 
 
 def step_of(model, params, tokens, state, segment_ids=None):
@@ -470,13 +470,15 @@ def test_rows_of_unequal_length_decode_independently(name, side):
 
 @every_decoder
 def test_take_and_reset_act_on_single_rows_of_a_state(name):
-    """After ``spec.take_rows`` or ``spec.reset``, each row continues as if it were decoded alone."""
+    """After ``spec.take_rows_clipped`` or ``spec.reset``, each row continues as if it were decoded alone."""
     model, params, tokens = setup(name, batch=3, length=12)
     specs = state_specs_of(model, 3, 12)
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
     _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
     order = np.array([2, 0, 0])
-    after_take, _ = step_of(model, params, tokens[order][:, 8:], spec.take_rows(specs, state, jnp.asarray(order)))
+    after_take, _ = step_of(
+        model, params, tokens[order][:, 8:], spec.take_rows_clipped(specs, state, jnp.asarray(order))
+    )
     for row, source_row in enumerate(order):
         assert relative_error(after_take[row], hidden_of_row(model, params, tokens, source_row)[8:]) < TOLERANCE
     if model.reads_source:
@@ -496,12 +498,12 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     expected = hidden_of(model, params, tokens, **source)
     # The state has only 11 slots per row. So the last step works only if the rollback frees the slots of undone tokens.
     _, prefix = step_of(model, params, tokens[:1, :5], initial_state(model, params, 1, 11))
-    before = spec.take_rows(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
+    before = spec.take_rows_clipped(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
     hidden, after = step_of(model, params, tokens[:, 5:11], before)
     assert relative_error(hidden, expected[:, 5:11]) < TOLERANCE
     count = np.array([3, 2, 0])
     state = jax.jit(model.rollback)(params, before, tokens[:, 5:11], after, count)
-    assert spec.diff(state_specs_of(model, 3, 11), state) == []
+    assert spec.differences(state_specs_of(model, 3, 11), state) == []
     positions = 5 + count[:, None] + np.arange(3)
     hidden, _ = step_of(model, params, np.take_along_axis(tokens, positions, axis=1), state)
     assert relative_error(hidden, np.take_along_axis(expected, positions[..., None], axis=1)) < TOLERANCE
@@ -518,7 +520,7 @@ def test_stacked_and_per_layer_states_agree(name):
     for variant, weights in ((model, params), (stacked, spec.restack(params))):
         specs = state_specs_of(variant, 3, 12)
         _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
-        state = spec.take_rows(specs, state, order)
+        state = spec.take_rows_clipped(specs, state, order)
         hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
         if not model.reads_source:  # a reset row would have no source
             state = spec.reset(specs, state, jnp.array([False, False, True]))
@@ -624,7 +626,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
         segments = np.ones((rows, length), np.int32)
         source = source_inputs(model, rows)
         if length == 0 and downsamples(model):
-            with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but .* whole texts"):
+            with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but .* that do not belong to tokens"):
                 model.apply(params, tokens)
             continue
         hidden, state = model.apply(params, tokens, **source, segment_ids=segments)

@@ -169,7 +169,9 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: float = 0.0) -> None:
-    """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
+    """Assert that the trees have the same structure, and that the relative error of each leaf is at most ``tolerance``.
+
+    The message names the worst leaf.
 
     The relative error is the largest difference, divided by the largest absolute expected value of the leaf. All
     expected values must be finite.
@@ -178,6 +180,7 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: f
         floor: the divisor is at least ``floor`` times the largest absolute expected value of the tree. So leaves that
             have only rounding errors do not fail. For example, the true gradient of the key bias of attention is 0.
     """
+    _assert_same_structure(actual, expected)
     expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(actual)[0]]
     for name, want in zip(names, expected_leaves, strict=True):
@@ -193,7 +196,8 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: f
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """Assert that every leaf has the same shape, the same dtype and the same bits."""
+    """Assert that the trees have the same structure, and that each leaf has the same shape, dtype and bits."""
+    _assert_same_structure(actual, expected)
     for (path, leaf), want in zip(
         jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree.leaves(expected), strict=True
     ):
@@ -204,3 +208,9 @@ def assert_trees_equal(actual: Any, expected: Any) -> None:
         assert leaf.dtype == want.dtype, f"{name}: dtypes {leaf.dtype} and {want.dtype} differ"
         assert leaf.shape == want.shape, f"{name}: shapes {leaf.shape} and {want.shape} differ"
         assert leaf.tobytes() == want.tobytes(), f"{name} differs"
+
+
+def _assert_same_structure(actual: Any, expected: Any) -> None:
+    got: Any = jax.tree.structure(actual)
+    want: Any = jax.tree.structure(expected)
+    assert got == want, f"the structures {got} and {want} differ"

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlm.training import plots, report
 
-MISSING = "-"
+NO_VALUE = "-"
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
@@ -32,7 +32,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     cells = [header]
     for name, run, result in zip(_run_names(paths), records, results, strict=True):
         texts = {score.name: f"{score.value_text} {score.interval_text}".strip() for score in result.get("scores", [])}
-        score_cells = [texts.get(key, MISSING) for key in scores]
+        score_cells = [texts.get(key, NO_VALUE) for key in scores]
         cells.append([*_run_cells(name, run, result), *_metric_cells(run, metrics), *score_cells])
     widths = [max(len(line[index]) for line in cells) for index in range(len(header))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
@@ -84,10 +84,10 @@ def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]
     family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
     return [
         name.replace("|", r"\|"),
-        MISSING if family is None else family,
-        MISSING if parameters is None else f"{parameters:,}",
-        f"{max(steps):,}" if steps else MISSING,
-        MISSING if minutes is None else f"{minutes:,.1f}",
+        NO_VALUE if family is None else family,
+        NO_VALUE if parameters is None else f"{parameters:,}",
+        f"{max(steps):,}" if steps else NO_VALUE,
+        NO_VALUE if minutes is None else f"{minutes:,.1f}",
     ]
 
 
@@ -96,5 +96,5 @@ def _metric_cells(records: list[dict[str, Any]], metrics: Sequence[str]) -> list
     cells = []
     for metric in metrics:
         values = report.metric_curve(records, metric)[1]
-        cells.append(f"{values[-1]:.4g} ({report.best_value(metric, values):.4g})" if values else MISSING)
+        cells.append(f"{values[-1]:.4g} ({report.best_value(records, metric):.4g})" if values else NO_VALUE)
     return cells

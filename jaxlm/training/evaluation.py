@@ -18,7 +18,7 @@ from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
-from jaxlm.training.trainer import CarrySize, to_global_batch, to_mesh
+from jaxlm.training.trainer import CarriedStateSize, to_global_batch, to_mesh
 
 
 class Evaluator:
@@ -60,7 +60,7 @@ class Evaluator:
         batches: Iterable[Any],
         *,
         sharding: Sharding | None = None,
-        carry_size: CarrySize | None = None,
+        carry_size: CarriedStateSize | None = None,
         extra_metrics: Callable[[Any], Mapping[str, float]] | None = None,
         extra_metric_names: tuple[str, ...] = (),
     ) -> None:

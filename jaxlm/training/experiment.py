@@ -384,7 +384,7 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
     return True
 
 
-def with_epochs(config: TrainingConfig, epochs: float | None, steps_per_epoch: int) -> TrainingConfig:
+def with_steps_of_epochs(config: TrainingConfig, epochs: float | None, steps_per_epoch: int) -> TrainingConfig:
     """``config`` with the number of steps of ``epochs`` passes over the training split.
 
     Args:

@@ -294,7 +294,7 @@ def _board_html(board: report.Board, index: int) -> str:
         import chess
         import chess.svg
     except ImportError:
-        note = f"To see the board, run {extras.install('chess')}, and write the report again."
+        note = f"To see the board, run {extras.install_command('chess')}, and write the report again."
         return f"<p><code>{escape(board.fen)}</code></p><p class='note'>{note}</p>"
     try:
         position = chess.Board(board.fen)

@@ -26,16 +26,16 @@ from jaxlm import integrity, processes
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
-from jaxlm.objectives.batch import Loss, count
+from jaxlm.objectives.batch import Loss, count_examples_and_tokens
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxlm.training.progress import Bar
+from jaxlm.training.progress import ProgressBar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker, TrackerName
 from jaxlm.training.trainer import SPIKE_WINDOW, Metrics, Trainer, TrainState, check_step_settings, to_global_batch
 
-METRICS_LAG = 2
+METRICS_DELAY_STEPS = 2
 """The host reads metrics this many steps late, so that it does not wait for a step that it has just dispatched.
 
 It reads the metrics of all dispatched steps only after the first step, before each evaluation and checkpoint, and at
@@ -45,7 +45,7 @@ the end.
 EARLY_STEPS = 10
 """Metrics of this many steps after the start or a resume are always written, regardless of ``log_every``."""
 
-Evaluate = Callable[[Any], Mapping[str, float]]
+EvaluateFunction = Callable[[Any], Mapping[str, float]]
 """A function from the parameters of a model to its validation metrics, for example an ``Evaluator``.
 
 The metrics must include ``loss`` (for :attr:`Result.validation_loss`) and ``TrainingConfig.best_metric``.
@@ -260,7 +260,12 @@ class Result:
 
 
 def train(
-    trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Params | None = None
+    trainer: Trainer,
+    data: Batches,
+    evaluate: EvaluateFunction,
+    config: TrainingConfig,
+    run: Run,
+    params: Params | None = None,
 ) -> Result:
     """Train a model, write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run, and return the result.
 
@@ -307,7 +312,7 @@ def train(
     with lock, checkpointer as checkpoints, _Signals() as signals:
         loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
         loop.start(params)
-        with Bar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
+        with ProgressBar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
             return loop.run(bar, signals)
 
 
@@ -315,7 +320,7 @@ class _Loop:
     """The state of a running :func:`train`."""
 
     def __init__(
-        self, trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run,
+        self, trainer: Trainer, data: Batches, evaluate: EvaluateFunction, config: TrainingConfig, run: Run,
         checkpoints: Checkpointer,
     ) -> None:  # fmt: skip
         self._start_time = time.perf_counter()
@@ -443,7 +448,7 @@ class _Loop:
         spikes."""
         return dataclasses.replace(state, recent_losses=None)
 
-    def run(self, bar: Bar, signals: _Signals) -> Result:
+    def run(self, bar: ProgressBar, signals: _Signals) -> Result:
         """Run all remaining steps and return the result."""
         config, reader = self._config, _MetricsReader(self._records, bar, self._config, self._trainer, self.step)
         if self._schedule_notice is not None and self.step < config.steps:
@@ -464,13 +469,13 @@ class _Loop:
         return self._finish(reader, bar, signals)
 
     def _must_end(self, signals: _Signals) -> bool:
-        """Whether a signal ends the run now, although no further steps follow.
+        """Whether a signal during the last step makes the result an interrupted one.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
         """
         return self._config.checkpoint_every is not None and signals.stop_now()
 
-    def _interrupt(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
+    def _interrupt(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> Result:
         """Print what is saved, and return the result of the interrupted run."""
         message, directory = "nothing is saved, because checkpoint_every=None", self._run.directory
         if self._config.checkpoint_every is not None:
@@ -480,7 +485,7 @@ class _Loop:
         bar.say(f"{signals.caught}: {message}")
         return self._result(reader, None, signals.caught)
 
-    def _advance(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
+    def _advance(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> str | None:
         """Run one step, and the evaluation and the checkpoint that are due after it.
 
         Returns "signal" or "patience" if the run must end after this step, otherwise None."""
@@ -513,7 +518,7 @@ class _Loop:
                     self._save(extra=skipping or not scheduled, wait=is_last or stop is not None)
         return stop
 
-    def _roll_back(self, error: DivergedError, reader: _MetricsReader, bar: Bar) -> None:
+    def _roll_back(self, error: DivergedError, reader: _MetricsReader, bar: ProgressBar) -> None:
         """Restore the newest scheduled checkpoint, and leave out the batches since then.
 
         Raises:
@@ -521,9 +526,13 @@ class _Loop:
         """
         allowed = self._config.max_rollbacks
         self._checkpoints.wait()
-        latest = self._checkpoints.latest_scheduled
+        # Without checkpoint_every, the directory may have checkpoints of another run.
+        saves = self._config.checkpoint_every is not None
+        latest = self._checkpoints.latest_scheduled if saves else None
         hint = f"The last scheduled checkpoint is of step {latest}"
-        if latest is None:
+        if not saves:
+            hint = "The run cannot go back to a checkpoint, because checkpoint_every=None"
+        elif latest is None:
             hint = "There is no checkpoint yet"
         elif allowed == 0:
             hint += "; max_rollbacks=1 would go back to it and leave out the batches since then"
@@ -550,7 +559,7 @@ class _Loop:
             f"batches of steps {self.step + 1} to {error.step}"
         )
 
-    def _train_step(self, reader: _MetricsReader, bar: Bar) -> None:
+    def _train_step(self, reader: _MetricsReader, bar: ProgressBar) -> None:
         batch = next(self._data)
         global_batch = to_global_batch(batch, self._trainer.sharding)
         shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(global_batch))
@@ -558,7 +567,7 @@ class _Loop:
             self._batch_shapes.add(shape)
             if len(self._batch_shapes) > 1:
                 bar.say(f"step {self.step + 1}: compiling for a new batch shape, number {len(self._batch_shapes)}")
-        examples, tokens = count(batch)
+        examples, tokens = count_examples_and_tokens(batch)
         # This process has this fraction of the rows of the global batch.
         fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(global_batch)[0].shape[0]
         self._state, metrics = self._jit_step(self._state, global_batch)
@@ -566,7 +575,7 @@ class _Loop:
         self._tokens += round(tokens / fraction)
         reader.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
-    def _evaluate_now(self, bar: Bar) -> bool:
+    def _evaluate_now(self, bar: ProgressBar) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
         config = self._config
         values = dict(self._evaluate(self._model_params(self._state)))
@@ -576,7 +585,10 @@ class _Loop:
                 "choose one of them"
             )
         self._validation, self._evaluated_step = values, self.step
-        self._records.write(self.step, **{f"validation_{name}": value for name, value in values.items()})
+        self._records.write(
+            self.step, **{f"validation_{name}": value for name, value in values.items()},
+            best_metric=config.best_metric, best_mode=config.best_mode,
+        )  # fmt: skip
         text = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
         bar.say(f"step {self.step}: validation {text}")
         value = self._to_minimize(values[config.best_metric])
@@ -586,7 +598,7 @@ class _Loop:
         self._start_averaging(bar, values.get("loss", value))
         return improved
 
-    def _start_averaging(self, bar: Bar, loss: float) -> None:
+    def _start_averaging(self, bar: ProgressBar, loss: float) -> None:
         """Start the averaging of NT-ASGD if the validation loss has stopped improving."""
         optimizer = self._state.optimizer
         if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
@@ -636,7 +648,7 @@ class _Loop:
         self._metrics_file.sync()
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
-    def _finish(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> Result:
+    def _finish(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> Result:
         metric, improved = self._config.best_metric, False
         if self._validation is None:  # a resumed run without further steps, whose checkpoint was not evaluated
             with signals.announced(bar, f"the evaluation of step {self.step}"):
@@ -732,13 +744,15 @@ class _Records:
 
 
 class _MetricsReader:
-    """Reads the metrics of steps :data:`METRICS_LAG` steps late, writes them to the records, and detects divergence.
+    """Reads metrics :data:`METRICS_DELAY_STEPS` steps late, writes them to the records, and detects divergence.
 
     It writes the metrics of the steps that are multiples of ``log_every``, of the first :data:`EARLY_STEPS` steps, of
     skipped steps and of step ``TrainingConfig.steps``.
     """
 
-    def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
+    def __init__(
+        self, records: _Records, bar: ProgressBar, config: TrainingConfig, trainer: Trainer, start: int
+    ) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
         self._unread: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
         self._last_loss = math.nan  # the loss of the last step that was not skipped
@@ -766,7 +780,7 @@ class _MetricsReader:
             DivergedError: training has diverged.
         """
         self._unread.append((step, metrics, examples, tokens))
-        while len(self._unread) > (METRICS_LAG if step > self._start + 1 else 0):
+        while len(self._unread) > (METRICS_DELAY_STEPS if step > self._start + 1 else 0):
             self._read(*self._unread.popleft())
 
     def flush(self) -> None:
@@ -838,12 +852,12 @@ class _Signals:
 
     def __init__(self) -> None:
         self.caught: str | None = None
-        self._single_process, self._agreed = jax.process_count() == 1, False
+        self._single_process, self._all_must_end = jax.process_count() == 1, False
         self._previous_handlers: dict[int, Any] = {}
         self._announce: Callable[[str], None] | None = None
 
     @contextlib.contextmanager
-    def announced(self, bar: Bar, task: str) -> Iterator[None]:
+    def announced(self, bar: ProgressBar, task: str) -> Iterator[None]:
         """A context manager for a long task.
 
         If a signal has arrived before the task or arrives during the task, a message says at once that the run ends
@@ -869,12 +883,12 @@ class _Signals:
         """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        # end_now returns True only once. If this step ends with a rollback, its return value is lost, so it is stored
-        # here. The run then ends after the next step.
-        self._agreed = self._agreed or processes.end_now()
-        if self._agreed and self.caught is None:
+        # must_end_now returns True in only one call. If this step ends with a rollback, the loop loses this value, so
+        # it is stored here. The run then ends after the next step.
+        self._all_must_end = self._all_must_end or processes.must_end_now()
+        if self._all_must_end and self.caught is None:
             self.caught = signal.SIGTERM.name
-        return self._agreed
+        return self._all_must_end
 
     def __enter__(self) -> _Signals:
         handles_sigterm = self._single_process or processes.is_joined()

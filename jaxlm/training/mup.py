@@ -44,10 +44,10 @@ OUTPUT_VECTORS = ("score",)
 """The last keys of the paths of output vectors, i.e. vectors v in a dot product ``v · h``, as in additive attention.
 They are treated as matrices with one output."""
 
-SAME_SIZES = ("layers", "expert", "kv", "vocab", "positions")
+EQUAL_SIZE_AXES = ("layers", "expert", "kv", "vocab", "positions")
 """Names of the axes that must have the same size in both models."""
 
-SAME_FIELDS = (
+EQUAL_FIELDS = (
     "vocab_size", "vocab_multiple", "head_dim", "state_size", "window", "conv_width", "experts_per_token",
     "num_buckets", "max_distance", "memory_length", "reuse_length", "clamp_length",
 )  # fmt: skip
@@ -133,7 +133,7 @@ def _check_fields(config: Any, base: Any) -> None:
             each is None or (isinstance(each, int | tuple) and not isinstance(each, bool))
             for each in (value, base_value)
         )
-        is_width = is_size and field.name not in SAME_FIELDS
+        is_width = is_size and field.name not in EQUAL_FIELDS
         if value != base_value and not (may_differ or is_width):
             raise ValueError(
                 f"{field.name}={value!r} in the model and {base_value!r} in the base model: only widths may differ"
@@ -163,7 +163,7 @@ def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) ->
         table_ratio: the multiplier of the token vectors in the model, divided by the multiplier in the base model.
     """
     for axis, size, base_size in zip(leaf.axes, leaf.shape, base.shape, strict=True):
-        if axis in SAME_SIZES and size != base_size:
+        if axis in EQUAL_SIZE_AXES and size != base_size:
             raise ValueError(
                 f"{name}: the axis {axis!r} has size {size} in the model and {base_size} in the base model: only "
                 "widths may differ"

@@ -18,7 +18,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from jaxlm import spec
 from jaxlm.adapt import LORA_A, LORA_B, is_table, num_row_axes, num_stack_axes
 from jaxlm.config import check_choices, check_finite
-from jaxlm.models.heads import HEADS
+from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.sharding import Sharding
 from jaxlm.spec import LAYERS, ArraySpec, Params
 from jaxlm.training.nt_asgd import averaging
@@ -50,7 +50,8 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """Learning rate after the last step, as a fraction of the peak (only with the schedules cosine and linear)."""
     beta1: float = 0.9
-    """adamw, and AdamW in muon: decay of the first moment. sgd and nt_asgd: momentum."""
+    """adamw, and AdamW in muon: decay of the first moment. sgd and nt_asgd: momentum. In muon, the momentum of hidden
+    matrices is always 0.95."""
     beta2: float = 0.99
     """adamw, and AdamW in muon: decay of the second moment. adadelta: decay rho of both second moments."""
     nesterov: bool = False
@@ -165,7 +166,9 @@ def make_optimizer(
     if rates is not None and config.name != "adamw":
         raise ValueError(f"rates need name='adamw', got name={config.name!r}: change the optimizer or leave rates out")
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
-    scale_layers = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
+    scale_layers = (
+        [] if config.layer_decay is None else [_scale_by_tree(layer_learning_rate_factors(specs, config.layer_decay))]
+    )
     return optax.chain(
         *clip,
         _scale_by_optimizer(config, specs),
@@ -254,7 +257,7 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
 def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | None:
     row_axes = num_row_axes(name, leaf)
     weight = name.removesuffix(f"/{LORA_A}").removesuffix(f"/{LORA_B}")  # both factors are treated like their weight
-    is_head = name.split("/")[0] in ("head", *HEADS.values(), "next_sentence")
+    is_head = name.split("/")[0] in ("head", *LABEL_HEADS.values(), "next_sentence")
     if row_axes is None or is_head or is_table(weight, leaf):
         return None
     first = num_stack_axes(leaf)  # the first axis of the matrix
@@ -336,7 +339,7 @@ def _for_each_matrix(
 # --------------------------------------------------------------------------------- learning rates by layer
 
 
-def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
+def layer_learning_rate_factors(specs: spec.Tree, decay: float) -> spec.Tree:
     """The learning-rate factor of each leaf: a float, or an array [layers, 1, ...] for a stacked leaf.
 
     With L layers, layer i (from 0) has ``decay ** (L - i)``, embeddings have ``decay ** (L + 1)``, and all other

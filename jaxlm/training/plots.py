@@ -61,15 +61,15 @@ class Theme:
 
 
 # The palette of Okabe and Ito for color-blind readers, without its light yellow.
-PNG = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
+PNG_THEME = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
 
 # `svg` replaces these colors with CSS variables, so that one figure works in the light and the dark theme of a page.
 _CSS_VARIABLES = {
     "#010101": "var(--text)",
     "#020202": "var(--line)",
-    **{f"#0303{index:02x}": f"var(--series-{index})" for index in range(len(PNG.palette))},
+    **{f"#0303{index:02x}": f"var(--series-{index})" for index in range(len(PNG_THEME.palette))},
 }
-SVG = Theme("#010101", "#020202", tuple(color for color in _CSS_VARIABLES if color.startswith("#0303")))
+SVG_THEME = Theme("#010101", "#020202", tuple(color for color in _CSS_VARIABLES if color.startswith("#0303")))
 
 
 def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
@@ -84,13 +84,13 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
         lines += _training_loss(steps, values)
     steps, values = report.metric_curve(records, "validation_loss")
     if steps:
-        label = f"validation (last {values[-1]:.3f}, best {report.best_value('validation_loss', values):.3f})"
+        label = f"validation (last {values[-1]:.3f}, best {report.best_value(records, 'validation_loss'):.3f})"
         lines.append(Series(label, steps, values, color=1, markers=True))
     panels = [Panel("loss (nats)", tuple(lines))] if lines else []
     for name in report.validation_metrics(records):
         if name != "validation_loss":
             steps, values = report.metric_curve(records, name)
-            label = f"last {values[-1]:.4g}, best {report.best_value(name, values):.4g}"
+            label = f"last {values[-1]:.4g}, best {report.best_value(records, name):.4g}"
             panels.append(Panel(readable_name(name), (Series(label, steps, values, color=1, markers=True),)))
     return panels
 
@@ -145,7 +145,7 @@ def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> Non
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     size = (7.0, 4.2) if len(panels) == 1 else (5.2 * columns, 3.6 * rows)
-    _save(panels, PNG, size, (rows, columns), path, format="png", dpi=130)
+    _save(panels, PNG_THEME, size, (rows, columns), path, format="png", dpi=130)
 
 
 def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> None:
@@ -170,7 +170,7 @@ def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> Non
         axes.set_yticks(range(len(rows)), rows)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, labelsize=9)
-        axes.spines[:].set_color(PNG.grid)
+        axes.spines[:].set_color(PNG_THEME.grid)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # matplotlib draws a box instead
         figure.savefig(path, format="png", dpi=110)
@@ -191,7 +191,7 @@ def svg(panel: Panel, identifier: str) -> str:
         identifier: prefix of the ids in the element; it must be unique in the page.
     """
     buffer = io.BytesIO()
-    _save([panel], SVG, (4.6, 2.9), (1, 1), buffer, format="svg", metadata={"Date": None, "Creator": None})
+    _save([panel], SVG_THEME, (4.6, 2.9), (1, 1), buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().decode()
     for color, variable in _CSS_VARIABLES.items():
         text = text.replace(color, variable)
@@ -239,7 +239,7 @@ def _save(
         "svg.hashsalt": "jaxlm",
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained", facecolor="none" if theme is SVG else "white")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none" if theme is SVG_THEME else "white")
         for index, panel in enumerate(panels):
             _draw(figure.add_subplot(*grid, index + 1), panel, theme)
         figure.savefig(target, **options)

@@ -19,7 +19,7 @@ def device_name(count: int) -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
-class Bar:
+class ProgressBar:
     """Shows the loss, the tokens per second, the remaining time and the device of a run.
 
     On a terminal, it is a progress bar. Otherwise, :meth:`update` prints a line after step 1, after step ``steps``, and
@@ -36,7 +36,9 @@ class Bar:
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
         self._steps, self._device = steps, device_name(devices)
-        self._first_update: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        # Step and time of the first update after the compilation or the last rollback.
+        self._first_update: tuple[int, float] | None = None
+        self._last_step = start
         self._last_print = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -52,7 +54,7 @@ class Bar:
             "training", total=steps, completed=start, loss="-", rate="-", device=self._device
         )
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
@@ -64,6 +66,9 @@ class Bar:
         rate = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
         now = time.perf_counter()
+        if step <= self._last_step:  # after a rollback
+            self._first_update = None
+        self._last_step = step
         first_step, first_time = self._first_update = self._first_update or (step, now)
         is_due = now - self._last_print >= SECONDS_BETWEEN_LINES or step in (1, self._steps)
         if is_due and not self.console.is_terminal:

@@ -20,7 +20,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -39,7 +39,9 @@ ATTENTION = "attention.json"
 BOARDS = "boards.json"
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nats", "error")
-"""Lower values are better for metrics whose name contains one of these words. For all others, higher is better."""
+"""Lower values are better for metrics whose name contains one of these words. For all others, higher is better.
+
+For ``TrainingConfig.best_metric``, :func:`best_value` uses ``TrainingConfig.best_mode`` instead."""
 
 # --------------------------------------------------------------------------------------------- metrics.jsonl
 
@@ -87,7 +89,9 @@ def _remove_incomplete_line(path: Path) -> None:
         os.truncate(path, end)
 
 
-_NON_METRIC_FIELDS = {"step": int, "to_step": int, "event": str}
+NON_METRIC_FIELDS: dict[str, Any] = {
+    "step": int, "to_step": int, "event": str, "best_metric": str, "best_mode": Literal["min", "max"],
+}  # fmt: skip
 """Types of the fields of ``metrics.jsonl`` that are not metrics."""
 
 
@@ -99,14 +103,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a complete line is not a JSON object; a step, an event, a loss or a validation metric has the wrong
-            type; or a rollback has no ``to_step``. The message names the line.
+        ValueError: a complete line is not a JSON object; a loss, a validation metric or one of
+            :data:`NON_METRIC_FIELDS` has the wrong type; or a rollback has no ``to_step``. The message names the line.
     """
     rows = _read_lines(Path(path))
     for number, row in rows.items():
         for name, value in row.items():
             is_metric = name == "loss" or name.startswith("validation_")
-            hint = float | None if is_metric else _NON_METRIC_FIELDS.get(name)
+            hint = float | None if is_metric else NON_METRIC_FIELDS.get(name)
             if hint is not None:
                 config.check_value(hint, value, f"{path}, line {number}: {name}")
         if row.get("event") == "rollback" and "to_step" not in row:
@@ -154,12 +158,19 @@ def validation_metrics(*runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: name != "validation_loss")
 
 
-def best_value(name: str, values: Sequence[float]) -> float:
-    """The lowest or highest finite value of a metric (:data:`LOWER_IS_BETTER` decides); NaN if no value is finite."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return math.nan
-    return min(finite) if any(part in name for part in LOWER_IS_BETTER) else max(finite)
+def best_value(records: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The best finite value of a metric in the :func:`valid_records`; NaN if no value is finite.
+
+    The record of an evaluation has the fields ``best_metric`` and ``best_mode``. For this metric, ``best_mode`` decides
+    whether the lowest or the highest value is the best. For other metrics, and in files of early versions of jaxlm,
+    :data:`LOWER_IS_BETTER` decides.
+    """
+    finite = [value for value in metric_curve(records, name)[1] if math.isfinite(value)]
+    evaluations = [record for record in valid_records(records) if "best_mode" in record]
+    modes = {f"validation_{record.get('best_metric')}": record["best_mode"] for record in evaluations}
+    default = "min" if any(part in name for part in LOWER_IS_BETTER) else "max"
+    best = min if modes.get(name, default) == "min" else max
+    return best(finite, default=math.nan)
 
 
 def draw_losses(metrics: str | Path, path: str | Path) -> None:

@@ -24,23 +24,25 @@ from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
+from jaxlm.training.report import NON_METRIC_FIELDS
 
-CarrySize = tuple[int, int]
+CarriedStateSize = tuple[int, int]
 """The size of the model state that training carries from batch to batch: (rows, tokens), the two arguments of
 ``Model.init_state``."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 METRIC_NAMES = frozenset((
-    "step", "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row", "learning_rate",
-    "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
+    *NON_METRIC_FIELDS, "rollbacks", "batches_left_out", "loss", "gradient_norm", "parameter_norm", "weight",
+    "skipped", "skipped_in_a_row", "learning_rate", "tokens", "examples", "tokens_per_second", "examples_per_second",
+    "time",
 ))  # fmt: skip
-"""Names of the metrics that ``metrics.jsonl`` has for a training step. Terms of a loss must have other names."""
+"""Names of the fields of ``metrics.jsonl``, except validation metrics. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128
 """Number of recent losses with which a new loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
 
-def carry_size_of(model: Model, rows: int) -> CarrySize | None:
+def carry_size_of(model: Model, rows: int) -> CarriedStateSize | None:
     """``Trainer.carry_size`` for batches of ``rows`` rows; None if training this model carries no state."""
     length = model.carried_state_length
     return None if length is None else (rows, length)
@@ -101,13 +103,14 @@ class Trainer:
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other, which saves
             memory, and their gradients are summed. The sum is the gradient of the whole batch, with three exceptions:
             dropout, batch normalization and router losses are computed for each micro-batch. A must be 1 with
-            ``carry_size``.
+            ``carry_size``, because the rows of a batch carry state.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
-            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies as soon as half of
-            this number of losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have a
-            similar rule with 6 deviations. They also compare the gradient norm, and they include the losses of skipped
-            steps. None: a step is skipped only if its loss or gradient norm is not finite.
+            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies as soon as
+            ``SPIKE_WINDOW / 2`` such losses exist. The skip-step optimizers of OLMo-core
+            (``optim/skip_step_optimizer.py``) have a similar rule with 6 deviations. They also compare the gradient
+            norm, and they include the losses of skipped steps. None: a step is skipped only if its loss or gradient
+            norm is not finite.
         carry_size: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no
             state.
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all parameters.
@@ -116,8 +119,9 @@ class Trainer:
 
     Raises:
         TypeError: ``optimizer`` is an ``OptimizerConfig``.
-        ValueError: ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range, or a term of the
-            loss has the name of another metric (:data:`METRIC_NAMES`).
+        ValueError: ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
+            ``grad_accum_steps`` is above 1 with ``carry_size``; or the name of a term of the loss is in
+            :data:`METRIC_NAMES` or begins with ``validation_``.
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -130,7 +134,7 @@ class Trainer:
     loss: Loss
     grad_accum_steps: int = 1
     ema_decay: float | None = None
-    carry_size: CarrySize | None = None
+    carry_size: CarriedStateSize | None = None
     adaptation: Adaptation | None = None
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
@@ -143,8 +147,17 @@ class Trainer:
                 "TrainingConfig.trainer"
             )
         check_step_settings(self.grad_accum_steps, self.ema_decay, self.spike_deviations)
-        if taken := sorted(set(term_names(self.loss)) & METRIC_NAMES):
-            raise ValueError(f"the loss has the terms {taken}, which are names of other metrics: rename the terms")
+        if self.grad_accum_steps > 1 and self.carry_size is not None:
+            raise ValueError(
+                f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state "
+                f"(carry_size={self.carry_size}): set it to 1"
+            )
+        names = term_names(self.loss)
+        if taken := sorted(name for name in names if name in METRIC_NAMES or name.startswith("validation_")):
+            raise ValueError(
+                f"the loss has the terms {taken}, which are names of other metrics or begin with validation_: rename "
+                "the terms"
+            )
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -208,12 +221,16 @@ class Trainer:
         return self._jitted_init().eval_shape(jax.random.key(0), params)
 
     def shardings(self) -> TrainState:
-        """The sharding of each array of the state. The field ``sharding`` must be set.
+        """The sharding of each array of the state.
 
         The optimizer state has the shardings of :func:`jaxlm.training.optimizer.optimizer_sharding`. Counters and keys
         are replicated.
+
+        Raises:
+            ValueError: the trainer has no ``sharding``.
         """
-        assert self.sharding is not None
+        if self.sharding is None:
+            raise ValueError("a trainer with sharding=None has no shardings: pass a Sharding to Trainer")
         replicated = self.sharding.replicated()
         params = self.sharding.tree(self.specs)
         optimizer = optimizer_sharding(self.optimizer, self.specs, self.sharding)
@@ -231,9 +248,8 @@ class Trainer:
     def model_params(self, state: TrainState) -> Any:
         """The parameters of the model for evaluation and export, including frozen parameters.
 
-        With ``ema_decay``, the trained parameters are their moving average. Without ``ema_decay`` but with NT-ASGD,
-        they are the mean that the optimizer computes (before averaging starts, the current parameters). In all other
-        cases, they are the current parameters.
+        ``ema_decay`` replaces the trained parameters by their moving averages. NT-ASGD without ``ema_decay`` replaces
+        them by the mean that the optimizer computes, as soon as averaging has started.
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
@@ -274,8 +290,7 @@ class Trainer:
                 inside ``jax.shard_map`` with ``check_vma=False``.
 
         Raises:
-            ValueError: ``grad_accum_steps`` does not divide the number of rows, or it is above 1 and the trainer
-                carries a model state.
+            ValueError: ``grad_accum_steps`` does not divide the number of rows.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -354,10 +369,6 @@ class Trainer:
 
         If the loss returns new values of parameters, the second result is their mean over the micro-batches.
         """
-        if model_state is not None:
-            raise ValueError(
-                f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: set it to 1"
-            )
 
         def add_micro_batch(sums: Any, indexed_micro_batch: Any) -> tuple[Any, Any]:
             index, micro_batch = indexed_micro_batch
@@ -429,7 +440,7 @@ class Trainer:
 
 
 def _fold(key: jax.Array, name: str) -> jax.Array:
-    folded = spec.fold_name(key, name)
+    folded = spec.fold_in_name(key, name)
     assert folded is not None
     return folded
 

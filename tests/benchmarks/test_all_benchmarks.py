@@ -38,7 +38,7 @@ def started_commands(monkeypatch):
         return SimpleNamespace(returncode=int("decode" in command))
 
     # Do not replace subprocess.run itself: matplotlib uses it to find fonts on a machine without a font cache.
-    monkeypatch.setattr(harness, "NEEDS", {})  # torch need not be installed
+    monkeypatch.setattr(harness, "REQUIRED_PACKAGES", {})  # torch need not be installed
     monkeypatch.setattr(all_benchmarks, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
     return commands
 

@@ -29,8 +29,8 @@ NAMES = {
 
 
 def test_every_measured_family_has_baseline_classes() -> None:
-    assert complete_models.SIZES.keys() == complete_models.TORCH_CLASSES.keys() == NAMES.keys()
-    assert set(complete_models.FLAX) < set(complete_models.TORCH_CLASSES)
+    assert complete_models.DEFAULT_BATCH_SIZES.keys() == complete_models.TORCH_CLASSES.keys() == NAMES.keys()
+    assert set(complete_models.FLAX_CLASSES) < set(complete_models.TORCH_CLASSES)
     assert set(complete_models.DECODED_FAMILIES) < set(complete_models.TORCH_CLASSES)
 
 
@@ -106,13 +106,17 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
             complete_models.sizes(xlnet, True, None, length)
     assert complete_models.example(xlnet, *complete_models.sizes(xlnet, True, 1, 10)).tokens.shape == (1, 10)
     targets = {"jaxlm": "a", "torch": "b", "flax": "c"}
-    assert harness.with_class(targets, "xlnet", complete_models.CLASSES, complete_models.SIZES) == {
+    assert harness.implementations_with_family(
+        targets, "xlnet", complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+    ) == {
         "jaxlm": "a",
         "torch": "b",
     }
     assert "flax: no model of the family xlnet" in capsys.readouterr().out
     with pytest.raises(Failure, match="this benchmark cannot measure family 'gru': choose a model of gpt, llama"):
-        harness.with_class(targets, "gru", complete_models.CLASSES, complete_models.SIZES)
+        harness.implementations_with_family(
+            targets, "gru", complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+        )
     assert training.main(["--batch", "0"]) == 2
     assert "--batch 0 must be from 1 to" in capsys.readouterr().err
     assert training.main(["--against", "", "--passes", "backward"]) == 2
@@ -145,7 +149,7 @@ def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_pat
 
     directory = str(tmp_path / "model")
     baselines.Machine(directory, NAMES[family], quick=True)
-    names = ["Jaxlm", "Torch", *(["Flax"] if family in complete_models.FLAX else [])]
+    names = ["Jaxlm", "Torch", *(["Flax"] if family in complete_models.FLAX_CLASSES else [])]
 
     def run(module: ModuleType, name: str, times: int, **arguments: Any) -> list[Any]:
         # The Flax classes use implicit rank promotion, which jaxlm never does.

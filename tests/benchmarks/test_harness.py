@@ -109,7 +109,7 @@ def test_implementations_alternate_and_each_round_starts_with_another(rows: list
 
 def test_fast_runs_have_more_warm_up_repetitions(calls: list[str]) -> None:
     worker: Any = FakeWorker("jaxlm", calls, [0.2, 0.05, 0.1, 7.0], 1.0)
-    assert harness.warm_run(worker) == (7.0, 1.0)
+    assert harness.run_after_warm_up(worker) == (7.0, 1.0)
 
 
 def test_a_row_has_statistics_of_its_rounds(rows: list[Row]) -> None:
@@ -209,13 +209,13 @@ def test_tokens_must_be_the_same() -> None:
 
 
 def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(harness.choose("", training.IMPLEMENTATIONS)) == ["jaxlm"]
+    assert list(harness.choose_implementations("", training.IMPLEMENTATIONS)) == ["jaxlm"]
     with pytest.raises(Failure, match=r"unknown baseline 'tensorflow': choose from .*torch-compile"):
-        harness.choose("tensorflow", training.IMPLEMENTATIONS)
+        harness.choose_implementations("tensorflow", training.IMPLEMENTATIONS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
-    assert list(harness.choose("flax, jaxlm", decoding.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
+    assert list(harness.choose_implementations("flax, jaxlm", decoding.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
     with pytest.raises(Failure, match=r"torch needs torch: pip install -e '\.\[reference\]' in"):
-        harness.choose("torch", decoding.IMPLEMENTATIONS)
+        harness.choose_implementations("torch", decoding.IMPLEMENTATIONS)
 
 
 def test_repeated_values_of_an_option_are_rejected() -> None:
@@ -223,7 +223,7 @@ def test_repeated_values_of_an_option_are_rejected() -> None:
     with pytest.raises(UserError, match="--variants has plain more than once: give it once"):
         harness.names("variants", "plain,bias,plain", ("plain", "bias"))
     with pytest.raises(UserError, match="--lengths has 8 more than once"):
-        harness.numbers("lengths", "8,16,8")
+        harness.parse_numbers("lengths", "8,16,8")
 
 
 def test_a_user_error_prints_one_line_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +243,7 @@ def test_fidelity_uses_float32_matmuls_on_accelerators(monkeypatch: pytest.Monke
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     try:
         with pytest.raises(FileNotFoundError):  # the directory has no model
-            fidelity.of_jaxlm(tmp_path, np.ones((1, 2), int), np.ones((1, 2), int))
+            fidelity.jaxlm_results(tmp_path, np.ones((1, 2), int), np.ones((1, 2), int))
         assert jax.config.jax_default_matmul_precision == "float32"
     finally:
         jax.config.update("jax_default_matmul_precision", before)

@@ -27,7 +27,7 @@ def test_the_command_compares_memory_and_time(tmp_path, capsys, monkeypatch):
     assert plans.main(["--quick", "--steps", "2", "--json", str(path)]) == 0
     assert "gpt2-tiny, decode, cache 8 x 32" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == len(plans.SMALL)
+    assert len(rows) == len(plans.QUICK_CASES)
     for row in rows:
         assert row["measured_bytes"] > 0.5 * row["planned_bytes"]
         assert 0 < row["bound"] < row["seconds"]

@@ -154,7 +154,7 @@ def test_a_state_of_other_data_is_rejected(saved, now, message):
         Batches(now).restore(Batches(saved).state())
 
 
-@pytest.mark.parametrize("state", [{}, {"next": -1, "source": {}}, {"next": "3", "source": {}}, {"next": 3}])
+@pytest.mark.parametrize("state", [{}, {"next": -1, "source": {}}, {"next": True, "source": {}}, {"next": 3}])
 def test_an_invalid_state_is_rejected(state):
     with pytest.raises(ValueError, match="not the state of an iterator"):
         Batches(SOURCES["columns"]()).restore(state)
@@ -181,10 +181,15 @@ def test_any_changed_token_changes_the_fingerprint(monkeypatch):
     assert SOURCES["packed"](documents=texts).fingerprint() != SOURCES["packed"](documents=changed_texts).fingerprint()
 
 
-@pytest.mark.parametrize("rows", [[], [7, 8], [-1]])
-def test_rows_outside_the_batch_raise_an_error(rows):
+@pytest.mark.parametrize("rows", [[], [7, 8], [-1], [0, 0], [0.5], np.array([True, False]), np.array([8])])
+def test_rows_must_be_different_rows_of_the_batch(rows):
     with pytest.raises(ValueError, match=r"rows=\[.*\] must be one or more of the rows 0 to 7 of a batch of 8"):
         Batches(SOURCES["columns"](), rows)
+
+
+def test_rows_may_be_an_array():
+    expected, actual = (next(Batches(SOURCES["columns"](), rows)) for rows in ([4, 1], np.array([4, 1])))
+    assert_same(actual, expected)
 
 
 @each_source

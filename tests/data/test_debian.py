@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxlm.data.debian import project, read_descriptions
+from jaxlm.data.debian import project_name, read_descriptions
 
 RECORDS = """\
 Package: libbox-dev
@@ -102,7 +102,7 @@ def test_the_error_for_a_file_without_long_descriptions_has_a_command(tmp_path):
     ],
 )
 def test_packages_of_one_project_have_equal_project_names(packages):
-    assert len({project(name) for name in packages}) == 1
+    assert len({project_name(name) for name in packages}) == 1
 
 
 def test_an_indented_line_after_a_blank_line_does_not_continue_the_field_before(tmp_path):
@@ -115,4 +115,4 @@ def test_an_indented_line_after_a_blank_line_does_not_continue_the_field_before(
 
 def test_packages_of_different_projects_have_different_names():
     names = ("libreoffice-calc", "libreoffice-writer", "gcc-doc", "r-cran-abc", "r-cran-ggplot2", "python3", "perl-doc")
-    assert len({project(name) for name in names}) == len(names)
+    assert len({project_name(name) for name in names}) == len(names)

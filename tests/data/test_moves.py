@@ -47,8 +47,8 @@ def test_san_vocabulary_is_sorted_by_frequency_and_has_an_unknown_token() -> Non
     tokenizer = MoveTokenizer.from_games(["e4 e5 Nf3", "e4 c5+ Nf3", "e4 Qxf7#"], "san", min_count=1)
     assert tokenizer.moves == ("e4", "Nf3", "Qxf7", "c5", "e5")
     assert tokenizer.encode("e4 Qxf7# Qxf7+ d4").tolist() == [4, 6, 6, 3]
-    assert tokenizer.decode([1, 4, 3, 2, 0]) == "e4 <unk>"
-    assert tokenizer.decode([1, 4, 3, 2, 0], skip_special_tokens=False) == "<bos> e4 <unk> <eos> <pad>"
+    assert tokenizer.decode([1, 4, 3, 2, 0], skip_special_tokens=True) == "e4 <unk>"
+    assert tokenizer.decode([1, 4, 3, 2, 0]) == "<bos> e4 <unk> <eos> <pad>"
     assert MoveTokenizer.from_games(["e4 e5", "e4 c5"], "san", min_count=2).moves == ("e4",)
     assert tokenizer.special_ids == SpecialIds(pad=0, unk=3, bos=1, eos=2)
     assert tokenizer.end_id == 2
@@ -104,6 +104,8 @@ def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, tokenizer: Move
         ),
         (lambda: MoveTokenizer.from_games([""], "san", min_count=5), "at least one move"),
         (lambda: MoveTokenizer.from_games(["e2e4"], "san"), "'e2e4' is not a san move"),
+        (lambda: MoveTokenizer.from_games(["e4 Nf3++"], "san"), r"'Nf3\+\+' is not a san move"),
+        (lambda: MoveTokenizer("san", ["Nf3"]).encode("Nf3++"), r"'Nf3\+\+', is not a san move"),
         (lambda: MoveTokenizer.from_json({"notation": "san", "moves": ["e4"]}), "moves must be a text, got list"),
         (lambda: MoveTokenizer("uci", ["e2e4"]).encode("e2e4 e7e5"), "word 2 .* 'e7e5', is not in the vocabulary of 1"),
         (lambda: MoveTokenizer("uci").encode("a1b8"), "word 1 of the game, 'a1b8', is not a uci move"),

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from jaxlm.data.pronunciations import read_pronunciations, split_words
+from jaxlm.data.pronunciations import read_pronunciations, split_pronunciations
 
 TEXT = """;;; an old comment
 data D EY1 T AH0
@@ -47,7 +47,7 @@ def test_bad_files_are_named(tmp_path, text, message):
 
 def test_words_are_split_by_their_number():
     words = {str(number): [("A",)] for number in range(41)}
-    training, validation, test = split_words(words)
+    training, validation, test = split_pronunciations(words)
     assert list(validation) == ["19", "39"]
     assert list(test) == ["17", "18", "37", "38"]
     assert sorted([*training, *validation, *test], key=int) == list(words)

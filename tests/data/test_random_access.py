@@ -180,6 +180,11 @@ def test_invalid_elements_raise_errors(elements, options, error, message):
         RandomAccess(elements, **{"batch_size": 2, **options})
 
 
+def test_a_batch_without_rows_raises_an_error():
+    with pytest.raises(ValueError, match="rows is empty: give the number of at least one row of the batch"):
+        RandomAccess([element(0)], 2).batch(0, [])
+
+
 def test_errors_name_ids_outside_the_vocabulary():
     source = RandomAccess([element(0), element(9)], 2)
     source.check(14)

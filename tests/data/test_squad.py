@@ -102,6 +102,20 @@ def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: d
     assert rejected.reason.startswith("id 'bad': ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": None}, "'id' must be a text or a whole number, got None"),
+        ({"id": True}, "'id' must be a text or a whole number, got True"),
+        ({"title": ["a", "b"]}, r"'title' must be a text or null, got \['a', 'b'\]"),
+    ],
+)
+def test_ids_and_titles_of_another_type_raise_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "f.jsonl", json.dumps(question(context=CONTEXT, **changes)))
+    with pytest.raises(ValueError, match=rf"f\.jsonl, question 1: id .*: {message}"):
+        read_squad(path)
+
+
 def test_an_error_has_a_reason_if_all_questions_are_invalid(tmp_path: Path) -> None:
     path = write(tmp_path / "dev.json", squad_json(("Café", [question(question=""), question(answers=3)])))
     message = "has no examples: all 2 questions are invalid, for example question 1: id 'q1': 'question' must be"

@@ -99,6 +99,12 @@ def test_error_names_other_causes(params: Any) -> None:
         NotFiniteError, match=r"row 2 .* finite, but 1 state array is not finite: h \(16 of 48 .*Make a new"
     ):
         generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW, state=state)
+    jitted_prefill = jax.jit(lambda state: prefill(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW, state=state))
+    message = (
+        r"row 2 .* 1 state array is not finite: h \(.*Either the initial state was not finite \(make a new state\)"
+    )
+    with pytest.raises(NotFiniteError, match=message):
+        advance(MODEL, params, jitted_prefill(state), NUM_NEW)
     state = {"h": state["h"], "count": jnp.zeros(16, jnp.int32)}
     assert _not_finite({"count": state["count"]}) == ([], ""), "an array of integers is always finite"
     assert _not_finite(state)[0] == ["h (16 of 48 values)"]

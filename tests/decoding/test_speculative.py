@@ -65,6 +65,21 @@ def test_a_model_accepts_its_own_proposals():
         np.testing.assert_array_equal(result.generation.lengths, 9)
 
 
+def test_logits_after_the_last_token_of_a_row_may_be_not_finite():
+    model, params = model_and_params("gru", 1, tie_embeddings=False)
+    options = {"segment_ids": SEGMENTS[:1], "max_new_tokens": 9}
+    tokens = np.asarray(generate(model, params, PROMPTS[:1], **options).tokens)[0]
+    # A round proposes tokens 1 to 3. Token 2 ends the row, so its NaN embedding gives only discarded tokens.
+    assert tokens[2] not in {*PROMPTS[0].tolist(), *tokens[:2].tolist()}
+    bad = {**params, "token_embedding": params["token_embedding"].at[tokens[2]].set(jnp.nan)}
+    models = SpeculativeModels(model, bad, model, bad, 3)
+    for end in ({"end_id": int(tokens[2])}, {"max_new_tokens": 3}):
+        result = speculative_generate(models, PROMPTS[:1], **{**options, **end})
+        assert np.asarray(result.generation.tokens)[0, :3].tolist() == tokens[:3].tolist()
+    with pytest.raises(NotFiniteError, match="row 0 .* token_embedding"):
+        speculative_generate(models, PROMPTS[:1], **options)
+
+
 def test_an_encoder_decoder_with_a_decoder_as_draft():
     models = models_of("t5", "lstm", num_layers=1)
     source = source_inputs(models.target, 3)["source"]

@@ -146,8 +146,8 @@ def test_new_text_does_not_depend_on_the_chunks(tokenizer: Any, num_wrong: int) 
         line[rng.integers(0, line.size, num_wrong)] = rng.integers(128, 256, num_wrong)
         first, last = np.sort(rng.integers(0, line.size + 1, 2))
         ids = line[:last]
-        expected = text._NewText(tokenizer.decode, ids[:first]).read(ids, is_complete=True)
-        new_text, pieces = text._NewText(tokenizer.decode, ids[:first]), ""
+        expected = text._IncrementalDecoder(tokenizer.decode, ids[:first]).read(ids, is_complete=True)
+        new_text, pieces = text._IncrementalDecoder(tokenizer.decode, ids[:first]), ""
         for end in np.sort(rng.integers(first, last + 1, 12)):
             pieces = new_text.read(ids[:end], is_complete=False)
             assert expected.startswith(pieces)

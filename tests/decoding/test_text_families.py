@@ -260,7 +260,7 @@ def test_errors_name_the_bad_source() -> None:
 
 def test_error_for_a_source_longer_than_max_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = model_and_params("t5-tiny")
-    monkeypatch.setattr(text.TokenRequest, "max_positions", 6)
+    monkeypatch.setattr(text.BatchSettings, "max_positions", 6)
     with pytest.raises(ValueError, match=r"source 1 has 7 tokens, but max_positions=6: shorten it"):
         generate_text(model, params, BYTES, ["a", "0123456"])
 

@@ -133,6 +133,14 @@ def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) 
     assert read_boards(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "openai-gpt", "chess-llama-tiny", "lstm-tiny"])
+def test_a_transformer_has_as_many_positions_as_a_row(name: str) -> None:
+    experiment = chess.Experiment(model=chess.lib.ModelConfig(name), notation="uci", min_count=1)
+    model, params, _ = chess.build(experiment, ["e2e4 e7e5"], None)
+    assert params is None
+    assert model.max_positions == (None if name == "lstm-tiny" else experiment.training.sequence_length)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

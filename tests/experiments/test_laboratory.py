@@ -104,7 +104,7 @@ def test_word_accuracy_equals_greedy_decoding():
 
     def accuracy(*pronunciations):
         batch = seq2seq.batch(np.array([letters] * 4), np.array(pronunciations), start_id=pronunciation.START)
-        right, words, _ = word_accuracy(params, seq2seq.decoder_only(batch))
+        right, words, _ = word_accuracy(params, seq2seq.to_decoder_only_batch(batch))
         return float(right), float(words)
 
     assert accuracy(decoded, *others) == (1.0, 1.0)
@@ -164,7 +164,7 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     measured = [result(rate=1e-2, accuracy=0.2), *(result(seed=seed, accuracy=0.9 + seed / 100) for seed in range(3))]
     measured += [result(model="resnet_lm", case="128 tokens, 8 pairs", accuracy=0.3)]
     measured += [result(model="resnet_lm", case="128 tokens, 8 pairs", width=128, accuracy=1.0)]  # not in the claim
-    chosen = page.selected(experiment, measured)
+    chosen = page.best_runs(experiment, measured)
     assert [run.seed for run in chosen["64 tokens, 4 pairs", "gpt", 64]] == [0, 1, 2]
     assert page.mean_and_interval([0.90, 0.91, 0.92]) == "0.910 ± 0.025"  # 4.30 * 0.01 / sqrt(3)
     judged = [page.agreement(claim, chosen) for claim in experiment.claims]

@@ -444,7 +444,7 @@ class ConfigComparison:
         outputs are equal, and the field changes the config of jaxlm or does not. Other texts describe a problem.
         """
         try:
-            described = config_json.describe(content, Path("config.json"), {}).model
+            described = config_json.describe_model(content, Path("config.json"), {}).model
         except ValueError as error:
             if field in str(error):
                 return "refused"

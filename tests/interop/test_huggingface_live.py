@@ -210,7 +210,7 @@ def test_defaults_of_missing_fields_equal_transformers(name: str, number: int) -
         family(name).Config(), **{**table.default_fields, **next(iter(table.architectures.values()))}
     )
     for field_name, file_name in table.hf_name_of_field.items():
-        value, value_names = getattr(defaults, field_name), table.value_of_hf_value.get(file_name)
+        value, value_names = getattr(defaults, field_name), table.jaxlm_value_of.get(file_name)
         if value is None or file_name == "decoder_start_token_id":
             continue  # its default follows from another field, or generation sets it
         allowed = (

@@ -20,7 +20,7 @@ from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.interop.locations import locations_of
 from jaxlm.models import FAMILIES, Model, get_model
-from jaxlm.models.heads import HEADS
+from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.models.model import Metadata
 from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 from jaxlm.training.checks import check_tokenizer
@@ -79,7 +79,7 @@ def test_every_field_survives_load_and_save(name: str, table: Format, architectu
         extra_fields |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"good": 2}}
     synonyms = {"gelu_new": "gelu_pytorch_tanh"}  # another name of the same function
     for field in ("activation_function", "hidden_act"):
-        if field in config and synonyms.get(config[field]) in table.value_of_hf_value.get(field, {}):
+        if field in config and synonyms.get(config[field]) in table.jaxlm_value_of.get(field, {}):
             extra_fields[field] = synonyms[config[field]]
     before = edit(tmp_path / "a", **extra_fields)
     generation = {
@@ -155,16 +155,16 @@ def test_the_saved_config_describes_a_changed_model(architecture: str, fields: A
     """The omitted fields of these configs have a default that depends on the changed field."""
     model_types = {"LlamaForCausalLM": "llama", "BambaModel": "bamba", "FalconH1Model": "falcon_h1"}
     config = {"model_type": model_types.get(architecture, "xlnet"), "architectures": [architecture], **fields}
-    model = config_json.describe(config, Path("config.json"), {}).model
+    model = config_json.describe_model(config, Path("config.json"), {}).model
     assert config_json.model_config_json(model, "float32") == {**config, "torch_dtype": "float32"}
     changed = model.with_fields(**change)
     saved = config_json.model_config_json(changed, "float32")
-    assert config_json.describe(saved, Path("config.json"), {}).model.config == changed.config
+    assert config_json.describe_model(saved, Path("config.json"), {}).model.config == changed.config
 
 
 def test_the_padding_id_of_a_tokenizer_does_not_change_the_decoder_start_id() -> None:
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "pad_token_id": 7}
-    model = config_json.describe(config, Path("config.json"), {}).model
+    model = config_json.describe_model(config, Path("config.json"), {}).model
     tokenizer = train_tokenizer(WORDS, "word", 30, template="eos")
     saved = config_json.model_config_json(model, "float32", tokenizer)
     assert (saved["pad_token_id"], saved["decoder_start_token_id"]) == (0, 7)
@@ -186,7 +186,7 @@ def test_the_special_ids_survive_a_new_model_type() -> None:
     """They are facts about the vocabulary. An omitted id has the default of the loaded model type."""
 
     def saved_ids(fields: dict[str, Any], **change: Any) -> tuple[str, dict[str, Any]]:
-        model = config_json.describe({"vocab_size": 40, **fields}, Path("config.json"), {}).model
+        model = config_json.describe_model({"vocab_size": 40, **fields}, Path("config.json"), {}).model
         config = config_json.model_config_json(model.with_fields(**change), "float32")
         return config["model_type"], {name: ids for name, ids in config.items() if name.endswith("_token_id")}
 
@@ -257,9 +257,9 @@ def test_the_mlp_of_t5_follows_from_all_its_fields(fields: dict[str, Any], mlp: 
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **fields}
     if mlp is None:
         with pytest.raises(ValueError, match=r"feed_forward_proj=.* is not supported"):
-            config_json.describe(config, Path("config.json"), {})
+            config_json.describe_model(config, Path("config.json"), {})
     else:
-        model = config_json.describe(config, Path("config.json"), {}).model
+        model = config_json.describe_model(config, Path("config.json"), {}).model
         assert model.config.mlp == mlp
         assert config_json.model_config_json(model, "float32") == {**config, "torch_dtype": "float32"}
 
@@ -410,7 +410,7 @@ def test_a_tokenizer_updates_only_the_special_ids_that_it_has(tmp_path: Path) ->
 def test_a_new_generation_config_has_the_settings_of_the_config() -> None:
     def saved(model_type: str, architecture: str, **fields: Any) -> dict[str, Any] | None:
         config = {"model_type": model_type, "architectures": [architecture], "vocab_size": 257, **fields}
-        model = config_json.describe(config, Path("config.json"), {}).model
+        model = config_json.describe_model(config, Path("config.json"), {}).model
         assert config_json.generation_config_json(model) is None
         return config_json.generation_config_json(model, ByteTokenizer())
 
@@ -586,8 +586,8 @@ def test_a_multilingual_t5_keeps_another_mlp_than_its_default(model_type: str, t
 )
 def test_a_class_with_a_former_name_is_saved_with_its_present_name(model_type: str, former: str, present: str) -> None:
     config = {"model_type": model_type, "architectures": [former], "torch_dtype": "float32", "note": "kept"}
-    model = config_json.describe(config, Path("config.json"), {}).model
-    assert model == config_json.describe({**config, "architectures": present}, Path("config.json"), {}).model
+    model = config_json.describe_model(config, Path("config.json"), {}).model
+    assert model == config_json.describe_model({**config, "architectures": present}, Path("config.json"), {}).model
     assert config_json.model_config_json(model, "float32") == {**config, "architectures": [present]}
 
 
@@ -641,6 +641,15 @@ def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
     assert len(model.metadata.initialized) == 5
 
 
+def test_parameters_outside_heads_are_not_initialized(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "t5", get_model("t5-tiny", task="none", num_decoder_layers=0))
+    with pytest.raises(ValueError, match=r"missing: decoder\.block\.0\.layer\.0\.SelfAttention\.k\.weight"):
+        load_pretrained(directory, task="seq2seq", num_decoder_layers=2)
+    directory = save_model(tmp_path / "rnn", get_model("attention-rnn-lm-tiny"))
+    with pytest.raises(ValueError, match=r"missing: .*\n.*layer_0\.backward"):
+        load_pretrained(directory, task="classification", num_labels=2)
+
+
 def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
     model = get_model("gpt2-tiny", task="none")
     save_pretrained(
@@ -653,9 +662,9 @@ def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
 
 
 def test_defaults_of_metadata() -> None:
-    """A new ``Metadata`` is empty, and ``HEADS`` lists the parameters of all heads."""
+    """A new ``Metadata`` is empty, and ``LABEL_HEADS`` lists the parameters of all heads."""
     assert Metadata() == Metadata(None, {}, {}, None, (), ())
-    assert set(HEADS.values()) == {"classifier", "token_classifier", "span"}
+    assert set(LABEL_HEADS.values()) == {"classifier", "token_classifier", "span"}
 
 
 def test_a_family_without_a_task_with_labels_says_so(tmp_path: Path) -> None:

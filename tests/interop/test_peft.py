@@ -215,6 +215,8 @@ def test_the_scale_of_rank_stabilized_adapters(tmp_path):
     config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config | {"use_rslora": True}, tensors)
     assert load_adapter(tmp_path, GPT)[0].scale == pytest.approx(8 / 4**0.5)
+    rewrite(tmp_path, config | {"use_rslora": None, "bias": None}, tensors)
+    assert load_adapter(tmp_path, GPT)[0].scale == pytest.approx(8 / 4)
 
 
 def test_dropout_of_an_adapter_gives_a_warning(tmp_path):
@@ -262,6 +264,7 @@ def test_errors_name_unsupported_config_fields(change, message, tmp_path):
             {"transformer.wte.lora_A.weight": (4, 128)},
             r"token_embedding \(transformer.wte.weight\) is not the",
         ),
+        ({"transformer.ln_f.bias": (3,)}, r"ln_f.bias' has shape \[3\], but the model requires \[32\]"),
         ({"lm_head.base_layer.weight": (4, 4)}, "is a weight of the base model: save the adapter with"),
         (
             {"transformer.wte.weight": (128, 32)},

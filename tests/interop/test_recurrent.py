@@ -28,7 +28,7 @@ def run(case, params, x, reverse=False):
         "lstm": recurrence.lstm_specs,
         "gru": lambda *shape: recurrence.gru_specs(*shape, reset="before" if "before" in case else "after"),
     }[case.split("_")[0]]
-    assert spec.diff(specs(x.shape[-1], 4), params) == []
+    assert spec.differences(specs(x.shape[-1], 4), params) == []
     layer = recurrence.lstm if case.startswith("lstm") else recurrence.gru
     return layer(params, jnp.asarray(x), reverse=reverse)[0]
 

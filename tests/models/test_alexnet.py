@@ -118,7 +118,7 @@ def test_the_context_of_the_published_stack_is_122_tokens():
         *spec.abstract((model.specs,)), jax.ShapeDtypeStruct((2, 7), jnp.int32), spec.abstract(specs),
     )  # fmt: skip
     assert hidden.shape == (2, 7, 1024)
-    assert spec.diff(specs, state) == []
+    assert spec.differences(specs, state) == []
 
 
 def test_the_classifier_runs_on_a_mesh_that_splits_the_sequence():

@@ -233,7 +233,7 @@ def test_generation_without_copying_equals_the_plain_model():
     plain, _ = small(VARIANTS[0])
     tokens, source = random_tokens(plain, 2, 6), random_tokens(plain, 2, 5, seed=1)
     params_without_copy = {name: tree for name, tree in params.items() if name != "copy"}
-    assert spec.diff(plain.specs, params_without_copy) == []
+    assert spec.differences(plain.specs, params_without_copy) == []
     want = jax.jit(jax.nn.log_softmax)(logits_of(plain, params_without_copy, tokens, source=source))
     got = logits_of(copying, with_gate(params, 40.0), tokens, source=source)
     assert relative_error(got, want) < TOLERANCE

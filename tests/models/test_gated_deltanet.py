@@ -12,7 +12,7 @@ from jaxlm.config import from_json, to_json
 from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import gated_deltanet, get_model
-from jaxlm.models.common import mixers
+from jaxlm.models.common import layer_kinds
 from jaxlm.models.gated_deltanet import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.nn.scan import gated_delta_rule
@@ -30,7 +30,7 @@ HYBRID = "gated_deltanet-hybrid-tiny"
 
 
 def test_the_pattern_of_mixers_is_repeated():
-    assert mixers(Config(num_layers=6)) == (*["delta_rule"] * 3, "attention", "delta_rule", "delta_rule")
+    assert layer_kinds(Config(num_layers=6)) == (*["delta_rule"] * 3, "attention", "delta_rule", "delta_rule")
     layers = get_model(HYBRID, num_layers=5).specs["layers"]
     assert ["attention" in layer for layer in layers] == [False, True, False, True, False]
 

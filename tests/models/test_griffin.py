@@ -10,7 +10,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
-from jaxlm.models.common import mixers
+from jaxlm.models.common import layer_kinds
 from jaxlm.testing.helpers import (
     add_noise,
     assert_trees_equal,
@@ -33,7 +33,7 @@ def test_parameter_counts(name, count):
 
 def test_the_pattern_repeats_and_may_end_early():
     config = get_model("recurrentgemma-2b").config
-    assert mixers(config) == ("recurrent", "recurrent", "attention") * 8 + ("recurrent", "recurrent")
+    assert layer_kinds(config) == ("recurrent", "recurrent", "attention") * 8 + ("recurrent", "recurrent")
     kinds = [
         next(key for key in ("recurrent", "attention") if key in layer)
         for layer in tiny_model("griffin").specs["layers"]

@@ -463,11 +463,11 @@ def test_mistral_with_rotary_scaling_has_a_head_dim_in_files():
         assert (config["model_type"], config["head_dim"]) == ("mixtral" if fields == MIXTRAL else "mistral", 8)
     content = {**MIXTRAL_FILE, "max_position_embeddings": 64, "torch_dtype": "float32"}
     content["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
-    model = config_json.describe(content, Path("config.json"), {}).model
+    model = config_json.describe_model(content, Path("config.json"), {}).model
     assert config_json.model_config_json(model, "float32") == content
     assert config_json.model_config_json(model.with_fields(rotary_scaling=YARN), "float32")["head_dim"] == 128
     del content["rope_scaling"]
-    model = config_json.describe(content, Path("config.json"), {"rotary_scaling": YARN}).model
+    model = config_json.describe_model(content, Path("config.json"), {"rotary_scaling": YARN}).model
     assert config_json.model_config_json(model, "float32")["head_dim"] == 128
 
 
@@ -477,16 +477,18 @@ def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
     }
     config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "rope_parameters": rope}
-    fields = config_json.describe(config, Path("config.json"), {}).model.config
+    fields = config_json.describe_model(config, Path("config.json"), {}).model.config
     assert (fields.rotary_base, fields.window_rotary_base) == (1e6, 2e4)
     assert fields.rotary_scaling == RotaryScaling("linear", 8.0)
     del config["architectures"]
-    assert config_json.describe(config, Path("config.json"), {}).model.config == fields
+    assert config_json.describe_model(config, Path("config.json"), {}).model.config == fields
     rope["sliding_attention"]["rope_type"] = "linear"
     with pytest.raises(ValueError, match="rope_type='linear' of sliding_attention is not supported"):
-        config_json.describe(config, Path("config.json"), {})
+        config_json.describe_model(config, Path("config.json"), {})
     with pytest.raises(ValueError, match="config.json: "):
-        config_json.describe({**config, "rope_parameters": None, "sliding_window_pattern": 0}, Path("config.json"), {})
+        config_json.describe_model(
+            {**config, "rope_parameters": None, "sliding_window_pattern": 0}, Path("config.json"), {}
+        )
 
 
 def test_writing_unsupported_dynamic_scaling_raises(tmp_path):

@@ -312,7 +312,7 @@ def test_fields_of_bamba_with_a_default_are_read(tmp_path):
     path = save_with_fields(tmp_path, "bamba-tiny", **fields) / "config.json"
     config = json.loads(path.read_text())
     del config["head_dim"]
-    model = config_json.describe(config, path, {}).model
+    model = config_json.describe_model(config, path, {}).model
     assert (model.config.head_dim, model.config.attention_kv_heads, model.config.attention_head_dim) == (8, 4, 32 // 4)
     assert model.config.pattern == ("mamba2",)
 

@@ -25,11 +25,11 @@ CASES = {
 
 
 def step(case, monkeypatch, absorbed, key=None, **rates):
-    """((hidden states, next state) of a call after nine tokens, gradients, number of calls of ``memory.attend``)."""
+    """((hidden states, next state) of a call after nine tokens, gradients, calls of ``memory.attend_to_inputs``)."""
     name, fields, inputs = CASES[case]
     monkeypatch.setattr(choices, "MIN_ABSORBED_CONTEXT", 0 if absorbed else 10**9)
-    calls, attend = [], memory.attend
-    monkeypatch.setattr(memory, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    calls, attend = [], memory.attend_to_inputs
+    monkeypatch.setattr(memory, "attend_to_inputs", lambda *a, **k: calls.append(1) or attend(*a, **k))
     model = get_model(name, **fields, **rates)
     params = initial_params(model)
     num_tokens = inputs["segment_ids"].shape[1] if "segment_ids" in inputs else 1
@@ -44,7 +44,7 @@ def step(case, monkeypatch, absorbed, key=None, **rates):
         return jnp.sum(hidden * weights), (hidden, next_state)
 
     gradients, outputs = jax.jit(jax.grad(run, has_aux=True))(params)
-    monkeypatch.setattr(memory, "attend", attend)
+    monkeypatch.setattr(memory, "attend_to_inputs", attend)
     return outputs, gradients, len(calls)
 
 

@@ -78,7 +78,7 @@ def test_training_uses_batch_statistics_and_updates_running_statistics():
     model, params, tokens = setup()
     train = jax.jit(lambda params: model.apply(params, tokens, key=jax.random.key(0)))
     hidden, state = train(params)
-    assert spec.diff(model.specs["statistics"], state["statistics"]) == []
+    assert spec.differences(model.specs["statistics"], state["statistics"]) == []
     shifted_params = {**params, "statistics": jax.tree.map(lambda x: x + 1.0, params["statistics"])}
     hidden_again, shifted_state = train(shifted_params)
     np.testing.assert_array_equal(hidden_again, hidden)  # running statistics are not used

@@ -89,7 +89,7 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     full = np.asarray(apply(model, params, tokens, source=source, source_segment_ids=segments)[0])
     state = decode_state(model, params, source, 12, segments)
     assert [layer["key"].shape for layer in state["source"]["layers"]] == [(2, 7, 4 * 6)]
-    assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
+    assert spec.differences(t5.state_specs(model.config, 2, 12, 7), state) == []
     prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
     for row, length in enumerate((2, 5)):
         prompt[row, :length], real[row, :length] = tokens[row, :length], 1
@@ -219,7 +219,7 @@ def test_files_round_trip(change, model_type, architecture, tmp_path):
 def test_files_of_transformers_5_have_another_field_for_a_separate_head():
     config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "tie_word_embeddings": True}
     for scaled in (True, False):
-        described = config_json.describe({**config, "scale_decoder_outputs": scaled}, Path("config.json"), {})
+        described = config_json.describe_model({**config, "scale_decoder_outputs": scaled}, Path("config.json"), {})
         assert described.model.config.tie_embeddings == scaled
 
 

@@ -1,6 +1,7 @@
 """Tests of Transformer-XL in addition to the contract, such as the memory over several segments."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -232,6 +233,10 @@ def test_fields_of_hugging_face_configs():
         assert dataclasses.replace(cfg, **read(write(cfg))) == cfg
     for tie_projs in ([True, True], [False, True, False]):
         with pytest.raises(ValueError, match="the first entry must be false, and all other entries must be equal"):
+            read({"tie_projs": tie_projs})
+    for tie_projs in ([False, 3], True):
+        message = re.escape(f"tie_projs={tie_projs!r} must be a list of booleans, or null")
+        with pytest.raises(ValueError, match=message):
             read({"tie_projs": tie_projs})
 
 

@@ -208,6 +208,9 @@ def test_errors_name_bad_inputs():
         model.apply(params, tokens, order=order[:, :5], targets=order)
     with pytest.raises(ValueError, match=r"targets \[1, 9\] must have shape \[2, positions\]"):
         model.apply(params, tokens, order=order, targets=order[:1])
+    empty = {"order": np.zeros((2, 0), np.int32), "targets": np.zeros((2, 3), np.int32)}
+    with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but xlnet computes 3 hidden states that do not"):
+        model.apply(params, np.zeros((2, 0), np.int32), **empty)
     with pytest.raises(ValueError, match=r"targets \[2, 0\] must have shape .* with at least one position"):
         model.apply(params, tokens, order=order, targets=order[:, :0])
     with pytest.raises(ValueError, match=r"right_to_left \[1\] must have shape \[2\]"):
@@ -233,7 +236,7 @@ def test_errors_name_bad_inputs():
 @pytest.mark.parametrize(("fields", "rate"), [({}, 0.1), ({"summary_last_dropout": 0.3}, 0.3)])
 def test_the_dropout_of_the_classifier_in_files(fields, rate):
     file = {"architectures": ["XLNetForSequenceClassification"], "model_type": "xlnet", "dropout": 0.2, **fields}
-    assert xlnet.pool_dropout(config_json.describe(file, Path("config.json"), {}).model.config) == rate
+    assert xlnet.pool_dropout(config_json.describe_model(file, Path("config.json"), {}).model.config) == rate
 
 
 def test_a_target_outside_the_row_gives_nan():

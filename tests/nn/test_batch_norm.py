@@ -57,10 +57,14 @@ def test_statistics_are_float32_in_bfloat16():
     assert relative_error(y.astype(jnp.float32), want) < 5e-3
 
 
-def test_initial_parameters_are_the_identity_and_one_entry_raises():
+def test_initial_parameters_are_the_identity_and_fewer_than_two_entries_raise():
     params, statistics = spec.init((batch_norm_specs(5), statistics_specs(5)))
     y, _ = batch_norm(params, statistics, X, 0.0, training=False)
     np.testing.assert_array_equal(y, X)
     assert not any(jax.tree.leaves(spec.decay_mask((batch_norm_specs(5), statistics_specs(5)))))
-    with pytest.raises(ValueError, match=r"batch normalisation of \[1, 1, 5\] has one entry per channel"):
-        batch_norm(params, statistics, X[:1, :1], 1e-5, training=True)
+    for rows in (0, 1):
+        message = (
+            rf"batch normalization of \[{rows}, 1, 5\] has {rows} entries per channel, but training needs at least"
+        )
+        with pytest.raises(ValueError, match=message):
+            batch_norm(params, statistics, X[:rows, :1], 1e-5, training=True)

@@ -35,7 +35,7 @@ def draw(*shape):
 )
 def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate):
     """Functions before and after the layer make all gradients nonuniform. Weights have more inputs or more outputs."""
-    monkeypatch.setattr(choices, "separate_weight_gradient", lambda: separate)
+    monkeypatch.setattr(choices, "isolate_weight_gradient", lambda: separate)
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 

@@ -45,7 +45,7 @@ class MeanModel:
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def pool(self, params, hidden, segment_ids=None, key=None):
-        return heads.last_token_state(hidden, None if segment_ids is None else jnp.asarray(segment_ids))
+        return heads.last_token_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids))
 
 
 def random_tokens(batch: int, length: int) -> np.ndarray:

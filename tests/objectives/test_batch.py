@@ -1,14 +1,17 @@
 """Functions for all objectives: counts of a batch, label smoothing and token accuracy."""
 
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm.objectives
 from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
-from jaxlm.objectives import causal, seq2seq
-from jaxlm.objectives.batch import Batch, count, smoothed_token_loss, token_accuracy
+from jaxlm.objectives import OBJECTIVES, causal, objective, seq2seq
+from jaxlm.objectives.batch import Batch, count_examples_and_tokens, smoothed_token_loss, token_accuracy
 from jaxlm.testing.helpers import apply, initial_params, tiny_model
 from tests.objectives.stub import VOCAB, MeanModel, check_loss_and_gradient, random_tokens
 
@@ -17,13 +20,22 @@ TOKENS = random_tokens(3, 8)
 SEGMENTS = np.array([[1] * 8, [1] * 5 + [0] * 3, [0] * 8], np.int32)
 
 
+def test_every_module_except_the_shared_one_is_an_objective():
+    modules = [module.name for module in pkgutil.iter_modules(jaxlm.objectives.__path__)]
+    assert sorted([*OBJECTIVES, "batch"]) == sorted(modules)
+    assert all(callable(objective(name).batch) and objective(name).loss for name in OBJECTIVES)
+    for name in ("batch", "casual"):
+        with pytest.raises(ValueError, match=f"there is no objective for task='{name}': choose from causal, class"):
+            objective(name)
+
+
 def test_count_excludes_padding():
-    assert count(causal.batch(TOKENS)) == (3, 3 * 7)
-    assert count(causal.batch(TOKENS, SEGMENTS)) == (2, 7 + 5)
+    assert count_examples_and_tokens(causal.batch(TOKENS)) == (3, 3 * 7)
+    assert count_examples_and_tokens(causal.batch(TOKENS, SEGMENTS)) == (2, 7 + 5)
     pair = seq2seq.batch(
         TOKENS, TOKENS[:, :4], start_id=0, source_segment_ids=SEGMENTS, segment_ids=SEGMENTS[:, :4]
     )  # fmt: skip
-    assert count(pair) == (2, 8 + 5 + 4 + 4)
+    assert count_examples_and_tokens(pair) == (2, 8 + 5 + 4 + 4)
 
 
 def test_a_smoothed_loss_is_the_cross_entropy_to_the_smoothed_distribution():

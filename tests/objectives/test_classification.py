@@ -90,8 +90,9 @@ def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
         classification.make_loss(class_weights=(1.0, 2.0))(MODEL, MODEL.init(), batch)
     with pytest.raises(ValueError, match="label_smoothing=1.0 must be in"):
         classification.make_loss(label_smoothing=1.0)
-    with pytest.raises(ValueError, match="must be positive"):
-        classification.make_loss(class_weights=(0.0, 1.0))
+    for weight in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            classification.make_loss(class_weights=(weight, 1.0))
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])

@@ -174,16 +174,20 @@ def test_a_batch_depends_only_on_the_generator():
 
 
 def test_pairs_have_separators_and_token_types():
-    tokens, types = permutation.pair(np.array([20, 21]), np.array([30]))
+    tokens, types = permutation.join_texts(np.array([20, 21]), np.array([30]))
     assert (tokens.tolist(), types.tolist()) == ([20, 21, SEP, 30, SEP, CLS], [0, 0, 0, 1, 1, 2])
-    assert permutation.pair(np.array([20]))[0].tolist() == [20, SEP, CLS]
-    assert permutation.pair(np.array([20]))[1].tolist() == [0, 0, 2]
+    assert permutation.join_texts(np.array([20]))[0].tolist() == [20, SEP, CLS]
+    assert permutation.join_texts(np.array([20]))[1].tolist() == [0, 0, 2]
 
 
 def test_invalid_numbers_raise_errors():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"windows must be \[batch, time\], got \[5\]"):
         permutation.batch(np.zeros(5, np.int32), rng)
+    with pytest.raises(ValueError, match="the array of windows has dtype float64, but batches hold int32"):
+        permutation.batch(windows().astype(float), rng, PermutationConfig(**SMALL))
+    with pytest.raises(ValueError, match="the array of windows has values outside int32"):
+        permutation.batch(windows().astype(np.int64) + 2**40, rng, PermutationConfig(**SMALL))
     with pytest.raises(ValueError, match="reuse_length=256"):
         permutation.batch(windows(), rng)
     for name in ("reuse_length", "permutation_length", "num_predict", "max_span_length"):

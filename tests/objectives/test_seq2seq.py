@@ -41,7 +41,7 @@ def test_every_document_begins_with_the_start_id_and_padding_has_weight_0():
 
 def test_a_model_without_encoder_reads_the_source_before_the_targets():
     batch = seq2seq.batch(np.array([[7, 8, 1]]), np.array([[5, 6, 1]]), start_id=3)
-    causal = seq2seq.decoder_only(batch)
+    causal = seq2seq.to_decoder_only_batch(batch)
     assert causal.tokens.tolist() == [[7, 8, 1, 3, 5, 6]]
     assert causal.targets.tolist() == [[0, 0, 0, 5, 6, 1]]
     assert causal.weights.tolist() == [[0, 0, 0, 1, 1, 1]]
@@ -51,13 +51,13 @@ def test_a_model_without_encoder_reads_the_source_before_the_targets():
         np.array([[7, 8, 0]]), np.array([[5, 1, 0]]), start_id=3, source_segment_ids=np.array([[1, 1, 0]]),
         segment_ids=np.array([[1, 1, 0]]),
     )  # fmt: skip
-    assert seq2seq.decoder_only(padded).segment_ids.tolist() == [[1, 1, 0, 1, 1, 0]]
+    assert seq2seq.to_decoder_only_batch(padded).segment_ids.tolist() == [[1, 1, 0, 1, 1, 0]]
     segments = np.array([[2, 2, 0]])
     second = padded.replace(segment_ids=segments, inputs={**padded.inputs, "source_segment_ids": segments})
-    assert seq2seq.decoder_only(second).segment_ids.tolist() == [[2, 2, 0, 2, 2, 0]]
+    assert seq2seq.to_decoder_only_batch(second).segment_ids.tolist() == [[2, 2, 0, 2, 2, 0]]
     for segments in ([[1, 2, 0]], [[2, 2, 0]]):
         with pytest.raises(ValueError, match="a row has several documents"):
-            seq2seq.decoder_only(padded.replace(segment_ids=np.array(segments)))
+            seq2seq.to_decoder_only_batch(padded.replace(segment_ids=np.array(segments)))
 
 
 def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
@@ -117,3 +117,12 @@ def test_invalid_input_raises_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             seq2seq.pad(rows, length)
+
+
+def test_values_that_int32_does_not_represent_are_not_cast():
+    with pytest.raises(ValueError, match="row 1 has dtype float64, but batches hold int32: convert it to integers"):
+        seq2seq.pad([[3], [1.7, 2.0]])
+    with pytest.raises(ValueError, match="row 0 has values outside int32: from 1 to 1099511627781"):
+        seq2seq.pad([[1, 2**40 + 5]])
+    with pytest.raises(ValueError, match="the array of targets has values outside int32"):
+        seq2seq.shift_right(np.array([[2**40 + 5]]), 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.objectives import span_corruption
-from jaxlm.objectives.span_corruption import corrupt, noise_mask, text_length
+from jaxlm.objectives.span_corruption import corrupt, removal_mask, text_length
 
 
 def published_noise_mask(length, rng, density, mean_span):
@@ -33,7 +33,7 @@ def published_noise_mask(length, rng, density, mean_span):
 )
 def test_noise_mask_equals_the_published_algorithm(length, density, mean_span):
     for seed in range(5):
-        mask = noise_mask(length, np.random.default_rng(seed), density=density, mean_span=mean_span)
+        mask = removal_mask(length, np.random.default_rng(seed), density=density, mean_span=mean_span)
         assert mask.dtype == bool
         expected = published_noise_mask(length, np.random.default_rng(seed), density, mean_span)
         np.testing.assert_array_equal(mask, expected)
@@ -44,14 +44,14 @@ def test_the_number_of_spans_is_limited_by_the_tokens_without_noise():
 
     So there is one span. The published algorithm fails in this case.
     """
-    mask = noise_mask(10, np.random.default_rng(0), density=0.9, mean_span=1.0)
+    mask = removal_mask(10, np.random.default_rng(0), density=0.9, mean_span=1.0)
     assert mask.tolist() == [False] + [True] * 9
 
 
 def test_all_noise_masks_are_equally_likely():
     """6 tokens have 3 noise tokens in 2 spans. There are 2 ways to split the noise and 2 ways to split the rest."""
     rng = np.random.default_rng(0)
-    samples = [tuple(noise_mask(6, rng, density=0.5, mean_span=1.5)) for _ in range(2000)]
+    samples = [tuple(removal_mask(6, rng, density=0.5, mean_span=1.5)) for _ in range(2000)]
     masks, counts = np.unique(samples, axis=0, return_counts=True)
     assert len(masks) == 4
     assert np.all(np.abs(counts - 500) < 100)  # five standard deviations
@@ -133,11 +133,11 @@ def test_a_batch_depends_only_on_texts_and_generator():
 def test_invalid_input_raises_errors():
     rng, text = np.random.default_rng(0), np.arange(10, 50)
     with pytest.raises(ValueError, match=r"density=1.0 must be between 0 and 1"):
-        noise_mask(10, rng, density=1.0)
+        removal_mask(10, rng, density=1.0)
     with pytest.raises(ValueError, match=r"mean_span=0.5 must be at least 1"):
-        noise_mask(10, rng, mean_span=0.5)
+        removal_mask(10, rng, mean_span=0.5)
     with pytest.raises(ValueError, match="a text of 1 tokens cannot be corrupted"):
-        noise_mask(1, rng)
+        removal_mask(1, rng)
     with pytest.raises(ValueError, match="20 spans need 20 sentinels, but num_sentinels=5"):
         corrupt(text, np.arange(40) % 2 == 1, first_sentinel=99, end_id=1, num_sentinels=5)
     with pytest.raises(ValueError, match="100 sentinels with descending ids from 60 need negative ids"):

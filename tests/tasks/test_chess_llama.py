@@ -12,7 +12,7 @@ import jaxlm
 from jaxlm.data import MoveTokenizer
 from jaxlm.data.games import chess_games, import_chess
 from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, perplexity, stream_text
-from jaxlm.tasks.chess_llama import INITIAL_BOARD, SIDE, boards_after, embed_boards
+from jaxlm.tasks.chess_llama import INITIAL_BOARD, SIDE_TO_MOVE, boards_after, embed_boards
 from jaxlm.tasks.chess_players import ModelPlayer, RandomPlayer, play_match
 from jaxlm.tasks.chess_reading import next_move_probabilities, pad_games
 from jaxlm.tasks.chess_training import game_batches
@@ -73,7 +73,7 @@ def test_special_tokens_keep_the_board_and_a_move_of_an_empty_square_moves_nothi
     np.testing.assert_array_equal(after, boards_of_line("e2e4")[0])
     np.testing.assert_array_equal(end, after)
     assert moved[12] == moved[28] == 0  # e2 is empty, so the move empties e4
-    assert (after[SIDE], moved[SIDE]) == (1, 0)
+    assert (after[SIDE_TO_MOVE], moved[SIDE_TO_MOVE]) == (1, 0)
     np.testing.assert_array_equal(outside, moved)
 
 
@@ -83,7 +83,7 @@ def test_embed_boards_sums_the_rows_of_the_pieces():
     vectors = embed_boards(table, jnp.asarray(boards))
     rows = np.asarray(table).reshape(64, 2, 12, 8)
     for vector, board in zip(vectors[0], boards[0], strict=True):
-        expected = sum(rows[square, board[SIDE], board[square] - 1] for square in range(64) if board[square])
+        expected = sum(rows[square, board[SIDE_TO_MOVE], board[square] - 1] for square in range(64) if board[square])
         np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -95,9 +95,9 @@ def test_the_hidden_state_depends_on_the_board():
     gradient = jax.jit(jax.grad(lambda params: model.apply(params, tokens)[0][0, -1].sum()))(params)["board_embedding"]
     boards = [INITIAL_BOARD, *boards_of_line("e2e4 e7e5 g1f3")]
     used = {
-        (int(square) * 2 + int(board[SIDE])) * 12 + int(board[square]) - 1
+        (int(square) * 2 + int(board[SIDE_TO_MOVE])) * 12 + int(board[square]) - 1
         for board in boards
-        for square in np.flatnonzero(board[:SIDE])
+        for square in np.flatnonzero(board[:SIDE_TO_MOVE])
     }
     assert set(np.flatnonzero(np.any(np.asarray(gradient) != 0, axis=1)).tolist()) == used
 

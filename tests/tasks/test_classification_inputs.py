@@ -180,3 +180,5 @@ def test_folds_are_pooled_over_their_examples(tmp_path):
     assert (results["minutes"], results["parameters"], results["data"]) == (1.0, 7, "here")
     assert results["accuracy_of_folds"] == [0.9, 0.5]
     assert results["standard_deviation_over_folds"] == 0.2828
+    with pytest.raises(ValueError, match="needs the scores of at least two folds, got 1: add folds"):
+        classification.write_folds(tmp_path, scores[:1])

@@ -259,6 +259,7 @@ def test_invalid_requests_raise_errors() -> None:
         TextRequests(jaxlm.get_model("bert-tiny"), {}, BYTES)
     for options, message in (
         ({"batch_size": "auto"}, "batch_size='auto' must be an integer of at least 1"),
+        ({"batch_size": True}, "batch_size=True must be an integer of at least 1"),
         ({"max_length": 65}, "max_length=65 exceeds the model's max_positions=64"),
         ({"prefix_token_id": 257}, "prefix_token_id=257 must be an id of the vocabulary, from 0 to 256"),
     ):

@@ -58,7 +58,7 @@ def test_every_token_except_the_first_is_a_target_once(size: int, rows: int, len
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lstm", "transformer_xl"])
 def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_generation, "NUM_COLUMNS", 1)
+    monkeypatch.setattr(text_generation, "NUM_SCORING_ROWS", 1)
     model = tiny_model(name)
     params = initial_params(model)
     ids = CORPUS.parts["test"][:25]

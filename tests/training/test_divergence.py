@@ -170,6 +170,9 @@ def test_rollbacks_are_limited_and_keep_the_checkpoint(tmp_path):
         run(tmp_path, loss, resume=True)
     with pytest.raises(DivergedError, match="There is no checkpoint yet"):
         run(tmp_path / "early", loss_with(nan=range(200)), max_rollbacks=2)
+    # Without checkpoint_every, the checkpoints in the directory may be those of another run.
+    with pytest.raises(DivergedError, match=r"data of these steps\. The run cannot .*, because checkpoint_every=None$"):
+        run(tmp_path, loss, checkpoint_every=None)
 
 
 def test_nonfinite_weights_cause_a_rollback(tmp_path, capfd):

@@ -30,7 +30,7 @@ from jaxlm.training.nt_asgd import mean_params, start_averaging
 from jaxlm.training.optimizer import (
     MUON_RMS,
     OptimizerConfig,
-    layer_rates,
+    layer_learning_rate_factors,
     learning_rate,
     make_optimizer,
     muon_dimension_numbers,
@@ -311,17 +311,17 @@ def test_optimizer_states_are_sharded_like_parameters(name):
 
 
 def test_layer_rates_equal_those_of_beit():
-    rates = layer_rates(T5.specs, 0.5)
+    rates = layer_learning_rate_factors(T5.specs, 0.5)
     flat = spec.flatten(rates)
     np.testing.assert_allclose(jnp.ravel(flat["decoder/layers/mlp/up/weight"]), [0.125, 0.25, 0.5])
     np.testing.assert_allclose(jnp.ravel(flat["encoder/layers/attention_norm/scale"]), [0.25, 0.5])
     assert flat["encoder/layers/mlp/up/weight"].shape == (2, 1, 1)
     assert flat["token_embedding"] == flat["encoder/relative_bias"] == 0.5**4
     assert flat["decoder/final_norm/scale"] == 1.0
-    classifier = spec.flatten(layer_rates(tiny_model("bert", task="classification").specs, 0.5))
+    classifier = spec.flatten(layer_learning_rate_factors(tiny_model("bert", task="classification").specs, 0.5))
     assert classifier["classifier/weight"] == classifier["pooler/bias"] == 1.0
     assert classifier["embedding_norm/scale"] == 0.125
-    recurrent = spec.flatten(layer_rates(tiny_model("lstm-encoder-tiny").specs, 0.5))
+    recurrent = spec.flatten(layer_learning_rate_factors(tiny_model("lstm-encoder-tiny").specs, 0.5))
     assert recurrent["layer_0/forward/bias"] == 0.25
     assert recurrent["layer_1/backward/weight_hidden"] == 0.5
 
@@ -329,7 +329,9 @@ def test_layer_rates_equal_those_of_beit():
 def test_layer_rates_without_the_first_layers_are_those_of_the_complete_model():
     """The top layer is next to the head in both models. Only embeddings depend on the number of trained layers."""
     specs = tiny_model("bert", scan_layers=True).specs
-    complete, rest = (spec.flatten(layer_rates(tree, 0.5)) for tree in (specs, Freeze((), 1).specs(specs)))
+    complete, rest = (
+        spec.flatten(layer_learning_rate_factors(tree, 0.5)) for tree in (specs, Freeze((), 1).specs(specs))
+    )
     np.testing.assert_array_equal(complete["layers/mlp/up/weight"][1:], rest["layers/mlp/up/weight"])
     assert (complete["token_embedding"], rest["token_embedding"]) == (0.125, 0.25)
 
@@ -341,7 +343,7 @@ def test_layer_decay_multiplies_the_whole_update():
     config = OptimizerConfig("sgd", **{**PLAIN, "weight_decay": 0.1}, beta1=0.0)
     plain, _ = run_optimizer(make_optimizer(config, model.specs, 10), params, gradients)
     decayed = make_optimizer(dataclasses.replace(config, layer_decay=0.5), model.specs, 10)
-    expected = jax.tree.map(lambda update, rate: update * rate, plain, layer_rates(model.specs, 0.5))
+    expected = jax.tree.map(lambda update, rate: update * rate, plain, layer_learning_rate_factors(model.specs, 0.5))
     assert_trees_close(run_optimizer(decayed, params, gradients)[0], expected, 1e-6)
     per_layer = make_optimizer(dataclasses.replace(config, layer_decay=0.5), spec.unstack(model.specs), 10)
     updates, _ = run_optimizer(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))

@@ -103,8 +103,19 @@ def test_draw_losses_writes_a_png_file(tmp_path):
     ("name", "expected"), [("validation_loss", 1.0), ("validation_bits_per_character", 1.0), ("validation_BLEU", 3.0)]
 )
 def test_the_best_value_depends_on_the_metric(name, expected):
-    assert report.best_value(name, [3.0, math.nan, 1.0, 2.0]) == expected
-    assert math.isnan(report.best_value(name, [math.nan]))
+    records = [{"step": step, name: value} for step, value in enumerate([3.0, math.nan, 1.0, 2.0])]
+    assert report.best_value(records, name) == expected
+    assert math.isnan(report.best_value(records[1:2], name))
+
+
+@pytest.mark.parametrize(("metric", "mode", "expected"), [("wer", "min", 1.0), ("bits_saved", "max", 3.0)])
+def test_the_best_value_of_the_best_metric_depends_on_its_mode(metric, mode, expected):
+    name, mode_of_metric = f"validation_{metric}", {"best_metric": metric, "best_mode": mode}
+    records = [{"step": step, name: value, **mode_of_metric} for step, value in enumerate([3.0, 1.0, 2.0])]
+    assert report.best_value(records, name) == expected
+    _, panel = plots.training_panels([{"step": 0, "validation_loss": 2.0}, *records])
+    assert panel.series[0].label == f"last 2, best {expected:g}"
+    assert [panel.ylabel for panel in plots.optimization_panels(records)] == []
 
 
 # --------------------------------------------------------------------------------------------- other files

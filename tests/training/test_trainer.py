@@ -140,10 +140,10 @@ def test_the_metrics_have_the_mean_of_each_term_of_the_loss(count):
     assert float(metrics["loss"]) == pytest.approx(cross_entropy + 0.01 * means["load_balance_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["weight", "learning_rate", "tokens"])
+@pytest.mark.parametrize("name", ["weight", "learning_rate", "event", "to_step", "validation_x"])
 def test_a_term_with_the_name_of_a_metric_raises_an_error(name):
     model, optimizer, _ = model_optimizer_batch()
-    with pytest.raises(ValueError, match=f"terms \\['{name}'\\], which are names of other metrics: rename"):
+    with pytest.raises(ValueError, match=f"terms \\['{name}'\\], which are names of other metrics or begin"):
         Trainer(model, optimizer, LossWithTerms((name,), causal.loss))
 
 
@@ -164,6 +164,12 @@ def test_terms_must_have_the_names_of_the_loss():
 def test_grad_accum_steps_must_divide_the_batch():
     with pytest.raises(ValueError, match="grad_accum_steps=3 does not divide the batch of 8 rows"):
         compiled_step(grad_accum_steps=3)(initial_state(), model_optimizer_batch()[2])
+
+
+def test_a_trainer_without_sharding_has_no_shardings():
+    model, optimizer, _ = model_optimizer_batch()
+    with pytest.raises(ValueError, match="sharding=None has no shardings: pass a Sharding to Trainer"):
+        Trainer(model, optimizer, causal.loss).shardings()
 
 
 def test_gradient_accumulation_with_a_sharded_batch():
@@ -403,9 +409,9 @@ def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     assert_trees_equal(state.frozen, frozen)
-    assert spec.diff(trainer.specs, state.params) == spec.diff(trainer.specs, state.ema) == []
+    assert spec.differences(trainer.specs, state.params) == spec.differences(trainer.specs, state.ema) == []
     merged = trainer.model_params(state)
-    assert spec.diff(model.specs, merged) == []
+    assert spec.differences(model.specs, merged) == []
     assert_trees_equal(merged["token_embedding"], params["token_embedding"])
     weight = "layers/attention/qkv/weight" if scan_layers else "layers/0/attention/qkv/weight"
     assert relative_error(spec.flatten(merged)[weight], spec.flatten(params)[weight]) > 1e-4

@@ -34,7 +34,7 @@ BERT = Format(
     },
     default_fields={"mlp_dim": 3072},
     write_fields=lambda cfg: {"intermediate_size": mlp_dim(cfg)},
-    value_of_hf_value={
+    jaxlm_value_of={
         "hidden_act": {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"},
     },
     # The family supports only these values. Any other value is an error.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import integer
+from jaxlm.interop.formats.format import read_integer
 from jaxlm.models.experts import ExpertsConfig
 
 HF_NAME_OF_FIELD = {
@@ -42,8 +42,8 @@ def read_experts(config: Mapping[str, Any], num_layers: int, num_experts: int) -
     Raises:
         ValueError: ``num_experts``, ``decoder_sparse_step`` or ``mlp_only_layers`` has a wrong type or is out of range.
     """
-    experts = integer(config, "num_experts", num_experts)
-    interval = integer(config, "decoder_sparse_step", 1)
+    experts = read_integer(config, "num_experts", num_experts)
+    interval = read_integer(config, "decoder_sparse_step", 1)
     if experts < 0 or interval < 1:
         raise ValueError(f"num_experts={experts} must be at least 0, and decoder_sparse_step={interval} at least 1")
     dense = config.get("mlp_only_layers") or []

@@ -22,7 +22,7 @@ shape [D, H * K], ((1, 2), (0,)) if it has the shape [H * K, D], and ((1, 2), ()
 [H * K, 1, D].
 """
 
-NATIVE_PREFIX = "jaxlm-"
+JAXLM_PREFIX = "jaxlm-"
 """Start of ``model_type`` in jaxlm's own format, whose tensor names are the paths of the parameters."""
 
 
@@ -43,7 +43,7 @@ class Format:
         model_type: ``model_type`` in ``config.json``.
         prefix: the prefix of all tensor names of the base model, in files of classes with a head.
         hf_name_of_field: jaxlm config field -> HF config field. The two fields have the same value, except for the
-            fields in ``value_of_hf_value``.
+            fields in ``jaxlm_value_of``.
         default_fields: jaxlm config field -> its value if ``config.json`` lacks the field. A field of this mapping that
             is not in ``hf_name_of_field`` has this value in all models of the format. So the format can represent a
             model only if the model has these values.
@@ -55,7 +55,7 @@ class Format:
             files have one tensor for each expert, ``{expert}`` stands for the index of the expert. If a model has no
             parameter with this path, its files do not contain the tensor. If several parameters of a model have the
             same tensor, the tensor is their concatenation along the first axis, in the order of this mapping.
-        value_of_hf_value: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values
+        jaxlm_value_of: HF config field -> {HF value: jaxlm value} with all supported values, for fields whose values
             have different names in HF and jaxlm. If several HF values have the same jaxlm value, the first is written.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         not_null: HF config fields that must not be null, because the classes of this ``model_type`` need a value.
@@ -87,7 +87,7 @@ class Format:
     default_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     write_fields: Callable[[Any], dict[str, Any]] | None = None
-    value_of_hf_value: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    jaxlm_value_of: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_null: tuple[str, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -100,9 +100,9 @@ class Format:
     ignored: tuple[str, ...] = ()
 
     @property
-    def is_native(self) -> bool:
+    def is_jaxlm_format(self) -> bool:
         """Whether this is jaxlm's own format."""
-        return self.model_type.startswith(NATIVE_PREFIX)
+        return self.model_type.startswith(JAXLM_PREFIX)
 
 
 DECODER_HEADS = {
@@ -123,7 +123,7 @@ def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
     return tuple(kinds[: next(sizes, num_layers)])
 
 
-def integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
+def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
     """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, read_integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
-from jaxlm.models.common import mixers
+from jaxlm.models.common import layer_kinds
 from jaxlm.models.gated_deltanet import Config, Mixer
 
 UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
@@ -20,10 +20,10 @@ _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attent
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    num_layers = integer(config, "num_hidden_layers", Config.num_layers)
+    num_layers = read_integer(config, "num_hidden_layers", Config.num_layers)
     fields = experts.read_experts(config, num_layers, 512)
     if fields["num_experts"] is not None:
-        fields["shared_expert_dim"] = integer(config, "shared_expert_intermediate_size", 512)
+        fields["shared_expert_dim"] = read_integer(config, "shared_expert_intermediate_size", 512)
     return {**fields, "pattern": _pattern(config, num_layers), **read_rotary(config, None)}
 
 
@@ -31,7 +31,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
     """The shortest pattern of mixers whose repetition gives the mixers of all layers, from ``config.json``."""
     types = config.get("layer_types")
     if types is None:
-        interval = integer(config, "full_attention_interval", 4)
+        interval = read_integer(config, "full_attention_interval", 4)
         if interval < 1:
             raise ValueError(f"full_attention_interval={interval} must be at least 1")
         types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
@@ -49,7 +49,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         raise ValueError("model_type='qwen3_next' has a shared expert: set shared_expert_dim, or num_experts to None")
     name_of = {mixer: name for name, mixer in _LAYER_TYPES.items()}
     return {
-        "layer_types": [name_of[mixer] for mixer in mixers(cfg)],
+        "layer_types": [name_of[mixer] for mixer in layer_kinds(cfg)],
         **experts.write_experts(cfg),
         **shared,
         **write_rotary(cfg.rotary_scaling, cfg.max_positions),

@@ -32,7 +32,7 @@ _GPT2 = Format(
         "tie_embeddings": "tie_word_embeddings",
         "activation": "activation_function",
     },
-    value_of_hf_value={
+    jaxlm_value_of={
         "activation_function": {
             "gelu_new": "gelu_tanh",
             "gelu_pytorch_tanh": "gelu_tanh",
@@ -103,7 +103,7 @@ _GPT1 = dataclasses.replace(
         **{name: hf_name for name, hf_name in _GPT2.hf_name_of_field.items() if name not in ("mlp_dim", "activation")},
         "activation": "afn",
     },
-    value_of_hf_value={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # GPT-1's "gelu" is the tanh approximation
+    jaxlm_value_of={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # GPT-1's "gelu" is the tanh approximation
     required={"pruned_heads": {}},
     token_ids={},
     tensors={

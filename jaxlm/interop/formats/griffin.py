@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from jaxlm.interop.formats.format import Format, integer
+from jaxlm.interop.formats.format import Format, read_integer
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     num_heads, embed_dim = config.get("num_attention_heads", 10), config.get("hidden_size", 2560)
-    kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
+    kv_heads, head_dim = (read_integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
     # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for the gate and
     # the up projection.
-    mlp_dim = integer(config, "intermediate_size", 7680)
+    mlp_dim = read_integer(config, "intermediate_size", 7680)
     if mlp_dim < 2:
         raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
     pattern = config.get("block_types", Config.pattern)

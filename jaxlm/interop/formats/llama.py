@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, read_integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    kv_heads, head_dim = (integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
-    num_heads = integer(config, "num_attention_heads", 32)
+    kv_heads, head_dim = (read_integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
+    num_heads = read_integer(config, "num_attention_heads", 32)
     if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={num_heads}")
     return {"num_kv_heads": kv_heads, "head_dim": head_dim, **read_rotary(config, 1.0)}
@@ -29,7 +29,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}  # Mistral's defaults
-    return {**_read_fields(config), "window": integer(config, "sliding_window", nullable=True)}
+    return {**_read_fields(config), "window": read_integer(config, "sliding_window", nullable=True)}
 
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # Qwen2's default
-    window, num_layers = None, integer(config, "num_hidden_layers", 32)
+    window, num_layers = None, read_integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
-        first_windowed = integer(config, "max_window_layers", 28, nullable=True)
+        first_windowed = read_integer(config, "max_window_layers", 28, nullable=True)
         kinds = _layer_list(config, "layer_types", num_layers)
         if kinds is None:
             kinds = ["sliding_attention" if layer >= first_windowed else "" for layer in range(num_layers)]
@@ -63,7 +63,7 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"a sliding window in {num_windowed} of {num_layers} layers is not supported: use it in all layers or "
                 f"none (max_window_layers={first_windowed}, layer_types={config.get('layer_types')!r})"
             )
-        window = integer(config, "sliding_window", 4096, nullable=True) if num_windowed else None
+        window = read_integer(config, "sliding_window", 4096, nullable=True) if num_windowed else None
     return {**_read_fields(config), "window": window}
 
 
@@ -89,12 +89,12 @@ def _write_qwen3(cfg: Config) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, **config}  # Qwen3-MoE's default
-    num_layers = integer(config, "num_hidden_layers", 24)
+    num_layers = read_integer(config, "num_hidden_layers", 24)
     uses_window = config.get("use_sliding_window", False)
     return {
         **_read_fields(config),
         **experts.read_experts(config, num_layers, 128),
-        "window": integer(config, "sliding_window", 4096, nullable=True) if uses_window else None,
+        "window": read_integer(config, "sliding_window", 4096, nullable=True) if uses_window else None,
     }
 
 
@@ -124,10 +124,10 @@ def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[A
 
 def _read_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, **config}  # SmolLM3's default
-    num_layers = integer(config, "num_hidden_layers", 36)
+    num_layers = read_integer(config, "num_hidden_layers", 36)
     has_rotary = _layer_list(config, "no_rope_layers", num_layers)  # 1: the layer has rotary positions
     if has_rotary is None:
-        interval = integer(config, "no_rope_layer_interval", 4)
+        interval = read_integer(config, "no_rope_layer_interval", 4)
         has_rotary = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     kinds: list[LayerKind] = ["full" if rotary else "no_positions" for rotary in has_rotary]
     return {**_read_fields(config), "pattern": _pattern(kinds)}
@@ -147,16 +147,16 @@ _GEMMA3_PERIOD = 6
 
 def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, "head_dim": 256, **config}  # Gemma 3's defaults
-    num_layers, scalar = integer(config, "num_hidden_layers", 26), config.get("query_pre_attn_scalar", 256)
+    num_layers, scalar = read_integer(config, "num_hidden_layers", 26), config.get("query_pre_attn_scalar", 256)
     types = _layer_list(config, "layer_types", num_layers)
     if types is None:
-        period = integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
+        period = read_integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
         types = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(num_layers)]
     names: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "window"}
     if unknown := set(types) - set(names):
         raise ValueError(f"layer_types has {unknown}: choose from {', '.join(names)}")
     kinds = [names[name] for name in types]
-    window = integer(config, "sliding_window", 4096, nullable=True) if "window" in kinds else None
+    window = read_integer(config, "sliding_window", 4096, nullable=True) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5 has one object for each type of layer

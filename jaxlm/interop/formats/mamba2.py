@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, integer, shortest_pattern
+from jaxlm.interop.formats.format import Format, read_integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
-from jaxlm.models.common import mixers
+from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.mamba2 import Config, Mixer, mixer_width, num_heads
 
@@ -42,12 +42,12 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 
 def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    num_layers, width = integer(config, "num_hidden_layers", 32), integer(config, "hidden_size", 4096)
+    num_layers, width = read_integer(config, "num_hidden_layers", 32), read_integer(config, "hidden_size", 4096)
     indices = config.get("attn_layer_indices")
     if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
         raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
     mixer_of_layer: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
-    expand = integer(config, "mamba_expand", 2)
+    expand = read_integer(config, "mamba_expand", 2)
     return {
         "pattern": shortest_pattern(mixer_of_layer), "expand": expand, "head_dim": _head_dim(config, expand * width),
         **_read_attention(config), **read_rotary(config, None),
@@ -56,11 +56,11 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
-    heads, width = integer(config, "num_attention_heads", 32), integer(config, "hidden_size", 4096)
-    kv_heads = integer(config, "num_key_value_heads", 8, nullable=True)
+    heads, width = read_integer(config, "num_attention_heads", 32), read_integer(config, "hidden_size", 4096)
+    kv_heads = read_integer(config, "num_key_value_heads", 8, nullable=True)
     if heads < 1:
         raise ValueError(f"num_attention_heads={heads} must be at least 1")
-    head_dim = integer(config, "head_dim", width // heads)
+    head_dim = read_integer(config, "head_dim", width // heads)
     if head_dim < 4 and "head_dim" not in config:
         raise ValueError(f"hidden_size={width} / num_attention_heads={heads} must be at least 4, or set head_dim")
     return {"attention_kv_heads": heads if kv_heads is None else kv_heads, "attention_head_dim": head_dim}
@@ -68,7 +68,7 @@ def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _head_dim(config: Mapping[str, Any], width: int) -> int:
     """The head width of a mixer with total width ``width``, from ``mamba_n_heads`` and ``mamba_d_head``."""
-    heads, head_dim = integer(config, "mamba_n_heads", 128), config.get("mamba_d_head", "auto")
+    heads, head_dim = read_integer(config, "mamba_n_heads", 128), config.get("mamba_d_head", "auto")
     if head_dim == "auto":
         head_dim = width // heads if heads else 0
     if type(head_dim) is not int or head_dim * heads != width:
@@ -80,12 +80,12 @@ def _head_dim(config: Mapping[str, Any], width: int) -> int:
 
 
 def _write_bamba_fields(cfg: Config) -> dict[str, Any]:
-    if "parallel" in mixers(cfg) or int(cfg.expand) != cfg.expand:
+    if "parallel" in layer_kinds(cfg) or int(cfg.expand) != cfg.expand:
         raise ValueError(
             f"pattern={cfg.pattern} and expand={cfg.expand}: model_type='bamba' has no parallel blocks, and needs an "
             "integer expand"
         )
-    indices = [layer for layer, mixer in enumerate(mixers(cfg)) if mixer == "attention"]
+    indices = [layer for layer, mixer in enumerate(layer_kinds(cfg)) if mixer == "attention"]
     return {**_write_hybrid_fields(cfg), "attn_layer_indices": indices, "mamba_expand": int(cfg.expand)}
 
 
@@ -130,9 +130,9 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
 
 
 def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, width = integer(config, "hidden_size", 4096), integer(config, "mamba_d_ssm", 1024, nullable=True)
+    hidden, width = read_integer(config, "hidden_size", 4096), read_integer(config, "mamba_d_ssm", 1024, nullable=True)
     if width is None:
-        width = integer(config, "mamba_expand", 2) * hidden
+        width = read_integer(config, "mamba_expand", 2) * hidden
     if hidden < 1:
         raise ValueError(f"hidden_size={hidden} must be at least 1")
     biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
@@ -141,7 +141,7 @@ def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     has_norm = config.get("mamba_rms_norm", False)
     return {
         "expand": width / hidden, "head_dim": _head_dim(config, width), "multipliers": _read_multipliers(config),
-        "norm_groups": integer(config, "mamba_n_groups", 1) if has_norm else None,
+        "norm_groups": read_integer(config, "mamba_n_groups", 1) if has_norm else None,
         **_read_attention(config), **read_rotary(config, 1.0),
     }  # fmt: skip
 

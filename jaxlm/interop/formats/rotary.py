@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from jaxlm.nn.attention.rotary import Kind, RotaryScaling
+from jaxlm.nn.attention.rotary import RotaryScaling, ScalingKind
 
 _SCALING = {
-    "factor": ("factor", get_args(Kind)),
+    "factor": ("factor", get_args(ScalingKind)),
     "original_positions": ("original_max_position_embeddings", ("llama3", "yarn")),
     "low_frequency_factor": ("low_freq_factor", ("llama3",)),
     "high_frequency_factor": ("high_freq_factor", ("llama3",)),
@@ -66,9 +66,9 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
         hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read this field
     if kind == "yarn":
         hf_scaling.pop("finetuned", None)  # a note in the files of the authors of YaRN; transformers does not read it
-    if kind not in get_args(Kind):
+    if kind not in get_args(ScalingKind):
         raise ValueError(
-            f"rope_type={kind!r} is not supported in {name}: choose from default, {', '.join(get_args(Kind))}"
+            f"rope_type={kind!r} is not supported in {name}: choose from default, {', '.join(get_args(ScalingKind))}"
         )
     field_of = {hf_field: field for field, (hf_field, kinds) in _SCALING.items() if kind in kinds}
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}

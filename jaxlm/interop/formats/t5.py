@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, integer
+from jaxlm.interop.formats.format import Format, read_integer
 from jaxlm.models.t5 import Config
 
 
@@ -77,7 +77,7 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         if buckets < 4 or buckets % 2:
             raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
         # Without decoder_start_token_id, a target starts with the padding id.
-        start, pad = integer(config, "decoder_start_token_id", nullable=True), config.get("pad_token_id")
+        start, pad = read_integer(config, "decoder_start_token_id", nullable=True), config.get("pad_token_id")
         if start is None and type(pad) is int:
             start = pad
         return fields if start is None else {**fields, "decoder_start_id": start}

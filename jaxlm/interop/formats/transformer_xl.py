@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, integer
+from jaxlm.interop.formats.format import Format, read_integer
 from jaxlm.models.transformer_xl import Config
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    cutoffs, clamp = config.get("cutoffs", []), integer(config, "clamp_len", 0)
+    cutoffs, clamp = config.get("cutoffs", []), read_integer(config, "clamp_len", 0)
     if not isinstance(cutoffs, list) or any(type(cutoff) is not int for cutoff in cutoffs):
         raise ValueError(f"cutoffs={cutoffs!r} must be a list of whole numbers")
     if "cutoffs" in config:
         fields["cutoffs"] = tuple(cutoffs)
     if "clamp_len" in config:
         fields["clamp_length"] = clamp if clamp > 0 else None
-    if not isinstance(config.get("tie_projs", []), list | None):
-        raise ValueError(f"tie_projs={config['tie_projs']!r} must be a list of booleans, or null")
-    tied = config.get("tie_projs") or [False, config.get("proj_share_all_but_first", True)]
-    if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
+    tie_projs = config.get("tie_projs")
+    if not isinstance(tie_projs, list | None) or any(type(tied) is not bool for tied in tie_projs or ()):
+        raise ValueError(f"tie_projs={tie_projs!r} must be a list of booleans, or null")
+    tied = tie_projs or [False, config.get("proj_share_all_but_first", True)]
+    if tie_projs and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
         raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
     if tied[0] or len(set(tied[1:])) > 1:
         raise ValueError(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, integer
+from jaxlm.interop.formats.format import Format, read_integer
 from jaxlm.models.xlnet import Config, pool_dropout
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    clamp = integer(config, "clamp_len", -1)
+    clamp = read_integer(config, "clamp_len", -1)
     width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
-    d_head = integer(config, "d_head", 0)
+    d_head = read_integer(config, "d_head", 0)
     if "d_head" in config and d_head * num_heads != width:
         raise ValueError(f"d_head={d_head} must be d_model / n_head = {width} / {num_heads}")
     return {"clamp_length": clamp if clamp > 0 else None}
@@ -53,7 +53,7 @@ FORMATS = (
         default_fields={"pool_dropout": 0.1},
         read_fields=_read_fields,
         write_fields=_write_fields,
-        value_of_hf_value={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
+        jaxlm_value_of={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
         # The family supports only these values. Any other value is an error. For the effect of bi_data=True, pass
         # ``right_to_left`` to ``xlnet.apply``.
         required={

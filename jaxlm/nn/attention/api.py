@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.attention import blockwise, cudnn, decode, pallas, reference, splash
-from jaxlm.nn.attention.bias import AttentionBias, Dense, check
+from jaxlm.nn.attention.bias import AttentionBias, Dense, check_bias_shapes
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.weight_record import is_recording
@@ -150,5 +150,5 @@ def _attention_biases(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[Atte
         bias = AttentionBias(Dense(), {"bias": bias})
     biases = () if bias is None else (bias,) if isinstance(bias, AttentionBias) else tuple(bias)
     for attention_bias in biases:
-        check(attention_bias, B, H)
+        check_bias_shapes(attention_bias, B, H)
     return biases

@@ -3,8 +3,8 @@
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
 tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
-:func:`dense`. The function declares which slices of the float arrays a tile needs (``required_slices``) and gets only
-these slices. It slices the integer arrays itself (``Tile.query_column``, ``Tile.key_row``).
+:func:`dense_bias`. The function declares which slices of the float arrays a tile needs (``required_slices``) and gets
+only these slices. It slices the integer arrays itself (``Tile.query_column``, ``Tile.key_row``).
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
 table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
     ``row`` and ``column`` may be traced. TPU kernels pass a subclass with other implementations of the methods
-    (``pallas_tile.Block``). So a :class:`KernelBiasFn` must slice, multiply and gather only with these methods.
+    (``pallas_tile.VmemTile``). So a :class:`KernelBiasFn` must slice, multiply and gather only with these methods.
     """
 
     row: Any
@@ -88,8 +88,8 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row by one entry relative to the row before (Dai et
-    # al. 2019, appendix B). In the paper, the slice starts at entry R - 1. Here, ``x`` has one more column, so that the
-    # slice starts at entry R, which is usually a multiple of the vector width.
+    # al. 2019, appendix B). ``x`` has one more column than in the code of the paper, so that the slice starts at entry
+    # R instead of R - 1. R is usually a multiple of the vector width.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -165,7 +165,7 @@ class Dense:
         return lax.dynamic_slice_in_dim(arrays["bias"], tile.column, tile.columns, 1).astype(jnp.float32)
 
 
-def check(bias: AttentionBias, batch: int, heads: int) -> None:
+def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
     """Check that the arrays of a bias match the batch and the heads of the queries.
 
     Raises:
@@ -180,7 +180,7 @@ def check(bias: AttentionBias, batch: int, heads: int) -> None:
             raise ValueError(f"an integer array {x.shape} of an attention bias must be [1 or {batch}, ...]")
 
 
-def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
+def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; used by ``reference`` and ``decode``."""
     tile = Tile(0, queries, 0, keys)
     sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
@@ -205,8 +205,8 @@ def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
 
 
 def vmap_axes(tree: Any, axis: int) -> Any:
-    """``in_axes`` of a ``jax.vmap`` over ``axis``, for arrays after :func:`drop_unit_axes`.
+    """``in_axes`` of a ``jax.vmap`` over ``axis``: None for arrays of size 1 on this axis, 0 for other arrays.
 
-    It is 0, or None if ``axis`` of the array in ``tree`` has size 1.
+    ``tree`` has the arrays before :func:`drop_unit_axes`, which removes this axis if its size is 1.
     """
     return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)

@@ -44,7 +44,7 @@ from jaxlm.nn.attention.bias import (
 )
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.tile_scores import (
-    SAVED,
+    CHECKPOINT_NAME,
     ScoreConfig,
     bias_gradients,
     dot,
@@ -64,7 +64,7 @@ MAX_SECTIONS = 8
 split evenly, there may be one more section, with fewer than ``MAX_SECTIONS`` queries. A section reads the keys up to
 its own end and computes its blocks in a loop. The number is limited because each section is compiled separately, and
 because a CPU runs several sections at the same time, each with its own temporaries."""
-ALIGN = 128
+KEY_RANGE_MULTIPLE = 128
 """The start of a range of keys is a multiple of this number, unless the range ends at the last key. A length that is
 computed at run time is also a multiple, unless the range contains all keys."""
 MIN_KEYS_FOR_RANGES = 1024
@@ -74,7 +74,7 @@ BATCH_AXIS = "attention_rows"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static(ScoreConfig):
+class _StaticArguments(ScoreConfig):
     """The static (trace-time) arguments of attention."""
 
     dropout: float
@@ -98,7 +98,7 @@ def attention(
     """Attention as in ``jaxlm.nn.attention.attention``. ``sequential``: a loop computes one head at a time."""
     bias_arrays = [jax.tree.leaves((bias.floats, bias.integers)) for bias in biases]
     shared = tuple(not sequential and all(x.shape[0] == 1 for x in arrays) for arrays in bias_arrays)
-    static = _Static(
+    static = _StaticArguments(
         mask.causal, mask.window, scale, tuple(bias.bias_fn for bias in biases), dropout, sequential, shared
     )
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
@@ -115,7 +115,7 @@ def attention(
 
 
 def _dropout_mask(
-    static: _Static, key: jax.Array | None, head: Any, queries: int, keys: int, tile: Tile
+    static: _StaticArguments, key: jax.Array | None, head: Any, queries: int, keys: int, tile: Tile
 ) -> jax.Array | None:
     if key is None:
         return None
@@ -143,7 +143,13 @@ class _Block(NamedTuple):
 
     @classmethod
     def slice(
-        cls, static: _Static, tile: Tile, visible_RE: jax.Array | None, key: jax.Array | None, head: Any, floats: Any
+        cls,
+        static: _StaticArguments,
+        tile: Tile,
+        visible_RE: jax.Array | None,
+        key: jax.Array | None,
+        head: Any,
+        floats: Any,
     ) -> _Block:
         """The block of a tile, from the arrays of a head. ``head`` is the index among all B * H heads."""
         q, k, v, bias_floats = floats
@@ -151,12 +157,12 @@ class _Block(NamedTuple):
         keep = _dropout_mask(static, key, head, q.shape[0], k.shape[0], tile)
         return cls(tile, visible_RE, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, keep)
 
-    def scores(self, static: _Static, bias_integers: Any) -> jax.Array:
+    def scores(self, static: _StaticArguments, bias_integers: Any) -> jax.Array:
         """The masked scores, [R, E] float32."""
         return scores(static, self.q_RK, self.k_EK, self.bias_arrays, bias_integers, self.tile, self.visible_RE)
 
 
-def _forward_block(static: _Static, block: _Block, bias_integers: Any) -> tuple[jax.Array, jax.Array]:
+def _forward_block(static: _StaticArguments, block: _Block, bias_integers: Any) -> tuple[jax.Array, jax.Array]:
     """The output [R, V] of the queries of a block, and the log-sum-exp of their scores, [R]."""
     scores_RE, keep, v_EK = block.scores(static, bias_integers), block.keep, block.v_EK
     top_R = jnp.max(scores_RE, axis=1)
@@ -174,7 +180,7 @@ def _forward_block(static: _Static, block: _Block, bias_integers: Any) -> tuple[
 
 
 def _backward_block(
-    static: _Static, block: _Block, bias_integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
+    static: _StaticArguments, block: _Block, bias_integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
     gradients."""
@@ -195,7 +201,7 @@ def _backward_block(
 
 
 def _all_bias_gradients(
-    static: _Static, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
+    static: _StaticArguments, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
 ) -> tuple[Any, ...]:
     """For each bias, the gradients of the slices that the block uses."""
 
@@ -213,7 +219,7 @@ def _all_bias_gradients(
 
 
 def _loop_over_blocks(
-    static: _Static, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
+    static: _StaticArguments, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
 ) -> Any:
     """The final carry of a loop ``carry = visit(carry, tile)``, with one tile for each block of queries and its visible
     keys."""
@@ -229,16 +235,22 @@ def _loop_over_blocks(
         rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
         for row in range(0, queries, rows):
             end = min(row + rows, queries)
-            first = 0 if static.window is None else max(row - static.window + 1, 0) // ALIGN * ALIGN
+            first = (
+                0
+                if static.window is None
+                else max(row - static.window + 1, 0) // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
+            )
             carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
         return carry
 
     def visit_visible_keys(carry: Any, row: Any, rows: int) -> Any:
         if not find_visible_keys:
             return visit(carry, Tile(row, rows, 0, keys))
-        lengths = sorted({min(-(-keys // (divisor * ALIGN)) * ALIGN, keys) for divisor in (16, 8, 4, 2, 1)})
+        lengths = sorted(
+            {min(-(-keys // (divisor * KEY_RANGE_MULTIPLE)) * KEY_RANGE_MULTIPLE, keys) for divisor in (16, 8, 4, 2, 1)}
+        )
         first, end = _visible_range(static, row, rows, queries, keys, integers[0])
-        first = first // ALIGN * ALIGN
+        first = first // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
 
         def branch(length: int) -> Callable[[Any], Any]:
             return lambda carry: visit(carry, Tile(row, rows, jnp.minimum(first, keys - length), length))
@@ -265,7 +277,9 @@ def _loop_over_section(start: int, end: int, block: int, carry: Any, visit: Call
     return carry
 
 
-def _visible_range(static: _Static, row: Any, rows: int, queries: int, keys: int, integers: Any) -> tuple[Any, Any]:
+def _visible_range(
+    static: _StaticArguments, row: Any, rows: int, queries: int, keys: int, integers: Any
+) -> tuple[Any, Any]:
     """The range [first, end) of keys that contains all keys visible to a block."""
     query_order, key_order, query_segments, key_segments = integers
     tile = Tile(row, rows, 0, keys)
@@ -285,7 +299,7 @@ def _visible_range(static: _Static, row: Any, rows: int, queries: int, keys: int
 
 
 def _heads_forward(
-    static: _Static, key: jax.Array | None, first_head: Any, floats: Any, integers: Any
+    static: _StaticArguments, key: jax.Array | None, first_head: Any, floats: Any, integers: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The output [T, H, V] of the heads of one row of the batch, and the log-sum-exp of their scores, [H, T].
 
@@ -315,7 +329,7 @@ def _heads_forward(
 
 
 def _heads_backward(
-    static: _Static, key: jax.Array | None, first_head: Any, floats: Any, integers: Any, out_THV: jax.Array,
+    static: _StaticArguments, key: jax.Array | None, first_head: Any, floats: Any, integers: Any, out_THV: jax.Array,
     lse_HT: jax.Array, dout_THV: jax.Array,
 ) -> Any:  # fmt: skip
     """The gradients of ``floats``, float32.
@@ -385,7 +399,7 @@ def _add_bias_gradients(bias_fn: BiasFn, total: Any, added: Any, head: Any, tile
 # ------------------------------------------------------------------------------------------------ all heads
 
 
-def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+def _forward(static: _StaticArguments, floats: Any, integers: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
     """The output [B, T, H, V] of attention, and the arrays for the backward pass.
 
     Args:
@@ -409,11 +423,11 @@ def _forward(static: _Static, floats: Any, integers: Any, key: jax.Array | None)
         out_BHTK, lse_BHT = _map_all_heads(head_forward, _swap_heads_and_time(floats), integers)
         out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
     # The names let a remat policy save these arrays. Recomputing them would need a second forward pass.
-    out_BTHK, lse_BHT = checkpoint_name(out_BTHK, SAVED), checkpoint_name(lse_BHT, SAVED)
+    out_BTHK, lse_BHT = checkpoint_name(out_BTHK, CHECKPOINT_NAME), checkpoint_name(lse_BHT, CHECKPOINT_NAME)
     return out_BTHK, (floats, integers, key, out_BTHK, lse_BHT)
 
 
-def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
+def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers, key, out, lse = saved
     if static.sequential:
 

@@ -62,7 +62,7 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
     return (bucket + np.where(bidirectional & (distance > 0), buckets_per_side, 0)).astype(np.int32)
 
 
-def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
+def bias_of_each_distance(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
     """The bias of each distance, [2 * max_distance + 1, H] float32.
 
     Row n is the bias for ``query position - key position = max_distance - n``.

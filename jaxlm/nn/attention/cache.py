@@ -97,7 +97,7 @@ def _is_small_update(num_new: int, slots: int) -> bool:
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``.
 
-    The contents of a row are undefined if it has fewer than T free slots (``Context.fits_B``).
+    The contents of a row are undefined if it has fewer than T free slots (``CacheContext.fits_B``).
     """
     if isinstance(slots_BS, CacheView):
         return slots_BS.append(new_BT, length_B)
@@ -118,7 +118,7 @@ def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
     return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
 
 
-def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context) -> tuple[Any, tuple[Any, Any]]:
+def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: CacheContext) -> tuple[Any, tuple[Any, Any]]:
     """A layer's cache with ``new`` keys and values appended, and the keys and values that attention reads.
 
     Args:
@@ -172,7 +172,7 @@ def last_real_slot(state: State) -> tuple[jax.Array, jax.Array]:
 
 
 @struct.dataclass
-class Context:
+class CacheContext:
     """The positions, the mask and the slots of the new tokens of a call.
 
     Attributes:
@@ -190,7 +190,7 @@ class Context:
     fits_B: jax.Array | None
 
 
-def with_window(context: Context, window: int, state: State | None) -> Context:
+def with_window(context: CacheContext, window: int, state: State | None) -> CacheContext:
     """The context with a sliding window: a token attends to at most the last ``window`` tokens, itself included.
 
     With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window does
@@ -209,9 +209,9 @@ def with_window(context: Context, window: int, state: State | None) -> Context:
 
 def make_context(
     tokens_BT: jax.Array, state: State | None, segment_ids: jax.Array | None, positions: Any
-) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with their segment ids and positions, but without their keys
-    and values. Without a state, the second result is None.
+) -> tuple[CacheContext, Any]:
+    """The :class:`CacheContext` of new tokens, and the state with their segment ids and positions, but without their
+    keys and values. Without a state, the second result is None.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.
@@ -226,7 +226,7 @@ def make_context(
         if positions is None:
             ones = jnp.ones((B, T), jnp.int32)
             positions = positions_in_segments(ones if segment_ids is None else segment_ids)
-        return Context(segment_ids, positions, mask, None, None), None
+        return CacheContext(segment_ids, positions, mask, None, None), None
     S = state["segment_ids"].shape[1]
     if T > S:
         raise ValueError(
@@ -254,7 +254,7 @@ def make_context(
         query_segments=query_documents,
         key_segments=key_documents,
     )
-    return Context(segments, positions, mask, length_B, length_B + T <= S), state
+    return CacheContext(segments, positions, mask, length_B, length_B + T <= S), state
 
 
 def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

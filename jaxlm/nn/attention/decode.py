@@ -30,7 +30,7 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.attention import reference
-from jaxlm.nn.attention.bias import AttentionBias, dense
+from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask, keep, softmax
 
@@ -54,7 +54,7 @@ def attention(
         def read(x: jax.Array | CacheView) -> jax.Array:
             return x.read(length) if isinstance(x, CacheView) else x[:, :length]
 
-        return lambda: attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, biases)
+        return lambda: attend_to_first_keys(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, biases)
 
     end = _end_of_visible(mask, S)
     index = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
@@ -76,7 +76,7 @@ def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
     return jnp.max(jnp.where(visible_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
 
 
-def attend(
+def attend_to_first_keys(
     q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
     """Attention over the first E of the S keys that ``mask`` describes, [B, T, H, V]; see :func:`attention`."""
@@ -91,7 +91,7 @@ def attend(
         return reference.attention(q_BTHK, k_BEGK, v_BEGK, mask_E, scale=scale, biases=biases)
     scores_BHTE = _scores(q_BTHK, k_BEGK, products) * scale
     for bias in biases:
-        scores_BHTE = scores_BHTE + dense(bias, T, E)
+        scores_BHTE = scores_BHTE + dense_bias(bias, T, E)
     probabilities = softmax(scores_BHTE, keep(mask_E, T, E)).astype(v_BEGK.dtype)
     return _weighted_values(probabilities, v_BEGK, products)
 
@@ -101,7 +101,7 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
     B, T, H, K = q_BTHK.shape
     E, G = k_BEGK.shape[1:3]
     if products == "sums":
-        lanes = math.gcd(K, choices.DECODE_LANES)
+        lanes = math.gcd(K, choices.DECODE_PARTIAL_SUMS)
         q_BHK, k_BEHK = q_BTHK.reshape(B, H, K).astype(jnp.float32), k_BEGK.astype(jnp.float32)
         parts = [slice(start, start + lanes) for start in range(0, K, lanes)]
         sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))

@@ -51,7 +51,7 @@ def memory_specs(
 
 
 @struct.dataclass
-class Context:
+class MemoryContext:
     """The positions and the mask of a call. The queries are the new tokens, the keys are the memory and the new tokens.
 
     Attributes:
@@ -76,8 +76,9 @@ def make_context(
     *,
     causal: bool = True,
     window: int | None = None,
-) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with the segment ids of these tokens (None without a state).
+) -> tuple[MemoryContext, Any]:
+    """The :class:`MemoryContext` of new tokens, and the state with the segment ids of these tokens (None without a
+    state).
 
     ``hidden`` of the returned state is not updated yet. The caller updates it with :func:`append` or
     :func:`append_layers`.
@@ -91,7 +92,7 @@ def make_context(
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
         positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        return Context(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
+        return MemoryContext(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     segments_BS = segments_BT
     if state is not None:
@@ -112,7 +113,7 @@ def make_context(
             # Padding and empty slots are sorted first, so that they are dropped before tokens.
             kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
         state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
-    return Context(positions_BT, positions_BS, mask, kept_BM), state
+    return MemoryContext(positions_BT, positions_BS, mask, kept_BM), state
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
@@ -143,20 +144,20 @@ def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
     """``weight @ q`` for each head, [B, T, H, D]: the queries of absorbed attention.
 
     The key of an input h is ``h @ weight``, and ``q . (h @ weight) = (weight @ q) . h``. So the queries ``weight @ q``
-    attend to the inputs themselves (:func:`attend`). The weighted mean of the inputs is then multiplied with the value
-    weights (:func:`project_heads`). In this way, the inputs in the memory are not projected again for every new token.
-    If H * K = D, the inputs need half the space of cached keys and values. ``jaxlm.nn.choices.absorbed_attention``
-    decides whether absorbed attention is used.
+    attend to the inputs themselves (:func:`attend_to_inputs`). The weighted mean of the inputs is then multiplied with
+    the value weights (:func:`project_heads`). In this way, the inputs in the memory are not projected again for every
+    new token. If H * K = D, the inputs need half the space of cached keys and values.
+    ``jaxlm.nn.choices.absorbed_attention`` decides whether absorbed attention is used.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 
 
-def attend(
+def attend_to_inputs(
     q_BTHD: jax.Array, inputs_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
     """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D]."""
     inputs_BS1D = inputs_BSD[:, :, None]
-    return decode.attend(q_BTHD, inputs_BS1D, inputs_BS1D, mask, scale, biases)
+    return decode.attend_to_first_keys(q_BTHD, inputs_BS1D, inputs_BS1D, mask, scale, biases)
 
 
 def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:

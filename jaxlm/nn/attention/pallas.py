@@ -28,7 +28,7 @@ from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.attention.pallas_tile import Block
+from jaxlm.nn.attention.pallas_tile import VmemTile
 from jaxlm.nn.attention.tile_scores import dot
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
@@ -62,7 +62,7 @@ def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static(tile_scores.ScoreConfig):
+class _StaticArguments(tile_scores.ScoreConfig):
     """The static (trace-time) arguments of the kernels. ``keys``: number of real keys; keys after them are padding."""
 
     keys: int
@@ -85,8 +85,8 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
-        consecutive grid steps. For one block of queries, the grid steps of different rows of the batch are not
-        consecutive, so query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all
+        consecutive grid steps. Between the same block of queries of two batch rows, the grid computes other blocks. So
+        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all
         query heads of a group before the next row. Then, for one head, the grid steps of different rows of the batch
         are not consecutive, so all arrays are broadcast to all rows.
         """
@@ -95,12 +95,14 @@ def attention(
 
     bias_fns = tuple(bias.bias_fn for bias in biases)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
-    static = _Static(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1])
+    static = _StaticArguments(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1])
     floats = _map_bias_arrays(static, broadcast, tuple(bias.floats for bias in biases))
-    return split.over_devices(functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
+    return split.shard_attention(
+        functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers
+    )
 
 
-def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any) -> jax.Array:
+def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, integers: Any) -> jax.Array:
     """Attention for the rows and heads of one device, [B, T, H, V]."""
     T = qkv[0].shape[1]
     query_padding, key_padding = -T % LANES, -static.keys % LANES
@@ -109,7 +111,7 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
         # The checkpoint name marks the transposed arrays. If remat saves them, it recomputes neither the projection nor
         # the transpose.
         x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), tile_scores.SAVED)
+        return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), tile_scores.CHECKPOINT_NAME)
 
     def column(x_BT: jax.Array) -> jax.Array:
         return jnp.pad(x_BT, ((0, 0), (0, query_padding)))[:, :, None]
@@ -162,10 +164,10 @@ def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
+def _load(static: _StaticArguments, R: int, refs: Any) -> tuple[Any, Any, Any, VmemTile]:
     """The arrays of a block: (q, k, v); the sliced arrays of the biases; the integers of mask and biases; the tile."""
     qkv, bias_floats, integers = refs
-    tile = Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
+    tile = VmemTile(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
     bias_arrays = _map_bias_arrays(
         static, lambda bias_fn, name, x: x[_slice_indices(bias_fn, tile).get(name, ...)], bias_floats
     )
@@ -173,7 +175,9 @@ def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
     return read(qkv), bias_arrays, read(integers), tile
 
 
-def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
+def _weights(
+    static: _StaticArguments, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile
+) -> tuple[jax.Array, jax.Array]:
     """``exp(scores - maximum of the row)`` of a block, [R, S], and the inverse of the row sums [R, 1].
 
     The inverse is 0 for a query that may not attend to any key.
@@ -188,7 +192,7 @@ def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: T
     return weights, jnp.where(total_R1 > 0.0, 1.0 / total_R1, 0.0)
 
 
-def _forward_kernel(static: _Static, R: int, refs: Any, out: Any) -> None:
+def _forward_kernel(static: _StaticArguments, R: int, refs: Any, out: Any) -> None:
     qkv, bias_arrays, integers, tile = _load(static, R, refs)
     weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
     mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], 1, 0)
@@ -196,7 +200,7 @@ def _forward_kernel(static: _Static, R: int, refs: Any, out: Any) -> None:
 
 
 def _backward_kernel(
-    static: _Static, R: int, shared: Any, refs: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
+    static: _StaticArguments, R: int, shared: Any, refs: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
 ) -> None:
     """Write the gradients of a block.
 
@@ -257,7 +261,7 @@ class _Layout(NamedTuple):
     """Block spec of the output."""
 
 
-def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
+def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
     R = _block_size(T, S)
 
@@ -287,7 +291,7 @@ def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
 
 
 def _map_bias_arrays(
-    static: _Static, function: Callable[[BiasFn, str, jax.Array], Any], bias_floats: Any
+    static: _StaticArguments, function: Callable[[BiasFn, str, jax.Array], Any], bias_floats: Any
 ) -> tuple[dict[str, Any], ...]:
     """The results of ``function(bias_fn, array name, array)`` for each array of each bias."""
     return tuple(
@@ -296,7 +300,9 @@ def _map_bias_arrays(
     )
 
 
-def _pallas_call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
+def _pallas_call(
+    static: _StaticArguments, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any
+) -> Any:
     params = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
@@ -305,7 +311,7 @@ def _pallas_call(static: _Static, layout: _Layout, kernel: Callable[..., None], 
     )
 
 
-def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
+def _forward(static: _StaticArguments, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
     """The output [B, H, T, V] of attention, and the arrays for the backward pass.
 
     Args:
@@ -319,10 +325,10 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
     )  # fmt: skip
     out_BHTV = run(((q, k, v), bias_floats, integers))
-    return checkpoint_name(out_BHTV, tile_scores.SAVED), (floats, integers)
+    return checkpoint_name(out_BHTV, tile_scores.CHECKPOINT_NAME), (floats, integers)
 
 
-def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, ...]:
+def _backward(static: _StaticArguments, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, ...]:
     floats, integers = saved
     layout = _layout(static, floats, integers)
     q, *kv, bias_floats = floats

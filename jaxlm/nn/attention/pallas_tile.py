@@ -26,7 +26,7 @@ SUBLANE_BITS, LANE_BITS = 3, 7
 """log2 of ``SUBLANES`` and of ``LANES``."""
 
 
-class Block(Tile):
+class VmemTile(Tile):
     """A tile in VMEM. It contains all keys, so ``column`` is 0.
 
     Integer arrays are already sliced: a column [R, 1] for the queries, a row [1, E] for the keys.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.attention.bias import AttentionBias, dense
+from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.mask import Mask, keep, softmax
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.nn.weight_record import record
@@ -38,7 +38,7 @@ def attention(
     scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     scores_BHTS = scores.reshape(B, H, T, S) * scale
     for bias in biases:
-        scores_BHTS = scores_BHTS + dense(bias, T, S)
+        scores_BHTS = scores_BHTS + dense_bias(bias, T, S)
     probabilities = softmax(scores_BHTS, keep(mask, T, S))
     record(probabilities, "causal" if mask.causal else "bidirectional")
     if key is not None:

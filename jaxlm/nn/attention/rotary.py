@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["linear", "dynamic", "llama3", "yarn"]
+ScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
     """How the rotation frequencies of a model are reduced for texts that are longer than the training texts."""
 
-    kind: Kind
+    kind: ScalingKind
     """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware) if
     ``max_positions`` of :func:`rotary_frequencies` exceeds ``original_positions``. llama3 (Llama 3.1) and yarn (Peng et
     al. 2023): divide low frequencies by ``factor``, keep high frequencies, and interpolate for the frequencies between
@@ -57,9 +57,9 @@ class RotaryScaling:
     """yarn: the rotated entries of queries and keys are multiplied by this factor; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if self.kind not in get_args(ScalingKind):
             raise ValueError(
-                f"kind={self.kind!r} of rotary scaling is unknown: choose from {', '.join(get_args(Kind))}"
+                f"kind={self.kind!r} of rotary scaling is unknown: choose from {', '.join(get_args(ScalingKind))}"
             )
         if not self.factor >= 1.0:  # also refuses NaN
             raise ValueError(f"factor={self.factor} of rotary scaling must be at least 1")
@@ -153,6 +153,9 @@ def check_dynamic_scaling(scaling: RotaryScaling | None, max_positions: int | No
 
 def rotary_width(head_dim: int, fraction: float) -> int:
     """The number of entries of a head that are rotated: ``fraction * head_dim``, rounded down.
+
+    The product is a floating-point number, as in transformers, so it may be just below a whole number: ``0.29 * 200``
+    gives 57.
 
     Raises:
         ValueError: the fraction is not in (0, 1], or the number of entries is odd or 0.

@@ -26,7 +26,7 @@ def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
     return x.reshape(sources, -1, *x.shape[2:])
 
 
-def project_once(project: SourceKV, layers: Any) -> Any:
+def project_source(project: SourceKV, layers: Any) -> Any:
     """The keys and values of the source for all layers, to be stored in the decode state.
 
     The result is a tuple with one dict per layer, whose arrays ``key`` and ``value`` are [N, S, H * K]. For L stacked
@@ -43,7 +43,7 @@ def project_once(project: SourceKV, layers: Any) -> Any:
     return tuple(map(layer_kv, layers)) if isinstance(layers, tuple) else jax.lax.map(layer_kv, layers)
 
 
-def read_projected(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, SourceKV]:
+def with_source_kv(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, SourceKV]:
     """The weights of the decoder layers, and a function from the weights of one layer to the layer's keys and values.
 
     The returned weights have one more entry per layer. For layers in a tuple, it is ``source_kv``, the keys and values
@@ -51,8 +51,8 @@ def read_projected(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, So
     of the stack in place. A scan over the stack would copy the slice.
 
     Args:
-        layers: the weights of all layers, as in :func:`project_once`.
-        source_kv: the keys and values from :func:`project_once`.
+        layers: the weights of all layers, as in :func:`project_source`.
+        source_kv: the keys and values from :func:`project_source`.
         num_heads: H, the number of heads of the keys and values.
     """
     if isinstance(layers, tuple):

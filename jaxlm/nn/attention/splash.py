@@ -55,7 +55,7 @@ def attention(
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
     run = functools.partial(_device_attention, mask.causal, mask.window)
-    out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
+    out_BTHK = split.shard_attention(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
     return _zero_fully_masked(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
 
 
@@ -86,7 +86,7 @@ def _device_attention(causal: bool, window: int | None, qkv: Any, _: Any, segmen
     )
     # The transposed arrays get the checkpoint name. If remat saves them, it recomputes neither the projection nor the
     # transpose.
-    q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, tile_scores.CHECKPOINT_NAME) for x in (q, k, v))
     lengths = T + padding[0], S + padding[1]
     blocks = tuple(lazy_pallas.largest_divisor(length, LANES, MAX_BLOCK) for length in lengths)
     kernel = _kernel(causal, window, *lengths, blocks, H, lazy_pallas.INTERPRET)
@@ -125,7 +125,7 @@ def _kernel(
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
-            residual_checkpoint_name=tile_scores.SAVED,
+            residual_checkpoint_name=tile_scores.CHECKPOINT_NAME,
         )  # fmt: skip
         # NumPy arrays belong to no device, so they can become constants of each program that uses the cached kernel.
         return jax.tree.map(np.asarray, kernel)

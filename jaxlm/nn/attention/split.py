@@ -22,7 +22,7 @@ def unsupported_reason() -> str | None:
     return None
 
 
-def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
+def shard_attention(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
     """The result of ``run((q, k, v), floats, integers)``, [B, T, H, V].
 
     On a mesh, each device computes its shard (``shard_map``). Without a mesh, ``run`` is called directly.

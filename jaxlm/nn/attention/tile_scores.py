@@ -15,7 +15,7 @@ from jax import lax
 from jaxlm.nn.attention.bias import BiasFn, Tile
 from jaxlm.nn.attention.mask import Mask, keep_pairs
 
-SAVED = "attention"
+CHECKPOINT_NAME = "attention"
 """Name (``jax.ad_checkpoint.checkpoint_name``) of the arrays that the forward pass saves for the backward pass."""
 
 

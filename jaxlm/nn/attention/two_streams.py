@@ -23,7 +23,7 @@ from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_pos
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.spec import State
 
-Kind = Literal["permuted", "left_to_right", "bidirectional"]
+StreamKind = Literal["permuted", "left_to_right", "bidirectional"]
 """``permuted``: two streams with a factorization order. ``left_to_right``: two streams; query t of the query stream has
 the position after token t. ``bidirectional``: only the content stream, without a causal mask."""
 
@@ -68,7 +68,7 @@ def make_streams(
     tokens_BT: jax.Array,
     state: State | None,
     segment_ids: jax.Array | None,
-    kind: Kind,
+    kind: StreamKind,
     *,
     token_types: Any = None,
     right_to_left: Any = None,
@@ -81,7 +81,7 @@ def make_streams(
         state: a state as in ``memory.memory_specs``, with ``token_types`` [B, M] if the argument ``token_types`` is
             given; None: there is no memory, and S = T.
         segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: one document.
-        kind: see :data:`Kind`.
+        kind: see :data:`StreamKind`.
         token_types: [B, T] integers; None: the streams have no token types.
         right_to_left: [B] bool, True for rows whose positions are negated; None: no rows.
         order: [B, T] integers, the order of each token in the factorization. Required for ``kind="permuted"``; must be

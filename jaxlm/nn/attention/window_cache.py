@@ -70,9 +70,18 @@ def make_context(
             two tokens of a document, because the window would count it. To move the padding to the end of the rows,
             call ``jaxlm.nn.convolution.window.move_padding_last`` first.
         window: W, the maximum number of tokens that a token attends to, itself included.
+
+    Raises:
+        ValueError: only one of ``start_BT`` and ``keep_BT`` is given, or a state is given without them.
     """
     B, T = tokens_BT.shape
     if start_BT is None or keep_BT is None:
+        if state is not None or start_BT is not keep_BT:
+            missing = " and ".join(name for name, x in (("start_BT", start_BT), ("keep_BT", keep_BT)) if x is None)
+            raise ValueError(
+                f"{missing} must not be None{'' if state is None else ' with a state'}: pass the masks of "
+                "segment_boundaries(..., include_first=True)"
+            )
         return Context(jnp.arange(T, dtype=jnp.int32)[None], Mask(causal=True, window=window), None), None
     zeros_B = jnp.zeros_like(tokens_BT[:, 0], jnp.int32)
     before_B, document_B = (zeros_B, zeros_B) if state is None else (state["num_tokens"], state["document_start"])

@@ -26,7 +26,7 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> di
     """
     weight = specs["weight"]
     if not isinstance(weight.init, Normal):
-        raise ValueError(f"weight normalisation needs a weight initialized by Normal(...), got {weight.init}")
+        raise ValueError(f"weight normalization needs a weight initialized by Normal(...), got {weight.init}")
     norm = weight.init.stddev * math.prod(weight.shape[:num_input_axes]) ** 0.5
     # Only the gain gets weight decay. Decay of the direction would not change the weight. It would only change the
     # effective step size.

@@ -123,14 +123,14 @@ class TokenLayout:
         documents: [B, P + T], the document number (``jaxlm.nn.segments.document_numbers``) of each token of
             ``past_segment_ids`` and then of ``segment_ids``. Without a state, it is [B, T]. None if ``segment_ids`` is
             None.
-        num_real_B: the number of real tokens of each row in the call; None if ``segment_ids`` is None.
+        num_real: the number of real tokens of each row in the call; None if ``segment_ids`` is None.
     """
 
     segment_ids: Any
     original_indices: Any
     past_segment_ids: Any
     documents: Any
-    num_real_B: Any
+    num_real: Any
 
     def recurrence_masks(self) -> dict[str, jax.Array]:
         """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
@@ -198,7 +198,7 @@ def restore_order(layout: TokenLayout, hidden_BTC: jax.Array) -> tuple[jax.Array
     """
     past = layout.past_segment_ids
     if past is not None:
-        past = _last_real(jnp.concatenate([past, layout.segment_ids], axis=1), layout.num_real_B, past.shape[1])
+        past = _last_real(jnp.concatenate([past, layout.segment_ids], axis=1), layout.num_real, past.shape[1])
     if layout.original_indices is not None:
         inverse_BT = jnp.argsort(layout.original_indices, axis=1)
         hidden_BTC = jnp.take_along_axis(hidden_BTC, inverse_BT[:, :, None], axis=1)
@@ -229,7 +229,7 @@ def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> 
     reach = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - reach :]
-    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real_B, reach)
+    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real, reach)
 
 
 def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.embedding import argmax
-from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
 
@@ -44,11 +44,7 @@ def chunked_cross_entropy(
     Raises:
         ValueError: the targets or weights are not [B, T].
     """
-    for name, x in (("targets", targets_BT), ("weights", weights_BT)):
-        if x.shape != hidden_BTD.shape[:2]:
-            raise ValueError(
-                f"{name} {list(x.shape)} must have the batch and time of the hidden states {list(hidden_BTD.shape)}"
-            )
+    check_shapes(hidden_BTD, targets_BT, weights_BT)
     if hidden_BTD.size == 0:
         return jnp.zeros((), jnp.float32)  # an empty sum
     if max_chunk_logits is None:
@@ -100,7 +96,7 @@ def split_time(x: jax.Array, C: int) -> jax.Array:
 
 
 def join_time(chunks: jax.Array, T: int) -> jax.Array:
-    """The first T time steps of ``chunks`` [chunks, B, C, ...], as [B, T, ...]: the inverse of :func:`split_time`."""
+    """The first T steps of ``chunks`` [chunks, B, C, ...], as [B, T, ...]: inverse of :func:`split_time`."""
     x = jnp.moveaxis(chunks, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 

@@ -18,6 +18,15 @@ Head = Callable[[Any, jax.Array], jax.Array]
 """The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``."""
 
 
+def check_shapes(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> None:
+    """Raise ``ValueError`` if the targets or weights do not have the shape [B, T] of the hidden states."""
+    for name, x in (("targets", targets_BT), ("weights", weights_BT)):
+        if x.shape != hidden_BTD.shape[:2]:
+            raise ValueError(
+                f"{name} {list(x.shape)} must have the batch and time of the hidden states {list(hidden_BTD.shape)}"
+            )
+
+
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """The cross entropy ``-log softmax(logits)[target]`` in nats, [B, T] float32.
 

@@ -16,7 +16,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
-from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.spec import Params
 
 
@@ -34,7 +34,11 @@ def selected_cross_entropy(
 
     Returns:
         A float32 scalar, in nats.
+
+    Raises:
+        ValueError: the targets or weights are not [B, T].
     """
+    check_shapes(hidden_BTD, targets_BT, weights_BT)
     if hidden_BTD.size == 0:
         return jnp.zeros((), jnp.float32)
     if sharding.has_explicit_axes(hidden_BTD):
@@ -70,9 +74,7 @@ def _fold_weighted_blocks(
         The last carry, and the sorted order: the indices [N] of the positions in the flattened batch.
     """
     hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in position_arrays)
-    N = len(targets)
-    V = jax.eval_shape(head, params, hidden[None]).shape[-1]
-    R, shards = choices.loss_block_rows(N, V), sharding.num_shards(("batch",))
+    N, R, shards = len(targets), _block_rows(head, params, position_arrays[0]), sharding.num_shards(("batch",))
     is_weighted = weights != 0
     order = jnp.argsort(~is_weighted, stable=True)
     # If R does not divide N, the last block is padded with copies of position 0. Their weight is 0.
@@ -89,6 +91,12 @@ def _fold_weighted_blocks(
     return jax.lax.fori_loop(0, blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
 
 
+def _block_rows(head: Head, params: Params, hidden_BTD: jax.Array) -> int:
+    """R, the number of positions of a block."""
+    B, T, V = jax.eval_shape(head, params, hidden_BTD).shape
+    return choices.loss_block_rows(B * T, V)
+
+
 def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
     def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
@@ -97,13 +105,13 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
         return total + loss, dparams, dhidden
 
-    N, D = targets.size, hidden.shape[-1]
+    N, D, R = targets.size, hidden.shape[-1], _block_rows(head, params, hidden)
     init = (
         # In ``shard_map``, the first carry must vary over the same mesh axes as the later ones. ``zeros_like`` gives it
         # the axes of its argument.
         jnp.zeros_like(weights, shape=()),
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
-        jnp.zeros_like(hidden, shape=(2 * N, D)),  # 2 N rows, because the last block may end after row N
+        jnp.zeros_like(hidden, shape=(N + -N % R, D)),  # the last block may end after row N
     )
     arrays = (hidden, targets, weights)
     (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)

@@ -38,13 +38,13 @@ Weights = dict[str, Any]
 the reset after the product, ``bias_hidden`` [H], both float32."""
 State = tuple[jax.Array, ...]
 """``(hidden,)`` or ``(hidden, cell)``, [..., H] float32."""
-Residuals = tuple[jax.Array, ...]
+SavedGates = tuple[jax.Array, ...]
 """The result of ``Cell.gates``: the gates of a step and, for ``GRU_AFTER``, the product of the state with the hidden
 weights of gate n, plus its bias. The backward pass reads these arrays; with ``remat``, it recomputes them."""
-Projected = Callable[[int, int], jax.Array]
+InputContribution = Callable[[int, int], jax.Array]
 """``projected(begin, end)``: the contribution of the inputs, without bias, to the gates with the indices ``begin`` to
 ``end - 1``, [..., end - begin, H]."""
-Transpose = Callable[[jax.Array], jax.Array]
+TransposedProduct = Callable[[jax.Array], jax.Array]
 """A function that multiplies with transposed weights. For the product of a state with hidden weights, it returns the
 gradient of the state [B, H] for the gradient of the product [B, G, K]."""
 
@@ -55,12 +55,12 @@ class Cell(NamedTuple):
     products: tuple[int, ...]
     """The number of gates of each matmul of a state with hidden weights. For example, (2, 1) means one matmul for the
     gates r and z and another one for n. ``weight_hidden`` is split into one part per matmul."""
-    gates: Callable[[Weights, Projected, jax.Array], Residuals]
+    gates: Callable[[Weights, InputContribution, jax.Array], SavedGates]
     """``gates(weights, projected, hidden)``: the gates of a step, or of all steps of a chunk. ``hidden`` is the hidden
     state before each of these steps."""
-    advance: Callable[[Residuals, State], State]
+    advance: Callable[[SavedGates, State], State]
     """``advance(gates, before)``: the state after the step."""
-    backward: Callable[[tuple[Transpose, ...], Residuals, State, State], tuple[Any, ...]]
+    backward: Callable[[tuple[TransposedProduct, ...], SavedGates, State, State], tuple[Any, ...]]
     """``backward(transposes, gates, before, dafter)`` of one step: the gradient of the state before the step, the
     gradient of the products of the state with the hidden weights [B, G, H], and, for ``GRU_AFTER``, another array that
     ``dprojected`` needs. ``before`` is the state before the step, and ``dafter`` is the gradient of the state after the
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
     dprojected: Callable[..., jax.Array]
     """``dprojected(dproduct, ...)``: the gradient of the contribution of the inputs. The arguments are the results of
     ``backward`` after the first one, for all steps of a chunk."""
-    dweights: Callable[[Residuals, jax.Array, jax.Array], Weights]
+    dweights: Callable[[SavedGates, jax.Array, jax.Array], Weights]
     """``dweights(gates, hidden, dproduct)``: the gradients of ``weight_hidden`` and, for ``GRU_AFTER``, of
     ``bias_hidden``, summed over the steps of a chunk."""
 
@@ -97,23 +97,31 @@ def layer(
     return _layer((cell, min(chunk, x_BTD.shape[1]), reverse, remat), weights, x_BTD, first, masks)
 
 
-Static = tuple[Cell, int, bool, bool]
+StaticArguments = tuple[Cell, int, bool, bool]
 """The static (trace-time) arguments: (cell, chunk, reverse, remat)."""
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _layer(static: Static, weights: Weights, x_BTD: jax.Array, first: State, masks: Any) -> tuple[jax.Array, State]:
+def _layer(
+    static: StaticArguments, weights: Weights, x_BTD: jax.Array, first: State, masks: Any
+) -> tuple[jax.Array, State]:
     return _forward(static, weights, x_BTD, first, masks, save_residuals=False)[0]
 
 
 def _forward(
-    static: Static, weights: Weights, x_BTD: jax.Array, first: State, masks: Any, *, save_residuals: bool = True
+    static: StaticArguments,
+    weights: Weights,
+    x_BTD: jax.Array,
+    first: State,
+    masks: Any,
+    *,
+    save_residuals: bool = True,
 ) -> Any:
     cell, chunk, reverse, remat = static
     T, dtype, original_weights = x_BTD.shape[1], x_BTD.dtype, weights
     weights = _split_hidden(cell, weights)
 
-    def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
+    def step(state: State, projected: InputContribution, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
         """The state after the step, and the arrays to store.
 
         The output is always stored. With ``save_residuals``, the cell of an LSTM before the step is also stored, and,
@@ -152,7 +160,7 @@ def _forward(
     return (hidden_BTH, last), (original_weights, x_BTD, first, masks, hidden_BTH, tuple(residuals))
 
 
-def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(static: StaticArguments, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     cell, chunk, reverse, remat = static
     weights, x_BTD, first, masks, hidden_BTH, residuals = saved
     cell_states, gates = residuals[: len(first) - 1], residuals[len(first) - 1 :]
@@ -166,7 +174,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
-    def step(dafter: State, gates: Residuals, before: State, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
+    def step(dafter: State, gates: SavedGates, before: State, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
         """The gradient of the state before the step, and the arrays to store for the matmuls of the chunk."""
         dbefore, *stored = cell.backward(transposes, gates, before, _zero_at_padding(mask, dafter))
         dbefore = reset_state(mask, keep_state(mask, dbefore, dafter))
@@ -238,19 +246,19 @@ def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry:
 # ---------------------------------------------------------------------------------------------------------- LSTM
 
 
-def _lstm_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Residuals:
+def _lstm_gates(weights: Weights, projected: InputContribution, hidden: jax.Array) -> SavedGates:
     preactivation = _with_bias(weights, projected, 0, 4) + _product(hidden, weights["weight_hidden"][0])
     return (_nonlinearities(preactivation, _LSTM_SCALE),)
 
 
-def _lstm_advance(gates: Residuals, before: State) -> State:
+def _lstm_advance(gates: SavedGates, before: State) -> State:
     i, f, g, o = (gates[0][..., gate, :] for gate in range(4))
     cell_state = f * before[1] + i * g
     return o * jnp.tanh(cell_state), cell_state
 
 
 def _lstm_backward(
-    transposes: tuple[Transpose, ...], gates: Residuals, before: State, dafter: State
+    transposes: tuple[TransposedProduct, ...], gates: SavedGates, before: State, dafter: State
 ) -> tuple[Any, ...]:
     dcell, gradients = lstm_gradients(gates, before[1], dafter)
     dpreactivation = _stack_gates(*gradients)
@@ -289,12 +297,12 @@ LSTM = Cell(
 # ----------------------------------------------------------------------------------------------------------- GRU
 
 
-def _gru_advance(gates: Residuals, before: State) -> State:
+def _gru_advance(gates: SavedGates, before: State) -> State:
     z, n = gates[0][..., 1, :], gates[1]
     return ((1.0 - z) * n + z * before[0],)
 
 
-def _gru_after_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Residuals:
+def _gru_after_gates(weights: Weights, projected: InputContribution, hidden: jax.Array) -> SavedGates:
     product = _product(hidden, weights["weight_hidden"][0])
     rz = _nonlinearities(_with_bias(weights, projected, 0, 2) + product[..., :2, :], (0.5, 0.5))
     hidden_n = product[..., 2, :] + _add_leading_axes(weights["bias_hidden"], hidden.ndim)
@@ -303,7 +311,7 @@ def _gru_after_gates(weights: Weights, projected: Projected, hidden: jax.Array) 
 
 
 def _gru_after_backward(
-    transposes: tuple[Transpose, ...], gates: Residuals, before: State, dafter: State
+    transposes: tuple[TransposedProduct, ...], gates: SavedGates, before: State, dafter: State
 ) -> tuple[Any, ...]:
     dbefore, (*dproducts, dn) = gru_gradients(gates, before[0], dafter[0])
     dproduct = _stack_gates(*dproducts)
@@ -332,7 +340,7 @@ def gru_gradients(
     return dhidden * z, (dr, dz, dn * r, dn)
 
 
-def _gru_after_dweights(gates: Residuals, hidden: jax.Array, dproduct: jax.Array) -> Weights:
+def _gru_after_dweights(gates: SavedGates, hidden: jax.Array, dproduct: jax.Array) -> Weights:
     dbias = jnp.sum(dproduct[..., 2, :], axis=(0, 1), dtype=jnp.float32)
     return {"weight_hidden": _outer(hidden, dproduct), "bias_hidden": dbias}
 
@@ -348,7 +356,7 @@ GRU_AFTER = Cell(
 """The reset gate is applied after the product with the hidden weights (cuDNN, torch)."""
 
 
-def _gru_before_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Residuals:
+def _gru_before_gates(weights: Weights, projected: InputContribution, hidden: jax.Array) -> SavedGates:
     weight_rz, weight_n = weights["weight_hidden"]
     rz = _nonlinearities(_with_bias(weights, projected, 0, 2) + _product(hidden, weight_rz), (0.5, 0.5))
     product = _product(rz[..., 0, :] * hidden, weight_n)
@@ -356,7 +364,7 @@ def _gru_before_gates(weights: Weights, projected: Projected, hidden: jax.Array)
 
 
 def _gru_before_backward(
-    transposes: tuple[Transpose, ...], gates: Residuals, before: State, dafter: State
+    transposes: tuple[TransposedProduct, ...], gates: SavedGates, before: State, dafter: State
 ) -> tuple[Any, ...]:
     (r, z, n), (dhidden,), (transpose_rz, transpose_n) = gates, dafter, transposes
     dn = dhidden * (1.0 - z) * (1.0 - n**2)
@@ -367,7 +375,7 @@ def _gru_before_backward(
     return (dbefore,), _stack_gates(dr, dz, dn)
 
 
-def _gru_before_dweights(gates: Residuals, hidden: jax.Array, dproduct: jax.Array) -> Weights:
+def _gru_before_dweights(gates: SavedGates, hidden: jax.Array, dproduct: jax.Array) -> Weights:
     scaled = gates[0][..., 0, :] * hidden
     parts = [_outer(hidden, dproduct[..., :2, :]), _outer(scaled, dproduct[..., 2:, :])]
     return {"weight_hidden": jnp.concatenate(parts, axis=1)}
@@ -391,11 +399,11 @@ def _project(weights: Weights, x: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,DGH->BTGH", x, weights["weight_input"])
 
 
-def _projected(projected_BCGH: jax.Array) -> Projected:
+def _projected(projected_BCGH: jax.Array) -> InputContribution:
     return lambda begin, end: projected_BCGH[:, :, begin:end]
 
 
-def _projected_at(projected_BCGH: jax.Array, index: Any) -> Projected:
+def _projected_at(projected_BCGH: jax.Array, index: Any) -> InputContribution:
     """The contribution of the inputs at one step.
 
     One slice of the time axis and the gate axis is 3 times as fast on a CPU as two slices, one for each axis.
@@ -404,7 +412,7 @@ def _projected_at(projected_BCGH: jax.Array, index: Any) -> Projected:
     return lambda begin, end: lax.dynamic_slice(projected_BCGH, (0, index, begin, 0), (B, 1, end - begin, H))[:, 0]
 
 
-def _with_bias(weights: Weights, projected: Projected, begin: int, end: int) -> jax.Array:
+def _with_bias(weights: Weights, projected: InputContribution, begin: int, end: int) -> jax.Array:
     input_part = projected(begin, end).astype(jnp.float32)
     return input_part + _add_leading_axes(weights["bias"][begin:end], input_part.ndim)
 
@@ -427,7 +435,7 @@ def _split_hidden(cell: Cell, weights: Weights) -> Weights:
     return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], split_points, axis=1)}
 
 
-def _transpose(weight_DGH: jax.Array, copy: bool) -> Transpose:
+def _transpose(weight_DGH: jax.Array, copy: bool) -> TransposedProduct:
     """A function that multiplies [..., G, H] with the transposed weights and returns [..., D].
 
     Args:
@@ -509,7 +517,7 @@ def _zeros(x: jax.ShapeDtypeStruct, steps: int, axis: int) -> jax.Array:
     return jnp.broadcast_to(zeros, (*x.shape[:axis], steps, *x.shape[axis:]))
 
 
-def _gates_at(gates: Residuals, index: Any, axis: int) -> Residuals:
+def _gates_at(gates: SavedGates, index: Any, axis: int) -> SavedGates:
     """The gates of one step, each [B, H] float32.
 
     One slice of the time axis and the gate axis is 3 times as fast on a CPU as two slices, one for each axis.

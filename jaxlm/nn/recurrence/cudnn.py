@@ -28,7 +28,7 @@ def lstm(
     (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
     lengths_B = jnp.full((B,), T, jnp.int32)
     if keep_BT is not None:
-        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 without tokens: NaN, see below
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 for a row without tokens
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     is_real_BT = time_BT < lengths_B[:, None]
     # cuDNN reads only from the first token to the last. For the other direction, reverse the tokens of each row. The

@@ -83,7 +83,11 @@ def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: 
 
     :func:`lstm` is faster, but it returns the cell only after the last token. The masks are as in :func:`lstm`, but
     None is not allowed. The state before the first token is zeros.
+
+    Raises:
+        ValueError: the shapes do not match, there are no steps, or a mask is not boolean.
     """
+    _check("lstm", params, x_BTD, None, lstm_state_specs, reset_BT, keep_BT, None, False, {})
     masks = reset_BT & keep_BT, keep_BT
     x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
     zeros_BH = jnp.zeros_like(project(params, x_BTD[:, 0])[:, 0], jnp.float32)

@@ -37,7 +37,7 @@ MIN_STEPS = 8
 takes longer than the steps."""
 MAX_BLOCK_STEPS = 4
 """Maximum number of steps of a block."""
-MAX_BLOCK_WEIGHTS = 2**24
+MAX_UNROLLED_WEIGHTS = 2**24
 """Maximum product of the number of hidden weights and the number of steps of a block, if a block has several steps. The
 steps of a block are unrolled. With a larger product, the program is so large that it takes minutes to compile. A
 float32 weight counts as four weights, because a float32 matmul has about four times as many instructions as a bfloat16
@@ -54,7 +54,7 @@ VMEM_LIMIT_BYTES = {"TPU v5": 56 * 2**20, "TPU7x": 56 * 2**20}
 """Bytes of VMEM that a kernel may use, by device kind. "TPU v5" is a TPU v5p."""
 DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
 """The same limit for all other device kinds. A core of a TPU v5e or v6e has 128 MiB of VMEM."""
-NUM_STORED = 4
+NUM_STORED_ARRAYS = 4
 """Number of arrays that a step stores for the backward pass: i, f, g, o for an LSTM, which also stores its cell, and r,
 z, n and the product with the hidden weights of n for a GRU. The backward pass of a step returns as many gradients."""
 
@@ -95,7 +95,7 @@ def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
 
 
 Gates = Sequence[jax.Array]
-"""Arrays [R, H] float32: one for each gate, or the ``NUM_STORED`` arrays of a step."""
+"""Arrays [R, H] float32: one for each gate, or the ``NUM_STORED_ARRAYS`` arrays of a step."""
 
 
 class _Cell(NamedTuple):
@@ -103,9 +103,9 @@ class _Cell(NamedTuple):
 
     num_gates: int
     forward: Callable[..., tuple[State, Gates]]
-    """``forward(inputs, products, bias_hidden, before=state)``: the state after the step, and the ``NUM_STORED`` arrays
-    for the backward pass. ``inputs`` are the contributions of the input to the gates, with bias. ``products`` are the
-    products of the hidden state with the hidden weights. Only a GRU has the argument ``bias_hidden``."""
+    """``forward(inputs, products, bias_hidden, before=state)``: the state after the step, and the ``NUM_STORED_ARRAYS``
+    arrays for the backward pass. ``inputs`` are the contributions of the input to the gates, with bias. ``products``
+    are the products of the hidden state with the hidden weights. Only a GRU has the argument ``bias_hidden``."""
     backward: Callable[[Gates, State, State], tuple[State, Gates]]
     """``backward(stored, before, dafter)``: the gradient of the state before the step, without its part through the
     hidden weights, and the gradients of the products. ``before`` has one array: the cell of an LSTM or the hidden state
@@ -360,12 +360,12 @@ def _device_forward(
     dtype = by_time[0].dtype
     outputs = [(1, dtype)]
     if store:
-        outputs += [(NUM_STORED, dtype), *[(1, jnp.float32)] * (len(first) - 1)]
+        outputs += [(NUM_STORED_ARRAYS, dtype), *[(1, jnp.float32)] * (len(first) - 1)]
     return _call(static, "forward", by_time, mask_TB1, constants, first, outputs)
 
 
 def _device_backward(static: _Static, by_time: Any, mask_TB1: Any, constants: Any, dlast: State) -> tuple[Any, ...]:
-    return _call(static, "backward", by_time, mask_TB1, constants, dlast, [(NUM_STORED, by_time[0].dtype)])
+    return _call(static, "backward", by_time, mask_TB1, constants, dlast, [(NUM_STORED_ARRAYS, by_time[0].dtype)])
 
 
 def _call(
@@ -397,7 +397,7 @@ def _call(
 
     states = tuple(pl.BlockSpec((R, H), lambda b, t: (b, 0)) for _ in state)
     has_sums = name == "backward"
-    sums = [pl.BlockSpec((NUM_STORED, R, H), lambda b, t: (0, b, 0))] if has_sums else []
+    sums = [pl.BlockSpec((NUM_STORED_ARRAYS, R, H), lambda b, t: (0, b, 0))] if has_sums else []
     return pl.pallas_call(
         functools.partial(_KERNELS[name], static), name=f"{static.kind}_{name}", grid=(B // R, T // C),
         interpret=lazy_pallas.INTERPRET,
@@ -408,7 +408,7 @@ def _call(
         ),
         out_specs=(states, *sums, *(time_block(size) for size, _ in outputs)),
         out_shape=(
-            tuple(shape() for _ in state), *([shape(NUM_STORED)] if has_sums else []),
+            tuple(shape() for _ in state), *([shape(NUM_STORED_ARRAYS)] if has_sums else []),
             *(shape(size, T, dtype=dtype) for size, dtype in outputs),
         ),
         scratch_shapes=(tuple(pltpu.VMEM((R, H), jnp.float32) for _ in state),),
@@ -438,4 +438,4 @@ def _block_rows(B: int, H: int) -> int:
 def _block_steps(weight: jax.Array) -> int:
     """C, the number of steps of a block."""
     weights = weight.size * (4 if weight.dtype == jnp.float32 else 1)
-    return max(1, min(MAX_BLOCK_STEPS, MAX_BLOCK_WEIGHTS // weights))
+    return max(1, min(MAX_BLOCK_STEPS, MAX_UNROLLED_WEIGHTS // weights))

@@ -28,7 +28,7 @@ from jaxlm.nn.scan.vector_state import Implementation
 from jaxlm.nn.segments import check_masks
 from jaxlm.spec import ZEROS, ArraySpec, Normal, Params
 
-LOG_DECAY_SCALE = 8.0
+DECAY_EXPONENT = 8.0
 """The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
 
 MAX_SQRT_SLOPE = 1000.0
@@ -123,7 +123,7 @@ def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
     softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"].astype(jnp.float32)), range(x.ndim - 1))
-    log_decay = -LOG_DECAY_SCALE * softplus * recurrence_gate
+    log_decay = -DECAY_EXPONENT * softplus * recurrence_gate
     # With m = a - 1, 1 - a^2 = -m (2 + m). This form is accurate for decays near 1.
     decay_minus_one = jnp.expm1(log_decay)
     scale = jnp.where(is_first, 1.0, _sqrt(-decay_minus_one * (2.0 + decay_minus_one)))

@@ -181,4 +181,4 @@ def _backward_kernel(
     dstate[...] = carry[...]
 
 
-KERNELS = Kernels("gated_delta_rule", _forward_kernel, _backward_kernel, gradient_of_sums=False)
+KERNELS = Kernels("gated_delta_rule", _forward_kernel, _backward_kernel, returns_gradient_of_sums=False)

@@ -39,7 +39,7 @@ MIN_LOG_DECAY = -104.0
 MAX_HEADS = 8
 """Maximum number of heads of a block. A block has more heads only if no number up to this maximum is possible
 (:func:`heads_per_block`)."""
-MAX_VMEM = 15 * 2**20
+MAX_VMEM_BYTES = 15 * 2**20
 """Maximum number of bytes of VMEM for the arrays of a block of heads. The compiler gives a kernel 16 MiB."""
 
 
@@ -71,7 +71,7 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
 
     The heads of a block either all share one query and key, or each of them has its own. So J divides H, and also H / G
     if heads share keys. The last axis of each block, J * V or J * K (K, if heads share keys), must be a multiple of 128
-    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM``).
+    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM_BYTES``).
     """
 
     def is_possible(J: int) -> bool:
@@ -79,7 +79,7 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
         whole_values = J * V % LANES == 0 or J == H
         whole_keys = (J * K % LANES == 0 or J == H) if has_own_keys else (K % LANES == 0 or G == 1)
         one_group = has_own_keys or (H // G) % J == 0
-        return H % J == 0 and whole_values and whole_keys and one_group and _vmem_bytes(J, K, V) <= MAX_VMEM
+        return H % J == 0 and whole_values and whole_keys and one_group and _vmem_bytes(J, K, V) <= MAX_VMEM_BYTES
 
     possible = [J for J in range(1, H + 1) if is_possible(J)]
     return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
@@ -101,7 +101,7 @@ HEAD_AXES = ("batch", None, "heads", None)
 """Logical axes of an array [B, T, H, X] with any width X, such as the values."""
 STATE_AXES = ("batch", "heads", None, None)
 """Logical axes of a state [B, H, K, V]."""
-STATES_AXES = ("batch", None, "heads", None, None)
+CHUNK_STATES_AXES = ("batch", None, "heads", None, None)
 """Logical axes of the states before the chunks, [B, C, H, K, V]."""
 
 
@@ -273,14 +273,14 @@ class Kernels(NamedTuple):
         name: the name of ``forward`` in the compiled program. ``backward`` has the name ``{name}_backward``.
         forward, backward: functions. Their arguments are a :class:`Blocks`, a reference for each entry of ``in_specs``
             and ``out_specs`` (:func:`_device_forward`, :func:`_device_backward`), and the carry [J, K, V].
-        gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the gradients
-            of the log decays.
+        returns_gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the
+            gradients of the log decays.
     """
 
     name: str
     forward: Any
     backward: Any
-    gradient_of_sums: bool
+    returns_gradient_of_sums: bool
 
 
 def run(
@@ -316,7 +316,7 @@ def _run(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array) -> tuple[
 
 def _forward(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array, *, save_states: bool = True) -> Any:
     run = functools.partial(_device_forward, kernels, L, save_states)
-    mapped = sharding.map_shards(run, [*_input_axes(inputs), STATE_AXES], [HEAD_AXES, STATE_AXES, STATES_AXES])
+    mapped = sharding.map_shards(run, [*_input_axes(inputs), STATE_AXES], [HEAD_AXES, STATE_AXES, CHUNK_STATES_AXES])
     out_BTHV, last_BHKV, states_BCHKV = mapped(*inputs, state_BHKV)
     return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
 
@@ -334,13 +334,13 @@ def _backward(kernels: Kernels, L: int, saved: Any, cotangents: Any) -> Any:
         dkey_axes = ("batch", None, None, "heads", None) if is_split_by_group else ("batch", None, "heads", None, None)
     mapped = sharding.map_shards(
         functools.partial(_device_backward, kernels, L, is_shared),
-        [*axes, STATES_AXES, HEAD_AXES, STATE_AXES],
+        [*axes, CHUNK_STATES_AXES, HEAD_AXES, STATE_AXES],
         [dkey_axes, dkey_axes, *axes[2:5], STATE_AXES],
     )
     dquery, dkey, dvalue, dlog_BTH, dscale_BTH, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
     if is_shared:
         dquery, dkey = jnp.sum(dquery, axis=2), jnp.sum(dkey, axis=2)
-    if kernels.gradient_of_sums:
+    if kernels.returns_gradient_of_sums:
         # The log decay of a step is a summand of b_t for this step and all later steps of the chunk.
         db_BCLH = dlog_BTH.reshape(dlog_BTH.shape[0], -1, L, dlog_BTH.shape[2])
         dlog_BTH = lax.cumsum(db_BCLH, axis=2, reverse=True).reshape(dlog_BTH.shape)
@@ -391,7 +391,7 @@ def _device_backward(
     """The gradients of queries, keys, values, log decays, scales and the state before the first step, for one device.
 
     The gradients of queries and keys are [B, T, H, K]; if ``is_shared``, they are [B, T, blocks of a group, G, K]. The
-    gradient of the log decays, or of the sums b_t (``Kernels.gradient_of_sums``), includes the padded steps.
+    gradient of the log decays, or of the sums b_t (``Kernels.returns_gradient_of_sums``), includes the padded steps.
 
     Args:
         states_BCHKV: the state before each chunk.

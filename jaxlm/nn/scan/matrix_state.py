@@ -7,8 +7,8 @@ Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024
 attention (Yang et al. 2024) uses one decay per channel of the keys.
 
 Shapes: B batch, T time, H heads, G groups of heads, R = H / G heads of a group, K width of queries and keys, V width of
-values, C chunks, L steps of a chunk (M: the same steps, on the axis of the keys), E = 1 or K decays per head, P pairs
-of blocks of S steps.
+values, L steps of a chunk (M: the same steps, on the axis of the keys), E = 1 or K decays per head, P pairs of blocks
+of W steps (X: the same number, for the earlier block).
 """
 
 from __future__ import annotations
@@ -237,8 +237,8 @@ def decay_chunk(
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             size = later.shape[3]
-            q_BHPSK, k_BHPSK = block_pairs(q_BGLK, size)[1], block_pairs(k_BGLK, size)[0]
-            return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)  # R: steps of the earlier block
+            q_BHPWK, k_BHPXK = block_pairs(q_BGLK, size)[1], block_pairs(k_BGLK, size)[0]
+            return product("BHPWK,BHPXK->BHPWX", q_BHPWK * later, k_BHPXK * earlier)
 
         diagonal_BHL = jnp.sum(q_BGLK.astype(jnp.float32) * k_BGLK.astype(jnp.float32), axis=-1)
         scores_BHLM, prefix_BHLE, suffix_BHLE = pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
@@ -276,10 +276,11 @@ def pair_scores_and_decays(
     method divides no products: a quotient could overflow.
 
     Args:
-        diagonal_BHL: the score of each step with itself; [B, H, L, N] for N kinds of scores.
-        pair_scores: ``pair_scores(later, earlier)``, with arguments [B, H, P, S, E], returns the scores of the steps of
+        diagonal_BHL: the score of each step with itself; [B, H, L, N] if ``pair_scores`` returns N score matrices, as
+            in the delta rule.
+        pair_scores: ``pair_scores(later, earlier)``, with arguments [B, H, P, W, E], returns the scores of the steps of
             the later block (axis -2) with the steps of the earlier block (axis -1) for each of P pairs of blocks:
-            [B, H, P, S, S], or [B, H, P, N, S, S] for N kinds of scores.
+            [B, H, P, W, X], or [B, H, P, N, W, X] for N score matrices.
 
     Returns:
         The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up

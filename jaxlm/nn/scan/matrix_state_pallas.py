@@ -102,4 +102,4 @@ def _backward_kernel(
     dstate[...] = carry[...]
 
 
-KERNELS = Kernels("linear_attention", _forward_kernel, _backward_kernel, gradient_of_sums=True)
+KERNELS = Kernels("linear_attention", _forward_kernel, _backward_kernel, returns_gradient_of_sums=True)

@@ -19,12 +19,12 @@ from jaxlm.nn import choices
 from jaxlm.nn.scan.chunks import prepare, scan_chunks, scan_steps
 from jaxlm.nn.scan.matrix_state import (
     Implementation,
-    check_inputs,
     choose_implementation,
     decay_chunk,
     decay_step,
     linear_attention,
 )
+from jaxlm.nn.segments import check_masks
 
 
 def ssd(
@@ -65,16 +65,8 @@ def ssd(
         >>> y.ravel().tolist(), state.ravel().tolist()
         ([1.0, 1.5, 1.75], [1.75])
     """
-    if x_BTHP.ndim != 4 or dt_BTH.shape != x_BTHP.shape[:3] or A_H.shape != x_BTHP.shape[2:3]:
-        raise ValueError(
-            f"x {list(x_BTHP.shape)} must be [batch, time, heads, width], dt {list(dt_BTH.shape)} [batch, time, heads] "
-            f"and A {list(A_H.shape)} [heads]"
-        )
-    if B_BTGN.ndim != 4 or B_BTGN.shape != C_BTGN.shape or x_BTHP.shape[2] % B_BTGN.shape[2]:
-        raise ValueError(
-            f"B {list(B_BTGN.shape)} and C {list(C_BTGN.shape)} must both be [batch, time, groups, state size], and "
-            f"the number of groups must divide the {x_BTHP.shape[2]} heads of x"
-        )
+    _check_inputs(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP)
+    check_masks(reset_BT, keep_BT, x_BTHP.shape[:2])
     dt_BTH = dt_BTH.astype(jnp.float32)
     log_decay_BTH = A_H.astype(jnp.float32)[None, None] * dt_BTH
     if not negative_eigenvalues:
@@ -85,7 +77,6 @@ def ssd(
     # A negative decay has no logarithm, so ``linear_attention`` cannot be used.
     T = x_BTHP.shape[1]
     implementation = choose_implementation("ssd", implementation, T, chunk, "does not support negative eigenvalues")
-    check_inputs(C_BTGN, B_BTGN, x_BTHP, state_BHNP, reset_BT, keep_BT, shared_keys=True)
     # Padding must have the decay 1. ``prepare`` sets all inputs to 0 at padding, so this input is the decay minus 1.
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
@@ -95,6 +86,22 @@ def ssd(
     if implementation == "reference":
         return scan_steps(_step, inputs, state_BHNP)
     return scan_chunks(_chunk, inputs, state_BHNP, chunk or choices.linear_attention_chunk())
+
+
+def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:
+    if x.ndim != 4 or not x.shape[1] or dt.shape != x.shape[:3] or A.shape != x.shape[2:3]:
+        raise ValueError(
+            f"x {list(x.shape)} must be [batch, time, heads, width], with at least one step, dt {list(dt.shape)} "
+            f"[batch, time, heads] and A {list(A.shape)} [heads]"
+        )
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or x.shape[2] % B.shape[2]:
+        raise ValueError(
+            f"B {list(B.shape)} and C {list(C.shape)} must both be [batch, time, groups, state size] with the batch "
+            f"and time of x {list(x.shape)}, and the number of groups must divide the {x.shape[2]} heads of x"
+        )
+    state_shape = (x.shape[0], x.shape[2], B.shape[3], x.shape[3])
+    if state is not None and state.shape != state_shape:
+        raise ValueError(f"state {list(state.shape)} must be [batch, heads, state size, width], {list(state_shape)}")
 
 
 def _step(state: jax.Array, C: jax.Array, B: jax.Array, value: jax.Array, decay_minus_one: jax.Array) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
-from jaxlm.nn.attention.cache import CacheView, Context, append, append_and_read
+from jaxlm.nn.attention.cache import CacheContext, CacheView, append, append_and_read
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.nn.dropout import keep_rows
@@ -153,7 +153,7 @@ def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections, is
     monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (24, 24))
     monkeypatch.setattr(blockwise, "MAX_SECTIONS", sections)
-    monkeypatch.setattr(blockwise, "ALIGN", 8)
+    monkeypatch.setattr(blockwise, "KEY_RANGE_MULTIPLE", 8)
     monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 16)
     shape = (1, 200, 200, 2, 8)
     q, k, v, cotangent = inputs(*shape)
@@ -261,7 +261,7 @@ def test_documents_and_grouped_queries_in_a_loop_over_heads(monkeypatch, is_mask
     """With ranges of keys and 64-bit indices, for one stored mask of all heads and for one mask per head."""
     monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (16, 16))
-    monkeypatch.setattr(blockwise, "ALIGN", 8)
+    monkeypatch.setattr(blockwise, "KEY_RANGE_MULTIPLE", 8)
     monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 16)
     q, k, v, cotangent = inputs(2, 40, 40, 4, 8)
     segment_ids = np.repeat([[1, 2, 2, 0, 3], [1, 1, 1, 1, 1]], 8, axis=1).astype(np.int32)
@@ -473,7 +473,7 @@ def test_few_queries_over_a_source_read_only_its_real_tokens():
 
 
 def context_from(start_B):
-    return Context(None, None, Mask(), start_B, None)
+    return CacheContext(None, None, Mask(), start_B, None)
 
 
 def test_a_view_writes_and_reads_one_layer_of_the_stack():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
+from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_buckets
 from jaxlm.testing.helpers import relative_error
 
 # First distance of each of T5's 32 buckets after the exact ones: 8 * 16**(i/8) and 16 * 8**(i/16), rounded up.
@@ -31,11 +31,11 @@ def test_the_table_of_distances_and_its_gradient(bidirectional):
     rng = np.random.default_rng(1)
     table, weight = (rng.normal(size=(n, 2)).astype(np.float32) for n in (8, 25))
     buckets = distance_buckets(8, 12, bidirectional=bidirectional)
-    got = distance_table(jnp.asarray(table), 12, bidirectional=bidirectional)
+    got = bias_of_each_distance(jnp.asarray(table), 12, bidirectional=bidirectional)
     np.testing.assert_array_equal(got, table[buckets])
 
     def value(table):
-        return jnp.sum(weight * jnp.square(distance_table(table, 12, bidirectional=bidirectional)))
+        return jnp.sum(weight * jnp.square(bias_of_each_distance(table, 12, bidirectional=bidirectional)))
 
     want = np.zeros((8, 2))
     np.add.at(want, buckets, weight * 2.0 * table[buckets].astype(np.float64))

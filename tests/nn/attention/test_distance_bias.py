@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention, blockwise
-from jaxlm.nn.attention.bias import AttentionBias, dense
+from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
@@ -73,7 +73,7 @@ def test_distance_bias(queries, keys, query_offset, vectors):
 
         def function(table, *q, max_distance=max_distance):
             query = q[0] if q else None
-            return dense(
+            return dense_bias(
                 distance_bias(
                     table, int(max_distance), queries, keys, query_offset=query_offset, q_BTHK=query, scale=0.5
                 ),
@@ -96,7 +96,7 @@ def test_distance_bias_at_positions(vectors):
 
     def function(table, *q):
         query_vectors = q[0] if q else None
-        return dense(
+        return dense_bias(
             distance_bias_at_positions(
                 table, 5, jnp.asarray(query), jnp.asarray(key), q_BTHK=query_vectors, scale=0.5
             ), 5, 7,
@@ -108,7 +108,7 @@ def test_distance_bias_at_positions(vectors):
 
 def test_unsigned_positions_do_not_wrap():
     table, positions = jnp.arange(7.0)[:, None], np.array([[0, 5, 2]])
-    got = dense(distance_bias_at_positions(table, 3, *(jnp.asarray(positions, jnp.uint8),) * 2), 3, 3)
+    got = dense_bias(distance_bias_at_positions(table, 3, *(jnp.asarray(positions, jnp.uint8),) * 2), 3, 3)
     assert np.array_equal(got[0, 0], np.clip(3 - (positions.T - positions), 0, 6))
 
 
@@ -117,7 +117,7 @@ def test_distance_bias_at_query_positions():
     table, q = arrays(5, 13, True)
 
     def function(table, q):
-        return dense(distance_bias_at_query_positions(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
+        return dense_bias(distance_bias_at_query_positions(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
 
     distance = query[:, :, None] - np.arange(7)
     compare(function, lambda table, q: gathered_bias(table, 6, distance, q), table, q)
@@ -131,7 +131,7 @@ def test_type_bias():
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
     table, q = arrays(5, 2, True)
     index = jnp.asarray(query[:, :, None] != key[:, None, :]).astype(int)
-    function = lambda q, table: dense(type_bias(q, table, query, key, scale=0.5), 5, 7)  # noqa: E731
+    function = lambda q, table: dense_bias(type_bias(q, table, query, key, scale=0.5), 5, 7)  # noqa: E731
     compare(function, lambda q, table: 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, table[index]), q, table)
 
 
@@ -161,7 +161,7 @@ def bias_of(kind, table, vectors, q, types):
 def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind, sequential):
     monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (16, 16))
-    monkeypatch.setattr(blockwise, "ALIGN", 8)
+    monkeypatch.setattr(blockwise, "KEY_RANGE_MULTIPLE", 8)
     monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 32)
     T = 40
     keys = jax.random.split(jax.random.key(0), 6)

@@ -42,7 +42,7 @@ def test_the_memory_contains_the_last_real_tokens_in_order(slots):
             ]
             assert remembered == history[-slots:]
             assert np.all(np.diff(np.asarray(state["segment_ids"][row]) > 0) >= 0)  # empty slots come first
-    assert spec.diff(memory.memory_specs(None, 3, slots, 1, jnp.float32), state) == []
+    assert spec.differences(memory.memory_specs(None, 3, slots, 1, jnp.float32), state) == []
 
 
 def test_mask_and_distances_equal_those_of_single_documents():

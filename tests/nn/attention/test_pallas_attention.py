@@ -170,7 +170,7 @@ def test_a_kernel_computes_whole_heads_if_a_rule_splits_their_width():
         make_mesh("data=2,tensor=2", devices=jax.devices()[:4]), Rules.of(batch="data", kv="tensor")
     )
     with mesh_sharding.scope():
-        out = jax.jit(lambda *qkv: split.over_devices(scores_times_values, qkv, (), ()))(q, k, v)
+        out = jax.jit(lambda *qkv: split.shard_attention(scores_times_values, qkv, (), ()))(q, k, v)
     assert relative_error(out, jax.jit(scores_times_values)((q, k, v), (), ())) < 1e-6
 
 

@@ -66,7 +66,7 @@ def test_attention_equals_that_over_the_last_tokens_of_the_document(window):
                 want = visible_attention(q[row, t], *zip(*document[-window:], strict=True))
                 np.testing.assert_allclose(got[row, t], want, rtol=2e-5, atol=1e-6)
     layer_specs = window_cache.layer_specs(3, window, G, K, jnp.float32)
-    assert spec.diff({**window_cache.token_count_specs(3), **layer_specs}, {**state, **kv}) == []
+    assert spec.differences({**window_cache.token_count_specs(3), **layer_specs}, {**state, **kv}) == []
 
 
 def test_without_a_state_the_mask_has_no_order():
@@ -90,3 +90,12 @@ def test_no_array_grows_with_the_text():
         "key": ((2, 8, G * K), jnp.bfloat16), "value": ((2, 8, G * K), jnp.bfloat16),
     }  # fmt: skip
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves((specs, window_cache.token_count_specs(2))))
+
+
+def test_missing_masks_raise():
+    tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    state = spec.init(window_cache.token_count_specs(2))
+    with pytest.raises(ValueError, match="start_BT and keep_BT must not be None with a state: pass the masks of"):
+        window_cache.make_context(tokens, state, None, None, 4)
+    with pytest.raises(ValueError, match="keep_BT must not be None: pass the masks of segment_boundaries"):
+        window_cache.make_context(tokens, None, mask, None, 4)

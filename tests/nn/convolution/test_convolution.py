@@ -206,5 +206,5 @@ def test_initial_weight_norm_has_the_scale_of_the_weight_and_ignores_the_norm_of
     assert np.asarray(weight).std() == pytest.approx(0.1, rel=0.05)
     longer = weight_norm({**params, "direction": 7.0 * params["direction"]}, num_input_axes=2)["weight"]
     assert relative_error(longer, weight) < 1e-6
-    with pytest.raises(ValueError, match="weight normalisation needs a weight initialized by Normal"):
+    with pytest.raises(ValueError, match="weight normalization needs a weight initialized by Normal"):
         weight_norm_specs(convolution_specs((3, 4, 5), ("embed", "mlp"), ONES), num_input_axes=2)

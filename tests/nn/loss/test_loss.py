@@ -114,12 +114,26 @@ def test_positions_of_weight_zero_are_ignored():
     assert_trees_close(got, want, 0.0)
 
 
-def test_targets_and_weights_of_another_shape_raise():
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1)])
+def test_selected_positions_may_be_fewer_than_shards(shape):
+    arrays = make_arrays()
+    hidden, targets, weights = (x[: shape[0], : shape[1]] for x in arrays[1:])
+    want = value_and_gradients(lambda p, h: unchunked_loss(p, h, targets, weights), arrays[0], hidden)
+
+    def selected(params, hidden):
+        with Sharding(make_mesh("data=8")).scope():
+            return selected_cross_entropy(head, params, hidden, targets, weights)
+
+    assert_trees_close(jax.jit(jax.value_and_grad(selected, argnums=(0, 1)))(arrays[0], hidden), want, 3e-6)
+
+
+@pytest.mark.parametrize("function", [chunked_cross_entropy, selected_cross_entropy])
+def test_targets_and_weights_of_another_shape_raise(function):
     params, hidden, targets, weights = make_arrays()
     with pytest.raises(ValueError, match=r"targets .* must have the batch and time of the hidden states"):
-        chunked_cross_entropy(head, params, hidden, targets[:, 1:], weights)
+        function(head, params, hidden, targets[:, 1:], weights)
     with pytest.raises(ValueError, match=r"weights .* must have the batch and time of the hidden states"):
-        chunked_cross_entropy(head, params, hidden, targets, weights[:, 1:])
+        function(head, params, hidden, targets, weights.T)
 
 
 def test_a_target_outside_the_vocabulary_gives_nan():

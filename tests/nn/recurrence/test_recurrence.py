@@ -293,6 +293,10 @@ def test_the_states_after_each_token_are_those_of_the_layer():
     got = value_and_gradients(states, params, x, None, **inputs)
     want = value_and_gradients(recurrence.lstm, params, x, None, **inputs)
     assert_trees_close(got, want, 2e-6)
+    with pytest.raises(ValueError, match="keep_BT has dtype int64: pass a boolean array"):
+        recurrence.lstm_states(params, x, reset_BT, keep_BT.astype(np.int64))
+    with pytest.raises(ValueError, match="the input has width 3, but weight_input needs width 5"):
+        recurrence.lstm_states(params, x[..., :3], reset_BT, keep_BT)
 
 
 # --------------------------------------------------------------------------------------------------------- cuDNN

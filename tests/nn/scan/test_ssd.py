@@ -148,5 +148,12 @@ def test_bad_shapes_raise():
         ssd(x, dt, A, b[..., :3], c)
     with pytest.raises(ValueError, match="the number of groups must divide the 6 heads of x"):
         ssd(x, dt, A, np.repeat(b, 2, axis=2), np.repeat(c, 2, axis=2))
-    with pytest.raises(ValueError, match=r"state \[2, 6, 3, 4\] must be \[batch, heads, key width, value width\]"):
+    message = r"B \[2, 21, 2, 4\] and C \[2, 21, 2, 4\] must .* the batch and time of x \[2, 20, 6, 3\]"
+    with pytest.raises(ValueError, match=message):
+        ssd(x[:, :20], dt[:, :20], A, b, c)
+    with pytest.raises(ValueError, match=r"x \[2, 0, 6, 3\] must be .*, with at least one step"):
+        ssd(x[:, :0], dt[:, :0], A, b[:, :0], c[:, :0])
+    with pytest.raises(ValueError, match=r"keep_BT \[2, 20\] must be \[batch, time\] of the input, \[2, 21\]"):
+        ssd(x, dt, A, b, c, keep_BT=np.ones((2, 20), bool))
+    with pytest.raises(ValueError, match=r"state \[2, 6, 3, 4\] must be \[batch, heads, state size, width\]"):
         ssd(x, dt, A, b, c, state.swapaxes(2, 3))
