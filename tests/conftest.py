@@ -98,7 +98,7 @@ SLOW_CONTRACT_TESTS = {
     "test_runs_under_an_explicit_mesh_and_in_shard_map",
     "test_loss_falls_in_twenty_steps_without_recompiling",
 }
-"""Contract tests that plain pytest runs only for ``REPRESENTATIVES``, in test_contract.py."""
+"""Contract tests that plain pytest runs only for ``REPRESENTATIVES``. So a registered family has the other tests."""
 
 
 def _mark_thorough_cases(items: list[pytest.Item]) -> None:
@@ -110,7 +110,7 @@ def _mark_thorough_cases(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("thorough"):
             continue
         name = getattr(item, "originalname", item.name)
-        if item.path.name == "test_contract.py" and name in SLOW_CONTRACT_TESTS:
+        if name in SLOW_CONTRACT_TESTS:
             if item.callspec.params["name"] not in REPRESENTATIVES:
                 item.add_marker("thorough")
         elif item.get_closest_marker("plain_cases"):
