@@ -9,9 +9,8 @@ comment lines of the page.
 
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
-of jaxlm in percent of the peak of the machine. In charts and tables of the page, this percentage
-is called "% of the limit". The line charts
-show the time as a function of the length.
+of jaxlm in percent of the peak of the machine. In charts and tables of the page, this percentage is called "% of the
+limit". The line charts show the time as a function of the length.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def load_pretrained(
 
     With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
     head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
-    loaded. A head for another task or with another number of labels is always initialized.
+    loaded. A head for labels is always initialized if the files are for another task or have another number of labels.
 
     ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
     of poolers and heads that are not loaded. The logger "jaxlm" reports both.
@@ -543,7 +543,7 @@ def _missing_paths(
 
     - the files contain none of its parameters;
     - the head in the files has another number of labels;
-    - the override ``task`` selects a head of another task.
+    - it is a head for labels, and the override ``task`` is not the task of the files.
 
     Parameters that a model with the task "none" has too, such as a decoder, belong to no head and are not initialized.
     If the files contain only some parameters of a head that is loaded, a later check reports the missing parameters.

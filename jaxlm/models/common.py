@@ -218,8 +218,8 @@ def gather_weights(specs: Any, params: Params) -> Any:
 def time_axis_name(length: int, num_tokens: int) -> str | None:
     """The name of a time axis: ``seq`` if ``length``, its size, is a multiple of ``num_tokens``, or None.
 
-    An axis that also has a memory or a query stream is longer than the number of new tokens. Devices that split the
-    tokens evenly are certain to split the axis evenly only if its length is a multiple of their number.
+    An axis that also has a memory or a query stream is longer than the number of new tokens. If its size is a multiple
+    of this number, devices that split the tokens evenly split the axis evenly, too.
     """
     return "seq" if length % num_tokens == 0 else None
 

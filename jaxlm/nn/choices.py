@@ -461,7 +461,8 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
     so that it fits into the CPU cache. With fewer than 4 assignments per expert, such as in decoding, a block has one
-    row. Then no block is empty, so only the weights of selected experts are read.
+    row. Then, without padding and with all experts on one device, no block is empty, so only the weights of selected
+    experts are read.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.

@@ -16,8 +16,9 @@ Kind = Literal["causal", "bidirectional", "source", "pool"]
 """The kind of attention.
 
 ``causal``: queries attend to no later key. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask, such as
-self-attention of an encoder or of XLNet, and cross-attention. ``source``: attention of a recurrent decoder to its
-source. ``pool``: a classifier pools the tokens of a text with these weights; H is the number of pooled vectors, T is 1.
+self-attention of an encoder (also of an XLNet without the task ``permutation``), and cross-attention. ``source``:
+attention of a recurrent decoder to its source. ``pool``: a classifier pools the tokens of a text with these weights; H
+is the number of pooled vectors, T is 1.
 """
 
 

@@ -47,8 +47,8 @@ def _square(name: str) -> int:
 
 
 _TOKENIZER = MoveTokenizer("uci")
-# For each move of the vocabulary: the origin square, the target square, and the index in KINDS of the promoted piece.
-# The index 0 (pawn) means no promotion.
+# For each move of the vocabulary: the origin square, the target square, and the index in PIECE_KINDS of the promoted
+# piece. The index 0 (pawn) means no promotion.
 _MOVES = np.array(
     [(_square(move), _square(move[2:]), PIECE_KINDS.index(move[4:] or "p")) for move in _TOKENIZER.moves], np.int32
 )  # fmt: skip

@@ -469,7 +469,7 @@ class _Loop:
         return self._finish(reader, bar, signals)
 
     def _must_end(self, signals: _Signals) -> bool:
-        """Whether a signal during the last step makes the result an interrupted one.
+        """Whether a signal during or after the last step makes the result an interrupted one.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
         """

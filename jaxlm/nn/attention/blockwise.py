@@ -8,7 +8,7 @@ are the keys that at least one query of the block may attend to. There are three
   segments, and there are at least :data:`MIN_KEYS_FOR_RANGES` keys.
 - Otherwise, if the mask is causal by index (no ``query_order``), the range is known at trace time. It ends at the last
   query of the block's section (:data:`MAX_SECTIONS`). With a window, it starts at the first key in the window of the
-  section's first query, or up to ``ALIGN - 1`` keys before.
+  section's first query, or up to ``KEY_RANGE_MULTIPLE - 1`` keys before.
 - Otherwise, the range contains all keys.
 
 In a loop over heads, all heads of a row may share the mask of a block (``choices.share_mask_between_heads``).

@@ -86,9 +86,9 @@ def attention(
 
         Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
         consecutive grid steps. Between the same block of queries of two batch rows, the grid computes other blocks. So
-        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all
-        query heads of a group before the next row. Then, for one head, the grid steps of different rows of the batch
-        are not consecutive, so all arrays are broadcast to all rows.
+        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all query heads of a
+        group before the next row. Then, for one head, the grid steps of different rows of the batch are not
+        consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))

@@ -154,8 +154,8 @@ def check_dynamic_scaling(scaling: RotaryScaling | None, max_positions: int | No
 def rotary_width(head_dim: int, fraction: float) -> int:
     """The number of entries of a head that are rotated: ``fraction * head_dim``, rounded down.
 
-    The product is a floating-point number, as in transformers, so it may be just below a whole number: ``0.29 * 200``
-    gives 57.
+    The product is a floating-point number, as in transformers, so it may be just below a whole number: ``0.57 * 100``
+    gives 56.
 
     Raises:
         ValueError: the fraction is not in (0, 1], or the number of entries is odd or 0.

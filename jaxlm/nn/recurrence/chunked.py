@@ -8,7 +8,8 @@ not. With a single chunk, this is the usual implementation: one matmul for all i
 
 The backward pass needs the gates of each step, and the cells of an LSTM. With ``remat``, the forward pass does not
 store the gates. The backward pass recomputes them from the hidden states before the steps. The forward pass has
-returned all hidden states, so one matmul recomputes the gates of all steps of a chunk, without a loop.
+returned all hidden states, so one matmul (two with ``reset="before"``) recomputes the gates of all steps of a chunk,
+without a loop.
 
 One ``tanh`` computes the nonlinearities of all gates of an LSTM step, or of the gates r and z of a GRU step, with
 ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. If each gate had a separate nonlinearity, XLA would compute it again in every

@@ -5,9 +5,9 @@ heads in VMEM from the first chunk to the last one.
 
 Let b_t be the sum of the log decays of the steps of a chunk up to and including step t. The product of the decays of
 steps s + 1 to t is ``exp(b_t - b_s)``. Log decays below ``MIN_LOG_DECAY`` are set to this value, so that all sums are
-finite. The rounding error of b_t is about 6e-8 times its magnitude. The logarithm of a
-decay near 0 has a large magnitude. So b_t also has a large magnitude from this step to the end of the chunk, and the
-products of the later decays are less accurate.
+finite. The rounding error of b_t is about 6e-8 times its magnitude. The logarithm of a decay near 0 has a large
+magnitude. So b_t also has a large magnitude from this step to the end of the chunk, and the products of the later
+decays are less accurate.
 
 A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier steps of its segment.
 Only steps before the first reset of a chunk read the state before the chunk.
