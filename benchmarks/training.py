@@ -65,7 +65,9 @@ def run(options: Training) -> None:
     passes = harness.names("passes", options.passes, ("forward", "step"))
     targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
-    for name in options.model.replace(" ", "").split(","):
+    models = options.model.replace(" ", "").split(",")
+    harness.check_distinct("model", models)
+    for name in models:
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model

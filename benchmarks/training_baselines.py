@@ -40,7 +40,7 @@ class JaxTraining(JaxImplementation):
         return {**super().facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
 
 
-class JaxlmTraining(JaxTraining):
+class Jaxlm(JaxTraining):
     """jaxlm: a step of ``Trainer.jit_step``, or only the jitted loss.
 
     As in the experiments, the layers are not stacked (``scan_layers=False``), and the process keeps freed memory
@@ -75,7 +75,7 @@ class JaxlmTraining(JaxTraining):
         self.function = trainer.jit_step()
 
 
-class FlaxTraining(JaxTraining):
+class Flax(JaxTraining):
     """The Flax class of transformers: a jitted step with donated state, or only the jitted loss."""
 
     def __init__(self, directory: str, family: str, pass_name: str) -> None:
@@ -129,7 +129,7 @@ def flax_model(directory: str, family: str) -> Any:
     return getattr(transformers, complete_models.FLAX_CLASSES[family]).from_pretrained(directory)
 
 
-class TorchTraining(TorchImplementation):
+class Torch(TorchImplementation):
     """The torch class of transformers or ``torch_models``, in eager mode: a step with fused AdamW, or only the loss.
 
     The attention implementation is the default of the class.
@@ -166,8 +166,8 @@ class TorchTraining(TorchImplementation):
         return loss.item()  # waits until the computation has ended
 
 
-class TorchCompiled(TorchTraining):
-    """:class:`TorchTraining` with ``torch.compile`` for the loss and its gradient. The optimizer is not compiled."""
+class TorchCompiled(Torch):
+    """:class:`Torch` with ``torch.compile`` for the loss and its gradient. The optimizer is not compiled."""
 
     compile = True
 

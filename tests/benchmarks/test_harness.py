@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -17,7 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import attention, decoding, fidelity, harness, recurrence, scan_baselines, shapes, training
+from benchmarks import (
+    attention,
+    decoding,
+    fidelity,
+    harness,
+    recurrence,
+    scan_baselines,
+    scans,
+    shapes,
+    texts,
+    training,
+)
 from benchmarks.baselines import JaxSampled, Sampled
 from benchmarks.harness import Failure, Row, UserError, Worker
 from benchmarks.worker import Implementation
@@ -506,3 +518,11 @@ def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) 
     forward, both = results
     assert list(both) == ["result 0", "result 1", "result 2"], "two gradients and the output"
     assert np.allclose(both["result 2"], forward["result 0"], atol=1e-6)
+
+
+def test_every_implementation_has_a_class():
+    programs = (attention, decoding, recurrence, scans, training)
+    implementations = [program.IMPLEMENTATIONS for program in programs] + [texts.TRANSLATORS, texts.CLASSIFIERS]
+    for target in [target for targets in implementations for target in targets.values()]:
+        module, _, kind = target.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), kind), Implementation)

@@ -154,7 +154,10 @@ def test_a_state_of_other_data_is_rejected(saved, now, message):
         Batches(now).restore(Batches(saved).state())
 
 
-@pytest.mark.parametrize("state", [{}, {"next": -1, "source": {}}, {"next": True, "source": {}}, {"next": 3}])
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"next": -1, "source": {}}, {"next": True, "source": {}}, {"next": "3", "source": {}}, {"next": 3}],
+)
 def test_an_invalid_state_is_rejected(state):
     with pytest.raises(ValueError, match="not the state of an iterator"):
         Batches(SOURCES["columns"]()).restore(state)

@@ -26,7 +26,7 @@ from jaxlm.decoding import (
     stream_text,
     target_log_likelihood,
 )
-from jaxlm.decoding.finite import _not_finite, check_finite, rename_rows_in_errors, rows_finite
+from jaxlm.decoding.finite import _describe_values, check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.testing.helpers import initial_params, tiny_model
 from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
 
@@ -106,8 +106,8 @@ def test_error_names_other_causes(params: Any) -> None:
     with pytest.raises(NotFiniteError, match=message):
         advance(MODEL, params, jitted_prefill(state), NUM_NEW)
     state = {"h": state["h"], "count": jnp.zeros(16, jnp.int32)}
-    assert _not_finite({"count": state["count"]}) == ([], ""), "an array of integers is always finite"
-    assert _not_finite(state)[0] == ["h (16 of 48 values)"]
+    assert _describe_values({"count": state["count"]}) == ([], ""), "an array of integers is always finite"
+    assert _describe_values(state)[0] == ["h (16 of 48 values)"]
 
 
 def test_error_shortens_long_lists_and_names_low_precision() -> None:
@@ -137,7 +137,7 @@ def test_errors_can_be_pickled() -> None:
 
 
 def test_parameters_are_searched_only_after_an_error(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "_not_finite", None)
+    monkeypatch.setattr(finite, "_describe_values", None)
     generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW)
     log_likelihood(MODEL, params, PROMPTS)
 

@@ -94,7 +94,7 @@ def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: ja
             f"x {list(x.shape)} must be [batch, time, heads, width], with at least one step, dt {list(dt.shape)} "
             f"[batch, time, heads] and A {list(A.shape)} [heads]"
         )
-    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or x.shape[2] % B.shape[2]:
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
         raise ValueError(
             f"B {list(B.shape)} and C {list(C.shape)} must both be [batch, time, groups, state size] with the batch "
             f"and time of x {list(x.shape)}, and the number of groups must divide the {x.shape[2]} heads of x"
