@@ -372,7 +372,7 @@ def _bootstrap_detail(seed: int) -> str:
 
 def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Check the predictions and the labels, and return them as arrays [N]."""
-    predicted, expected = (_as_strings(np.asarray(values)) for values in (predictions, labels))
+    predicted, expected = (_without_objects(np.asarray(values)) for values in (predictions, labels))
     if predicted.shape != expected.shape or expected.ndim != 1 or not expected.size:
         raise ValueError(
             f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must have the same shape [N], "
@@ -388,10 +388,10 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
     return predicted, expected
 
 
-def _as_strings(values: np.ndarray) -> np.ndarray:
-    """The same array, but as an array of strings if it is an object array that has only strings."""
-    is_strings = values.dtype == object and all(isinstance(value, str) for value in values.flat)
-    return values.astype(str) if is_strings else values
+def _without_objects(values: np.ndarray) -> np.ndarray:
+    """The same array; an object array that has only strings, or only integers, as an array of strings or integers."""
+    is_uniform = any(all(isinstance(value, kind) for value in values.flat) for kind in (str, int))
+    return np.asarray(values.tolist()) if values.dtype == object and is_uniform else values
 
 
 def _check_strings(name: str, values: Sequence[str]) -> None:

@@ -55,6 +55,10 @@ def test_accuracy_rejects_bad_predictions_and_labels(predictions, labels, error,
         metrics.accuracy(predictions, labels)
 
 
+def test_integer_labels_in_an_object_array_are_accepted():
+    assert metrics.accuracy(np.array([1, 0], object), [1, 1]).value == 0.5
+
+
 def test_confusion_counts_labels_by_row_and_predictions_by_column():
     counts = metrics.confusion([0, 1, 1, 2, 1], [0, 0, 1, 2, 2], 4)
     np.testing.assert_array_equal(counts, [[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])

@@ -95,7 +95,7 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
     factors, shifts = rng.integers(1, _PRIME, NUM_HASHES), rng.integers(0, _PRIME, NUM_HASHES)
     items, starts = [], [0]
     for text in texts:
-        items += [zlib.crc32(gram.encode()) % _PRIME for gram in trigrams(text)]
+        items += [zlib.crc32(gram.encode(errors="surrogatepass")) % _PRIME for gram in trigrams(text)]
         starts.append(len(items))
     values = np.asarray(items, np.int64)
     signatures = np.empty((len(texts), NUM_HASHES), np.int64)

@@ -158,8 +158,8 @@ class GenerationConfig:
         if num_beams > ids:
             raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
         end_ids = first_set("end_ids")
-        if self.end_ids is None and end_ids is not None:
-            end_ids = tuple(i for i in end_ids if i < ids) or end_ids
+        if self.end_ids is None and configs[1].end_ids is not None:
+            end_ids = tuple(i for i in configs[1].end_ids if i < ids) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         resolved_sampling = self.sampling

@@ -25,7 +25,6 @@ import math
 import os
 import re
 import shutil
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import integrity, processes, spec
-from jaxlm.config import check_min, field_types
+from jaxlm.config import check_min
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
 from jaxlm.interop.config_json import (
     ModelDescription,
@@ -545,20 +544,18 @@ def _missing_paths(
     - the head in the files has another number of labels;
     - it is a head for labels, and the override ``task`` is not the task of the files.
 
-    Parameters that a model with the task "none" has too, such as a decoder, belong to no head and are not initialized.
+    Layers, and the encoder or decoder that contains them, are never initialized.
     If the files contain only some parameters of a head that is loaded, a later check reports the missing parameters.
     """
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    has_task_none = "none" in typing.get_args(field_types(type(config)).get("task"))
-    headless = description.model.with_fields(task="none") if has_task_none else description.model
-    headless_paths = spec.flatten(headless.specs).keys()
+    groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:
         group, _, _ = path.partition("/")
         in_head = path in description.format.unprefixed_tensors or group in (*LABEL_HEADS.values(), "pooler")
-        if in_head or (path not in stored and path not in headless_paths):
+        if in_head or (path not in stored and group not in groups_with_layers):
             paths_of_head.setdefault(group, []).append(path)
     initialized = []
     for group, paths in paths_of_head.items():

@@ -31,7 +31,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, num_shards
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 
@@ -215,7 +215,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
-    vocab_axis = "vocab" if cfg.vocab_size % cfg.vocab_multiple == 0 else None  # the result has no padding to shard
+    vocab_axis = "vocab" if cfg.vocab_size % num_shards(("vocab",)) == 0 else None  # the result has no padding to shard
     return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, vocab_axis))
 
 

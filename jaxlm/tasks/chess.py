@@ -199,9 +199,10 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: ``games`` is one string.
-        ValueError: there are no games, or a move is illegal or unreadable (``board_after``).
+        ValueError: a move is illegal or unreadable (``board_after``).
     """
-    check_games("games", games, 1)
+    if games:
+        check_games("games", games, 1)
     found = []
     for line in games:
         board, words = import_chess().Board(), line.split()
