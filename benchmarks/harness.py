@@ -289,10 +289,16 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     Raises:
         UserError: a name is not in ``known``, or is repeated.
     """
-    result = text.replace(" ", "").split(",")
+    result = split_names(option, text)
     for name in result:
         if name not in known:
             raise UserError(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+    return result
+
+
+def split_names(option: str, text: str) -> list[str]:
+    """The names in ``text``, the comma-separated value of an option. Raises ``UserError`` if a name is repeated."""
+    result = text.replace(" ", "").split(",")
     check_distinct(option, result)
     return result
 
@@ -328,7 +334,7 @@ class Row:
     """The measurement of one implementation."""
 
     op: str
-    """What is measured, such as "training step"."""
+    """Name of the measured operation, such as "training step"."""
     implementation: str
     """The name of a baseline, or "jaxlm"."""
     shape: str

@@ -65,9 +65,7 @@ def run(options: Training) -> None:
     passes = harness.names("passes", options.passes, ("forward", "step"))
     targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
-    models = options.model.replace(" ", "").split(",")
-    harness.check_distinct("model", models)
-    for name in models:
+    for name in harness.split_names("model", options.model):
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model

@@ -41,8 +41,8 @@ def check_int32(values: np.ndarray, what: str) -> None:
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
     limits = np.iinfo(np.int32)
-    is_checked = values.size == 0 or np.can_cast(values.dtype, np.int32)
-    if not is_checked and (values.min() < limits.min or values.max() > limits.max):
+    may_exceed = values.size and not np.can_cast(values.dtype, np.int32)
+    if may_exceed and (values.min() < limits.min or values.max() > limits.max):
         raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
 
 

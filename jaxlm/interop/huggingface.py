@@ -550,6 +550,7 @@ def _missing_paths(
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
+    # Recurrent families name their layers layer_0, layer_1, ...; in the other families, ``layers`` is a tuple.
     groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:

@@ -32,7 +32,8 @@ class Config(recurrent.RecurrentConfig):
     """Width of each direction of a layer. The last layer has the width embed_dim instead if tie_embeddings is True and
     the direction is forward."""
     reset: GRUReset = "after"
-    """Where the reset gate acts: after the product with the hidden weights (torch, cuDNN) or before it (Cho et al.)."""
+    """after: the reset gate acts after the product with the hidden weights (torch, cuDNN). before: it acts before this
+    product (Cho et al.)."""
 
     @property
     def cell(self) -> recurrent.LayerFunctions:

@@ -42,6 +42,7 @@ from jaxlm.tasks.chess_reading import (
     board_after,
     check_games,
     check_lengths,
+    check_lines,
     check_model,
     choose_ids,
     gives_checkmate,
@@ -201,8 +202,7 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
         TypeError: ``games`` is one string.
         ValueError: a move is illegal or unreadable (``board_after``).
     """
-    if games:
-        check_games("games", games, 1)
+    check_lines("games", games)
     found = []
     for line in games:
         board, words = import_chess().Board(), line.split()

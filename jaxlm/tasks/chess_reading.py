@@ -411,6 +411,12 @@ def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
     return min(length, model.max_positions or length)
 
 
+def check_lines(name: str, lines: Sequence[str]) -> None:
+    """Raise ``TypeError`` if the argument ``name`` is one string instead of a sequence of lines."""
+    if isinstance(lines, str):
+        raise TypeError(f"{name}={lines[:40]!r} is one string: give a sequence of lines")
+
+
 def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
     """Check the games that a function reads in batches.
 
@@ -421,8 +427,7 @@ def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
         TypeError: ``games`` is one string.
         ValueError: there are no games, or ``batch_size`` is below 1.
     """
-    if isinstance(games, str):
-        raise TypeError(f"{name}={games[:40]!r} is one string: give a sequence of lines")
+    check_lines(name, games)
     if not len(games):
         raise ValueError(f"{name} is empty: give at least one line of moves")
     check_min(1, batch_size=batch_size)

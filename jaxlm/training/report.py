@@ -90,7 +90,8 @@ def _remove_incomplete_line(path: Path) -> None:
 
 
 NON_METRIC_FIELDS: dict[str, Any] = {
-    "step": int, "to_step": int, "event": str, "best_metric": str, "best_mode": Literal["min", "max"],
+    "step": int, "to_step": int, "event": str, "rollbacks": int, "batches_left_out": int, "best_metric": str,
+    "best_mode": Literal["min", "max"],
 }  # fmt: skip
 """Types of the fields of ``metrics.jsonl`` that are not metrics."""
 

@@ -33,9 +33,8 @@ Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 METRIC_NAMES = frozenset((
-    *NON_METRIC_FIELDS, "rollbacks", "batches_left_out", "loss", "gradient_norm", "parameter_norm", "weight",
-    "skipped", "skipped_in_a_row", "learning_rate", "tokens", "examples", "tokens_per_second", "examples_per_second",
-    "time",
+    *NON_METRIC_FIELDS, "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row",
+    "learning_rate", "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
 ))  # fmt: skip
 """Names of the fields of ``metrics.jsonl``, except validation metrics. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128

@@ -76,7 +76,7 @@ def make_context(
     """
     B, T = tokens_BT.shape
     if start_BT is None or keep_BT is None:
-        if state is not None or start_BT is not keep_BT:
+        if state is not None or start_BT is not None or keep_BT is not None:
             missing = " and ".join(name for name, x in (("start_BT", start_BT), ("keep_BT", keep_BT)) if x is None)
             raise ValueError(
                 f"{missing} must not be None{'' if state is None else ' with a state'}: pass the masks of "

@@ -149,7 +149,7 @@ def _check(
 
 
 class _Cell(NamedTuple):
-    """What the implementations of a layer need of its cell.
+    """The names and functions of a cell that the implementations of its layer use.
 
     Attributes:
         state: the names of the arrays of the state.
