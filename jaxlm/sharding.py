@@ -300,6 +300,23 @@ class Sharding:
             _active.reset(token)
 
 
+def cpu_sharding(count: int) -> Sharding:
+    """The sharding that divides the rows of a batch among ``count`` CPU devices of this process.
+
+    Raises:
+        ValueError: JAX does not run on a CPU, or has fewer than ``count`` CPU devices.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        raise ValueError(f"cpu_devices={count} is for a CPU, but JAX runs on a {devices[0].platform}: leave it out")
+    if count > len(devices):
+        raise ValueError(
+            f"cpu_devices={count} needs {count} CPU devices, and JAX has {len(devices)}: call "
+            f'jax.config.update("jax_num_cpu_devices", {count}) before JAX computes anything'
+        )
+    return Sharding(make_mesh({"data": count}, devices=devices[:count]), DATA_PARALLEL)
+
+
 _active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm_sharding", default=None)
 
 

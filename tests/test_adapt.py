@@ -65,7 +65,7 @@ def random_like(trained):
 # --------------------------------------------------------------------------------------- every adaptation
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=str)
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
 def test_merge_undoes_split_and_specs_match(adaptation, layout):
@@ -129,6 +129,7 @@ def test_training_changes_only_the_trained_parameters(adaptation, name):
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(grads["layers"]))
 
 
+@pytest.mark.thorough
 def test_gradients_of_the_trained_tree_follow_from_those_of_the_parameters():
     """Freeze: the gradients are equal. LoRA: a factor's gradient is that of the matrix times the other factor."""
     weights = params_of(BERT)
@@ -152,6 +153,7 @@ def test_gradients_of_the_trained_tree_follow_from_those_of_the_parameters():
     assert_trees_close(grads["lora_b"], 3.0 * np.einsum("lif,lir->lrf", matrix_grad, pair["lora_a"]), 1e-5)
 
 
+@pytest.mark.thorough
 def test_the_trained_tree_can_be_checkpointed_and_exported_after_merge(tmp_path):
     """Save and restore the trained tree, merge it, and export it as a Hugging Face directory."""
     lora = LoRA(2, full_training_patterns=("^classifier/",))
@@ -170,6 +172,7 @@ def test_the_trained_tree_can_be_checkpointed_and_exported_after_merge(tmp_path)
 # -------------------------------------------------------------------------------------------------- freeze
 
 
+@pytest.mark.thorough
 def test_the_first_layers_of_every_stack_are_frozen():
     freeze = Freeze(first_layers=2)
     specs, frozen = spec.flatten(freeze.specs(T5.specs)), spec.flatten(freeze.frozen_specs(T5.specs))
@@ -217,6 +220,7 @@ def test_errors_name_the_bad_adaptation(make, message):
         make()
 
 
+@pytest.mark.thorough
 def test_frozen_layers_of_a_model_with_batch_normalisation():
     model = tiny_model("resnet-tiny")
     trainer = Trainer(model, optax.sgd(0.1), classification.loss, adaptation=Freeze(("layer_0/",)))

@@ -105,6 +105,7 @@ def test_round_trip_is_bitwise_with_structure_and_meta(tmp_path: Path) -> None:
     assert type(restored_meta["data"]["epoch"]) is int
 
 
+@pytest.mark.thorough
 def test_round_trip_keeps_every_dtype_and_odd_bits(tmp_path: Path) -> None:
     bits = jnp.array([0x7FC00001, 0xFFC12345, 0x80000000, 1], jnp.uint32)  # two NaNs, minus zero, a denormal
     tree = {
@@ -803,6 +804,7 @@ with Checkpointer(sys.argv[1], keep_last=2) as checkpointer:
 """
 
 
+@pytest.mark.thorough
 def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -229,6 +229,7 @@ def model_directory(tmp_path_factory):
     return get_directory
 
 
+@pytest.mark.thorough
 def test_texts_come_from_arguments_a_file_or_standard_input(model_directory, tmp_path, monkeypatch, capsys):
     directory = model_directory("t5-tiny")
     model, params = jaxlm.load_pretrained(directory)
@@ -260,6 +261,7 @@ def test_generate_prints_one_line_per_prompt(run_directory, model, params, tmp_p
     assert output_lines(capsys, "generate", run_directory, "to be", "is", *options) == lines
 
 
+@pytest.mark.thorough
 def test_a_draft_model_does_not_change_greedy_text(run_directory, model_directory, tmp_path, capsys):
     options = ["to be", "is", "--max-new-tokens", "12", "--temperature", "0"]
     want = output_lines(capsys, "generate", run_directory, *options)
@@ -272,6 +274,7 @@ def test_a_draft_model_does_not_change_greedy_text(run_directory, model_director
     assert message in error_line(capsys, "generate", run_directory, *options, "--draft", other_tokenizer)
 
 
+@pytest.mark.thorough
 def test_sampled_outputs_depend_on_the_seed(model_directory, capsys):
     options = [model_directory("t5-tiny"), "guten Tag", "--max-new-tokens", "8", "--temperature", "1"]
     first, repeated, different = (
@@ -281,6 +284,7 @@ def test_sampled_outputs_depend_on_the_seed(model_directory, capsys):
     assert "temperature=1.0 draws at random: set num_beams=1" in error_line(capsys, "translate", *options)
 
 
+@pytest.mark.thorough
 def test_defaults_come_from_generation_config_json(model_directory, tmp_path, capsys):
     for name, command in (("gpt2-tiny", "generate"), ("t5-tiny", "translate")):
         shutil.copytree(model_directory(name), tmp_path / name)

@@ -52,5 +52,6 @@ def test_no_module_imports_an_optional_package(name):
     assert packages & OPTIONAL == set()
 
 
+@pytest.mark.thorough
 def test_the_experiment_imports_matplotlib_only_for_a_plot():
     assert packages_after("import experiments.text_generation") & OPTIONAL == set()

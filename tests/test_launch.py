@@ -243,6 +243,7 @@ def program(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("module", ["nonsense", "nonsense.module"])
 def test_a_missing_module_is_a_user_error_without_restarts(module, capfd, tmp_path):
     command = ["python", "-m", module, "--output", str(tmp_path / "run")]
@@ -252,6 +253,7 @@ def test_a_missing_module_is_a_user_error_without_restarts(module, capfd, tmp_pa
     assert not any("Traceback" in line or "restart" in line for line in lines)
 
 
+@pytest.mark.thorough
 def test_an_error_in_a_package_is_not_a_missing_module(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("import surely_missing")

@@ -473,6 +473,7 @@ def test_a_plan_compiles_the_step_that_training_runs(cpu_topology):
     assert json.loads(json.dumps(dataclasses.asdict(result)))["objective"] == "train, causal"
 
 
+@pytest.mark.thorough
 def test_plans_are_shown_side_by_side(cpu_topology):
     model = tiny_model("gpt2-tiny")
     plans = [plan(model, "here", mesh, batch=16, decode=True, sequence=32) for mesh in ("data=8", "tensor=4,data=2")]

@@ -780,7 +780,7 @@ def test_same_seed_same_parameters_on_a_mesh(name):
 
 
 @representatives
-def test_pmap_step_equals_single_device_step(name):
+def test_pmap_and_shard_map_steps_equal_single_device_step(name):
     model, optimizer, batch = training_setup(name)
     _, new_state, want = single_step(name)
     rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(2, 8, *x.shape[1:]), 0, 1), batch)
@@ -791,6 +791,11 @@ def test_pmap_step_equals_single_device_step(name):
     got = run_one_step(step, flax.jax_utils.replicate(new_state()), rows)
     for device in (0, 7):
         assert_steps_close(jax.tree.map(lambda x, device=device: x[device], got), want)
+    sharding = Sharding(make_mesh("data=8"))
+    trainer = Trainer(model, optimizer, loss_function(model), sharding=sharding, shard_map=True)
+    rows = jax.tree.map(lambda x: x.reshape(16, *x.shape[2:]), rows)
+    state = jax.device_put(new_state(), trainer.shardings())
+    assert_steps_close(run_one_step(trainer.jit_step(), state, rows), want)
 
 
 @every_variant

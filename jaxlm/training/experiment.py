@@ -198,6 +198,10 @@ def command_line(
             recipes={family: recipe(family) for family in RECIPES},
         )  # fmt: skip
         experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
+        cpu_devices = experiment.training.cpu_devices  # type: ignore[attr-defined]
+        if cpu_devices > 1:
+            with contextlib.suppress(RuntimeError):  # JAX already has its devices; `cpu_sharding` counts them
+                jax.config.update("jax_num_cpu_devices", cpu_devices)
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
         if resume is not None:  # the saved fields stay valid if a resumed run changes the path of ``pretrained``
             preset = dataclasses.replace(preset, pretrained=model.pretrained)

@@ -6,6 +6,7 @@ Shapes: B batch size; A number of micro-batches per batch (``grad_accum_steps``)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,10 +116,15 @@ class Trainer:
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all parameters.
         learning_rate: the learning rate as a function of the number of earlier updates. It is used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
+        shard_map: whether ``jit_step`` uses ``jax.shard_map``, for data parallelism. Each device then computes the loss
+            and the gradients of its rows as a separate batch, and the gradients are summed. The exceptions are those of
+            ``grad_accum_steps``: dropout, batch normalization and router losses are computed for the rows of each
+            device. On CPU devices, this is faster than a step that XLA partitions (docs/labbook.md).
 
     Raises:
         TypeError: ``optimizer`` is an ``OptimizerConfig``.
-        ValueError: ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
+        ValueError: ``shard_map`` is True, and ``sharding`` is None or splits parameters;
+            ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
             ``grad_accum_steps`` is above 1 with ``carry_size``; or the name of a term of the loss is in
             :data:`METRIC_NAMES` or begins with ``validation_``.
 
@@ -138,6 +144,7 @@ class Trainer:
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
     spike_deviations: float | None = None
+    shard_map: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, OptimizerConfig):
@@ -151,12 +158,24 @@ class Trainer:
                 f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state "
                 f"(carry_size={self.carry_size}): set it to 1"
             )
+        if self.shard_map:
+            self._check_shard_map()
         names = term_names(self.loss)
         if taken := sorted(name for name in names if name in METRIC_NAMES or name.startswith("validation_")):
             raise ValueError(
                 f"the loss has the terms {taken}, which are names of other metrics or begin with validation_: rename "
                 "the terms"
             )
+
+    def _check_shard_map(self) -> None:
+        if self.sharding is None:
+            raise ValueError("shard_map=True needs a mesh: pass a sharding, such as Sharding(make_mesh('data=2'))")
+        for path, sharding in spec.flatten(self.sharding.tree(self.specs)).items():
+            if not sharding.is_fully_replicated:
+                raise ValueError(
+                    f"shard_map=True needs a full copy of the parameters on each device, but the mesh "
+                    f"{dict(self.sharding.mesh.shape)} splits {path!r}: use only the mesh axis data"
+                )
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -266,7 +285,9 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- step
 
-    def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, batch: Any, *, axis_name: str | tuple[str, ...] | None = None
+    ) -> tuple[TrainState, Metrics]:
         """The state after one step, and metrics. The function is pure.
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
@@ -285,8 +306,8 @@ class Trainer:
 
         Args:
             batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
-            axis_name: the name of the mapped axis over which gradients are summed. Set it inside ``jax.pmap``, and
-                inside ``jax.shard_map`` with ``check_vma=False``.
+            axis_name: the name of the mapped axis over which gradients are summed, or the names of several axes. Set it
+                inside ``jax.pmap``, and inside ``jax.shard_map`` with ``check_vma=False``.
 
         Raises:
             ValueError: ``grad_accum_steps`` does not divide the number of rows.
@@ -412,18 +433,29 @@ class Trainer:
         if self.sharding is None:
             return jax.jit(self.step, donate_argnums=0)
         sharding = self.sharding
+        in_shardings = (self.shardings(), sharding.named_sharding(("batch",)))
+        out_shardings = (self.shardings(), sharding.replicated())
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             with sharding.scope():
                 return self.step(state, batch)
 
-        state = self.shardings()
-        return jax.jit(
-            step,
-            in_shardings=(state, sharding.named_sharding(("batch",))),
-            out_shardings=(state, sharding.replicated()),
-            donate_argnums=0,
-        )
+        if self.shard_map:
+            in_specs, out_specs = jax.tree.map(lambda leaf: leaf.spec, (in_shardings, out_shardings))
+            step = jax.shard_map(
+                functools.partial(self._of_one_device().step, axis_name=sharding.mesh.axis_names),
+                mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
+            )  # fmt: skip
+        return jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=0)
+
+    def _of_one_device(self) -> Trainer:
+        """The trainer for the rows of one device, without sharding."""
+        assert self.sharding is not None
+        carry_size = self.carry_size
+        if carry_size is not None:
+            rows, tokens = carry_size
+            carry_size = rows // self.sharding.num_shards(("batch",)), tokens
+        return dataclasses.replace(self, carry_size=carry_size, sharding=None, shard_map=False)
 
     def pmap_step(self) -> Step:
         """:meth:`step`, compiled with ``jax.pmap`` for data parallelism.

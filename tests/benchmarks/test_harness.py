@@ -421,6 +421,7 @@ def test_a_worker_works_although_its_implementation_prints(worker: Worker) -> No
     assert facts["peak_process_bytes"] > 1_000_000
 
 
+@pytest.mark.thorough
 def test_a_setup_error_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dummy: ValueError: no such size"):
         start(tmp_path, start=0, fault="setup")
@@ -428,6 +429,7 @@ def test_a_setup_error_is_reported(tmp_path: Path) -> None:
         start(tmp_path, start=0, fault="package")
 
 
+@pytest.mark.thorough
 def test_reading_a_result_is_not_measured(tmp_path: Path) -> None:
     with start(tmp_path, start=0, fault="slow read") as worker:
         seconds, value = worker.run()

@@ -12,6 +12,7 @@ from jaxlm.plan import plan
 from jaxlm.testing.helpers import initial_params
 
 
+@pytest.mark.thorough
 def test_a_plan_for_this_machine_has_memory_and_flops():
     result = plan(get_model("gpt2-tiny"), "local", "data=4,fsdp=2", batch=8, sequence=16)
     assert (result.fits, result.devices, result.device_kind) == (True, 8, "cpu")

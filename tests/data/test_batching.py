@@ -57,7 +57,7 @@ def test_permute_has_fixed_values():
     assert permute(np.asarray([10**12]), 10**12 + 1, seed=1, epoch=5).tolist() == [495376031047]
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_permute_is_uniform(count):
     """Each (index, result) pair is expected 1000 times. The limit is five standard deviations of at most 32."""

@@ -72,6 +72,7 @@ def test_included_games_match_their_description() -> None:
     assert [games.results.count(result) for result in ("1-0", "0-1", "1/2-1/2")] == [715, 486, 799]
 
 
+@pytest.mark.thorough
 def test_to_san_and_to_uci_convert_included_games() -> None:
     uci, san = included("uci"), included("san")
     assert uci.results == san.results
@@ -215,6 +216,7 @@ def test_each_pgn_game_is_read_or_rejected_alone(
         assert game.reason.startswith(rejected[game.line])
 
 
+@pytest.mark.thorough
 def test_several_workers_return_the_same_games_as_one(tmp_path: Path) -> None:
     lines = [*included("san").moves[:9], "e4 e4"]
     file = write(tmp_path / "games.txt.gz", "\n".join(lines))
@@ -253,6 +255,7 @@ def test_conversion_errors_name_the_illegal_move() -> None:
         to_san("e2e4 e7e5 e2e4")
 
 
+@pytest.mark.thorough
 def test_splits_keep_duplicates_together() -> None:
     base = included("uci").moves[:90]
     games = Games((*base, *base[:60]), ("*",) * 150, "uci")

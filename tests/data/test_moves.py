@@ -31,6 +31,7 @@ def test_uci_moves_are_all_moves_of_pieces_on_an_empty_board() -> None:
     assert list(uci_moves()) == sorted(expected), "ids must be reproducible"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("notation", ["uci", "san"])
 def test_decoding_returns_all_included_games(notation: str) -> None:
     games = chess_games(notation)

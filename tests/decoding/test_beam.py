@@ -173,6 +173,7 @@ def test_a_growing_cache_does_not_change_results(pair: Pair, pad: Pad, monkeypat
     np.testing.assert_allclose(results[0].scores, results[1].scores, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_given_state_keeps_its_tokens(gpt: Pair) -> None:
     model, params = gpt
     text = np.array([[5, 6, 7, 8], [11, 3, 20, 4]], np.int32)

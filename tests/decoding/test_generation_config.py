@@ -230,6 +230,7 @@ def letter_model() -> tuple[jaxlm.Model, Any]:
     return model, jax.tree.map(lambda x: 8.0 * x, initial_params(model, 3))
 
 
+@pytest.mark.thorough
 def test_max_length_counts_the_prompt_of_each_row(letter_model: Any) -> None:
     (model, params), texts = letter_model, ["abcdefg", "jih"]
     limited = with_file_fields(model, max_length=12)
@@ -245,6 +246,7 @@ def test_max_length_counts_the_prompt_of_each_row(letter_model: Any) -> None:
         generate_text(model, params, LETTERS, texts, GenerationConfig(max_length=7))
 
 
+@pytest.mark.thorough
 def test_a_row_ends_at_any_of_several_end_ids(gpt: Any) -> None:
     model, params = gpt
     prompts = np.array([[5, 6, 7], [11, 3, 9], [40, 22, 1], [8, 8, 2]], np.int32)
@@ -286,6 +288,7 @@ def test_beams_end_at_any_of_several_end_ids(gpt: Any) -> None:
     assert set(ends) <= last_tokens
 
 
+@pytest.mark.thorough
 def test_beams_with_a_limit_per_row_equal_separate_searches(gpt: Any) -> None:
     model, params = gpt
     prompts, limits = np.array([[5, 6, 7], [11, 3, 9]], np.int32), [3, 7]
@@ -320,6 +323,7 @@ def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model:
     assert generate_text(loaded, params, LETTERS, texts, GenerationConfig(end_ids=())) == full_texts
 
 
+@pytest.mark.thorough
 def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None:
     model = jaxlm.get_model("t5-tiny", vocab_size=257, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 1))

@@ -82,6 +82,7 @@ def test_other_rows_do_not_change_samples(gpt: Pair, pad: Pad) -> None:
     assert len({tuple(row) for row in equal_prompts.tolist()}) == 4, "rows with one prompt must draw apart"
 
 
+@pytest.mark.thorough
 def test_rbg_keys_of_other_rows_do_not_change_samples(gpt: Pair, pad: Pad) -> None:
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 5)
     options = {"max_new_tokens": NUM_NEW, "sampling": SAMPLING}
@@ -174,6 +175,7 @@ def test_the_smallest_temperature_keeps_the_logits_finite() -> None:
     assert np.argmax(out) == 1
 
 
+@pytest.mark.thorough
 def test_equally_likely_tokens_are_kept_together() -> None:
     logits = jnp.log(jnp.array([[0.2, 0.4, 0.2, 0.2]]))
     for sampling in (Sampling(top_k=2), Sampling(top_p=0.5), Sampling(min_p=0.5)):
@@ -182,6 +184,7 @@ def test_equally_likely_tokens_are_kept_together() -> None:
     assert np.isfinite(filter_logits(Sampling(top_p=1e-6), logits)).tolist() == [[False, True, False, False]]
 
 
+@pytest.mark.thorough
 def test_draws_follow_the_filtered_distribution(gpt: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
     sampling, count, prompt = Sampling(temperature=0.8, top_k=6), 4000, [[5, 6, 7]]
     out = generate(*gpt, np.tile(prompt, (count, 1)), max_new_tokens=1, sampling=sampling, key=jax.random.key(0))
@@ -196,6 +199,7 @@ def test_draws_follow_the_filtered_distribution(gpt: Pair, next_log_probs: Calla
     np.testing.assert_allclose(out.log_probs[:, 0], log_probs[np.asarray(out.tokens[:, 0])], atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_repetition_penalty_counts_prompt_and_output_but_not_padding(gpt: Pair, pad: Pad) -> None:
     tokens, segment_ids = pad(PROMPTS, "llll")
     penalty = Sampling(0.0, repetition_penalty=1e6)
@@ -215,6 +219,7 @@ def test_repetition_penalty_counts_prompt_and_output_but_not_padding(gpt: Pair, 
 # -------------------------------------------------------------------------------------------------- ends
 
 
+@pytest.mark.thorough
 def test_a_row_ends_at_its_end_token(pair: Pair, pad: Pad) -> None:
     prompts = pad(PROMPTS, "llll")
     without_end = np.asarray(generate(*pair, *prompts, max_new_tokens=NUM_NEW).tokens)
@@ -230,6 +235,7 @@ def test_a_row_ends_at_its_end_token(pair: Pair, pad: Pad) -> None:
     assert out.lengths.max() == NUM_NEW
 
 
+@pytest.mark.thorough
 def test_the_loop_stops_when_all_rows_ended(gpt: Pair, pad: Pad) -> None:
     prompts = pad([PROMPTS[0]] * 4, "llll")
     without_end = generate(*gpt, *prompts, max_new_tokens=NUM_NEW).tokens[0].tolist()
@@ -239,6 +245,7 @@ def test_the_loop_stops_when_all_rows_ended(gpt: Pair, pad: Pad) -> None:
     assert progress.ended.all()
 
 
+@pytest.mark.thorough
 def test_only_allowed_ids_are_generated() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=100, vocab_multiple=64, num_layers=1)
     params = initial_params(model)
@@ -252,7 +259,7 @@ def test_only_allowed_ids_are_generated() -> None:
 # ------------------------------------------------------------------------------------ one loop, one compile
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [1, 3, 50])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
 def test_chunks_are_bit_identical_to_one_call(gpt: Pair, pad: Pad, sampling: Sampling, chunk: int) -> None:
@@ -277,6 +284,7 @@ def test_advance_donates_its_progress_and_nothing_else(gpt: Pair, pad: Pad) -> N
     assert not any(leaf.is_deleted() for leaf in [key, *jax.tree.leaves(params)])
 
 
+@pytest.mark.thorough
 def test_each_function_compiles_once() -> None:
     model = jaxlm.get_model("gpt2-tiny", num_layers=1)
     functions = (sample._generate, sample._prefill, sample._advance)
@@ -294,6 +302,7 @@ def test_each_function_compiles_once() -> None:
     assert [f._cache_size() - old for f, old in zip(functions, before, strict=True)] == [1, 1, 1]
 
 
+@pytest.mark.thorough
 def test_generate_can_be_called_inside_jit(gpt: Pair, pad: Pad) -> None:
     prompts = tuple(map(jnp.asarray, pad(PROMPTS, "llll")))
     inside = jax.jit(lambda params, prompts: generate(gpt[0], params, *prompts, max_new_tokens=NUM_NEW))
@@ -313,6 +322,7 @@ def test_sharded_parameters_generate_the_same(gpt: Pair, pad: Pad) -> None:
     np.testing.assert_allclose(out.log_probs, want.log_probs, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_long_cache_on_several_devices_gives_the_same_tokens() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=320)
     params = initial_params(model)
@@ -325,6 +335,7 @@ def test_a_long_cache_on_several_devices_gives_the_same_tokens() -> None:
     np.testing.assert_allclose(out.log_probs, want.log_probs, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_trace_is_not_reused_for_another_sharding(gpt: Pair) -> None:
     def trace() -> str:
         return str(jax.make_jaxpr(lambda params, x: generate(gpt[0], params, x, max_new_tokens=2))(gpt[1], prompts))
@@ -395,6 +406,7 @@ def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any
     assert sample._generate._cache_size() == before
 
 
+@pytest.mark.thorough
 def test_a_mesh_that_splits_the_sequence_raises_before_compilation(gpt: Pair) -> None:
     def beams(model: Any, params: Any, **arguments: Any) -> Any:
         return beam_search(model, params, **arguments, beams=BeamConfig(2))
@@ -427,6 +439,7 @@ def test_errors_name_bad_seen_ids(gpt: Pair) -> None:
         prefill(*gpt, **VALID_ARGUMENTS, sampling=penalty, seen=np.zeros((1, 128), bool))
 
 
+@pytest.mark.thorough
 def test_the_longest_output_that_fits(gpt: Pair) -> None:
     """A prompt of 2 tokens and 63 new ones fit into 64 positions, because the last token is not read."""
     out = generate(*gpt, np.array([[5, 6]]), max_new_tokens=63)

@@ -53,6 +53,7 @@ def test_greedy_tokens_equal_those_of_generate(target, draft):
     assert np.all(want.lengths <= 1 + got.rounds + got.accepted)
 
 
+@pytest.mark.thorough
 def test_a_model_accepts_its_own_proposals():
     model, params = model_and_params("gpt", num_layers=1)
     models = SpeculativeModels(model, params, model, params, 3)
@@ -65,6 +66,7 @@ def test_a_model_accepts_its_own_proposals():
         np.testing.assert_array_equal(result.generation.lengths, 9)
 
 
+@pytest.mark.thorough
 def test_logits_after_the_last_token_of_a_row_may_be_not_finite():
     model, params = model_and_params("gru", 1, tie_embeddings=False)
     options = {"segment_ids": SEGMENTS[:1], "max_new_tokens": 9}
@@ -80,6 +82,7 @@ def test_logits_after_the_last_token_of_a_row_may_be_not_finite():
         speculative_generate(models, PROMPTS[:1], **options)
 
 
+@pytest.mark.thorough
 def test_an_encoder_decoder_with_a_decoder_as_draft():
     models = models_of("t5", "lstm", num_layers=1)
     source = source_inputs(models.target, 3)["source"]
@@ -94,6 +97,7 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
         speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
 
 
+@pytest.mark.thorough
 def test_the_memory_of_the_target_model_must_have_room_for_all_tokens_it_may_attend_to():
     """Otherwise, a token sees more in a call of several tokens than in a call of one token."""
     draft, draft_params = model_and_params("lstm", 1, vocab_size=64)

@@ -114,6 +114,7 @@ def test_a_possible_beginning_of_a_stop_string_is_not_streamed_yet() -> None:
     assert pieces == [" ", "o", "n", "e", " ", "st ", "st "]
 
 
+@pytest.mark.thorough
 def test_an_incomplete_character_is_streamed_only_at_the_end() -> None:
     model, params = recite("x é€".encode())
     assert list(stream_text(model, params, BYTES, "x", GenerationConfig(6), chunk=1)) == [" ", "é", "€"]
@@ -171,6 +172,7 @@ def test_a_wrong_byte_does_not_change_the_characters_before_it(chunk: int) -> No
     assert list(stream_text(model, params, FALLBACK, "x", stopped, chunk=chunk)) == ["\n"]
 
 
+@pytest.mark.thorough
 def test_a_character_that_begins_in_the_prompt_is_generated_text() -> None:
     model, params = recite("cé!😀".encode())
     for size, expected in [(2, "é!😀"), (5, "😀"), (7, "😀")]:
@@ -231,6 +233,7 @@ def test_a_tokenizer_that_decodes_the_first_word_differently() -> None:
     assert list(stream_text(model, params, tokenizer, "a b", GenerationConfig(3), chunk=1)) == [" c", " d", " e"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
@@ -323,7 +326,7 @@ def greedy_by_forward_passes(model: jaxlm.Model, params: Any, prompt: np.ndarray
 LETTERS = "abcdefghij"
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_text_can_be_longer_than_the_context(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
@@ -341,6 +344,7 @@ def test_text_can_be_longer_than_the_context(chunk: int) -> None:
         stream_text(model, params, tokenizer, "abcdefghijabc", GenerationConfig(3))
 
 
+@pytest.mark.thorough
 def test_the_repetition_penalty_counts_the_tokens_of_all_windows() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
     tokenizer = CharTokenizer(LETTERS + LETTERS.upper() + "0123456789")
@@ -350,6 +354,7 @@ def test_the_repetition_penalty_counts_the_tokens_of_all_windows() -> None:
         assert len({*prompt, *output}) == len(prompt) + 25
 
 
+@pytest.mark.thorough
 def test_rows_that_end_early_get_no_text_in_later_windows() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, initial_params(model, 3))
@@ -362,6 +367,7 @@ def test_rows_that_end_early_get_no_text_in_later_windows() -> None:
     assert together[1] == (separate[1] if index < 0 else separate[1][:index])
 
 
+@pytest.mark.thorough
 def test_raw_keys_and_typed_keys_give_the_same_samples() -> None:
     model, params = recite(LINE.encode())
     config = GenerationConfig(8, Sampling())

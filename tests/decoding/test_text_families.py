@@ -67,7 +67,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
     return BYTES.decode(np.asarray(beams.tokens)[0, 0, : int(beams.lengths[0, 0])])
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @every_family
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_beams: int) -> None:
@@ -77,7 +77,7 @@ def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_b
     assert len(set(out)) > 1, "this model ignores its inputs"
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @every_family
 def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = model_and_params(name)
@@ -88,7 +88,7 @@ def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch
     assert generate_text(model, params, BYTES, TEXTS, config_of()) == expected, "padding to buckets changes texts"
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "draft"), [("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "lstm-tiny"), ("attention-rnn-tiny", "t5-tiny")]
 )
@@ -125,6 +125,7 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
         run(config_of(), draft=small)
 
 
+@pytest.mark.thorough
 def test_beams_of_prompts_with_different_lengths_that_fit_only_without_padding() -> None:
     model = tiny_model("gpt2-tiny", vocab_size=264, max_positions=12)
     run = functools.partial(generate_text, model, initial_params(model), BYTES)
@@ -133,6 +134,7 @@ def test_beams_of_prompts_with_different_lengths_that_fit_only_without_padding()
     assert run(texts, config) == [run([text], config)[0] for text in texts]
 
 
+@pytest.mark.thorough
 def test_positions_that_a_draft_model_needs() -> None:
     """A draft model needs ``max_positions`` for each prompt with its new tokens and proposals."""
     (model, params), draft = model_and_params("gpt2-tiny"), tiny_model("gpt2-tiny", vocab_size=264, max_positions=48)
@@ -145,7 +147,7 @@ def test_positions_that_a_draft_model_needs() -> None:
         generate_text(model, params, BYTES, texts[:1], config_of(max_new_tokens=12), draft=draft_pair)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
     model, params = model_and_params(name)
@@ -211,7 +213,7 @@ def word_tokenizer() -> Any:
     return PretrainedTokenizer(backend)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> None:
     tokenizer, model = word_tokenizer(), tiny_model("t5-tiny", vocab_size=63)

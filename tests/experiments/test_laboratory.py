@@ -73,13 +73,14 @@ def test_training_learns_a_task_and_is_repeatable():
     assert (again.accuracy, again.loss) == (first.accuracy, first.loss)
 
 
+@pytest.mark.thorough
 def test_a_run_ends_at_the_requested_accuracy():
     case = EXPERIMENTS["state_tracking"].cases["Z60"]
     plan = dataclasses.replace(PLAN, steps=50, stop_at=0.0, evaluate_every=5)
     assert runs.Training("state_tracking", "Z60", case, plan, "gru", 32).run(1e-3, 0).steps == 5
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["t5", "gpt"])
 def test_pronunciations_are_learned_with_and_without_an_encoder(name):
     case = EXPERIMENTS["pronunciation"].cases["CMUdict"]
@@ -90,6 +91,7 @@ def test_pronunciations_are_learned_with_and_without_an_encoder(name):
     assert 2.0 < trained.loss < np.log(case.vocab_size) + 0.7
 
 
+@pytest.mark.thorough
 def test_word_accuracy_equals_greedy_decoding():
     """A word is right if one of its pronunciations is the greedily decoded one."""
     model = model_of("lstm", vocab_size=pronunciation.CASE.vocab_size, width=32, layers=1, max_length=41)
@@ -247,6 +249,7 @@ def test_the_first_width_selects_the_learning_rate_of_all_widths(tmp_path, monke
     assert trained == [(64, rates), (256, rates[-1:])]
 
 
+@pytest.mark.thorough
 def test_a_result_has_the_validation_loss_and_the_flops_of_all_steps():
     case = EXPERIMENTS["scaling"].cases["Shakespeare"]
     plan = dataclasses.replace(PLAN, steps=3)
@@ -286,6 +289,7 @@ def test_the_page_of_the_documentation_is_up_to_date(tmp_path):
     assert pictures == {path.name for path in (docs / "pictures").glob("laboratory_*")}
 
 
+@pytest.mark.thorough
 def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "QUICK_STEPS", 2)
     output = ["--quick", "--output", str(tmp_path)]

@@ -74,6 +74,7 @@ def test_files_of_a_run(finished_run: Path) -> None:
     assert config["architectures"] == ["BertForQuestionAnswering"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_svg")
 def test_training_on_squad_files_from_pretrained_weights(finished_run: Path, tmp_path: Path) -> None:
     data = squad_file(tmp_path / "train.json", 12, unanswerable=True)

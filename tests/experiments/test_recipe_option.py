@@ -51,6 +51,7 @@ def test_a_recipe_replaces_the_optimizer_of_a_preset(captured):
         assert experiments[-1] == dataclasses.replace(preset, optimizer=recipe("gru"))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_svg")
 def test_a_resumed_run_keeps_its_recipe(tmp_path, capsys):
     sentiment, run = importlib.import_module("experiments.sentiment"), tmp_path / "run"

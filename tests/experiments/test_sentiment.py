@@ -112,6 +112,7 @@ def test_lines_without_a_text_are_an_error_or_are_left_out(tmp_path, capsys):
     assert f"{path}, line 2 is left out: the line must have a label, a space and a text" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_svg")
 def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     sizes = ("num_layers=1", "num_heads=2", "embed_dim=16", "max_positions=64")

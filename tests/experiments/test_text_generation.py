@@ -350,7 +350,7 @@ DELTA = (
 )
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "changes"), [("llama", EXPERTS), ("gated_deltanet", f"{EXPERTS.replace('num_heads=2 ', '')} {DELTA}")]
 )
@@ -384,6 +384,7 @@ def test_losses_of_a_stateful_model_on_a_mesh_are_the_same(tmp_path, text):
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_svg")
 def test_byte_models_are_scored_per_character(tmp_path, text):
     run = tmp_path / "run"

@@ -41,6 +41,7 @@ def _groups() -> Iterator[Any]:
         yield pytest.param(command, mark, id=f"{command}-{mark}" if mark else command, marks=marks)
 
 
+@pytest.mark.plain_cases(8)
 @pytest.mark.parametrize(("command", "mark"), list(_groups()))
 def test_a_mistake_prints_one_line(command: str, mark: str, directories: Directories) -> None:
     rows = [row for row in MISTAKES if (row.command.split()[0], row.mark) == (command, mark)]

@@ -60,6 +60,7 @@ def test_linen_has_the_parameter_tree_of_the_model():
     np.testing.assert_array_equal(variables["params"]["final_norm"]["scale"], 1.0)
 
 
+@pytest.mark.thorough
 def test_linen_outputs_and_gradients_equal_the_functional_api():
     module, optimizer = as_linen(MODEL), optax.adam(1e-2)
 

@@ -473,7 +473,7 @@ def tasks(table: Format) -> list[str]:
     return list(dict.fromkeys(implied["task"] for implied in table.architectures.values()))
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @PARAMETERS
 def test_every_class_loads_for_every_task(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
     model = model_of_class(name, table, architecture)
@@ -501,7 +501,7 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
         assert loaded.labels is None
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])
 def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = tiny_model(variant, task="none")
@@ -667,6 +667,7 @@ def test_defaults_of_metadata() -> None:
     assert set(LABEL_HEADS.values()) == {"classifier", "token_classifier", "span"}
 
 
+@pytest.mark.thorough
 def test_a_family_without_a_task_with_labels_says_so(tmp_path: Path) -> None:
     model = tiny_model("mamba2-tiny")
     save_pretrained(tmp_path, model, initial_params(model))

@@ -121,6 +121,7 @@ def test_the_context_of_the_published_stack_is_122_tokens():
     assert spec.differences(specs, state) == []
 
 
+@pytest.mark.thorough
 def test_the_classifier_runs_on_a_mesh_that_splits_the_sequence():
     """The lengths between the layers (20 and 9) are not divisible by the mesh axis."""
     check_sharded_step("alexnet-tiny", "data=2,sequence=4")

@@ -51,7 +51,7 @@ def test_published_sizes():
     assert get_model("luong-2015").num_parameters == expected
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [(VARIANTS[0], {}), (VARIANTS[1], {"score": "dot", "window": 2}), (COPY, {}), (VARIANTS[1], {"copy": True})],
@@ -90,7 +90,7 @@ def test_beam_search_finds_all_continuations(name, overrides):
         np.testing.assert_array_equal(out.tokens[row][has_distinct_score], continuations[order][has_distinct_score])
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [*VARIANTS, COPY])
 def test_packed_rows_decode_in_several_calls(name):
     """Each document uses its own source, for two ways to split the row into calls."""
@@ -239,6 +239,7 @@ def test_generation_without_copying_equals_the_plain_model():
     assert relative_error(got, want) < TOLERANCE
 
 
+@pytest.mark.thorough
 def test_the_mixture_is_normalized_with_finite_gradients_at_probability_zero():
     model, params = small(COPY, vocab_size=20)
     head = jax.tree.map(lambda x: 1e4 * np.asarray(x), params["head"])  # probabilities that underflow
@@ -256,6 +257,7 @@ def test_the_mixture_is_normalized_with_finite_gradients_at_probability_zero():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.thorough
 def test_copying_learns_unseen_words():
     """The target is the source, with tokens that do not occur in training, so only copying can predict them."""
     model = tiny_model(COPY, vocab_size=40)

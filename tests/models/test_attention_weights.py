@@ -93,6 +93,7 @@ def test_recording_does_not_change_later_calls():
     np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.thorough
 def test_weights_with_a_state():
     """The keys include the tokens or slots of the state."""
     model = jaxlm.get_model("transformer-xl-tiny", embed_dim=256, num_heads=4, memory_length=160)

@@ -49,6 +49,7 @@ def test_training_carries_a_state_only_without_attention():
     assert tiny_model(HYBRID).carried_state_length is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gated_deltanet-tiny", pytest.param(HYBRID, marks=pytest.mark.thorough)])
 def test_texts_longer_than_a_chunk_can_be_read_in_pieces(name):
     """75 tokens with left padding are several chunks of the delta rule; the pieces end inside of chunks."""
@@ -213,6 +214,7 @@ def test_the_shared_expert_computes_every_token():
     assert relative_error(got, want) < 1e-6
 
 
+@pytest.mark.thorough
 def test_padding_has_no_statistics():
     """Padding is moved to the end of each row before the first layer."""
     model = tiny_model(HYBRID, **EXPERTS, dense_layers=(1,))

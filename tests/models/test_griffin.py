@@ -58,7 +58,7 @@ def test_tokens_attend_only_to_the_window():
     assert (difference_T[7:] == 0).all()
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", [("recurrent",), ("recurrent", "attention")])
 def test_padding_anywhere_and_documents_over_several_calls(pattern):
     """Calls of several sizes with padding between tokens; the second row uses segment id 1 for two long documents."""

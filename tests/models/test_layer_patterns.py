@@ -17,7 +17,7 @@ MIXERS = {
 }
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "mixer"), [(name, mixer) for name, mixers in MIXERS.items() for mixer in mixers])
 def test_layers_of_one_kind_can_be_stacked(name, mixer):
     model = tiny_model(name, pattern=(mixer,), num_layers=2)

@@ -75,6 +75,7 @@ def test_bad_kinds_of_layers_raise(fields, message):
         tiny_model("llama-tiny", **fields)
 
 
+@pytest.mark.thorough
 def test_layers_without_positions_do_not_depend_on_the_order_of_earlier_tokens():
     model, params, tokens = setup(num_layers=1, pattern=("no_positions",))
     swapped = tokens[:, [1, 0, *range(2, 12)]]
@@ -90,6 +91,7 @@ def test_the_cache_has_only_key_value_heads():
     assert [layer["key"].shape for layer in specs["layers"]] == [(1, 4, 8 * 128)] * 32
 
 
+@pytest.mark.thorough
 def test_grouped_heads_equal_repeated_heads():
     model, params, tokens = setup()
     full_model = tiny_model("llama-tiny", num_kv_heads=4)
@@ -118,7 +120,7 @@ def test_tokens_attend_only_to_the_window():
     assert (difference_T[7:] == 0).all()
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_window_does_not_count_padding_in_the_cache(side):
     model, params, tokens = setup(batch=2, length=12, window=3)
@@ -138,6 +140,7 @@ def test_a_window_does_not_count_padding_in_the_cache(side):
         assert relative_error(np.stack(outputs, axis=1)[row], want) < 2e-5
 
 
+@pytest.mark.thorough
 def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
     model, params, tokens = setup(qk_norm=True, norm_epsilon=1e-12)
     for name in ("query", "key"):
@@ -148,7 +151,7 @@ def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
     assert [params["layers"][0]["attention"][f"{name}_norm"]["scale"].shape for name in ("query", "key")] == [(8,)] * 2
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{"experts_implementation": "blocks"}, {"capacity_factor": 4.0}])
 def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
     """Test the two implementations that the contract test does not choose for its small model."""
@@ -163,7 +166,7 @@ def test_padding_and_packing_do_not_change_the_output_of_experts(fields):
         assert relative_error(packed[:, positions], alone) < 2e-5
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{}, {"experts_implementation": "blocks"}, {"capacity_factor": 0.75}])
 def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
     model = tiny_model("mixtral-tiny", **fields)
@@ -214,6 +217,7 @@ def test_outputs_of_classification_and_span_heads(task, outputs):
     assert "head" not in model.specs
 
 
+@pytest.mark.thorough
 def test_task_none_has_no_head():
     model, params, tokens = setup(task="none")
     hidden, _ = jax.jit(model.apply)(params, tokens)
@@ -304,6 +308,7 @@ def test_files_round_trip(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
 
 
+@pytest.mark.thorough
 def test_files_have_one_tensor_for_each_expert(tmp_path):
     """The tensors of a layer and an expert are the transposed matrices, in both layer layouts."""
     model = tiny_model("mixtral-tiny")
@@ -362,6 +367,7 @@ def test_a_loaded_model_that_changes_its_layers_writes_them(tmp_path):
     assert load_pretrained(tmp_path)[0].specs == dense.specs
 
 
+@pytest.mark.thorough
 def test_tensor_prefix_of_question_answering_classes():
     for fields, prefix in (({}, "transformer."), ({"window": 5}, "model."), ({"qkv_bias": True}, "transformer.")):
         model = tiny_model("llama-tiny", task="span_qa", **fields)

@@ -52,6 +52,7 @@ def test_a_long_text_has_a_small_state():
     assert spec.count(model.state_specs(1, 10**9)) == 24 * (24 * 128 * 64 + 3 * (1536 + 256)) + 3
 
 
+@pytest.mark.thorough
 def test_negative_eigenvalues_in_pieces_with_documents_and_padding():
     model, params, tokens = setup(length=12, negative_eigenvalues=True)
     segments = np.array([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 2], [1] * 12])
@@ -82,6 +83,7 @@ def test_only_attention_limits_the_length_of_the_text():
     assert recurrent.state_specs(2, 3) == recurrent.state_specs(2, 40)
 
 
+@pytest.mark.thorough
 def test_initial_values_are_in_the_published_ranges():
     model = get_model("mamba2-tiny", embed_dim=512, num_layers=1)
     (layer,) = jax.device_get(initial_params(model)["layers"])
@@ -106,6 +108,7 @@ def test_only_matrices_and_taps_decay():
     assert decayed == {"token_embedding", "head", *mixer}
 
 
+@pytest.mark.thorough
 def test_tensor_parallelism_needs_two_sums_per_layer():
     """Section 8.1 of the paper: heads are split over devices. One sum is for the output, a small one for the norm."""
     sharding = Sharding(make_mesh("data=4,tensor=2"))
@@ -168,6 +171,7 @@ def test_a_layer_equals_the_equations_of_the_paper(fields):
     assert relative_error(jax.jit(model.apply)(params, tokens)[0][0], norm(x, params["final_norm"])) < 2e-6
 
 
+@pytest.mark.thorough
 def test_the_residual_stream_is_float32_by_default():
     """Each of 24 layers adds 0.003 to half of the channels, which are 1. In bfloat16, 1 + 0.003 is 1."""
     model = tiny_model("mamba2-tiny", num_layers=24, scan_layers=True, linear_bias=True, dtype="bfloat16")

@@ -48,7 +48,7 @@ def step(case, monkeypatch, absorbed, key=None, **rates):
     return outputs, gradients, len(calls)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
 def test_absorbed_attention_has_equal_outputs_and_gradients(monkeypatch, case):
     want, want_gradients, projected_calls = step(case, monkeypatch, absorbed=False)
@@ -59,7 +59,7 @@ def test_absorbed_attention_has_equal_outputs_and_gradients(monkeypatch, case):
     assert_trees_close(gradients, want_gradients, 1e-5, floor=1e-3)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("case", "rates"), [("xlnet", {"dropout": 0.3}), ("xl", {"attention_dropout": 0.3})])
 def test_dropout_of_probabilities_disables_absorbed_attention(monkeypatch, case, rates):
     results = [step(case, monkeypatch, absorbed, jax.random.key(1), **rates) for absorbed in (False, True)]

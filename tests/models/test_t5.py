@@ -79,7 +79,7 @@ def test_cached_decoding_equals_transformers():
     assert relative_error(np.stack(logits, axis=1), golden["logits"]) < TOLERANCE
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("bias_per_layer", [False, True])
 def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     """Padding between a prompt and the tokens after it must not change distances."""
@@ -101,6 +101,7 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
         assert relative_error(hidden, np.stack([full[0, 2 + i], full[1, 5 + i]])[:, None]) < TOLERANCE
 
 
+@pytest.mark.thorough
 def test_a_target_document_attends_to_the_source_document_of_the_same_number():
     model, params = small()
     source, tokens = random_tokens(model, 1, 9), random_tokens(model, 1, 8, seed=1)
@@ -132,6 +133,7 @@ def test_only_distances_between_positions_matter():
     assert relative_error(stretched, want) > 1e-3
 
 
+@pytest.mark.thorough
 def test_equal_tables_per_layer_equal_a_shared_table():
     model, params = small(num_layers=2)
     per_layer_model = small(num_layers=2, bias_per_layer=True)[0]

@@ -138,6 +138,7 @@ def test_padding_does_not_displace_tokens_in_the_memory(side):
     assert relative_error(np.asarray(hidden)[:1], want) < TOLERANCE
 
 
+@pytest.mark.thorough
 def test_no_gradient_flows_into_the_memory():
     model, params, tokens = setup()
 

@@ -88,6 +88,7 @@ def test_a_prediction_depends_only_on_tokens_of_lower_order(with_types):
     assert np.array_equal(influence > 0, order < order[0, targets[0]][:, None])
 
 
+@pytest.mark.thorough
 def test_steps_with_token_types_continue_the_prefix():
     model, params, tokens = setup(length=11)
     types = np.random.default_rng(0).integers(0, 3, (2, 11)).astype(np.int32)
@@ -136,6 +137,7 @@ def test_beam_scores_equal_scores_of_whole_texts():
 # ------------------------------------------------------------------------------------------------ content stream
 
 
+@pytest.mark.thorough
 def test_tokens_attend_to_all_tokens_of_their_document_and_to_no_padding():
     model, params, _ = setup(task="token_classification")
     tokens = np.arange(9, dtype=np.int32)[None]

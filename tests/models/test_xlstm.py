@@ -70,6 +70,7 @@ def test_only_matrices_and_taps_decay():
     }
 
 
+@pytest.mark.thorough
 def test_packed_documents_with_an_slstm_equal_separate_documents_and_a_stream():
     """The contract tests this variant only in thorough runs. Its convolution must not read the previous document."""
     model, params, tokens = setup(SLSTM, batch=1, length=11)

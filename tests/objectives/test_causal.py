@@ -86,6 +86,7 @@ def mean_loss_and_gradients(model, params, loss):
     return jax.jit(jax.value_and_grad(mean))(params)
 
 
+@pytest.mark.thorough
 def test_the_mean_loss_is_cross_entropy_plus_the_losses_of_the_routers():
     model, params = mixtral()
     batch = causal.batch(random_tokens(model, 2, 11), SEGMENTS)
@@ -137,7 +138,7 @@ def test_the_losses_of_a_model_depend_on_whether_it_has_experts():
         assert term_names(got) == ("load_balance_loss", "router_z_loss")
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{"scan_layers": True}, {"remat": "full"}, {"remat": "none", "scan_layers": True}])
 def test_statistics_do_not_depend_on_the_loop_over_layers(fields):
     loss = causal.loss_with_load_balance(0.5)
@@ -147,6 +148,7 @@ def test_statistics_do_not_depend_on_the_loop_over_layers(fields):
     assert_trees_close(spec.restack(got), spec.restack(want), 1e-5)
 
 
+@pytest.mark.thorough
 def test_router_statistics_of_each_layer_with_experts():
     for fields, layers in (({}, 2), ({"scan_layers": True}, 2), ({"dense_layers": (0,)}, 1)):
         model = tiny_model("mixtral-tiny", **fields)

@@ -15,6 +15,7 @@ def model_params_tokenizer(name, **changes):
     return model, initial_params(model), ByteTokenizer()
 
 
+@pytest.mark.thorough
 def test_an_encoder_decoder_has_a_row_for_each_output_token():
     model, params, tokenizer = model_params_tokenizer("t5-tiny")
     both = attention_maps(model, params, tokenizer, ["a house", "sun"], ["ein Haus", "die Sonne"])

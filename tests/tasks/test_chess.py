@@ -122,7 +122,7 @@ def test_a_board_refuses_moves_that_are_not_legal(line, message):
 # -------------------------------------------------------------------------------------------- probabilities
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_probabilities_do_not_depend_on_the_batch(name: str) -> None:
     model, params = model_and_params(name)
@@ -234,6 +234,7 @@ def test_a_reader_can_be_used_after_an_interruption(monkeypatch: pytest.MonkeyPa
     assert int(reader.logits([board]).argmax()) == UCI.move_id("e7e5")
 
 
+@pytest.mark.thorough
 def test_sources_are_read_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
     original = chess_reading._last_logits
@@ -341,7 +342,7 @@ def test_choose_ids_samples_with_the_temperature() -> None:
 # -------------------------------------------------------------------------------------------------- metrics
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
 def test_next_move_accuracy_equals_a_loop_over_positions(name: str) -> None:
     model, params = model_and_params(name)

@@ -54,6 +54,7 @@ SPECIAL_MOVES = (
 )
 
 
+@pytest.mark.thorough
 def test_boards_equal_the_boards_of_the_chess_package():
     lines = [*SPECIAL_MOVES, *chess_games("uci").moves[:40]]
     rows = [TOKENIZER.encode(line) for line in lines]
@@ -123,6 +124,7 @@ def one_window():
 LINE = SPECIAL_MOVES[1].split()[:9]
 
 
+@pytest.mark.thorough
 def test_texts_that_fit_alone_are_generated_alone():
     """The prompts have 7 and 9 tokens. The model reads 12 tokens of each text, but a batch would need a new window."""
     config = GenerationConfig(max_length=13, sampling=GREEDY, end_ids=())

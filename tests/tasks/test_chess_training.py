@@ -67,7 +67,7 @@ def test_options_must_be_at_least_1(name: str) -> None:
         game_batches(model, UCI, [SCHOLAR], 1, **options)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "fields"), [("gpt2-tiny", {"max_positions": 30}), ("transformer-xl-tiny", {})])
 def test_the_attention_map_of_a_causal_model_has_the_first_moves_of_a_game(
     name: str, fields: dict[str, int], tmp_path: Path
@@ -88,6 +88,7 @@ def test_the_attention_map_of_a_causal_model_has_the_first_moves_of_a_game(
     assert item.columns == ["<bos>", *words[: fields.get("max_positions", chess_training.MAP_TOKENS) - 1]]
 
 
+@pytest.mark.thorough
 def test_the_attention_map_of_an_encoder_decoder_has_the_next_moves_as_rows(tmp_path: Path) -> None:
     model, line = tiny_model("t5-tiny", vocab_size=UCI.vocab_size), chess_games("uci").moves[0]
     params, words = initial_params(model), line.split()[:10]

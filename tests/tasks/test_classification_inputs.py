@@ -93,7 +93,7 @@ def supports_classification(name):
     return hasattr(model.module, "pool")
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in FIRST_VARIANTS if supports_classification(name)])
 def test_empty_rows_do_not_change_loss_and_gradient(name):
     """Empty rows of an incomplete batch change neither the loss nor the gradient."""
@@ -112,6 +112,7 @@ def test_empty_rows_do_not_change_loss_and_gradient(name):
         np.testing.assert_allclose(actual, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
+@pytest.mark.thorough
 def test_a_classifier_for_own_examples_needs_ten_lines(tmp_path):
     data, tokens = examples(), tokenizer()
     model = tiny_model("lstm-encoder-tiny", vocab_size=tokens.vocab_size, num_labels=2).with_labels(LABELS)

@@ -100,6 +100,7 @@ def test_batch_size_and_order_do_not_change_predictions() -> None:
     np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS[::-1]).probabilities, expected[::-1], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_one_compilation_per_bucket() -> None:
     compiled_before = predict._label_probabilities._cache_size()
     texts = ["x" * n for n in range(1, 40)]
@@ -190,6 +191,7 @@ def model_with_nan_embedding(name: str, letter: str, **fields: Any) -> tuple[Any
     return model, {**params, "token_embedding": table}
 
 
+@pytest.mark.thorough
 def test_errors_name_texts_with_nonfinite_logits() -> None:
     message = r"the logits of text 1, 3 are not finite: 1 parameter is not finite: token_embedding \(5 of \d+ values\)"
     texts = ["a fine film", "dul*", "not so bad, after all", "*"]

@@ -35,7 +35,7 @@ def test_the_batch_has_shifted_decoder_inputs_and_targets():
     assert batch.inputs["source_segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
 def test_empty_rows_do_not_change_loss_and_gradient(name):
     model, tokens = tiny_model(name), tokenizer()

@@ -82,7 +82,7 @@ def reference_tokens(name: str, context: list[int], count: int) -> list[int]:
     return row[1:] if reads_source else row[len(context) :]
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_returns_the_results_of_a_loop_over_its_logits(name: str) -> None:
     text_requests = requests(name)
@@ -120,7 +120,7 @@ def test_all_families_that_decode_are_tested() -> None:
 # ------------------------------------------------------------------------------------------------- long texts
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "max_length"), [("gpt2-tiny", 16), ("lstm-tiny", 16), ("t5-tiny", 16)])
 def test_long_contexts_are_truncated_and_long_texts_are_scored_in_windows(
     name: str, max_length: int, caplog: pytest.LogCaptureFixture
@@ -182,6 +182,7 @@ def test_few_shapes_are_compiled() -> None:
 # ---------------------------------------------------------------------------------------------- options and tokens
 
 
+@pytest.mark.thorough
 def test_generation_options() -> None:
     """Stop strings, sampling options and beams of a request have the meaning of the harness."""
     text_requests = requests("gpt2-tiny")

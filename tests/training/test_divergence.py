@@ -126,6 +126,7 @@ def run_without_batches(at, gap, tmp, **options):
 # ------------------------------------------------------------------------------------------------ rollback
 
 
+@pytest.mark.thorough
 def test_a_rollback_skips_the_batches_since_the_checkpoint(tmp_path, capfd):
     loss = loss_with(nan=(9, 10, 11))
     result = run(tmp_path / "run", loss, max_rollbacks=2)
@@ -175,6 +176,7 @@ def test_rollbacks_are_limited_and_keep_the_checkpoint(tmp_path):
         run(tmp_path, loss, checkpoint_every=None)
 
 
+@pytest.mark.thorough
 def test_nonfinite_weights_cause_a_rollback(tmp_path, capfd):
     result = run(tmp_path / "run", loss_with(huge=(9,)), optimizer=NONFINITE_SGD, max_rollbacks=1)
     assert_trees_equal(result.state, run_without_batches(8, 2, tmp_path, optimizer=NONFINITE_SGD).state)
@@ -226,6 +228,7 @@ def test_a_spike_is_a_loss_above_mean_plus_deviations():
     assert not is_spike(few[:-1], 100.0, 4.0)
 
 
+@pytest.mark.thorough
 def test_a_spike_is_skipped_in_a_resumed_run_too(tmp_path, capfd):
     steps, at = SPIKE_WINDOW + 20, SPIKE_WINDOW + 10
     options = {"steps": steps, "checkpoint_every": 50, "spike_deviations": 6.0}
@@ -247,6 +250,7 @@ def test_a_spike_is_skipped_in_a_resumed_run_too(tmp_path, capfd):
     assert int(later.state.skipped) == 1
 
 
+@pytest.mark.thorough
 def test_a_lasting_spike_causes_a_rollback(tmp_path):
     steps, at = SPIKE_WINDOW, SPIKE_WINDOW - 8
     loss = loss_with(spikes=range(at, at + 3))

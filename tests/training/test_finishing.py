@@ -83,6 +83,7 @@ def completed_run(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
     return CompletedRun(experiment, directory, result, exports, printed.getvalue())
 
 
+@pytest.mark.thorough
 def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(completed_run):
     _, directory, result, exports, _ = completed_run
     expected = jax.tree.leaves(jax.tree.map(np.asarray, result.params))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -72,6 +73,36 @@ def run(directory, loss=causal.loss, data=None, **options):
     trainer = CachedTrainer(**vars(config.trainer(model, optimizer, loss, sharding=sharding)))
     data = data or Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(str(directory), {"note": "test"}, resume), initial)
+
+
+def test_a_run_on_two_cpu_devices_equals_a_run_on_one(tmp_path):
+    """Without dropout. The batches of four rows are split into two micro-batches on each device."""
+
+    def train_on(count):
+        _, _, tokens, evaluate = training_setup()
+        model = tiny_model("gpt", num_layers=1)
+        config = TrainingConfig(3, 8, grad_accum_steps=2, evaluate_every=3, checkpoint_every=None, cpu_devices=count)
+        trainer = config.trainer(model, optax.adam(1e-2, eps=1e-3), causal.loss)
+        data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+        return train(trainer, data, evaluate, config, Run(tmp_path / f"{count}"))
+
+    one, two = train_on(1), train_on(2)
+    assert_trees_close(two.params, one.params, 1e-4)
+    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-5)
+    assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(two.params))
+
+
+def test_cpu_devices_that_jax_does_not_have_raise_an_error(monkeypatch):
+    model, config = tiny_model("gpt2-tiny"), TrainingConfig(batch_size=9, cpu_devices=9)
+    with pytest.raises(
+        ValueError, match=r'9 CPU devices, and JAX has 8: call jax.config.update\("jax_num_cpu_devices"'
+    ):
+        config.trainer(model, optax.sgd(0.1), causal.loss)
+    with pytest.raises(ValueError, match="cpu_devices=9 has its own mesh over the CPU devices of one process"):
+        config.trainer(model, optax.sgd(0.1), causal.loss, sharding=Sharding(make_mesh("data=8")))
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    with pytest.raises(ValueError, match="cpu_devices=9 is for a CPU, but JAX runs on a gpu: leave it out"):
+        config.trainer(model, optax.sgd(0.1), causal.loss)
 
 
 @functools.cache
@@ -219,7 +250,7 @@ def test_a_run_can_be_resumed_on_another_mesh(tmp_path, complete_run):
     assert resumed.validation_loss == pytest.approx(complete_run.validation_loss, rel=1e-4)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "scan_layers"), [("adamw", False), ("adafactor", True), ("optax", False)])
 def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, name, scan_layers):
     """Convert parameters, moments and EMA. This works with any Optax optimizer that is elementwise."""
@@ -253,6 +284,7 @@ def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, n
     assert_trees_close(actual, expected, 1e-4)
 
 
+@pytest.mark.thorough
 def test_an_optimizer_state_without_another_layout_is_rejected(tmp_path, monkeypatch):
     """``optax.adafactor`` factors the stacked array. Its statistics cannot be converted to statistics of layers."""
     tokens_and_evaluate = training_setup()[2], lambda params: {"loss": 0.0}
@@ -300,6 +332,7 @@ def test_divergence_stops_the_run_with_a_reason(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 3.0
 
 
+@pytest.mark.thorough
 def test_nonfinite_weights_are_never_saved(tmp_path):
     model, _, tokens, evaluate = training_setup()
 
@@ -387,6 +420,11 @@ def test_a_run_directory_is_locked_by_one_process(tmp_path):
         ({"ema_decay": 1.5}, "ema_decay=1.5"),
         ({"ema_decay": 0}, "ema_decay=0 must be between 0 and 1, or None"),
         ({"batch_size": 8, "grad_accum_steps": 3}, "grad_accum_steps=3 does not divide batch_size=8"),
+        (
+            {"batch_size": 12, "grad_accum_steps": 2, "cpu_devices": 4},
+            r"cpu_devices=4 does not divide the 6 rows of a micro-batch \(batch_size / grad_accum_steps\)",
+        ),
+        ({"cpu_devices": 0}, "cpu_devices=0 must be at least 1"),
         ({"max_rollbacks": -1}, "max_rollbacks=-1 must be at least 0"),
         ({"max_rollbacks": 1, "checkpoint_every": None}, "max_rollbacks=1 needs checkpoints"),
         ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
@@ -585,6 +623,7 @@ def test_a_trainer_from_an_optimizer_config_equals_one_from_an_optimizer():
         config.trainer(model, OptimizerConfig(warmup_steps=6), causal.loss)
 
 
+@pytest.mark.thorough
 def test_the_terms_of_a_loss_are_metrics_of_an_evaluation():
     model = tiny_model("mixtral-tiny")
     params, batch = initial_params(model), causal.batch(random_tokens(model, 4, 9))

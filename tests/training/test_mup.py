@@ -46,6 +46,7 @@ def test_logits_of_a_wide_model_change_as_much_as_those_of_a_narrow_one(name):
     assert 0.6 < ratio < 1.2
 
 
+@pytest.mark.thorough
 def test_without_mup_logits_of_a_wide_model_change_more():
     assert logits_change("llama", WIDE, with_mup=False) > 2 * logits_change("llama", NARROW, with_mup=False)
 

@@ -168,6 +168,7 @@ def test_optax_muon_accepts_the_dimension_numbers():
     assert handled(muon_weight_dimension_numbers=muon_dimension_numbers(model.specs)) == matrices == 24576
 
 
+@pytest.mark.thorough
 def test_muon_orthogonalises_the_flattened_matrix_of_each_layer():
     model = tiny_model("llama-tiny", scan_layers=True)
     optimizer = make_optimizer(OptimizerConfig("muon", **PLAIN), model.specs, 10)

@@ -110,6 +110,7 @@ def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> N
     assert_trees_close(state.model_state, expected, 2e-5)
 
 
+@pytest.mark.thorough
 def test_a_run_that_carries_state_cannot_change_its_dtype(tmp_path: Path) -> None:
     model, optimizer, _ = model_optimizer_batches("lstm-tiny")
     columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
@@ -136,7 +137,7 @@ def test_a_skipped_step_keeps_the_model_state() -> None:
     assert_trees_equal(state.model_state, before)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_model_states_are_sharded_and_restored_from_checkpoints(name: str, tmp_path: Any) -> None:
     model, optimizer, batches = model_optimizer_batches(name)
@@ -156,6 +157,19 @@ def test_model_states_are_sharded_and_restored_from_checkpoints(name: str, tmp_p
     restored, _ = sharded_step(restored, batches[1])
     assert_trees_close(restored.params, expected.params, 1e-4)
     assert_trees_close(restored.model_state, expected.model_state, 1e-4)
+
+
+def test_a_shard_map_step_carries_the_rows_of_each_device() -> None:
+    model, optimizer, batches = model_optimizer_batches("lstm-tiny")
+    sharding = Sharding(make_mesh("data=2", devices=jax.devices()[:2]))
+    step = trainer_of(model, optimizer).jit_step()
+    mapped = dataclasses.replace(trainer_of(model, optimizer), sharding=sharding, shard_map=True)
+    mapped_step, state, expected = mapped.jit_step(), mapped.init(jax.random.key(0)), initial_state(model, optimizer)
+    for batch in (batches[0], batches[1], batches[3]):  # the last batch resets the model state
+        state, metrics = mapped_step(state, batch)
+        expected, expected_metrics = step(expected, batch)
+        assert_trees_close((state.params, metrics), (expected.params, expected_metrics), 1e-4)
+        assert_trees_close(state.model_state, expected.model_state, 1e-4)
 
 
 def test_grad_accum_steps_rejects_a_batch_with_carried_state() -> None:

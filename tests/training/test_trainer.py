@@ -113,7 +113,7 @@ def test_gradient_accumulation_equals_the_full_batch_with_uneven_padding(count):
     )
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_metrics_have_the_mean_of_each_term_of_the_loss(count):
     model = tiny_model("mixtral-tiny")
@@ -372,6 +372,15 @@ def test_bad_settings_of_a_trainer_raise_an_error_with_the_field(change, message
         Trainer(tiny_model("gpt2-tiny"), optax.sgd(0.1), causal.loss, **change)
 
 
+def test_shard_map_needs_a_mesh_that_splits_no_parameter():
+    model = tiny_model("gpt2-tiny")
+    with pytest.raises(ValueError, match="shard_map=True needs a mesh: pass a sharding"):
+        Trainer(model, optax.sgd(0.1), causal.loss, shard_map=True)
+    sharding = Sharding(make_mesh("fsdp=4,data=2"))
+    with pytest.raises(ValueError, match=r"the mesh \{'fsdp': 4, 'data': 2\} splits '.*': use only the mesh axis data"):
+        Trainer(model, optax.sgd(0.1), causal.loss, sharding=sharding, shard_map=True)
+
+
 def test_a_trainer_needs_an_optax_optimizer():
     with pytest.raises(TypeError, match="a Trainer needs an Optax optimizer: use make_optimizer"):
         Trainer(tiny_model("gpt2-tiny"), OptimizerConfig(), causal.loss)
@@ -419,7 +428,7 @@ def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation
     assert sum(leaf.size for leaf in moments) == 2 * spec.count(adaptation.specs(model.specs))
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_abstract_describes_an_adapted_and_sharded_state(name):
     model, _, batch = model_optimizer_batch()

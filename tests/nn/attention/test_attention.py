@@ -169,6 +169,7 @@ def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections, is
         assert_trees_close(run("blockwise"), want, 3e-6)
 
 
+@pytest.mark.thorough
 def test_memory_is_linear_in_time():
     """The temporary memory of the gradient doubles with twice the length; for a dense matrix it would be four times."""
 
@@ -194,6 +195,7 @@ def test_all_heads_together_equal_a_loop_over_heads():
     assert relative_error(run(False), run(True)) < 3e-6
 
 
+@pytest.mark.thorough
 def test_the_gradient_of_a_shared_bias_is_summed_over_devices():
     """The devices communicate the sums of the gradients of the table, and no tiles of scores."""
     B, T, H = 8, 300, 2
@@ -256,6 +258,7 @@ def test_errors_name_bad_input():
         Mask(window=3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("is_mask_shared", [True, False])
 def test_documents_and_grouped_queries_in_a_loop_over_heads(monkeypatch, is_mask_shared):
     """With ranges of keys and 64-bit indices, for one stored mask of all heads and for one mask per head."""
@@ -476,6 +479,7 @@ def context_from(start_B):
     return CacheContext(None, None, Mask(), start_B, None)
 
 
+@pytest.mark.thorough
 def test_a_view_writes_and_reads_one_layer_of_the_stack():
     q, k, v, mask = cached_inputs((6, 90))
     new = np.random.default_rng(5).normal(size=(2, 3, 2, 8)).astype(np.float32)

@@ -62,7 +62,7 @@ def compare(function, reference, *arguments):
     assert_trees_close(jax.jit(run, static_argnums=0)(function), jax.jit(run, static_argnums=0)(reference), 1e-5)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize(("queries", "keys", "query_offset"), SHAPES)
 def test_distance_bias(queries, keys, query_offset, vectors):
@@ -153,7 +153,7 @@ def bias_of(kind, table, vectors, q, types):
     ]
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize(
     "kind", ["numbers", "numbers of positions", "vectors", "vectors of queries", "vectors and types"]
@@ -186,6 +186,7 @@ def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind,
         assert sum(np.abs(gradient).max() > 1e-3 for gradient in want[1][3:]) == (2 if kind.endswith("types") else 1)
 
 
+@pytest.mark.thorough
 def test_memory_is_linear_in_time_with_a_bias():
     """The temporary memory of the gradient doubles with twice the length, for tables of numbers and of vectors."""
 

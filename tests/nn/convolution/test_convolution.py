@@ -159,6 +159,7 @@ def test_each_padded_document_equals_a_separate_document(cuts):
             assert relative_error(got[row, index], numpy_causal_convolution(params, x[row, index])) < 1e-6
 
 
+@pytest.mark.thorough
 def test_a_segment_id_that_occurs_again_is_another_document():
     x, ids = np.arange(10.0, 60.0, 10.0, dtype=np.float32)[None, :, None], np.array([[1, 2, 0, 1, 1]])
     got = windows(x, 3, padding="causal", segment_ids=ids)[0, :, :, 0]

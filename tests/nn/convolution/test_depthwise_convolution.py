@@ -113,6 +113,7 @@ def test_no_window_reads_another_segment(padding, dilation):
         assert gradients["weight"][tap, 2] == pytest.approx(np.vdot(cosines, change), rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_bfloat16_sums_in_float32():
     params, x = arrays(4, 23)
     want = results(functools.partial(depthwise_convolution, padding="causal"), params, x)

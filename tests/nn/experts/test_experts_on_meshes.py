@@ -53,7 +53,7 @@ def compiled_on(mesh, form):
     return jax.jit(run).lower(*arguments).compile(), arguments
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mesh", ["data=2,expert=4", "fsdp=2,tensor=2,expert=2", "data=4,sequence=2"])
 def test_values_and_gradients_equal_those_on_one_device(form, mesh):

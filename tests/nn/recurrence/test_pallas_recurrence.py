@@ -101,7 +101,7 @@ def test_bfloat16(kind):
     assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), got), want, 3e-2)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_device_runs_its_own_rows(kind):
     arguments = arrays(kind, B=8)  # two rows per device

@@ -160,6 +160,7 @@ def test_bfloat16(name, shape, on_tpu):
         assert relative_error(as_float, want) < max(0.02, 2.0 * relative_error(np.asarray(other, np.float32), want))
 
 
+@pytest.mark.thorough
 def test_the_sum_of_the_gradients_of_decays_in_bfloat16(on_tpu, monkeypatch):
     """This sum is the gradient of ``A`` of ``ssd``: rounding errors of y and of the value gradients must cancel."""
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
@@ -227,7 +228,7 @@ def test_heads_of_several_devices(shape, on_tpu):
     check_on_several_devices("linear_attention", shape)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_several_devices(name, on_tpu):
     """The other functions also give the results of one device."""
