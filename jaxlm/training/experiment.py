@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import operator
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -198,10 +199,7 @@ def command_line(
             recipes={family: recipe(family) for family in RECIPES},
         )  # fmt: skip
         experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
-        cpu_devices = experiment.training.cpu_devices  # type: ignore[attr-defined]
-        if cpu_devices > 1:
-            with contextlib.suppress(RuntimeError):  # JAX already has its devices; `cpu_sharding` counts them
-                jax.config.update("jax_num_cpu_devices", cpu_devices)
+        _make_cpu_devices(experiment.training.cpu_devices)  # type: ignore[attr-defined]
         model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
         if resume is not None:  # the saved fields stay valid if a resumed run changes the path of ``pretrained``
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
@@ -218,6 +216,16 @@ def command_line(
         return EXIT_STATUS[result.interrupted or result.signal]
 
     return exit_status(command, f"experiments.{name}", debug=debug)
+
+
+def _make_cpu_devices(count: int) -> None:
+    """Divide the CPU into ``count`` devices, if JAX has no devices yet and ``XLA_FLAGS`` does not set their number.
+
+    Otherwise, ``cpu_sharding`` checks whether there are enough devices.
+    """
+    if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX already has its devices
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def _describe_recipe(family: str, optimizer: OptimizerConfig) -> str:
