@@ -61,14 +61,17 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     ``max_positions``.
 
     Raises:
-        ValueError: the model is a VDCNN and ``length`` is not its ``max_positions``, or the model is an XLNet and
-            ``length`` is odd or below 10.
+        ValueError: ``length`` is above ``max_positions`` of the model; the model is a VDCNN and ``length`` is not its
+            ``max_positions``; or the model is an XLNet and ``length`` is odd or below 10.
     """
     default_batch, default_length = (2, 32) if quick else DEFAULT_BATCH_SIZES[model.family]
     if model.family == "resnet":
         default_length = model.config.max_positions
         if length not in (None, default_length):
             raise ValueError(f"--length {length}: a VDCNN reads texts of max_positions={default_length}")
+    limit = model.max_positions
+    if limit is not None and length is not None and length > limit:
+        raise ValueError(f"--length {length}: the model reads texts of at most max_positions={limit} tokens")
     if model.family == "xlnet" and length is not None and (length % 2 or length < 10):
         raise ValueError(f"--length {length} must be even and at least 10: an XLNet row has two parts of equal length")
     return batch or default_batch, length or default_length

@@ -45,7 +45,7 @@ def run(options: Decoding) -> None:
     batches, prompts = harness.parse_numbers("batch", options.batch), harness.parse_numbers("prompt", options.prompt)
     targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
-    for name in harness.split_names("model", options.model):
+    for name in harness.split_models(options.model):
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
             supported = harness.implementations_with_family(

@@ -303,6 +303,19 @@ def split_names(option: str, text: str) -> list[str]:
     return result
 
 
+def split_models(text: str) -> list[str]:
+    """The names of models in ``text``. Raises ``UserError`` if a name is repeated or unknown."""
+    import jaxlm  # here, because the processes that measure torch import this module too
+
+    names = split_names("model", text)
+    for name in names:
+        try:
+            jaxlm.get_model(name)
+        except ValueError as error:
+            raise UserError(f"--model {name}: {error}") from error
+    return names
+
+
 def parse_numbers(option: str, text: str) -> list[int]:
     """The whole numbers in ``text``, the comma-separated value of an option.
 
@@ -549,7 +562,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change the measured times, and are written to the results."""
 
 

@@ -65,7 +65,7 @@ def run(options: Training) -> None:
     passes = harness.names("passes", options.passes, ("forward", "step"))
     targets = harness.choose_implementations(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
-    for name in harness.split_names("model", options.model):
+    for name in harness.split_models(options.model):
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model

@@ -140,13 +140,16 @@ def read(path: Path | None, data: Data) -> Examples:
     return lib.read_examples(read_labelled, path, encoding=data.encoding, on_error=data.on_error)
 
 
-def parts(data: Data) -> tuple[Examples, Examples]:
-    """The training split (including validation) and the test split."""
+def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """The training split (including validation), the test split and the labels.
+
+    If the test split is a random part of the examples, it may have a label that the training split lacks."""
     examples = read(data.train, data)
+    labels = examples.label_names()
     if data.test is not None:
-        return examples, read(data.test, data)
+        return examples, read(data.test, data), labels
     test, training = examples.split(data.test_fraction, seed=0)
-    return training, test
+    return training, test, labels
 
 
 def build(
@@ -221,8 +224,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
             f"{resume.absolute().parent}"
         )
     if experiment.folds is None:
-        training, test = parts(experiment.data)
-        return train_and_test(experiment, training, test, training.label_names(), resume)[0]
+        return train_and_test(experiment, *parts(experiment.data), resume)[0]
     examples = read(experiment.data.train, experiment.data)
     folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may lack a label
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []

@@ -143,7 +143,8 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
     def file(part: str, language: str) -> Path:
         assert data.directory is not None
         path = data.directory / f"{part}.{language}"
-        return path if path.exists() else path.with_name(f"{path.name}.gz")
+        compressed = path.with_name(f"{path.name}.gz")
+        return compressed if compressed.exists() and not path.exists() else path
 
     training, validation, test = (
         lib.read_examples(read_pairs, file(part, data.source), file(part, data.target), on_error=data.on_error)

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import os
 import re
 import signal
@@ -198,20 +199,34 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
         debug: whether to print the traceback too.
     """
     try:
-        return command()
+        try:
+            status = command()
+        except SystemExit:  # after --help or a wrong option
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # if this failed only when Python exits, the exit status would be 120
+        return status
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the process that reads the output has ended, as in `jaxlm score ... | head`
-        with contextlib.suppress(OSError, ValueError):
-            # Python flushes stdout when it exits, and the flush would raise the error again without this redirection.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return BROKEN_PIPE
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(f"{program}: {describe(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
         return 2 if is_user_error(error) else 1
+
+
+def _discard_output() -> None:
+    """Redirect stdout to nothing. Otherwise, Python would flush it at its exit and raise the same error again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_process(status: int) -> NoReturn:
@@ -348,8 +363,11 @@ def _parse_error_box(box: str, program: str) -> str:
         if not section or _HELP_HINT.match(text):
             continue
         if section[0].startswith("Perhaps you meant"):
+            # tyro also lists other commands' options of the same name.
+            given = set(re.split(r"[\s,]+", " ".join(itertools.chain(*sections[: sections.index(section)]))))
             options = dict.fromkeys(row.split()[0] for row in section if row.startswith("--"))
-            parts.append(f"did you mean {' or '.join(list(options)[:3])}?")
+            if similar := [option for option in options if option not in given][:3]:
+                parts.append(f"did you mean {' or '.join(similar)}?")
         elif section[0].startswith("Argument helptext"):
             parts.append(section[1])
         else:

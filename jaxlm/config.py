@@ -143,7 +143,7 @@ def check_choices(config: Any) -> None:
 def check_finite(config: Any) -> None:
     """Raise ``ValueError`` if a number of a config or a nested config is not finite. Tuples are checked too."""
     for name, value in numbers_of(config):
-        if isinstance(value, float) and not math.isfinite(value):
+        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
 
 
@@ -157,7 +157,7 @@ def check_numbers(config: Any) -> None:
     for name, value in numbers_of(config):
         if name.rpartition(".")[2] == "seed" and not 0 <= value < 2**32:
             raise ValueError(f"{name}={value} must be from 0 to {2**32 - 1}")
-        if isinstance(value, int) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
+        if isinstance(value, numbers.Integral) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
             limit = f"large: the largest number is {2**31 - 1}" if value > 0 else f"small: the smallest is {-(2**31)}"
             raise ValueError(f"{name}={value} is too {limit}")
 
@@ -167,6 +167,20 @@ def check_min(minimum: float, **numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def check_int32(values: np.ndarray, what: str) -> None:
+    """Raise ``ValueError`` unless the values are integers in the range of int32, the dtype of batches.
+
+    Args:
+        what: a description of the values, with which the message begins.
+    """
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
+    limits = np.iinfo(np.int32)
+    may_exceed = values.size and not np.can_cast(values.dtype, np.int32)
+    if may_exceed and (values.min() < limits.min or values.max() > limits.max):
+        raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
@@ -187,7 +201,7 @@ def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
             yield from _numbers_in(entry, f"{name}[{index}]")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):  # also NumPy's numbers
         yield name, value
 
 

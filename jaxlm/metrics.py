@@ -20,7 +20,7 @@ import dataclasses
 import math
 import re
 import string
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -176,11 +176,14 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
     predicted, expected = np.split(class_indices, 2)
 
+    def counts_of(indices: np.ndarray) -> np.ndarray:
+        return np.bincount(indices, minlength=len(classes))
+
     def score(indices: np.ndarray | slice) -> float:
-        counts = confusion(predicted[indices], expected[indices], len(classes))
-        occurrences = counts.sum(axis=0) + counts.sum(axis=1)
+        sample, truth = predicted[indices], expected[indices]
+        occurrences = counts_of(sample) + counts_of(truth)
         occurs = occurrences > 0  # a resampled test set may not contain all classes
-        return float(np.mean(2 * counts.diagonal()[occurs] / occurrences[occurs]))
+        return float(np.mean(2 * counts_of(sample[sample == truth])[occurs] / occurrences[occurs]))
 
     if np.array_equal(predicted, expected):
         return Score("macro F1", 1.0, count=len(expected))
@@ -390,12 +393,12 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
 
 def _without_objects(values: np.ndarray) -> np.ndarray:
     """The same array; an object array that has only strings, or only integers, as an array of strings or integers."""
-    is_uniform = any(all(isinstance(value, kind) for value in values.flat) for kind in (str, int))
+    is_uniform = any(all(isinstance(value, kind) for value in values.flat) for kind in (str, (int, np.integer)))
     return np.asarray(values.tolist()) if values.dtype == object and is_uniform else values
 
 
 def _check_strings(name: str, values: Sequence[str]) -> None:
-    if isinstance(values, str) or not isinstance(values, Collection):
+    if isinstance(values, str | Mapping | Set) or not isinstance(values, Collection):
         kind = "one string" if isinstance(values, str) else type(values).__name__
         raise TypeError(f"{name} is {kind}: give a list of strings")
     for index, value in enumerate(values):

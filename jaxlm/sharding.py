@@ -308,7 +308,7 @@ def cpu_sharding(count: int) -> Sharding:
     """
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
-        raise ValueError(f"cpu_devices={count} is for a CPU, but JAX runs on a {devices[0].platform}: leave it out")
+        raise ValueError(f"cpu_devices={count} is for a CPU, but JAX runs on a {devices[0].platform}: set it to 1")
     if count > len(devices):
         raise ValueError(
             f"cpu_devices={count} needs {count} CPU devices, and JAX has {len(devices)}: call "

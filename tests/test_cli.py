@@ -123,6 +123,9 @@ def test_an_unknown_option_suggests_the_right_one(run_directory, capsys):
     with pytest.raises(SystemExit):
         cli.main(["generate", str(run_directory), "--prompt", "to be", "--max-new-token", "3"])
     assert "--max-new-tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # another command has this option
+        cli.main(["score", str(run_directory), "to be", "--temperature", "3"])
+    assert "did you mean --temperature" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["generate", str(run_directory), "--prompt", "to be", "--seed", "one"])
     assert "--seed" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from jaxlm.command_line import parse_experiment
 from jaxlm.models import get_model, gpt
 from jaxlm.models.common import ModelConfig
 from jaxlm.testing.helpers import TINY
+from jaxlm.training.loop import TrainingConfig
+from jaxlm.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,19 @@ def test_numpy_scalars_are_saved_as_numbers():
     )
     written = config_lib.to_json(Outer(config, rate=np.float32(0.25), pairs=((np.int32(1), None),)))
     assert (written["model"]["vocab_size"], written["rate"], written["pairs"]) == (200, 0.25, [[1, None]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainingConfig(seed=np.int64(2**40)), "seed=1099511627776 must be from 0 to 4294967295"),
+        (lambda: TrainingConfig(steps=np.int32(0)), "steps=0 must be at least 1"),
+        (lambda: OptimizerConfig(learning_rate=np.float32("nan")), "learning_rate=.*nan.* must be a finite number"),
+    ],
+)
+def test_the_numbers_of_numpy_are_checked_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):

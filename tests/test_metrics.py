@@ -57,6 +57,20 @@ def test_accuracy_rejects_bad_predictions_and_labels(predictions, labels, error,
 
 def test_integer_labels_in_an_object_array_are_accepted():
     assert metrics.accuracy(np.array([1, 0], object), [1, 1]).value == 0.5
+    assert metrics.accuracy(np.array([np.int64(1), np.int64(0)], object), [1, 1]).value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("predictions", "answers", "message"),
+    [
+        (["Paris"], [{"text": ["Paris"], "answer_start": [3]}], r"answers\[0\] is dict: give a list of strings"),
+        ({"q1": "Paris"}, [["Paris"]], "predictions is dict: give a list of strings"),
+        ({"Paris"}, [["Paris"]], "predictions is set: give a list of strings"),
+    ],
+)
+def test_mappings_and_sets_are_not_lists_of_strings(predictions, answers, message):
+    with pytest.raises(TypeError, match=message):
+        metrics.exact_match(predictions, answers)
 
 
 def test_confusion_counts_labels_by_row_and_predictions_by_column():

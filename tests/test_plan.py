@@ -200,10 +200,41 @@ def test_bytes_of_shapes(shape, size):
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"), [("{{0,1,2},{3,4,5}}", 3), ("{{0},{1}}", 1), ("[2,4]<=[8]", 4), ("{{}}", None), ("{}", None)]
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("{{0},{1}}", 1),
+        ("[2,4]<=[8]", 4),
+        ("{{}}", None),
+        ("{}", None),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+        ("mesh['a'=4,'c'=2] {'a','c'}", 8),
+    ],
 )
 def test_sizes_of_replica_groups(groups, size):
     assert hlo._group_size(f"channel_id=1, replica_groups={groups}, to_apply=%add") == size
+
+
+def test_without_cycles_the_branch_with_the_most_communication_counts():
+    text = """HloModule jit_step, is_scheduled=true
+
+%skip (a: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} parameter(0)
+}
+
+%update (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} all-reduce(%b), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8], go: s32[]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %go = s32[] parameter(1)
+  ROOT %chosen = f32[8]{0} conditional(%go, %x, %x), branch_computations={%skip, %update}
+}
+"""
+    (collective,) = hlo.costs(hlo.parse(text)).collectives
+    assert (collective.kind, collective.bytes, collective.group_size) == ("all-reduce", 32, 2)
 
 
 def test_text_that_is_not_hlo_raises():
@@ -563,6 +594,13 @@ def error_line(capsys, *options):
     assert cli.main(["plan", "--mesh", "data=4", "--batch", "8", "--sequence", "32", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_all_meshes_are_checked_before_the_first_compilation(capsys, monkeypatch):
+    monkeypatch.setattr("jaxlm.plan.planning.program.training_step", None)
+    options = ("--model", "gpt2-tiny", "--topology", "local", "--mesh", "data=8", "--compare")
+    assert "mesh data=3 needs 3 devices, there are 8" in error_line(capsys, *options, "data=3")
+    assert "'heads' of size" in error_line(capsys, *options, "data=1,tensor=8")
 
 
 def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):

@@ -58,13 +58,17 @@ doctor. jaxlm --version prints the version. An error is printed as one line; --d
 def main(arguments: list[str] | None = None) -> int:
     """Run the ``jaxlm`` command and return the exit status, which ``jaxlm.command_line`` defines."""
     words, debug = split_debug(arguments)
-    if words == ["--version"]:
-        print(f"jaxlm {jaxlm.__version__}")
-        return 0
-    subcommands = tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
-    union: Any = Union[subcommands]  # noqa: UP007 (created at run time)
-    command: Command = parse(union, words, program="jaxlm", description=DESCRIPTION)
-    return exit_status(command.run, "jaxlm", debug=debug)
+
+    def run_command() -> int:
+        if words == ["--version"]:
+            print(f"jaxlm {jaxlm.__version__}")
+            return 0
+        subcommands = tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
+        union: Any = Union[subcommands]  # noqa: UP007 (created at run time)
+        command: Command = parse(union, words, program="jaxlm", description=DESCRIPTION)
+        return command.run()
+
+    return exit_status(run_command, "jaxlm", debug=debug)
 
 
 def run() -> NoReturn:

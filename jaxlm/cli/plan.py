@@ -70,8 +70,10 @@ class Plan:
         if self.decode:
             self._check_decodes(model)
         xla = parse_assignments_as_text("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
-        plans = []
-        for mesh in (self.mesh, *self.compare):
+        plans, meshes = [], (self.mesh, *self.compare)
+        for mesh in meshes:  # before the first compilation
+            plan.mesh_sharding(model, self.topology, mesh, self.batch)
+        for mesh in meshes:
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 result = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,

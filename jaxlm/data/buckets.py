@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_int32, check_min
 from jaxlm.data.batching import source_fingerprint
-from jaxlm.data.tokens import TOKEN_FIELDS, check_int32, check_tokens
+from jaxlm.data.tokens import TOKEN_FIELDS, check_tokens
 
 Encoded = Mapping[str, Any]
 """An encoded example: field name -> 1-D integer array or scalar. Batches pad the arrays."""

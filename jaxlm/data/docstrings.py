@@ -27,6 +27,7 @@ _SECTION_NAMES = (
     "warnings?|see also|notes?|todo|references|examples?"
 )
 _SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _STATEMENT_NODES = (ast.stmt, ast.excepthandler, ast.match_case)
 """Types of nodes that are statements or contain statements."""
 
@@ -45,9 +46,9 @@ def docstrings(
     ``text`` and ``summary`` are the results of :func:`split_docstring`. ``package`` is the top-level package, or the
     module if it is in no package. ``name`` is the name of the class or function within its module, such as
     ``Box.open``; it is "module" for the docstring of a module. Examples are in the order of packages, files and lines.
-    An example is removed if its text or its summary equals an earlier text or summary, ignoring case. Directories of
-    tests and of copied packages are skipped. ``rejected`` lists the files that cannot be read, or that this version of
-    Python cannot parse, each with its number in reading order and the reason.
+    An example is removed if its text or its summary has a surrogate (an invalid character) or, ignoring case, equals an
+    earlier text or summary. Directories of tests and of copied packages are skipped. ``rejected`` lists the files that
+    cannot be read, or that this version of Python cannot parse, each with its number in reading order and the reason.
 
     Args:
         directories: directories whose entries are packages or modules. None: the standard library and the installed
@@ -83,6 +84,7 @@ def docstrings(
                 continue
             for name, text, summary in _texts_and_summaries(tree):
                 fits = min_words <= len(text.split()) <= max_words and 3 <= len(summary.split()) <= max_summary_words
+                fits &= not _SURROGATE.search(text + summary)
                 if fits and not seen & {text.lower(), summary.lower()}:
                     seen |= {text.lower(), summary.lower()}
                     package_rows.append({"text": text, "summary": summary, "package": package, "name": name})

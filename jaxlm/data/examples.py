@@ -552,7 +552,7 @@ def read_jsonl(
                 raise ValueError(f"{name}={example[name]!r} must be a string or a whole number")
         return example
 
-    lines = ((number, line) for number, line in read_lines(path, encoding) if line)
+    lines = ((number, line) for number, line in read_lines(path, encoding) if line.strip())
     return make_examples(path, lines, make_example, on_error)
 
 

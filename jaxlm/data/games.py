@@ -51,7 +51,7 @@ _PGN_PIECE = re.compile(  # the search is faster if each alternative begins with
 )
 _PGN_KINDS = {";": "comment", "%": "comment", "{": "brace", "[": "tag", "(": "open", ")": "close", "\n": "empty"}
 """The kind of a match of ``_PGN_PIECE`` by its first character. Other matches are results."""
-_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+(?:\.+|(?!\S))|\be\.p\.")
+_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)(?:\d+\s*)?\.+|(?<!\S)\d+(?!\S)|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 _FIRST_MOVE = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
 GAMES_PER_EXTRA_PROCESS = 2000
@@ -389,7 +389,9 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
         moves = _replay([move.uci() for move in game.mainline_moves()], notation)
     except ValueError as error:  # a null move
         return _ParsedGame(line, reason=str(error))
-    return _ParsedGame(line, moves, result if result in RESULTS else "*")
+    if result.strip() not in RESULTS or result.strip() == "*":  # the result after the moves counts
+        result = _pgn_moves(text).split()[-1]
+    return _ParsedGame(line, moves, result.strip() if result.strip() in RESULTS else "*")
 
 
 def _pgn_moves(text: str) -> str:

@@ -124,6 +124,8 @@ def _make_example(record: Mapping[str, Any]) -> Example:
     title = record.get("title")
     if not isinstance(title, str | None):
         raise ValueError(f"'title' must be a text or null, got {title!r}")
+    for name in ("id", "title"):
+        check_no_surrogate(str(record.get(name)), repr(name))
     context, answers, starts = record["context"], [], []
     for text, start in _answers(record["answers"]):
         if not isinstance(text, str) or not text.strip() or type(start) is not int:

@@ -50,6 +50,8 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         LookupError: the encoding is unknown.
         ValueError: the bytes are not text in this encoding. The message has the offset and the line if they are known.
     """
+    if not codecs.lookup(encoding)._is_text_encoding:  # private; also used by the function open
+        raise LookupError(f"{encoding!r} is not an encoding of texts")
     # "utf-8-sig" removes a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig" if _is_utf8(encoding) else encoding)()
     offset, line = 0, 1
@@ -177,7 +179,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def _is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name == "utf-8"
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def _decoding_error(name: str, encoding: str, value: int, offset: int, line: int) -> ValueError:

@@ -32,20 +32,6 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
         raise ValueError(f"{name}: {count}, at least {min_length} needed; {fix}")
 
 
-def check_int32(values: np.ndarray, what: str) -> None:
-    """Raise ``ValueError`` unless the values are integers in the range of int32, the dtype of batches.
-
-    Args:
-        what: a description of the values, with which the message begins.
-    """
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
-    limits = np.iinfo(np.int32)
-    may_exceed = values.size and not np.can_cast(values.dtype, np.int32)
-    if may_exceed and (values.min() < limits.min or values.max() > limits.max):
-        raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
-
-
 def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first: int = 0) -> None:
     """Raise ``ValueError`` if ``ids`` fails :func:`check_ids_1d`, or if an id is not in [0, ``vocab_size``).
 

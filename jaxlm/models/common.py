@@ -279,7 +279,8 @@ def check_tokens(
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
-    The error is also raised if T exceeds ``max_positions`` and neither segment ids nor positions are given.
+    The error is also raised if a NumPy array has values outside int32, or if T exceeds ``max_positions`` and neither
+    segment ids nor positions are given.
 
     Args:
         segment_ids, positions: may be None.
@@ -294,6 +295,8 @@ def check_tokens(
             raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
             raise ValueError(f"{input_name} {list(x.shape)} must have the shape of {name} {list(tokens.shape)}")
+        if isinstance(x, np.ndarray):
+            config_lib.check_int32(x, input_name)
     # With segment ids or positions, a row may be longer than max_positions although every position is below it.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(

@@ -144,7 +144,7 @@ def batch(
 def _word_indices(is_special: np.ndarray, segment_ids: np.ndarray | None, word_ids: np.ndarray | None) -> np.ndarray:
     """The index of each token's word in its row, [B, T], from 0. Each special token is a separate word."""
     is_first = np.ones(is_special.shape, bool)
-    is_first[:, 0] = False
+    is_first[:, :1] = False
     if word_ids is not None:
         is_first[:, 1:] = (word_ids[:, 1:] != word_ids[:, :-1]) | is_special[:, 1:] | is_special[:, :-1]
         if segment_ids is not None:

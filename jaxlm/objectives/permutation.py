@@ -25,7 +25,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxlm.data.tokens import check_int32
+from jaxlm.config import check_int32
 from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
@@ -150,8 +150,8 @@ def batch(
 def _check_arrays(
     tokens: np.ndarray, word_starts: np.ndarray | None, sentences: np.ndarray | None, right_to_left: np.ndarray | None
 ) -> None:
-    if tokens.ndim != 2:
-        raise ValueError(f"windows must be [batch, time], got {list(tokens.shape)}")
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"windows must be [batch, time] with at least one row, got {list(tokens.shape)}")
     check_int32(tokens, "the array of windows")
     B, N = tokens.shape
     for name, x, shape in (

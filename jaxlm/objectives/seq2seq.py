@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.data.tokens import check_int32
+from jaxlm.config import check_int32
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
 

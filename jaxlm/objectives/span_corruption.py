@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_int32, check_min
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_loss
 
@@ -104,9 +104,11 @@ def corrupt(
 
     Raises:
         TypeError: the text is not integers.
-        ValueError: the text is empty; the mask does not have the shape of the text or removes the first token; there
-            are too few sentinels; sentinels have negative ids; or the text contains a sentinel.
+        ValueError: the text is empty or has ids outside int32; the mask does not have the shape of the text or removes
+            the first token; there are too few sentinels; sentinels have negative ids; or the text contains a sentinel.
     """
+    if tokens.dtype.kind in "iu":
+        check_int32(tokens, "the text")
     tokens = tokens.astype(np.int32, casting="same_kind")  # sentinels may not fit into a smaller dtype
     if not tokens.size:
         raise ValueError("a text without tokens cannot be corrupted: remove it")

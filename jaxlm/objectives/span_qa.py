@@ -45,6 +45,8 @@ def batch(
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)
+    if T < 1:
+        raise ValueError(f"tokens {list(tokens.shape)} must have at least one token per row")
     if spans.shape != (B, 2) or spans.dtype.kind not in "iu":
         raise ValueError(f"spans must be integers of shape [{B}, 2], got {spans.dtype}{list(spans.shape)}")
     is_invalid = (spans[:, 0] < 0) | (spans[:, 1] < spans[:, 0])

@@ -356,7 +356,7 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
                 branch_costs = Costs([], [], [])
                 _add_computation(program, branch, times, branch_costs)
                 branches.append(branch_costs)
-            most_expensive = max(branches, key=lambda costs: (costs.cycles, len(costs.operations)))
+            most_expensive = max(branches, key=_size_of_costs)
             total.operations.extend(most_expensive.operations)
             total.collectives.extend(most_expensive.collectives)
             total.unknown_loops.extend(most_expensive.unknown_loops)
@@ -370,6 +370,11 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
             total.collectives.append(_collective(computation, instruction, kind, times))
         if instruction.cycles is not None or instruction.is_kernel:
             total.operations.append(Operation(instruction, name, times))
+
+
+def _size_of_costs(costs: Costs) -> tuple[float, int, int]:
+    """A key that orders the costs of branches. Only the compiler for TPUs estimates cycles."""
+    return costs.cycles, len(costs.operations), sum(op.times * op.bytes for op in costs.collectives)
 
 
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
@@ -414,7 +419,7 @@ def _group_size(attribute_text: str) -> int | None:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attribute_text)
     if iota:
         return int(iota[2])
-    mesh = re.search(r"replica_groups=(?:@?\w*)\[([^\]]*)\]\s*\{([^}]*)\}", attribute_text)
+    mesh = re.search(r"replica_groups=(?:@?\w*)\[([^\]]*)\](?:,\s*device_ids=\([^{]*\))?\s*\{([^}]*)\}", attribute_text)
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'", mesh[2])

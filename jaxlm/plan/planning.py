@@ -204,7 +204,7 @@ def plan(
     check_min(1, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
     _check_settings(decode, optimizer, grad_accum_steps, param_dtype)
     devices = topology.get_topology(topology_name)
-    sharding = Sharding(make_mesh(mesh, devices=devices.devices))
+    sharding = mesh_sharding(model, topology_name, mesh, batch)
     sequence = program.default_sequence(model) if sequence is None else sequence
     if decode:
         step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
@@ -257,6 +257,20 @@ def plan(
         notes=_notes(costs, kernel_stats),
         compile_seconds=seconds,
     )
+
+
+def mesh_sharding(model: Model, topology_name: str, mesh: str, batch: int) -> Sharding:
+    """The sharding over the devices of a topology.
+
+    Raises:
+        ValueError: the topology is unknown, the mesh has another number of devices, or it does not divide the batch or
+            a parameter.
+        ImportError: the compiler for the topology is not installed.
+    """
+    sharding = Sharding(make_mesh(mesh, devices=topology.get_topology(topology_name).devices))
+    sharding.named_sharding(("batch",), (batch,), "a batch")
+    sharding.tree(model.specs)
+    return sharding
 
 
 def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: int, param_dtype: str) -> None:

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import numbers
 import re
 import signal
 import time
@@ -115,8 +116,8 @@ class TrainingConfig:
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
     goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
-    2022, section 5.1). A checkpoint is not scheduled if a signal caused it, or if its step was skipped. 0: the run
-    stops with an error instead."""
+    2022, section 5.1). A carried model state is then empty. A checkpoint is not scheduled if a signal caused it, or if
+    its step was skipped. 0: the run stops with an error instead."""
     seed: int = 0
     """Seed of the initial weights and of dropout. In the modules in ``experiments/``, also of the order of the data."""
 
@@ -125,7 +126,8 @@ class TrainingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             minimum = 0 if field.name == "max_rollbacks" else 1
-            is_count = type(value) is int and field.name not in ("ema_decay", "spike_deviations", "seed")
+            is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            is_count &= field.name not in ("ema_decay", "spike_deviations", "seed")
             if is_count and value < minimum:
                 raise ValueError(f"{field.name}={value} must be at least {minimum}")
         for name in ("batch_size", "evaluation_batches"):
@@ -165,8 +167,8 @@ class TrainingConfig:
         if self.cpu_devices > 1:
             if options.get("sharding") is not None or jax.process_count() > 1:
                 raise ValueError(
-                    f"cpu_devices={self.cpu_devices} has its own mesh over the CPU devices of one process: leave it "
-                    "out, or train in one process without another mesh"
+                    f"cpu_devices={self.cpu_devices} has its own mesh over the CPU devices of one process: set it to "
+                    "1, or train in one process without another mesh"
                 )
             options |= {"sharding": cpu_sharding(self.cpu_devices), "shard_map": True}
         if isinstance(optimizer, OptimizerConfig):
@@ -571,6 +573,11 @@ class _Loop:
         # because metrics are read late.
         next_batch = self._batch_offset + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
+        if state.model_state is not None:  # the next batch does not continue the batches of the checkpoint
+            empty = self._trainer.model.init_state(*self._trainer.carry_size)  # type: ignore[misc]
+            state = state.replace(
+                model_state=jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), empty, state.model_state)
+            )
         self._resume_from(state, saved)
         self._batch_offset = next_batch - self.step
         self._rollbacks += 1

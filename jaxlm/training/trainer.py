@@ -21,7 +21,7 @@ from jaxlm.adapt import Adaptation, overwrite
 from jaxlm.config import check_min
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
-from jaxlm.sharding import Sharding
+from jaxlm.sharding import Sharding, platform
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
@@ -123,7 +123,8 @@ class Trainer:
 
     Raises:
         TypeError: ``optimizer`` is an ``OptimizerConfig``.
-        ValueError: ``shard_map`` is True, and ``sharding`` is None or splits parameters;
+        ValueError: ``shard_map`` is True, and ``sharding`` is None, splits parameters, has an axis that does not split
+            the batch, or is on another platform than JAX's default device;
             ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
             ``grad_accum_steps`` is above 1 with ``carry_size``; or the name of a term of the loss is in
             :data:`METRIC_NAMES` or begins with ``validation_``.
@@ -170,12 +171,24 @@ class Trainer:
     def _check_shard_map(self) -> None:
         if self.sharding is None:
             raise ValueError("shard_map=True needs a mesh: pass a sharding, such as Sharding(make_mesh('data=2'))")
-        for path, sharding in spec.flatten(self.sharding.tree(self.specs)).items():
-            if not sharding.is_fully_replicated:
-                raise ValueError(
-                    f"shard_map=True needs a full copy of the parameters on each device, but the mesh "
-                    f"{dict(self.sharding.mesh.shape)} splits {path!r}: use only the mesh axis data"
-                )
+        mesh = self.sharding.mesh
+        if self.sharding.num_shards(("batch",)) != mesh.size:
+            raise ValueError(
+                f"shard_map=True needs a mesh whose axes all split the batch, got {dict(mesh.shape)}: use only the "
+                "mesh axis data"
+            )
+        for specs in (self.model.specs, self.specs):  # frozen and trained parameters
+            for path, sharding in spec.flatten(self.sharding.tree(specs)).items():
+                if not sharding.is_fully_replicated:
+                    raise ValueError(
+                        f"shard_map=True needs a full copy of the parameters on each device, but the mesh "
+                        f"{dict(mesh.shape)} splits {path!r}: use only the mesh axis data"
+                    )
+        if mesh.devices.flat[0].platform != platform():
+            raise ValueError(
+                f"shard_map=True needs a mesh over devices of JAX's default platform, {platform()}, got "
+                f"{mesh.devices.flat[0].platform}: set jax_default_device, or shard_map=False"
+            )
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -510,7 +523,8 @@ def _micro_batches(batch: Any, count: int) -> Any:
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:
             raise ValueError(
-                f"grad_accum_steps={count} does not divide the batch of {x.shape[0]} rows: change one of them"
+                f"grad_accum_steps={count} does not divide the batch of {x.shape[0]} rows (with shard_map: on each "
+                "device): change one of them"
             )
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 

@@ -42,6 +42,14 @@ class Box:
 '''
 
 
+def test_docstrings_with_surrogates_are_removed(tmp_path):
+    (tmp_path / "good.py").write_text(SOURCE)
+    (tmp_path / "odd.py").write_text(SOURCE.replace("box", "\\ud800"))
+    packages = docstrings([tmp_path], min_words=1).column("package")
+    assert "good" in packages
+    assert not any("\ud800" in row["text"] + row["summary"] for row in docstrings([tmp_path], min_words=1).rows)
+
+
 @pytest.fixture
 def site(tmp_path):
     for name in ("box", "other", "box/tests"):

@@ -68,7 +68,8 @@ def test_lines_json_and_parallel_files_are_read(tmp_path):
     """Lines ``label text``, JSON lines with renamed fields, and parallel files are read."""
     lines = write(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
     assert read_labelled_lines(lines, encoding="latin-1").rows[0] == {"label": "0", "text": "caf\xe9 noir"}
-    jsonl = write(tmp_path / "a.jsonl", json.dumps({"t": "x", "s": ["y"]}) + "\n\n" + json.dumps({"t": "z", "s": []}))
+    objects = [json.dumps({"t": "x", "s": ["y"]}), "", "  ", json.dumps({"t": "z", "s": []})]
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(objects))
     assert read_jsonl(jsonl, {"source": "t", "target": "s"}).column("source") == ["x", "z"]
     source, target = write(tmp_path / "a.en", "one\ntwo\n"), write(tmp_path / "a.de.gz", "eins\nzwei\n")
     assert read_pairs(source, target)[1] == {"source": "two", "target": "zwei"}

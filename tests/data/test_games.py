@@ -174,6 +174,7 @@ def test_an_error_in_a_pgn_game_without_tags_does_not_reject_the_next_game(tmp_p
         ("1. e4 d6 2. e5 d5 3. exd6 e.p. Nf6 4... 0-0 *", None),
         ("1. e4 e5 2. N", "N"),
         ("1 e4 e5 2 Nf3 3N", "3N"),
+        ("1 . e4 1 ... e5 2. .. Nf3 2. ... Nc6 ...Bb5 *", None),
     ],
 )
 def test_unknown_words_in_pgn_are_found(text: str, unknown: str | None) -> None:
@@ -214,6 +215,20 @@ def test_each_pgn_game_is_read_or_rejected_alone(
     assert [game.line for game in games.rejected] == list(rejected)
     for game in games.rejected:
         assert game.reason.startswith(rejected[game.line])
+
+
+@pytest.mark.parametrize(
+    ("tag", "after", "result"),
+    [
+        ("?", "1-0", "1-0"), ("1-0 ", "*", "1-0"), ("1/2", "1/2-1/2", "1/2-1/2"), ("*", "0-1", "0-1"),
+        ("1-0", "0-1", "1-0"), ("?", "", "*"),
+    ],
+)  # fmt: skip
+def test_a_pgn_result_is_that_of_the_tag_or_that_after_the_moves(
+    tag: str, after: str, result: str, tmp_path: Path
+) -> None:
+    games = read_games(write(tmp_path / "a.pgn", f'[Result "{tag}"]\n\n1. e4 e5 {after}'), "san")
+    assert games.results == (result,)
 
 
 @pytest.mark.thorough

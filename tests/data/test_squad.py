@@ -107,6 +107,8 @@ def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: d
     [
         ({"id": None}, "'id' must be a text or a whole number, got None"),
         ({"id": True}, "'id' must be a text or a whole number, got True"),
+        ({"id": "\ud800"}, "character 0 of 'id'.* is a surrogate"),
+        ({"title": "\ud800"}, "character 0 of 'title'.* is a surrogate"),
         ({"title": ["a", "b"]}, r"'title' must be a text or null, got \['a', 'b'\]"),
     ],
 )

@@ -84,6 +84,17 @@ def test_a_file_without_a_byte_order_mark_is_named(tmp_path):
         "".join(text_chunks(path, "utf-16"))
 
 
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "zlib", "no-such-encoding"])
+def test_an_encoding_that_is_not_for_texts_raises_an_error(tmp_path, encoding):
+    with pytest.raises(LookupError, match=encoding):
+        "".join(text_chunks(write(tmp_path / "a.txt", "cafe"), encoding))
+
+
+def test_a_zero_byte_is_invalid_in_utf_8_with_a_byte_order_mark(tmp_path):
+    with pytest.raises(ValueError, match="byte 0x00 at offset 1, line 1"):
+        "".join(text_chunks(write(tmp_path / "a.txt", b"a\x00"), "utf-8-sig"))
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize(

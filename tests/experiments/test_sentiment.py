@@ -123,6 +123,13 @@ def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     assert maps[0].columns[1:3] == ["it", "is"]
 
 
+def test_a_label_that_only_the_random_test_split_has_is_known(tmp_path):
+    (tmp_path / "lines.all").write_text("".join(f"{'rare' if n == 0 else n % 2} it is word {n}\n" for n in range(20)))
+    for fraction in (0.3, 0.6, 0.9):
+        *_, labels = sentiment.parts(sentiment.Data(train=tmp_path / "lines.all", test_fraction=fraction))
+        assert labels == ("0", "1", "rare")
+
+
 @pytest.mark.parametrize("received_signal", [None, "SIGINT"])
 def test_every_fold_knows_all_labels_and_no_fold_starts_after_a_signal(tmp_path, monkeypatch, received_signal):
     (tmp_path / "lines.all").write_text("".join(f"{'rare' if n == 0 else n % 2} it is word {n}\n" for n in range(20)))

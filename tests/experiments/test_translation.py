@@ -62,7 +62,7 @@ def test_files_of_a_run_and_the_command(finished_run, capsys):
 
 def test_the_error_for_a_missing_file_has_its_name(data_directory, tmp_path, capsys):
     assert main(*TINY, "--data.directory", data_directory, "--data.target", "fr", "--output", tmp_path / "run") == 2
-    assert "train.fr.gz is not a file" in capsys.readouterr().err
+    assert "train.fr is not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

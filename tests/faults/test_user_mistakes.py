@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +110,25 @@ def test_a_closed_pipe_prints_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 
     assert command_line.exit_status(fail, "program") == 141
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["generate", "--help"]])
+@pytest.mark.parametrize(("reader", "status"), [("full", 1), ("closed", 141)])
+def test_output_that_cannot_be_written_has_a_status(arguments: list[str], reader: str, status: int) -> None:
+    if reader == "closed":
+        receiver, sender = os.pipe()
+        os.close(receiver)
+    else:
+        sender = os.open("/dev/full", os.O_WRONLY)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxlm", *arguments], stdout=sender, stderr=subprocess.PIPE, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    os.close(sender)
+    assert process.returncode == status
+    lines = ["jaxlm: No space left on device"] if reader == "full" else []
+    assert [line[: len("jaxlm: No space left on device")] for line in process.stderr.splitlines()] == lines
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def test_invalid_shapes_raise_errors(shape, segments, message):
         causal.batch(np.zeros(shape, np.int32), None if segments is None else np.ones(segments, np.int32))
 
 
+def test_ids_outside_int32_raise_errors():
+    """JAX would convert them to other ids."""
+    with pytest.raises(ValueError, match="tokens has values outside int32: from 0 to 1099511627776"):
+        causal.batch(np.array([[0, 2**40]]))
+    model = tiny_model("gpt2-tiny")
+    with pytest.raises(ValueError, match="tokens has values outside int32"):
+        model.apply(initial_params(model), np.array([[0, 2**32 + 5]]))
+
+
 # -------------------------------------------------------------------------------------------------------- experts
 
 SEGMENTS = np.array([[1] * 6 + [2] * 5, [1] * 8 + [0] * 3])

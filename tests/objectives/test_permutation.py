@@ -182,7 +182,7 @@ def test_pairs_have_separators_and_token_types():
 
 def test_invalid_numbers_raise_errors():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match=r"windows must be \[batch, time\], got \[5\]"):
+    with pytest.raises(ValueError, match=r"windows must be \[batch, time\] with at least one row, got \[5\]"):
         permutation.batch(np.zeros(5, np.int32), rng)
     with pytest.raises(ValueError, match="the array of windows has dtype float64, but batches hold int32"):
         permutation.batch(windows().astype(float), rng, PermutationConfig(**SMALL))

@@ -18,6 +18,7 @@ from jaxlm.data import Batches
 from jaxlm.data.batching import TokenBatch
 from jaxlm.objectives import causal
 from jaxlm.testing.helpers import assert_trees_equal, tiny_model
+from jaxlm.training import loop
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.report import read_metrics
 from jaxlm.training.trainer import SPIKE_WINDOW, Trainer
@@ -154,6 +155,34 @@ def test_a_rollback_skips_the_batches_since_the_checkpoint(tmp_path, capfd):
         assert_trees_equal(resumed.state, result.state)
         assert (resumed.rollbacks, resumed.tokens) == (1, result.tokens)
         assert saved_steps(directory) == saved_steps(tmp_path / "run") == [16, 20]
+
+
+def test_a_rollback_empties_the_carried_model_state(tmp_path, monkeypatch):
+    """The batches after a rollback do not continue the batches before the checkpoint."""
+    states = []
+    resume_from = loop._Loop._resume_from
+
+    def record(self, state, saved):
+        states.append(jax.device_get(state.model_state))
+        resume_from(self, state, saved)
+
+    monkeypatch.setattr(loop._Loop, "_resume_from", record)
+    model = tiny_model("lstm-tiny")
+    config = TrainingConfig(6, 2, checkpoint_every=2, max_skipped_in_a_row=2, max_rollbacks=1, evaluate_every=6)
+    trainer = config.trainer(model, optax.sgd(0.1), nan_loss_of_batches(3, 4), carry_size=(2, 1))
+    train(trainer, Batches(NumberedBatches(), to_batch=to_batch), lambda params: {"loss": 1.0}, config, Run(tmp_path))
+    (state,) = states
+    assert_trees_equal(state, model.init_state(2, 1))
+
+
+def nan_loss_of_batches(*indices):
+    """The causal loss, NaN for the batches with these indices."""
+
+    def loss(model, params, batch, *, key=None, state=None):
+        total, weight, new_state = causal.loss(model, params, batch, key=key, state=state)
+        return jnp.where(jnp.isin(batch.tokens[0, 0], jnp.array(indices)), jnp.nan, total), weight, new_state
+
+    return loss
 
 
 def test_rollbacks_are_limited_and_keep_the_checkpoint(tmp_path):

@@ -13,7 +13,7 @@ from jaxlm import spec
 from jaxlm.adapt import Freeze, LoRA
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import LossWithTerms, loss_and_terms
-from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.sharding import DATA_PARALLEL, Rules, Sharding, make_mesh
 from jaxlm.testing.helpers import (
     assert_trees_close,
     assert_trees_equal,
@@ -379,6 +379,13 @@ def test_shard_map_needs_a_mesh_that_splits_no_parameter():
     sharding = Sharding(make_mesh("fsdp=4,data=2"))
     with pytest.raises(ValueError, match=r"the mesh \{'fsdp': 4, 'data': 2\} splits '.*': use only the mesh axis data"):
         Trainer(model, optax.sgd(0.1), causal.loss, sharding=sharding, shard_map=True)
+    sharding = Sharding(make_mesh("data=4,sequence=2"))
+    with pytest.raises(ValueError, match=r"whose axes all split the batch, got {'data': 4, 'sequence': 2}: use only"):
+        Trainer(model, optax.sgd(0.1), causal.loss, sharding=sharding, shard_map=True)
+    only_the_norm = Freeze((r"^(?!final_norm)",))  # the frozen parameters count too
+    sharding = Sharding(make_mesh("data=4,tensor=2"), DATA_PARALLEL | Rules.of(mlp="tensor") | Rules.of(batch="tensor"))
+    with pytest.raises(ValueError, match=r"splits 'layers.*mlp"):
+        Trainer(model, optax.sgd(0.1), causal.loss, adaptation=only_the_norm, sharding=sharding, shard_map=True)
 
 
 def test_a_trainer_needs_an_optax_optimizer():
