@@ -10,6 +10,7 @@ from jaxlm import config as config_lib
 from jaxlm.command_line import parse_experiment
 from jaxlm.models import get_model, gpt
 from jaxlm.models.common import ModelConfig
+from jaxlm.models.hybrid import Multipliers
 from jaxlm.testing.helpers import TINY
 from jaxlm.training.loop import TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
@@ -118,12 +119,21 @@ def test_numpy_scalars_are_saved_as_numbers():
     [
         (lambda: TrainingConfig(seed=np.int64(2**40)), "seed=1099511627776 must be from 0 to 4294967295"),
         (lambda: TrainingConfig(steps=np.int32(0)), "steps=0 must be at least 1"),
+        (lambda: get_model("lstm-tiny", init_bound=-0.5), "init_bound=-0.5 must be at least 0"),
+        (lambda: get_model("gpt2-tiny", norm_epsilon=-1.0), "norm_epsilon=-1.0 must be at least 0"),
+        (lambda: Multipliers(head=math.nan), "multipliers.head=nan must be a finite number"),
         (lambda: OptimizerConfig(learning_rate=np.float32("nan")), "learning_rate=.*nan.* must be a finite number"),
     ],
 )
-def test_the_numbers_of_numpy_are_checked_too(make, message):
+def test_numbers_out_of_range_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_fields_may_be_scalars_of_numpy():
+    model = get_model("gpt2-tiny", tie_embeddings=np.False_, activation=np.str_("relu"))
+    assert (model.config.tie_embeddings, model.config.activation) == (False, "relu")
+    assert type(model.config.tie_embeddings) is bool
 
 
 def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):

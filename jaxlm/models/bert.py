@@ -112,10 +112,8 @@ def apply(
     if state is not None:
         raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    if token_types is not None and not jnp.issubdtype(token_types.dtype, jnp.integer):
-        raise ValueError(f"token_types must be integers, got {token_types.dtype}")
-    if token_types is not None and token_types.shape != tokens.shape:
-        raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
+    if token_types is not None:
+        common.check_integers("token_types", token_types, tokens)
     x = _embed(cfg, params, tokens, segment_ids, positions, token_types, key)
     mask = document_mask(segment_ids)
 

@@ -55,14 +55,12 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be at least {minimum}")
             if name.endswith("dropout") and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
-        for name in ("num_layers", "num_decoder_layers"):  # the second one only in T5
-            number = getattr(self, name, None)
-            if number is not None and number > MAX_LAYERS:
-                raise ValueError(f"{name}={number} is too large: at most {MAX_LAYERS} are supported")
-        for name in ("rotary_base", "window_rotary_base"):  # fields of families with rotary embeddings
-            base = getattr(self, name, None)
-            if base is not None and not base > 1:
-                raise ValueError(f"{name}={base} must exceed 1")
+            if name.endswith(("epsilon", "init_bound")) and value < 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+            if name in ("num_layers", "num_decoder_layers") and value > MAX_LAYERS:
+                raise ValueError(f"{name}={value} is too large: at most {MAX_LAYERS} are supported")
+            if name in ("rotary_base", "window_rotary_base") and not value > 1:
+                raise ValueError(f"{name}={value} must exceed 1")
         config_lib.check_choices(self)
 
 
@@ -289,19 +287,23 @@ def check_tokens(
     """
     segment_ids_name = "source_segment_ids" if name == "source" else "segment_ids"
     for input_name, x in ((name, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
-        if x is None:
-            continue
-        if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
-        if x.shape != tokens.shape:
-            raise ValueError(f"{input_name} {list(x.shape)} must have the shape of {name} {list(tokens.shape)}")
-        if isinstance(x, np.ndarray):
-            config_lib.check_int32(x, input_name)
+        if x is not None:
+            check_integers(input_name, x, tokens, name)
     # With segment ids or positions, a row may be longer than max_positions although every position is below it.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(
             f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
         )
+
+
+def check_integers(input_name: str, x: Array, tokens: Array, name: str = "tokens") -> None:
+    """Raise ``ValueError`` unless ``x`` has integers of the shape [B, T] of ``tokens`` (in NumPy: within int32)."""
+    if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
+    if x.shape != tokens.shape:
+        raise ValueError(f"{input_name} {list(x.shape)} must have the shape of {name} {list(tokens.shape)}")
+    if isinstance(x, np.ndarray):
+        config_lib.check_int32(x, input_name)
 
 
 def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
@@ -320,14 +322,6 @@ def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
 def layer_kinds(cfg: Any) -> tuple[Any, ...]:
     """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
-
-
-def check_state_length(cfg: Any, length: int) -> None:
-    """Raise ``ValueError`` if a state for ``length`` tokens exceeds the model's ``max_positions`` (None: no limit)."""
-    if cfg.max_positions is not None and length > cfg.max_positions:
-        raise ValueError(
-            f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
-        )
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:

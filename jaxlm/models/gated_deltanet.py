@@ -290,7 +290,6 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
     layer_specs, caches = {"delta_rule": delta_rule}, {}
     if "attention" in common.layer_kinds(cfg):
-        common.check_state_length(cfg, length)
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
         layer_specs["attention"] = caches["layers"][0]
     layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)

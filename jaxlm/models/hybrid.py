@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import check_value
 from jaxlm.models import common
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
@@ -75,7 +76,6 @@ def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
     Raises:
         ValueError: ``length`` exceeds ``cfg.max_positions``.
     """
-    common.check_state_length(cfg, length)
     dtype = jnp.dtype(cfg.dtype)
     return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
 
@@ -138,6 +138,10 @@ class Multipliers:
     """Multiplier of the gate of an MLP, before the activation."""
     mlp_output: float = 1.0
     """Multiplier of the output of an MLP."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(float, getattr(self, field.name), f"multipliers.{field.name}")
 
 
 def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:

@@ -282,7 +282,6 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
-    common.check_state_length(cfg, length)
     shape = cfg.num_layers, batch, length, *head_sizes(cfg)[1:]
     return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import spec
 from jaxlm.config import check_value, field_types, suggest_name
@@ -127,6 +128,7 @@ class Model:
             ValueError: the family has no such field (the message suggests a similar one), a value has the wrong type,
                 or the ``Config`` does not accept the values.
         """
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         names = [field.name for field in dataclasses.fields(self.config)]
         hints = field_types(type(self.config))
         for name, value in values.items():
@@ -209,7 +211,11 @@ class Model:
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
         state = inputs.get("state")
-        if T == 0 and hidden.shape[1] != 1:
+        # The second shape finds a family that always returns one hidden state. A state may have only one slot.
+        lengths = [hidden.shape[1]]
+        if state is None:
+            lengths.append(self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1])
+        if T == 0 and lengths != [1, 2][: len(lengths)]:
             raise ValueError(
                 f"tokens {[B, T]} are empty, but {self.family} computes {hidden.shape[1]} hidden states that do not "
                 "belong to tokens: give each row at least one token"
@@ -219,8 +225,11 @@ class Model:
             state = {name: params[name] for name in new_state}  # an empty batch keeps the running statistics
         return jnp.zeros(shape, hidden.dtype), state
 
-    def _eval_shape(self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any]) -> Any:
-        """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by 1.
+    def _eval_shape(
+        self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any], size: int = 1
+    ) -> Any:
+        """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by
+        ``size``.
 
         JAX only traces the function, so the function checks its inputs, but computes nothing.
         """
@@ -231,10 +240,13 @@ class Model:
         arrays = {name: value for name, value in inputs.items() if is_array(value)}
         options = {name: value for name, value in inputs.items() if not is_array(value)}
 
+        def with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(tuple(n or size for n in x.shape), x.dtype)
+
         def call_function(params: Params, x: jax.Array, arrays: dict[str, Any]) -> Any:
             return function(self.config, params, x, **arrays, **options)
 
-        return jax.eval_shape(call_function, params, *jax.tree.map(_with_nonzero_sizes, (x, arrays)))
+        return jax.eval_shape(call_function, params, *jax.tree.map(with_nonzero_sizes, (x, arrays)))
 
     def _check_source(self, source: Any) -> None:
         if source is not None and 0 in jnp.shape(source):
@@ -350,6 +362,7 @@ class Model:
                     in_decoder = any(record.kind == "causal" for record in records[:index])
                     is_cross = kind == "source" or (kind == "bidirectional" and in_decoder)
                     name = "cross" if is_cross else "decoder" if kind == "causal" else "encoder"
+                    layer_weights = _split_shared_source(layer_weights, tokens) if is_cross else layer_weights
                 weights.setdefault(name, []).append(layer_weights)
             return weights
 
@@ -424,6 +437,9 @@ class Model:
                 f"family {self.family!r} carries no state between calls, so it cannot decode or read a text in several "
                 "calls"
             )
+        limit = self.max_positions
+        if limit is not None and length > limit:
+            raise ValueError(f"a state of {length} tokens exceeds max_positions={limit}: shorten prompt or output")
         return self.module.state_specs(self.config, batch, length, **sizes)
 
     def rollback(
@@ -434,6 +450,7 @@ class Model:
         after: State,
         count: jax.Array,
         segment_ids: jax.Array | None = None,
+        **inputs: Any,
     ) -> spec.Tree:
         """The state after only the first ``count`` tokens of each row of the last call.
 
@@ -449,6 +466,7 @@ class Model:
             after: the state that the last call returned.
             count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
             segment_ids: [B, T], the segment ids of the last call. Default: all tokens belong to document 1.
+            inputs: further inputs of the last call, such as ``token_types``. Only ``xlnet`` has them.
 
         Raises:
             ValueError: ``count`` does not have the shape [B].
@@ -470,7 +488,7 @@ class Model:
             return self.module.rollback(after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
-        _, state = self.apply(params, tokens, state=before, segment_ids=segments)
+        _, state = self.apply(params, tokens, state=before, segment_ids=segments, **inputs)
         from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
 
         return cache.rollback(state, T - count) if "length" in state else state
@@ -499,9 +517,10 @@ class Model:
         return spec.init(self.state_specs(batch, length))
 
 
-def _with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, with every size of 0 replaced by 1."""
-    return jax.ShapeDtypeStruct(tuple(size or 1 for size in x.shape), x.dtype)
+def _split_shared_source(weights: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Cross-attention weights [B, H, T, S]. If B/N rows read one source, T5 computes them as [N, H, B/N * T, S]."""
+    (N, H, _, S), (B, T) = weights.shape, tokens.shape
+    return weights if N == B else weights.reshape(N, H, B // N, T, S).swapaxes(1, 2).reshape(B, H, T, S)
 
 
 def get_model(name: str, /, **overrides: Any) -> Model:

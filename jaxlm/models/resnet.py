@@ -119,13 +119,14 @@ def apply(
     tokens, is_real_BT, is_one_text_B = pad_to_length(tokens, segment_ids, cfg.max_positions)
     x = jnp.where(is_real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size), 0.0)
     x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
-    x = constrain(x, ("batch", "seq", "activation_embed"))
+    axes = "batch", None, "activation_embed"  # the mesh axis of ``seq`` need not divide the lengths of the blocks
+    x = constrain(x, axes)
     x = convolution(params["input"], x, padding="same")
     statistics = {}
     for layer, (_, _, halve) in enumerate(_widths(cfg)):
         name = f"layer_{layer}"
         x, statistics[name] = _block(cfg, params[name], params["statistics"][name], x, halve, training)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
+        x = constrain(x, axes)
     return x, {"statistics": statistics} if training else None
 
 

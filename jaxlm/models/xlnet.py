@@ -6,9 +6,8 @@ position, so that the head can predict this token from the query stream. Both st
 content stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that
 attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
-The code follows the code of Yang et al. The published weights were trained with the tanh approximation of GELU, which
-the published ``VARIANTS`` use. Hugging Face's ``config.json`` for these weights selects the exact GELU. A model that is
-loaded from files has the activation of its ``config.json``.
+The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
+weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, and so has a loaded model.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
 slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.
@@ -30,7 +29,7 @@ from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
 from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -112,6 +111,7 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids, None, None)
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
+    targets = None if targets is None else widen_ids(targets)
     dtype = jnp.dtype(cfg.dtype)
     T = tokens.shape[1]
     two_streams = cfg.task == "permutation"
@@ -263,11 +263,12 @@ def _add_to_memory(state: State, tokens: Any, segment_ids: jax.Array | None, tok
 
 
 def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
-    B, T = tokens.shape
-    expected = {"token_types": (token_types, (B, T)), "right_to_left": (right_to_left, (B,)), "order": (order, (B, T))}
-    for name, (x, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} {list(x.shape)} must have shape {list(shape)} for tokens {list(tokens.shape)}")
+    B = tokens.shape[0]
+    for name, x in (("token_types", token_types), ("order", order)):
+        if x is not None:
+            common.check_integers(name, x, tokens)
+    if right_to_left is not None and right_to_left.shape != (B,):
+        raise ValueError(f"right_to_left {list(right_to_left.shape)} must have shape [{B}], one entry for each row")
     if (order is None) != (targets is None):
         raise ValueError(
             "order and targets must be given together, got only one of them: order is the prediction order, and "

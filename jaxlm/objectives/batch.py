@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm.models import Model
+from jaxlm.nn.embedding import widen_ids
 from jaxlm.nn.experts import load_balance_loss, router_z_loss
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.spec import Params, State
@@ -124,10 +125,12 @@ def _inputs(batch: Batch, key: jax.Array | None, state: State | None) -> dict[st
 
 
 def _at_targets(batch: Batch, hidden: jax.Array) -> jax.Array:
-    """The hidden states at the target positions, [B, P, D]; NaN for a position of at least T."""
+    """The hidden states at the target positions, [B, P, D]; NaN for a position outside the row."""
     if batch.target_positions is None:
         return hidden
-    return jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
+    positions = widen_ids(batch.target_positions)[..., None]
+    positions = jnp.where(positions < 0, hidden.shape[1], positions)  # JAX counts negative positions from the end
+    return jnp.take_along_axis(hidden, positions, axis=1, mode="fill", fill_value=jnp.nan)
 
 
 def hidden_states_at_targets(

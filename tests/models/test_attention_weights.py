@@ -50,6 +50,17 @@ def test_an_encoder_decoder_has_three_kinds_of_weights():
         np.testing.assert_allclose(layer.sum(-1), 1.0, rtol=1e-5)
 
 
+def test_rows_that_read_the_same_source_have_their_own_cross_weights():
+    model = jaxlm.get_model("t5-tiny")
+    params, tokens, source = initial_params(model), tokens_of(model, 2, 3), tokens_of(model, 1, 4, 1)
+    states = [model.init_decode_state(params, jnp.repeat(source, rows, axis=0), 8) for rows in (1, 2)]
+    states[0] = {**states[1], "source": states[0]["source"]}
+    shared, separate = (model.attention_weights(params, tokens, state=state) for state in states)
+    for got, want in zip(shared["cross"], separate["cross"], strict=True):
+        assert got.shape == (2, model.config.num_heads, 3, 4)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("name", ["attention-rnn-tiny", "attention-rnn-luong-tiny"])
 def test_an_rnn_with_attention_has_one_array_of_weights(name):

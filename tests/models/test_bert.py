@@ -147,7 +147,7 @@ def test_errors_name_bad_input():
         model.apply(params, tokens, state={})
     with pytest.raises(ValueError, match=r"token_types \[2, 3\] must have the shape of tokens \[2, 10\]"):
         model.apply(params, tokens, token_types=np.zeros((2, 3), np.int32))
-    with pytest.raises(ValueError, match="token_types must be integers, got float64"):
+    with pytest.raises(ValueError, match="token_types must be integers of shape .*, got float64"):
         model.apply(params, tokens, token_types=np.zeros((2, 10)))
     with pytest.raises(ValueError, match="65 tokens exceed max_positions=64"):
         model.apply(params, np.zeros((1, 65), np.int32))

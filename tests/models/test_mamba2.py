@@ -76,6 +76,9 @@ def test_only_attention_limits_the_length_of_the_text():
     assert mixer["hidden"].shape == (2, 8, 12, 8)
     assert attention["key"].shape == attention["value"].shape == (2, 40, 2 * 8)
     assert model.carried_state_length is None
+    without_attention = get_model("mamba2-tiny", max_positions=8)
+    with pytest.raises(ValueError, match="a state of 9 tokens exceeds max_positions=8"):
+        without_attention.init_state(1, 9)
     with pytest.raises(ValueError, match="a state of 65 tokens exceeds max_positions=64"):
         model.state_specs(1, 65)
     recurrent = model.with_fields(pattern=("mamba2",), max_positions=None)

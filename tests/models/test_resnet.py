@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet
+from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
 
 
@@ -25,6 +26,17 @@ def labels_of_tiny(params, tokens, segment_ids):
     model = tiny_model("resnet-tiny")
     hidden, _ = apply(model, params, tokens, segment_ids=segment_ids)
     return model.logits(params, model.pool(params, hidden, segment_ids=segment_ids))
+
+
+def test_the_mesh_axis_of_the_text_need_not_divide_the_lengths_of_the_blocks():
+    model = tiny_model("resnet-tiny", max_positions=12)
+    tokens = random_tokens(model, 2, 12)
+
+    def hidden(params):
+        with Sharding(make_mesh("sequence=4", devices=jax.devices()[:4])).scope():
+            return model.apply(params, tokens)[0]
+
+    assert jax.eval_shape(hidden, spec.abstract(model.specs)).shape[:2] == (2, 6)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from jaxlm.decoding import BeamConfig, beam_search, log_likelihood
 from jaxlm.interop import config_json
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
-from jaxlm.testing.helpers import add_noise, apply, initial_params, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import (
+    add_noise,
+    apply,
+    assert_trees_equal,
+    initial_params,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
 
 GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
 
@@ -198,6 +206,28 @@ def test_the_classifier_reads_the_last_real_token(side):
         assert relative_error(batch_labels[row : row + 1], labels(tokens[row : row + 1, :n])) < 1e-5
 
 
+def test_targets_of_a_small_dtype_equal_those_of_int32():
+    model, params, _ = setup()
+    tokens = random_tokens(model, 1, 130)  # 130 does not fit into int8
+    order = np.arange(130, dtype=np.int32)[None]
+    compute = jax.jit(lambda targets: model.apply(params, tokens, order=order, targets=targets)[0])
+    targets = np.array([[5, 100]])
+    assert_trees_equal(compute(targets.astype(np.int8)), compute(targets.astype(np.int32)))
+
+
+def test_a_rollback_keeps_the_token_types():
+    model, params, _ = setup()
+    tokens, types = random_tokens(model, 1, 6), np.array([[0, 0, 0, 1, 1, 1]])
+    before = model.init_state(1, 12)
+    _, after = model.apply(params, tokens, state=before, token_types=types)
+    state = model.rollback(params, before, tokens, after, jnp.array([4]), token_types=types)
+    _, expected = model.apply(params, tokens[:, :4], state=before, token_types=types[:, :4])
+    (hidden, _), (want, _) = (
+        model.apply(params, tokens[:, 4:], state=s, token_types=types[:, 4:]) for s in (state, expected)
+    )
+    assert relative_error(hidden, want) < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -206,13 +236,17 @@ def test_errors_name_bad_inputs():
     order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
     with pytest.raises(ValueError, match="order and targets must be given together"):
         model.apply(params, tokens, order=order)
-    with pytest.raises(ValueError, match=r"order \[2, 5\] must have shape \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"order \[2, 5\] must have the shape of tokens \[2, 9\]"):
         model.apply(params, tokens, order=order[:, :5], targets=order)
     with pytest.raises(ValueError, match=r"targets \[1, 9\] must have shape \[2, positions\]"):
         model.apply(params, tokens, order=order, targets=order[:1])
-    empty = {"order": np.zeros((2, 0), np.int32), "targets": np.zeros((2, 3), np.int32)}
-    with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but xlnet computes 3 hidden states that do not"):
-        model.apply(params, np.zeros((2, 0), np.int32), **empty)
+    with pytest.raises(ValueError, match=r"order must be integers of shape \[batch, time\], got float64\[2, 9\]"):
+        model.apply(params, tokens, order=order * 0.5, targets=order)
+    for count in (1, 3):
+        empty = {"order": np.zeros((2, 0), np.int32), "targets": np.zeros((2, count), np.int32)}
+        message = rf"tokens \[2, 0\] are empty, but xlnet computes {count} hidden states that do not"
+        with pytest.raises(ValueError, match=message):
+            model.apply(params, np.zeros((2, 0), np.int32), **empty)
     with pytest.raises(ValueError, match=r"targets \[2, 0\] must have shape .* with at least one position"):
         model.apply(params, tokens, order=order, targets=order[:, :0])
     with pytest.raises(ValueError, match=r"right_to_left \[1\] must have shape \[2\]"):
