@@ -159,7 +159,7 @@ class GenerationConfig:
             raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
         end_ids = first_set("end_ids")
         if self.end_ids is None and configs[1].end_ids is not None:
-            end_ids = tuple(i for i in configs[1].end_ids if i < ids) or end_ids
+            end_ids = tuple(i for i in configs[1].end_ids if 0 <= i < ids) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         resolved_sampling = self.sampling
@@ -220,7 +220,7 @@ def _file_hint(file: str) -> str:
     return f" (fields that you do not set are read from {file})"
 
 
-_SUPPORTED: dict[str, tuple[type, ...]] = {
+SUPPORTED_FIELDS: dict[str, tuple[type, ...]] = {
     "max_new_tokens": (int,),
     "max_length": (int,),
     "num_beams": (int,),
@@ -254,11 +254,18 @@ _NO_EFFECT = {
 """Unsupported fields that do not change the text, whatever their value is."""
 
 _NEUTRAL_VALUES: dict[str, Any] = {
-    **{name: value for name, value in GENERATION_DEFAULTS.items() if name not in _SUPPORTED},
+    **{name: value for name, value in GENERATION_DEFAULTS.items() if name not in SUPPORTED_FIELDS},
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
 }
 """Unsupported field -> the value that does not change the text. For an unlisted field, it is None (null in JSON)."""
+
+
+def check_type(name: str, value: Any, types: tuple[type, ...], where: str = "") -> None:
+    """Raise ``ValueError`` if ``value`` has none of the ``types``. A boolean is not an ``int``."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join(kind.__name__ for kind in types)
+        raise ValueError(f"{where}{name}={value!r} must be of type {names}")
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -270,13 +277,15 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     content: Mapping[str, Any] = {}
     if metadata is not None:
         content = generation_settings(metadata.config) if file == CONFIG_FILE else metadata.generation_config or {}
-    unknown = sorted(set(ignored) - content.keys() - _SUPPORTED.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
+    unknown = sorted(set(ignored) - content.keys() - SUPPORTED_FIELDS.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
     if unknown:
         raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {file}")
     no_effect = _NO_EFFECT.union(ignored)
     values = {name: value for name, value in content.items() if value is not None and name not in no_effect}
     unsupported = sorted(
-        name for name in values.keys() - _SUPPORTED.keys() if values[name] != _NEUTRAL_VALUES.get(name)
+        name
+        for name in values.keys() - SUPPORTED_FIELDS.keys()
+        if values[name] != _NEUTRAL_VALUES.get(name) and values[name] not in ([], {})
     )
     if unsupported:
         settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
@@ -284,11 +293,9 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
             f"{file} sets {settings}, which jaxlm does not support: to ignore this, remove it from the file or pass "
             f"GenerationConfig(ignored_fields={tuple(unsupported)!r})"
         )
-    fields = {name: value for name, value in values.items() if name in _SUPPORTED}
+    fields = {name: value for name, value in values.items() if name in SUPPORTED_FIELDS}
     for name, value in fields.items():
-        if not isinstance(value, _SUPPORTED[name]) or (isinstance(value, bool) and bool not in _SUPPORTED[name]):
-            types = " or ".join(kind.__name__ for kind in _SUPPORTED[name])
-            raise ValueError(f"{file}: {name}={value!r} must be of type {types}")
+        check_type(name, value, SUPPORTED_FIELDS[name], where=f"{file}: ")
     for name, kind in (("stop_strings", str), ("eos_token_id", int)):
         entries = fields.get(name)
         if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):

@@ -22,7 +22,7 @@ from jaxlm import spec
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, check_sharding, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
-from jaxlm.nn.embedding import argmax
+from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
@@ -408,9 +408,9 @@ def _prefill(
     )  # fmt: skip
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
     if sampling.repetition_penalty != 1.0:
-        seen_BT = prompts_BT
+        seen_BT = widen_ids(prompts_BT)
         if segment_ids_BT is not None:  # padding gets the id `num_ids`, which mode="drop" ignores below
-            seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
+            seen_BT = jnp.where(segment_ids_BT > 0, seen_BT, num_ids)
         seen_BV = jnp.zeros((B, num_ids), bool) if seen_BV is None else seen_BV
         seen_BV = seen_BV.at[rows_B[:, None], seen_BT].set(True, mode="drop")
     progress = PartialGeneration(

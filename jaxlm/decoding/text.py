@@ -185,16 +185,29 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
     return start
 
 
-def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
+def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Sequence[str]) -> int:
     """The id of the first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. If the caller of
-    ``load_pretrained`` passed an id that is not the id in ``config.json``, the caller's id is used.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``, if it is not in
+    ``ignored_fields``. If the caller of ``load_pretrained`` passed an id that is not the id in ``config.json``, the
+    caller's id is used.
+
+    Raises:
+        ValueError: the id in ``generation_config.json`` is outside the vocabulary.
     """
-    metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
-    file_id = (metadata.generation_config or {}).get("decoder_start_token_id")
-    if file_id is None or metadata.config.get("decoder_start_token_id", config_id) != config_id:
+    name, metadata, config_id = (
+        "decoder_start_token_id",
+        model.metadata,
+        getattr(model.config, "decoder_start_id", None),
+    )
+    file_id, id_in_config = (metadata.generation_config or {}).get(name), metadata.config.get(name)
+    if file_id is None or name in ignored_fields or id_in_config not in (None, config_id):
         return decoder_start_id(model, tokenizer)
+    if not 0 <= file_id < model.config.vocab_size:
+        raise ValueError(
+            f"{settings_file(model)}: {name}={file_id} is not an id of the model, from 0 to "
+            f"{model.config.vocab_size - 1}: change it, or pass GenerationConfig(ignored_fields=({name!r},))"
+        )
     return file_id
 
 
@@ -223,7 +236,7 @@ class _TextGenerator:
             )
         self._start: np.ndarray | None = None
         if model.reads_source:
-            self._start = np.array([_generation_start_id(model, tokenizer)], np.int32)
+            self._start = np.array([_generation_start_id(model, tokenizer, config.ignored_fields)], np.int32)
         self._request = BatchSettings(
             model=model,
             params=params,
@@ -282,7 +295,7 @@ class _TextGenerator:
                 )
             if self._needs_second_window([ids]) and not (self.stop or self._request.end_ids):
                 raise next_window_error(self._model, f"{what} {row}", self._positions_needed([ids]))
-        return rows
+        return [ids.astype(np.int32, copy=False) for ids in rows]  # uint64 and int32 together would become float64
 
     def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """The maximum number of new tokens for each prompt, [B]."""

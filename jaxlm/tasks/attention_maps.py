@@ -20,9 +20,12 @@ from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
+from jaxlm.decoding.prompts import source_vocab_size
+from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
 from jaxlm.models.model import NoAttentionWeightsError
 from jaxlm.spec import Params
+from jaxlm.tasks.predict import check_token_types
 from jaxlm.training.report import AttentionMap, write_attention
 
 
@@ -93,8 +96,9 @@ def attention_maps(
     Raises:
         TypeError: the model cannot record attention weights, or ``texts`` is a single string.
         ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
-            length than ``texts``; ``pairs`` has a different length than ``texts``; or a text has no tokens or more
-            tokens than the model has positions.
+            length than ``texts``; ``pairs`` has a different length than ``texts``; a text has no tokens or more
+            tokens than the model has positions; or the tokenizer returns an id or a token type that the model does not
+            have.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
@@ -116,13 +120,17 @@ def attention_maps(
     longest = max(encoding.ids.size for encoding in encoded)
     if positions is not None and longest > positions:
         raise ValueError(f"a text has {longest} tokens, but the model has max_positions={positions}: set max_tokens")
+    for number, encoding in enumerate(encoded):
+        check_ids_in_vocabulary(encoding.ids, source_vocab_size(model), f"text {number}")
     tokens, segment_ids = (jnp.asarray(x) for x in pad_rows([encoding.ids for encoding in encoded], longest))
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
     columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
     if outputs is None:
         types = {}
         if model.reads_token_types:
-            types["token_types"] = jnp.asarray(pad_rows([e.token_types for e in encoded], tokens.shape[1])[0])
+            padded_types = pad_rows([e.token_types for e in encoded], tokens.shape[1])[0]
+            check_token_types(model, padded_types)
+            types["token_types"] = jnp.asarray(padded_types)
         weights = model.attention_weights(params, tokens, segment_ids=segment_ids, **types)
         kind, rows = ("pool", None) if "pool" in weights else ("self", columns)
     else:
@@ -131,6 +139,8 @@ def attention_maps(
             targets = [
                 Encoding(*(field[target.sequence_ids != SPECIAL_TOKEN] for field in target)) for target in targets
             ]
+        for number, target in enumerate(targets):
+            check_ids_in_vocabulary(target.ids, model.config.vocab_size, f"output {number}")
         rows = [_token_texts(tokenizer, (text,), encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]

@@ -123,7 +123,7 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
         ValueError: the notation is unknown, or ``count`` or ``seed`` is negative.
     """
     check_notation(notation)
-    check_min(0, count=count)
+    check_min(0, count=count, seed=seed)
     matches = [
         play_match(
             MaterialPlayer(), RandomPlayer(), min(_GAMES_PER_MATCH, count - start), seed=(_GENERATED_SEED, seed, start)

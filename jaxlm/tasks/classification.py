@@ -103,13 +103,15 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
 
     Raises:
         ValueError: An example is not valid (:func:`jaxlm.data.buckets.check_examples`), has more tokens than the model
-            has positions, or has a token type that the model does not have. The outputs of the model are regression
-            scores, as in ``classify``.
+            has positions, or has an id or a token type that the model does not have. The outputs of the model are
+            regression scores, as in ``classify``.
         NotFiniteError: logits are not finite. The message names the examples.
     """
     if len(encoded):
         check_examples(encoded, model.max_positions)
     ids = [np.asarray(example["tokens"]) for example in encoded]
+    for number, row in enumerate(ids):
+        check_ids_in_vocabulary(row, model.config.vocab_size, f"example {number}")
     token_types = [np.asarray(example["token_types"]) for example in encoded if "token_types" in example]
     return label_probabilities(model, params, ids, token_types, batch_size, what="example")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokens import check_ids_1d
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 from jaxlm.decoding.describe import require_task
@@ -332,9 +333,10 @@ def score_ids(
     Raises:
         ValueError: The model does not predict next tokens. There are no continuations, or the numbers of contexts and
             continuations differ. ``batch_size`` is below 1. ``start_id`` is missing for an encoder-decoder, or given
-            for another family. A context or continuation has no ids, an id outside the vocabulary, or more ids than the
-            model has positions. A model that is not an encoder-decoder needs a position for each id of the context and
-            of the continuation together, but not for the last id, because it does not read the last id.
+            for another family. A context or continuation is not a 1-D array of integers, or has no ids, an id outside
+            the vocabulary, or more ids than the model has positions. A model that is not an encoder-decoder needs a
+            position for each id of the context and of the continuation together, but not for the last id, because it
+            does not read the last id.
         NotFiniteError: as in :func:`classify`.
     """
     _require_next_token_task(model)
@@ -353,8 +355,10 @@ def score_ids(
             raise ValueError(
                 f"text {number} has {context.size} context tokens and {ids.size} scored tokens: both must be at least 1"
             )
-        check_ids_in_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
-        check_ids_in_vocabulary(ids, model.config.vocab_size, f"text {number}")
+        sizes = {f"the context of text {number}": source_vocab_size(model), f"text {number}": model.config.vocab_size}
+        for array, (name, vocab_size) in zip((context, ids), sizes.items(), strict=True):
+            check_ids_1d(array, name=name)
+            check_ids_in_vocabulary(array, vocab_size, name)
         if start_id is not None:
             _check_length(context.size, limit, f"the context of text {number}")
             _check_length(ids.size, limit, f"text {number}")

@@ -23,8 +23,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data import ContiguousStreams, RandomWindows, TokenBatch, Tokenizer
-from jaxlm.data.tokens import split_tokens
+from jaxlm.data.tokens import check_tokens, split_tokens
 from jaxlm.decoding import GenerationConfig, stream_text
 from jaxlm.decoding.describe import describe, require_task
 from jaxlm.decoding.score import perplexity, perplexity_of
@@ -174,10 +175,13 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
         length: number of input tokens of a row in one call of the model.
 
     Raises:
-        ValueError: the split has fewer than 2 tokens, the model has fewer positions than ``length``, or the model needs
-            the whole text (``Model.needs_whole_text``) and the split needs several windows.
+        ValueError: the split has fewer than 2 tokens or an id outside the vocabulary, ``length`` is below 1, the model
+            has fewer positions than ``length``, or the model needs the whole text (``Model.needs_whole_text``) and the
+            split needs several windows.
     """
     ids = corpus.parts[part]
+    check_min(1, length=length)
+    check_tokens(ids, model.config.vocab_size, 2, f"the {part} split of {corpus.name}")
     if model.carried_state_length is not None:
         evaluate = Evaluator(
             model,

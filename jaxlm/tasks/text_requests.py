@@ -24,10 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
-from jaxlm.decoding.config import settings_file
+from jaxlm.decoding.config import SUPPORTED_FIELDS, check_type, settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -40,7 +41,11 @@ _FILTERS = ("top_k", "top_p", "min_p")
 _BEAMS = ("num_beams", "length_penalty", "early_stopping")
 _TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
 """The defaults of transformers for fields that neither the request nor the files of the model set."""
-_OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "until": (str, list, tuple), **dict.fromkeys(_LENGTHS, (int,)),
+    **{name: SUPPORTED_FIELDS[name] for name in ("do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)},
+}  # fmt: skip
+"""Supported option -> types of its value."""
 
 
 class TextRequests:
@@ -247,9 +252,12 @@ class TextRequests:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
         set_options = {name: value for name, value in options.items() if value is not None}
+        for name, value in set_options.items():
+            check_type(name, value, _OPTIONS[name])
         lengths = [name for name in _LENGTHS if name in set_options]
         if len(lengths) > 1:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")
+        check_min(1, **{name: set_options[name] for name in lengths})
         until = set_options.get("until", ())
         until = (until,) if isinstance(until, str) else tuple(until)
         is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
@@ -261,7 +269,7 @@ class TextRequests:
         if "repetition_penalty" in set_options:
             sampling["repetition_penalty"] = set_options["repetition_penalty"]
         config = GenerationConfig(
-            max_new_tokens=int(set_options[lengths[0]]) if lengths else self.max_gen_toks,
+            max_new_tokens=set_options[lengths[0]] if lengths else self.max_gen_toks,
             # The harness passes an empty string if a task has no delimiter.
             stop=tuple(text for text in until if text),
             batch_size=self.batch_size,

@@ -77,6 +77,7 @@ def test_a_list_of_end_ids_in_the_config_is_used_if_it_has_that_of_the_tokenizer
 
     assert end_ids() == end_ids(file={"max_new_tokens": 3}) == expected
     assert end_ids(file={"eos_token_id": [3, 999]}) == (3,)  # id 999 is not in the vocabulary
+    assert end_ids(file={"eos_token_id": [-1, 3]}) == (3,)
     assert end_ids(file={"eos_token_id": 3}) == end_ids(GenerationConfig(end_ids=(3,))) == (3,)
     assert end_ids(GenerationConfig(ignored_fields=("eos_token_id",)), {"eos_token_id": [256, 4]}) == expected
 
@@ -217,6 +218,7 @@ def test_fields_of_the_file_can_be_ignored() -> None:
         resolve(GenerationConfig(ignored_fields=("no_repeat_ngram_size", "temperature")), **fields)
     with pytest.raises(ValueError, match=r"ignored_fields has 'min_lenght', which is not a field of generation_config"):
         resolve(GenerationConfig(ignored_fields=("min_lenght",)), **fields)
+    assert resolve(suppress_tokens=[]).max_new_tokens == 128  # an empty list changes nothing
     assert resolve(GenerationConfig(ignored_fields=("new_idea",)), new_idea=1).max_new_tokens == 128
 
 
@@ -334,6 +336,19 @@ def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None
         expected
     ]
     assert generate_text(model, params, TOKENIZER, ["ab"], config) != [expected]
+    null = dataclasses.replace(
+        model,
+        metadata=Metadata(config={"decoder_start_token_id": None}, generation_config={"decoder_start_token_id": 9}),
+    )  # null in config.json is no id
+    assert generate_text(null, params, TOKENIZER, ["ab"], config) == [expected]
+    ignoring = GenerationConfig(6, ignored_fields=("decoder_start_token_id",))
+    (start_0,) = generate_text(model, params, TOKENIZER, ["ab"], config)
+    for value in (9, "x"):
+        file = with_file_fields(model, decoder_start_token_id=value)
+        assert generate_text(file, params, TOKENIZER, ["ab"], ignoring) == [start_0]
+    file = with_file_fields(model, decoder_start_token_id=9999)
+    with pytest.raises(ValueError, match="generation_config.json: decoder_start_token_id=9999 is not an id of the mod"):
+        generate_text(file, params, TOKENIZER, ["ab"], config)
 
 
 @pytest.mark.parametrize(

@@ -464,3 +464,15 @@ def test_a_repetition_penalty_requires_seen_tokens() -> None:
 
 def test_sampling_is_hashable_and_compares_by_value() -> None:
     assert hash(Sampling(top_k=3)) == hash(dataclasses.replace(Sampling(), top_k=3))
+
+
+def test_the_repetition_penalty_accepts_prompts_of_a_small_dtype():
+    model = tiny_model("gpt2-tiny")
+    generated = [
+        generate(
+            model, initial_params(model), np.array([[1, 2]], dtype), max_new_tokens=2,
+            sampling=Sampling(temperature=0.0, repetition_penalty=2.0),
+        ).tokens
+        for dtype in (np.int8, np.int32)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*generated)

@@ -194,6 +194,8 @@ def test_batched_prompts_of_unequal_length() -> None:
     model, params = recite(b"0123456789abc")
     prompts = ["0", "01234", "0123456789ab"]
     assert generate_text(model, params, BYTES, prompts, GenerationConfig(4)) == ["1234", "5678", "c"]
+    ids = [np.frombuffer(prompt.encode(), np.uint8).astype(np.uint64) for prompt in prompts]
+    assert generate_text(model, params, BYTES, ids, GenerationConfig(4)) == ["1234", "5678", "c"]
     # After its stop string, a row gets no more text while the other rows continue.
     assert generate_text(model, params, BYTES, prompts, GenerationConfig(12, stop=("45", "9a"))) == ["123", "5678", "c"]
 

@@ -56,6 +56,9 @@ def test_invalid_arguments_raise_errors():
     model, params, tokenizer = model_params_tokenizer("bert-tiny")
     with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a"])
+    small = model.with_fields(vocab_size=5)
+    with pytest.raises(ValueError, match="text 0 has id [0-9]+, outside the model's 5 ids"):
+        attention_maps(small, params, tokenizer, ["sun"])
     model, params, tokenizer = model_params_tokenizer("gpt2-tiny")
     with pytest.raises(ValueError, match="text 1 is '', which has no tokens: pass at least one character"):
         attention_maps(model, params, tokenizer, ["sun", ""])

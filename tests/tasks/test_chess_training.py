@@ -135,6 +135,8 @@ def test_match_boards_show_captures_and_last_positions() -> None:
 
 
 def test_generated_games_are_legal_games_with_mates_that_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
+        generated_games(0, seed=-1)
     games = generated_games(6, "san", seed=1)
     assert (len(games), games.notation) == (6, "san")
     assert set(games.results) <= {"1-0", "0-1"}

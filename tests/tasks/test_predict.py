@@ -322,6 +322,12 @@ def test_errors_for_texts_that_cannot_be_scored() -> None:
         score_texts(*t5, BYTES, ["ab"], [3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="there are no texts"):
         score_texts(*t5, BYTES, [], [])
+    with pytest.raises(
+        ValueError, match=r"the context of text 0: expected a 1-D array of integer ids, got float64\[2\]"
+    ):
+        score_ids(*gpt, [np.array([1.0, 2.7])], [np.array([3])])
+    with pytest.raises(ValueError, match=r"text 0: expected a 1-D array of integer ids, got int64\[1, 2\]"):
+        score_ids(*gpt, [np.array([1])], [np.array([[3, 4]])])
     with pytest.raises(ValueError, match="there are no continuations: pass at least one"):
         score_ids(*gpt, [], [])
     with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not score texts"):

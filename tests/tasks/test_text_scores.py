@@ -91,3 +91,19 @@ def test_models_that_do_not_generate_text_are_rejected() -> None:
     check_family(tiny_model("llama"))
     with pytest.raises(ValueError, match="this is a GPT with a classification head: it does not continue texts"):
         check_family(tiny_model("gpt", task="classification"))
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm"])
+def test_splits_that_cannot_be_scored_raise_errors(name: str) -> None:
+    model = tiny_model(name)
+    params = initial_params(model)
+
+    def corpus(ids: list[int]) -> Corpus:
+        return Corpus("file", {"test": np.array(ids)}, {"test": 9})
+
+    with pytest.raises(ValueError, match="the test split of file.* id 128"):
+        scores(model, params, corpus([1, 2, 128, 3]), "test", 8)
+    with pytest.raises(ValueError, match="the test split of file: 1 tokens, at least 2 needed"):
+        scores(model, params, corpus([1]), "test", 8)
+    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+        scores(model, params, corpus([1, 2, 3]), "test", 0)
