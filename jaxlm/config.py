@@ -201,8 +201,9 @@ def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
             yield from _numbers_in(entry, f"{name}[{index}]")
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):  # also NumPy's numbers
-        yield name, value
+    elif not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating):
+        number: Any = value
+        yield name, number
 
 
 _TYPE_NAMES = {

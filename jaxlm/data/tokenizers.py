@@ -9,9 +9,9 @@ import dataclasses
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,13 +25,14 @@ _LOG = logging.getLogger("jaxlm")
 
 JAXLM_TOKENIZER_FILE = "jaxlm_tokenizer.json"
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_END_OF_TEXT = "<|endoftext|>"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 """The roles of special tokens: the fields of :class:`SpecialIds`."""
 _KNOWN_TOKENS = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
     "unk": ("<unk>", "[UNK]"),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
-    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"),
+    "eos": (_END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"),
     "cls": ("[CLS]", "<cls>"),
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
@@ -47,6 +48,33 @@ TOKENIZER_FILES = (JAXLM_TOKENIZER_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
 """The entry of ``tokenizer_config.json`` for models without token types."""
+
+# Classes of transformers that change what ``tokenizer.json`` says. Names are without the suffix "Fast".
+_ADD_BOS_TOKEN = {
+    "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True, "GPTNeoXTokenizer": False,
+}  # fmt: skip
+"""Class -> default of ``add_bos_token``, for the classes that make the template from the tokens of bos and eos."""
+_BERT_CLASSES = (
+    "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "FunnelTokenizer",
+    "LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
+)  # fmt: skip
+_ROBERTA_CLASSES = (
+    "RobertaTokenizer", "BartTokenizer", "BlenderbotTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer",
+)  # fmt: skip
+_CONVERTED_CLASSES = ("LlamaTokenizer", "T5Tokenizer")
+"""Classes that do not read ``tokenizer.json`` if ``add_prefix_space`` is set: they convert the SentencePiece model."""
+_CLASS_OF_MODEL = {
+    "bert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "llama": "LlamaTokenizer",
+    "mamba2": "GPTNeoXTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer",
+    "recurrent_gemma": "GemmaTokenizer", "roberta": "RobertaTokenizer", "t5": "T5Tokenizer", "umt5": "T5Tokenizer",
+    "xlstm": "GPTNeoXTokenizer",
+}  # fmt: skip
+"""``model_type`` -> class, if no file names a class. Other types have classes that do not change ``tokenizer.json``."""
+_SETTINGS = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens", "strip_accents",
+    "tokenize_chinese_chars", "trim_offsets",
+)  # fmt: skip
+"""The settings of ``tokenizer_config.json`` that may change ``tokenizer.json``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +348,8 @@ class CharTokenizer(EncodeInputsMixin):
     def __post_init__(self) -> None:
         if not self.characters:
             raise ValueError("a character tokenizer needs at least one character, got an empty text")
+        # In a JSON file, two surrogates would become one character.
+        check_no_surrogate(self.characters, "the characters")
         if len(set(self.characters)) != len(self.characters):
             repeated = next(c for i, c in enumerate(self.characters) if c in self.characters[:i])
             raise ValueError(
@@ -371,13 +401,14 @@ def _code_points(text: str) -> np.ndarray:
 class PretrainedTokenizer(EncodeInputsMixin):
     """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
-    ``encode`` adds no special tokens. If the text contains a special token, ``encode`` returns the id of this token.
-    ``encode`` raises ``ValueError`` for a surrogate, which has no UTF-8 bytes. ``decode`` writes special tokens as
-    text, unless ``skip_special_tokens`` is True.
+    ``encode`` adds no special tokens. If the text contains a special token, ``encode`` returns the id of this token,
+    unless ``split_special_tokens`` in ``tokenizer_config.json`` is true. ``encode`` raises ``ValueError`` for a
+    surrogate, which has no UTF-8 bytes. ``decode`` writes special tokens as text, unless ``skip_special_tokens`` is
+    True.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object. ``save``
-            writes the original settings.
+        backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object, and
+            marks the tokens of roles as special. ``save`` writes the original padding and truncation.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
@@ -411,9 +442,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
-        side = (backend.truncation or {}).get("direction", "right")
-        if "tokenizer_config.json" in self._files:
-            side = json.loads(self._files["tokenizer_config.json"]).get("truncation_side", side)
+        settings = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        # In transformers, this class has no tokens that no file declares; the other classes have default tokens.
+        has_defaults = settings.get("tokenizer_class") != "PreTrainedTokenizerFast"
+        _mark_special(
+            backend, [t for role, t in self.special_tokens.items() if has_defaults or role in (special_tokens or {})]
+        )
+        side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
         if side not in ("right", "left"):
             raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
         self._truncation_side = side
@@ -427,6 +462,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         backend.no_truncation()
         template = backend.encode("").ids
         self._context_first = len(template) > 1 and template[-1] == self.special_ids.cls
+        self._trims_added_space = _trims_added_space(_state(backend.post_processor))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
@@ -434,26 +470,34 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         The special token of a role comes from the first of these sources that has the role:
 
-        1. ``tokenizer_config.json``, then ``special_tokens_map.json``. Null means that the role has no token.
+        1. ``special_tokens_map.json`` (not if ``tokenizer_config.json`` has ``added_tokens_decoder``), then
+           ``tokenizer_config.json``. Null means that the role has no token.
         2. The ids in ``config.json``, such as ``eos_token_id``, if they are ids of special tokens in the backend.
         3. A BERT or RoBERTa template in ``tokenizer.json`` (only cls and sep).
         4. The tokens that published vocabularies use.
 
-        Without ``tokenizer.json``, the tokens that ``special_tokens_map.json``, ``tokenizer_config.json`` and
-        ``added_tokens.json`` declare are not split, as in transformers. ``save`` copies the other files of the
-        tokenizer.
+        As in transformers, the tokens that these files and ``added_tokens.json`` declare are not split. Tokens of
+        ``added_tokens_decoder``, ``additional_special_tokens`` and ``added_tokens.json`` that are not in the vocabulary
+        get new ids. If there is a ``tokenizer_config.json``, its settings and the defaults of its ``tokenizer_class``
+        override ``tokenizer.json``: ``add_bos_token``, ``add_eos_token``, ``add_prefix_space``, ``do_lower_case``,
+        ``strip_accents``, ``tokenize_chinese_chars``, ``trim_offsets`` and ``split_special_tokens``, each for the
+        classes that use it in transformers. ``save`` copies the other files of the tokenizer.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
             ValueError: a file cannot be parsed, has an empty vocabulary or an unknown ``truncation_side``, names a
-                token that is not in the vocabulary, or gives two tokens the same id. There is no ``tokenizer.json``,
-                and the other files are not those of GPT-2.
+                role's token that is not in the vocabulary, or gives two tokens the same id. There is no
+                ``tokenizer.json``, and the other files are not those of GPT-2. A setting has a wrong type, or
+                contradicts ``tokenizer.json`` in a way that needs another ``tokenizer.json``.
         """
         directory = Path(directory)
         backend = _read_backend(directory)
         files = {name: (directory / name).read_bytes() for name in _COPIED_FILES if (directory / name).is_file()}
-        tokens = _declared_tokens(directory, backend, _read_if_exists(directory / "config.json"))
+        config = _read_if_exists(directory / "config.json")
+        tokens = _declared_tokens(directory, backend, config)
         try:
+            if "tokenizer_config.json" in files:
+                _apply_settings(backend, json.loads(files["tokenizer_config.json"]), config, tokens)
             return cls(backend, tokens, files=files)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
@@ -467,7 +511,14 @@ class PretrainedTokenizer(EncodeInputsMixin):
             for position, text in enumerate(values):
                 check_no_surrogate(text, f"{name}[{position}]")
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        return [_as_encoding(encoding) for encoding in self.backend.encode_batch(inputs)]
+        encoded = self.backend.encode_batch(inputs)
+        if self._trims_added_space:
+            rows = [(text,) for text in texts] if pairs is None else inputs
+            return [
+                _as_encoding(encoding, _trimmed_offsets(encoding, row))
+                for encoding, row in zip(encoded, rows, strict=True)
+            ]
+        return [_as_encoding(encoding, encoding.offsets) for encoding in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
@@ -486,20 +537,25 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         transformers and ``load_tokenizer`` read these files. Files of an earlier tokenizer in the directory are
         removed. A special token that cannot be read from the written files, such as the token of an id in
-        ``config.json``, is added to ``tokenizer_config.json``. If this file has no ``tokenizer_class``, the class
-        ``PreTrainedTokenizerFast`` and further missing fields are added: without the class, transformers would choose
-        one by the ``model_type`` in ``config.json``, and this class may add other special tokens. All other copied
-        files are unchanged.
+        ``config.json``, is added to ``special_tokens_map.json`` if its tokens override those of
+        ``tokenizer_config.json``, and otherwise to the latter. If ``tokenizer_config.json`` has no ``tokenizer_class``,
+        the class ``PreTrainedTokenizerFast`` and further missing fields are added: without the class, transformers
+        would choose one by the ``model_type`` in ``config.json``, and this class may add other special tokens.
+        ``add_prefix_space`` and ``split_special_tokens`` are added if the backend does not have the defaults of
+        transformers. All other copied files are unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         remove_tokenizer_files(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
-        config = _read_if_exists(directory / "tokenizer_config.json")
+        copied = _read_if_exists(directory / "tokenizer_config.json")
+        config = copied
         if not config.get("tokenizer_class"):
             default = self._default_config()
             config = {**default, **config, "tokenizer_class": default["tokenizer_class"]}
+        config = {**config, **_settings_to_save(self.backend, config)}
+        if config != copied:
             write_json(directory / "tokenizer_config.json", config)
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -509,7 +565,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
         found = {role: _special_token(self.backend, role, declared) for role in ROLES}
         lost = {f"{r}_token": self.special_tokens.get(r) for r in ROLES if found[r] != self.special_tokens.get(r)}
         if lost:
-            file = directory / "tokenizer_config.json"
+            file, override = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+            if override.exists() and config.get("added_tokens_decoder") is None:
+                file = override
             write_json(file, {**read_object(file), **lost})
 
     def _default_config(self) -> dict[str, Any]:
@@ -567,22 +625,29 @@ def _read_backend(directory: Path) -> Any:
             f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install_command('tokenizers')}"
         ) from error
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
-    if not file.exists():
+    is_gpt2 = not file.exists()
+    if is_gpt2:
         file, vocab = directory / "merges.txt", directory / "vocab.json"
         _require_gpt2(directory, read_object(vocab))  # read_object raises if a token occurs twice
     try:
-        if file.name == "tokenizer.json":
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        else:
+        if is_gpt2:
             backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(file)))
             backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = tokenizers.decoders.ByteLevel()
-            if backend.token_to_id("<|endoftext|>") is not None:
-                backend.add_special_tokens(["<|endoftext|>"])
-            tokens = _added_tokens(directory).items()
-            backend.add_tokens([tokenizers.AddedToken(token, **options) for token, (_, options) in tokens])
+        else:
+            backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+    declared = _added_tokens(directory, backend.get_added_tokens_decoder().values())
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(text, **token.options)
+            for text, token in declared.items()
+            if token.may_be_new or backend.token_to_id(text) is not None
+        ]
+    )
+    if is_gpt2 and backend.token_to_id(_END_OF_TEXT) is not None:
+        _mark_special(backend, [_END_OF_TEXT])
     _check_unique_ids(backend.get_vocab(), vocab)
     return backend
 
@@ -601,8 +666,8 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
         reason = f"model_type={model_type!r}"
     elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
         reason = f"{setting}={settings[setting]!r}"
-    elif added := [(token, file) for token, (file, _) in _added_tokens(directory).items() if token not in vocabulary]:
-        reason = "the further token {!r} in {}".format(*added[0])
+    elif added := [(text, token) for text, token in _added_tokens(directory, ()).items() if text not in vocabulary]:
+        reason = f"the further token {added[0][0]!r} in {added[0][1].file}"
     else:
         return
     raise ValueError(
@@ -613,37 +678,207 @@ def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     )
 
 
-_ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized")
+_ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def _added_tokens(directory: Path) -> dict[str, tuple[str, dict[str, bool]]]:
-    """The tokens that are declared in other files than ``vocab.json``. They are not split, as in transformers.
+class _AddedToken(NamedTuple):
+    """A token that a file declares.
 
-    Returns:
-        Token -> the name of the last file that declares it, and its options of ``tokenizers.AddedToken``.
+    Attributes:
+        file: the name of the file.
+        options: the options of ``tokenizers.AddedToken``.
+        may_be_new: whether the token gets a new id if it is not in the vocabulary. False: it is only the token of a
+            role.
     """
-    declared: list[tuple[str, Any, bool]] = []  # file name, token, whether the field that has it makes it special
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+
+    file: str
+    options: dict[str, bool]
+    may_be_new: bool
+
+
+def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _AddedToken]:
+    """Token -> its declaration, for the tokens that are not split, in the order in which transformers adds them.
+
+    Args:
+        in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options.
+    """
+    fields = _token_fields(directory)
+    special = [(*fields[f"{role}_token"], False) for role in ROLES if f"{role}_token" in fields]
+    file, tokens = fields.get("additional_special_tokens", ("", None))
+    special += [(file, token, True) for token in tokens or []]
+    special = [declaration for declaration in special if declaration[1] is not None]
+    special_texts = {_token_text(directory / name, token) for name, token, _ in special}
+    file, tokens_by_id = fields.get("added_tokens_decoder", ("", None))
+    declared = [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id or {})]
+    declared += [
+        ("tokenizer.json", {"content": t.content, **{name: getattr(t, name) for name in _ADDED_TOKEN_OPTIONS}}, True)
+        for t in in_backend
+    ]
+    if tokens_by_id is None:
+        file = "added_tokens.json"
+        tokens_by_id = {number: token for token, number in _read_if_exists(directory / file).items()}
+        declared += [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id)]
+    found: dict[str, _AddedToken] = {}
+    # A token has each option from its first declaration with this option.
+    for name, token, may_be_new in [*declared, *special]:
+        text = _token_text(directory / name, token)
+        options = {o: token[o] for o in _ADDED_TOKEN_OPTIONS if o in token} if isinstance(token, dict) else {}
+        for option, value in options.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{directory / name}: {option}={value!r} of the token {text!r} must be true or false")
+        first = found.get(text, _AddedToken(name, {"special": True} if text in special_texts else {}, may_be_new))
+        found[text] = _AddedToken(first.file, {**options, **first.options}, first.may_be_new or may_be_new)
+    return found
+
+
+def _token_fields(directory: Path) -> dict[str, tuple[str, Any]]:
+    """Field -> (name of its file, value), for the fields of the files that declare special tokens.
+
+    As in transformers, ``special_tokens_map.json`` overrides ``tokenizer_config.json``, and is not read if the latter
+    has ``added_tokens_decoder``.
+
+    Raises:
+        ValueError: a field that declares tokens has a wrong type.
+    """
+    fields: dict[str, tuple[str, Any]] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = _read_if_exists(directory / name)
         for key, kind in (("additional_special_tokens", list), ("added_tokens_decoder", dict)):
             if not isinstance(content.get(key) or kind(), kind):
                 raise ValueError(f"{directory / name}: {key}={content[key]!r} must be a {kind.__name__}")
-        tokens = [content.get(f"{role}_token") for role in ROLES] + (content.get("additional_special_tokens") or [])
-        declared += [(name, token, True) for token in tokens if token is not None]
-        declared += [(name, token, False) for token in (content.get("added_tokens_decoder") or {}).values()]
-    name = "added_tokens.json"
-    declared += [(name, token, False) for token in _read_if_exists(directory / name)]
-    found: dict[str, tuple[str, dict[str, bool]]] = {}
-    for name, token, makes_special in declared:
-        fields = token if isinstance(token, dict) else {"content": token}
-        text = fields.get("content")
-        if not isinstance(text, str):
-            raise ValueError(f"{directory / name}: the token {token!r} must be a string")
-        _, options = found.get(text, (name, {}))
-        is_special = makes_special or text == "<|endoftext|>" or options.get("special") or fields.get("special", False)
-        options |= {option: fields[option] for option in _ADDED_TOKEN_OPTIONS if option in fields}
-        found[text] = name, {**options, "special": is_special}
-    return found
+        for key in (f"{role}_token" for role in ROLES):
+            if content.get(key) is not None:
+                _token_text(directory / name, content[key], f"{key}=")
+        earlier = fields.get("additional_special_tokens")
+        fields |= {key: (name, value) for key, value in content.items()}
+        if earlier and content.get("additional_special_tokens"):
+            fields["additional_special_tokens"] = (name, [*(earlier[1] or []), *content["additional_special_tokens"]])
+        if content.get("added_tokens_decoder") is not None:
+            break
+    return fields
+
+
+def _token_text(file: Path, token: Any, what: str = "the token ") -> str:
+    """The text of a token, which is a string or an object with the field ``content``."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{file}: {what}{token!r} must be a string")
+    return text
+
+
+def _sorted_by_id(file: Path, tokens: Mapping[Any, Any]) -> list[Any]:
+    """The tokens of a mapping id -> token, in the order of their ids."""
+    for key in tokens:
+        if not str(key).isdecimal():
+            raise ValueError(f"{file}: {key!r} must be the id of a token, an integer")
+    return [tokens[key] for key in sorted(tokens, key=int)]
+
+
+def _mark_special(backend: Any, tokens: Iterable[str]) -> None:
+    """Make tokens of the vocabulary special: ``encode`` does not split them. An added token keeps its options."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([added.get(token, token) for token in tokens])
+
+
+def _apply_settings(
+    backend: Any, settings: Mapping[str, Any], config: Mapping[str, Any], tokens: Mapping[str, str | None]
+) -> None:
+    """Change the backend as transformers does after it has read ``tokenizer.json``.
+
+    Args:
+        settings: the content of ``tokenizer_config.json``.
+        config: the content of ``config.json``.
+        tokens: role -> special token, as the files declare it.
+
+    Raises:
+        ValueError: as :meth:`PretrainedTokenizer.from_directory`, for settings.
+    """
+    for name in _SETTINGS:
+        if not isinstance(settings.get(name), bool | None):
+            raise ValueError(f"tokenizer_config.json: {name}={settings[name]!r} must be true, false or null")
+    model_class = _CLASS_OF_MODEL.get(str(config.get("model_type")))
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or model_class).removesuffix("Fast")
+    add_space = settings.get("add_prefix_space")
+    if name in _CONVERTED_CLASSES:
+        if add_space is not None and add_space != _adds_space(backend):
+            raise ValueError(
+                f"tokenizer_config.json: add_prefix_space={add_space}, but tokenizer.json "
+                f"{'adds no' if add_space else 'adds a'} space before a text: write tokenizer.json again, with "
+                "transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+            )
+    elif add_space is not None:
+        _set_fields(backend, "pre_tokenizer", {"add_prefix_space": add_space})
+    elif "add_prefix_space" not in settings and _state(backend.pre_tokenizer).get("add_prefix_space"):
+        raise ValueError(
+            "tokenizer.json has add_prefix_space=True, but tokenizer_config.json has no add_prefix_space, so "
+            "transformers would use False: write add_prefix_space to tokenizer_config.json"
+        )
+    if name in _BERT_CLASSES:
+        names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
+        fields = {field: settings.get(name) is not False for field, name in names.items()}
+        _set_fields(backend, "normalizer", {**fields, "strip_accents": settings.get("strip_accents")})
+    if name in _ROBERTA_CLASSES:
+        fields = {"add_prefix_space": bool(add_space), "trim_offsets": settings.get("trim_offsets") is not False}
+        _set_fields(backend, "post_processor", fields)
+    if name in _ADD_BOS_TOKEN:
+        added = {"bos": settings.get("add_bos_token", _ADD_BOS_TOKEN[name]), "eos": settings.get("add_eos_token")}
+        _set_template(backend, tokens, [role for role, is_added in added.items() if is_added])
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+
+
+def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequence[str]) -> None:
+    """Set the template that adds the tokens of the roles "bos" and "eos", or of one or none of them, to each text."""
+    import tokenizers
+
+    special_tokens = _special_tokens(backend, tokens)
+    for role in roles:
+        if role not in special_tokens:
+            raise ValueError(
+                f"tokenizer_config.json: the tokenizer adds the {role} token to each text, but there is no such token: "
+                f"set {role}_token, or add_{role}_token to false"
+            )
+    bos, eos = ([special_tokens[role]] if role in roles else [] for role in ("bos", "eos"))
+    single, second = ([f"{piece}:{kind}" for piece in [*bos, text, *eos]] for kind, text in enumerate(("$A", "$B")))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single,
+        pair=[*single, *second],
+        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])],
+    )
+
+
+def _settings_to_save(backend: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
+    """The settings of ``tokenizer_config.json`` that must differ from ``settings`` for this backend."""
+    stored = {"split_special_tokens": backend.encode_special_tokens}
+    add_space = _state(backend.pre_tokenizer).get("add_prefix_space")
+    if add_space is not None and str(settings["tokenizer_class"]).removesuffix("Fast") not in _CONVERTED_CLASSES:
+        stored["add_prefix_space"] = add_space
+    return {name: value for name, value in stored.items() if value != bool(settings.get(name))}
+
+
+def _state(component: Any) -> dict[str, Any]:
+    """The fields of a component of a backend, such as its normalizer, or ``{}`` if there is no such component."""
+    return {} if component is None else json.loads(component.__getstate__())
+
+
+def _set_fields(backend: Any, component: str, fields: Mapping[str, Any]) -> None:
+    """Set those of the fields that the component has: "normalizer", "pre_tokenizer" or "post_processor"."""
+    import tokenizers
+
+    state = _state(getattr(backend, component))
+    new_state = {**state, **{name: value for name, value in fields.items() if name in state}}
+    if new_state != state:
+        module = getattr(tokenizers, "processors" if component == "post_processor" else f"{component}s")
+        # The state has a pair of a token and its id as a list; the class needs a tuple.
+        component_class = getattr(module, new_state.pop("type"))
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in new_state.items()}
+        setattr(backend, component, component_class(**options))
+
+
+def _adds_space(backend: Any) -> bool:
+    """Whether the backend adds a space, or the character for a space, before a text."""
+    text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
+    words = [] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+    return not (words[0][0] if words else text).startswith("a")
 
 
 def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
@@ -669,17 +904,13 @@ def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -
         config: the content of ``config.json``, or an empty mapping.
     """
     declared: dict[str, str | None] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = _read_if_exists(directory / name)
-        for role in ROLES:
-            if f"{role}_token" in content and role not in declared:
-                token = content[f"{role}_token"]
-                token = token.get("content", token) if isinstance(token, dict) else token
-                if not isinstance(token, str | None):
-                    raise ValueError(f"{directory / name}: {role}_token={token!r} must be a string")
-                declared[role] = token
+    fields = _token_fields(directory)
+    for role in ROLES:
+        if f"{role}_token" in fields:
+            name, token = fields[f"{role}_token"]
+            declared[role] = None if token is None else _token_text(directory / name, token)
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    processor = {} if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())
+    processor = _state(backend.post_processor)
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
@@ -693,15 +924,40 @@ def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -
     return declared
 
 
-def _as_encoding(encoding: Any) -> Encoding:
-    """The :class:`Encoding` with the content of a ``tokenizers.Encoding``."""
+def _as_encoding(encoding: Any, offsets: Sequence[tuple[int, int]]) -> Encoding:
+    """The :class:`Encoding` with the content of a ``tokenizers.Encoding``, and with these offsets."""
     sequence_ids = [encodings.SPECIAL_TOKEN if number is None else number for number in encoding.sequence_ids]
     return Encoding(
         ids=np.asarray(encoding.ids, np.int32),
         token_types=np.asarray(encoding.type_ids, np.int32),
-        offsets=np.asarray(encoding.offsets, np.int32).reshape(-1, 2),
+        offsets=np.asarray(offsets, np.int32).reshape(-1, 2),
         sequence_ids=np.asarray(sequence_ids, np.int32),
     )
+
+
+def _trims_added_space(processor: Mapping[str, Any]) -> bool:
+    """Whether a post-processor with this state excludes spaces from offsets, and assumes a space before each text."""
+    return bool(processor.get("add_prefix_space") and processor.get("trim_offsets")) or any(
+        _trims_added_space(part) for part in processor.get("processors", ())
+    )
+
+
+def _trimmed_offsets(encoding: Any, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """The offsets of a ``tokenizers.Encoding`` whose post-processor trims offsets, without the errors of the package.
+
+    The package takes the space of a token at position 0 for the added space, even if the text begins with a space. It
+    takes the space of any other token for a part of the text, even if it was added after a special token in the text.
+    """
+    offsets = list(encoding.offsets)
+    for number, (token, sequence) in enumerate(zip(encoding.tokens, encoding.sequence_ids, strict=True)):
+        if sequence is None or not token.startswith("Ġ"):  # the character that byte-level tokens have for a space
+            continue
+        text, (start, stop) = texts[sequence], offsets[number]
+        if start > 0 and not text[start - 1].isspace():
+            offsets[number] = (start - 1, stop if token.strip("Ġ") else start - 1)
+        elif start < stop and text[start].isspace():
+            offsets[number] = (start + 1, stop)
+    return offsets
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

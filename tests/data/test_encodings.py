@@ -225,13 +225,13 @@ def test_special_ids_are_read_from_template_config_and_tokenizer_files(tmp_path)
     ids = save_tokenizer(tmp_path, special_tokens_map=names).special_ids
     assert ids == SpecialIds(1, 3, bos=2, eos=5, cls=0, sep=2, mask=5)
     tokenizer = save_tokenizer(tmp_path, tokenizer_config={"bos_token": "<unk>", "pad_token": None, "extra": [1]})
-    assert tokenizer.special_ids == SpecialIds(None, 3, bos=3, eos=5, cls=0, sep=2, mask=5)
+    assert tokenizer.special_ids == SpecialIds(None, 3, bos=2, eos=5, cls=0, sep=2, mask=5)
     assert tokenizer.end_id == 5
 
 
 def test_all_files_of_a_tokenizer_are_copied_unchanged(tmp_path):
     token = {"content": "<s>", "lstrip": True}
-    config = {"tokenizer_class": "RobertaTokenizer", "bos_token": token, "model_max_length": 5}
+    config = {"tokenizer_class": "RobertaTokenizer", "bos_token": token, "add_prefix_space": True}
     save_tokenizer(tmp_path, tokenizer_config=config)
     (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens":   ["<x>"]}')
     (tmp_path / "merges.txt").write_text("x")

@@ -93,6 +93,8 @@ def test_invalid_character_sets_are_rejected():
         CharTokenizer.from_text("")
     with pytest.raises(ValueError, match="'a' more than once"):
         CharTokenizer("aba")
+    with pytest.raises(ValueError, match=r"character 0 of the characters, '\\ud83d', is a surrogate"):
+        CharTokenizer("\ud83d\ude00")  # in a file, the two would become one character
 
 
 @pytest.mark.parametrize("bad", [-1, 257, 70000])
@@ -198,6 +200,149 @@ def test_special_tokens_of_config_json_are_saved(tmp_path, config, eos, bos):
     loaded = load_tokenizer(tmp_path / "new")
     assert (loaded.end_id, loaded.special_ids) == (eos, tokenizer.special_ids)
     assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] == 1024
+
+
+def bpe_backend(**components):
+    """A BPE backend without merges. No token is an added token."""
+    tokens = ["<s>", "</s>", "[UNK]", "a", "b", "A", "Ġa", "Ġ", "<", "x", ">", "/", "s"]
+    model = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [("Ġ", "a")], unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    for name, component in components.items():
+        setattr(backend, name, component)
+    return backend
+
+
+def test_special_tokens_are_not_split():
+    tokenizer = PretrainedTokenizer(bpe_backend(), {"eos": "</s>"})
+    assert tokenizer.encode("a</s>b").tolist() == [3, 1, 4]
+    assert tokenizer.decode([3, 1, 4], skip_special_tokens=True).split() == ["a", "b"]
+    # The options of an added token stay.
+    backend = bpe_backend()
+    backend.add_tokens([tokenizers.AddedToken("</s>", lstrip=True)])
+    assert PretrainedTokenizer(backend, {"eos": "</s>"}).encode("a  </s>b").tolist() == [3, 1, 4]
+
+
+def test_special_tokens_map_overrides_tokenizer_config_without_added_tokens_decoder(tmp_path):
+    """As in transformers."""
+    bpe_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "a", "pad_token": "b"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    assert load_tokenizer(tmp_path).special_tokens["eos"] == "a"
+    # The tokens of the constructor are saved where a reader finds them.
+    files = {name: (tmp_path / name).read_bytes() for name in ("special_tokens_map.json", "tokenizer_config.json")}
+    PretrainedTokenizer(bpe_backend(), {"eos": "A"}, files=files).save(tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").special_tokens["eos"] == "A"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "b", "added_tokens_decoder": {}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.special_tokens["eos"], tokenizer.special_ids.pad) == ("b", None)
+
+
+BYTE_LEVEL, BERT_NORMALIZER = tokenizers.pre_tokenizers.ByteLevel, tokenizers.normalizers.BertNormalizer
+BOS_TEMPLATE = tokenizers.processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+SETTINGS = [  # components of tokenizer.json, tokenizer_config.json, text, ids
+    ({}, {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, "ab", [0, 3, 4, 1]),
+    ({"post_processor": BOS_TEMPLATE}, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, "ab", [3, 4]),
+    ({}, {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>"}, "ab", [0, 3, 4]),
+    ({}, {"tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": True}, "ab", [0, 3, 4]),
+    ({"pre_tokenizer": BYTE_LEVEL(False)}, {"add_prefix_space": True}, "ab", [6, 4]),
+    ({"pre_tokenizer": BYTE_LEVEL(True)}, {"add_prefix_space": False}, "ab", [3, 4]),
+    ({"normalizer": BERT_NORMALIZER()}, {"tokenizer_class": "BertTokenizer", "do_lower_case": False}, "A", [5]),
+    ({"normalizer": BERT_NORMALIZER()}, {"do_lower_case": False}, "A", [3]),  # not a setting of this class
+    ({}, {"added_tokens_decoder": {"13": {"content": "<x>"}}}, "a<x>b", [3, 13, 4]),
+    ({}, {"additional_special_tokens": ["<x>"]}, "a<x>b", [3, 13, 4]),
+    ({}, {"split_special_tokens": True}, "<s>", [8, 12, 10]),
+]
+
+
+def settings_files(directory, components, config):
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **config}
+    bpe_backend(**components).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "[UNK]"}))
+
+
+@pytest.mark.parametrize(("components", "config", "text", "ids"), SETTINGS)
+def test_settings_override_tokenizer_json(tmp_path, components, config, text, ids):
+    settings_files(tmp_path, components, config)
+    load_tokenizer(tmp_path).save(tmp_path / "new")
+    for directory in (tmp_path, tmp_path / "new"):
+        assert load_tokenizer(directory).encode_inputs(text).ids.tolist() == ids
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("components", "config", "text", "ids"), SETTINGS)
+def test_settings_have_the_same_effect_in_transformers(tmp_path, components, config, text, ids):
+    from transformers import AutoTokenizer
+
+    settings_files(tmp_path, components, config)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    ("components", "config", "message"),
+    [
+        ({}, {"add_prefix_space": "yes"}, "tokenizer_config.json: add_prefix_space='yes' must be true, false or null"),
+        (
+            {"pre_tokenizer": BYTE_LEVEL(True)},
+            {},
+            "has no add_prefix_space, so transformers would use False: write add_",
+        ),
+        (
+            {"normalizer": tokenizers.normalizers.Prepend("▁")},
+            {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+            "add_prefix_space=False, but tokenizer.json adds a space before a text: write tokenizer.json again",
+        ),
+        (
+            {},
+            {"tokenizer_class": "LlamaTokenizer", "bos_token": None},
+            "no such token: set bos_token, or add_bos_token",
+        ),
+        ({}, {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "'x' must be the id of a token, an integer"),
+        ({}, {"added_tokens_decoder": {"13": {"content": "<x>", "lstrip": 1}}}, "lstrip=1 of the token '<x>' must be"),
+    ],
+)
+def test_settings_without_a_possible_effect_raise_errors(tmp_path, components, config, message):
+    settings_files(tmp_path, components, config)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.live
+def test_models_without_a_tokenizer_class_have_the_class_of_transformers():
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    from jaxlm.data import tokenizers as module
+    from jaxlm.interop.formats import of
+    from jaxlm.models.registry import FAMILIES
+
+    special_classes = {*module._ADD_BOS_TOKEN, *module._BERT_CLASSES, *module._ROBERTA_CLASSES, "T5Tokenizer"}
+    model_types = {table.model_type for family in FAMILIES for table in of(family)} & TOKENIZER_MAPPING_NAMES.keys()
+    classes = {name: TOKENIZER_MAPPING_NAMES[name][1] for name in model_types}
+    classes = {name: (fast or "").removesuffix("Fast") for name, fast in classes.items()}
+    assert {name: c for name, c in classes.items() if c in special_classes} == module._CLASS_OF_MODEL
+
+
+def prefix_space_tokenizer():
+    """A tokenizer whose pre-tokenizer adds a space, which transformers does not do by default."""
+    return PretrainedTokenizer(bpe_backend(pre_tokenizer=BYTE_LEVEL()))
+
+
+def test_settings_of_the_backend_are_saved(tmp_path):
+    tokenizer = prefix_space_tokenizer()
+    tokenizer.backend.encode_special_tokens = True
+    tokenizer.save(tmp_path)
+    assert tokenizer.encode("ab<s>").tolist() == load_tokenizer(tmp_path).encode("ab<s>").tolist() == [6, 4, 8, 12, 10]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["add_prefix_space"], config["split_special_tokens"]) == (True, True)
+
+
+@pytest.mark.live
+def test_transformers_adds_the_same_space_before_a_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = prefix_space_tokenizer()
+    tokenizer.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab")["input_ids"] == tokenizer.encode("ab").tolist() == [6, 4]
 
 
 NO_TYPES = ["input_ids", "attention_mask"]
@@ -317,6 +462,7 @@ def test_declared_tokens_of_vocab_and_merges_are_not_split(tmp_path, name, conte
     ids = tokenizer.encode(f"he hei{END}")
     assert [tokenizer.decode([number]) for number in ids] == tokens
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)  # with added_tokens_decoder, the next file is ignored
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<x>"]}))
     with pytest.raises(ValueError, match=r"the further token '<x>' in special_tokens_map\.json"):
         load_tokenizer(tmp_path)

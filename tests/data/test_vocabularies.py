@@ -41,6 +41,21 @@ def test_offsets_of_subwords_refer_to_the_original_text():
     assert word_tokenizer.encode_inputs("Citizen of").offsets.tolist() == [[0, 7], [8, 10]]
 
 
+def test_offsets_exclude_exactly_the_spaces_of_the_text(tmp_path):
+    """The package ``tokenizers`` gives wrong offsets after a special token, and if a text begins with a space."""
+    train_tokenizer(["to be or not to be"] * 5, "bpe", 300, template="cls_sep").save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text, tokens in [
+        ("to[SEP]be", ["to", "[SEP]", "be"]),
+        ("to [SEP] be", ["to", "", "[SEP]", "", "be"]),
+        (" to be", ["", "to", "be"]),
+        ("[SEP]é be", ["[SEP]", "", "é", "é", "be"]),  # two bytes of é
+    ]:
+        encoding = tokenizer.encode_inputs("be", text)
+        spans = encoding.offsets[encoding.sequence_ids == 1]
+        assert [text[start:stop] for start, stop in spans] == tokens
+
+
 def test_lowercase_changes_only_the_case():
     for kind in ("bpe", "unigram"):
         tokenizer = train_tokenizer(TEXTS, kind, 400, lowercase=True)

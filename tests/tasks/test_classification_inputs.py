@@ -136,8 +136,8 @@ def test_errors_name_bad_examples(caplog):
     small = tiny_model("bert-tiny", task="classification", num_labels=2, vocab_size=2)
     with pytest.raises(ValueError, match=r"the text '.*' of the examples has id \d+, outside the model's 2 ids"):
         classification.encode(examples(3), tokenizer(), LABELS, small)
+    rows = [{"tokens": np.array([token], np.int32)} for token in (1, 2)]
     with pytest.raises(ValueError, match="example 1 has id 2, outside the model's 2 ids"):
-        rows = [{"tokens": np.array([ids], np.int32).ravel()} for ids in (1, 2)]
         classification.predict(small, initial_params(small), rows)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
     with pytest.raises(
