@@ -24,6 +24,7 @@ from jaxlm.data.tokenizers import ROLES, Tokenizer, num_required_ids
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.formats.format import JAXLM_PREFIX
+from jaxlm.models.common import MAX_LAYERS
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.registry import FAMILIES, family, family_names
 
@@ -83,8 +84,8 @@ def format_of(model: Model) -> Format:
     choices = formats.of(model.family)
     loaded = model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        if _has_values(model, _fixed_fields(table)) and any(
-            _has_values(model, implied) for implied in table.architectures.values()
+        if not _differing(model, table, _fixed_fields(table)) and any(
+            not _differing(model, table, implied) for implied in table.architectures.values()
         ):
             return table
     default = type(model.config)()
@@ -93,10 +94,10 @@ def format_of(model: Model) -> Format:
         return _native_format(model)
     reasons = []
     for table in choices:
-        differing = [field for field, value in _fixed_fields(table).items() if getattr(model.config, field) != value]
+        differing = _differing(model, table, _fixed_fields(table))
         if not differing:
             implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
-            differing = [field for field, value in implied.items() if getattr(model.config, field) != value]
+            differing = _differing(model, table, implied)
         values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in differing)
         reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
     raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
@@ -107,8 +108,19 @@ def _fixed_fields(table: Format) -> dict[str, Any]:
     return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
-def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
-    return all(getattr(model.config, field) == value for field, value in fields.items())
+def _differing(model: Model, table: Format, fields: Mapping[str, Any]) -> list[str]:
+    """The names of the ``fields`` whose value differs from the value in the config of the model.
+
+    None equals the value that it stands for (``Format.none_means``).
+    """
+
+    def differs(field: str, value: Any) -> bool:
+        actual = getattr(model.config, field)
+        if actual is not None and value is None and field in table.none_means:
+            value = table.none_means[field](model.config)
+        return actual != value
+
+    return [field for field, value in fields.items() if differs(field, value)]
 
 
 def _native_format(model: Model) -> Format:
@@ -264,6 +276,9 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
             value = values[value]
         else:
             config_lib.check_value(hints[name], value, hf_name)
+        # The function read_fields makes lists with an entry for each layer, which would fill the memory.
+        if name in ("num_layers", "num_decoder_layers") and value is not None and value > MAX_LAYERS:
+            raise ValueError(f"{hf_name}={value} is too large: at most {MAX_LAYERS} are supported")
         fields[name] = value
     return fields
 
@@ -373,7 +388,7 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         fields[hf_name] = value
     if table.write_fields is not None:
         fields |= table.write_fields(model.config)
-    architecture = next(key for key, implied in table.architectures.items() if _has_values(model, implied))
+    architecture = next(key for key, implied in table.architectures.items() if not _differing(model, table, implied))
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
@@ -397,9 +412,13 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     if "architectures" in loaded:
         loaded = {**loaded, "architectures": _architectures(loaded)}
     result = {**loaded, **model_fields}
+    if model.metadata.initialized:
+        result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
     try:
         description = describe_model(dict(loaded), Path("config.json"), {})
     except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
+        if "id2label" in model_fields:  # num_labels may contradict the new labels
+            result.pop("num_labels", None)
         return result
     previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
@@ -418,10 +437,8 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
             result[alias] = result[field]
     if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
         result.pop("scale_decoder_outputs", None)  # in transformers 5, it takes precedence over tie_word_embeddings
-    if model_fields.get("id2label") != previous.get("id2label"):  # num_labels may contradict the new labels
+    if model_fields.get("id2label") != previous.get("id2label"):
         result.pop("num_labels", None)
-    if model.metadata.initialized:
-        result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
     return result
 
 

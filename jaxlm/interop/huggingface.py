@@ -19,13 +19,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,9 @@ def load_pretrained(
     With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
     head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
     loaded. A head for labels is always initialized if the files are for another task or have another number of labels.
+    If ``task`` is not the task of the files, the head in the files is another head. Then other parts that the model
+    lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But if the files
+    contain more layers, or more parameters in a layer, than the model, this is an error.
 
     ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
     of poolers and heads that are not loaded. The logger "jaxlm" reports both.
@@ -123,15 +127,7 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
-        # This check comes first: with a wrong, huge number of layers or experts in config.json, the specs and tensor
-        # names would fill the memory. The number of experts is checked only if each expert has its own tensors.
-        has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
-        for what in ("layers", "experts") if has_expert_tensors else ("layers",):
-            number = getattr(model.config, f"num_{what}", None) or 0
-            if number > len(tensors):
-                raise ValueError(
-                    f"{directory}: {number} {what} in {CONFIG}, but only {len(tensors)} tensors in its files"
-                )
+        _check_counts(description, len(tensors), directory)
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match_tensors(description, tensors, directory)
@@ -165,8 +161,9 @@ def save_pretrained(
     """Save a model in a directory that :func:`load_pretrained` can load.
 
     ``transformers`` can also load the directory if it has a class for the model. The saved tensors have the dtype and
-    the exact bits of the parameters. A tied head and vocabulary padding are not saved. If the model was loaded from a
-    directory of the same format, the config fields that jaxlm does not set keep their loaded values.
+    the exact bits of the parameters, but a tensor that contains several parameters has their common dtype. A tied head
+    and vocabulary padding are not saved. If the model was loaded from a directory of the same format, the config fields
+    that jaxlm does not set keep their loaded values.
 
     All files are first written to a temporary directory and then moved. ``checksums.json``, which contains the SHA-256
     of all saved files, is moved first. So if the process is killed before the last move, :func:`load_pretrained`
@@ -246,7 +243,7 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     table = format_of(model)
     locations = locations_of(model, table)
     sizes = [
-        (name, math.prod(locations[paths[0]].tensor_shape) * jnp.result_type(*(flat[path] for path in paths)).itemsize)
+        (name, math.prod(locations[paths[0]].tensor_shape) * _common_dtype(flat[path] for path in paths).itemsize)
         for names, paths in tensor_groups(locations).items()
         for name in names
     ]
@@ -301,7 +298,15 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         arrays = [locations[path].matrices(processes.gather_to_host(flat[path])) for path in paths]
         for number, name in enumerate(names):
             parts = [locations[path].to_file(array[number]) for path, array in zip(paths, arrays, strict=True)]
-            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
+            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts, dtype=_common_dtype(parts))
+
+
+def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
+    """The dtype to which JAX promotes the dtypes of the arrays. NumPy has no common dtype of bfloat16 and float16.
+
+    Unlike ``jnp.result_type``, the function does not convert float64 to float32.
+    """
+    return functools.reduce(jnp.promote_types, (array.dtype for array in arrays))
 
 
 def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
@@ -323,7 +328,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
     for path, leaf in specs.items():
         location = locations[path]
         arrays = [np.asarray(tensors[name])[location.rows] for name in location.names]
-        leaves.append(jnp.asarray(location.to_parameter(leaf.shape, np.result_type(*arrays), arrays)))
+        leaves.append(jnp.asarray(location.to_parameter(leaf.shape, _common_dtype(arrays), arrays)))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
@@ -455,6 +460,23 @@ def _with_current_names(tensors: dict[str, _Tensor], table: Format, directory: P
     return renamed
 
 
+def _check_counts(description: ModelDescription, num_tensors: int, directory: Path) -> None:
+    """Raise ``ValueError`` if the config has more layers or experts than there are tensors in the files.
+
+    This check comes before all others, because with a wrong, huge number, the specs and tensor names would fill the
+    memory. The number of experts is checked only if each expert has its own tensors.
+    """
+    has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
+    for model in filter(None, (description.model, description.model_in_files)):
+        for what in ("layers", "decoder_layers", *(("experts",) if has_expert_tensors else ())):
+            number = getattr(model.config, f"num_{what}", None) or 0
+            if number > num_tensors:
+                raise ValueError(
+                    f"{directory}: {number} {what.replace('_', ' ')} in {CONFIG}, but only {num_tensors} tensors in "
+                    "its files"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Match:
     """The correspondence between the parameters of a model and the tensors in files.
@@ -463,7 +485,8 @@ class _Match:
         locations: the locations of the parameters that the files contain, by path.
         initialized: paths of the parameters that the files do not contain.
         unused: names of the tensors of a pooler or a next-sentence head that the model does not have. If the override
-            ``task`` or ``num_labels`` is given, also names of the tensors that belong only to another head.
+            ``task`` or ``num_labels`` is given, also names of the tensors that belong only to another head. If ``task``
+            has changed, also names of the tensors of other parts that the model does not have, such as a decoder.
     """
 
     locations: dict[str, Location]
@@ -484,11 +507,14 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
     locations = locations_of(model, table, prefix)
     stored: dict[str, Location] = {}  # the locations of the saved model, without the overrides
+    other_task = False
     if description.model_in_files is not None:
+        other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         stored = locations_of(description.model_in_files, stored_table, prefix)
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
     initialized = _missing_paths(description, locations, stored, tensors) if stored else []
+    groups = {path.partition("/")[0] for path in locations}
     locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {
         name: _Tensor(None, name, location.tensor_shape, tensors[name].dtype if name in tensors else "tensor")
@@ -498,7 +524,10 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     copies = {
         name: path
         for name, path in [*table.tied_tensors.items(), *copies_of(model, table, locations, prefix).items()]
-        if name in tensors and name not in expected and name not in stored_path_of and path in locations
+        if name in tensors
+        and name not in expected
+        and path in locations
+        and not (other_task and name in stored_path_of)
     }
     extra = {
         name: tensor
@@ -509,9 +538,13 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     }
 
     def belongs_to_another_head(name: str) -> bool:
-        outside_base_model = bool(prefix) and not name.startswith(prefix)
-        removed = name in stored_path_of and stored_path_of[name] not in locations
-        return outside_base_model or name in table.tied_tensors or removed
+        path = stored_path_of.get(name)
+        if path is None:
+            return name in table.tied_tensors or (bool(prefix) and not name.startswith(prefix))
+        group = path.partition("/")[0]
+        # In recurrent families, each layer is a group. A layer does not belong to a head.
+        is_removed = group not in groups and not re.fullmatch(r"layer_\d+", group)
+        return path in initialized or (other_task and is_removed)
 
     # Published files of BERT and RoBERTa contain a pooler or a next-sentence head even for classes that do not use it.
     optional = {prefix + name for path, name in table.tensors.items() if path.startswith("pooler/")}

@@ -272,6 +272,29 @@ def test_dtypes_may_differ_between_parameters_but_not_between_layers_of_one(dire
     assert params["layers"][1]["attention_norm"]["bias"].dtype == jnp.float32
 
 
+def test_one_tensor_may_contain_bfloat16_and_float16_parameters(tmp_path: Path) -> None:
+    """``in_proj`` of Mamba-2 contains the three parameters zx, BC and dt."""
+    model = get_model("mamba2-tiny", num_layers=1)
+
+    def with_half_precision(path: Any, leaf: Any) -> Any:
+        return np.ones(leaf.shape, jnp.float16 if spec.path_name(path).endswith("dt/weight") else jnp.bfloat16)
+
+    params = jax.tree_util.tree_map_with_path(with_half_precision, model.specs)
+    save_pretrained(tmp_path, model, params)
+    dtypes = {name: str(array.dtype) for name, array in weights(tmp_path).items()}
+    assert {name: dtype for name, dtype in dtypes.items() if dtype != "bfloat16"} == {
+        "backbone.layers.0.mixer.in_proj.weight": "float32"
+    }
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path)[1], params)
+
+
+def test_stacked_layers_may_have_bfloat16_and_float16_tensors() -> None:
+    model = get_model("gpt2-tiny", scan_layers=True)
+    tensors = dict(named_tensors(model, zeros(model)))
+    halves = {name: array.astype(jnp.float16 if ".h.0." in name else jnp.bfloat16) for name, array in tensors.items()}
+    assert huggingface.params_from_tensors(model, halves)["layers"]["mlp"]["up"]["bias"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize(("dtype", "message"), [("float64", "param_dtype='float32'"), ("int8", "only F32, F16, BF16")])
 def test_other_dtypes_are_not_cast_silently(directory: Path, dtype: str, message: str) -> None:
     edit_weights(directory, lambda tensors: tensors | {"transformer.ln_f.bias": np.ones(24, dtype)})
@@ -338,6 +361,14 @@ def test_tensor_names_may_have_no_prefix_and_old_buffers_are_ignored(directory: 
     edit_weights(directory, to_old_names)
     _, params = load_pretrained(directory)
     assert_trees_equal(params, load_pretrained(GOLDENS / "tied")[1])
+
+
+def test_the_position_ids_in_old_files_of_gpt1_are_ignored(tmp_path: Path) -> None:
+    model = get_model("openai-gpt-tiny")
+    save_pretrained(tmp_path, model, zeros(model))
+    edit_weights(tmp_path, lambda tensors: tensors | {"transformer.position_ids": np.arange(64)})
+    (tmp_path / "checksums.json").unlink()
+    assert load_pretrained(tmp_path)[0] == model
 
 
 def test_a_tied_head_must_equal_the_token_table(directory: Path) -> None:
@@ -537,7 +568,7 @@ def test_parameters_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> No
         ({"eos_token_id": "2"}, r"config.json: eos_token_id='2' must be an integer, a list of integers or null"),
         ({"n_head": 5}, r"config.json: num_heads=5 does not divide embed_dim=24"),
         ({"n_layer": 10**3}, r"1000 layers .*, but only 28 tensors"),
-        ({"n_layer": 10**12}, r"num_layers=1000000000000 is too large"),
+        ({"n_layer": 10**12}, r"n_layer=1000000000000 is too large"),
         (
             {"vocab_size": 10**12},
             r"differs: transformer.wte.weight expected F32\[1000000000000, 24\], got F32\[61, 24\]",
@@ -550,6 +581,33 @@ def test_errors_name_unsupported_config_fields(directory: Path, fields: dict[str
     edit_config(directory, **fields)
     with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen2", {"use_sliding_window": True}), ("smollm3", {}), ("gemma3_text", {}), ("bamba", {}), ("qwen3_next", {})
+    ],
+)  # fmt: skip
+def test_a_huge_number_of_layers_is_an_error_before_lists_of_layers_are_made(
+    model_type: str, fields: dict[str, Any]
+) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 10**12, **fields}
+    with pytest.raises(ValueError, match=r"num_hidden_layers=1000000000000 is too large: at most 10000"):
+        config_json.describe_model(config, Path("config.json"), {})
+
+
+def test_the_number_of_decoder_layers_is_checked_before_the_specs_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_model("t5-tiny")
+    save_pretrained(tmp_path, model, zeros(model))
+    edit_config(tmp_path, num_decoder_layers=9999)
+    (tmp_path / "checksums.json").unlink()
+    monkeypatch.setattr(model.module, "specs", None)
+    for overrides in ({}, {"task": "none", "num_decoder_layers": 0}):
+        with pytest.raises(ValueError, match="9999 decoder layers in config.json, but only"):
+            load_pretrained(tmp_path, **overrides)
 
 
 def without(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:

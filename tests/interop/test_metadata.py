@@ -21,6 +21,7 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.interop.locations import locations_of
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import LABEL_HEADS
+from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.model import Metadata
 from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 from jaxlm.training.checks import check_tokenizer
@@ -262,6 +263,38 @@ def test_the_mlp_of_t5_follows_from_all_its_fields(fields: dict[str, Any], mlp: 
         model = config_json.describe_model(config, Path("config.json"), {}).model
         assert model.config.mlp == mlp
         assert config_json.model_config_json(model, "float32") == {**config, "torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "field", "value", "model_type"),
+    [
+        ("openai-gpt-tiny", "mlp_dim", 128, "openai-gpt"),
+        ("mixtral-tiny", "expert_dim", 48, "mixtral"),
+        ("mamba2-tiny", "multipliers", Multipliers(), "mamba2"),
+        ("bamba-tiny", "multipliers", Multipliers(), "bamba"),
+        ("llama-tiny", "attention_scale", 8**-0.5, "llama"),
+        ("llama-tiny", "pattern", ("full",), "llama"),
+    ],
+)
+def test_a_model_with_the_value_that_none_stands_for_is_saved(
+    variant: str, field: str, value: Any, model_type: str
+) -> None:
+    model = get_model(variant, **{field: value})
+    saved = config_json.model_config_json(model, "float32")
+    assert saved["model_type"] == model_type
+    loaded = config_json.describe_model(saved, Path("config.json"), {}).model
+    assert getattr(loaded.config, field) is None
+    assert loaded.specs == model.specs
+    with pytest.raises(ValueError, match=r"openai-gpt .* does not support mlp_dim=64$"):
+        config_json.format_of(get_model("openai-gpt-tiny", mlp_dim=64))
+
+
+def test_a_yarn_truncate_of_null_is_false() -> None:
+    """transformers tests whether the value is true; only a missing field is true by default."""
+    config = {"model_type": "llama", "max_position_embeddings": 16, "rope_scaling": {**YARN, "truncate": None}}
+    model = config_json.describe_model(config, Path("config.json"), {}).model
+    assert model.config.rotary_scaling.truncate is False
+    assert config_json.model_config_json(model, "float32")["rope_scaling"] == config["rope_scaling"]
 
 
 def test_a_missing_field_is_not_added(tmp_path: Path) -> None:
@@ -608,6 +641,12 @@ def test_an_unsupported_class_loads_as_its_base_model(tmp_path: Path) -> None:
     model, _ = load_pretrained(directory, task="classification", num_labels=1)
     assert set(model.metadata.initialized) == {"classifier/weight", "classifier/bias"}
     assert config_json.model_config_json(model, "float32")["architectures"] == ["BertForSequenceClassification"]
+    # These fields describe the head that was replaced.
+    edit(directory, problem_type="regression", num_labels=1)
+    model, _ = load_pretrained(directory, task="classification", num_labels=3)
+    config = config_json.model_config_json(model, "float32")
+    assert len(config["id2label"]) == 3
+    assert not {"problem_type", "num_labels"} & config.keys()
 
 
 def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
@@ -639,6 +678,43 @@ def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
     model, _ = load_pretrained(directory, task="masked")
     assert all(path.startswith("masked/") for path in model.metadata.initialized)
     assert len(model.metadata.initialized) == 5
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_an_override_of_the_task_drops_no_layers_and_biases_and_no_head_of_the_same_task(
+    scan_layers: bool, tmp_path: Path
+) -> None:
+    save_model(tmp_path, get_model("llama-tiny", qkv_bias=True, tie_embeddings=False))
+    same_task: list[dict[str, Any]] = [{}, {"task": "causal"}, {"num_labels": 3}]
+    other_task: list[dict[str, Any]] = [{"task": "none"}, {"task": "classification", "num_labels": 3}]
+
+    def check_error(heads: list[dict[str, Any]], message: str, **change: Any) -> None:
+        for head in heads:
+            with pytest.raises(ValueError, match=message):
+                load_pretrained(tmp_path, scan_layers=scan_layers, **head, **change)
+
+    check_error(same_task + other_task, r"extra: model\.layers\.1\.", num_layers=1)
+    check_error(same_task + other_task, r"extra: model\.layers\.0\.self_attn\.k_proj\.bias", qkv_bias=False)
+    check_error(same_task, r"lm_head\.weight must equal model\.embed_tokens\.weight", tie_embeddings=True)
+    for head in other_task:
+        model, _ = load_pretrained(tmp_path, scan_layers=scan_layers, tie_embeddings=True, **head)
+        assert model.metadata.unused_tensors == ("lm_head.weight",)
+
+
+def test_recurrent_layers_are_not_dropped(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_model("lstm-tiny"))
+    for task in ("causal", "classification"):
+        with pytest.raises(ValueError, match=r"extra: layer_1\."):
+            load_pretrained(tmp_path, task=task, num_layers=1)
+
+
+def test_the_decoder_of_t5_is_dropped_only_with_another_task(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "a", get_model("t5-tiny"))
+    model, _ = load_pretrained(directory, task="none", num_decoder_layers=0)
+    assert {name.partition(".")[0] for name in model.metadata.unused_tensors} == {"decoder"}
+    directory = save_model(tmp_path / "b", get_model("t5-tiny", task="none"))
+    with pytest.raises(ValueError, match=r"extra: decoder\.block\.0\."):
+        load_pretrained(directory, task="none", num_decoder_layers=0)
 
 
 def test_parameters_outside_heads_are_not_initialized(tmp_path: Path) -> None:

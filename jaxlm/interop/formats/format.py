@@ -47,6 +47,8 @@ class Format:
         default_fields: jaxlm config field -> its value if ``config.json`` lacks the field. A field of this mapping that
             is not in ``hf_name_of_field`` has this value in all models of the format. So the format can represent a
             model only if the model has these values.
+        none_means: jaxlm config field -> a function from jaxlm's ``Config`` to the value that None stands for. If
+            ``default_fields`` has None for the field, the format can also represent a model with this value.
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. Its
             result replaces entries of ``default_fields``. If the function raises a ``ValueError``, the caller adds the
             path of the file to the message.
@@ -85,6 +87,7 @@ class Format:
     hf_name_of_field: Mapping[str, str]
     tensors: Mapping[str, str]
     default_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    none_means: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     read_fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     write_fields: Callable[[Any], dict[str, Any]] | None = None
     jaxlm_value_of: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)

@@ -103,6 +103,7 @@ _GPT1 = dataclasses.replace(
         **{name: hf_name for name, hf_name in _GPT2.hf_name_of_field.items() if name not in ("mlp_dim", "activation")},
         "activation": "afn",
     },
+    none_means={"mlp_dim": lambda cfg: 4 * cfg.embed_dim},
     jaxlm_value_of={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # GPT-1's "gelu" is the tanh approximation
     required={"pruned_heads": {}},
     token_ids={},
@@ -111,6 +112,7 @@ _GPT1 = dataclasses.replace(
         "token_embedding": "tokens_embed.weight",
         "position_embedding": "positions_embed.weight",
     },
+    ignored=(*_GPT2.ignored, "position_ids"),  # 0, 1, 2, ... in old files
 )
 
 FORMATS = (_GPT2, _GPT1)

@@ -205,6 +205,11 @@ _LLAMA = Format(
     model_type="llama",
     prefix="model.",
     default_fields={**_NO_EXPERTS, "qkv_bias": False, "window": None},
+    none_means={
+        "attention_scale": lambda cfg: head_sizes(cfg)[2] ** -0.5,
+        "expert_dim": lambda cfg: cfg.mlp_dim,
+        "pattern": lambda cfg: ("full",) if cfg.window is None else ("window",),
+    },
     hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",

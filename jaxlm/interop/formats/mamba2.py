@@ -227,6 +227,8 @@ _HYBRID_DEFAULTS = {
     "negative_eigenvalues": False,
 }
 """``Format.default_fields`` that Bamba and Falcon-H1 share."""
+_NONE_MEANS = {"multipliers": lambda cfg: Multipliers()}
+"""``Format.none_means`` of Mamba-2 and Bamba."""
 
 _FALCON_H1 = Format(
     architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
@@ -262,6 +264,7 @@ _BAMBA = dataclasses.replace(
         "norm_groups": 1,
         "multipliers": None,
     },
+    none_means=_NONE_MEANS,
     hf_name_of_field={**_HYBRID_FIELDS, "rotary_fraction": "partial_rotary_factor"},
     read_fields=_read_bamba_fields,
     write_fields=_write_bamba_fields,
@@ -287,6 +290,7 @@ FORMATS = (
             "max_positions": None,
             "negative_eigenvalues": False,
         },
+        none_means=_NONE_MEANS,
         hf_name_of_field={
             "vocab_size": "vocab_size",
             "num_layers": "num_hidden_layers",
