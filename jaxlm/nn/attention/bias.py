@@ -183,9 +183,8 @@ def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
 def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; used by ``reference`` and ``decode``."""
     tile = Tile(0, queries, 0, keys)
-    sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
-    B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(bias.integers)), 1)
-    H = max(h for _, h in sizes)
+    B = max((x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))), default=1)
+    H = max((x.shape[1] for x in jax.tree.leaves(bias.floats)), default=1)
 
     # Axes of size 1 are removed instead of mapped over, so that a bias that all heads or rows share is computed only
     # once.

@@ -90,6 +90,7 @@ def distance_bias_at_query_positions(
         raise ValueError(
             f"a table of {table.shape[0]} distances is too short for {keys} keys: it needs at least {keys} rows"
         )
+    query_BT = query_BT.astype(jnp.int32)  # differences of smaller integers would wrap
     return AttentionBias(_ByQueryPosition(max_distance, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
 
 

@@ -26,8 +26,9 @@ class Mask:
         causal: a query attends only to keys with ``order(k) <= order(q)``. The default order of a query or key is its
             index.
         window: a query attends only to keys with ``order(q) - order(k) < window``. Needs ``causal``.
-        query_order / key_order: [1 or B, T] / [1 or B, S] int32; give both or neither. Used only with ``causal``.
-        query_segments / key_segments: [1 or B, T] / [1 or B, S] int32; give both or neither. 0 is padding, which
+        query_order / key_order: [1 or B, T] / [1 or B, S] integers; give both or neither. Used only with ``causal``,
+            as int32.
+        query_segments / key_segments: [1 or B, T] / [1 or B, S] integers; give both or neither. 0 is padding, which
             attends only to padding.
     """
 
@@ -47,8 +48,9 @@ class Mask:
 
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
-        """The four integer arrays, each of which may be None."""
-        return self.query_order, self.key_order, self.query_segments, self.key_segments
+        """The four integer arrays as int32, each of which may be None."""
+        arrays = self.query_order, self.key_order, self.query_segments, self.key_segments
+        return jax.tree.map(lambda x: x.astype(jnp.int32), arrays)  # differences of unsigned orders would wrap
 
 
 def document_mask(segment_ids: jax.Array | None, *, causal: bool = False) -> Mask:
@@ -65,7 +67,7 @@ def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
 
     The mask needs O(T * S) memory.
     """
-    orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
+    orders, segments = mask.arrays[:2], mask.arrays[2:]
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
 

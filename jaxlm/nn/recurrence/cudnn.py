@@ -42,7 +42,9 @@ def lstm(
     weights = jnp.concatenate(
         [*(jnp.moveaxis(matrix, 0, 2).ravel() for matrix in matrices), bias, jnp.zeros_like(bias)]
     )
-    initial = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
+    initial = [
+        jnp.zeros((1, B, H)) if state is None else state[name][None].astype(jnp.float32) for name in ("hidden", "cell")
+    ]
     hidden_BTH, *last = rnn.lstm(x_BTD, *initial, weights, lengths_B, D, H, 1, 0.0, False)
     if reverse:
         hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)

@@ -53,7 +53,7 @@ def lstm(
     Args:
         params: see ``jaxlm.nn.recurrence.lstm_specs``. For DropConnect, apply dropout to ``weight_hidden`` before the
             call.
-        state: {"hidden", "cell"}, [B, H] float32 each; None: zeros.
+        state: {"hidden", "cell"}, [B, H] each, cast to float32; None: zeros.
         reset_BT: True where the state is reset to zeros before the token (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False at padding. There, the state does not change, and the output is the unchanged hidden state. None:
@@ -191,7 +191,8 @@ def _layer(
         x_BTD = jnp.where(masks[1][:, :, None], x_BTD, jnp.zeros_like(x_BTD))
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state
-        state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in cell.state}
+        state = {name: jnp.zeros_like(like_BH) for name in cell.state}
+    state = {name: state[name].astype(jnp.float32) for name in cell.state}
     if implementation == "reference":
         output = lambda state: state["hidden"].astype(x_BTD.dtype)  # noqa: E731
         return _scan_cell(cell.step, params, x_BTD, state, masks, output, reverse)

@@ -6,6 +6,7 @@ chunks, L steps of a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,26 +20,31 @@ from jaxlm.nn.custom_gradient import vary_equally
 
 
 def prepare(
-    inputs: Sequence[jax.Array], state_BHKV: jax.Array | None, keep_BT: jax.Array | None
-) -> tuple[list[jax.Array], jax.Array]:
-    """The inputs with zeros at padding, and the state before the first step, float32.
+    inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
+    """The inputs with zeros at padding, the state before the first step, float32, and the resets at real steps.
 
     Batch and heads may be sharded. The time axis is not sharded, because the steps are sequential.
 
     Args:
         inputs: queries and keys [B, T, G, K], values [B, T, H, V], and other arrays [B, T, H, X], in this order.
         state_BHKV: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere.
         keep_BT: False at padding; None: no padding.
     """
     H = inputs[2].shape[2]
     arrays = [sharding.constrain(x, ("batch", None, "heads" if x.shape[2] == H else None, None)) for x in inputs]
     if keep_BT is not None:
         arrays = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in arrays]
+        reset_BT = None if reset_BT is None else reset_BT & keep_BT
     if state_BHKV is None:
         key_BHK, value_BHV = per_head(arrays[1][:, 0], H), arrays[2][:, 0]
         state_BHKV = jnp.zeros_like(key_BHK[..., None] * value_BHV[:, :, None], jnp.float32)
     # In ``jax.shard_map``, the first state must vary over the same mesh axes as the later states.
-    return vary_equally((arrays, state_BHKV.astype(jnp.float32)))
+    return vary_equally((arrays, state_BHKV.astype(jnp.float32), reset_BT))
 
 
 def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
@@ -46,15 +52,25 @@ def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
     return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
 
 
-def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
+def scan_steps(
+    step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None
+) -> Any:
     """The outputs [B, T, H, V] and the last state of a loop over steps.
 
     Args:
         step: ``step(state, *inputs of the step)`` returns the state after the step and the output [B, H, V].
         inputs: arrays [B, T, ...].
+        reset_BT: True where the state is set to zeros before the step; None: nowhere.
     """
-    steps = [jnp.swapaxes(x, 0, 1) for x in inputs]
-    last_BHKV, out_TBHV = lax.scan(lambda state, inputs: step(state, *inputs), state_BHKV, steps)
+
+    def reset_and_step(state_BHKV: jax.Array, inputs_and_reset: Any) -> Any:
+        inputs, reset_B = inputs_and_reset
+        if reset_B is not None:
+            state_BHKV = jnp.where(reset_B[:, None, None, None], 0.0, state_BHKV)
+        return step(state_BHKV, *inputs)
+
+    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (tuple(inputs), reset_BT))
+    last_BHKV, out_TBHV = lax.scan(reset_and_step, state_BHKV, steps)
     return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
 
 
@@ -62,6 +78,7 @@ def scan_chunks(
     run_chunk: Callable[..., Any],
     inputs: Sequence[jax.Array],
     state_BHKV: jax.Array,
+    reset_BT: jax.Array | None,
     chunk: int,
     step: Callable[..., Any] | None = None,
 ) -> Any:
@@ -72,23 +89,49 @@ def scan_chunks(
 
     Args:
         run_chunk: ``run_chunk(state, *inputs of the chunk)`` returns the state after the chunk and the outputs of its
-            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk.
-        inputs: arrays [B, T, H, X].
+            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk. Entry v of the last axis of
+            both results depends on no other entry of the last axis of the state.
+        inputs: arrays [B, T, H, X]. A step with a reset has a decay of 0.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere. With resets, ``run_chunk`` gets
+            a state without non-finite entries (:func:`_run_with_resets`).
         chunk: see :func:`split_into_chunks`.
         step: None, or the function of :func:`scan_steps`. If ``step`` is given and the call is not differentiated, the
             result is computed by ``scan_steps``, without chunks.
     """
 
-    def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array) -> Any:
-        recomputed, chunks = jax.checkpoint(run_chunk, prevent_cse=False), split_into_chunks(inputs, chunk)
+    def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None) -> Any:
+        function, chunks = run_chunk, split_into_chunks(inputs, chunk)
+        if reset_BT is not None:
+            (reset_CB1L1,) = split_into_chunks((reset_BT[:, :, None, None],), chunk)
+            function = functools.partial(_run_with_resets, run_chunk)
+            chunks = (jnp.cumsum(reset_CB1L1, axis=3) > 0, *chunks)
+        recomputed = jax.checkpoint(function, prevent_cse=False)
         last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
         return join_chunks(out_CBHLV, inputs[0].shape[1]), last_BHKV
 
     if step is None:
-        return run(inputs, state_BHKV)
-    forward = jax.custom_jvp(lambda inputs, state_BHKV: scan_steps(step, inputs, state_BHKV))
+        return run(inputs, state_BHKV, reset_BT)
+    forward = jax.custom_jvp(functools.partial(scan_steps, step))
     forward.defjvp(lambda primals, tangents: jax.jvp(run, primals, tangents))
-    return forward(tuple(inputs), state_BHKV)
+    return forward(tuple(inputs), state_BHKV, reset_BT)
+
+
+def _run_with_resets(
+    run_chunk: Callable[..., Any], state_BHKV: jax.Array, after_reset_B1L1: jax.Array, *inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The results of ``run_chunk`` for a chunk with resets, whose state may be non-finite.
+
+    ``run_chunk`` multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So a column of the state (an
+    entry v of its last axis) with a non-finite number is replaced by zeros. The results of this column are then set to
+    NaN, except the results after a reset.
+
+    Args:
+        after_reset_B1L1: True at the first reset of the chunk and at all later steps.
+    """
+    is_finite_BH1V = jnp.all(jnp.isfinite(state_BHKV), axis=2, keepdims=True)
+    new_BHKV, out_BHLV = run_chunk(jnp.where(is_finite_BH1V, state_BHKV, 0.0), *inputs)
+    out_BHLV = jnp.where(is_finite_BH1V | after_reset_B1L1, out_BHLV, jnp.nan)
+    return jnp.where(is_finite_BH1V | after_reset_B1L1[:, :, -1:], new_BHKV, jnp.nan), out_BHLV
 
 
 def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:

@@ -63,11 +63,11 @@ def gated_delta_rule(
 
     Args:
         key_BTHK: keys, usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
-        log_decay_BTH: g, at most 0; -inf sets the old state to zeros.
+        log_decay_BTH: g, at most 0; -inf sets the old state to zeros if it is finite.
         beta_BTH: the weight of the new value, in [0, 2].
         state_BHKV: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
-            None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``), even
+            if it is NaN; see ``linear_attention`` for non-finite inputs. None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
             ``implementation=None`` does not select ``pallas``.
@@ -99,12 +99,14 @@ def gated_delta_rule(
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
     if reset_BT is not None and implementation != "pallas":
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
-    inputs, state_BHKV = chunks.prepare((query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, keep_BT)
+    inputs, state_BHKV, reset_BT = chunks.prepare(
+        (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, reset_BT, keep_BT
+    )
     if implementation == "reference":
-        return chunks.scan_steps(_gated_step, inputs, state_BHKV)
+        return chunks.scan_steps(_gated_step, inputs, state_BHKV, reset_BT)
     if implementation == "pallas":
-        return head_blocks.run(delta_rule_pallas.KERNELS, inputs, state_BHKV, reset_BT, keep_BT)
-    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, chunk or choices.gated_delta_rule_chunk())
+        return head_blocks.run(delta_rule_pallas.KERNELS, inputs, state_BHKV, reset_BT)
+    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, reset_BT, chunk or choices.gated_delta_rule_chunk())
 
 
 def generalized_delta_rule(
@@ -158,14 +160,15 @@ def generalized_delta_rule(
     if reset_BT is not None:
         log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
         a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
-    inputs, state_BHKV = chunks.prepare(
-        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, keep_BT
+    inputs, state_BHKV, reset_BT = chunks.prepare(
+        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, reset_BT, keep_BT
     )
     if implementation == "reference":
-        return chunks.scan_steps(_generalized_step, inputs, state_BHKV)
+        return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
     chunk = chunk or choices.GENERALIZED_DELTA_RULE_CHUNK
-    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, chunk, _generalized_step if loops else None)
+    step = _generalized_step if loops else None
+    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, reset_BT, chunk, step)
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn.lazy_pallas import start_with
-from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, dot
+from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, dot, split_non_finite
 
 
 def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -97,14 +97,16 @@ def _forward_kernel(
         column = slice(head, head + 1)
         key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
         q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
-        state, prefix = carry[head], decays.prefix[:, column]
+        (state, nan_row), prefix = split_non_finite(carry[head]), decays.prefix[:, column]
         state_in = state.astype(dtype)
         old = prefix * dot(k, state_in, (1, 0))
         u = _accurate_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
         weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
-        outputs.append(dot(weights, u, (1, 0)) + prefix * dot(q, state_in, (1, 0)))
+        from_state = prefix * dot(q, state_in, (1, 0)) + jnp.where(decays.is_before_reset, nan_row, 0.0)
+        outputs.append(dot(weights, u, (1, 0)) + from_state)
         scaled_key = (k.astype(jnp.float32).T * decays.suffix_rows[column]).astype(dtype)
-        carry[head] = decays.total[:, column] * state + dot(scaled_key, u, (1, 0))
+        kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
+        carry[head] = kept + dot(scaled_key, u, (1, 0))
     out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
     last[...] = carry[...]
 
@@ -127,7 +129,8 @@ def _backward_kernel(
         key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
         q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
         dy = dout[:, value_slice]
-        pairs, state, dafter, beta = decays.pairs(head), states[head], carry[head], betas[:, column]
+        pairs, dafter, beta = decays.pairs(head), carry[head], betas[:, column]
+        state, _ = split_non_finite(states[head])
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         key_product, inverse = key_products[head], inverses[head]

@@ -233,6 +233,7 @@ class Decays(NamedTuple):
         prefix: [L, J], the product of the decays of all steps up to and including t; 0 from the first reset on.
         suffix, suffix_rows: [L, J] and [J, L], the product of the decays of all steps after t; 0 before the last reset.
         total: [1, J], the product of the decays of all steps; 0 if the chunk has a reset.
+        is_before_reset: [L, 1], whether neither step t nor an earlier step of the chunk has a reset.
     """
 
     is_read: jax.Array
@@ -244,6 +245,7 @@ class Decays(NamedTuple):
     suffix: jax.Array
     suffix_rows: jax.Array
     total: jax.Array
+    is_before_reset: jax.Array
 
     def pairs(self, head: int) -> jax.Array:
         """The products of the decays of steps s + 1 to t for one head, [L, L]; 0 if t does not read s."""
@@ -262,8 +264,18 @@ def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
         (t >= s) & (segment_t == segment_s), b_t, b_s, columns[:, J : 2 * J], rows[J : 2 * J], prefix,
         jnp.where(segment_t == last_segment, jnp.exp(b_last - b_t), 0.0),
         jnp.where(segment_s == last_segment, jnp.exp(b_s[:, -1:] - b_s), 0.0),
-        prefix[-1:],
+        prefix[-1:], segment_t == 0,
     )  # fmt: skip
+
+
+def split_non_finite(state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The state [K, V] with zeros in each column that has a non-finite entry, and the row [1, V]: NaN there, else 0.
+
+    A kernel multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So it multiplies the state without
+    non-finite entries, and adds the row to the results of the steps before the reset.
+    """
+    num_non_finite = jnp.sum(jnp.where(jnp.abs(state) < jnp.inf, 0.0, 1.0), axis=0, keepdims=True)
+    return jnp.where(num_non_finite == 0.0, state, 0.0), jnp.where(num_non_finite == 0.0, 0.0, jnp.nan)
 
 
 class Kernels(NamedTuple):
@@ -284,11 +296,7 @@ class Kernels(NamedTuple):
 
 
 def run(
-    kernels: Kernels,
-    inputs: Sequence[jax.Array],
-    state_BHKV: jax.Array,
-    reset_BT: jax.Array | None,
-    keep_BT: jax.Array | None,
+    kernels: Kernels, inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
 
@@ -296,14 +304,11 @@ def run(
         inputs: queries and keys [B, T, G, K], values [B, T, H, V], and float32 log decays and scales [B, T, H, 1].
             Padding has zeros in all of them.
         state_BHKV: the state before the first step, float32.
-        reset_BT: True where the state is set to zeros before the step; None: nowhere.
-        keep_BT: False at padding, where the state does not change; None: no padding.
+        reset_BT: True where the state is set to zeros before the step, which is not padding; None: nowhere.
     """
     query, key, value, log_BTH, scale_BTH = *inputs[:3], *(x[..., 0] for x in inputs[3:])
     if reset_BT is None:
         reset_BT = jnp.zeros_like(log_BTH[..., 0], bool)
-    elif keep_BT is not None:
-        reset_BT = reset_BT & keep_BT
     log_BTH = jnp.where(reset_BT[..., None], 0.0, jnp.maximum(log_BTH, MIN_LOG_DECAY))
     L = choices.kernel_chunk(query.shape[1])
     return _run(kernels, L, (query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV)

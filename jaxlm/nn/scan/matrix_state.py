@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
 from jaxlm.nn.scan import head_blocks, matrix_state_pallas
@@ -50,11 +49,13 @@ def linear_attention(
         query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may be a divisor of H.
             Each query and key then belongs to H / G consecutive heads. The scores of a group are computed only once.
         log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
-            state to zeros.
+            state to zeros if it is finite.
         state_BHKV: the state before the first step; None: zeros.
         scale_BTH: the factor ``scale_t`` of each step and head; None: 1.
-        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
-            None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The
+            state before the step may be NaN. But ``chunked`` and ``pallas`` multiply the inputs of a chunk by each
+            other. So a non-finite input before a reset can make the results after the reset NaN if both steps are in
+            the same chunk. None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
             ``implementation=None`` does not select ``pallas``.
@@ -100,24 +101,18 @@ def linear_attention(
     if reset_BT is not None and implementation != "pallas":
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
-    (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV = prepare(
-        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, keep_BT
+    inputs, state_BHKV, reset_BT = prepare(
+        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT
     )
     if implementation == "pallas":
-        with_scale = query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1
-        return head_blocks.run(matrix_state_pallas.KERNELS, with_scale, state_BHKV, reset_BT, keep_BT)
-    # Multiply the keys by the scale if each head has its own keys, otherwise the values. Scaled keys are more accurate
-    # for mLSTM: its numerator and its normalizer then have the same rounding errors.
-    if scale_BTH is not None and G == H:
-        key_BTGK = (scale_BTH1 * key_BTGK.astype(jnp.float32)).astype(key_BTGK.dtype)
-    elif scale_BTH is not None:
-        value_BTHV = (scale_BTH1 * value_BTHV.astype(jnp.float32)).astype(value_BTHV.dtype)
-    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
+        return head_blocks.run(matrix_state_pallas.KERNELS, inputs, state_BHKV, reset_BT)
+    if scale_BTH is None:
+        inputs.pop()
     if implementation == "reference":
-        return scan_steps(_log_step, inputs, state_BHKV)
+        return scan_steps(_log_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
     chunk = chunk or choices.linear_attention_chunk()
-    return scan_chunks(_chunk, inputs, state_BHKV, chunk, _log_step if loops else None)
+    return scan_chunks(_chunk, inputs, state_BHKV, reset_BT, chunk, _log_step if loops else None)
 
 
 def choose_implementation(
@@ -171,17 +166,39 @@ def check_inputs(
     check_masks(reset, keep, (B, T), "query")
 
 
+def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, float32, one of which is multiplied by the scale.
+
+    The keys are multiplied if each head has its own keys, otherwise the values. Scaled keys are more accurate for
+    mLSTM: its numerator and its normalizer then have the same rounding errors.
+    """
+    k_BG, v_BH = k_BG.astype(jnp.float32), v_BH.astype(jnp.float32)
+    if scale_BH is None:
+        return k_BG, v_BH
+    return (scale_BH * k_BG, v_BH) if k_BG.shape[1] == v_BH.shape[1] else (k_BG, scale_BH * v_BH)
+
+
 def _log_step(
-    state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array
+    state_BHKV: jax.Array,
+    q_BGK: jax.Array,
+    k_BGK: jax.Array,
+    v_BHV: jax.Array,
+    log_BHE: jax.Array,
+    scale_BH1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    return decay_step(state_BHKV, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE))
+    return decay_step(state_BHKV, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE), scale_BH1)
 
 
 def decay_step(
-    state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, decay_BHE: jax.Array
+    state_BHKV: jax.Array,
+    q_BGK: jax.Array,
+    k_BGK: jax.Array,
+    v_BHV: jax.Array,
+    decay_BHE: jax.Array,
+    scale_BH1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a step, and its output in the dtype of the value."""
-    q, k, v = (per_head(x.astype(jnp.float32), v_BHV.shape[1]) for x in (q_BGK, k_BGK, v_BHV))
+    q, k, v = (per_head(x, v_BHV.shape[1]) for x in (q_BGK.astype(jnp.float32), *_scaled(k_BGK, v_BHV, scale_BH1)))
     state_BHKV = decay_BHE[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
     return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype)
 
@@ -190,7 +207,12 @@ def decay_step(
 
 
 def _chunk(
-    state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
+    state_BHKV: jax.Array,
+    q_BGLK: jax.Array,
+    k_BGLK: jax.Array,
+    v_BHLV: jax.Array,
+    log_BHLE: jax.Array,
+    scale_BHL1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps in the dtype of the values.
 
@@ -198,10 +220,7 @@ def _chunk(
     near 0, the rounding errors of this difference would be large relative to the gradient. So this formula is not used:
     autodiff differentiates the products of decays.
     """
-    dtype = v_BHLV.dtype
-    q, k, v = (x.astype(jnp.float32) for x in (q_BGLK, k_BGLK, v_BHLV))  # their gradients are summed in float32
-    state_BHKV, out_BHLV = decay_chunk(state_BHKV, q, k, v, jnp.exp(log_BHLE), dtype)
-    return state_BHKV, out_BHLV.astype(dtype)
+    return decay_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, jnp.exp(log_BHLE), scale_BHL1)
 
 
 def decay_chunk(
@@ -210,16 +229,19 @@ def decay_chunk(
     k_BGLK: jax.Array,
     v_BHLV: jax.Array,
     decay_BHLE: jax.Array,
-    dtype: DTypeLike,
+    scale_BHL1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls are cast to ``dtype``.
+    """The state after a chunk, and the outputs of its steps in the dtype of the values.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_{s <= t} D(s, t) * k_s v_s.T)``. The state after the chunk is the
     expression in parentheses for t = L. Decays must be in [-1, 1] (``ssd`` can have negative decays). The decays are
     multiplied and never divided, so no product has a magnitude above 1.
     """
+    dtype = v_BHLV.dtype
     product = product_in(dtype)
+    q_BGLK = q_BGLK.astype(jnp.float32)  # the gradients of queries, keys and values are summed in float32
+    k_BGLK, v_BHLV = _scaled(k_BGLK, v_BHLV, scale_BHL1)
     if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
@@ -240,13 +262,13 @@ def decay_chunk(
             q_BHPWK, k_BHPXK = block_pairs(q_BGLK, size)[1], block_pairs(k_BGLK, size)[0]
             return product("BHPWK,BHPXK->BHPWX", q_BHPWK * later, k_BHPXK * earlier)
 
-        diagonal_BHL = jnp.sum(q_BGLK.astype(jnp.float32) * k_BGLK.astype(jnp.float32), axis=-1)
+        diagonal_BHL = jnp.sum(q_BGLK * k_BGLK, axis=-1)
         scores_BHLM, prefix_BHLE, suffix_BHLE = pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
         from_state_BHLV = product("BHLK,BHKV->BHLV", q_BGLK * prefix_BHLE, state_BHKV)
         new_BHKV = product("BHLK,BHLV->BHKV", k_BGLK * suffix_BHLE, v_BHLV)
     out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV) + from_state_BHLV
     total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
-    return total_BHE1 * state_BHKV + new_BHKV, out_BHLV
+    return total_BHE1 * state_BHKV + new_BHKV, out_BHLV.astype(dtype)
 
 
 def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn.lazy_pallas import start_with
-from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, dot
+from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, dot, split_non_finite
 
 
 def _forward_kernel(
@@ -38,12 +38,15 @@ def _forward_kernel(
         if blocks.has_own_keys or head == 0:
             q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
             scores, k_transposed = dot(q, k, (1, 1)), k.T.astype(jnp.float32)
-        v, state, column = value[:, head * V : (head + 1) * V], carry[head], slice(head, head + 1)
+        v, column = value[:, head * V : (head + 1) * V], slice(head, head + 1)
+        state, nan_row = split_non_finite(carry[head])
         from_state = decays.prefix[:, column] * dot(q, state.astype(dtype), (1, 0))
+        from_state += jnp.where(decays.is_before_reset, nan_row, 0.0)
         scale_row = decays.scale_rows[column]
         outputs.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
         scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
-        carry[head] = decays.total[:, column] * state + dot(scaled_key, v, (1, 0))
+        kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
+        carry[head] = kept + dot(scaled_key, v, (1, 0))
     out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
     last[...] = carry[...]
 
@@ -67,7 +70,7 @@ def _backward_kernel(
             scores, q_transposed = dot(q, k, (1, 1)), q.T
         v, dy = value[:, head * V : (head + 1) * V], dout[:, head * V : (head + 1) * V]
         column = slice(head, head + 1)
-        pairs, state, dafter = decays.pairs(head), states[head], carry[head]
+        pairs, state, dafter = decays.pairs(head), split_non_finite(states[head])[0], carry[head]
         prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         scale = decays.scale[:, column]

@@ -75,8 +75,8 @@ def mlstm(
         log_forget_BTH: the logarithm of the forget gate. For a sigmoid gate, this is ``log_sigmoid`` of the
             pre-activation; for an exponential gate, the pre-activation itself.
         state: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
-            None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``), even
+            if it is NaN; see ``linear_attention`` for non-finite inputs. None: no resets.
         keep_BT: False where the step is padding. There, the output is zeros and the state does not change (in
             ``chunked`` and ``pallas`` it may change by rounding errors). None: no padding.
         epsilon: added to the divisor of the output.
@@ -171,6 +171,12 @@ def _by_linear_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
     reset_BT: jax.Array | None, epsilon: float, chunk: int | None, implementation: Implementation,
 ) -> Any:  # fmt: skip
+    if reset_BT is not None:
+        # A non-finite stabilizer would make the gates of all steps of the chunk non-finite, also after a reset. If the
+        # cell and the normalizer are NaN instead, the results before the reset are NaN, too.
+        undefined = {name: jnp.full_like(state[name], jnp.nan) for name in ("cell", "normalizer")}
+        undefined["stabilizer"] = jnp.zeros_like(state["stabilizer"])
+        state = select_state(state["stabilizer"] < jnp.inf, state, undefined)
     m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], reset_BT)
     before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
     # At a reset, ``linear_attention`` does not use the decay.
@@ -217,7 +223,9 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, re
         a_BTH = jnp.where(reset_BT1, -jnp.inf, a_BTH)
 
     def combine(earlier: Any, later: Any) -> Any:
-        return earlier[0] + later[0], jnp.maximum(later[0] + earlier[1], later[1])
+        is_reset = later[0] == -jnp.inf  # then the earlier steps are not used, which may be NaN
+        a, b = earlier[0] + later[0], jnp.maximum(later[0] + earlier[1], later[1])
+        return jnp.where(is_reset, -jnp.inf, a), jnp.where(is_reset, later[1], b)
 
     a_BTH, b_BTH = lax.associative_scan(combine, (a_BTH, b_BTH), axis=1)
     return jnp.maximum(a_BTH + m_BH[:, None], b_BTH)

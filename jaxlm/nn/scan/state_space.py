@@ -81,11 +81,12 @@ def ssd(
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
         decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
-    value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
-    inputs, state_BHNP = prepare((C_BTGN, B_BTGN, value_BTHP, decay_minus_one_BTH1), state_BHNP, keep_BT)
+    inputs, state_BHNP, reset_BT = prepare(
+        (C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]), state_BHNP, reset_BT, keep_BT
+    )
     if implementation == "reference":
-        return scan_steps(_step, inputs, state_BHNP)
-    return scan_chunks(_chunk, inputs, state_BHNP, chunk or choices.linear_attention_chunk())
+        return scan_steps(_step, inputs, state_BHNP, reset_BT)
+    return scan_chunks(_chunk, inputs, state_BHNP, reset_BT, chunk or choices.linear_attention_chunk())
 
 
 def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:
@@ -104,10 +105,13 @@ def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: ja
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, state size, width], {list(state_shape)}")
 
 
-def _step(state: jax.Array, C: jax.Array, B: jax.Array, value: jax.Array, decay_minus_one: jax.Array) -> Any:
-    return decay_step(state, C, B, value, 1.0 + decay_minus_one)
+def _step(
+    state: jax.Array, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return decay_step(state, C, B, x, 1.0 + decay_minus_one, dt)
 
 
-def _chunk(state: jax.Array, C: jax.Array, B: jax.Array, value: jax.Array, decay_minus_one: jax.Array) -> Any:
-    state, y = decay_chunk(state, C, B, value, 1.0 + decay_minus_one, value.dtype)
-    return state, y.astype(value.dtype)
+def _chunk(
+    state: jax.Array, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return decay_chunk(state, C, B, x, 1.0 + decay_minus_one, dt)

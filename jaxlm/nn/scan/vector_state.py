@@ -59,8 +59,9 @@ def linear_scan(
         decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` and ``pallas`` multiply
             decays with each other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
-            None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The
+            state before the step may be NaN. But in ``pallas``, a non-finite input before a reset can make the results
+            after the reset NaN if both steps are in the same tile of 8 or 16 steps. None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: whether the recurrence goes from the last step to the first. Output t still belongs to input t, and the
             returned last state is the state at step 0.
@@ -336,12 +337,16 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
         return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, num_chunks, L, D), 0, 1)
 
     def combine(earlier: Any, later: Any) -> Any:
-        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+        return earlier[0] * later[0], decayed(later[0], earlier[1]) + later[1]
+
+    def decayed(decay: jax.Array, state: jax.Array) -> jax.Array:
+        # At a reset, the decay is 0 and the state may be NaN. The gradient of a decay of 0 is not changed.
+        return decay * jnp.where((decay == 0.0) & ~jnp.isfinite(state), 0.0, state)
 
     def run_chunk(state_BD: jax.Array, inputs: Any) -> Any:
         decay_BLD, new_BLD = (x.astype(jnp.float32) for x in inputs)
         decay_BLD, hidden_BLD = lax.associative_scan(combine, (decay_BLD, new_BLD), axis=1, reverse=reverse)
-        hidden_BLD = decay_BLD * state_BD[:, None] + hidden_BLD
+        hidden_BLD = decayed(decay_BLD, state_BD[:, None]) + hidden_BLD
         return hidden_BLD[:, 0 if reverse else -1], hidden_BLD
 
     _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)

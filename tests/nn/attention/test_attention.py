@@ -1,5 +1,6 @@
 """Tests of each implementation of attention against a definition in float64: values and all gradients."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -12,6 +13,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
+from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.cache import CacheContext, CacheView, append, append_and_read
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, keep
@@ -331,6 +333,46 @@ def test_a_boolean_dense_bias_has_gradients_of_the_inputs():
         return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, bias=bias))), (0, 1, 2)))(*qkv)
 
     assert_trees_close(gradients(bias), gradients(bias.astype(np.float32)), 1e-7)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexBias:
+    """Bias function without float arrays: the distance of the indices, or of the positions if there are any."""
+
+    def required_slices(self, tile):
+        return {}
+
+    def __call__(self, arrays, integers, tile):
+        rows, columns = tile.indices()
+        if integers is not None:
+            rows, columns = tile.query_column(integers["query"]), tile.key_row(integers["key"])
+        return -0.3 * jnp.abs(rows - columns).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_bias_may_have_no_float_arrays(positions):
+    q, k, v, _ = inputs(2, 5, 5, 3, 4)
+    index_BT = np.arange(5, dtype=np.int32) * np.array([[1], [3]] if positions else [[1]], np.int32)
+    bias = AttentionBias(IndexBias(), {}, {"query": index_BT, "key": index_BT} if positions else None)
+    dense_BHTS = -0.3 * np.abs(index_BT[:, None, :, None] - index_BT[:, None, None, :]).astype(np.float32)
+    want = jax.jit(functools.partial(attention, implementation="reference"))(q, k, v, bias=dense_BHTS)
+    for implementation in ("reference", "blockwise", "decode", None):
+        got = jax.jit(functools.partial(attention, implementation=implementation))(q, k, v, bias=bias)
+        assert relative_error(got, want) < 2e-6, implementation
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "decode"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])
+def test_unsigned_orders_do_not_wrap(dtype, implementation):
+    q, k, v, _ = inputs(2, 5, 5, 3, 4)
+    order = np.arange(5)[None]
+    attend = jax.jit(functools.partial(attention, implementation=implementation))
+    for window in (None, 2):
+        got, want = (
+            attend(q, k, v, Mask(causal=True, window=window, query_order=each, key_order=each))
+            for each in (order.astype(dtype), order.astype("int32"))
+        )
+        assert np.array_equal(got, want)
 
 
 def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():

@@ -125,6 +125,17 @@ def test_distance_bias_at_query_positions():
         distance_bias_at_query_positions(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_small_integers_as_query_positions_do_not_wrap(dtype):
+    """The difference of ``max_distance`` and the positions does not fit into the dtype of the positions."""
+    table, q = arrays(5, 700, True)
+    got, want = (
+        dense_bias(distance_bias_at_query_positions(table, 300, jnp.arange(5).astype(name)[None], 5, q_BTHK=q), 5, 5)
+        for name in (dtype, "int32")
+    )
+    assert np.array_equal(got, want)
+
+
 def test_type_bias():
     """The bias depends on whether query and key have the same token type."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxlm import sharding, spec
 from jaxlm.nn import choices, recurrence
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, relative_error
 
 B, T, D, H = 3, 7, 5, 4
 KINDS = ("lstm", "gru_after", "gru_before")
@@ -180,6 +180,17 @@ def test_a_loop_over_the_cell_equals_the_layer(kind):
         outputs.append(state["hidden"])
     assert relative_error(np.stack(outputs, axis=1), want) < 1e-6
     assert_trees_close(state, last, 1e-6)
+
+
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_state_is_cast_to_float32(kind, implementation):
+    params, x, state = setup(kind)
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
+    layer = jax.jit(functools.partial(layer_of(kind), implementation=implementation))
+    want = layer(params, x, jax.tree.map(lambda leaf: leaf.astype(np.float32), state))
+    assert_trees_equal(layer(params, x, state), want)
 
 
 @pytest.mark.plain_cases(2)

@@ -109,6 +109,18 @@ def test_scales_multiply_the_new_values(implementation):
     assert_trees_close(results(with_scale, arguments), results(scaled_values, arguments), 1e-6)
 
 
+@pytest.mark.parametrize("decay", ["head", "grouped"])
+def test_the_reference_multiplies_by_the_scale_in_float32(decay):
+    q, k, v, log_decay, state = arrays(decay)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    scale = np.exp(log_decay)
+    attend = jax.jit(functools.partial(linear_attention, implementation="reference"))
+    out, last = attend(q, k, v, log_decay, state, scale_BTH=scale)
+    assert out.dtype == jnp.bfloat16
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    assert relative_error(last, attend(q, k, v, log_decay, state, scale_BTH=scale)[1]) < 1e-6
+
+
 @pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("decay", DECAYS)

@@ -106,6 +106,16 @@ def test_the_gradient_of_negative_eigenvalues_is_accurate_for_decays_near_zero(d
         assert error < tolerance, name
 
 
+def test_the_reference_multiplies_by_the_step_sizes_in_float32():
+    """Also with negative eigenvalues, bfloat16 inputs are not rounded again."""
+    x, dt, A, b, c, state = arrays()
+    x, b, c = (y.astype(jnp.bfloat16) for y in (x, b, c))
+    run = jax.jit(functools.partial(ssd, negative_eigenvalues=True, implementation="reference"))
+    y, last = run(x, dt, A, b, c, state)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(last, run(*(z.astype(np.float32) for z in (x, dt, A, b, c)), state)[1]) < 1e-6
+
+
 def test_the_dual_form_is_the_same_function():
     *inputs, _ = arrays()
     assert relative_error(jax.jit(ssd)(*inputs)[0], masked_attention(*inputs)) < 3e-6
