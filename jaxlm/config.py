@@ -26,6 +26,10 @@ from jaxlm.json_files import read_object
 C = TypeVar("C")
 
 
+MAX_LAYERS = 10_000
+"""Maximum number of layers. The parameter specs of a very large number of layers would fill the host memory."""
+
+
 def field_types(kind: Any) -> Mapping[str, Any]:
     """``{field name: type}`` of a config class, computed once per class.
 

@@ -24,7 +24,6 @@ from jaxlm.data.tokenizers import ROLES, Tokenizer, num_required_ids
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.formats.format import JAXLM_PREFIX
-from jaxlm.models.common import MAX_LAYERS
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.registry import FAMILIES, family, family_names
 
@@ -277,8 +276,8 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
         else:
             config_lib.check_value(hints[name], value, hf_name)
         # The function read_fields makes lists with an entry for each layer, which would fill the memory.
-        if name in ("num_layers", "num_decoder_layers") and value is not None and value > MAX_LAYERS:
-            raise ValueError(f"{hf_name}={value} is too large: at most {MAX_LAYERS} are supported")
+        if name in ("num_layers", "num_decoder_layers") and value is not None and value > config_lib.MAX_LAYERS:
+            raise ValueError(f"{hf_name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
         fields[name] = value
     return fields
 

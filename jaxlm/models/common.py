@@ -21,10 +21,6 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
 
 
-MAX_LAYERS = 10_000
-"""Maximum number of layers. The parameter specs of a very large number of layers would fill the host memory."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Base class for the ``Config`` of a family: the fields that all families share, and checks of field values.
@@ -57,8 +53,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
             if name.endswith(("epsilon", "init_bound")) and value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")
-            if name in ("num_layers", "num_decoder_layers") and value > MAX_LAYERS:
-                raise ValueError(f"{name}={value} is too large: at most {MAX_LAYERS} are supported")
+            if name in ("num_layers", "num_decoder_layers") and value > config_lib.MAX_LAYERS:
+                raise ValueError(f"{name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
             if name in ("rotary_base", "window_rotary_base") and not value > 1:
                 raise ValueError(f"{name}={value} must exceed 1")
         config_lib.check_choices(self)

@@ -101,7 +101,7 @@ def test_cpu_devices_that_jax_does_not_have_raise_an_error(monkeypatch):
     with pytest.raises(ValueError, match="cpu_devices=9 has its own mesh over the CPU devices of one process"):
         config.trainer(model, optax.sgd(0.1), causal.loss, sharding=Sharding(make_mesh("data=8")))
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
-    with pytest.raises(ValueError, match="cpu_devices=9 is for a CPU, but JAX runs on a gpu: leave it out"):
+    with pytest.raises(ValueError, match="cpu_devices=9 is for a CPU, but JAX runs on a gpu: set it to 1"):
         config.trainer(model, optax.sgd(0.1), causal.loss)
 
 

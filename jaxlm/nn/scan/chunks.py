@@ -58,19 +58,14 @@ def scan_steps(
     """The outputs [B, T, H, V] and the last state of a loop over steps.
 
     Args:
-        step: ``step(state, *inputs of the step)`` returns the state after the step and the output [B, H, V].
+        step: ``step(state, mask, *inputs of the step)`` returns the state after the step and the output [B, H, V].
+            ``mask`` is the argument of ``reset_state`` for the step.
         inputs: arrays [B, T, ...].
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
     """
-
-    def reset_and_step(state_BHKV: jax.Array, inputs_and_reset: Any) -> Any:
-        inputs, reset_B = inputs_and_reset
-        if reset_B is not None:
-            state_BHKV = jnp.where(reset_B[:, None, None, None], 0.0, state_BHKV)
-        return step(state_BHKV, *inputs)
-
-    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (tuple(inputs), reset_BT))
-    last_BHKV, out_TBHV = lax.scan(reset_and_step, state_BHKV, steps)
+    masks = None if reset_BT is None else (reset_BT, None)
+    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (masks, *inputs))
+    last_BHKV, out_TBHV = lax.scan(lambda state, step_inputs: step(state, *step_inputs), state_BHKV, steps)
     return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
 
 

@@ -25,6 +25,8 @@ same steps, on the axis of the keys), P pairs of blocks of S steps (R: the same 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -39,6 +41,7 @@ from jaxlm.nn.scan.matrix_state import (
     pair_scores_and_decays,
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
+from jaxlm.nn.segments import reset_state
 
 
 def gated_delta_rule(
@@ -174,9 +177,9 @@ def generalized_delta_rule(
 # ---------------------------------------------------------------------------------------------- gated delta rule
 
 
-def _gated_step(state_BHKV: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gated_step(state_BHKV: jax.Array, mask: Any, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     q_BHK, k_BHK, v_BHV, log_BH1, beta_BH1 = (x.astype(jnp.float32) for x in inputs)
-    state_BHKV = jnp.exp(log_BH1)[..., None] * state_BHKV
+    state_BHKV = jnp.exp(log_BH1)[..., None] * reset_state(mask, state_BHKV)
     old_BHV = jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
     state_BHKV = state_BHKV + k_BHK[..., None] * (beta_BH1 * (v_BHV - old_BHV))[:, :, None, :]
     return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV).astype(inputs[2].dtype)
@@ -214,10 +217,11 @@ def _gated_chunk(
 # ---------------------------------------------------------------------------------------- generalized delta rule
 
 
-def _generalized_step(state_BHKV: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _generalized_step(state_BHKV: jax.Array, mask: Any, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     q_BHK, k_BHK, v_BHV, log_BHK, a_BHK, b_BHK = (x.astype(jnp.float32) for x in inputs)
-    old_BHV = jnp.einsum("BHK,BHKV->BHV", a_BHK, state_BHKV)
-    state_BHKV = jnp.exp(log_BHK)[..., None] * state_BHKV + b_BHK[..., None] * old_BHV[:, :, None]
+    # The state is reset after the matmul: otherwise, XLA would write the state to memory before the matmul.
+    old_BHV = reset_state(mask, jnp.einsum("BHK,BHKV->BHV", a_BHK, state_BHKV))
+    state_BHKV = jnp.exp(log_BHK)[..., None] * reset_state(mask, state_BHKV) + b_BHK[..., None] * old_BHV[:, :, None]
     state_BHKV = state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
     return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q_BHK, state_BHKV).astype(inputs[2].dtype)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxlm.nn import choices
 from jaxlm.nn.scan import head_blocks, matrix_state_pallas
 from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
-from jaxlm.nn.segments import check_masks
+from jaxlm.nn.segments import check_masks, reset_state
 
 Implementation = Literal["reference", "chunked", "pallas"]
 
@@ -180,17 +180,19 @@ def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tup
 
 def _log_step(
     state_BHKV: jax.Array,
+    mask: Any,
     q_BGK: jax.Array,
     k_BGK: jax.Array,
     v_BHV: jax.Array,
     log_BHE: jax.Array,
     scale_BH1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    return decay_step(state_BHKV, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE), scale_BH1)
+    return decay_step(state_BHKV, mask, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE), scale_BH1)
 
 
 def decay_step(
     state_BHKV: jax.Array,
+    mask: Any,
     q_BGK: jax.Array,
     k_BGK: jax.Array,
     v_BHV: jax.Array,
@@ -199,7 +201,7 @@ def decay_step(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a step, and its output in the dtype of the value."""
     q, k, v = (per_head(x, v_BHV.shape[1]) for x in (q_BGK.astype(jnp.float32), *_scaled(k_BGK, v_BHV, scale_BH1)))
-    state_BHKV = decay_BHE[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
+    state_BHKV = decay_BHE[..., None] * reset_state(mask, state_BHKV) + k[..., None] * v[:, :, None, :]
     return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype)
 
 

@@ -106,9 +106,9 @@ def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: ja
 
 
 def _step(
-    state: jax.Array, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
+    state: jax.Array, mask: Any, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return decay_step(state, C, B, x, 1.0 + decay_minus_one, dt)
+    return decay_step(state, mask, C, B, x, 1.0 + decay_minus_one, dt)
 
 
 def _chunk(
