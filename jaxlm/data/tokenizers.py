@@ -9,36 +9,33 @@ import dataclasses
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from jaxlm import extras, integrity
+from jaxlm import integrity
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.text_files import check_no_surrogate, utf8_bytes
+from jaxlm.data.tokenizer_files import (
+    ROLES,
+    apply_settings,
+    component_state,
+    declared_tokens,
+    find_special_token,
+    find_special_tokens,
+    mark_special,
+    read_backend,
+    read_if_exists,
+    settings_to_save,
+)
 from jaxlm.json_files import read_object
 
 _LOG = logging.getLogger("jaxlm")
 
 JAXLM_TOKENIZER_FILE = "jaxlm_tokenizer.json"
-_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
-_END_OF_TEXT = "<|endoftext|>"
-ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
-"""The roles of special tokens: the fields of :class:`SpecialIds`."""
-_KNOWN_TOKENS = {
-    "pad": ("<pad>", "[PAD]", "<|pad|>"),
-    "unk": ("<unk>", "[UNK]"),
-    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
-    "eos": (_END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"),
-    "cls": ("[CLS]", "<cls>"),
-    "sep": ("[SEP]", "<sep>"),
-    "mask": ("[MASK]", "<mask>"),
-}
-"""The tokens that published vocabularies use for each role. If neither the caller nor a file names the token of a role,
-the first of these tokens that is in the vocabulary is used."""
 _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
@@ -48,33 +45,6 @@ TOKENIZER_FILES = (JAXLM_TOKENIZER_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
 """The entry of ``tokenizer_config.json`` for models without token types."""
-
-# Classes of transformers that change what ``tokenizer.json`` says. Names are without the suffix "Fast".
-_ADD_BOS_TOKEN = {
-    "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True, "GPTNeoXTokenizer": False,
-}  # fmt: skip
-"""Class -> default of ``add_bos_token``, for the classes that make the template from the tokens of bos and eos."""
-_BERT_CLASSES = (
-    "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "FunnelTokenizer",
-    "LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
-)  # fmt: skip
-_ROBERTA_CLASSES = (
-    "RobertaTokenizer", "BartTokenizer", "BlenderbotTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer",
-)  # fmt: skip
-_CONVERTED_CLASSES = ("LlamaTokenizer", "T5Tokenizer")
-"""Classes that do not read ``tokenizer.json`` if ``add_prefix_space`` is set: they convert the SentencePiece model."""
-_CLASS_OF_MODEL = {
-    "bert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "llama": "LlamaTokenizer",
-    "mamba2": "GPTNeoXTokenizer", "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer",
-    "recurrent_gemma": "GemmaTokenizer", "roberta": "RobertaTokenizer", "t5": "T5Tokenizer", "umt5": "T5Tokenizer",
-    "xlstm": "GPTNeoXTokenizer",
-}  # fmt: skip
-"""``model_type`` -> class, if no file names a class. Other types have classes that do not change ``tokenizer.json``."""
-_SETTINGS = (
-    "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens", "strip_accents",
-    "tokenize_chinese_chars", "trim_offsets",
-)  # fmt: skip
-"""The settings of ``tokenizer_config.json`` that may change ``tokenizer.json``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +406,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
             raise ValueError("the vocabulary of the tokenizer is empty: train the tokenizer, or load another one")
         self.backend = backend
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.special_tokens = _special_tokens(backend, special_tokens or {})
+        self.special_tokens = find_special_tokens(backend, special_tokens or {})
         self.special_ids = SpecialIds(**{role: backend.token_to_id(t) for role, t in self.special_tokens.items()})
         # BERT's vocabularies have no eos token, so [SEP] ends a document.
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
@@ -445,7 +415,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         settings = json.loads(self._files.get("tokenizer_config.json", b"{}"))
         # In transformers, this class has no tokens that no file declares; the other classes have default tokens.
         has_defaults = settings.get("tokenizer_class") != "PreTrainedTokenizerFast"
-        _mark_special(
+        mark_special(
             backend, [t for role, t in self.special_tokens.items() if has_defaults or role in (special_tokens or {})]
         )
         side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
@@ -462,7 +432,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         backend.no_truncation()
         template = backend.encode("").ids
         self._context_first = len(template) > 1 and template[-1] == self.special_ids.cls
-        self._trims_added_space = _trims_added_space(_state(backend.post_processor))
+        self._trims_added_space = _trims_added_space(component_state(backend.post_processor))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
@@ -491,13 +461,13 @@ class PretrainedTokenizer(EncodeInputsMixin):
                 contradicts ``tokenizer.json`` in a way that needs another ``tokenizer.json``.
         """
         directory = Path(directory)
-        backend = _read_backend(directory)
+        backend = read_backend(directory)
         files = {name: (directory / name).read_bytes() for name in _COPIED_FILES if (directory / name).is_file()}
-        config = _read_if_exists(directory / "config.json")
-        tokens = _declared_tokens(directory, backend, config)
+        config = read_if_exists(directory / "config.json")
+        tokens = declared_tokens(directory, backend, config)
         try:
             if "tokenizer_config.json" in files:
-                _apply_settings(backend, json.loads(files["tokenizer_config.json"]), config, tokens)
+                apply_settings(backend, json.loads(files["tokenizer_config.json"]), config, tokens)
             return cls(backend, tokens, files=files)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
@@ -549,20 +519,20 @@ class PretrainedTokenizer(EncodeInputsMixin):
         remove_tokenizer_files(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
-        copied = _read_if_exists(directory / "tokenizer_config.json")
+        copied = read_if_exists(directory / "tokenizer_config.json")
         config = copied
         if not config.get("tokenizer_class"):
             default = self._default_config()
             config = {**default, **config, "tokenizer_class": default["tokenizer_class"]}
-        config = {**config, **_settings_to_save(self.backend, config)}
+        config = {**config, **settings_to_save(self.backend, config)}
         if config != copied:
             write_json(directory / "tokenizer_config.json", config)
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
         # Do not read config.json: the directory may contain that of another model.
-        declared = _declared_tokens(directory, self.backend, {})
-        found = {role: _special_token(self.backend, role, declared) for role in ROLES}
+        declared = declared_tokens(directory, self.backend, {})
+        found = {role: find_special_token(self.backend, role, declared) for role in ROLES}
         lost = {f"{r}_token": self.special_tokens.get(r) for r in ROLES if found[r] != self.special_tokens.get(r)}
         if lost:
             file, override = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
@@ -585,343 +555,6 @@ class PretrainedTokenizer(EncodeInputsMixin):
             # Null says that a role has no token. For a missing role, a reader would look up the usual tokens.
             **{f"{role}_token": self.special_tokens.get(role) for role in ROLES},
         }
-
-
-def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Role -> token: the given token, or else the first token of ``_KNOWN_TOKENS`` that is in the vocabulary.
-
-    A role that has no token, or whose given token is None, is left out.
-
-    Raises:
-        ValueError: a given role is unknown, or a given token is not in the vocabulary.
-    """
-    unknown = [role for role in given if role not in ROLES]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is not a role of special tokens: choose from {', '.join(ROLES)}")
-    tokens = {}
-    for role in ROLES:
-        token = _special_token(backend, role, given)
-        if token is None:
-            continue
-        if backend.token_to_id(token) is None:
-            name = "end" if role == "eos" else role
-            raise ValueError(f"{name} token {token!r} is not in the vocabulary of the tokenizer")
-        tokens[role] = token
-    return tokens
-
-
-def _special_token(backend: Any, role: str, given: Mapping[str, str | None]) -> str | None:
-    """The given token of a role, or else its first token of ``_KNOWN_TOKENS`` that is in the vocabulary, or None."""
-    known = (token for token in _KNOWN_TOKENS[role] if backend.token_to_id(token) is not None)
-    return given[role] if role in given else next(known, None)
-
-
-def _read_backend(directory: Path) -> Any:
-    """The ``tokenizers.Tokenizer`` of a directory."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install_command('tokenizers')}"
-        ) from error
-    file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
-    is_gpt2 = not file.exists()
-    if is_gpt2:
-        file, vocab = directory / "merges.txt", directory / "vocab.json"
-        _require_gpt2(directory, read_object(vocab))  # read_object raises if a token occurs twice
-    try:
-        if is_gpt2:
-            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(file)))
-            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            backend.decoder = tokenizers.decoders.ByteLevel()
-        else:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
-    declared = _added_tokens(directory, backend.get_added_tokens_decoder().values())
-    backend.add_tokens(
-        [
-            tokenizers.AddedToken(text, **token.options)
-            for text, token in declared.items()
-            if token.may_be_new or backend.token_to_id(text) is not None
-        ]
-    )
-    if is_gpt2 and backend.token_to_id(_END_OF_TEXT) is not None:
-        _mark_special(backend, [_END_OF_TEXT])
-    _check_unique_ids(backend.get_vocab(), vocab)
-    return backend
-
-
-def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless ``vocab.json`` and ``merges.txt`` describe the whole tokenizer, as they do for GPT-2.
-
-    Tokenizers of other classes have a template, other special tokens, or another rule that splits a text into words.
-    """
-    settings, config = (_read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    model_type = config.get("model_type") or "gpt2"  # "jaxlm-..." is a model without a published tokenizer
-    if name not in (None, *_GPT2_CLASSES):
-        reason = f"tokenizer_class={name!r}"
-    elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
-        reason = f"model_type={model_type!r}"
-    elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
-        reason = f"{setting}={settings[setting]!r}"
-    elif added := [(text, token) for text, token in _added_tokens(directory, ()).items() if text not in vocabulary]:
-        reason = f"the further token {added[0][0]!r} in {added[0][1].file}"
-    else:
-        return
-    raise ValueError(
-        f"{directory} has vocab.json and merges.txt with {reason}, but these two files are read as GPT-2's tokenizer: "
-        "write tokenizer.json once, with transformers.AutoTokenizer.from_pretrained(directory, use_fast=True)"
-        '.save_pretrained(directory). If it is GPT-2\'s tokenizer, write {"tokenizer_class": "GPT2Tokenizer"} to '
-        "tokenizer_config.json"
-    )
-
-
-_ADDED_TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-class _AddedToken(NamedTuple):
-    """A token that a file declares.
-
-    Attributes:
-        file: the name of the file.
-        options: the options of ``tokenizers.AddedToken``.
-        may_be_new: whether the token gets a new id if it is not in the vocabulary. False: it is only the token of a
-            role.
-    """
-
-    file: str
-    options: dict[str, bool]
-    may_be_new: bool
-
-
-def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _AddedToken]:
-    """Token -> its declaration, for the tokens that are not split, in the order in which transformers adds them.
-
-    Args:
-        in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options.
-    """
-    fields = _token_fields(directory)
-    special = [(*fields[f"{role}_token"], False) for role in ROLES if f"{role}_token" in fields]
-    file, tokens = fields.get("additional_special_tokens", ("", None))
-    special += [(file, token, True) for token in tokens or []]
-    special = [declaration for declaration in special if declaration[1] is not None]
-    special_texts = {_token_text(directory / name, token) for name, token, _ in special}
-    file, tokens_by_id = fields.get("added_tokens_decoder", ("", None))
-    declared = [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id or {})]
-    declared += [
-        ("tokenizer.json", {"content": t.content, **{name: getattr(t, name) for name in _ADDED_TOKEN_OPTIONS}}, True)
-        for t in in_backend
-    ]
-    if tokens_by_id is None:
-        file = "added_tokens.json"
-        tokens_by_id = {number: token for token, number in _read_if_exists(directory / file).items()}
-        declared += [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id)]
-    found: dict[str, _AddedToken] = {}
-    # A token has each option from its first declaration with this option.
-    for name, token, may_be_new in [*declared, *special]:
-        text = _token_text(directory / name, token)
-        options = {o: token[o] for o in _ADDED_TOKEN_OPTIONS if o in token} if isinstance(token, dict) else {}
-        for option, value in options.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{directory / name}: {option}={value!r} of the token {text!r} must be true or false")
-        first = found.get(text, _AddedToken(name, {"special": True} if text in special_texts else {}, may_be_new))
-        found[text] = _AddedToken(first.file, {**options, **first.options}, first.may_be_new or may_be_new)
-    return found
-
-
-def _token_fields(directory: Path) -> dict[str, tuple[str, Any]]:
-    """Field -> (name of its file, value), for the fields of the files that declare special tokens.
-
-    As in transformers, ``special_tokens_map.json`` overrides ``tokenizer_config.json``, and is not read if the latter
-    has ``added_tokens_decoder``.
-
-    Raises:
-        ValueError: a field that declares tokens has a wrong type.
-    """
-    fields: dict[str, tuple[str, Any]] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = _read_if_exists(directory / name)
-        for key, kind in (("additional_special_tokens", list), ("added_tokens_decoder", dict)):
-            if not isinstance(content.get(key) or kind(), kind):
-                raise ValueError(f"{directory / name}: {key}={content[key]!r} must be a {kind.__name__}")
-        for key in (f"{role}_token" for role in ROLES):
-            if content.get(key) is not None:
-                _token_text(directory / name, content[key], f"{key}=")
-        earlier = fields.get("additional_special_tokens")
-        fields |= {key: (name, value) for key, value in content.items()}
-        if earlier and content.get("additional_special_tokens"):
-            fields["additional_special_tokens"] = (name, [*(earlier[1] or []), *content["additional_special_tokens"]])
-        if content.get("added_tokens_decoder") is not None:
-            break
-    return fields
-
-
-def _token_text(file: Path, token: Any, what: str = "the token ") -> str:
-    """The text of a token, which is a string or an object with the field ``content``."""
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise ValueError(f"{file}: {what}{token!r} must be a string")
-    return text
-
-
-def _sorted_by_id(file: Path, tokens: Mapping[Any, Any]) -> list[Any]:
-    """The tokens of a mapping id -> token, in the order of their ids."""
-    for key in tokens:
-        if not str(key).isdecimal():
-            raise ValueError(f"{file}: {key!r} must be the id of a token, an integer")
-    return [tokens[key] for key in sorted(tokens, key=int)]
-
-
-def _mark_special(backend: Any, tokens: Iterable[str]) -> None:
-    """Make tokens of the vocabulary special: ``encode`` does not split them. An added token keeps its options."""
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([added.get(token, token) for token in tokens])
-
-
-def _apply_settings(
-    backend: Any, settings: Mapping[str, Any], config: Mapping[str, Any], tokens: Mapping[str, str | None]
-) -> None:
-    """Change the backend as transformers does after it has read ``tokenizer.json``.
-
-    Args:
-        settings: the content of ``tokenizer_config.json``.
-        config: the content of ``config.json``.
-        tokens: role -> special token, as the files declare it.
-
-    Raises:
-        ValueError: as :meth:`PretrainedTokenizer.from_directory`, for settings.
-    """
-    for name in _SETTINGS:
-        if not isinstance(settings.get(name), bool | None):
-            raise ValueError(f"tokenizer_config.json: {name}={settings[name]!r} must be true, false or null")
-    model_class = _CLASS_OF_MODEL.get(str(config.get("model_type")))
-    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or model_class).removesuffix("Fast")
-    add_space = settings.get("add_prefix_space")
-    if name in _CONVERTED_CLASSES:
-        if add_space is not None and add_space != _adds_space(backend):
-            raise ValueError(
-                f"tokenizer_config.json: add_prefix_space={add_space}, but tokenizer.json "
-                f"{'adds no' if add_space else 'adds a'} space before a text: write tokenizer.json again, with "
-                "transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
-            )
-    elif add_space is not None:
-        _set_fields(backend, "pre_tokenizer", {"add_prefix_space": add_space})
-    elif "add_prefix_space" not in settings and _state(backend.pre_tokenizer).get("add_prefix_space"):
-        raise ValueError(
-            "tokenizer.json has add_prefix_space=True, but tokenizer_config.json has no add_prefix_space, so "
-            "transformers would use False: write add_prefix_space to tokenizer_config.json"
-        )
-    if name in _BERT_CLASSES:
-        names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
-        fields = {field: settings.get(name) is not False for field, name in names.items()}
-        _set_fields(backend, "normalizer", {**fields, "strip_accents": settings.get("strip_accents")})
-    if name in _ROBERTA_CLASSES:
-        fields = {"add_prefix_space": bool(add_space), "trim_offsets": settings.get("trim_offsets") is not False}
-        _set_fields(backend, "post_processor", fields)
-    if name in _ADD_BOS_TOKEN:
-        added = {"bos": settings.get("add_bos_token", _ADD_BOS_TOKEN[name]), "eos": settings.get("add_eos_token")}
-        _set_template(backend, tokens, [role for role, is_added in added.items() if is_added])
-    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
-
-
-def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequence[str]) -> None:
-    """Set the template that adds the tokens of the roles "bos" and "eos", or of one or none of them, to each text."""
-    import tokenizers
-
-    special_tokens = _special_tokens(backend, tokens)
-    for role in roles:
-        if role not in special_tokens:
-            raise ValueError(
-                f"tokenizer_config.json: the tokenizer adds the {role} token to each text, but there is no such token: "
-                f"set {role}_token, or add_{role}_token to false"
-            )
-    bos, eos = ([special_tokens[role]] if role in roles else [] for role in ("bos", "eos"))
-    single, second = ([f"{piece}:{kind}" for piece in [*bos, text, *eos]] for kind, text in enumerate(("$A", "$B")))
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=single,
-        pair=[*single, *second],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])],
-    )
-
-
-def _settings_to_save(backend: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """The settings of ``tokenizer_config.json`` that must differ from ``settings`` for this backend."""
-    stored = {"split_special_tokens": backend.encode_special_tokens}
-    add_space = _state(backend.pre_tokenizer).get("add_prefix_space")
-    if add_space is not None and str(settings["tokenizer_class"]).removesuffix("Fast") not in _CONVERTED_CLASSES:
-        stored["add_prefix_space"] = add_space
-    return {name: value for name, value in stored.items() if value != bool(settings.get(name))}
-
-
-def _state(component: Any) -> dict[str, Any]:
-    """The fields of a component of a backend, such as its normalizer, or ``{}`` if there is no such component."""
-    return {} if component is None else json.loads(component.__getstate__())
-
-
-def _set_fields(backend: Any, component: str, fields: Mapping[str, Any]) -> None:
-    """Set those of the fields that the component has: "normalizer", "pre_tokenizer" or "post_processor"."""
-    import tokenizers
-
-    state = _state(getattr(backend, component))
-    new_state = {**state, **{name: value for name, value in fields.items() if name in state}}
-    if new_state != state:
-        module = getattr(tokenizers, "processors" if component == "post_processor" else f"{component}s")
-        # The state has a pair of a token and its id as a list; the class needs a tuple.
-        component_class = getattr(module, new_state.pop("type"))
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in new_state.items()}
-        setattr(backend, component, component_class(**options))
-
-
-def _adds_space(backend: Any) -> bool:
-    """Whether the backend adds a space, or the character for a space, before a text."""
-    text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
-    words = [] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
-    return not (words[0][0] if words else text).startswith("a")
-
-
-def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
-    """Raise ``ValueError`` if two tokens have the same id, because decoding is then ambiguous."""
-    tokens: dict[int, str] = {}
-    for token, number in sorted(vocab.items()):
-        if number in tokens:
-            raise ValueError(
-                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: ids must be distinct"
-            )
-        tokens[number] = token
-
-
-def _read_if_exists(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, or ``{}`` if the file does not exist."""
-    return read_object(file) if file.exists() else {}
-
-
-def _declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Role -> special token, as declared in the files of a directory. None: a file declares that there is no token.
-
-    Args:
-        config: the content of ``config.json``, or an empty mapping.
-    """
-    declared: dict[str, str | None] = {}
-    fields = _token_fields(directory)
-    for role in ROLES:
-        if f"{role}_token" in fields:
-            name, token = fields[f"{role}_token"]
-            declared[role] = None if token is None else _token_text(directory / name, token)
-    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    processor = _state(backend.post_processor)
-    for role in ROLES:
-        ids = config.get(f"{role}_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        # An id in config.json may be only a default of the config class in transformers. So use the id only if a
-        # special token has this id.
-        if role not in declared and isinstance(first, int) and first in added:
-            declared[role] = added[first]
-        if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-            token, _ = processor.get(role, (None, None))
-            declared |= {} if token is None else {role: token}
-    return declared
 
 
 def _as_encoding(encoding: Any, offsets: Sequence[tuple[int, int]]) -> Encoding:

@@ -20,7 +20,8 @@ from typing import Any
 
 from jaxlm import config as config_lib
 from jaxlm import spec
-from jaxlm.data.tokenizers import ROLES, Tokenizer, num_required_ids
+from jaxlm.data.tokenizer_files import ROLES
+from jaxlm.data.tokenizers import Tokenizer, num_required_ids
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.formats.format import JAXLM_PREFIX

@@ -311,7 +311,7 @@ def test_settings_without_a_possible_effect_raise_errors(tmp_path, components, c
 def test_models_without_a_tokenizer_class_have_the_class_of_transformers():
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    from jaxlm.data import tokenizers as module
+    from jaxlm.data import tokenizer_files as module
     from jaxlm.interop.formats import of
     from jaxlm.models.registry import FAMILIES
 
