@@ -307,13 +307,13 @@ def split_models(text: str) -> list[str]:
     """The names of models in ``text``. Raises ``UserError`` if a name is repeated or unknown."""
     import jaxlm  # here, because the processes that measure torch import this module too
 
-    names = split_names("model", text)
-    for name in names:
+    result = split_names("model", text)
+    for name in result:
         try:
             jaxlm.get_model(name)
         except ValueError as error:
             raise UserError(f"--model {name}: {error}") from error
-    return names
+    return result
 
 
 def parse_numbers(option: str, text: str) -> list[int]:

@@ -147,7 +147,7 @@ def check_choices(config: Any) -> None:
 def check_finite(config: Any) -> None:
     """Raise ``ValueError`` if a number of a config or a nested config is not finite. Tuples are checked too."""
     for name, value in numbers_of(config):
-        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
 
 
@@ -161,7 +161,7 @@ def check_numbers(config: Any) -> None:
     for name, value in numbers_of(config):
         if name.rpartition(".")[2] == "seed" and not 0 <= value < 2**32:
             raise ValueError(f"{name}={value} must be from 0 to {2**32 - 1}")
-        if isinstance(value, numbers.Integral) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
+        if isinstance(value, int) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
             limit = f"large: the largest number is {2**31 - 1}" if value > 0 else f"small: the smallest is {-(2**31)}"
             raise ValueError(f"{name}={value} is too {limit}")
 
@@ -188,7 +188,7 @@ def check_int32(values: np.ndarray, what: str) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the dotted name and the value of every number in a config and its nested configs.
+    """Yield the dotted name and the value of every number in a config and its nested configs, as a Python number.
 
     An entry of a tuple has a name such as ``pools[1]``. Booleans are left out.
 
@@ -200,14 +200,15 @@ def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]
 
 
 def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
+    if isinstance(value, np.generic):
+        value = value.item()
     if dataclasses.is_dataclass(value):
         yield from numbers_of(value, f"{name}.")
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
             yield from _numbers_in(entry, f"{name}[{index}]")
-    elif not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating):
-        number: Any = value
-        yield name, number
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 _TYPE_NAMES = {

@@ -71,8 +71,7 @@ class Plan:
             self._check_decodes(model)
         xla = parse_assignments_as_text("xla", self.xla, "xla_tpu_enable_latency_hiding_scheduler=true")
         plans, meshes = [], (self.mesh, *self.compare)
-        for mesh in meshes:  # before the first compilation
-            plan.mesh_sharding(model, self.topology, mesh, self.batch)
+        plan.check_meshes(model, self.topology, meshes, self.batch)
         for mesh in meshes:
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 result = plan.plan(

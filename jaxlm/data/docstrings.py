@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from jaxlm.config import check_min
 from jaxlm.data.examples import Example, Examples, Rejected
+from jaxlm.data.text_files import has_surrogate
 
 T = TypeVar("T")
 
@@ -27,7 +28,6 @@ _SECTION_NAMES = (
     "warnings?|see also|notes?|todo|references|examples?"
 )
 _SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _STATEMENT_NODES = (ast.stmt, ast.excepthandler, ast.match_case)
 """Types of nodes that are statements or contain statements."""
 
@@ -84,7 +84,7 @@ def docstrings(
                 continue
             for name, text, summary in _texts_and_summaries(tree):
                 fits = min_words <= len(text.split()) <= max_words and 3 <= len(summary.split()) <= max_summary_words
-                fits &= not _SURROGATE.search(text + summary)
+                fits &= not has_surrogate(text + summary)
                 if fits and not seen & {text.lower(), summary.lower()}:
                     seen |= {text.lower(), summary.lower()}
                     package_rows.append({"text": text, "summary": summary, "package": package, "name": name})

@@ -377,7 +377,7 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
     assert game is not None
     if game.errors:  # board() raises an error if a tag is invalid
         return _ParsedGame(line, reason=str(game.errors[0]))
-    result, board = game.headers.get("Result", "*"), game.board()
+    result, board = game.headers.get("Result", "*").strip(), game.board()
     first_number = re.match(r"(\d+)(?:\.|\s)", _pgn_moves(text))
     if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
         return _ParsedGame(line, reason="the game is not standard chess from the initial position")
@@ -389,9 +389,9 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
         moves = _replay([move.uci() for move in game.mainline_moves()], notation)
     except ValueError as error:  # a null move
         return _ParsedGame(line, reason=str(error))
-    if result.strip() not in RESULTS or result.strip() == "*":  # the result after the moves counts
-        result = _pgn_moves(text).split()[-1]
-    return _ParsedGame(line, moves, result.strip() if result.strip() in RESULTS else "*")
+    # If the tag has no result, the result after the moves counts.
+    results = (word for word in (result, _pgn_moves(text).split()[-1]) if word in RESULTS and word != "*")
+    return _ParsedGame(line, moves, next(results, "*"))
 
 
 def _pgn_moves(text: str) -> str:

@@ -130,6 +130,15 @@ def escape_field(text: str) -> str:
     return escape_line_breaks(text).replace("\t", "\\t")
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether the text has a surrogate (:func:`utf8_bytes`)."""
+    try:
+        utf8_bytes(text, "the text")
+    except ValueError:
+        return True
+    return False
+
+
 def check_no_surrogate(text: str, name: str) -> None:
     """Raise the ``ValueError`` of :func:`utf8_bytes` if the text has a surrogate."""
     utf8_bytes(text, name)

@@ -195,13 +195,10 @@ def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Seq
     Raises:
         ValueError: the id in ``generation_config.json`` is outside the vocabulary.
     """
-    name, metadata, config_id = (
-        "decoder_start_token_id",
-        model.metadata,
-        getattr(model.config, "decoder_start_id", None),
-    )
-    file_id, id_in_config = (metadata.generation_config or {}).get(name), metadata.config.get(name)
-    if file_id is None or name in ignored_fields or id_in_config not in (None, config_id):
+    name, metadata = "decoder_start_token_id", model.metadata
+    file_id = (metadata.generation_config or {}).get(name)
+    has_other_id = metadata.config.get(name) not in (None, getattr(model.config, "decoder_start_id", None))
+    if file_id is None or name in ignored_fields or has_other_id:
         return decoder_start_id(model, tokenizer)
     if not 0 <= file_id < model.config.vocab_size:
         raise ValueError(

@@ -71,11 +71,7 @@ def attention_specs(cfg: Any, input_init: Initializer, output_init: Initializer)
 
 
 def cache_specs(cfg: Any, batch: int, length: int) -> dict[str, Any]:
-    """The specs of a key-value cache with one layer, for ``batch`` rows of at most ``length`` tokens.
-
-    Raises:
-        ValueError: ``length`` exceeds ``cfg.max_positions``.
-    """
+    """The specs of a key-value cache with one layer, for ``batch`` rows of at most ``length`` tokens."""
     dtype = jnp.dtype(cfg.dtype)
     return cache.cache_specs(1, batch, length, cfg.attention_kv_heads, cfg.attention_head_dim, dtype, stacked=False)
 

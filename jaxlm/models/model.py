@@ -211,11 +211,11 @@ class Model:
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
         state = inputs.get("state")
-        # The second shape finds a family that always returns one hidden state. A state may have only one slot.
-        lengths = [hidden.shape[1]]
-        if state is None:
-            lengths.append(self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1])
-        if T == 0 and lengths != [1, 2][: len(lengths)]:
+        has_one_per_token = hidden.shape[1] == 1
+        if T == 0 and has_one_per_token and state is None:  # with a state, there may be only one slot
+            # The second shape finds a family that always returns one hidden state.
+            has_one_per_token = self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1] == 2
+        if T == 0 and not has_one_per_token:
             raise ValueError(
                 f"tokens {[B, T]} are empty, but {self.family} computes {hidden.shape[1]} hidden states that do not "
                 "belong to tokens: give each row at least one token"

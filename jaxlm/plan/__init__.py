@@ -9,8 +9,8 @@ estimates for the operations of the schedule (``jaxlm.plan.hlo``) plus the cycle
 between devices. A plan gives a lower bound of the time of this communication.
 """
 
-from jaxlm.plan.planning import Plan, mesh_sharding, plan
+from jaxlm.plan.planning import Plan, check_meshes, plan
 from jaxlm.plan.report import show
 from jaxlm.plan.topology import prepare
 
-__all__ = ["Plan", "mesh_sharding", "plan", "prepare", "show"]
+__all__ = ["Plan", "check_meshes", "plan", "prepare", "show"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -204,7 +204,7 @@ def plan(
     check_min(1, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
     _check_settings(decode, optimizer, grad_accum_steps, param_dtype)
     devices = topology.get_topology(topology_name)
-    sharding = mesh_sharding(model, topology_name, mesh, batch)
+    sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
     if decode:
         step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
@@ -259,18 +259,19 @@ def plan(
     )
 
 
-def mesh_sharding(model: Model, topology_name: str, mesh: str, batch: int) -> Sharding:
-    """The sharding over the devices of a topology.
+def check_meshes(model: Model, topology_name: str, meshes: Sequence[str], batch: int) -> None:
+    """Check meshes before the first one is compiled.
 
     Raises:
-        ValueError: the topology is unknown, the mesh has another number of devices, or it does not divide the batch or
-            a parameter.
+        ValueError: the topology is unknown, or a mesh has another number of devices, or does not divide the batch or a
+            parameter.
         ImportError: the compiler for the topology is not installed.
     """
-    sharding = Sharding(make_mesh(mesh, devices=topology.get_topology(topology_name).devices))
-    sharding.named_sharding(("batch",), (batch,), "a batch")
-    sharding.tree(model.specs)
-    return sharding
+    devices = topology.get_topology(topology_name).devices
+    for mesh in meshes:
+        sharding = Sharding(make_mesh(mesh, devices=devices))
+        sharding.named_sharding(("batch",), (batch,), "a batch")
+        sharding.tree(model.specs)
 
 
 def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: int, param_dtype: str) -> None:

@@ -355,8 +355,10 @@ def score_ids(
             raise ValueError(
                 f"text {number} has {context.size} context tokens and {ids.size} scored tokens: both must be at least 1"
             )
-        sizes = {f"the context of text {number}": source_vocab_size(model), f"text {number}": model.config.vocab_size}
-        for array, (name, vocab_size) in zip((context, ids), sizes.items(), strict=True):
+        for array, vocab_size, name in (
+            (context, source_vocab_size(model), f"the context of text {number}"),
+            (ids, model.config.vocab_size, f"text {number}"),
+        ):
             check_ids_1d(array, name=name)
             check_ids_in_vocabulary(array, vocab_size, name)
         if start_id is not None:

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import numbers
 import re
 import signal
 import time
@@ -123,13 +122,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         config_lib.check_choices(self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            minimum = 0 if field.name == "max_rollbacks" else 1
-            is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            is_count &= field.name not in ("ema_decay", "spike_deviations", "seed")
+        for name, value in config_lib.numbers_of(self):
+            minimum = 0 if name == "max_rollbacks" else 1
+            is_count = isinstance(value, int) and name not in ("ema_decay", "spike_deviations", "seed")
             if is_count and value < minimum:
-                raise ValueError(f"{field.name}={value} must be at least {minimum}")
+                raise ValueError(f"{name}={value} must be at least {minimum}")
         for name in ("batch_size", "evaluation_batches"):
             if getattr(self, name) > MAX_ROWS_OR_BATCHES:
                 raise ValueError(
@@ -574,10 +571,10 @@ class _Loop:
         next_batch = self._batch_offset + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
         if state.model_state is not None:  # the next batch does not continue the batches of the checkpoint
-            empty = self._trainer.model.init_state(*self._trainer.carry_size)  # type: ignore[misc]
-            state = state.replace(
-                model_state=jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), empty, state.model_state)
-            )
+            assert self._trainer.carry_size is not None
+            empty = self._trainer.model.init_state(*self._trainer.carry_size)
+            shardings = jax.tree.map(lambda x: x.sharding, state.model_state)
+            state = state.replace(model_state=jax.device_put(empty, shardings))
         self._resume_from(state, saved)
         self._batch_offset = next_batch - self.step
         self._rollbacks += 1

@@ -169,6 +169,7 @@ class Trainer:
             )
 
     def _check_shard_map(self) -> None:
+        """Raise ``ValueError`` unless the mesh splits only the batch and has devices of JAX's default platform."""
         if self.sharding is None:
             raise ValueError("shard_map=True needs a mesh: pass a sharding, such as Sharding(make_mesh('data=2'))")
         mesh = self.sharding.mesh
