@@ -38,11 +38,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         types = config_lib.field_types(type(self))
+        for name in types:
+            if isinstance(
+                value := getattr(self, name), np.generic
+            ):  # JSON, the format of configs, has no NumPy scalars
+                object.__setattr__(self, name, value.item())
+        config_lib.check_choices(self)
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
-                value = value.item()
-                object.__setattr__(self, name, value)
             config_lib.check_value(types[name], value, name, choices=False)
             if value is None:
                 continue
@@ -57,7 +60,6 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
             if name in ("rotary_base", "window_rotary_base") and not value > 1:
                 raise ValueError(f"{name}={value} must exceed 1")
-        config_lib.check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
