@@ -25,9 +25,12 @@ class Jaxlm(JaxImplementation):
         self.model, self.params = jaxlm.load_pretrained(directory)
         self.prompts, self.tokens = random_tokens(self.model.config.vocab_size, batch, prompt), tokens
         self.source: np.ndarray | None = None
-        limit, used = self.model.max_positions, (0 if self.model.reads_source else prompt) + tokens - 1
-        if limit is not None and used > limit:
-            raise ValueError(f"{prompt} tokens of a prompt and {tokens} new tokens exceed max_positions={limit}")
+        limit, needed = self.model.max_positions, prompt + tokens - 1
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"--prompt {prompt} and --tokens {tokens} need {needed} positions, but the model has "
+                f"max_positions={limit}: reduce one of them"
+            )
         if self.model.reads_source:
             self.source = self.prompts
             self.prompts = np.full((batch, 1), self.model.config.decoder_start_id, np.int32)

@@ -706,9 +706,9 @@ def main(
     from jaxlm.command_line import exit_status, parse, split_debug  # imported here, because jaxlm imports jax
 
     words, debug = split_debug(arguments)
-    options = parse(kind, words, program=f"python -m benchmarks.{name}", description=description)
 
     def command() -> int:
+        options = parse(kind, words, program=f"python -m benchmarks.{name}", description=description)
         check_options(options)
         run(options)
         return 0

@@ -32,6 +32,7 @@ from jaxlm.command_line import end_process
 from jaxlm.data import Batches, Tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.corpora import play_passages
+from jaxlm.data.duplicates import group_phrases
 from jaxlm.data.examples import Examples, OnError, read_labelled
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
@@ -59,6 +60,8 @@ class Data:
     """Fraction of the training split for validation. With training.restore_best, validation selects the weights."""
     test_fraction: float = 0.1
     """Fraction of the training file for the test split, if neither test nor folds is set."""
+    group_phrases: bool = False
+    """Whether a sentence and its phrases are in one split. Set it for SST-2, whose training file has both."""
     max_length: int | None = None
     """Longer sentences are truncated to this many tokens. None: a sentence above max_positions tokens is an error."""
 
@@ -140,6 +143,11 @@ def read(path: Path | None, data: Data) -> Examples:
     return lib.read_examples(read_labelled, path, encoding=data.encoding, on_error=data.on_error)
 
 
+def split(examples: Examples, fraction: float, data: Data) -> list[Examples]:
+    """A random part with this fraction of the examples (or of the groups of phrases), and the other examples."""
+    return examples.split(fraction, seed=0, by=group_phrases(examples.column("text")) if data.group_phrases else None)
+
+
 def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
     """The training split (including validation), the test split and the labels.
 
@@ -148,7 +156,7 @@ def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
     labels = examples.label_names()
     if data.test is not None:
         return examples, read(data.test, data), labels
-    test, training = examples.split(data.test_fraction, seed=0)
+    test, training = split(examples, data.test_fraction, data)
     return training, test, labels
 
 
@@ -179,7 +187,7 @@ def train_and_test(
     ``parent`` is the configuration of the cross-validation if this training is one of its folds. Otherwise None."""
     start_time, config = time.perf_counter(), experiment.training
     model, params, tokenizer = build(experiment, training, test, labels, resume)
-    validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
+    validation_part, training_part = split(training, experiment.data.validation_fraction, experiment.data)
     encoded_training, encoded_validation, encoded_test = (
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
         for part in (training_part, validation_part, test)

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import errno
 import io
-import itertools
 import os
 import re
 import signal
@@ -357,14 +356,14 @@ def _parse_error_box(box: str, program: str) -> str:
             sections.append([])
         elif row:
             sections[-1].append(row)
-    parts = []
+    parts: list[str] = []
     for section in sections:
         text = " ".join(section)
         if not section or _HELP_HINT.match(text):
             continue
-        if section[0].startswith("Perhaps you meant"):
-            # tyro also lists other commands' options of the same name.
-            given = set(re.split(r"[\s,]+", " ".join(itertools.chain(*sections[: sections.index(section)]))))
+        if section[0].startswith(("Perhaps you meant", "Arguments similar to")):
+            # tyro also lists options of the same name that other commands have.
+            given = " ".join(parts).replace(",", " ").split()
             options = dict.fromkeys(row.split()[0] for row in section if row.startswith("--"))
             if similar := [option for option in options if option not in given][:3]:
                 parts.append(f"did you mean {' or '.join(similar)}?")

@@ -1,6 +1,7 @@
 """Configs (frozen dataclasses): conversion to and from JSON, checks of their values, and ``name=value`` texts.
 
-``jaxlm.command_line`` parses configs from command-line options.
+``jaxlm.command_line`` parses configs from command-line options. :func:`check_value`, :func:`check_min` and
+:func:`check_int32` also check values that are not fields of a config.
 """
 
 from __future__ import annotations
@@ -181,10 +182,10 @@ def check_int32(values: np.ndarray, what: str) -> None:
     """
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
-    limits = np.iinfo(np.int32)
-    may_exceed = values.size and not np.can_cast(values.dtype, np.int32)
-    if may_exceed and (values.min() < limits.min or values.max() > limits.max):
-        raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
+    if values.size and not np.can_cast(values.dtype, np.int32):
+        limits, lowest, highest = np.iinfo(np.int32), values.min(), values.max()
+        if lowest < limits.min or highest > limits.max:
+            raise ValueError(f"{what} has values outside int32: from {lowest} to {highest}")
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:

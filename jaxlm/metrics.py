@@ -176,6 +176,7 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
     predicted, expected = np.split(class_indices, 2)
 
+    # The result of ``confusion`` would be too large for many classes.
     def counts_of(indices: np.ndarray) -> np.ndarray:
         return np.bincount(indices, minlength=len(classes))
 

@@ -104,10 +104,10 @@ SLOW_CONTRACT_TESTS = {
     "test_initial_values_depend_only_on_path_and_layer",
     "test_an_empty_batch_gives_empty_results_and_zero_gradients",
 }
-"""Contract tests that plain pytest runs only for ``PLAIN_VARIANTS``. So a registered family has the other tests."""
+"""Slow contract tests, which plain pytest runs only for ``PLAIN_VARIANTS``."""
 
 PLAIN_VARIANTS = ("gpt2-tiny", "t5-tiny", "mamba2-tiny")
-"""A decoder, an encoder-decoder, and a recurrence with a hybrid state."""
+"""A decoder, an encoder-decoder and a recurrence."""
 
 
 def _mark_thorough_cases(items: list[pytest.Item]) -> None:

@@ -127,6 +127,9 @@ def test_an_unknown_option_suggests_the_right_one(run_directory, capsys):
         cli.main(["score", str(run_directory), "to be", "--temperature", "3"])
     assert "did you mean --temperature" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        cli.main(["generate", str(run_directory), "to be", "--temperatur", "3", "--foo"])
+    assert "--temperatur, 3, --foo; did you mean --temperature?; jaxlm --help" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         cli.main(["generate", str(run_directory), "--prompt", "to be", "--seed", "one"])
     assert "--seed" in capsys.readouterr().err
 

@@ -78,6 +78,37 @@ def group_similar(
     return [find_root(index) for index in range(len(texts))]
 
 
+def group_phrases(texts: Sequence[str]) -> list[int]:
+    """The group number of each text. A sentence and the texts that are phrases of it are in one group.
+
+    A phrase of a text is a sequence of its consecutive words; words are separated by white space. A text that is a
+    phrase of several longer texts is only in the group of the longest one (of the first one, if several are equally
+    long), so short phrases do not join the groups of unrelated sentences. The number of a group is the index of its
+    longest text.
+
+    Example:
+        >>> group_phrases(["a fine film", "what a bore", "fine film", "bore", "what a bore"])
+        [0, 1, 0, 1, 1]
+    """
+    words = [text.split() for text in texts]
+    spaced = [f" {' '.join(parts)} " for parts in words]
+    groups = list(range(len(texts)))
+    sentences_with: dict[str, list[int]] = collections.defaultdict(list)  # one to three words -> sentences
+    for index in sorted(groups, key=lambda index: -len(words[index])):
+        size = min(3, len(words[index]))
+        rarest = min((sentences_with.get(gram, []) for gram in _word_ngrams(words[index], size)), key=len)
+        groups[index] = next((sentence for sentence in rarest if spaced[index] in spaced[sentence]), index)
+        if groups[index] == index:
+            for gram in {gram for size in (1, 2, 3) for gram in _word_ngrams(words[index], size)}:
+                sentences_with[gram].append(index)
+    return groups
+
+
+def _word_ngrams(words: Sequence[str], size: int) -> list[str]:
+    """The sequences of ``size`` consecutive words, joined by spaces. Fewer words than ``size`` give one sequence."""
+    return [" ".join(words[start : start + size]) for start in range(max(1, len(words) - size + 1))]
+
+
 def trigrams(text: str) -> set[str]:
     """The word trigrams of a text, in lower case and without punctuation.
 

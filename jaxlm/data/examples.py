@@ -19,7 +19,7 @@ import csv
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
@@ -188,7 +188,7 @@ class Examples(Sequence[Example]):
         name = self.name if self.name.startswith(_PART_PREFIX) else f"{_PART_PREFIX}{self.name}"
         return dataclasses.replace(self, rows=rows, name=name, rejected=())
 
-    def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
+    def split(self, *fractions: float, seed: int = 0, by: str | Sequence[Hashable] | None = None) -> list[Examples]:
         """Split at random into one part for each fraction, and one part for the remaining examples.
 
         The examples of a part keep their order.
@@ -196,16 +196,22 @@ class Examples(Sequence[Example]):
         Args:
             fractions: fractions of the examples (with ``by``: of the groups).
             seed: seed of the random split.
-            by: a field. Examples with the same value form a group and are in one part. None: no groups.
+            by: a field, or one value for each example. Examples with the same value form a group and are in one part.
+                None: no groups.
 
         Raises:
-            ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, or
-                an example does not have the field ``by``.
+            ValueError: a fraction is not between 0 and 1, the sum of the fractions is not below 1, a part is empty, an
+                example does not have the field ``by``, or the number of values differs from the number of examples.
         """
         # math.fsum, because sum((0.7, 0.2, 0.1)) is 0.9999999999999999, which is below 1.
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or math.fsum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
-        groups = list(range(len(self))) if by is None else self.column(by)
+        if by is None:
+            groups: Sequence[Hashable] = range(len(self))
+        else:
+            groups = self.column(by) if isinstance(by, str) else by
+        if len(groups) != len(self):
+            raise ValueError(f"by has {len(groups)} values for {len(self)} examples: give one value for each example")
         names = list(dict.fromkeys(groups))
         order = np.random.default_rng(seed).permutation(len(names))
         stops = [round(math.fsum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
@@ -214,7 +220,7 @@ class Examples(Sequence[Example]):
         for index, group in enumerate(groups):
             parts[part_of[group]].append(index)
         if not all(parts):
-            what = "examples" if by is None else f"different values of {by!r}"
+            what = "examples" if by is None else f"different values of {by!r}" if isinstance(by, str) else "groups"
             raise ValueError(f"{len(names)} {what} in {self.name} are too few for the fractions {fractions}")
         return [self.select(part) for part in parts]
 
@@ -520,7 +526,7 @@ def read_jsonl(
     encoding: str = "utf-8",
     on_error: OnError = "raise",
 ) -> Examples:
-    """Examples from a file with one JSON object per line.
+    """Examples from a file with one JSON object per line. Lines of only white space are skipped.
 
     Args:
         fields: field of the example -> key of the object.

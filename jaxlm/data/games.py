@@ -377,7 +377,7 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
     assert game is not None
     if game.errors:  # board() raises an error if a tag is invalid
         return _ParsedGame(line, reason=str(game.errors[0]))
-    result, board = game.headers.get("Result", "*").strip(), game.board()
+    board = game.board()
     first_number = re.match(r"(\d+)(?:\.|\s)", _pgn_moves(text))
     if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
         return _ParsedGame(line, reason="the game is not standard chess from the initial position")
@@ -390,8 +390,8 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
     except ValueError as error:  # a null move
         return _ParsedGame(line, reason=str(error))
     # If the tag has no result, the result after the moves counts.
-    results = (word for word in (result, _pgn_moves(text).split()[-1]) if word in RESULTS and word != "*")
-    return _ParsedGame(line, moves, next(results, "*"))
+    tag, (_, after_moves) = game.headers.get("Result", "*").strip(), _split_result(_pgn_moves(text))
+    return _ParsedGame(line, moves, tag if tag in RESULTS and tag != "*" else after_moves)
 
 
 def _pgn_moves(text: str) -> str:

@@ -32,7 +32,7 @@ def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
 
     Raises:
         FileNotFoundError: the file does not exist, or is a directory.
-        LookupError: the encoding is unknown.
+        LookupError: the encoding is unknown, or is not an encoding of text, such as "hex".
         ValueError: the file is not text in this encoding, or a ``.gz`` file is truncated, damaged or too large. The
             message names the file, and the offset and the line if they are known.
     """
@@ -47,11 +47,11 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         name: the name of the file or stream in messages.
 
     Raises:
-        LookupError: the encoding is unknown.
+        LookupError: the encoding is unknown, or is not an encoding of text, such as "hex".
         ValueError: the bytes are not text in this encoding. The message has the offset and the line if they are known.
     """
-    if not codecs.lookup(encoding)._is_text_encoding:  # private; also used by the function open
-        raise LookupError(f"{encoding!r} is not an encoding of texts")
+    if not codecs.lookup(encoding)._is_text_encoding:  # private; the function open uses it, too
+        raise LookupError(f"encoding={encoding!r} is not an encoding of text: choose one such as 'utf-8' or 'latin-1'")
     # "utf-8-sig" removes a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig" if _is_utf8(encoding) else encoding)()
     offset, line = 0, 1

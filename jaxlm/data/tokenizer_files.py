@@ -88,7 +88,7 @@ def find_special_token(backend: Any, role: str, given: Mapping[str, str | None])
 
 
 def read_backend(directory: Path) -> Any:
-    """The ``tokenizers.Tokenizer`` of a directory."""
+    """The ``tokenizers.Tokenizer`` of a directory, with the tokens that its other files declare."""
     try:
         import tokenizers
     except ImportError as error:
@@ -119,7 +119,8 @@ def read_backend(directory: Path) -> Any:
     )
     if is_gpt2 and backend.token_to_id(_END_OF_TEXT) is not None:
         mark_special(backend, [_END_OF_TEXT])
-    _check_unique_ids(backend.get_vocab(), vocab)
+    # Sorted, because the order of get_vocab varies, and the message of the error depends on it.
+    _tokens_by_id(((number, token) for token, number in sorted(backend.get_vocab().items())), vocab)
     return backend
 
 
@@ -174,21 +175,21 @@ def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _Adde
         in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options.
     """
     fields = _token_fields(directory)
-    special = [(*fields[f"{role}_token"], False) for role in ROLES if f"{role}_token" in fields]
+    of_roles = [fields[f"{role}_token"] for role in ROLES if f"{role}_token" in fields]
+    special = [(file, token, False) for file, token in of_roles if token is not None]
     file, tokens = fields.get("additional_special_tokens", ("", None))
     special += [(file, token, True) for token in tokens or []]
-    special = [declaration for declaration in special if declaration[1] is not None]
     special_texts = {_token_text(directory / name, token) for name, token, _ in special}
-    file, tokens_by_id = fields.get("added_tokens_decoder", ("", None))
-    declared = [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id or {})]
+    file, decoder = fields.get("added_tokens_decoder", ("", None))
+    declared = [(file, token, True) for token in _tokens_by_id((decoder or {}).items(), directory / file).values()]
     declared += [
         ("tokenizer.json", {"content": t.content, **{name: getattr(t, name) for name in _ADDED_TOKEN_OPTIONS}}, True)
         for t in in_backend
     ]
-    if tokens_by_id is None:
+    if decoder is None:
         file = "added_tokens.json"
-        tokens_by_id = {number: token for token, number in read_if_exists(directory / file).items()}
-        declared += [(file, token, True) for token in _sorted_by_id(directory / file, tokens_by_id)]
+        pairs = ((number, token) for token, number in read_if_exists(directory / file).items())
+        declared += [(file, token, True) for token in _tokens_by_id(pairs, directory / file).values()]
     found: dict[str, _AddedToken] = {}
     # A token has each option from its first declaration with this option.
     for name, token, may_be_new in [*declared, *special]:
@@ -220,10 +221,10 @@ def _token_fields(directory: Path) -> dict[str, tuple[str, Any]]:
         for key in (f"{role}_token" for role in ROLES):
             if content.get(key) is not None:
                 _token_text(directory / name, content[key], f"{key}=")
-        earlier = fields.get("additional_special_tokens")
+        if isinstance(content.get("additional_special_tokens"), list):  # the lists of the two files are concatenated
+            _, earlier = fields.get("additional_special_tokens", ("", None))
+            content["additional_special_tokens"] = [*(earlier or []), *content["additional_special_tokens"]]
         fields |= {key: (name, value) for key, value in content.items()}
-        if earlier and content.get("additional_special_tokens"):
-            fields["additional_special_tokens"] = (name, [*(earlier[1] or []), *content["additional_special_tokens"]])
         if content.get("added_tokens_decoder") is not None:
             break
     return fields
@@ -237,12 +238,23 @@ def _token_text(file: Path, token: Any, what: str = "the token ") -> str:
     return text
 
 
-def _sorted_by_id(file: Path, tokens: Mapping[Any, Any]) -> list[Any]:
-    """The tokens of a mapping id -> token, in the order of their ids."""
-    for key in tokens:
+def _tokens_by_id(pairs: Iterable[tuple[Any, Any]], file: Path) -> dict[int, Any]:
+    """Id -> token, in the order of the ids, for pairs (id, token) of a file.
+
+    Raises:
+        ValueError: an id is not an integer, or two tokens have the same id, so that decoding would be ambiguous.
+    """
+    tokens: dict[int, Any] = {}
+    for key, token in pairs:
         if not str(key).isdecimal():
             raise ValueError(f"{file}: {key!r} must be the id of a token, an integer")
-    return [tokens[key] for key in sorted(tokens, key=int)]
+        number = int(key)
+        if number in tokens:
+            raise ValueError(
+                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: ids must be distinct"
+            )
+        tokens[number] = token
+    return dict(sorted(tokens.items()))
 
 
 def mark_special(backend: Any, tokens: Iterable[str]) -> None:
@@ -267,7 +279,7 @@ def apply_settings(
     for name in _SETTINGS:
         if not isinstance(settings.get(name), bool | None):
             raise ValueError(f"tokenizer_config.json: {name}={settings[name]!r} must be true, false or null")
-    model_class = _CLASS_OF_MODEL.get(str(config.get("model_type")))
+    model_class = _CLASS_OF_MODEL.get(str(config.get("model_type")), "")
     name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or model_class).removesuffix("Fast")
     add_space = settings.get("add_prefix_space")
     if name in _CONVERTED_CLASSES:
@@ -285,8 +297,8 @@ def apply_settings(
             "transformers would use False: write add_prefix_space to tokenizer_config.json"
         )
     if name in _BERT_CLASSES:
-        names = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
-        fields = {field: settings.get(name) is not False for field, name in names.items()}
+        setting_of = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars"}
+        fields = {field: settings.get(setting) is not False for field, setting in setting_of.items()}
         _set_fields(backend, "normalizer", {**fields, "strip_accents": settings.get("strip_accents")})
     if name in _ROBERTA_CLASSES:
         fields = {"add_prefix_space": bool(add_space), "trim_offsets": settings.get("trim_offsets") is not False}
@@ -318,7 +330,11 @@ def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequenc
 
 
 def settings_to_save(backend: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """The settings of ``tokenizer_config.json`` that must differ from ``settings`` for this backend."""
+    """Name -> value of the settings with which the backend differs from ``tokenizer_config.json``.
+
+    Args:
+        settings: the content of ``tokenizer_config.json``. A missing setting is false.
+    """
     stored = {"split_special_tokens": backend.encode_special_tokens}
     add_space = component_state(backend.pre_tokenizer).get("add_prefix_space")
     if add_space is not None and str(settings["tokenizer_class"]).removesuffix("Fast") not in _CONVERTED_CLASSES:
@@ -332,15 +348,15 @@ def component_state(component: Any) -> dict[str, Any]:
 
 
 def _set_fields(backend: Any, component: str, fields: Mapping[str, Any]) -> None:
-    """Set those of the fields that the component has: "normalizer", "pre_tokenizer" or "post_processor"."""
+    """Set those of the fields that a component of the backend, such as "normalizer", has. Ignore the others."""
     import tokenizers
 
     state = component_state(getattr(backend, component))
     new_state = {**state, **{name: value for name, value in fields.items() if name in state}}
     if new_state != state:
         module = getattr(tokenizers, "processors" if component == "post_processor" else f"{component}s")
-        # The state has a pair of a token and its id as a list; the class needs a tuple.
         component_class = getattr(module, new_state.pop("type"))
+        # The state has a pair of a token and its id as a list; the class needs a tuple.
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in new_state.items()}
         setattr(backend, component, component_class(**options))
 
@@ -350,17 +366,6 @@ def _adds_space(backend: Any) -> bool:
     text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
     words = [] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
     return not (words[0][0] if words else text).startswith("a")
-
-
-def _check_unique_ids(vocab: Mapping[str, int], file: Path) -> None:
-    """Raise ``ValueError`` if two tokens have the same id, because decoding is then ambiguous."""
-    tokens: dict[int, str] = {}
-    for token, number in sorted(vocab.items()):
-        if number in tokens:
-            raise ValueError(
-                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: ids must be distinct"
-            )
-        tokens[number] = token
 
 
 def read_if_exists(file: Path) -> dict[str, Any]:

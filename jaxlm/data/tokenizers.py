@@ -304,7 +304,7 @@ class CharTokenizer(EncodeInputsMixin):
     """A tokenizer of characters: id ``i`` is ``characters[i]``. There is no id for the end of a document.
 
     Raises:
-        ValueError: ``characters`` is empty, or has a character twice.
+        ValueError: ``characters`` is empty, or has a surrogate or a character twice.
 
     Example:
         >>> CharTokenizer.from_text("to be").encode("bet").tolist()
@@ -378,7 +378,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
     Args:
         backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object, and
-            marks the tokens of roles as special. ``save`` writes the original padding and truncation.
+            makes the tokens of roles special; but if the class in ``tokenizer_config.json`` is
+            ``PreTrainedTokenizerFast``, only the tokens in ``special_tokens``. ``save`` writes the original padding and
+            truncation.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
@@ -406,18 +408,17 @@ class PretrainedTokenizer(EncodeInputsMixin):
             raise ValueError("the vocabulary of the tokenizer is empty: train the tokenizer, or load another one")
         self.backend = backend
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.special_tokens = find_special_tokens(backend, special_tokens or {})
+        given = special_tokens or {}
+        self.special_tokens = find_special_tokens(backend, given)
         self.special_ids = SpecialIds(**{role: backend.token_to_id(t) for role, t in self.special_tokens.items()})
         # BERT's vocabularies have no eos token, so [SEP] ends a document.
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
         settings = json.loads(self._files.get("tokenizer_config.json", b"{}"))
-        # In transformers, this class has no tokens that no file declares; the other classes have default tokens.
-        has_defaults = settings.get("tokenizer_class") != "PreTrainedTokenizerFast"
-        mark_special(
-            backend, [t for role, t in self.special_tokens.items() if has_defaults or role in (special_tokens or {})]
-        )
+        # In transformers, this class has only the tokens that a file declares; the other classes have default tokens.
+        only_declared = settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
+        mark_special(backend, [t for role, t in self.special_tokens.items() if role in given or not only_declared])
         side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
         if side not in ("right", "left"):
             raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
@@ -586,9 +587,9 @@ def _trimmed_offsets(encoding: Any, texts: Sequence[str]) -> list[tuple[int, int
         if sequence is None or not token.startswith("Ġ"):  # the character that byte-level tokens have for a space
             continue
         text, (start, stop) = texts[sequence], offsets[number]
-        if start > 0 and not text[start - 1].isspace():
+        if start > 0 and text[start - 1] != " ":
             offsets[number] = (start - 1, stop if token.strip("Ġ") else start - 1)
-        elif start < stop and text[start].isspace():
+        elif start < stop and text[start] == " ":
             offsets[number] = (start + 1, stop)
     return offsets
 

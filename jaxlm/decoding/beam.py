@@ -119,7 +119,7 @@ def beam_search(
     limits = np.asarray(max_new_tokens)
     if not np.issubdtype(limits.dtype, np.integer):
         raise TypeError(f"max_new_tokens={limits.tolist()} must be an integer, or one integer for each prompt")
-    if limits.ndim and (limits.shape != jnp.shape(prompts)[:1] or limits.min() < 1):
+    if limits.ndim and (limits.shape != np.shape(prompts)[:1] or limits.min() < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
     largest_limit = int(limits.max())
     num_ids, slots = check_prompts(

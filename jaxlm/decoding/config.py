@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sample import GREEDY, Sampling
 from jaxlm.interop.config_json import GENERATION_DEFAULTS, generation_settings
@@ -220,23 +220,23 @@ def _file_hint(file: str) -> str:
     return f" (fields that you do not set are read from {file})"
 
 
-SUPPORTED_FIELDS: dict[str, tuple[type, ...]] = {
-    "max_new_tokens": (int,),
-    "max_length": (int,),
-    "num_beams": (int,),
-    "length_penalty": (int, float),
-    "early_stopping": (bool, str),
-    "stop_strings": (str, list),
-    "eos_token_id": (int, list),
-    "decoder_start_token_id": (int,),
-    "do_sample": (bool,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "min_p": (int, float),
-    "repetition_penalty": (int, float),
+SUPPORTED_FIELDS: dict[str, Any] = {
+    "max_new_tokens": int,
+    "max_length": int,
+    "num_beams": int,
+    "length_penalty": float,
+    "early_stopping": bool | str,
+    "stop_strings": str | list,
+    "eos_token_id": int | list,
+    "decoder_start_token_id": int,
+    "do_sample": bool,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
 }
-"""Supported field of the file -> types of its value."""
+"""Supported field of the file -> type of its value, as in ``jaxlm.config.check_value``."""
 
 _NO_EFFECT = {
     # transformers starts an empty prompt with bos_token_id, but jaxlm rejects empty prompts. pad_token_id fills a row
@@ -258,14 +258,10 @@ _NEUTRAL_VALUES: dict[str, Any] = {
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
 }
-"""Unsupported field -> the value that does not change the text. For an unlisted field, it is None (null in JSON)."""
+"""Unsupported field -> the value that does not change the text. For an unlisted field, it is None (null in JSON).
 
-
-def check_type(name: str, value: Any, types: tuple[type, ...], where: str = "") -> None:
-    """Raise ``ValueError`` if ``value`` has none of the ``types``. A boolean is not an ``int``."""
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        names = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{where}{name}={value!r} must be of type {names}")
+An empty list, as in ``"suppress_tokens": []``, does not change the text either.
+"""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -283,9 +279,7 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     no_effect = _NO_EFFECT.union(ignored)
     values = {name: value for name, value in content.items() if value is not None and name not in no_effect}
     unsupported = sorted(
-        name
-        for name in values.keys() - SUPPORTED_FIELDS.keys()
-        if values[name] != _NEUTRAL_VALUES.get(name) and values[name] not in ([], {})
+        name for name in values.keys() - SUPPORTED_FIELDS.keys() if values[name] not in (_NEUTRAL_VALUES.get(name), [])
     )
     if unsupported:
         settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
@@ -295,7 +289,7 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
         )
     fields = {name: value for name, value in values.items() if name in SUPPORTED_FIELDS}
     for name, value in fields.items():
-        check_type(name, value, SUPPORTED_FIELDS[name], where=f"{file}: ")
+        check_value(SUPPORTED_FIELDS[name], value, f"{file}: {name}")
     for name, kind in (("stop_strings", str), ("eos_token_id", int)):
         entries = fields.get(name)
         if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):

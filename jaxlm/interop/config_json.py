@@ -84,8 +84,8 @@ def format_of(model: Model) -> Format:
     choices = formats.of(model.family)
     loaded = model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        if not _differing(model, table, _fixed_fields(table)) and any(
-            not _differing(model, table, implied) for implied in table.architectures.values()
+        if not _differing_fields(model, table, _fixed_fields(table)) and any(
+            not _differing_fields(model, table, implied) for implied in table.architectures.values()
         ):
             return table
     default = type(model.config)()
@@ -94,10 +94,10 @@ def format_of(model: Model) -> Format:
         return _native_format(model)
     reasons = []
     for table in choices:
-        differing = _differing(model, table, _fixed_fields(table))
+        differing = _differing_fields(model, table, _fixed_fields(table))
         if not differing:
             implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
-            differing = _differing(model, table, implied)
+            differing = _differing_fields(model, table, implied)
         values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in differing)
         reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
     raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
@@ -108,7 +108,7 @@ def _fixed_fields(table: Format) -> dict[str, Any]:
     return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
-def _differing(model: Model, table: Format, fields: Mapping[str, Any]) -> list[str]:
+def _differing_fields(model: Model, table: Format, fields: Mapping[str, Any]) -> list[str]:
     """The names of the ``fields`` whose value differs from the value in the config of the model.
 
     None equals the value that it stands for (``Format.none_means``).
@@ -276,7 +276,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
             value = values[value]
         else:
             config_lib.check_value(hints[name], value, hf_name)
-        # The function read_fields makes lists with an entry for each layer, which would fill the memory.
+        # Check this before ``read_fields`` makes lists with an entry for each layer, which would fill the memory.
         if name in ("num_layers", "num_decoder_layers") and value is not None and value > config_lib.MAX_LAYERS:
             raise ValueError(f"{hf_name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
         fields[name] = value
@@ -388,7 +388,9 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         fields[hf_name] = value
     if table.write_fields is not None:
         fields |= table.write_fields(model.config)
-    architecture = next(key for key, implied in table.architectures.items() if not _differing(model, table, implied))
+    architecture = next(
+        key for key, implied in table.architectures.items() if not _differing_fields(model, table, implied)
+    )
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 

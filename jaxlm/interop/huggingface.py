@@ -87,12 +87,12 @@ def load_pretrained(
     With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
     head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
     loaded. A head for labels is always initialized if the files are for another task or have another number of labels.
-    If ``task`` is not the task of the files, the head in the files is another head. Then other parts that the model
-    lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But if the files
-    contain more layers, or more parameters in a layer, than the model, this is an error.
+    If ``task`` is not the task of the files, the head in the files counts as another head, and other parts that the
+    model lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But of a
+    part that the model has, the files must not contain more layers or more parameters in a layer.
 
     ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
-    of poolers and heads that are not loaded. The logger "jaxlm" reports both.
+    of poolers, heads and such other parts that are not loaded. The logger "jaxlm" reports both.
 
     In addition to the result, host memory holds the initialized parameters, and one loaded parameter at a time (with
     all its layers if it is stacked).
@@ -302,9 +302,9 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
 
 
 def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
-    """The dtype to which JAX promotes the dtypes of the arrays. NumPy has no common dtype of bfloat16 and float16.
+    """The dtype to which JAX promotes the dtypes of the arrays.
 
-    Unlike ``jnp.result_type``, the function does not convert float64 to float32.
+    ``np.result_type`` raises an error for bfloat16 and float16. ``jnp.result_type`` converts float64 to float32.
     """
     return functools.reduce(jnp.promote_types, (array.dtype for array in arrays))
 

@@ -26,7 +26,8 @@ class ModelConfig:
     """Base class for the ``Config`` of a family: the fields that all families share, and checks of field values.
 
     A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
-    ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1).
+    ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1). A field whose name
+    ends in ``epsilon`` or ``init_bound`` must be at least 0.
     """
 
     vocab_multiple: int = 1
@@ -39,14 +40,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         types = config_lib.field_types(type(self))
         for name in types:
-            if isinstance(
-                value := getattr(self, name), np.generic
-            ):  # JSON, the format of configs, has no NumPy scalars
+            value = getattr(self, name)
+            if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
                 object.__setattr__(self, name, value.item())
         config_lib.check_choices(self)
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            config_lib.check_value(types[name], value, name, choices=False)
+            config_lib.check_value(types[name], value, name, choices=False)  # check_pattern checks entries of tuples
             if value is None:
                 continue
             minimum = field.metadata.get("minimum", 1)
@@ -295,7 +295,13 @@ def check_tokens(
 
 
 def check_integers(input_name: str, x: Array, tokens: Array, name: str = "tokens") -> None:
-    """Raise ``ValueError`` unless ``x`` has integers of the shape [B, T] of ``tokens`` (in NumPy: within int32)."""
+    """Raise ``ValueError`` unless ``x`` is an integer array with the shape [B, T] of ``tokens``.
+
+    The error is also raised if ``x`` is a NumPy array with values outside int32.
+
+    Args:
+        input_name, name: the names of ``x`` and ``tokens`` in messages.
+    """
     if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
     if x.shape != tokens.shape:

@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm import spec
-from jaxlm.config import check_value, field_types, suggest_name
+from jaxlm.config import suggest_name
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import record_weights
@@ -125,19 +124,15 @@ class Model:
         """The model with these values of config fields. If ``num_labels`` changes, the names of the labels are dropped.
 
         Raises:
-            ValueError: the family has no such field (the message suggests a similar one), a value has the wrong type,
-                or the ``Config`` does not accept the values.
+            ValueError: the family has no such field (the message suggests a similar one), or its ``Config`` does not
+                accept the values.
         """
-        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         names = [field.name for field in dataclasses.fields(self.config)]
-        hints = field_types(type(self.config))
-        for name, value in values.items():
+        for name in values:
             if name not in names:
                 raise ValueError(
                     f"{self.family} has no field {name!r}: {suggest_name(name, names)}its fields are {', '.join(names)}"
                 )
-            # The config class itself raises an error if a value is not among the choices of a field.
-            check_value(hints[name], value, name, choices=False)
         model = dataclasses.replace(self, config=dataclasses.replace(self.config, **values))
         num_labels = getattr(model.config, "num_labels", None)
         if self.labels is None or len(self.labels) == num_labels:
@@ -212,8 +207,8 @@ class Model:
         B, T = tokens.shape
         state = inputs.get("state")
         has_one_per_token = hidden.shape[1] == 1
-        if T == 0 and has_one_per_token and state is None:  # with a state, there may be only one slot
-            # The second shape finds a family that always returns one hidden state.
+        if T == 0 and has_one_per_token and state is None:  # a state may have no slot for a second token
+            # One hidden state may belong to the token that replaces the empty axis, or to a text or a target.
             has_one_per_token = self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1] == 2
         if T == 0 and not has_one_per_token:
             raise ValueError(
@@ -228,8 +223,7 @@ class Model:
     def _eval_shape(
         self, function: Callable[..., Any], params: Params, x: jax.Array, inputs: dict[str, Any], size: int = 1
     ) -> Any:
-        """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by
-        ``size``.
+        """The output shapes of ``function(config, params, x, **inputs)``, where ``size`` replaces input sizes of 0.
 
         JAX only traces the function, so the function checks its inputs, but computes nothing.
         """
@@ -362,7 +356,8 @@ class Model:
                     in_decoder = any(record.kind == "causal" for record in records[:index])
                     is_cross = kind == "source" or (kind == "bidirectional" and in_decoder)
                     name = "cross" if is_cross else "decoder" if kind == "causal" else "encoder"
-                    layer_weights = _split_shared_source(layer_weights, tokens) if is_cross else layer_weights
+                    if is_cross:
+                        layer_weights = _split_shared_source(layer_weights, tokens)
                 weights.setdefault(name, []).append(layer_weights)
             return weights
 
@@ -518,9 +513,9 @@ class Model:
 
 
 def _split_shared_source(weights: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Cross-attention weights [B, H, T, S]. If B/N rows read one source, T5 computes them as [N, H, B/N * T, S]."""
+    """The weights [B, H, T, S], from those of N sources, [N, H, B / N * T, S] (``jaxlm.nn.attention.source``)."""
     (N, H, _, S), (B, T) = weights.shape, tokens.shape
-    return weights if N == B else weights.reshape(N, H, B // N, T, S).swapaxes(1, 2).reshape(B, H, T, S)
+    return weights.reshape(N, H, B // N, T, S).swapaxes(1, 2).reshape(B, H, T, S)
 
 
 def get_model(name: str, /, **overrides: Any) -> Model:

@@ -106,8 +106,8 @@ def apply(
         targets: [B, P] int32, the positions to predict, at least one. A position outside the row gives NaN.
 
     Raises:
-        ValueError: the inputs have wrong shapes, only one of ``order`` and ``targets`` is given, or they are given for
-            another task than permutation.
+        ValueError: the inputs have wrong shapes or dtypes, only one of ``order`` and ``targets`` is given, or they are
+            given for another task than permutation.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
@@ -278,6 +278,8 @@ def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any
         return
     if cfg.task != "permutation":
         raise ValueError(f"task={cfg.task!r} predicts no tokens: order and targets are for task='permutation'")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
     if targets.ndim != 2 or targets.shape[0] != B or not targets.shape[1]:
         raise ValueError(
             f"targets {list(targets.shape)} must have shape [{B}, positions] for tokens {list(tokens.shape)}, with at "

@@ -40,8 +40,9 @@ def batch(
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: the shapes do not match; tokens or spans are not integers; a row has several documents; an answer
-            ends before it begins, or begins before position 0; or the first or last token of an answer is padding.
+        ValueError: the shapes do not match; tokens or spans are not integers; rows have no tokens; a row has several
+            documents; an answer ends before it begins, or begins before position 0; or the first or last token of an
+            answer is padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)

@@ -260,11 +260,11 @@ def plan(
 
 
 def check_meshes(model: Model, topology_name: str, meshes: Sequence[str], batch: int) -> None:
-    """Check meshes before the first one is compiled.
+    """Check that each mesh fits the topology, the batch and the parameters. This compiles nothing.
 
     Raises:
-        ValueError: the topology is unknown, or a mesh has another number of devices, or does not divide the batch or a
-            parameter.
+        ValueError: the topology is unknown, or a mesh has another number of devices or does not divide an axis of the
+            batch or of a parameter.
         ImportError: the compiler for the topology is not installed.
     """
     devices = topology.get_topology(topology_name).devices

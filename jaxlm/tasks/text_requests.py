@@ -24,11 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
-from jaxlm.decoding.config import SUPPORTED_FIELDS, check_type, settings_file
+from jaxlm.decoding.config import SUPPORTED_FIELDS, settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -41,11 +41,11 @@ _FILTERS = ("top_k", "top_p", "min_p")
 _BEAMS = ("num_beams", "length_penalty", "early_stopping")
 _TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
 """The defaults of transformers for fields that neither the request nor the files of the model set."""
-_OPTIONS: dict[str, tuple[type, ...]] = {
-    "until": (str, list, tuple), **dict.fromkeys(_LENGTHS, (int,)),
+_OPTIONS: dict[str, Any] = {
+    "until": str | list | tuple, **dict.fromkeys(_LENGTHS, int),
     **{name: SUPPORTED_FIELDS[name] for name in ("do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)},
 }  # fmt: skip
-"""Supported option -> types of its value."""
+"""Supported option -> type of its value, as in ``jaxlm.config.check_value``."""
 
 
 class TextRequests:
@@ -253,7 +253,7 @@ class TextRequests:
             raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
         set_options = {name: value for name, value in options.items() if value is not None}
         for name, value in set_options.items():
-            check_type(name, value, _OPTIONS[name])
+            check_value(_OPTIONS[name], value, name)
         lengths = [name for name in _LENGTHS if name in set_options]
         if len(lengths) > 1:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from jaxlm import config as config_lib
-from jaxlm import integrity, processes
+from jaxlm import integrity, processes, spec
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
@@ -73,10 +73,10 @@ class TrainingConfig:
     """Number of micro-batches per batch. They are computed one after the other to save memory, and their gradients are
     summed."""
     cpu_devices: int = 1
-    """On a CPU: number of devices into which JAX divides the processor, at most the number of cores. Each device
-    computes the loss and the gradients of its rows of a batch. With one device per core, some models train faster than
-    with one device that uses all cores (chess on two cores: 1.4 times as fast), and others do not. Dropout, batch
-    normalization and router losses are computed for the rows of each device."""
+    """On a CPU: number of devices into which JAX divides the processor. More devices than cores are not useful. Each
+    device computes the loss and the gradients of its rows of a batch. With one device per core, some models train
+    faster than with one device that uses all cores (chess on two cores: 1.4 times as fast), and others do not. Dropout,
+    batch normalization and router losses are computed for the rows of each device."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights. The average is evaluated and exported instead of the
     weights. None: no average."""
@@ -123,10 +123,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         config_lib.check_choices(self)
         for name, value in config_lib.numbers_of(self):
-            minimum = 0 if name == "max_rollbacks" else 1
-            is_count = isinstance(value, int) and name not in ("ema_decay", "spike_deviations", "seed")
-            if is_count and value < minimum:
-                raise ValueError(f"{name}={value} must be at least {minimum}")
+            if isinstance(value, int) and name not in ("ema_decay", "spike_deviations", "seed"):
+                config_lib.check_min(0 if name == "max_rollbacks" else 1, **{name: value})
         for name in ("batch_size", "evaluation_batches"):
             if getattr(self, name) > MAX_ROWS_OR_BATCHES:
                 raise ValueError(
@@ -570,11 +568,10 @@ class _Loop:
         # because metrics are read late.
         next_batch = self._batch_offset + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
-        if state.model_state is not None:  # the next batch does not continue the batches of the checkpoint
-            assert self._trainer.carry_size is not None
-            empty = self._trainer.model.init_state(*self._trainer.carry_size)
-            shardings = jax.tree.map(lambda x: x.sharding, state.model_state)
-            state = state.replace(model_state=jax.device_put(empty, shardings))
+        carry_size = self._trainer.carry_size
+        if carry_size is not None:  # the next batch does not continue the batches of the checkpoint
+            specs, all_rows = self._trainer.model.state_specs(*carry_size), jax.numpy.ones(carry_size[0], bool)
+            state = state.replace(model_state=spec.reset(specs, state.model_state, all_rows))
         self._resume_from(state, saved)
         self._batch_offset = next_batch - self.step
         self._rollbacks += 1

@@ -117,17 +117,18 @@ class Trainer:
         learning_rate: the learning rate as a function of the number of earlier updates. It is used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
         shard_map: whether ``jit_step`` uses ``jax.shard_map``, for data parallelism. Each device then computes the loss
-            and the gradients of its rows as a separate batch, and the gradients are summed. The exceptions are those of
-            ``grad_accum_steps``: dropout, batch normalization and router losses are computed for the rows of each
-            device. On CPU devices, this is faster than a step that XLA partitions (docs/labbook.md).
+            and the gradients of its rows as a separate batch, and the gradients are summed. The sum is the gradient of
+            the whole batch, with the exceptions of ``grad_accum_steps``: dropout, batch normalization and router losses
+            are computed for the rows of each device. On CPU devices, this can be faster than a step that XLA
+            partitions (docs/labbook.md).
 
     Raises:
         TypeError: ``optimizer`` is an ``OptimizerConfig``.
-        ValueError: ``shard_map`` is True, and ``sharding`` is None, splits parameters, has an axis that does not split
-            the batch, or is on another platform than JAX's default device;
-            ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
-            ``grad_accum_steps`` is above 1 with ``carry_size``; or the name of a term of the loss is in
-            :data:`METRIC_NAMES` or begins with ``validation_``.
+        ValueError: ``grad_accum_steps``, ``ema_decay`` or ``spike_deviations`` is out of its range;
+            ``grad_accum_steps`` is above 1 with ``carry_size``; the name of a term of the loss is in
+            :data:`METRIC_NAMES` or begins with ``validation_``; or, with ``shard_map``: ``sharding`` is None, splits a
+            parameter, has a mesh axis that does not split the batch, or has devices of another platform than JAX's
+            default device.
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP

@@ -16,10 +16,10 @@ import pytest
 
 from benchmarks import complete_models, decoding, harness, training
 from benchmarks.harness import Failure
-from jaxlm import spec
+from jaxlm import get_model, save_pretrained, spec
 from jaxlm.objectives import objective
 from jaxlm.plan import flops
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import initial_params, relative_error
 
 NAMES = {
     "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
@@ -100,6 +100,8 @@ def test_xlnet_masks_for_transformers() -> None:
 def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="--length 32: a VDCNN reads texts of max_positions=64"):
         complete_models.sizes(complete_models.build("vdcnn-9", quick=True), True, None, 32)
+    with pytest.raises(ValueError, match="--length 65: the model reads texts of at most max_positions=64 tokens"):
+        complete_models.sizes(complete_models.build("gpt2", quick=True), True, None, 65)
     xlnet = complete_models.build("xlnet-base-cased", quick=True)
     for length in (33, 8):
         with pytest.raises(ValueError, match=f"--length {length} must be even and at least 10: an XLNet row has"):
@@ -123,6 +125,18 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
     assert "--passes 'backward' is unknown: choose from forward, step" in capsys.readouterr().err
     assert decoding.main(["--against", "", "--batch", "one"]) == 2
     assert "--batch 'one' must be whole numbers" in capsys.readouterr().err
+    assert decoding.main(["--against", "", "--model", "gpt2,gp2"]) == 2
+    assert "benchmarks.decoding: --model gp2: " in capsys.readouterr().err
+
+
+def test_a_prompt_and_new_tokens_need_positions(tmp_path: Path) -> None:
+    from benchmarks.decoding_baselines import Jaxlm
+
+    model = get_model("gpt2-tiny")
+    save_pretrained(tmp_path, model, initial_params(model))
+    assert Jaxlm(str(tmp_path), "gpt", 1, 32, 33).tokens == 33
+    with pytest.raises(ValueError, match="--prompt 32 and --tokens 34 need 65 positions, but .* max_positions=64"):
+        Jaxlm(str(tmp_path), "gpt", 1, 32, 34)
 
 
 @pytest.mark.thorough

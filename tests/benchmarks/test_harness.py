@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -419,6 +421,18 @@ def test_a_worker_works_although_its_implementation_prints(worker: Worker) -> No
     facts = worker.facts()
     assert facts["count"] == initial_count + 3
     assert facts["peak_process_bytes"] > 1_000_000
+
+
+def test_help_that_cannot_be_written_has_a_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert training.main(["--help"]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks.training: No space left on device")
 
 
 @pytest.mark.thorough

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxlm.data.duplicates import group_similar, trigrams
+from jaxlm.data.duplicates import group_phrases, group_similar, trigrams
 
 WORDS = [f"w{number}" for number in range(5000)]
 RNG = np.random.default_rng(0)
@@ -57,3 +57,22 @@ def test_edge_cases_and_invalid_input():
         group_similar(["a", "b"], keys=["a"])
     with pytest.raises(ValueError, match="similarity=0.0 must be above 0"):
         group_similar(["a", "b"], similarity=0.0)
+
+
+def test_a_sentence_and_its_phrases_are_in_one_group():
+    words = RNG.permutation(WORDS)[:67]  # no word occurs twice
+    sentences = [" ".join(part) for part in np.split(words, (12, 42, 47))]
+    phrases, expected = [], []
+    for number, sentence in enumerate(sentences):
+        words = sentence.split()
+        for _ in range(20):
+            start, stop = sorted(RNG.choice(len(words) + 1, 2, replace=False))
+            phrases.append(" ".join(words[start:stop]))
+            expected.append(number)
+    assert group_phrases([*sentences, *phrases]) == [0, 1, 2, 3, *expected]
+
+
+def test_a_phrase_of_several_sentences_joins_only_the_longest():
+    texts = ["one two", "zero one two three", "one two four", "two one", "one two", "One two", "", " "]
+    assert group_phrases(texts) == [1, 1, 2, 3, 1, 5, 6, 6]
+    assert group_phrases([]) == []

@@ -231,7 +231,7 @@ def test_special_ids_are_read_from_template_config_and_tokenizer_files(tmp_path)
 
 def test_all_files_of_a_tokenizer_are_copied_unchanged(tmp_path):
     token = {"content": "<s>", "lstrip": True}
-    config = {"tokenizer_class": "RobertaTokenizer", "bos_token": token, "add_prefix_space": True}
+    config = {"tokenizer_class": "RobertaTokenizer", "bos_token": token, "add_prefix_space": True, "other": 5}
     save_tokenizer(tmp_path, tokenizer_config=config)
     (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens":   ["<x>"]}')
     (tmp_path / "merges.txt").write_text("x")

@@ -172,6 +172,12 @@ def test_splits_keep_groups_together_and_all_examples():
     assert [subset.rows for subset in Examples(rows).split(0.1, 0.2, seed=3, by="group")] == [
         subset.rows for subset in splits
     ]
+    by_values = Examples(rows).split(0.1, 0.2, seed=3, by=[n // 4 for n in range(80)])
+    assert [subset.rows for subset in by_values] == [subset.rows for subset in splits]
+    with pytest.raises(ValueError, match="by has 2 values for 80 examples"):
+        Examples(rows).split(0.1, by=[0, 1])
+    with pytest.raises(ValueError, match="1 groups in"):
+        Examples(rows).split(0.1, by=[0] * 80)
     with pytest.raises(ValueError, match="their sum must be below 1"):
         Examples(rows).split(0.5, 0.5)
     with pytest.raises(ValueError, match="their sum must be below 1"):

@@ -237,6 +237,29 @@ def test_special_tokens_map_overrides_tokenizer_config_without_added_tokens_deco
     assert (tokenizer.special_tokens["eos"], tokenizer.special_ids.pad) == ("b", None)
 
 
+def test_additional_special_tokens_of_two_files_are_all_added(tmp_path):
+    bpe_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"additional_special_tokens": ["<x>"]}')
+    for tokens in ([], ["<y>"]):
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": tokens}))
+        assert load_tokenizer(tmp_path).encode("<x><y>")[0] == 13
+    assert load_tokenizer(tmp_path).encode("<x><y>").tolist() == [13, 14]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"<x>": 13, "<y>": 13}, "the tokens '<x>' and '<y>' have the same id 13"),
+        ({"<x>": [13]}, r"\[13\] must be the id of a token, an integer"),
+    ],
+)
+def test_bad_ids_in_added_tokens_json_raise_errors(tmp_path, tokens, message):
+    bpe_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=rf"added_tokens\.json: {message}"):
+        load_tokenizer(tmp_path)
+
+
 BYTE_LEVEL, BERT_NORMALIZER = tokenizers.pre_tokenizers.ByteLevel, tokenizers.normalizers.BertNormalizer
 BOS_TEMPLATE = tokenizers.processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
 SETTINGS = [  # components of tokenizer.json, tokenizer_config.json, text, ids
@@ -299,6 +322,7 @@ def test_settings_have_the_same_effect_in_transformers(tmp_path, components, con
         ),
         ({}, {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "'x' must be the id of a token, an integer"),
         ({}, {"added_tokens_decoder": {"13": {"content": "<x>", "lstrip": 1}}}, "lstrip=1 of the token '<x>' must be"),
+        ({}, {"additional_special_tokens": [None]}, "the token None must be a string"),
     ],
 )
 def test_settings_without_a_possible_effect_raise_errors(tmp_path, components, config, message):

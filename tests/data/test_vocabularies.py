@@ -43,13 +43,14 @@ def test_offsets_of_subwords_refer_to_the_original_text():
 
 def test_offsets_exclude_exactly_the_spaces_of_the_text(tmp_path):
     """The package ``tokenizers`` gives wrong offsets after a special token, and if a text begins with a space."""
-    train_tokenizer(["to be or not to be"] * 5, "bpe", 300, template="cls_sep").save(tmp_path)
+    train_tokenizer(["to be or not to be", "\n\nbe"] * 5, "bpe", 300, template="cls_sep").save(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     for text, tokens in [
         ("to[SEP]be", ["to", "[SEP]", "be"]),
         ("to [SEP] be", ["to", "", "[SEP]", "", "be"]),
         (" to be", ["", "to", "be"]),
         ("[SEP]é be", ["[SEP]", "", "é", "é", "be"]),  # two bytes of é
+        ("[SEP]\n\nbe", ["[SEP]", "\n", "\n", "be"]),  # the first line break and the added space are one token
     ]:
         encoding = tokenizer.encode_inputs("be", text)
         spans = encoding.offsets[encoding.sequence_ids == 1]

@@ -234,6 +234,11 @@ def test_maximum_lengths_must_be_integers(gpt: Pair, limits: Any) -> None:
         beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=limits, beams=BeamConfig(2))
 
 
+def test_a_list_of_prompts_with_a_maximum_length_for_each_is_rejected(gpt: Pair) -> None:
+    with pytest.raises(TypeError, match="prompts"):
+        beam_search(*gpt, [[5, 6]], max_new_tokens=np.array([2]), beams=BeamConfig(2))  # type: ignore[arg-type]
+
+
 def test_a_number_of_beams_gives_the_fix(gpt: Pair) -> None:
     with pytest.raises(TypeError, match=r"beams=4 must be a BeamConfig: pass BeamConfig\(num_beams=4\)"):
         beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=2, beams=4)  # type: ignore[arg-type]

@@ -130,6 +130,18 @@ def test_a_label_that_only_the_random_test_split_has_is_known(tmp_path):
         assert labels == ("0", "1", "rare")
 
 
+def test_phrases_are_in_the_split_of_their_sentence(tmp_path):
+    sentences = [" ".join(f"w{n}-{word}" for word in range(6)) for n in range(20)]
+    lines = [f"1 {part}\n" for text in sentences for part in (text, text[: len(text) // 2].rsplit(" ", 1)[0])]
+    (tmp_path / "lines.all").write_text("".join(lines))
+    data = sentiment.Data(train=tmp_path / "lines.all", group_phrases=True)
+    training, test, _ = sentiment.parts(data)
+    assert len(test) == 4
+    assert not {text.split("-")[0] for text in training.column("text")} & {
+        text.split("-")[0] for text in test.column("text")
+    }
+
+
 @pytest.mark.parametrize("received_signal", [None, "SIGINT"])
 def test_every_fold_knows_all_labels_and_no_fold_starts_after_a_signal(tmp_path, monkeypatch, received_signal):
     (tmp_path / "lines.all").write_text("".join(f"{'rare' if n == 0 else n % 2} it is word {n}\n" for n in range(20)))

@@ -70,7 +70,7 @@ def test_negative_eigenvalues_in_pieces_with_documents_and_padding():
     assert relative_error(np.asarray(other)[real], want[real]) > 0.01
 
 
-def test_only_attention_limits_the_length_of_the_text():
+def test_the_state_grows_only_with_attention_and_max_positions_limits_its_length():
     model = tiny_model("bamba-tiny")
     mixer, attention = model.state_specs(2, 40)["layers"]
     assert mixer["hidden"].shape == (2, 8, 12, 8)

@@ -242,6 +242,8 @@ def test_errors_name_bad_inputs():
         model.apply(params, tokens, order=order, targets=order[:1])
     with pytest.raises(ValueError, match=r"order must be integers of shape \[batch, time\], got float64\[2, 9\]"):
         model.apply(params, tokens, order=order * 0.5, targets=order)
+    with pytest.raises(ValueError, match="targets must be integers, got float64"):
+        model.apply(params, tokens, order=order, targets=order * 1.0)
     for count in (1, 3):
         empty = {"order": np.zeros((2, 0), np.int32), "targets": np.zeros((2, count), np.int32)}
         message = rf"tokens \[2, 0\] are empty, but xlnet computes {count} hidden states that do not"

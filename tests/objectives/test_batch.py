@@ -11,7 +11,13 @@ import jaxlm.objectives
 from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import OBJECTIVES, causal, objective, seq2seq
-from jaxlm.objectives.batch import Batch, count_examples_and_tokens, smoothed_token_loss, token_accuracy
+from jaxlm.objectives.batch import (
+    Batch,
+    count_examples_and_tokens,
+    hidden_states_at_targets,
+    smoothed_token_loss,
+    token_accuracy,
+)
 from jaxlm.testing.helpers import apply, initial_params, tiny_model
 from tests.objectives.stub import VOCAB, MeanModel, check_loss_and_gradient, random_tokens
 
@@ -36,6 +42,15 @@ def test_count_excludes_padding():
         TOKENS, TOKENS[:, :4], start_id=0, source_segment_ids=SEGMENTS, segment_ids=SEGMENTS[:, :4]
     )  # fmt: skip
     assert count_examples_and_tokens(pair) == (2, 8 + 5 + 4 + 4)
+
+
+def test_target_positions_outside_the_row_give_nan():
+    positions = np.array([[0, 7, 8, -1]] * 3, np.int8)
+    batch, params = Batch(TOKENS, TOKENS[:, :4], np.ones((3, 4), np.float32), target_positions=positions), MODEL.init()
+    hidden, _ = MODEL.apply(params, TOKENS)
+    got, _ = hidden_states_at_targets(MODEL, params, batch, None, None)
+    np.testing.assert_array_equal(got[:, :2], hidden[:, [0, 7]])
+    assert np.isnan(got[:, 2:]).all()
 
 
 def test_a_smoothed_loss_is_the_cross_entropy_to_the_smoothed_distribution():

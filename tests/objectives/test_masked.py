@@ -237,6 +237,11 @@ def test_invalid_input_raises_errors(change, message):
         masked_batch(np.full((2, 8), 30), np.random.default_rng(0), **options)
 
 
+def test_rows_may_be_empty():
+    batch = masked_batch(np.zeros((2, 0), np.int32), np.random.default_rng(0), mask_id=MASK, vocab_size=V)
+    assert batch.tokens.shape == batch.weights.shape == (2, 0)
+
+
 def test_tokens_must_be_rows_of_integers():
     with pytest.raises(ValueError, match=r"tokens must be integers of shape \[batch, time\]"):
         masked_batch(np.ones((2, 8)), np.random.default_rng(0), mask_id=MASK, vocab_size=V)

@@ -184,6 +184,8 @@ def test_invalid_numbers_raise_errors():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"windows must be \[batch, time\] with at least one row, got \[5\]"):
         permutation.batch(np.zeros(5, np.int32), rng)
+    with pytest.raises(ValueError, match=r"with at least one row, got \[0, 36\]"):
+        permutation.batch(np.zeros((0, 36), np.int32), rng, PermutationConfig(**SMALL))
     with pytest.raises(ValueError, match="the array of windows has dtype float64, but batches hold int32"):
         permutation.batch(windows().astype(float), rng, PermutationConfig(**SMALL))
     with pytest.raises(ValueError, match="the array of windows has values outside int32"):

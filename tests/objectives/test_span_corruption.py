@@ -150,6 +150,8 @@ def test_invalid_input_raises_errors():
         text_length(2)
     with pytest.raises(ValueError, match="a text without tokens cannot be corrupted"):
         corrupt(text[:0], np.zeros(0, bool), first_sentinel=99, end_id=1)
+    with pytest.raises(ValueError, match="the text has values outside int32"):
+        corrupt(text.astype(np.int64) + 2**40, np.arange(40) == 5, first_sentinel=199, end_id=1)
     with pytest.raises(TypeError, match="Cannot cast"):
         corrupt(text.astype(float), np.arange(40) == 5, first_sentinel=199, end_id=1)
     for shape in ((40,), (0, 40)):

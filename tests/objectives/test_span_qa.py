@@ -100,6 +100,11 @@ def test_invalid_spans_raise_errors(spans, segments, message):
         span_qa.batch(np.zeros((2, 5), np.int32), np.array(spans), segments)
 
 
+def test_rows_need_a_token():
+    with pytest.raises(ValueError, match=r"tokens \[2, 0\] must have at least one token per row"):
+        span_qa.batch(np.zeros((2, 0), np.int32), np.zeros((2, 2), int), np.zeros((2, 0), np.int32))
+
+
 def test_logits_of_another_task_raise_an_error():
     batch = span_qa.batch(np.zeros((1, 5), np.int32), np.array([[0, 1]]))
     with pytest.raises(ValueError, match=r"logits \[1, 5, 3\] must be \[batch, time, 2\]"):

@@ -22,6 +22,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
+from jaxlm.training import trainer as trainer_lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
@@ -372,7 +373,7 @@ def test_bad_settings_of_a_trainer_raise_an_error_with_the_field(change, message
         Trainer(tiny_model("gpt2-tiny"), optax.sgd(0.1), causal.loss, **change)
 
 
-def test_shard_map_needs_a_mesh_that_splits_no_parameter():
+def test_shard_map_needs_a_mesh_that_splits_no_parameter(monkeypatch):
     model = tiny_model("gpt2-tiny")
     with pytest.raises(ValueError, match="shard_map=True needs a mesh: pass a sharding"):
         Trainer(model, optax.sgd(0.1), causal.loss, shard_map=True)
@@ -386,6 +387,9 @@ def test_shard_map_needs_a_mesh_that_splits_no_parameter():
     sharding = Sharding(make_mesh("data=4,tensor=2"), DATA_PARALLEL | Rules.of(mlp="tensor") | Rules.of(batch="tensor"))
     with pytest.raises(ValueError, match=r"splits 'layers.*mlp"):
         Trainer(model, optax.sgd(0.1), causal.loss, adaptation=only_the_norm, sharding=sharding, shard_map=True)
+    monkeypatch.setattr(trainer_lib, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="a mesh over devices of JAX's default platform, gpu, got cpu: set"):
+        Trainer(model, optax.sgd(0.1), causal.loss, sharding=Sharding(make_mesh("data=8")), shard_map=True)
 
 
 def test_a_trainer_needs_an_optax_optimizer():

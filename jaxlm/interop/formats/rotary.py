@@ -66,7 +66,7 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
         hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read this field
     if kind == "yarn":
         hf_scaling.pop("finetuned", None)  # a note in the files of the authors of YaRN; transformers does not read it
-        if hf_scaling.get("truncate", True) is None:  # transformers tests whether the value is true
+        if hf_scaling.get("truncate", True) is None:  # for transformers, null means false, but a missing field true
             hf_scaling["truncate"] = False
     if kind not in get_args(ScalingKind):
         raise ValueError(

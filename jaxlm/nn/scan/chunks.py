@@ -25,7 +25,7 @@ def prepare(
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
-    """The inputs with zeros at padding, the state before the first step, float32, and the resets at real steps.
+    """The inputs with zeros at padding, the float32 state before the first step, and the resets except at padding.
 
     Batch and heads may be sharded. The time axis is not sharded, because the steps are sequential.
 

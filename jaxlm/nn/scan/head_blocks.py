@@ -304,7 +304,7 @@ def run(
         inputs: queries and keys [B, T, G, K], values [B, T, H, V], and float32 log decays and scales [B, T, H, 1].
             Padding has zeros in all of them.
         state_BHKV: the state before the first step, float32.
-        reset_BT: True where the state is set to zeros before the step, which is not padding; None: nowhere.
+        reset_BT: True where the state is set to zeros before the step; False at padding. None: nowhere.
     """
     query, key, value, log_BTH, scale_BTH = *inputs[:3], *(x[..., 0] for x in inputs[3:])
     if reset_BT is None:

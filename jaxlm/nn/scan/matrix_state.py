@@ -107,7 +107,7 @@ def linear_attention(
     if implementation == "pallas":
         return head_blocks.run(matrix_state_pallas.KERNELS, inputs, state_BHKV, reset_BT)
     if scale_BTH is None:
-        inputs.pop()
+        inputs.pop()  # the scales of 1, which only the kernel needs
     if implementation == "reference":
         return scan_steps(_log_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)

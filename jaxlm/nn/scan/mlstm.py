@@ -27,7 +27,7 @@ from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import Implementation, check_inputs, choose_implementation, linear_attention
-from jaxlm.nn.segments import check_state, complete_masks, select_state
+from jaxlm.nn.segments import check_state, complete_masks, reset_state, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -122,7 +122,7 @@ def mlstm(
         state = {"cell": cell, "normalizer": jnp.zeros_like(like), "stabilizer": jnp.zeros_like(like[..., 0])}
     state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
     if implementation == "reference":
-        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, reset_BT, epsilon)
+        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
     return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, chunk, implementation)
 
 
@@ -139,12 +139,11 @@ def _check(
         check_state(state, mlstm_state_specs(B, H, K, V))
 
 
-def _reference(inputs: Any, state: dict[str, jax.Array], reset_BT: jax.Array | None, epsilon: float) -> Any:
+def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: float) -> Any:
     def step(state: dict[str, jax.Array], inputs: Any) -> Any:
-        (q, k, v, log_i, log_f), reset_B = inputs
+        (q, k, v, log_i, log_f), step_masks = inputs
         q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        if reset_B is not None:
-            state = select_state(reset_B, jax.tree.map(jnp.zeros_like, state), state)
+        state = reset_state(step_masks, state)
         C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
         new_m = jnp.maximum(log_f + m, log_i)
         f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
@@ -153,7 +152,7 @@ def _reference(inputs: Any, state: dict[str, jax.Array], reset_BT: jax.Array | N
         out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
         return {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}, out.astype(v.dtype)
 
-    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, reset_BT))
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
     last, out_TBHV = lax.scan(step, state, time_major)
     return jnp.swapaxes(out_TBHV, 0, 1), last
 
@@ -172,8 +171,8 @@ def _by_linear_attention(
     reset_BT: jax.Array | None, epsilon: float, chunk: int | None, implementation: Implementation,
 ) -> Any:  # fmt: skip
     if reset_BT is not None:
-        # A non-finite stabilizer would make the gates of all steps of the chunk non-finite, also after a reset. If the
-        # cell and the normalizer are NaN instead, the results before the reset are NaN, too.
+        # If the stabilizer were NaN or inf, all gates would be NaN, also after a reset. If the cell and the normalizer
+        # are NaN instead, only the results before the reset are NaN.
         undefined = {name: jnp.full_like(state[name], jnp.nan) for name in ("cell", "normalizer")}
         undefined["stabilizer"] = jnp.zeros_like(state["stabilizer"])
         state = select_state(state["stabilizer"] < jnp.inf, state, undefined)
@@ -223,7 +222,7 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, re
         a_BTH = jnp.where(reset_BT1, -jnp.inf, a_BTH)
 
     def combine(earlier: Any, later: Any) -> Any:
-        is_reset = later[0] == -jnp.inf  # then the earlier steps are not used, which may be NaN
+        is_reset = later[0] == -jnp.inf  # then the earlier steps have no effect, even if they are NaN
         a, b = earlier[0] + later[0], jnp.maximum(later[0] + earlier[1], later[1])
         return jnp.where(is_reset, -jnp.inf, a), jnp.where(is_reset, later[1], b)
 

@@ -211,7 +211,8 @@ def _scan_tile(a: jax.Array, h: jax.Array, state: jax.Array, reverse: bool) -> j
         h = a * _shifted(h, shift, reverse, 0.0) + h
         a = a * _shifted(a, shift, reverse, 1.0)
         shift *= 2
-    return jnp.where(a == 0.0, 0.0, a * state) + h  # after a reset, a is 0, and the state before the tile may be NaN
+    # From a reset on, ``a`` is 0, and the state before the tile may be NaN.
+    return jnp.where(a == 0.0, 0.0, a * state) + h
 
 
 def _last_row(x: jax.Array, reverse: bool) -> jax.Array:

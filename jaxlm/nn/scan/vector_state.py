@@ -60,8 +60,9 @@ def linear_scan(
             decays with each other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The
-            state before the step may be NaN. But in ``pallas``, a non-finite input before a reset can make the results
-            after the reset NaN if both steps are in the same tile of 8 or 16 steps. None: no resets.
+            state before the step may be NaN. ``pallas`` differs for steps in the same tile of 8 or 16 steps: a
+            non-finite input before a reset can make the results after the reset NaN, and without a reset, a state of
+            NaN has no effect if the product of the decays is 0. None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: whether the recurrence goes from the last step to the first. Output t still belongs to input t, and the
             returned last state is the state at step 0.
@@ -145,8 +146,11 @@ def _forward(
         hidden_BTD, last_BD = _sequential(decay_BTD, input_BTD, state_BD, masks, reverse)
     else:
         new_BTD = input_BTD if masks is None else jnp.where(masks[1][:, :, None], input_BTD, 0.0)
-        run = pallas.scan if implementation == "pallas" else _chunked
-        hidden_BTD, last_BD = run(_masked_decay(decay_BTD, masks), new_BTD, state_BD, reverse)
+        arguments = _masked_decay(decay_BTD, masks), new_BTD, state_BD, reverse
+        if implementation == "pallas":
+            hidden_BTD, last_BD = pallas.scan(*arguments)
+        else:
+            hidden_BTD, last_BD = _chunked(*arguments, None if masks is None else masks[0])
     return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
 
 
@@ -293,9 +297,9 @@ def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
 
 
 def _chunked(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool, reset_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse)
+    hidden_BTD = _scan_chunks(decay_BTD, input_BTD, state_BD, reverse, reset_BT)
     return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
 
 
@@ -324,8 +328,14 @@ def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
 
 
-def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> jax.Array:
-    """The state after each step, [B, T, D] float32."""
+def _scan_chunks(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool, reset_BT: jax.Array | None = None
+) -> jax.Array:
+    """The state after each step, [B, T, D] float32.
+
+    Args:
+        reset_BT: True where the state before the step is not used, even if it is NaN. None: nowhere.
+    """
     B, T, D = input_BTD.shape
     L = min(CHUNK, T)
     num_chunks = -(-T // L)
@@ -334,21 +344,24 @@ def _scan_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array
     padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
 
     def split(x_BTD: jax.Array) -> jax.Array:
-        return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, num_chunks, L, D), 0, 1)
+        return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, num_chunks, L, x_BTD.shape[2]), 0, 1)
+
+    def decayed(steps: Any, state: jax.Array) -> jax.Array:
+        is_reset, decay, _ = steps
+        return decay * state if is_reset is None else jnp.where(is_reset, 0.0, decay * state)
 
     def combine(earlier: Any, later: Any) -> Any:
-        return earlier[0] * later[0], decayed(later[0], earlier[1]) + later[1]
-
-    def decayed(decay: jax.Array, state: jax.Array) -> jax.Array:
-        # At a reset, the decay is 0 and the state may be NaN. The gradient of a decay of 0 is not changed.
-        return decay * jnp.where((decay == 0.0) & ~jnp.isfinite(state), 0.0, state)
+        is_reset = None if reset_BT is None else earlier[0] | later[0]
+        return is_reset, earlier[1] * later[1], decayed(later, earlier[2]) + later[2]
 
     def run_chunk(state_BD: jax.Array, inputs: Any) -> Any:
-        decay_BLD, new_BLD = (x.astype(jnp.float32) for x in inputs)
-        decay_BLD, hidden_BLD = lax.associative_scan(combine, (decay_BLD, new_BLD), axis=1, reverse=reverse)
-        hidden_BLD = decayed(decay_BLD, state_BD[:, None]) + hidden_BLD
+        reset_BL1, *arrays = inputs
+        steps = (reset_BL1, *(x.astype(jnp.float32) for x in arrays))
+        steps = lax.associative_scan(combine, steps, axis=1, reverse=reverse)
+        hidden_BLD = decayed(steps, state_BD[:, None]) + steps[2]
         return hidden_BLD[:, 0 if reverse else -1], hidden_BLD
 
-    _, hidden_NBLD = lax.scan(run_chunk, state_BD, (split(decay_BTD), split(input_BTD)), reverse=reverse)
+    reset_NBL1 = None if reset_BT is None else split(reset_BT[:, :, None])
+    _, hidden_NBLD = lax.scan(run_chunk, state_BD, (reset_NBL1, split(decay_BTD), split(input_BTD)), reverse=reverse)
     hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, num_chunks * L, D)
     return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]

@@ -120,6 +120,15 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert_trees_close(got, results(reference_loop, arrays()), 0.03)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_remains_if_the_product_of_the_decays_underflows(implementation):
+    """Only a reset ends the effect of NaN."""
+    decay, new, state = np.full((1, T, 1), 1e-15, np.float32), np.ones((1, T, 1), np.float32), np.full((1, 1), np.nan)
+    out, last = jax.jit(functools.partial(linear_scan, implementation=implementation))(decay, new, state)
+    assert np.isnan(out).all()
+    assert np.isnan(last).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_iteration_copies_the_buffer(masked):
     """One copy in each of T iterations would make the scan quadratic in T."""
