@@ -119,15 +119,13 @@ class _ShapeDtype:
 
 
 def _flatten(tree: spec.Tree) -> dict[str, Any]:
-    """The result of ``spec.flatten``, after a check: all leaves are non-empty arrays, and their path names differ."""
+    """The result of ``spec.flatten``, after a check: all leaves are arrays, and their path names differ."""
     flat = spec.flatten(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path name: use keys without '/'")
     for name, leaf in flat.items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise TypeError(f"{name!r} is {leaf!r}: a checkpoint holds arrays; use jnp.asarray, or put it into meta")
-        if 0 in leaf.shape:
-            raise ValueError(f"{name!r} has shape {tuple(leaf.shape)}: an empty array cannot be saved")
     return flat
 
 
@@ -234,7 +232,7 @@ class Checkpointer:
             wait: whether to return only after the checkpoint is complete. Set it for the last checkpoint of a run.
 
         Raises:
-            ValueError: ``step`` is not an integer of at least 0, an array is empty, or two leaves have the same name.
+            ValueError: ``step`` is not an integer of at least 0, or two leaves have the same name.
             FileExistsError: ``step`` exists. If its record is damaged, the old directory is renamed and nothing is
                 raised.
             TypeError: a leaf is not a ``jax.Array``, or ``meta`` has a key that is not a string or a value that is not
@@ -272,6 +270,7 @@ class Checkpointer:
             "metric": None if metric is None else float(metric),
             "meta": meta,
         }
+        arrays = {name: array for name, array in arrays.items() if array.size}  # orbax cannot save empty arrays
         record = json.loads(json.dumps(record))  # a copy, because orbax writes it later in another thread
         record["checksum"] = _digest(record)
         self._last_saved, self._needs_sync = step, True
@@ -472,10 +471,10 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: there is no such step, or ``best`` is True and no step has a metric.
-            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; an array of ``target`` is
-                empty, has 64 bits without ``jax_enable_x64``, or has a sharding without devices; ``on_corrupt`` is
-                unknown, or is "previous" with ``step`` or ``best``; or both ``step`` and ``best`` are given. In all
-                these cases, no array is read.
+            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; an array of ``target`` has 64
+                bits without ``jax_enable_x64``, or a sharding without devices; ``on_corrupt`` is unknown, or is
+                "previous" with ``step`` or ``best``; or both ``step`` and ``best`` are given. In all these cases, no
+                array is read.
             CorruptCheckpointError: the record or an array is damaged. The error names the directory or file, and the
                 intact steps.
         """
@@ -540,6 +539,12 @@ class Checkpointer:
         sources, saved_layout = _sources(flat, saved)
         spec.require_same(_shapes_and_dtypes(saved_layout), saved, f"the target and the checkpoint {path}")
         targets = {name: _orbax_target(name, leaf) for name, leaf in saved_layout.items()}
+        empty = {
+            name: jax.device_put(np.empty(target.shape, target.dtype), getattr(target, "sharding", None))
+            for name, target in targets.items()
+            if 0 in target.shape
+        }
+        targets = {name: target for name, target in targets.items() if name not in empty}
         try:
             restored = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
         except Exception as error:  # orbax and tensorstore errors have no common base class
@@ -547,7 +552,8 @@ class Checkpointer:
             raise CorruptCheckpointError(f"the arrays of {path} cannot be read: {reason}") from error
         # Arrays stay uncommitted unless the target was committed, so that a jitted step may use them on any mesh.
         arrays = {
-            name: array if isinstance(array, jax.Array) else jax.device_put(array) for name, array in restored.items()
+            name: array if isinstance(array, jax.Array) else jax.device_put(array)
+            for name, array in {**restored, **empty}.items()
         }
         sums = checksums(arrays)
         wrong = [name for name in saved_layout if sums[name] != record["arrays"][name]["checksum"]]

@@ -87,6 +87,15 @@ def test_bad_registrations_give_the_reason(name, changes, error, message):
     assert "other" not in family_names()
 
 
+def test_a_family_can_be_replaced(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    module = types.SimpleNamespace(**{name: getattr(mingru, name) for name in ("Config", "specs", "apply", "logits")})
+    jaxlm.register_family("mingru", module, replace=True)
+    assert registry.family("mingru") is module
+    with pytest.raises(ValueError, match="family 'gpt' is already registered: choose another name"):
+        jaxlm.register_family("gpt", module, replace=True)
+
+
 def test_a_package_that_cannot_be_loaded_is_named_and_does_not_break_other_families(monkeypatch):
     point = importlib.metadata.EntryPoint("broken", "tests.no_such_module", registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "_entry_points", lambda: {"broken": point})

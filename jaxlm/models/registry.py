@@ -25,7 +25,7 @@ _REQUIRED = ("Config", "specs", "apply", "logits")
 _registered: dict[str, Any] = {}
 
 
-def register_family(name: str, module: Any) -> None:
+def register_family(name: str, module: Any, *, replace: bool = False) -> None:
     """Register a family of another package, so that ``get_model``, saved models and experiments find it by name.
 
     A package can also list its families in its ``pyproject.toml``. Commands such as ``jaxlm generate`` then find them:
@@ -37,6 +37,8 @@ def register_family(name: str, module: Any) -> None:
         name: the name of the family.
         module: a module, or another object, with the functions of a family (docs/tour.md, section 3).
             ``Config``, ``specs``, ``apply`` and ``logits`` are required, ``VARIANTS`` is optional.
+        replace: whether to replace a registered family of this name, for example when a notebook cell runs again. JAX
+            caches compiled functions by the config, so define a new ``Config`` class in this cell too.
 
     Raises:
         ValueError: the name is not an identifier, or another family or variant already has this name or the name of one
@@ -46,8 +48,12 @@ def register_family(name: str, module: Any) -> None:
     """
     if not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'my_family'")
-    if name in _MODULES or _registered.get(name, module) is not module:
+    if name in _MODULES:
         raise ValueError(f"a family {name!r} is already registered: choose another name")
+    if _registered.get(name, module) is not module and not replace:
+        raise ValueError(
+            f"a family {name!r} is already registered: choose another name, or use register_family(..., replace=True)"
+        )
     family_of = {variant: other for other in (*_MODULES, *_registered) if other != name for variant in _variants(other)}
     if name in family_of:
         raise ValueError(f"name={name!r} is a variant of family {family_of[name]!r}: choose another name")

@@ -54,15 +54,21 @@ def loss_and_terms(
 ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
     """The results of ``loss(*arguments, **options)``, and a dict of its terms, which is empty for a loss without terms.
 
+    The total and the weight are arrays, also if the loss returns Python numbers.
+
     Raises:
-        ValueError: the names of the returned terms are not ``loss.names``.
+        ValueError: the loss returns another number of values, or the names of its terms are not ``loss.names``.
     """
-    if isinstance(loss, LossWithTerms):
-        *results, terms = loss.function(*arguments, **options)
-        if set(terms) != set(loss.names):
-            raise ValueError(f"the loss returned the terms {sorted(terms)}, but its names are {sorted(loss.names)}")
-        return *results, terms
-    return *loss(*arguments, **options), {}
+    function = loss.function if isinstance(loss, LossWithTerms) else loss
+    names = ("total", "weight", "state", "terms")[: 3 if function is loss else 4]
+    results: Any = function(*arguments, **options)
+    if not isinstance(results, tuple) or len(results) != len(names):
+        given = f"{len(results)} values" if isinstance(results, tuple) else f"a {type(results).__name__}"
+        raise ValueError(f"a loss must return a tuple ({', '.join(names)}), but it returned {given}")
+    total, weight, state, terms = (*results, {})[:4]
+    if set(terms) != set(term_names(loss)):
+        raise ValueError(f"the loss returned the terms {sorted(terms)}, but its names are {sorted(term_names(loss))}")
+    return jnp.asarray(total), jnp.asarray(weight, jnp.float32), state, terms
 
 
 def term_names(loss: Loss) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from jaxlm import config as config_lib
-from jaxlm import integrity, processes, spec
+from jaxlm import integrity, json_files, processes, spec
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
@@ -197,6 +197,7 @@ class Run:
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
+        TypeError: a value of ``meta`` is not a JSON value.
     """
 
     directory: Path
@@ -211,6 +212,7 @@ class Run:
             raise ValueError(
                 f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
             )
+        json_files.require_json(dict(self.meta), "meta")
 
 
 class DivergedError(RuntimeError):
@@ -457,10 +459,14 @@ class _Loop:
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         # Whether a scheduled checkpoint was due at one of the skipped steps directly before this checkpoint.
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
-        if self._trainer.spike_deviations is not None:
-            losses = training.get("recent_losses", [math.nan] * SPIKE_WINDOW)
-            state = dataclasses.replace(state, recent_losses=np.array(losses, np.float32))
-        self._state = state
+        self._state = self._restored_state(state, saved)
+
+    def _restored_state(self, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
+        """The training state from the state and the metadata of a checkpoint (the inverse of `_checkpoint_state`)."""
+        if self._trainer.spike_deviations is None:
+            return state
+        losses = saved.get("training", {}).get("recent_losses", [math.nan] * SPIKE_WINDOW)
+        return dataclasses.replace(state, recent_losses=np.array(losses, np.float32))
 
     @staticmethod
     def _checkpoint_state(state: TrainState) -> TrainState:
@@ -476,7 +482,8 @@ class _Loop:
         if self._schedule_notice is not None and self.step < config.steps:
             bar.say(self._schedule_notice)
         if self._run.resume and self.step == 0:
-            bar.say("there is no checkpoint yet: the run starts from its first step")
+            position = f", with batch {self._batch_offset} of the data" if self._batch_offset else ""
+            bar.say(f"there is no checkpoint yet: the run starts from its first step{position}")
         stop: str | None = "complete" if self._is_complete() else None
         if self._run.resume and stop is not None:
             bar.say(f"step {self.step}: the training is complete; its result is read from the checkpoint")
@@ -604,7 +611,7 @@ class _Loop:
     def _evaluate_now(self, bar: ProgressBar) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
         config = self._config
-        values = dict(self._evaluate(self._model_params(self._state)))
+        values = _as_numbers(self._evaluate(self._model_params(self._state)))
         if config.best_metric not in values:
             raise ValueError(
                 f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
@@ -684,8 +691,8 @@ class _Loop:
         if self._config.restore_best and not improved:
             if self._checkpoints.best not in (None, self.step):
                 del self._state  # two states may not fit in memory
-                self._state, saved = self._checkpoints.restore(self._abstract_state, best=True)
-                self._validation = saved["validation"]
+                state, saved = self._checkpoints.restore(self._abstract_state, best=True)
+                self._state, self._validation = self._restored_state(state, saved), saved["validation"]
                 step = int(self._state.step)
                 bar.say(f"using the weights of step {step}, which has the best {metric} of all saved steps")
             assert self._validation is not None
@@ -702,12 +709,26 @@ class _Loop:
         self, reader: _MetricsReader, validation: Mapping[str, float] | None, interrupted: str | None,
         late_signal: str | None = None,
     ) -> Result:  # fmt: skip
-        state = self._checkpoint_state(self._state)
+        state = self._state
         return Result(
             state, self._model_params(state), int(state.step), validation, interrupted,
             reader.first_loss_at - self._start_time, reader.tokens_per_second, reader.examples_per_second,
             len(self._batch_shapes), self._tokens, self._earlier_seconds, self._rollbacks, self.step, late_signal,
         )  # fmt: skip
+
+
+def _as_numbers(metrics: Any) -> dict[str, float]:
+    """The metrics of an evaluation, with NumPy and JAX scalars as Python numbers.
+
+    Raises:
+        TypeError: ``metrics`` is not a dict of numbers.
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"evaluate returned {metrics!r}: return a dict from metric names to numbers")
+    for name, value in metrics.items():
+        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+            raise TypeError(f"evaluate returned {name}={value!r}: return one number for each metric")
+    return {name: float(value) for name, value in metrics.items()}
 
 
 _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|.*_implementation")

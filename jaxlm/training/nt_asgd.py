@@ -109,13 +109,21 @@ def start_averaging(state: Any) -> Any:
     return _map_averaging(state, lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)))
 
 
-def mean_params(state: Any) -> Any:
+def mean_params(state: Any, params: Params | None = None) -> Any:
     """The mean of the parameters since :func:`start_averaging`, or the current parameters if averaging has not started.
+
+    Args:
+        state: an optimizer state.
+        params: the current parameters. They replace the parameters that :func:`averaging` does not get, for example
+            inside ``optax.partition``. None: all parameters have a mean.
 
     Raises:
         ValueError: ``state`` does not contain exactly one state of :func:`averaging`.
     """
-    return _averaging_state(state).mean
+    mean = _averaging_state(state).mean
+    if params is None:
+        return mean
+    return jax.tree.map(lambda x, current: current if _is_masked(x) else x, mean, params, is_leaf=_is_masked)
 
 
 def map_mean(state: Any, change: Callable[[Any], Any]) -> Any:
@@ -130,6 +138,10 @@ def map_mean(state: Any, change: Callable[[Any], Any]) -> Any:
 def _map_averaging(state: Any, change: Callable[[AveragingState], AveragingState]) -> Any:
     """``state`` with ``change`` applied to each state of :func:`averaging` in it."""
     return jax.tree.map(lambda node: change(node) if _is_averaging(node) else node, state, is_leaf=_is_averaging)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _is_averaging(node: Any) -> bool:

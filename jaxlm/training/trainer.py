@@ -98,7 +98,9 @@ class Trainer:
 
     Attributes:
         model: the model.
-        optimizer: any Optax transformation. It gets the loss as ``value`` (for ``optax.contrib.reduce_on_plateau``).
+        optimizer: an Optax transformation. It gets the loss as ``value`` (for ``optax.contrib.reduce_on_plateau``).
+            Transformations that evaluate the loss themselves are not supported (``optax.contrib.sam``,
+            ``optax.contrib.sophia``, line searches).
         loss: the ``loss`` of an objective, or a function with its signature.
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other, which saves
             memory, and their gradients are summed. The sum is the gradient of the whole batch, with three exceptions:
@@ -210,11 +212,16 @@ class Trainer:
                 the mesh. None initializes the parameters at random.
 
         Raises:
-            ValueError: a trained parameter is not float32.
+            ValueError: ``params`` are not the parameters of the model (other names or shapes), or a trained parameter
+                is not float32.
         """
         if params is not None:
+            self._require_model_params(params)
             params = to_mesh(params, self.model.specs, self.sharding)
         return self._jitted_init()(key, params)
+
+    def _require_model_params(self, params: Params) -> None:
+        spec.require_same(self.model.specs, params, f"parameters of {self.model.family}", dtypes=False)
 
     def _jitted_init(self) -> Any:
         return jax.jit(self._init, out_shardings=None if self.sharding is None else self.shardings())
@@ -248,8 +255,13 @@ class Trainer:
         Args:
             params: the parameters passed to ``init``; only their shapes and dtypes are used. This argument is needed if
                 a frozen parameter is not float32. None: all parameters are float32.
+
+        Raises:
+            ValueError: as in :meth:`init`.
         """
-        params = spec.abstract(self.model.specs) if params is None else params
+        if params is None:
+            params = spec.abstract(self.model.specs)
+        self._require_model_params(params)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         return self._jitted_init().eval_shape(jax.random.key(0), params)
 
@@ -282,11 +294,12 @@ class Trainer:
         """The parameters of the model for evaluation and export, including frozen parameters.
 
         ``ema_decay`` replaces the trained parameters by their moving averages. NT-ASGD without ``ema_decay`` replaces
-        them by the mean that the optimizer computes, as soon as averaging has started.
+        them by the mean that the optimizer computes, as soon as averaging has started. Other averages in the state of
+        an optimizer, such as that of ``optax.contrib.schedule_free``, are not used.
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
-            trained = nt_asgd.mean_params(state.optimizer)
+            trained = nt_asgd.mean_params(state.optimizer, state.params)
         return self._merge(trained, state.frozen)
 
     def _merge(self, params: Params, frozen: Any) -> Any:

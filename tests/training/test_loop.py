@@ -34,7 +34,7 @@ from jaxlm.testing.helpers import (
     tiny_model,
 )
 from jaxlm.training.evaluation import Evaluator, bits_per_character, first_epoch
-from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
+from jaxlm.training.loop import DivergedError, Run, TrainingConfig, _as_numbers, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import draw_losses, metric_curve, read_metrics
 from tests.training.cached_trainer import CachedTrainer
@@ -389,7 +389,7 @@ def test_resuming_a_run_without_a_checkpoint_starts_at_step_0(tmp_path, complete
     # The run was killed while it wrote the second line. The first line is of a step that the new run does not have.
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 999, "loss": 1.0}\n{"step": 1, "lo')
     result = run(tmp_path / "run", resume=True)
-    assert "there is no checkpoint yet" in capfd.readouterr().err
+    assert "there is no checkpoint yet: the run starts from its first step\n" in capfd.readouterr().err
     assert metric_curve(read_metrics(tmp_path / "run" / "metrics.jsonl"), "loss")[0][-1] == STEPS
     assert_trees_equal(result.params, complete_run.params)
 
@@ -441,6 +441,11 @@ def test_bad_training_configs_raise_an_error_with_the_field(change, message):
 def test_reserved_keys_of_the_metadata_raise_an_error():
     with pytest.raises(ValueError, match="meta has the key 'model', under which a checkpoint has .*: rename it"):
         Run("run", {"note": "test", "model": "gpt"})
+
+
+def test_metadata_that_is_not_json_raises_an_error_before_the_first_step():
+    with pytest.raises(TypeError, match=r"meta\['rate'\] is .* of type float32: JSON has no such type"):
+        Run("run", {"rate": np.float32(1.0)})
 
 
 def test_the_directory_of_a_run_is_a_path():
@@ -558,6 +563,32 @@ def test_an_unknown_best_metric_raises_an_error(tmp_path):
         run(tmp_path, best_metric="bleu")
     with pytest.raises(ValueError, match="restore_best=True needs checkpoints"):
         TrainingConfig(restore_best=True, checkpoint_every=None)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, "evaluate returned None: return a dict"),
+        ({"loss": 1.0, "bleu": "12"}, "evaluate returned bleu='12': return one number for each metric"),
+        ({"loss": np.ones(2)}, "evaluate returned loss=array.*: return one number"),
+    ],
+)
+def test_metrics_that_are_not_numbers_raise_an_error(metrics, message):
+    with pytest.raises(TypeError, match=message):
+        _as_numbers(metrics)
+
+
+def test_an_evaluation_may_return_scalars_of_numpy_and_jax(tmp_path):
+    model, optimizer, tokens, _ = training_setup()
+    config = TrainingConfig(6, 8, evaluate_every=6, checkpoint_every=6, spike_deviations=6.0)
+    trainer = CachedTrainer(**vars(config.trainer(model, optimizer, causal.loss)))
+    data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+    metrics = {"loss": jnp.float32(0.5), "bleu": np.int64(3), "ratio": np.float32(0.25)}
+    result = train(trainer, data, lambda params: metrics, config, Run(tmp_path / "run"))
+    assert result.validation == {"loss": 0.5, "bleu": 3.0, "ratio": 0.25}
+    assert jax.tree.structure(result.state) == jax.tree.structure(trainer.abstract())
+    with pytest.raises(ValueError, match="parameters of gpt do not match"):
+        train(trainer, data, lambda params: metrics, config, Run(tmp_path / "other"), {"zz": jnp.ones(3)})
 
 
 def test_trackers_receive_records_and_the_metrics_have_rates(tmp_path, monkeypatch):

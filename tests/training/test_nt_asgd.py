@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.testing.helpers import assert_trees_close
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal
 from jaxlm.training.nt_asgd import (
     averaging,
     has_averaging,
@@ -83,6 +83,13 @@ def test_the_mean_is_a_copy_of_the_parameters():
     mean = mean_params(averaging().init(params))
     params["w"].delete()
     assert mean["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_parameters_without_a_mean_keep_their_values():
+    params = {"a": jnp.ones(2), "b": jnp.zeros(3)}
+    optimizers = {"averaged": optax.chain(optax.sgd(1.0), averaging()), "fixed": optax.set_to_zero()}
+    optimizer = optax.partition(optimizers, {"a": "averaged", "b": "fixed"})
+    assert_trees_equal(mean_params(optimizer.init(params), params), params)
 
 
 def test_wrong_use_raises_an_error():

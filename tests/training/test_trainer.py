@@ -162,6 +162,20 @@ def test_terms_must_have_the_names_of_the_loss():
         jax.eval_shape(named_loss, spec.abstract(model.specs))
 
 
+def test_a_loss_may_return_numbers_and_must_return_three_values():
+    model, optimizer, batch = model_optimizer_batch()
+
+    def loss_with(*results):
+        return lambda *arguments, **options: (*causal.loss(*arguments, **options)[:1], *results)
+
+    state = jax.eval_shape(Trainer(model, optimizer, causal.loss).init, jax.random.key(0))
+    for count in (1, 2):
+        trainer = Trainer(model, optimizer, loss_with(8.0, None), grad_accum_steps=count)
+        assert jax.eval_shape(trainer.step, state, batch)[0] == state
+    with pytest.raises(ValueError, match=r"must return a tuple \(total, weight, state\), but it returned 2 values"):
+        jax.eval_shape(Trainer(model, optimizer, loss_with(8.0)).step, state, batch)
+
+
 def test_grad_accum_steps_must_divide_the_batch():
     with pytest.raises(ValueError, match="grad_accum_steps=3 does not divide the batch of 8 rows"):
         compiled_step(grad_accum_steps=3)(initial_state(), model_optimizer_batch()[2])
@@ -203,6 +217,16 @@ def test_dropout_differs_by_step_and_repeats_by_seed():
     next_step = step(state.replace(step=state.step + 1), batch)[1]["loss"]
     assert float(loss) == float(repeated)
     assert float(loss) != float(next_step)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 3}, {"vocab_size": 100}, {"max_positions": 16}])
+def test_parameters_of_another_model_raise_an_error(change):
+    model, optimizer, _ = model_optimizer_batch()
+    params = spec.abstract(model.with_fields(**change).specs)
+    trainer = Trainer(model, optimizer, causal.loss)
+    for function in (trainer.abstract, lambda params: trainer.init(jax.random.key(0), params)):
+        with pytest.raises(ValueError, match="parameters of gpt do not match"):
+            function(params)
 
 
 def test_training_rejects_bfloat16_parameters():
