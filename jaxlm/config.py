@@ -174,6 +174,32 @@ def check_min(minimum: float, **numbers: float | None) -> None:
             raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
+def convert_numpy_scalars(config: Any) -> None:
+    """Replace the NumPy scalars in the fields of a config by Python values, because JSON has no NumPy scalars."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(config, field.name, value.item())
+
+
+def check_field_types(config: Any) -> None:
+    """Raise ``ValueError`` if a field of a config has a value of the wrong type. NumPy scalars become Python values."""
+    convert_numpy_scalars(config)
+    for name, hint in field_types(type(config)).items():
+        check_value(hint, getattr(config, name), name)
+
+
+def check_num_layers(field: str, value: int | None, where: str) -> None:
+    """Raise ``ValueError`` if ``field`` is a number of layers and ``value`` exceeds ``MAX_LAYERS``. None is accepted.
+
+    Args:
+        field: name of a field of a model config.
+        where: name of the value in the error message.
+    """
+    if field in ("num_layers", "num_decoder_layers") and value is not None and value > MAX_LAYERS:
+        raise ValueError(f"{where}={value} is too large: at most {MAX_LAYERS} are supported")
+
+
 def check_int32(values: np.ndarray, what: str) -> None:
     """Raise ``ValueError`` unless the values are integers in the range of int32, the dtype of batches.
 

@@ -312,7 +312,8 @@ def cpu_sharding(count: int) -> Sharding:
     if count > len(devices):
         raise ValueError(
             f"cpu_devices={count} needs {count} CPU devices, and JAX has {len(devices)}: call "
-            f'jax.config.update("jax_num_cpu_devices", {count}) before JAX computes anything'
+            f'jax.config.update("jax_num_cpu_devices", {count}) before JAX computes anything. If XLA_FLAGS sets '
+            "xla_force_host_platform_device_count, change it there instead"
         )
     return Sharding(make_mesh({"data": count}, devices=devices[:count]), DATA_PARALLEL)
 

@@ -386,10 +386,10 @@ def test_errors_name_the_unusable_text(model_directory, tmp_path, monkeypatch, c
     ):
         monkeypatch.setattr(sys, "stdin", stdin(data))
         assert message in error_line(capsys, "score", directory)
-    message = r"character 1 of text 2, '\udce9', is a surrogate and has no UTF-8 bytes"
+    message = r"character 1 of text 1, '\udce9', is a surrogate and has no UTF-8 bytes"
     assert message in error_line(capsys, "score", directory, "one", "a\udce9")
-    assert message.replace("2", "1") in error_line(capsys, "generate", directory, "--prompt", "a\udce9")
-    assert "text 2 has 0 tabs and text 1 has 1" in error_line(capsys, "score", model_directory("t5-tiny"), "a\tb", "c")
+    assert message.replace("text 1", "text 0") in error_line(capsys, "generate", directory, "--prompt", "a\udce9")
+    assert "text 1 has 0 tabs and text 0 has 1" in error_line(capsys, "score", model_directory("t5-tiny"), "a\tb", "c")
     assert "text 1 has 100 tokens, but max_positions=64" in error_line(capsys, "score", directory, "short", "x" * 100)
 
 

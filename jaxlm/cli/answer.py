@@ -60,7 +60,7 @@ class Answer:
             if self.question or self.context is not None:
                 raise ValueError("give --question with --context, or --file, not both")
             rows = read_jsonl(self.file, {"question": "question", "context": "context"})
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(rows):
                 for name in ("question", "context"):
                     if not isinstance(row[name], str):
                         raise ValueError(f"{self.file}: {name} {number} must be a string, got {row[name]!r}")

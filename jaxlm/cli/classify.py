@@ -20,7 +20,8 @@ class Classify:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, standard input is read: one text (or pair) per line."""
+    """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, standard input is read: one text (or pair) per line.
+    Messages count the texts from 0."""
     file: Path | None = None
     """File with one text (or pair) per line."""
     all: bool = False

@@ -83,7 +83,7 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     if texts and file is not None:
         raise ValueError("give texts or --file, not both")
     if texts:
-        for number, text in enumerate(texts, start=1):
+        for number, text in enumerate(texts):
             check_no_surrogate(text, f"text {number}")
         return list(texts)
     name = STANDARD_INPUT if file is None else str(file)
@@ -103,12 +103,12 @@ def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
         ValueError: the texts have different numbers of tabs, or a text has more than one tab.
     """
     rows = [text.split("\t") for text in texts]
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         if len(row) > 2:
             raise ValueError(f"text {number} has {len(row) - 1} tabs: give at most one, TEXT<tab>TEXT")
         if len(row) != len(rows[0]):
             raise ValueError(
-                f"text {number} has {len(row) - 1} tabs and text 1 has {len(rows[0]) - 1}: give all texts alone, or "
+                f"text {number} has {len(row) - 1} tabs and text 0 has {len(rows[0]) - 1}: give all texts alone, or "
                 "each as TEXT<tab>TEXT"
             )
     return [row[0] for row in rows], [row[1] for row in rows] if len(rows[0]) == 2 else None

@@ -31,7 +31,8 @@ class Generate:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Prompts. If neither prompts nor --file are given, standard input has one prompt per line."""
+    """Prompts. If neither prompts nor --file are given, standard input has one prompt per line. Messages count
+    the prompts from 0."""
     prompt: str | None = None
     """One prompt; the same as a single TEXT."""
     file: Path | None = None

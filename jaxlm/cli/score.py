@@ -23,7 +23,7 @@ class Score:
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
     """Texts; SOURCE<tab>TARGET for an encoder-decoder. If neither texts nor --file are given, standard input
-    has one text per line."""
+    has one text per line. Messages count the texts from 0."""
     file: Path | None = None
     """File with one text (or SOURCE<tab>TARGET) per line."""
     batch_size: int = 32

@@ -19,7 +19,8 @@ class _SourceCommand:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Sources. If neither sources nor --file are given, standard input has one source per line."""
+    """Sources. If neither sources nor --file are given, standard input has one source per line. Messages count
+    the sources from 0."""
     file: Path | None = None
     """File with one source per line. In the output, a line break is printed as \\n and a backslash as \\\\."""
     prefix: str = ""

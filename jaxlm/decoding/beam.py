@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ import numpy as np
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.config import check_min
-from jaxlm.decoding.config import EarlyStopping, check_early_stopping
+from jaxlm.config import check_field_types, check_min
+from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
@@ -56,7 +55,7 @@ class BeamConfig:
     """The settings of :func:`beam_search`.
 
     Raises:
-        ValueError: ``num_beams`` is below 1, the length penalty is not finite, or ``early_stopping`` is unknown.
+        ValueError: a field has the wrong type, ``num_beams`` is below 1, or the length penalty is not finite.
     """
 
     num_beams: int
@@ -73,10 +72,8 @@ class BeamConfig:
     when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_min(1, num_beams=self.num_beams)
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be finite")
-        check_early_stopping(self.early_stopping)
 
 
 def beam_search(

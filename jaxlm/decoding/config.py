@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from jaxlm.config import check_min, check_value
+from jaxlm.config import check_field_types, check_min, check_value
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sample import GREEDY, Sampling
 from jaxlm.interop.config_json import GENERATION_DEFAULTS, generation_settings
@@ -17,12 +16,6 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 CONFIG_FILE = "config.json"
 
 EarlyStopping = bool | Literal["never"]
-
-
-def check_early_stopping(value: EarlyStopping) -> None:
-    """Raise ``ValueError`` if the value is not True, False or "never". The numbers 1 and 0 are not accepted."""
-    if not isinstance(value, bool) and value != "never":
-        raise ValueError(f"early_stopping={value!r} must be True, False or 'never'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +50,10 @@ class GenerationConfig:
 
     Raises:
         TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` is a single id.
-        ValueError: a value is outside its range; a stop string is empty; ``max_length`` and ``max_new_tokens`` are both
-            set; ``num_beams`` is above 1, and ``sampling`` is set to a value other than ``GREEDY``; or ``num_beams`` is
-            1, and ``length_penalty`` is set to a value other than 1 or ``early_stopping`` is True.
+        ValueError: a value has the wrong type or is outside its range; a stop string is empty; ``max_length`` and
+            ``max_new_tokens`` are both set; ``num_beams`` is above 1, and ``sampling`` is set to a value other than
+            ``GREEDY``; or ``num_beams`` is 1, and ``length_penalty`` is set to a value other than 1 or
+            ``early_stopping`` is True.
     """
 
     max_new_tokens: int | None = None
@@ -80,18 +74,15 @@ class GenerationConfig:
         if isinstance(self.end_ids, int):
             raise TypeError(f"end_ids is a sequence of ids, got one id: pass ({self.end_ids},)")
         for name in ("stop", "end_ids", "ignored_fields"):
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), Iterable):
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # so that the config is hashable
+        check_field_types(self)
         if self.stop is not None and "" in self.stop:
             raise ValueError(f"stop strings must not be empty, got {list(self.stop)}")
         check_min(1, max_new_tokens=self.max_new_tokens, max_length=self.max_length)
         check_min(1, num_beams=self.num_beams, batch_size=self.batch_size)
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(f"give max_new_tokens={self.max_new_tokens} or max_length={self.max_length}, not both")
-        if self.early_stopping is not None:
-            check_early_stopping(self.early_stopping)
-        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         if self.num_beams == 1 and self.length_penalty not in (None, 1.0):
             raise ValueError(f"length_penalty={self.length_penalty} needs beam search: set num_beams above 1")
         if self.num_beams == 1 and self.early_stopping not in (None, False, "never"):
@@ -181,7 +172,9 @@ class GenerationConfig:
                 ignored_fields=self.ignored_fields,
             )
         except ValueError as error:
-            raise ValueError(f"{error}{_file_hint(file)}" if file_fields else error) from error
+            given = {name for name, value in vars(self).items() if value is not None} | (sampling or {}).keys()
+            given |= set() if self.sampling is None else {"do_sample", *_SAMPLING_FIELDS}
+            raise ValueError(f"{error}{_file_hint(error, file_fields, given, file)}") from error
 
 
 _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
@@ -216,8 +209,15 @@ def settings_file(model: Model) -> str:
     return CONFIG_FILE if in_config else GENERATION_CONFIG_FILE
 
 
-def _file_hint(file: str) -> str:
-    return f" (fields that you do not set are read from {file})"
+def _file_hint(error: ValueError, file_fields: Iterable[str], given: Iterable[str], file: str) -> str:
+    """A hint for a message, if it names a field whose value comes from the file. Otherwise an empty text.
+
+    Args:
+        given: names of the fields that the caller set.
+    """
+    names = {"temperature" if name == "do_sample" else name for name in set(file_fields).difference(given)}
+    is_from_file = any(f"{name}=" in str(error) for name in names.difference(given))
+    return f" (fields that you do not set are read from {file})" if is_from_file else ""
 
 
 SUPPORTED_FIELDS: dict[str, Any] = {
@@ -363,4 +363,4 @@ def _resolve_sampling(
     try:
         return dataclasses.replace(base, **{**fields, **given})
     except ValueError as error:
-        raise ValueError(f"{error}{_file_hint(file)}" if fields else error) from error
+        raise ValueError(f"{error}{_file_hint(error, file_fields, overrides, file)}") from error

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import processes, spec
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
@@ -24,15 +24,20 @@ from jaxlm.spec import Array, Params, State
 GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
 """The values of ``Model.task`` for which the head of the model predicts the next token."""
 
-EndId = int | Sequence[int] | None
+EndId = int | Sequence[int] | Array | None
 """The token id or token ids that end a row. None: no id ends a row."""
 
 
 def as_end_ids(end_id: EndId) -> tuple[int, ...]:
-    """The ids in ``end_id`` as a tuple without duplicates; empty for None."""
-    if end_id is None:
-        return ()
-    return tuple(dict.fromkeys([end_id] if isinstance(end_id, int | np.integer) else map(int, end_id)))
+    """The ids in ``end_id`` as a tuple without duplicates; empty for None.
+
+    Raises:
+        ValueError: an id is not an integer.
+    """
+    ids = [] if end_id is None else np.atleast_1d(np.asarray(end_id)).tolist()
+    for i in ids:
+        check_value(int, i, "end_id")
+    return tuple(dict.fromkeys(ids))
 
 
 def is_end(tokens: jax.Array, end_ids: tuple[int, ...]) -> jax.Array:
@@ -72,11 +77,13 @@ def check_prompts(
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
         ValueError: the head does not predict the next token; the model is an encoder-decoder, and ``state`` is None;
             ``state`` belongs to another model, has another number of rows, or has too few free cache slots; a shape,
-            dtype, id or count is wrong; an end id cannot be generated; a prompt is empty or has padding inside; there
-            are more tokens than the model has positions; or the active sharding splits the axis ``seq``.
+            dtype, type, id or count is wrong; an end id cannot be generated; a prompt is empty or has padding inside;
+            there are more tokens than the model has positions; or the active sharding splits the axis ``seq``.
     """
     check_sharding(active())
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
+    check_value(int, max_new_tokens, "max_new_tokens")
+    check_value(int | None, allowed_ids, "allowed_ids")
     check_min(1, max_new_tokens=max_new_tokens)
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the model does not read the last new token

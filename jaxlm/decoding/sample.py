@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm import spec
+from jaxlm.config import check_field_types
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, check_sharding, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
@@ -41,6 +43,10 @@ def check_temperature(temperature: float) -> None:
         )
 
 
+_OFF = "None (on the command line: 0)"
+"""The value that turns ``top_k`` or ``min_p`` off, for error messages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. Hashable. A filter (``top_k``, ``top_p``, ``min_p``) that is None is off.
@@ -56,7 +62,7 @@ class Sampling:
             rule of Hugging Face). 1 has no effect.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value has the wrong type or is outside its range.
     """
 
     temperature: float = 1.0
@@ -66,17 +72,16 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_temperature(self.temperature)
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; None turns it off")
-        for name in ("top_p", "min_p"):
+            raise ValueError(f"top_k={self.top_k} must be at least 1; {_OFF} turns it off")
+        for name, off in (("top_p", "1"), ("min_p", _OFF)):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
-                raise ValueError(f"{name}={value} must be in (0, 1]; None turns it off")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be positive and finite; 1 turns it off"
-            )
+                raise ValueError(f"{name}={value} must be in (0, 1]; {off} turns it off")
+        if self.repetition_penalty <= 0.0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 turns it off")
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -129,7 +134,7 @@ def check_top_k(sampling: Sampling, num_ids: int) -> None:
     """Raise ``ValueError`` if ``top_k`` exceeds the number of ids that may be generated."""
     if sampling.top_k is not None and sampling.top_k > num_ids:
         raise ValueError(
-            f"top_k={sampling.top_k} exceeds the {num_ids} ids that may be generated: use a lower number, or None"
+            f"top_k={sampling.top_k} exceeds the {num_ids} ids that may be generated: use a lower number, or {_OFF}"
         )
 
 
@@ -232,9 +237,9 @@ def generate(
         ValueError: the model has no head that predicts the next token; an encoder-decoder has no ``state``; ``state``
             does not fit the model or the number of rows, or has too few free cache slots; a prompt is empty or has
             padding inside; an id is outside the vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k``
-            or ``max_new_tokens`` is outside its range; a key is missing or there is a wrong number of keys; shapes are
-            wrong; there are more tokens than the model has positions (padding included); or the function is called in a
-            ``Sharding.scope`` whose mesh splits the axis ``seq``.
+            or ``max_new_tokens`` is outside its range or not an integer; a key is missing or invalid, or there is a
+            wrong number of keys; shapes are wrong; there are more tokens than the model has positions (padding
+            included); or the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
         NotFiniteError: logits are not finite. The message names the rows, and the parameters that are not finite or
             another possible cause.
 
@@ -352,9 +357,24 @@ def check_and_make_settings(
         raise ValueError(
             f"temperature={sampling.temperature} draws at random: pass a key, e.g. jax.random.key(0), or temperature=0"
         )
+    check_key(key)
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
     return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots, active())
+
+
+def check_key(key: jax.Array | None) -> None:
+    """Raise ``ValueError`` unless ``key`` is None, one key (typed or raw), or a 1-D array of typed keys."""
+    if key is None:
+        return
+    if isinstance(key, jax.Array | np.ndarray):
+        is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim in (0, 1) if is_typed else key.ndim == 1 and key.dtype == np.uint32:
+            return
+        got = f"{key.dtype}{list(key.shape)}"
+    else:
+        got = repr(key)
+    raise ValueError(f"key must be one JAX key, or one typed key per prompt (jax.random.key), got {got}")
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:

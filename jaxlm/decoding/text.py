@@ -25,9 +25,10 @@ from jaxlm.decoding.config import GenerationConfig, num_ids, settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
-from jaxlm.decoding.sample import row_keys
+from jaxlm.decoding.sample import check_key, row_keys
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
 from jaxlm.decoding.windows import BatchSettings, WindowedGeneration, next_window_error, pad_prompts, read_sources
+from jaxlm.interop.config_json import loaded_decoder_start_id
 from jaxlm.models import Model
 from jaxlm.spec import Params
 
@@ -51,14 +52,14 @@ def generate_text(
     key: jax.Array | None = None,
     draft: tuple[Model, Params] | None = None,
     num_proposed: int | None = None,
+    skip_special_tokens: bool | None = None,
 ) -> list[str]:
     """The generated text for each item of ``texts``, in order, without the end token and the stop string.
 
     An item of ``texts`` is a prompt, or for an encoder-decoder a source (translation, summarization). Prompts are
-    encoded without special tokens, and special tokens in their continuations are kept. Sources are encoded with
-    ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
-    texts as token ids (int32 NumPy arrays [tokens]). An incomplete UTF-8 character at the end of a text is decoded as
-    U+FFFD. A character that begins in a prompt and ends in its continuation belongs to the continuation.
+    encoded without special tokens. Sources are encoded with ``tokenizer.encode_inputs``. To use other special tokens,
+    pass all texts as token ids (int32 NumPy arrays [tokens]). An incomplete UTF-8 character at the end of a text is
+    decoded as U+FFFD. A character that begins in a prompt and ends in its continuation belongs to the continuation.
 
     Texts are sorted by length, batched, and padded to one of a few lengths. Each new combination of batch size, padded
     length, number of new tokens and sampling settings compiles the loop again.
@@ -86,6 +87,8 @@ def generate_text(
             new tokens and ``num_proposed - 1`` more tokens. A stop string does not end the generation early, but the
             returned text ends before it.
         num_proposed: number of tokens that the draft model proposes in each round. None: 4. Only with ``draft``.
+        skip_special_tokens: whether special tokens in the generated texts are removed, before the search for stop
+            strings. None: they are removed from the output for a source, but kept in the continuation of a prompt.
 
     Raises:
         TypeError: ``texts`` is a single string or array, mixes strings and ids, or has an item of another type; or
@@ -103,7 +106,7 @@ def generate_text(
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
     """
-    generator = _TextGenerator(model, params, tokenizer, config, key)
+    generator = _TextGenerator(model, params, tokenizer, config, key, skip_special_tokens)
     if draft is None and num_proposed is not None:
         raise ValueError(f"num_proposed={num_proposed} needs a draft model: pass draft=(model, params)")
     num_proposed = 4 if num_proposed is None else num_proposed
@@ -197,7 +200,7 @@ def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Seq
     """
     name, metadata = "decoder_start_token_id", model.metadata
     file_id = (metadata.generation_config or {}).get(name)
-    has_other_id = metadata.config.get(name) not in (None, getattr(model.config, "decoder_start_id", None))
+    has_other_id = loaded_decoder_start_id(model) not in (None, getattr(model.config, "decoder_start_id", None))
     if file_id is None or name in ignored_fields or has_other_id:
         return decoder_start_id(model, tokenizer)
     if not 0 <= file_id < model.config.vocab_size:
@@ -212,13 +215,22 @@ class _TextGenerator:
     """The implementation of :func:`generate_text` and :func:`stream_text` for one call, with the resolved config."""
 
     def __init__(
-        self, model: Model, params: Params, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        config: GenerationConfig,
+        key: jax.Array | None,
+        skip_special_tokens: bool | None = None,
     ) -> None:
+        check_key(key)
         require_task(
             model, GENERATIVE_TASKS, "it generates no text",
             "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
         )  # fmt: skip
         self._model, self._tokenizer = model, tokenizer
+        skip = model.reads_source if skip_special_tokens is None else skip_special_tokens
+        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True) if skip else tokenizer.decode
         resolved = config.resolve(model, tokenizer)
         assert resolved.num_beams is not None
         assert resolved.length_penalty is not None
@@ -440,9 +452,7 @@ class _TextGenerator:
 
     def _new_text(self, prompt: np.ndarray) -> _IncrementalDecoder:
         """The decoder for a continuation of ``prompt``, or for the output of an encoder-decoder."""
-        if self._start is None:
-            return _IncrementalDecoder(self._tokenizer.decode, prompt)
-        return _IncrementalDecoder(functools.partial(self._tokenizer.decode, skip_special_tokens=True), prompt[:0])
+        return _IncrementalDecoder(self._decode, prompt if self._start is None else prompt[:0])
 
 
 class _IncrementalDecoder:

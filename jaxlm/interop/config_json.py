@@ -75,22 +75,25 @@ def format_of(model: Model) -> Format:
 
     1. the published format from which the model was loaded, if it can represent the model;
     2. the first published format of the family that can represent the model;
-    3. jaxlm's own format, if the family has no published format, or if one of ``formats.unpublished_fields`` does not
-       have its default value.
+    3. jaxlm's own format, if the family has no published format, if one of ``formats.unpublished_fields`` does not have
+       its default value, or if a published format could represent the model with another ``task``.
 
     Raises:
         ValueError: the result would be none of these formats.
     """
     choices = formats.of(model.family)
     loaded = model.metadata.config.get("model_type")
+    only_task_differs = False
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        if not _differing_fields(model, table, _fixed_fields(table)) and any(
-            not _differing_fields(model, table, implied) for implied in table.architectures.values()
-        ):
-            return table
+        if not _differing_fields(model, table, _fixed_fields(table)):
+            differing_by_class = [_differing_fields(model, table, implied) for implied in table.architectures.values()]
+            if [] in differing_by_class:
+                return table
+            only_task_differs |= ["task"] in differing_by_class
     default = type(model.config)()
     unpublished = formats.unpublished_fields(model.family)
-    if not choices or any(getattr(model.config, field) != getattr(default, field) for field in unpublished):
+    unpublished_differ = any(getattr(model.config, field) != getattr(default, field) for field in unpublished)
+    if not choices or unpublished_differ or only_task_differs:
         return _native_format(model)
     reasons = []
     for table in choices:
@@ -159,6 +162,7 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
     model_type = config.get("model_type")
     table: Format | None = None
     implied: Mapping[str, Any] = {}
+    labels: tuple[str, ...] | None = None
     try:
         if isinstance(model_type, str) and model_type.startswith(JAXLM_PREFIX):
             name = model_type.removeprefix(JAXLM_PREFIX)
@@ -167,8 +171,12 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
             name, table, implied = _find_format(config, overrides)
             fields = {**table.default_fields, **_published_fields(config, table, family(name).Config)}
             fields |= {} if table.read_fields is None else table.read_fields(config)
-        labels = _labels(config)
-        if hasattr(family(name).Config, "num_labels"):
+        config_class = family(name).Config
+        task_in_files = {**fields, **implied}.get("task", getattr(config_class, "task", None))
+        makes_label_head = overrides.get("task") in _LABEL_TASKS and "num_labels" not in overrides
+        needs_labels = task_in_files in _LABEL_TASKS or makes_label_head  # the labels of other files may be invalid
+        if needs_labels and hasattr(config_class, "num_labels"):
+            labels = _labels(config)
             if labels is not None:  # transformers writes id2label instead of num_labels
                 fields["num_labels"] = len(labels)
             elif config.get("num_labels") is not None:
@@ -223,8 +231,7 @@ def _find_format(config: dict[str, Any], overrides: dict[str, Any]) -> tuple[str
         raise ValueError(f"model_type={model_type!r} is not supported: {supported}")
     # A config that was saved without a model has no architectures. Then the first class of the last format of the model
     # type is used. For most model types, this format has the most classes.
-    architectures = _architectures(config) or list(candidates[-1][1].architectures)
-    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    architecture = class_name(config, candidates[-1][1])
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
@@ -235,6 +242,12 @@ def _find_format(config: dict[str, Any], overrides: dict[str, Any]) -> tuple[str
         return *with_base_model[-1], {"task": "none"}
     advice = "; pass task=... to load its base model with a new head" if with_base_model else ""
     raise ValueError(f"architecture {architecture!r} is not supported{advice}. Supported: {supported}")
+
+
+def class_name(config: Mapping[str, Any], table: Format) -> Any:
+    """The first class in ``architectures`` of ``config.json``; the first class of the format if there is none."""
+    architectures = _architectures(config) or list(table.architectures)
+    return architectures[0] if isinstance(architectures, list) else architectures
 
 
 def _architectures(config: Mapping[str, Any]) -> Any:
@@ -277,8 +290,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
         else:
             config_lib.check_value(hints[name], value, hf_name)
         # Check this before ``read_fields`` makes lists with an entry for each layer, which would fill the memory.
-        if name in ("num_layers", "num_decoder_layers") and value is not None and value > config_lib.MAX_LAYERS:
-            raise ValueError(f"{hf_name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
+        config_lib.check_num_layers(name, value, hf_name)
         fields[name] = value
     return fields
 
@@ -339,8 +351,8 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
         tokenizer: its special token ids are written. None: the ids of the loaded config are written. If there is no
             loaded config, the ids of the published models are written (null for an id outside the vocabulary).
 
-    If the loaded config has another model type than the new config, only its padding, BOS and EOS ids are kept, because
-    they describe the vocabulary.
+    If the loaded config has another model type than the new config, only these fields are kept: its padding, BOS and
+    EOS ids, which describe the vocabulary, and its labels and ``problem_type`` if the model has the loaded head.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids, or the
@@ -375,6 +387,8 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
+    if model.task in _LABEL_TASKS and model.problem_type is not None:
+        fields["problem_type"] = model.problem_type
     if table.is_jaxlm_format:
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
     for name, hf_name in table.hf_name_of_field.items():
@@ -546,13 +560,13 @@ def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> 
                 result[field] = token_id
     start = getattr(model.config, "decoder_start_id", None)
     if start is not None and (
-        loaded is None or ("decoder_start_token_id" in loaded and start != _loaded_decoder_start_id(model))
+        loaded is None or ("decoder_start_token_id" in loaded and start != loaded_decoder_start_id(model))
     ):
         result["decoder_start_token_id"] = start
     return result
 
 
-def _loaded_decoder_start_id(model: Model) -> int | None:
+def loaded_decoder_start_id(model: Model) -> int | None:
     """The ``decoder_start_id`` that the loaded config describes."""
     loaded = model.metadata.config
     try:

@@ -41,6 +41,7 @@ from jaxlm.config import check_min
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
 from jaxlm.interop.config_json import (
     ModelDescription,
+    class_name,
     describe_model,
     format_of,
     generation_config_json,
@@ -126,7 +127,7 @@ def load_pretrained(
     description = _read_description(directory, overrides)
     model = description.model
     with contextlib.ExitStack() as stack:
-        tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
+        tensors = _with_current_names(_open_tensors(directory, description, stack), description.format, directory)
         _check_counts(description, len(tensors), directory)
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
@@ -367,11 +368,11 @@ class _Tensor:
         return self.file.get_tensor(self.name) if rows == slice(None) else self.file.get_slice(self.name)[rows]
 
 
-def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+def _open_tensors(directory: Path, description: ModelDescription, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     """All tensors in the directory, by name. The files stay open until ``stack`` closes them."""
     tensors: dict[str, _Tensor] = {}
     file_of: dict[str, str] = {}
-    index = _read_index(directory)
+    index = _read_index(directory, description)
     files = [WEIGHTS] if index is None else sorted(set(index.values()))
     for name, path in [(name, path_inside(directory, name)) for name in files]:
         try:
@@ -394,8 +395,11 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Te
     return tensors
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
+def _read_index(directory: Path, description: ModelDescription) -> dict[str, str] | None:
     """``{tensor name: file name}`` of a sharded model; None if all weights are in one file.
+
+    Args:
+        description: its class is named in the error message for pickle files.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -410,11 +414,14 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not sharded:
         found = sorted(path.name for path in directory.iterdir())
         pickles = [name for name in found if name.endswith(_PICKLES)]
-        if pickles and not any(name.endswith(".safetensors") for name in found):
+        table = description.format
+        if pickles and not table.is_jaxlm_format and not any(name.endswith(".safetensors") for name in found):
+            hf_class = class_name(description.model.metadata.config, table)
             raise ValueError(
                 f"{directory} contains only pickle files ({', '.join(pickles)}). jaxlm does not read them, because "
-                "loading a pickle can run arbitrary code. If you trust the files, convert them with transformers: "
-                "`AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory, safe_serialization=True)`"
+                "loading a pickle can run arbitrary code. If you trust the files, convert them with their class in "
+                f"transformers: `{hf_class}.from_pretrained(directory).save_pretrained(directory, "
+                "safe_serialization=True)`"
             )
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}: it contains {', '.join(found)}")
     path = directory / INDEX

@@ -38,12 +38,9 @@ class ModelConfig:
     Mamba-2 is float32 by default."""
 
     def __post_init__(self) -> None:
-        types = config_lib.field_types(type(self))
-        for name in types:
-            value = getattr(self, name)
-            if isinstance(value, np.generic):  # JSON, the format of saved configs, has no NumPy scalars
-                object.__setattr__(self, name, value.item())
+        config_lib.convert_numpy_scalars(self)
         config_lib.check_choices(self)
+        types = config_lib.field_types(type(self))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             config_lib.check_value(types[name], value, name, choices=False)  # check_pattern checks entries of tuples
@@ -56,8 +53,7 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
             if name.endswith(("epsilon", "init_bound")) and value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")
-            if name in ("num_layers", "num_decoder_layers") and value > config_lib.MAX_LAYERS:
-                raise ValueError(f"{name}={value} is too large: at most {config_lib.MAX_LAYERS} are supported")
+            config_lib.check_num_layers(name, value, name)
             if name in ("rotary_base", "window_rotary_base") and not value > 1:
                 raise ValueError(f"{name}={value} must exceed 1")
 

@@ -86,6 +86,15 @@ class Model:
         """The names of the labels, in the order of the logits; None if they have no names."""
         return self.metadata.labels
 
+    @property
+    def problem_type(self) -> str | None:
+        """The ``problem_type`` in the ``config.json`` from which the model was loaded.
+
+        The result is None if the model was not loaded from files or if the field is missing. It is also None if some
+        parameters were initialized instead of loaded, because the head may then be new.
+        """
+        return None if self.metadata.initialized else self.metadata.config.get("problem_type")
+
     def with_labels(self, names: Sequence[str]) -> Model:
         """The model with these names for its labels. ``save_pretrained`` writes the names to the files.
 

@@ -107,8 +107,9 @@ def align(
     center_params = params["place"]
     hidden_BQ = jnp.tanh(linear(center_params["hidden"], query_BQ))
     center_B = jax.nn.sigmoid(linear({"weight": center_params["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
-    center_B = center_B * jnp.sum(keep_BS, axis=1)
-    distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - center_B[:, None]  # kept positions are numbered from 0
+    center_B = center_B * jnp.sum(keep_BS, axis=1, dtype=jnp.float32)
+    position_BS = jnp.cumsum(keep_BS, axis=1, dtype=jnp.float32) - 1.0  # kept positions are numbered from 0
+    distance_BS = position_BS - center_B[:, None]
     weights_BS = masked_softmax(scores_BS, keep_BS & (jnp.abs(distance_BS) <= window))
     return weights_BS * jnp.exp(-2.0 * jnp.square(distance_BS / window))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from jaxlm import sharding
@@ -77,6 +78,11 @@ def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> C
         return jax.sharding.auto_axes(gradients, out_sharding=shardings)(saved, cotangent)
 
     return backward_with_auto_axes
+
+
+def sum_dtype(x: jax.Array) -> np.dtype:
+    """The dtype of sums of products with entries of ``x``: float64 if ``x`` is float64, otherwise float32."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
 def vary_equally(tree: Any) -> Any:

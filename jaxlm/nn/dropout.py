@@ -37,7 +37,7 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """
     *batch, length = shape
     words = jax.random.bits(key, (*batch, -(-length * _BITS // 32)), jnp.uint32)
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*batch, -1)[..., :length]
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*batch, 2 * words.shape[-1])[..., :length]
     threshold = round((1.0 - rate) * 2**_BITS)
     return bits < threshold if threshold < 2**_BITS else jnp.ones(shape, bool)
 

@@ -39,7 +39,7 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
     normalized = centered * lax.rsqrt(variance + epsilon)
     axes = tuple(range(x.ndim - params["scale"].ndim, x.ndim))
-    scale, bias = (lax.broadcast_in_dim(params[name], x.shape, axes) for name in ("scale", "bias"))
+    scale, bias = (lax.broadcast_in_dim(params[name].astype(jnp.float32), x.shape, axes) for name in ("scale", "bias"))
     return (normalized * scale + bias).astype(x.dtype)
 
 
@@ -80,7 +80,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     normalized = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"].astype(jnp.float32)
     axes = tuple(range(x.ndim - scale.ndim, x.ndim))
-    return (normalized * lax.broadcast_in_dim(scale, x.shape, axes)).astype(x.dtype)
+    return (normalized * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, axes)).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)

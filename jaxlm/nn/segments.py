@@ -111,16 +111,21 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
             raise ValueError(f"{name} has dtype {mask.dtype}: pass a boolean array, such as segment_ids > 0")
 
 
-def check_state(state: State, specs: Mapping[str, ArraySpec]) -> None:
+def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> None:
     """Check that the state has an array of the right shape for each spec.
+
+    Args:
+        batch: the size of the first axis of each array, which may be 0.
+        specs: the specs of the state of one row, because a spec cannot have an axis of size 0.
 
     Raises:
         ValueError: an array is missing or has another shape.
     """
     for name, leaf in specs.items():
-        if name not in state or state[name].shape != leaf.shape:
+        shape = (batch, *leaf.shape[1:])
+        if name not in state or state[name].shape != shape:
             got = list(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name!r} of the state is {got}: it must be {list(leaf.shape)}")
+            raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")
 
 
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:

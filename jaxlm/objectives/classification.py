@@ -62,23 +62,13 @@ def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray
     return np.where(labels == IGNORED_LABEL, 0, labels).astype(np.int32), (labels != IGNORED_LABEL).astype(np.float32)
 
 
-def problem_type(model: Model) -> str | None:
-    """The ``problem_type`` in the ``config.json`` from which the model was loaded.
-
-    The result is None if the model was not loaded from files or if the field is missing. It is also None if some
-    parameters were initialized instead of loaded, because the head may then be new.
-    """
-    metadata = getattr(model, "metadata", None)
-    return None if metadata is None or metadata.initialized else metadata.config.get("problem_type")
-
-
 def check_problem_type(model: Model) -> None:
     """Raise ``ValueError`` if the ``config.json`` of the model has a problem type other than one label per text.
 
     The other types are several labels per text and regression. ``save_pretrained`` keeps ``problem_type``. So a program
     that loads the trained model would apply no softmax to its logits.
     """
-    problem = problem_type(model)
+    problem = model.problem_type
     if problem not in (None, "single_label_classification"):
         raise ValueError(
             f"config.json of the model has problem_type={problem!r}, but this objective needs exactly one label per "

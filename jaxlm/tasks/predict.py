@@ -27,7 +27,6 @@ from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import perplexity_of, target_token_scores, token_scores
 from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
-from jaxlm.objectives.classification import problem_type
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
 
@@ -479,7 +478,7 @@ def _labels_are_independent(model: Model) -> bool:
     Raises:
         ValueError: the outputs of the model are regression scores.
     """
-    problem = problem_type(model)
+    problem = model.problem_type
     independent = problem == "multi_label_classification"
     if problem == "regression" or (model.config.num_labels == 1 and not independent):
         raise ValueError(

@@ -15,9 +15,9 @@ with the text of the prefix token gets no special tokens. The prefix token repla
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from jaxlm.config import check_min, check_value
 from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
-from jaxlm.decoding.config import SUPPORTED_FIELDS, settings_file
+from jaxlm.decoding.config import SUPPORTED_FIELDS, num_ids, settings_file
 from jaxlm.decoding.describe import require_task
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -42,10 +42,10 @@ _BEAMS = ("num_beams", "length_penalty", "early_stopping")
 _TRANSFORMERS_DEFAULTS = GenerationConfig(sampling=Sampling(top_k=50), early_stopping=False)
 """The defaults of transformers for fields that neither the request nor the files of the model set."""
 _OPTIONS: dict[str, Any] = {
-    "until": str | list | tuple, **dict.fromkeys(_LENGTHS, int),
+    "until": str | tuple[str, ...], **dict.fromkeys(_LENGTHS, int),
     **{name: SUPPORTED_FIELDS[name] for name in ("do_sample", "temperature", *_FILTERS, "repetition_penalty", *_BEAMS)},
 }  # fmt: skip
-"""Supported option -> type of its value, as in ``jaxlm.config.check_value``."""
+"""Supported option -> type of its value, as in ``jaxlm.config.check_value``. A list counts as a tuple."""
 
 
 class TextRequests:
@@ -186,8 +186,8 @@ class TextRequests:
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """The generated text for each (context, options). It ends before the end token or a string of ``until``.
 
-        Special tokens are removed from the text. For an encoder-decoder, this happens before the search for ``until``.
-        For other models, it happens after the search.
+        Special tokens are removed from the text before the search for ``until``. A special token whose text occurs in a
+        string of ``until`` ends the text.
 
         Options:
 
@@ -235,10 +235,10 @@ class TextRequests:
             prompts = [rows[number][-min(max_context, rows[number].size) :] for number in numbers]
             texts = generate_text(
                 self.model, self.params, self.tokenizer, prompts, config,
-                key=jax.random.fold_in(key, group) if is_random else None,
+                key=jax.random.fold_in(key, group) if is_random else None, skip_special_tokens=True,
             )  # fmt: skip
             for number, text in zip(numbers, texts, strict=True):
-                results[number] = self._special_tokens.sub("", text)
+                results[number] = text
         self._report("generate", num_truncated, len(requests), "have a truncated context")
         return results
 
@@ -251,7 +251,11 @@ class TextRequests:
         unknown = [f"{name}={value!r}" for name, value in options.items() if name not in _OPTIONS]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
-        set_options = {name: value for name, value in options.items() if value is not None}
+        set_options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if value is not None
+        }
         for name, value in set_options.items():
             check_value(_OPTIONS[name], value, name)
         lengths = [name for name in _LENGTHS if name in set_options]
@@ -259,7 +263,7 @@ class TextRequests:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")
         check_min(1, **{name: set_options[name] for name in lengths})
         until = set_options.get("until", ())
-        until = (until,) if isinstance(until, str) else tuple(until)
+        until = (until,) if isinstance(until, str) else until
         is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
         sampling: dict[str, Any] = {"do_sample": is_random}
         if is_random:  # the temperature and the filters have no effect in greedy decoding
@@ -281,7 +285,8 @@ class TextRequests:
                 "do_sample=True and temperature=0.0 contradict each other: set one of them (a temperature that you do "
                 f"not set is read from {settings_file(self.model)})"
             )
-        return config
+        further_ids = (i for text, i in self._special_ids.items() if any(text in string for string in until))
+        return dataclasses.replace(config, end_ids=(*(config.end_ids or ()), *further_ids))
 
     # ------------------------------------------------------------------------------------------------ internals
 
@@ -314,11 +319,10 @@ class TextRequests:
         )
 
     @functools.cached_property
-    def _special_tokens(self) -> re.Pattern[str]:
-        """A regular expression that matches the text of every special token."""
-        decode, ids = self.tokenizer.decode, range(self.tokenizer.vocab_size)
-        texts = {decode([i]) for i in ids if not decode([i], skip_special_tokens=True)} - {""}
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+    def _special_ids(self) -> dict[str, int]:
+        """The text of each special token that may be generated -> its id."""
+        decode, ids = self.tokenizer.decode, range(num_ids(self.model, self.tokenizer))
+        return {text: i for i in ids if (text := decode([i])) and not decode([i], skip_special_tokens=True)}
 
     def _report(self, method: str, count: int, total: int, what: str) -> None:
         """Add ``count`` to ``truncated[method]``, and log a warning if ``count`` is not 0.

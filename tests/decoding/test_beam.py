@@ -248,8 +248,9 @@ def test_a_number_of_beams_gives_the_fix(gpt: Pair) -> None:
     ("arguments", "message"),
     [
         ({"num_beams": 0}, "num_beams=0 must be at least 1"),
-        ({"num_beams": 2, "length_penalty": float("inf")}, "length_penalty=inf must be finite"),
-        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon' must be True, False or 'never'"),
+        ({"num_beams": 2, "length_penalty": float("inf")}, "length_penalty=inf must be a finite number"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon' must be true or false or 'never'"),
+        ({"num_beams": 2.0}, "num_beams=2.0 must be a whole number"),
     ],
 )
 def test_invalid_settings_give_the_reason(arguments: dict[str, Any], message: str) -> None:

@@ -129,6 +129,26 @@ def test_errors_name_the_config_if_it_has_the_settings(fields: dict[str, Any], m
         resolve_config(**fields)
 
 
+@pytest.mark.parametrize(
+    ("given", "sampling", "fields", "has_hint"),
+    [
+        ({}, {"top_p": 0.0, "temperature": 1.0}, {"do_sample": True, "top_k": 3}, False),
+        ({}, {"temperature": 1.0}, {"top_p": 0.0}, True),
+        ({}, {"temperature": 0.7}, {"max_length": 9, "do_sample": True}, False),  # num_beams=5 is a default
+        ({}, {}, {"do_sample": True}, True),
+        ({"num_beams": 2}, {}, {"do_sample": True}, True),
+        ({"num_beams": 2, "sampling": Sampling()}, {}, {"do_sample": True, "num_beams": 3}, False),
+    ],
+)
+def test_errors_name_the_file_only_if_a_field_comes_from_it(
+    given: dict[str, Any], sampling: dict[str, Any], fields: dict[str, Any], has_hint: bool
+) -> None:
+    model = with_file_fields(jaxlm.get_model("gpt2-tiny", vocab_size=257), **fields)
+    with pytest.raises(ValueError, match=r"top_p=0.0 must|num_beams=\d searches") as info:
+        GenerationConfig(**given).resolve(model, TOKENIZER, default=GenerationConfig(num_beams=5), sampling=sampling)
+    assert ("read from generation_config.json" in str(info.value)) == has_hint
+
+
 def test_a_program_may_have_other_defaults() -> None:
     model, default = jaxlm.get_model("gpt2-tiny", vocab_size=257), GenerationConfig(500, Sampling(0.8), stop=("!",))
 
@@ -308,7 +328,7 @@ def test_beams_with_a_limit_per_row_equal_separate_searches(gpt: Any) -> None:
             beam_search(model, params, prompts, max_new_tokens=bad, beams=BeamConfig(num_beams=3))
     for value in ("soon", 1):
         for config in (BeamConfig, GenerationConfig):
-            with pytest.raises(ValueError, match=f"early_stopping={value!r} must be True, False or 'never'"):
+            with pytest.raises(ValueError, match=f"early_stopping={value!r} must be true or false or 'never'"):
                 config(num_beams=3, early_stopping=value)  # type: ignore[arg-type]
 
 
@@ -355,7 +375,9 @@ def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None
     ("fields", "error", "message"),
     [
         ({"max_new_tokens": 3, "max_length": 4}, ValueError, "give max_new_tokens=3 or max_length=4, not both"),
-        ({"early_stopping": "soon"}, ValueError, "early_stopping='soon' must be True, False or 'never'"),
+        ({"early_stopping": "soon"}, ValueError, "early_stopping='soon' must be true or false or 'never'"),
+        ({"end_ids": ("a",)}, ValueError, r"end_ids=\('a',\) must be a tuple in which each entry is a whole number"),
+        ({"batch_size": 1.5}, ValueError, "batch_size=1.5 must be a whole number or None"),
         ({"ignored_fields": "top_k"}, TypeError, r"ignored_fields is a sequence of strings, .* pass \('top_k',\)"),
         ({"end_ids": 3}, TypeError, r"end_ids is a sequence of ids, got one id: pass \(3,\)"),
     ],

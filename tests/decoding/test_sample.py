@@ -29,7 +29,7 @@ from jaxlm.decoding import (
     sample,
     speculative_generate,
 )
-from jaxlm.decoding.prompts import check_sharding
+from jaxlm.decoding.prompts import as_end_ids, check_sharding
 from jaxlm.testing.helpers import initial_params, tiny_model
 
 Pair = tuple[Any, Any]
@@ -360,6 +360,9 @@ def test_a_trace_is_not_reused_for_another_sharding(gpt: Pair) -> None:
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p=1.5 must be in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0 must be positive"),
+        ({"top_k": True}, "top_k=True must be a whole number or None"),
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number or None"),
+        ({"temperature": "0.5"}, "temperature='0.5' must be a finite number"),
     ],
 )
 def test_errors_name_bad_sampling_fields(fields: dict[str, Any], message: str) -> None:
@@ -395,6 +398,13 @@ VALID_ARGUMENTS = {"prompts": np.array([[5, 6], [7, 8]]), "max_new_tokens": 4}
         ({"allowed_ids": 129}, r"allowed_ids=129 must be between 1 and vocab_size=128"),
         ({"sampling": Sampling()}, r"temperature=1.0 draws at random: pass a key"),
         ({"sampling": Sampling(0.0, top_k=129)}, r"top_k=129 exceeds the 128 ids"),
+        ({"max_new_tokens": 23.0}, "max_new_tokens=23.0 must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"allowed_ids": 4.0}, "allowed_ids=4.0 must be a whole number or None"),
+        ({"end_id": True}, "end_id=True must be a whole number"),
+        ({"end_id": [1, 2.5]}, "end_id=1.0 must be a whole number"),
+        ({"sampling": Sampling(), "key": 0}, r"key must be one JAX key, or one typed key per prompt .* got 0"),
+        ({"sampling": Sampling(), "key": np.zeros((2, 2), np.uint32)}, r"key must be one JAX key, .* uint32\[2, 2\]"),
     ],
 )
 def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
@@ -404,6 +414,12 @@ def test_bad_input_raises_before_compilation(gpt: Pair, arguments: dict[str, Any
         with pytest.raises(ValueError, match=message):
             function(model, params, **{**VALID_ARGUMENTS, **arguments})
     assert sample._generate._cache_size() == before
+
+
+@pytest.mark.parametrize("end_id", [4, np.int64(4), jnp.int32(4), [4, 4], np.array([4]), (jnp.int32(4),)])
+def test_end_ids_can_be_arrays(end_id: Any) -> None:
+    assert as_end_ids(end_id) == (4,)
+    assert Sampling(top_k=np.int64(4)) == Sampling(top_k=4)  # type: ignore[arg-type]
 
 
 @pytest.mark.thorough

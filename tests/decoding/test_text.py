@@ -281,7 +281,11 @@ def test_errors_name_bad_texts(texts: Any, error: type[Exception], message: str)
         ),
         ({"length_penalty": 2.0, "num_beams": 1}, ValueError, r"length_penalty=2.0 needs beam search: set num_beams"),
         ({"early_stopping": True, "num_beams": 1}, ValueError, "early_stopping=True needs beam search: set num_beams"),
-        ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be finite"),
+        ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be a finite number"),
+        ({"max_new_tokens": 2.5}, ValueError, "max_new_tokens=2.5 must be a whole number or None"),
+        ({"num_beams": 2.0}, ValueError, "num_beams=2.0 must be a whole number or None"),
+        ({"stop": (1,)}, ValueError, r"stop=\(1,\) must be a tuple in which each entry is a string or None"),
+        ({"stop": 1}, ValueError, "stop=1 must be a tuple in which each entry is a string or None"),
     ],
 )
 def test_errors_name_bad_fields(fields: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -292,6 +296,8 @@ def test_errors_name_bad_fields(fields: dict[str, Any], error: type[Exception], 
 def test_random_sampling_needs_a_key() -> None:
     with pytest.raises(ValueError, match=r"temperature=1.0 draws at random: pass a key"):
         generate_text(*recite(b"ab"), BYTES, ["a"], GenerationConfig(3, Sampling()))
+    with pytest.raises(ValueError, match="key must be one JAX key, .* got 0"):
+        generate_text(*recite(b"ab"), BYTES, ["a"], GenerationConfig(3, Sampling()), key=0)  # type: ignore[arg-type]
 
 
 def test_stream_text_raises_before_iteration() -> None:

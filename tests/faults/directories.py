@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
     "eps_nan": {"layer_norm_epsilon": float("nan")}, "pdrop_2": {"resid_pdrop": 2.0}, "pdrop_-1": {"resid_pdrop": -1},
     "type_3": {"model_type": 3}, "type_null": {"model_type": None}, "type_alien": {"model_type": "alien"},
     "architectures_text": {"architectures": "x"}, "architectures_3": {"architectures": [3]},
-    "positions_-5": {"n_positions": -5}, "id2label_3": {"id2label": 3}, "activation_7": {"activation_function": 7},
+    "positions_-5": {"n_positions": -5}, "activation_7": {"activation_function": 7},
     "eos_text": {"eos_token_id": "x"}, "eos_float": {"eos_token_id": [1.5]},
 }  # fmt: skip
 """Invalid fields of ``config.json``. Commands use them as {cfg_NAME}."""
@@ -244,4 +244,5 @@ SPECIAL: dict[str, Callable[[Directories, Path], Any]] = {
     "vm2": lambda dirs, path: dirs._vocabulary(path, "[]", ""),
     "lab_names": lambda dirs, path: dirs._config(path, "labels", id2label={"0": "a", "1": "b"}),
     "lab_names2": lambda dirs, path: dirs._config(path, "labels", id2label={"x": "a"}),
+    "lab_names3": lambda dirs, path: dirs._config(path, "labels", id2label=3),
 }  # fmt: skip

@@ -750,6 +750,17 @@ def test_pickles_are_never_read(directory: Path, name: str, tmp_path: Path) -> N
     assert not (tmp_path / "opened").exists()
 
 
+def test_the_advice_for_pickles_names_the_class_of_the_files(directory: Path) -> None:
+    os.rename(directory / "model.safetensors", directory / "pytorch_model.bin")
+    for architectures, name in (
+        (["GPT2ForSequenceClassification"], "GPT2ForSequenceClassification"),
+        (..., "GPT2LMHeadModel"),
+    ):
+        edit_config(directory, architectures=architectures)
+        with pytest.raises(ValueError, match=rf"`{name}\.from_pretrained\(directory\)\.save_pretrained"):
+            load_pretrained(directory)
+
+
 def test_errors_for_directories_without_a_model(directory: Path) -> None:
     shutil.copy(directory / "model.safetensors", directory / "model.safetensors.index.json")
     with pytest.raises(ValueError, match="two models: remove the old one"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
+from jaxlm.config import field_types
 from jaxlm.data import ByteTokenizer, PretrainedTokenizer, load_tokenizer, train_tokenizer
 from jaxlm.interop import config_json, formats
 from jaxlm.interop.formats import Format
@@ -394,6 +396,33 @@ def test_label_tables_with_gaps_raise(labels: Any, tmp_path: Path) -> None:
         load_pretrained(directory)
 
 
+@pytest.mark.parametrize("fields", [{"id2label": {"1": "a", "2": "b"}}, {"id2label": {}}, {"num_labels": 0}])
+def test_labels_that_the_model_does_not_use_may_be_invalid(fields: dict[str, Any]) -> None:
+    model = get_model("llama-tiny")
+    config = config_json.model_config_json(model, "float32") | fields
+    loaded = config_json.describe_model(config, Path("config.json"), {}).model
+    assert (loaded, loaded.labels) == (model, None)
+    assert config_json.model_config_json(loaded, "float32") == config
+    head = {"task": "classification", "num_labels": 3}
+    assert config_json.describe_model(config, Path("config.json"), head).model == get_model("llama-tiny", **head)
+    with pytest.raises(ValueError, match="without a gap|num_labels=0 must be at least 1"):
+        config_json.describe_model(config, Path("config.json"), {"task": "classification"})
+
+
+def test_the_problem_type_survives_a_new_model_type() -> None:
+    config = config_json.model_config_json(get_model("llama-tiny", task="classification"), "float32")
+    config |= {"problem_type": "multi_label_classification"}
+
+    def saved(**overrides: Any) -> dict[str, Any]:
+        model = config_json.describe_model(config, Path("config.json"), overrides).model
+        return config_json.model_config_json(model, "float32")
+
+    assert (config["model_type"], saved()) == ("llama", config)
+    windowed = saved(window=4)
+    assert (windowed["model_type"], windowed["problem_type"]) == ("mistral", "multi_label_classification")
+    assert not {"problem_type", "id2label"} & saved(task="none").keys()
+
+
 # -------------------------------------------------------------------------------------------- tokenizers
 
 
@@ -532,6 +561,33 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
         locations = locations_of(model, config_json.format_of(model))
         assert set(loaded.metadata.unused_tensors) == {name for path in dropped for name in locations[path].names}
         assert loaded.labels is None
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "architecture"),
+    [case for case in CLASSES if case[1].architectures[case[2]]["task"] == "none"],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_with_any_task_can_be_saved(name: str, table: Format, architecture: str) -> None:
+    model = model_of_class(name, table, architecture)
+    config = config_json.model_config_json(model, "float32")
+    for task in typing.get_args(field_types(type(model.config)).get("task")):
+        if architecture.endswith("EncoderModel") and task == "seq2seq":
+            continue  # has no decoder
+        loaded = config_json.describe_model(config, Path("config.json"), {"task": task}).model
+        saved = config_json.model_config_json(loaded, "float32")
+        assert config_json.describe_model(saved, Path("config.json"), {}).model == loaded
+
+
+def test_a_task_without_a_class_is_saved_in_jaxlms_own_format(tmp_path: Path) -> None:
+    model = get_model("openai-gpt-tiny", task="token_classification", num_labels=3)
+    save_model(tmp_path, model)
+    assert read(tmp_path)["model_type"] == "jaxlm-gpt"
+    loaded, params = load_pretrained(tmp_path)
+    assert loaded == model
+    assert_trees_equal(params, params_with_distinct_entries(model))
+    loaded, _ = load_pretrained(tmp_path, task="causal")
+    assert config_json.format_of(loaded).model_type == "openai-gpt"
 
 
 @pytest.mark.thorough

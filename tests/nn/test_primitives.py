@@ -6,16 +6,20 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.activation import activation
+from jaxlm.nn.alignment import align, alignment_specs
 from jaxlm.nn.attention import attention
 from jaxlm.nn.attention.cache import append
+from jaxlm.nn.attention.distance_bias import distance_bias
+from jaxlm.nn.convolution import convolution_specs, depthwise_convolution, weight_norm, weight_norm_specs
 from jaxlm.nn.copying import copied_tokens
 from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import argmax, embed, round_up, unembed
-from jaxlm.nn.experts import expert_specs, mixture_of_experts
+from jaxlm.nn.experts import expert_specs, load_balance_loss, mixture_of_experts
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.norm import layer_norm
-from jaxlm.nn.recurrence import gru, gru_specs, lstm, lstm_specs, slstm
-from jaxlm.nn.recurrence.slstm import slstm_specs
+from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.nn.norm import layer_norm, layer_norm_specs, rms_norm, rms_norm_specs
+from jaxlm.nn.recurrence import gru, gru_specs, lstm, lstm_specs, rg_lru, rg_lru_specs, slstm
+from jaxlm.nn.recurrence.slstm import STATE_NAMES, slstm_specs
 from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention, linear_scan, mlstm
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import ZEROS, Normal
@@ -275,8 +279,20 @@ def test_append_writes_each_row_at_its_own_length():
     assert after[..., 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]]
 
 
+def array(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def empty(*shape):
-    return jax.ShapeDtypeStruct((0, 9, *shape), np.float32)
+    return array(0, 9, *shape)
+
+
+def dropped(x):
+    return dropout(x, 0.5, jax.random.key(0))
+
+
+def attention_with_bias(q, table):
+    return attention(q, q, q, bias=distance_bias(table, 9, queries=9, keys=9, query_offset=0, q_BTHK=q))
 
 
 def mixture(params, x):
@@ -298,6 +314,20 @@ def mixture(params, x):
         (linear_attention, [empty(2, 8)] * 4, {"chunk": 4}),
         (gated_delta_rule, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4}),
         (generalized_delta_rule, [empty(2, 8)] * 6, {"chunk": 4}),
+        (lstm, [lstm_specs(5, 4), empty(5), dict.fromkeys(("hidden", "cell"), array(0, 4))], {}),
+        (slstm, [slstm_specs(2, 4), empty(2, 4, 4), dict.fromkeys(STATE_NAMES, array(0, 2, 4))], {}),
+        (
+            mlstm,
+            [
+                *[empty(2, 8)] * 3,
+                *[empty(2)] * 2,
+                {"cell": array(0, 2, 8, 8), "normalizer": array(0, 2, 8), "stabilizer": array(0, 2)},
+            ],
+            {"implementation": "reference"},
+        ),
+        (attention_with_bias, [empty(2, 8), array(18, 2, 8)], {}),
+        (dropped, [empty(4)], {}),
+        (dropped, [array(2, 0, 4)], {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -307,3 +337,67 @@ def test_functions_of_an_empty_batch_have_gradients(function, arguments, options
 
     gradients = jax.eval_shape(jax.grad(total), arguments)
     assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, arguments)
+
+
+@pytest.mark.thorough
+def test_functions_of_bfloat16_need_no_implicit_dtype_promotion():
+    """JAX can trace the functions and their gradients with ``jax_numpy_dtype_promotion="strict"``."""
+    normal = Normal(1.0)
+    ids, weights = np.zeros((2, 9), int), np.ones((2, 9), np.float32)
+    masks = {"keep_BT": weights > 0}
+    moe = {"num_selected": 2, "renormalize": True, **masks}
+    cases = [
+        (mixture_of_experts, [expert_specs(4, 6, 3, normal), array(2, 9, 4)], {**moe, "capacity_factor": 1.0}),
+        (mixture_of_experts, [expert_specs(4, 6, 3, normal), array(2, 9, 4)], {**moe, "implementation": "blocks"}),
+        (lambda x: cross_entropy(x, ids, 0.1), [array(2, 9, 5)], {}),
+        (
+            lambda table, x: chunked_cross_entropy(lambda t, x: x @ t, table, x, ids, weights, label_smoothing=0.1),
+            [array(4, 5), array(2, 9, 4)],
+            {},
+        ),
+        (align, [alignment_specs("dot", 4, 4, 4, normal, local=True), array(2, 4), array(2, 9, 4)], {"window": 2}),
+        (lambda params, x: layer_norm(params, x, 1e-5), [layer_norm_specs(4), array(2, 9, 4)], {}),
+        (lambda params, x: rms_norm(params, x, 1e-5), [rms_norm_specs(4), array(2, 9, 4)], {}),
+        (
+            lambda params: weight_norm(params, num_input_axes=2),
+            [weight_norm_specs(convolution_specs((3, 4, 4), (None, None), normal), num_input_axes=2)],
+            {},
+        ),
+        (slstm, [slstm_specs(2, 4), array(2, 9, 2, 4, 4)], masks),
+        (rg_lru, [rg_lru_specs(4, 2), array(2, 9, 4)], masks),
+        (mlstm, [*[array(2, 9, 2, 4)] * 3, *[array(2, 9, 2)] * 2], masks),
+        (
+            depthwise_convolution,
+            [{"weight": array(3, 4)}, array(2, 9, 4)],
+            {"padding": "causal", "implementation": "shifts"},
+        ),
+    ]
+    with jax.numpy_dtype_promotion("strict"):
+        for function, arguments, options in cases:
+
+            def total(arguments, function=function, options=options):
+                return sum(jnp.sum(x, dtype=np.float32) for x in jax.tree.leaves(function(*arguments, **options)))
+
+            arrays = jax.tree.map(lambda x: array(*x.shape, dtype=jnp.bfloat16), arguments)
+            assert jax.tree.map(lambda x: x.dtype, jax.eval_shape(jax.grad(total), arrays)) == jax.tree.map(
+                lambda x: x.dtype, arrays
+            )
+
+
+def test_results_are_float32_if_64_bit_types_are_enabled():
+    def balance_loss(params, x):
+        return load_balance_loss(mixture_of_experts(params, x, num_selected=2, renormalize=True)[1])
+
+    with jax.enable_x64(True):
+        slstm_params = {**slstm_specs(2, 4), "bias": array(2, 4, 4, dtype=np.float64)}
+        results = [
+            jax.eval_shape(balance_loss, expert_specs(4, 6, 3, Normal(1.0)), array(2, 9, 4)),
+            jax.eval_shape(lambda weights: copied_tokens(weights, np.zeros((2, 5), int), 7), array(2, 9, 5)),
+            *(
+                jax.eval_shape(
+                    lambda *arrays, i=i: slstm(*arrays, implementation=i), slstm_params, array(2, 9, 2, 4, 4)
+                )
+                for i in ("reference", "chunked")
+            ),
+        ]
+    assert {x.dtype for x in jax.tree.leaves(results)} == {np.dtype(np.float32)}

@@ -21,7 +21,7 @@ class MeanModel:
     """
 
     def __init__(self, outputs: int) -> None:
-        self.outputs = outputs
+        self.outputs, self.problem_type = outputs, None
         self.config = types.SimpleNamespace(num_labels=outputs, vocab_size=outputs)
 
     def init(self, seed: int = 0) -> Any:

@@ -1,10 +1,13 @@
 """The objective of classification: batches, loss and accuracy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.models import get_model
 from jaxlm.models.model import Metadata
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import classification
@@ -98,13 +101,19 @@ def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 def test_a_model_with_another_problem_type_in_its_files_is_not_trained(problem):
     model, batch = MeanModel(5), classification.batch(TOKENS, np.array([0, 1, 2, 3]), SEGMENTS, num_labels=5)
-    model.metadata = Metadata(config={"problem_type": problem})
+    model.problem_type = problem
     with pytest.raises(ValueError, match=f"problem_type='{problem}', but this objective needs exactly one label"):
         classification.loss(model, {}, batch)
-    model.metadata = Metadata(config={"problem_type": problem}, initialized=("classifier/weight",))
-    classification.check_problem_type(model)  # a new head
-    model.metadata = Metadata(config={"problem_type": "single_label_classification"})
+    model.problem_type = "single_label_classification"
     classification.check_problem_type(model)
+
+
+def test_a_new_head_has_no_problem_type():
+    model = get_model("bert-tiny", task="classification")
+    loaded = Metadata(config={"problem_type": "regression"})
+    assert dataclasses.replace(model, metadata=loaded).problem_type == "regression"
+    new_head = dataclasses.replace(loaded, initialized=("classifier/weight",))
+    assert dataclasses.replace(model, metadata=new_head).problem_type is None
 
 
 def test_accuracy_ignores_rows_with_weight_0():

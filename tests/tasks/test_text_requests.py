@@ -19,6 +19,7 @@ from jaxlm.decoding.batches import bucket_length
 from jaxlm.models.model import Metadata
 from jaxlm.tasks.text_requests import TextRequests, rolling_windows
 from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, initial_params, tiny_model
+from tests.decoding.test_text import Reciter
 
 BYTES = ByteTokenizer()
 PREFIX = BYTES.end_id
@@ -238,7 +239,8 @@ def test_sampling_options_that_are_not_set_are_read_from_the_file() -> None:
         ({"max_gen_toks": True}, "max_gen_toks=True must be a whole number"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"top_k": "5", "do_sample": True}, "top_k='5' must be a whole number"),
-        ({"until": 5}, "until=5 must be a string or list or tuple"),
+        ({"until": 5}, "until=5 must be a string or a tuple in which each entry is a string"),
+        ({"until": [5]}, r"until=\(5,\) must be a string or a tuple in which each entry is a string"),
         ({"temperature": -0.5}, "temperature=-0.5 must be finite and at least 0"),
         ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no space for the context, because the model reads max_length"),
         ({"temperature": 0.5, "num_beams": 2}, "num_beams=2 searches for likely texts, but temperature=0.5 draws"),
@@ -316,10 +318,23 @@ def test_requests_have_the_special_tokens_of_the_template() -> None:
     assert [ids.tolist() for ids in source._encode(["w0", ""])] == [[3, 2], [2]]
 
 
-def test_special_tokens_are_removed_from_generated_text() -> None:
-    text_requests = TextRequests(*model_and_params("llama-tiny"), template_tokenizer("<s> $A"))
-    assert text_requests._special_tokens.sub("", "w1 <s>w2</s> <w3>") == "w1 w2 <w3>"
-    assert requests("gpt2-tiny")._special_tokens.sub("", "a|b") == "a|b"
+def test_special_tokens_are_removed_from_generated_text_by_their_ids() -> None:
+    """Ordinary tokens that spell a special token are text. A special token in a stop string ends the text."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    characters = ["</s>", "<s>", "a", "<", "s", ">", "b"]
+    backend = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(characters)}, []))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(characters[:2])
+    tokenizer = PretrainedTokenizer(backend, {"bos": "<s>", "eos": "</s>"})
+    params = jax.numpy.asarray([2, 3, 4, 5, 6, 1, 2, 6, 0] + [0] * 99)  # a<s>b, and then <s>ab</s>
+    text_requests = TextRequests(Reciter(), params, tokenizer)
+    options: list[dict[str, Any]] = [{}, {"until": "<s>"}, {"until": ["ba"]}, {"until": "a<s>"}, {"until": ["</s>"]}]
+    texts = text_requests.generate([("a", {"max_gen_toks": 20, **each}) for each in options])
+    assert texts == ["<s>bab", "", "<s>", "<s>b", "<s>bab"]
+    assert text_requests.generation_config({"until": ["a<s>"]}).end_ids == (0, 1)
+    assert requests("gpt2-tiny").generation_config({"until": ["a|b"]}).end_ids == (BYTES.end_id,)
 
 
 def test_prompts_can_be_ids() -> None:

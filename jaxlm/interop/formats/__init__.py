@@ -6,7 +6,8 @@ family (``jaxlm.register_family``) has its published formats in an attribute ``F
 family may also have a tuple ``UNPUBLISHED_FIELDS`` with the config fields that no published format can represent.
 
 ``save_pretrained`` writes jaxlm's own names if the family has no published format, or if no published format can
-represent the model because a field in ``UNPUBLISHED_FIELDS`` does not have its default value.
+represent the model because a field in ``UNPUBLISHED_FIELDS`` does not have its default value or because no class has
+the ``task`` of the model.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ table, P = R + E columns of a strip (the columns that a tile needs from a table 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -141,14 +142,18 @@ def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile)
 def add_tile_gradients(
     bias_fn: BiasFn, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
 ) -> dict[str, jax.Array]:
-    """The gradients ``total`` of the arrays, plus the gradients ``added`` of the slices of one tile."""
+    """The gradients ``total`` of the arrays, plus the gradients ``added`` of the slices of one tile.
+
+    The sums have the dtypes of ``total``.
+    """
     slices = bias_fn.required_slices(tile)
 
     def new_total(name: str) -> jax.Array:
+        new = added[name].astype(total[name].dtype)
         if name not in slices:
-            return total[name] + added[name]
+            return total[name] + new
         start, size, axis = slices[name]
-        sums = lax.dynamic_slice_in_dim(total[name], start, size, axis) + added[name]
+        sums = lax.dynamic_slice_in_dim(total[name], start, size, axis) + new
         return lax.dynamic_update_slice_in_dim(total[name], sums, start, axis)
 
     return {name: new_total(name) for name in total}
@@ -183,7 +188,8 @@ def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
 def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; used by ``reference`` and ``decode``."""
     tile = Tile(0, queries, 0, keys)
-    B = max((x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))), default=1)
+    # Each size is 1 or the size of the batch, which may be 0. So the product of the distinct sizes is the batch size.
+    B = math.prod({x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))})
     H = max((x.shape[1] for x in jax.tree.leaves(bias.floats)), default=1)
 
     # Axes of size 1 are removed instead of mapped over, so that a bias that all heads or rows share is computed only

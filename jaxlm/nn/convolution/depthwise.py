@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.convolution.window import Padding, TokenLayout, padding_and_count, prepend_tail
-from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ArraySpec, Initializer, Params
@@ -60,9 +60,9 @@ def depthwise_convolution(
             of the id starts a document (``jaxlm.nn.segments.document_numbers``). Output t belongs to the document of
             step t. With ``valid`` padding, it belongs to the document of its last tap. None: each row is one document.
         implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
-            shifts and multiplies the whole input for each tap, and sums the products in one pass. Its custom gradient
-            saves the input, but not the products. None chooses ``shifts`` on a CPU or with segment ids, otherwise
-            ``reference``.
+            shifts and multiplies the whole input for each tap, and sums the products in one pass, at least in float32.
+            Its custom gradient saves the input, but not the products. None chooses ``shifts`` on a CPU or with segment
+            ids, otherwise ``reference``.
 
     Raises:
         ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,
@@ -137,20 +137,22 @@ class _Taps:
 def _shifted_products_forward(
     taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None
 ) -> Any:
-    total_BTC = jnp.zeros((), jnp.float32)
+    dtype = sum_dtype(x_BTC)
+    total_BTC = jnp.zeros((), dtype)
     for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, _same_document(taps, documents_BT), strict=True):
         tap_BTC = _masked(same_BT, _shifted(x_BTC, offset, taps.count))
-        total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
+        total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
     return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, documents_BT)
 
 
 def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> Any:
     weight_KC, x_BTC, documents_BT = saved
     same_document = _same_document(taps, documents_BT)
-    total_BTC = jnp.zeros((), jnp.float32)
+    dtype = sum_dtype(x_BTC)
+    total_BTC = jnp.zeros((), dtype)
     for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
         tap_BTC = _shifted(_masked(same_BT, dy_BTC), -offset, x_BTC.shape[1])
-        total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
+        total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
     dweight_KC = _weight_gradient(taps, x_BTC, dy_BTC, same_document)
     return dweight_KC.astype(weight_KC.dtype), total_BTC.astype(x_BTC.dtype), None
 
@@ -160,12 +162,13 @@ _shifted_products = custom_vjp.from_rules(_shifted_products_forward, _shifted_pr
 
 def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_document: Sequence[Any]) -> jax.Array:
     """The gradient of the weights: for each tap, the sum over rows and time of inputs times output gradients, [K, C]
-    float32.
+    in the dtype of the sums (``sum_dtype``).
 
     On a single CPU device, the gradient is summed over blocks of time, because one sum per tap over the whole input
     would read the input once per tap. A block has only outputs whose taps are all inside the input. The outputs before
     the first block and after the last block are summed without blocks.
     """
+    dtype = sum_dtype(x_BTC)
     min_offset, max_offset = min(taps.offsets), max(taps.offsets)
     begin = min(max(0, -min_offset), taps.count)
     blocks = max(0, min(taps.count, x_BTC.shape[1] - max_offset) - begin) // BLOCK
@@ -174,9 +177,9 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_docu
     end = begin + blocks * BLOCK
 
     def products(tap: int, start: int, stop: int) -> jax.Array:
-        x_BLC = _shifted(x_BTC, taps.offsets[tap], taps.count)[:, start:stop].astype(jnp.float32)
+        x_BLC = _shifted(x_BTC, taps.offsets[tap], taps.count)[:, start:stop].astype(dtype)
         same_BL = None if same_document[tap] is None else same_document[tap][:, start:stop]
-        return _masked(same_BL, x_BLC * dy_BTC[:, start:stop])
+        return _masked(same_BL, x_BLC * dy_BTC[:, start:stop].astype(dtype))
 
     def sum_without_blocks(start: int, stop: int) -> jax.Array:
         return jnp.stack([jnp.sum(products(tap, start, stop), axis=(0, 1)) for tap in range(len(taps.offsets))])
@@ -187,15 +190,15 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_docu
     def add_block(i: jax.Array, sums: Any) -> Any:
         start = begin + i * BLOCK
         x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + min_offset, BLOCK + max_offset - min_offset, axis=1)
-        dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(jnp.float32)
+        dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(dtype)
         new_sums = []
         for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_document, strict=True):
-            x_BLC = x_BSC[:, offset - min_offset : offset - min_offset + BLOCK].astype(jnp.float32)
+            x_BLC = x_BSC[:, offset - min_offset : offset - min_offset + BLOCK].astype(dtype)
             same_BL = None if same_BT is None else lax.dynamic_slice_in_dim(same_BT, start, BLOCK, axis=1)
             new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
         return tuple(new_sums)
 
-    zeros_BLC = jnp.zeros_like(x_BTC, jnp.float32, (x_BTC.shape[0], BLOCK, x_BTC.shape[2]))
+    zeros_BLC = jnp.zeros_like(x_BTC, dtype, (x_BTC.shape[0], BLOCK, x_BTC.shape[2]))
     sums = lax.fori_loop(0, blocks, add_block, (zeros_BLC,) * len(taps.offsets))
     dweight_KC = jnp.stack([jnp.sum(sum_BLC, axis=(0, 1)) for sum_BLC in sums])
     return dweight_KC + sum_without_blocks(0, begin) + sum_without_blocks(end, taps.count)

@@ -44,6 +44,6 @@ def weight_norm(params: Params, *, num_input_axes: int) -> dict[str, Any]:
     """
     direction = params["direction"].astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(num_input_axes))))
-    scale = jnp.broadcast_to(params["gain"] / norm, direction.shape)
+    scale = jnp.broadcast_to(params["gain"].astype(jnp.float32) / norm, direction.shape)
     other_params = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
     return {"weight": direction * scale, **other_params}

@@ -46,7 +46,7 @@ def with_capacity(
     keep_BT = jnp.ones_like(routing.experts[:, :, 0], bool) if keep_BT is None else keep_BT
     limit_B = jnp.asarray(limit_by_num_tokens)[jnp.sum(keep_BT, axis=1)]
     is_expert_BAE = jax.nn.one_hot(routing.experts, E, dtype=jnp.int32).reshape(B, A, E)
-    is_expert_BAE = is_expert_BAE * jnp.repeat(keep_BT, N, axis=1)[..., None]
+    is_expert_BAE = jnp.where(jnp.repeat(keep_BT, N, axis=1)[..., None], is_expert_BAE, 0)
     rank_BA = jnp.sum(jnp.cumsum(is_expert_BAE, axis=1) * is_expert_BAE, axis=2) - 1  # -1 at padding
     is_accepted_BA = (rank_BA >= 0) & (rank_BA < limit_B[:, None])
     slot_BA = jnp.where(is_accepted_BA, routing.experts.reshape(B, A) * C + rank_BA, P)

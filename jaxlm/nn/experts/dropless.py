@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn import choices
-from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.experts.router import Routing
 from jaxlm.nn.experts.rows import Groups, group_by_expert, permute_rows
 from jaxlm.sharding import map_shards
@@ -106,16 +106,20 @@ def _block_matmul_forward(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Arra
 
 
 def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """The gradients of ``x`` and ``w``. The gradient of ``w`` is summed in place, block by block."""
+    """The gradients of ``x`` and ``w``.
+
+    The gradient of ``w`` is summed in place, block by block, in float32 or float64.
+    """
     x_MSC, w_ECD, expert_M = saved
+    dtype = sum_dtype(w_ECD)
 
     def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
         x_SC, dy_SD, expert = block
-        dw_CD = jnp.matmul(x_SC.T, dy_SD, preferred_element_type=jnp.float32)
+        dw_CD = jnp.matmul(x_SC.T, dy_SD, preferred_element_type=dtype)
         dw_ECD = lax.dynamic_update_index_in_dim(dw_ECD, dw_ECD[expert] + dw_CD, expert, 0)
         return dw_ECD, dy_SD @ w_ECD[expert].T
 
-    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros_like(w_ECD, jnp.float32), (x_MSC, dy_MSD, expert_M))
+    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros_like(w_ECD, dtype), (x_MSC, dy_MSD, expert_M))
     return dx_MSC, dw_ECD.astype(w_ECD.dtype), None
 
 

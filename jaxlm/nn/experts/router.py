@@ -67,7 +67,7 @@ def router_statistics(routing: Routing, keep_BT: jax.Array | None) -> RouterStat
     """The statistics of one layer over the tokens where ``keep_BT`` is True; None: over all tokens."""
     num_experts = routing.logits.shape[-1]
     keep_BT = jnp.ones_like(routing.logits[:, :, 0], bool) if keep_BT is None else keep_BT
-    is_selected_BTE = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=2)
+    is_selected_BTE = jnp.sum(jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32), axis=2)
 
     def sum_over_tokens(x: jax.Array) -> jax.Array:
         keep = keep_BT.reshape(*keep_BT.shape, *[1] * (x.ndim - 2))

@@ -187,7 +187,8 @@ def cross_entropy(
     A target outside the vocabulary gives NaN, unless its weight is 0.
 
     To save time, the logits of each cluster after the first are computed only at the positions whose target is in the
-    cluster (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``.
+    cluster (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``. With
+    clusters after the first, second derivatives need forward mode over reverse mode (``jax.jvp`` of ``jax.grad``).
     """
     targets_BT = embedding.widen_ids(targets_BT)
     head, *tails = _softmax_parameters(clusters, params)

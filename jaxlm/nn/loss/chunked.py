@@ -36,7 +36,8 @@ def chunked_cross_entropy(
     ``jaxlm.nn.choices.max_logits``). If one time step has more logits than this maximum, a chunk is one time step.
     Under differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only
     multiplies them by the cotangent of the loss. The function is differentiable in ``hidden`` and ``params``. The
-    gradient of ``weights`` is always zeros. Positions with weight 0 are ignored; weights may be negative.
+    gradient of ``weights`` is always zeros. Positions with weight 0 are ignored; weights may be negative. ``head`` must
+    not read other differentiated arrays (``Head``).
 
     Returns:
         A float32 scalar, in nats.

@@ -11,11 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.custom_gradient import sum_dtype
 from jaxlm.nn.embedding import widen_ids
 from jaxlm.spec import Params
 
 Head = Callable[[Any, jax.Array], jax.Array]
-"""The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``."""
+"""The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``.
+
+The losses have custom gradients. So all differentiated arrays must be in ``params`` or ``hidden``. JAX raises
+``UnexpectedTracerError`` for a differentiated array that the function reads from an enclosing scope."""
 
 
 def check_shapes(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> None:
@@ -45,7 +49,8 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
     if label_smoothing == 0.0:
         return target_logit_BT
     in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # the logit of padding rows (unembed)
-    mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(in_vocabulary_BTV, axis=-1)
+    size_BT = jnp.sum(in_vocabulary_BTV, axis=-1, dtype=jnp.float32)
+    mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / size_BT
     return (1.0 - label_smoothing) * target_logit_BT + label_smoothing * mean_BT
 
 
@@ -90,7 +95,7 @@ def _loss_and_gradient(
         weighted_targets = jnp.where(is_target, weights[..., None], 0.0)
     else:
         in_vocabulary = logits > jnp.finfo(jnp.float32).min
-        uniform = label_smoothing / jnp.sum(in_vocabulary, axis=-1, keepdims=True)
+        uniform = label_smoothing / jnp.sum(in_vocabulary, axis=-1, keepdims=True, dtype=jnp.float32)
         smoothed = jnp.where(is_target, 1.0 - label_smoothing + uniform, jnp.where(in_vocabulary, uniform, 0.0))
         weighted_targets = weights[..., None] * smoothed
     gradient = exp * (weights[..., None] / total) - weighted_targets
@@ -99,4 +104,9 @@ def _loss_and_gradient(
 
 def scale_gradients(gradients: Any, cotangent: jax.Array) -> Any:
     """The product of the gradients of a loss and the cotangent of the loss. Each gradient keeps its dtype."""
-    return jax.tree.map(lambda gradient: (gradient * cotangent).astype(gradient.dtype), gradients)
+
+    def scale(gradient: jax.Array) -> jax.Array:
+        dtype = sum_dtype(gradient)
+        return (gradient.astype(dtype) * cotangent.astype(dtype)).astype(gradient.dtype)
+
+    return jax.tree.map(scale, gradients)

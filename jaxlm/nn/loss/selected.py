@@ -28,6 +28,8 @@ def selected_cross_entropy(
     The positions are sorted: positions with nonzero weight come first. A loop then computes the loss of one block of
     positions at a time, until it has read all positions with nonzero weight. So the number of blocks depends on the
     weights. The function is differentiable in ``hidden`` and ``params``. The gradient of ``weights`` is always zeros.
+    ``head`` must not read other differentiated arrays (``Head``). JAX cannot differentiate this loop in reverse mode.
+    So second derivatives need forward mode over reverse mode (``jax.jvp`` of ``jax.grad``).
 
     JAX cannot sort an array axis that is sharded over an Explicit mesh axis. On a mesh with Explicit axes, this
     function calls ``chunked_cross_entropy`` instead, which computes the logits of all positions.

@@ -141,7 +141,7 @@ def _check(
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
     check_width(params, x_BTD)
     if state is not None:
-        check_state(state, state_specs(x_BTD.shape[0], params["weight_hidden"].shape[0]))
+        check_state(state, x_BTD.shape[0], state_specs(1, params["weight_hidden"].shape[0]))
     check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     if remat:
         reasons = dict.fromkeys(("reference", "pallas", "cudnn"), "does not support remat")

@@ -132,7 +132,7 @@ def _decay_and_input(params: Params, x: jax.Array, is_first: jax.Array) -> tuple
 
 def _gate(params: Params, x: jax.Array) -> jax.Array:
     """``sigmoid(x @ W + b)``, [..., W] float32, with the block-diagonal matrix W."""
-    weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
+    weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"].astype(jnp.float32)
     # On a CPU, dot_general with the blocks as the first axis is twice as fast as einsum, also in the backward pass.
     blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], *bias_NP.shape), -2, 0)  # [N, ..., P]
     dimensions = (((x.ndim,), (1,)), ((0,), (0,)))

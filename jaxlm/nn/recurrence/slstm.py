@@ -133,14 +133,14 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
             f"with the heads, gates and width of the parameters, {[H, 4, P]}"
         )
     if state is not None:
-        check_state(state, slstm_state_specs(projected.shape[0], H, P))
+        check_state(state, projected.shape[0], slstm_state_specs(1, H, P))
     check_masks(reset, keep, projected.shape[:2])
     check_min(1, chunk=chunk)
 
 
 def _preactivations(weight: jax.Array, bias: jax.Array, projected: jax.Array, hidden: jax.Array) -> jax.Array:
     """The pre-activations of all gates, [B, H, G, P] float32."""
-    return projected.astype(jnp.float32) + bias[None] + _recurrent_product(weight, hidden)
+    return projected.astype(jnp.float32) + bias.astype(jnp.float32)[None] + _recurrent_product(weight, hidden)
 
 
 def _recurrent_product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Array:

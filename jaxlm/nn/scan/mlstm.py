@@ -40,6 +40,9 @@ Upper limit: it changes the output only if ``|q @ n|`` is less than 1e-17. Witho
 float32 if m is large. The output of a query of zeros would then be 0 / 0 if ``epsilon`` is 0. With the limit, it is 0.
 """
 
+MIN_STABILIZER = float(jnp.finfo(jnp.float32).min)
+"""Lower bound of m. Without it, m would be -inf at a step whose gates are both 0, and ``log i - m`` would be NaN."""
+
 
 def mlstm_state_specs(batch: int, heads: int, key_width: int, value_width: int) -> dict[str, ArraySpec]:
     """Specs of the state: ``cell`` C [B, H, K, V], ``normalizer`` n [B, H, K] and ``stabilizer`` m [B, H], float32."""
@@ -118,7 +121,7 @@ def mlstm(
         log_forget_BTH = jnp.where(keep[:, :, None], log_forget_BTH, 0.0)
     if state is None:
         like = k[:, 0].astype(jnp.float32)  # an array with the sharding of the state
-        cell = jnp.zeros_like(like[..., None] * v[:, 0, :, None, :])
+        cell = jnp.zeros_like(like[..., None] * v[:, 0, :, None, :].astype(jnp.float32))
         state = {"cell": cell, "normalizer": jnp.zeros_like(like), "stabilizer": jnp.zeros_like(like[..., 0])}
     state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
     if implementation == "reference":
@@ -136,7 +139,7 @@ def _check(
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
     (B, _, H, K), V = query.shape, value.shape[-1]
     if state is not None:
-        check_state(state, mlstm_state_specs(B, H, K, V))
+        check_state(state, B, mlstm_state_specs(1, H, K, V))
 
 
 def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: float) -> Any:
@@ -145,7 +148,7 @@ def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: fl
         q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         state = reset_state(step_masks, state)
         C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
-        new_m = jnp.maximum(log_f + m, log_i)
+        new_m = jnp.maximum(jnp.maximum(log_f + m, log_i), MIN_STABILIZER)
         f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
         new_n = f * n + i * k
         new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
@@ -227,4 +230,4 @@ def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, re
         return jnp.where(is_reset, -jnp.inf, a), jnp.where(is_reset, later[1], b)
 
     a_BTH, b_BTH = lax.associative_scan(combine, (a_BTH, b_BTH), axis=1)
-    return jnp.maximum(a_BTH + m_BH[:, None], b_BTH)
+    return jnp.maximum(jnp.maximum(a_BTH + m_BH[:, None], b_BTH), MIN_STABILIZER)

@@ -197,6 +197,24 @@ def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind,
         assert sum(np.abs(gradient).max() > 1e-3 for gradient in want[1][3:]) == (2 if kind.endswith("types") else 1)
 
 
+def test_blockwise_attention_has_gradients_for_float64_biases():
+    """The gradients are summed in float32, for arrays that a tile slices and for arrays that it reads completely."""
+
+    def loss(q, dense, table):
+        positions = jnp.arange(5)[None]
+        biases = [
+            dense,
+            distance_bias(table, 5, 5, 5, query_offset=0, q_BTHK=q),
+            distance_bias_at_positions(table, 5, positions, positions, q_BTHK=q),
+        ]
+        return sum(jnp.sum(attention(q, q, q, bias=bias, implementation="blockwise")) for bias in biases)
+
+    with jax.enable_x64(True):
+        arrays = jnp.ones((B, 5, H, K)), jnp.ones((1, H, 5, 5)), jnp.ones((10, H, K))
+        gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), *arrays)
+    assert [x.dtype for x in gradients] == [np.float64] * 3
+
+
 @pytest.mark.thorough
 def test_memory_is_linear_in_time_with_a_bias():
     """The temporary memory of the gradient doubles with twice the length, for tables of numbers and of vectors."""

@@ -113,6 +113,17 @@ def test_no_window_reads_another_segment(padding, dilation):
         assert gradients["weight"][tap, 2] == pytest.approx(np.vdot(cosines, change), rel=1e-4)
 
 
+def test_float64_sums_in_float64():
+    def loss(params, x):
+        return jnp.sum(depthwise_convolution(params, x, padding="causal", implementation="shifts"))
+
+    with jax.enable_x64(True):
+        arguments = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays(4, 23))
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arguments))
+    assert "f64[" in jaxpr
+    assert "f32[" not in jaxpr
+
+
 @pytest.mark.thorough
 def test_bfloat16_sums_in_float32():
     params, x = arrays(4, 23)

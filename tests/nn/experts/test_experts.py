@@ -101,6 +101,24 @@ def test_bfloat16_is_near_float32(options):
     assert relative_error(np.asarray(got, np.float32), want) < 0.03
 
 
+@pytest.mark.thorough
+def test_blocks_sum_the_gradients_of_float64_weights_in_float64():
+    """With one expert per token, the weight of the expert is exactly 1, so no rounding of the router has an effect."""
+
+    def gradients(implementation):
+        def loss(params):
+            options = {"num_selected": 1, "renormalize": True, "implementation": implementation}
+            return jnp.sum(jnp.sin(mixture_of_experts(params, x, **options)[0]))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(lambda x: np.asarray(x, np.float64), setup())
+        got, want = gradients("blocks"), gradients("reference")
+    for name in ("gate", "up", "down"):
+        assert relative_error(got[name]["weight"], want[name]["weight"]) < 1e-12, name
+
+
 def test_a_token_that_is_not_a_number_does_not_change_others():
     params, x = setup()
     bad = x.copy()

@@ -118,6 +118,22 @@ def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
         assert np.abs(out).max() > 0.1
 
 
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_two_gates_of_zero_reset_the_state(implementation):
+    q, k, v = np.ones((3, 1, 5, 1, 1), np.float32)
+    log_gate = np.float32([0.0, 0.0, -np.inf, 0.0, 0.0]).reshape(1, 5, 1)
+
+    def total(*arguments):
+        out, last = mlstm(*arguments, epsilon=0.0, chunk=4, implementation=implementation)
+        return jnp.sum(out), (out, last["normalizer"])
+
+    arguments = (q, 2.0 * k, v, log_gate, log_gate)
+    gradients, (out, normalizer) = jax.jit(jax.grad(total, range(5), has_aux=True))(*arguments)
+    assert (out.ravel().tolist(), float(normalizer.ravel()[0])) == ([1.0, 1.0, 0.0, 1.0, 1.0], 4.0)
+    assert all(np.isfinite(leaf).all() for leaf in gradients)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
     """With ``q = k`` and positive normalizers, the output is a weighted mean of the values: it is in their range."""
