@@ -302,15 +302,16 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
         call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,"),
     )
     text = PROGRAM.replace(call, f"{call} \n}}}}\n{equal_call}\n}}}}\n{different_call}")
-    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": {10}}, start_time_ns=0)
-    assert [(kernel.name, kernel.cycles) for kernel in estimates] == [
-        ("kernel.1", 63),
-        ("kernel.2", 63),
-        ("kernel.3", None),
+    kernel, other = (("kernel", ((rows, 512, 128), (8, 128))) for rows in (8, 9))
+    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {kernel: {10}, other: {20}}, start_time_ns=0)
+    assert [(kernel.name, kernel.grid, kernel.cycles) for kernel in estimates] == [
+        ("kernel.1", 10, 63),
+        ("kernel.2", 10, 63),
+        ("kernel.3", 20, None),
     ]
-    # The grid is unknown if kernels of the same name have different grids.
+    # The grid is unknown if kernels of the same name and shapes have different grids.
     costs = hlo.costs(hlo.parse(text))
-    assert {k.cycles for k in planning._kernels(costs, {"kernel": {10, 20}}, start_time_ns=0)} == {None}
+    assert {k.cycles for k in planning._kernels(costs, {kernel: {10, 20}}, start_time_ns=0)} == {None}
 
 
 # -------------------------------------------------------------------------------------------------------- FLOPs

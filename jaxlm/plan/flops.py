@@ -225,19 +225,23 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return jaxprs
 
 
-def kernel_grids(jaxpr: Any) -> dict[str, set[int]]:
-    """The numbers of grid steps of the Pallas kernels in a jaxpr, by kernel name.
+Kernel = tuple[str, tuple[tuple[int, ...], ...]]
+"""The name of a Pallas kernel and the shapes of its results, because kernels of one name can have different shapes."""
 
-    The value is a set, because several kernels can have the same name.
+
+def kernel_grids(jaxpr: Any) -> dict[Kernel, set[int]]:
+    """The numbers of grid steps of the Pallas kernels in a jaxpr.
+
+    The value is a set, because several kernels can have the same name and the same shapes.
     """
-    grids: dict[str, set[int]] = {}
+    grids: dict[Kernel, set[int]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            steps = math.prod(equation.params["grid_mapping"].grid)
-            grids.setdefault(_kernel_name(equation.params), set()).add(steps)
+            kernel = _kernel_name(equation.params), tuple(result.aval.shape for result in equation.outvars)
+            grids.setdefault(kernel, set()).add(math.prod(equation.params["grid_mapping"].grid))
         for inner in _inner_jaxprs(equation.params):
-            for name, steps_of_inner in kernel_grids(inner).items():
-                grids.setdefault(name, set()).update(steps_of_inner)
+            for kernel, steps_of_inner in kernel_grids(inner).items():
+                grids.setdefault(kernel, set()).update(steps_of_inner)
     return grids
 
 

@@ -171,6 +171,15 @@ def _end_of_parentheses(text: str, start: int) -> int:
     return len(text)
 
 
+def array_shapes(shape: str) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the axes of an array with this shape; for a tuple, of each element."""
+    return tuple(_sizes(sizes) for _, sizes in _ARRAY.findall(shape))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size.strip("<=")) for size in text.split(",") if size)
+
+
 def shape_bytes(shape: str) -> int:
     """The number of bytes of an array with this shape, without layout padding; for a tuple, the sum of its elements."""
     total = 0.0
@@ -178,7 +187,7 @@ def shape_bytes(shape: str) -> int:
         bits = re.fullmatch(r"(?:bf|f|s|u)(\d+)\w*", kind)
         size = int(bits[1]) / 8 if bits else _BYTES.get(kind)
         if size is not None:
-            total += size * math.prod(int(n.strip("<=")) for n in sizes.split(",") if n)
+            total += size * math.prod(_sizes(sizes))
     return int(total)
 
 

@@ -357,7 +357,7 @@ def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[O
     return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
-def _kernels(costs: hlo.Costs, grids: dict[str, set[int]], start_time_ns: int) -> list[KernelStats]:
+def _kernels(costs: hlo.Costs, grids: dict[flops.Kernel, set[int]], start_time_ns: int) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
@@ -366,8 +366,8 @@ def _kernels(costs: hlo.Costs, grids: dict[str, set[int]], start_time_ns: int) -
         # libtpu compiles equal kernels once, so there is a dump only for the name of the first one.
         key = base_name, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name, start_time_ns) or schedules.get(key)
-        steps = grids.get(base_name, set())
-        grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if kernels of this name have different grids
+        steps = grids.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
+        grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if such kernels have different grids
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
         kernel_stats.append(
             KernelStats(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles)
