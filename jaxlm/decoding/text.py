@@ -200,8 +200,9 @@ def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Seq
     """
     name, metadata = "decoder_start_token_id", model.metadata
     file_id = (metadata.generation_config or {}).get(name)
-    has_other_id = loaded_decoder_start_id(model) not in (None, getattr(model.config, "decoder_start_id", None))
-    if file_id is None or name in ignored_fields or has_other_id:
+    if file_id is None or name in ignored_fields:
+        return decoder_start_id(model, tokenizer)
+    if loaded_decoder_start_id(model) not in (None, getattr(model.config, "decoder_start_id", None)):
         return decoder_start_id(model, tokenizer)
     if not 0 <= file_id < model.config.vocab_size:
         raise ValueError(

@@ -285,7 +285,7 @@ class TextRequests:
                 "do_sample=True and temperature=0.0 contradict each other: set one of them (a temperature that you do "
                 f"not set is read from {settings_file(self.model)})"
             )
-        further_ids = (i for text, i in self._special_ids.items() if any(text in string for string in until))
+        further_ids = (i for string in until for text, i in self._special_ids.items() if text in string)
         return dataclasses.replace(config, end_ids=(*(config.end_ids or ()), *further_ids))
 
     # ------------------------------------------------------------------------------------------------ internals

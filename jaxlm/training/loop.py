@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -577,7 +578,7 @@ class _Loop:
         self._data.restore({**self._data.state(), "next": next_batch})
         carry_size = self._trainer.carry_size
         if carry_size is not None:  # the next batch does not continue the batches of the checkpoint
-            specs, all_rows = self._trainer.model.state_specs(*carry_size), jax.numpy.ones(carry_size[0], bool)
+            specs, all_rows = self._trainer.model.state_specs(*carry_size), jnp.ones(carry_size[0], bool)
             state = state.replace(model_state=spec.reset(specs, state.model_state, all_rows))
         self._resume_from(state, saved)
         self._batch_offset = next_batch - self.step
@@ -726,7 +727,9 @@ def _as_numbers(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, Mapping):
         raise TypeError(f"evaluate returned {metrics!r}: return a dict from metric names to numbers")
     for name, value in metrics.items():
-        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        dtype = np.asarray(value).dtype
+        is_number = any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))  # also bfloat16
+        if np.ndim(value) or not is_number:
             raise TypeError(f"evaluate returned {name}={value!r}: return one number for each metric")
     return {name: float(value) for name, value in metrics.items()}
 

@@ -261,7 +261,8 @@ class Trainer:
         """
         if params is None:
             params = spec.abstract(self.model.specs)
-        self._require_model_params(params)
+        else:
+            self._require_model_params(params)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         return self._jitted_init().eval_shape(jax.random.key(0), params)
 

@@ -583,9 +583,10 @@ def test_an_evaluation_may_return_scalars_of_numpy_and_jax(tmp_path):
     config = TrainingConfig(6, 8, evaluate_every=6, checkpoint_every=6, spike_deviations=6.0)
     trainer = CachedTrainer(**vars(config.trainer(model, optimizer, causal.loss)))
     data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
-    metrics = {"loss": jnp.float32(0.5), "bleu": np.int64(3), "ratio": np.float32(0.25)}
+    metrics = {"loss": jnp.float32(0.5), "bleu": np.int64(3), "ratio": np.float32(0.25),
+               "half": jnp.bfloat16(0.5), "solved": True}  # fmt: skip
     result = train(trainer, data, lambda params: metrics, config, Run(tmp_path / "run"))
-    assert result.validation == {"loss": 0.5, "bleu": 3.0, "ratio": 0.25}
+    assert result.validation == {"loss": 0.5, "bleu": 3.0, "ratio": 0.25, "half": 0.5, "solved": 1.0}
     assert jax.tree.structure(result.state) == jax.tree.structure(trainer.abstract())
     with pytest.raises(ValueError, match="parameters of gpt do not match"):
         train(trainer, data, lambda params: metrics, config, Run(tmp_path / "other"), {"zz": jnp.ones(3)})
